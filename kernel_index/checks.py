@@ -1,0 +1,70 @@
+"""The argument checks that every contract shares.  Each message reads ``<argument> must be <rule>, got <value>``."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def is_floating(name: str, value: Any) -> None:
+    is_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+
+
+def is_integer_tensor(name: str, value: Any) -> None:
+    is_tensor(name, value)
+    if value.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+        raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+
+
+def has_rank(name: str, value: Tensor, rank: int, legend: str) -> None:
+    if value.ndim != rank:
+        raise ValueError(f"{name} must be {legend}, got shape {tuple(value.shape)}")
+
+
+def has_shape(name: str, value: Tensor, shape: tuple[int, ...], legend: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {legend} {tuple(shape)}, got shape {tuple(value.shape)}")
+
+
+def on_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {value.device}")
+
+
+def has_dtype(name: str, value: Tensor, dtype: torch.dtype, why: str) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} {why}, got {value.dtype}")
+
+
+def is_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def is_int(name: str, value: Any, *, minimum: int | None = None) -> None:
+    """A Python or symbolic integer, not a bool."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def is_real(name: str, value: Any) -> None:
+    """A finite Python number, not a bool."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

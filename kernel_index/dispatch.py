@@ -1,0 +1,265 @@
+"""Pick a backend, say why, and remember it.  Three nouns -- Backend, Receipt, Ineligible -- and ``choose``.
+
+``choose`` is the only decision point of the library: nothing after it falls back, and a launch that fails raises.
+Everything here also runs while ``torch.compile`` traces, so it reads plain module globals and never a ContextVar.
+"""
+
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernel_index.target import target_of
+
+
+class Ineligible(ValueError):
+    """The requested backend may not run this call; the message lists the rule that each candidate broke."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to run an op.
+
+    ``why_not(*call)`` returns None when the backend can run the call, else the broken rule, as a fixed sentence.
+    ``not_worth(*call)`` is the same for calls it can run but should not be picked for by ``"auto"``.
+    ``details(*call)`` returns the op's own telemetry for the receipt, as pairs.
+    All three read metadata only (shape, dtype, device, strides, grad mode); none reads a value or synchronises.
+    """
+
+    name: str
+    why_not: Callable[..., str | None]
+    run: Callable[..., Any]
+    not_worth: Callable[..., str | None] | None = None
+    details: Callable[..., tuple[tuple[str, Any], ...]] | None = None
+
+
+def always(*_: Any) -> None:
+    """The rule of a backend that runs every legal call."""
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What was asked for, what ran, and the rule that turned every earlier backend away.
+
+    ``ran`` is empty when the chosen backend raised; ``tried`` then names it and ``error`` says what it raised.
+    ``forced_by`` names the environment variable that overruled the request.  ``details`` is the op's own telemetry.
+    Inside ``torch.compile`` a receipt is written when the call is traced: one per trace, not one per run.
+    """
+
+    op: str
+    requested: str
+    ran: str
+    declined: tuple[tuple[str, str], ...] = ()
+    forced_by: str | None = None
+    tried: str = ""
+    error: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+class ReceiptLog(list[Receipt]):
+    """The receipts of a ``with receipts()`` block, in order, from every thread."""
+
+    def counts(self) -> Counter[Receipt]:
+        """How often each distinct receipt occurs."""
+        return Counter(self)
+
+
+_LOGS: list[ReceiptLog] = []
+_STRICT = [0]  # how many strict() blocks are open; a list so that Dynamo guards on its content
+_EXPLAINING: set[int] = set()  # idents of the threads inside explain()
+_FORCED: dict[str, tuple[str, str]] = {}  # op, or "" for every op -> (backend, the variable that says so)
+
+
+def reload_environment() -> None:
+    """Read ``KERNEL_INDEX_BACKEND[_<OP>]`` and ``KERNEL_INDEX_STRICT`` again; they are read once, at import."""
+    _FORCED.clear()
+    prefix = "KERNEL_INDEX_BACKEND"
+    for name, backend in sorted(os.environ.items()):
+        if backend and (name == prefix or name.startswith(prefix + "_")):
+            _FORCED[name[len(prefix) + 1 :].lower()] = (backend, name)
+    _STRICT[0] = int(os.environ.get("KERNEL_INDEX_STRICT", "") not in ("", "0"))
+
+
+reload_environment()
+
+
+@contextlib.contextmanager
+def receipts() -> Iterator[ReceiptLog]:
+    """Collect a receipt for every dispatched call inside the block.
+
+    >>> import torch, kernel_index as ki
+    >>> with ki.receipts() as log:
+    ...     _ = ki.fused_relu_squared(torch.ones(3))
+    >>> log[0].op, log[0].requested, log[0].ran
+    ('fused_relu_squared', 'auto', 'reference')
+    """
+    log = ReceiptLog()
+    _LOGS.append(log)
+    try:
+        yield log
+    finally:
+        _LOGS[:] = [other for other in _LOGS if other is not log]
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Inside the block, falling back to ``reference`` on an accelerator raises instead of running slowly.
+
+    A reference that is asked for by name still runs: it is no fallback.  ``KERNEL_INDEX_STRICT=1`` is the same, for
+    the whole process.
+    """
+    _STRICT[0] += 1
+    try:
+        yield
+    finally:
+        _STRICT[0] -= 1
+
+
+def _write(op: str, requested: str, tried: str, declined: tuple, forced_by: str | None, details: tuple, error=None) -> bool:
+    if _LOGS:
+        ran = "" if error else tried
+        receipt = Receipt(op, requested, ran, declined, forced_by, tried, error, dict(details))
+        for log in _LOGS:
+            log.append(receipt)
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without its 1.3 s import of torch._dynamo: Dynamo runs the function
+# as plain Python while it traces and stores the result, so there is no guard and no graph break.
+_write._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A decision of ``choose``; ``run`` carries it out and writes the receipt."""
+
+    op: str
+    requested: str
+    backend: Backend
+    declined: tuple[tuple[str, str], ...]
+    forced_by: str | None
+    details: tuple[tuple[str, Any], ...]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        decision = (self.op, self.requested, self.backend.name, self.declined, self.forced_by, self.details)
+        if torch.compiler.is_compiling():
+            _write(*decision)
+            return self.backend.run(*args, **kwargs)
+        try:
+            out = self.backend.run(*args, **kwargs)
+        except BaseException as error:  # re-raised: a failed launch is the caller's to see, and the receipt's to tell
+            _write(*decision, error=f"{type(error).__name__}: {error}")
+            raise
+        if _LOGS:
+            _write(*decision)
+        return out
+
+
+class _Explained(Exception):
+    """Carries the decision out of a public function that ``explain`` called; never seen by a user."""
+
+    def __init__(self, explanation: "Explanation"):
+        self.explanation = explanation
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a call would do.  ``would_run`` is None when it would raise ``Ineligible``.
+
+    ``verdicts`` holds, for every backend of the op, None when it could run the call, else the rule it breaks.
+    """
+
+    op: str
+    requested: str
+    would_run: str | None
+    verdicts: Mapping[str, str | None]
+    forced_by: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        head = f"{self.op}: backend={self.requested!r} would run {self.would_run or 'nothing: Ineligible'}"
+        return "\n".join([head, *(f"  {name}: {rule or 'can run'}" for name, rule in self.verdicts.items())])
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend a call would use and what speaks against each, without running it.
+
+    The call goes through the very check and the very decision of the real one and stops before the launch; a call that
+    the op refuses raises here as it would there.
+
+    >>> import torch, kernel_index as ki
+    >>> ki.explain("fused_relu_squared", torch.ones(3)).would_run
+    'reference'
+    """
+    if isinstance(op, str):
+        import kernel_index
+
+        function = getattr(kernel_index, op, None) if op in kernel_index.__all__ else None
+        if not callable(function):
+            raise ValueError(f"op must be the name of a public function of kernel_index, got {op!r}")
+    else:
+        function = op
+    thread = threading.get_ident()
+    _EXPLAINING.add(thread)
+    try:
+        function(*args, **kwargs)
+    except _Explained as explained:
+        return explained.explanation
+    finally:
+        _EXPLAINING.discard(thread)
+    raise ValueError(f"op must be a function with backends, got {op!r}: it ran without choosing one")
+
+
+def choose(op: str, backends: tuple[Backend, ...], requested: str, *call: Any) -> Choice:
+    """Take the first eligible backend in table order; a named backend either runs or raises ``Ineligible``."""
+    forced = _FORCED.get(op) or _FORCED.get("")
+    wanted, forced_by = forced if forced else (requested, None)
+    if _EXPLAINING and threading.get_ident() in _EXPLAINING:
+        raise _Explained(_explanation(op, backends, requested, wanted, forced_by, call))
+    declined: tuple[tuple[str, str], ...] = ()
+    for backend in backends:
+        if wanted != "auto" and wanted != backend.name:
+            continue
+        rule = _verdict(backend, wanted, call)
+        if rule is None:
+            details = () if backend.details is None else backend.details(*call)
+            return Choice(op, requested, backend, declined, forced_by, details)
+        declined += ((backend.name, rule),)
+    raise Ineligible(_refusal(op, backends, wanted, forced_by, declined))
+
+
+def _verdict(backend: Backend, wanted: str, call: tuple) -> str | None:
+    rule = backend.why_not(*call)
+    if rule is None and wanted == "auto":
+        if backend.not_worth is not None:
+            rule = backend.not_worth(*call)
+        if rule is None and _STRICT[0] > 0 and backend.name == "reference" and _on_accelerator(call):
+            rule = "strict mode: a fallback to the reference on an accelerator is an error"
+    return rule
+
+
+def _on_accelerator(call: tuple) -> bool:
+    for value in call:
+        if isinstance(value, torch.Tensor):
+            return target_of(value.device).kind != "cpu"
+    return False
+
+
+def _explanation(op, backends, requested, wanted, forced_by, call) -> Explanation:
+    verdicts = {b.name: _verdict(b, wanted, call) for b in backends}
+    chosen = next((b for b in backends if verdicts[b.name] is None and wanted in ("auto", b.name)), None)
+    details = dict(chosen.details(*call)) if chosen and chosen.details else {}
+    return Explanation(op, requested, chosen.name if chosen else None, verdicts, forced_by, details)
+
+
+def _refusal(op, backends, wanted, forced_by, declined) -> str:
+    known = ", ".join(b.name for b in backends)
+    rules = "; ".join(f"{name}: {rule}" for name, rule in declined) or f"expected auto or one of: {known}"
+    origin = f" (forced by {forced_by})" if forced_by else ""
+    return f"{op}: backend={wanted!r}{origin} cannot run this call ({rules})"

@@ -1,0 +1,131 @@
+"""Regions of plain PyTorch that Inductor compiles for the CPU: the ``inductor`` backend of every elementwise op.
+
+A kernel writes its forward and its backward as plain functions and wraps each in a ``Region``.  The first region of a
+process costs about 15 s (2 s from the disk cache), each further one about 1 s, so regions are few and one is compiled
+per dtype and width, never per token count.  See docs/decisions/0002-inductor-on-the-cpu.md.
+"""
+
+import inspect
+import logging
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.target import has_cxx_compiler, target_of
+
+logger = logging.getLogger("kernel_index")
+
+MIN_ELEMENTS = 1 << 16
+"""Below this many elements ``auto`` takes the plain formula: a call is then bound by overhead, not by memory."""
+
+
+def why_not(*tensors: Any) -> str | None:
+    """The rules that every compiled region shares; arguments that are not tensors are ignored."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: the plain formula is traced into the caller's graph"
+    if not has_cxx_compiler():
+        return "needs a C++ compiler (g++ or clang++)"
+    if _compile_is_off():
+        return "torch.compile is switched off"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return "needs plain tensors, not a tensor subclass"
+        if target_of(tensor.device).kind != "cpu":
+            return "needs CPU tensors"
+    return None
+
+
+def not_worth(x: Tensor, *_: Any) -> str | None:
+    """The size below which ``auto`` does not pick a compiled region."""
+    return "too small for a compiled region to pay" if x.numel() < MIN_ELEMENTS else None
+
+
+def _compile_is_off() -> bool:
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1" or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return True
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # set_stance() can only have run if this is loaded
+    return eval_frame is not None and eval_frame._stance.stance != "default"
+
+
+class Region:
+    """A plain function of tensors and constants, compiled by Inductor on first use.
+
+    ``dynamic`` maps a tensor parameter to the dimensions whose size may change from call to call; every other size,
+    every dtype and every constant selects a compiled variant.  Results therefore depend
+    on the call alone, not on which shapes were seen before it.
+    """
+
+    def __init__(self, function: Callable[..., Any], **dynamic: tuple[int, ...]):
+        self.function = function
+        self.parameters = tuple(inspect.signature(function).parameters)
+        self.dynamic = tuple(dynamic.get(name, ()) for name in self.parameters)
+        self.variants: dict[tuple, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        key = (torch.get_num_threads(), *map(_static_part, args, self.dynamic))
+        variant = self.variants.get(key)
+        if variant is None:
+            variant = self.variants[key] = self._compile(key)
+        with torch.no_grad():
+            return variant(*args)
+
+    def _compile(self, key: tuple) -> Callable[..., Any]:
+        # A code object of its own for each variant: Dynamo counts recompilations by code object and refuses the ninth,
+        # and it would widen a static size to a dynamic one after the second variant.
+        own = types.FunctionType(
+            self.function.__code__.replace(), self.function.__globals__, self.function.__name__, self.function.__defaults__
+        )
+        compiled = torch.compile(own, fullgraph=True)
+
+        def first_call(*args: Any) -> Any:
+            _announce(self.function.__name__)
+            start = time.perf_counter()
+            out = mark_and_run(*args)
+            logger.info("compiled %s in %.1f s", self.function.__name__, time.perf_counter() - start)
+            self.variants[key] = mark_and_run
+            return out
+
+        def mark_and_run(*args: Any) -> Any:
+            return compiled(*(_marked(a, dims) for a, dims in zip(args, self.dynamic, strict=True)))
+
+        return first_call
+
+
+def _static_part(value: Any, dynamic: tuple[int, ...]) -> Any:
+    if isinstance(value, Tensor):
+        # Inductor specialises sizes 0 and 1, so they are variants of their own.
+        return value.dtype, tuple(-1 if i in dynamic and n > 1 else n for i, n in enumerate(value.shape))
+    return value
+
+
+def _marked(value: Any, dynamic: tuple[int, ...]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    fresh = value.detach().view(value.shape)  # the mark is an attribute: never put it on the caller's tensor
+    for dim in dynamic:
+        if value.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(fresh, dim)
+    return fresh
+
+
+_announced = False
+
+
+def _announce(name: str) -> None:
+    """The compiler's start-up is the one long wait of the library, so it is never silent."""
+    global _announced
+    if not _announced:
+        _announced = True
+        where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "PyTorch's cache folder")
+        logger.warning("starting Inductor to compile %s for this CPU: about 15 s, or 2 s if cached in %s", name, where)

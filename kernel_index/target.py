@@ -1,0 +1,80 @@
+"""What a device is, and what this machine has installed.  Probed once; constant while Dynamo traces."""
+
+import functools
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """``kind``: ``"cpu"``, ``"cuda"``, ``"hip"`` or another torch device type.  ``arch``: 90 for sm_90, ``"gfx942"``."""
+
+    kind: str
+    arch: int | str = 0
+
+
+@functools.cache
+def _probe(kind: str, index: int) -> Target:
+    if kind != "cuda":
+        return Target(kind)
+    if torch.version.hip:
+        return Target("hip", torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target("cuda", 10 * major + minor)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target behind a torch device."""
+    return _probe(device.type, device.index or 0)
+
+
+@functools.cache
+def _find_package(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def has_package(name: str) -> bool:
+    """Whether a top-level package can be imported, found without importing it."""
+    return _find_package(name)
+
+
+@functools.cache
+def _find_compiler() -> bool:
+    chosen = os.environ.get("CXX")
+    return any(shutil.which(c) for c in ([chosen] if chosen else ["g++", "clang++"]))
+
+
+def has_cxx_compiler() -> bool:
+    """Whether Inductor will find the C++ compiler that it needs on a CPU, even for a cached kernel."""
+    return _find_compiler()
+
+
+def machine_why_not(backend: str) -> str | None:
+    """Why this machine cannot run a backend at all, or None.  A call may still be refused by its own rules."""
+    cuda = torch.cuda.is_available()
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    rules = {
+        "reference": None,
+        "sdpa": None,
+        "cpu": None,
+        "inductor": None if has_cxx_compiler() else "no C++ compiler (g++ or clang++) found",
+        "triton": None
+        if has_package("triton") and (cuda or interpreting)
+        else "needs the triton package and a CUDA or ROCm device (or TRITON_INTERPRET=1)",
+        "fa4": None if has_package("flash_attn") and cuda else "needs the flash-attn-4 package and a CUDA device",
+        "flex": None if cuda else "needs a CUDA device: FlexAttention has no backward on a CPU",
+        "varlen": None if cuda else "needs a CUDA device",
+        "pallas": None if has_package("jax") else "needs the jax package",
+    }
+    if backend not in rules:
+        raise ValueError(f"backend must be one of {', '.join(rules)}, got {backend!r}")
+    return rules[backend]
+
+
+# See dispatch.py: Dynamo runs these as plain Python while it traces and keeps the result.
+for _constant in (target_of, has_package, has_cxx_compiler):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

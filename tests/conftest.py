@@ -1,0 +1,23 @@
+"""Shared set-up: one Inductor cache for the suite, a fresh environment for dispatch, no state between tests."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "inductor"))
+
+import pytest
+import torch
+
+from kernel_index import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("KERNEL_INDEX_"):
+            monkeypatch.delenv(name)
+    dispatch.reload_environment()
+    torch.manual_seed(0)
+    yield
+    monkeypatch.undo()
+    dispatch.reload_environment()

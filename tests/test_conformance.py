@@ -1,0 +1,238 @@
+"""One test for every op × backend × case.  A new kernel gets all of it by having a ``cases.py``."""
+
+import pytest
+import torch
+from torch._inductor.utils import fresh_inductor_cache
+
+import kernel_index as ki
+from kernel_index.cases import Maker, Suite, suites
+from kernel_index.target import machine_why_not
+from tests.conformance import (
+    clone_inputs,
+    differentiable,
+    floor,
+    in_float64,
+    relative_error,
+    run,
+    tensors_of,
+    upstream_like,
+)
+
+SUITES = suites()
+PAIRS = [pytest.param(s, b.name, id=f"{s.op}-{b.name}") for s in SUITES for b in s.backends]
+CASES = [
+    pytest.param(s, b.name, c, id=f"{s.op}-{b.name}-{c.name}") for s in SUITES for b in s.backends for c in s.cases
+]
+DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+def refusal(suite: Suite, backend: str, kwargs) -> str | None:
+    return ki.explain(suite.function, **kwargs, backend=backend).verdicts[backend]
+
+
+def build(suite: Suite, case, dtype, backend, **maker):
+    if dtype not in suite.dtypes:
+        pytest.skip(f"{suite.op} does not take {dtype}")
+    kwargs = case.build(Maker(dtype, **maker))
+    reason = refusal(suite, backend, kwargs)
+    if reason:
+        pytest.skip(reason)
+    return kwargs
+
+
+def assert_within_budget(suite: Suite, backend: str, kwargs) -> None:
+    """Error ≤ 2 × the error of the plain formula in the same dtype (for the reference) or of the reference, + floor."""
+    names = differentiable(suite, kwargs)
+    outputs, grads = run(suite.function, kwargs, names, backend=backend)
+    upstream = upstream_like(tuple(outputs))
+    truth, truth_grads = run(suite.oracle, in_float64(kwargs), names, upstream)
+    if backend == "reference":
+        plain, plain_grads = run(suite.oracle, kwargs, names, upstream)
+    else:
+        plain, plain_grads = run(suite.function, kwargs, names, upstream, backend="reference")
+    labels = [f"output {i}" for i in range(len(outputs))] + [f"gradient of {n}" for n in names[: len(grads)]]
+    for label, actual, exact, eager in zip(
+        labels, outputs + grads, truth + truth_grads, plain + plain_grads, strict=True
+    ):
+        if exact is None:
+            assert actual is None or not actual.any(), f"{label} must be zero or absent"
+            continue
+        assert actual is not None, f"{label} is missing"
+        assert actual.shape == exact.shape, label
+        if not torch.isfinite(eager.double()).all():  # the dtype itself overflows: same places or better
+            assert not (~torch.isfinite(actual) & torch.isfinite(eager)).any(), f"{label} overflows where plain does not"
+            continue
+        budget = 2 * relative_error(eager, exact) + floor(actual.dtype)
+        error = relative_error(actual, exact)
+        assert error <= budget, f"{label}: error {error:.3g} over the budget {budget:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("suite", "backend", "case"), CASES)
+def test_values_and_gradients(suite, backend, case, dtype):
+    kwargs = build(suite, case, dtype, backend)
+    poison_freed_memory(kwargs)
+    assert_within_budget(suite, backend, kwargs)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 16.0, 300.0])
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_input_scales(suite, backend, scale):
+    if scale not in suite.scales:
+        pytest.skip("the suite names the scales that are meaningful for this op")
+    kwargs = build(suite, suite.cases[0], torch.float32, backend, scale=scale)
+    assert_within_budget(suite, backend, kwargs)
+
+
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_runs_at_least_one_case(suite, backend):
+    if machine_why_not(backend):
+        pytest.skip(machine_why_not(backend))
+    assert any(
+        refusal(suite, backend, c.build(Maker(d))) is None for c in suite.cases for d in suite.dtypes
+    ), f"{backend} claims this machine and refuses every case"
+
+
+def poison_freed_memory(kwargs) -> None:
+    """Leave NaN in the freed blocks that the allocator is about to hand out again."""
+    blocks = [torch.full_like(t, float("nan"), memory_format=torch.contiguous_format)
+              for t in tensors_of(kwargs.values()) if t.is_floating_point() for _ in range(3)]
+    del blocks
+
+
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_layouts_agree_and_inputs_survive(suite, backend):
+    """Non-contiguous inputs give what contiguous ones give; nothing the caller owns is written."""
+    kwargs = build(suite, suite.cases[0], torch.float32, backend)
+    names = differentiable(suite, kwargs)
+    strided = {
+        k: torch.stack([v, v], -1)[..., 0] if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in kwargs.items()
+    }
+    before = clone_inputs(strided)
+    versions = {k: v._version for k, v in strided.items() if isinstance(v, torch.Tensor)}
+    outputs, grads = run(suite.function, strided, names, backend=backend)
+    for name, version in versions.items():
+        assert strided[name]._version == version, f"{name} was written"
+        torch.testing.assert_close(strided[name], before[name], rtol=0, atol=0, equal_nan=True)
+    plain, plain_grads = run(suite.function, kwargs, names, backend=backend)
+    for actual, expected in zip(outputs + grads, plain + plain_grads, strict=True):
+        assert relative_error(actual, expected) <= floor(torch.float32)
+    for output in outputs:
+        assert output.is_contiguous()
+
+
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_each_input_alone_may_need_a_gradient(suite, backend):
+    kwargs = build(suite, suite.cases[0], torch.float32, backend)
+    names = differentiable(suite, kwargs)
+    _, together = run(suite.function, kwargs, names, backend=backend)
+    for name, expected in zip(names, together, strict=True):
+        _, (alone,) = run(suite.function, kwargs, [name], backend=backend)
+        assert relative_error(alone, expected) <= floor(torch.float32), name
+
+
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_same_call_same_bits(suite, backend):
+    kwargs = build(suite, suite.cases[0], torch.float32, backend)
+    names = differentiable(suite, kwargs)
+    first, second = (run(suite.function, kwargs, names, backend=backend) for _ in range(2))
+    for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_nonfinite_inputs_come_out_where_the_oracle_has_them(suite, backend, value):
+    if not suite.nonfinite:
+        pytest.skip("the suite names no argument that may hold inf or NaN")
+    for name in suite.nonfinite:
+        kwargs = build(suite, suite.cases[0], torch.float32, backend)
+        kwargs[name].view(-1)[kwargs[name].numel() // 2] = value
+        outputs, _ = run(suite.function, kwargs, [], backend=backend)
+        expected, _ = run(suite.oracle, in_float64(kwargs), [])
+        for actual, exact in zip(outputs, expected, strict=True):
+            assert torch.equal(actual.isnan(), exact.isnan()), name
+            assert torch.equal(actual.isinf(), exact.isinf()), name
+
+
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_gradcheck(suite, backend):
+    kwargs = suite.sized(Maker(torch.float64), 3)
+    reason = refusal(suite, backend, kwargs)
+    if reason:
+        pytest.skip(reason)
+    names = differentiable(suite, kwargs)
+    leaves = tuple(kwargs[n].requires_grad_() for n in names)
+
+    def call(*values):
+        return tensors_of(suite.function(**(kwargs | dict(zip(names, values, strict=True))), backend=backend))
+
+    assert torch.autograd.gradcheck(call, leaves)
+    if suite.double_backward:
+        assert torch.autograd.gradgradcheck(call, leaves)
+    elif backend != "reference":
+        outputs = [o for o in call(*leaves) if o.requires_grad]
+        with pytest.raises(RuntimeError, match=r"differentiate twice|once_differentiable|double backward|higher"):
+            grads = torch.autograd.grad([o.sum() for o in outputs], leaves, create_graph=True)
+            torch.autograd.grad(sum(g.sum() for g in grads), leaves)
+
+
+@pytest.mark.parametrize(("suite", "backend"), [*PAIRS, *[pytest.param(s, "auto", id=f"{s.op}-auto") for s in SUITES]])
+def test_one_graph_over_several_sizes_then_inductor(suite, backend):
+    """fullgraph, dynamic, one graph, one receipt for each trace; then Inductor from an empty cache, gradients equal."""
+    names = differentiable(suite, suite.sized(Maker(torch.float32), 9))
+
+    def call(kwargs):
+        return suite.function(**kwargs, backend=backend)
+
+    traced: list[str] = []
+
+    def trial(compiled, size):
+        kwargs = suite.sized(Maker(torch.float32), size)
+        with ki.receipts() as log:
+            actual = run(lambda **kw: compiled(kw), kwargs, names)
+        traced.extend(r.op for r in log if r.op == suite.op)
+        expected = run(suite.function, kwargs, names, backend="reference")
+        for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
+            assert relative_error(a, e) <= 8 * floor(torch.float32)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    try:
+        trial(compiled, 9)
+    except Exception as error:
+        reason = "torch.compile is tracing"  # the one refusal that only a trace can show; any other error is a failure
+        if reason not in str(error):
+            raise
+        pytest.skip(reason)
+    for size in (13, 21, 9):
+        trial(compiled, size)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert traced == [suite.op], "one receipt for one trace"
+    torch._dynamo.reset()
+    with fresh_inductor_cache():
+        trial(torch.compile(call, fullgraph=True, dynamic=True), 9)
+
+
+@pytest.mark.parametrize("suite", [pytest.param(s, id=s.op) for s in SUITES])
+def test_receipts_are_the_expected_ones(suite):
+    """A named backend is requested and run; the reference is last and always eligible."""
+    kwargs = suite.cases[0].build(Maker(torch.float32))
+    assert suite.backends[-1].name == "reference"
+    for backend in suite.backends:
+        if refusal(suite, backend.name, kwargs):
+            with pytest.raises(ki.Ineligible, match=backend.name):
+                suite.function(**kwargs, backend=backend.name)
+            continue
+        with ki.receipts() as log:
+            suite.function(**kwargs, backend=backend.name)
+        mine = [r for r in log if r.op == suite.op]
+        assert [(r.requested, r.ran, r.declined, r.error) for r in mine] == [(backend.name, backend.name, (), None)]
+
+
+@pytest.mark.parametrize("suite", [pytest.param(s, id=s.op) for s in SUITES])
+def test_unknown_backend_is_named(suite):
+    with pytest.raises(ki.Ineligible, match="expected auto or one of"):
+        suite.function(**suite.cases[0].build(Maker(torch.float32)), backend="cuda-magic")
