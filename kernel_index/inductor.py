@@ -5,6 +5,7 @@ process costs about 15 s (2 s from the disk cache), each further one about 1 s, 
 per dtype and width, never per token count.  See docs/decisions/0002-inductor-on-the-cpu.md.
 """
 
+import functools
 import inspect
 import logging
 import os
@@ -50,11 +51,14 @@ def not_worth(x: Tensor, *_: Any) -> str | None:
     return "too small for a compiled region to pay" if x.numel() < MIN_ELEMENTS else None
 
 
+@functools.cache  # Dynamo, too, reads these once, when it is imported
+def _compile_is_disabled() -> bool:
+    return os.environ.get("TORCH_COMPILE_DISABLE") == "1" or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+
+
 def _compile_is_off() -> bool:
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1" or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        return True
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # set_stance() can only have run if this is loaded
-    return eval_frame is not None and eval_frame._stance.stance != "default"
+    return _compile_is_disabled() or (eval_frame is not None and eval_frame._stance.stance != "default")
 
 
 class Region:

@@ -1,0 +1,30 @@
+# Every target sets up .venv itself, once.  Needs: Python 3.11 or newer, make, and g++ for the compiled CPU kernels.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+READY := .venv/.ready
+
+.PHONY: train test check bench list
+
+train: $(READY)
+	$(BIN)/kernel-index train $(ARGS)
+
+test: $(READY) check
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.budgets
+	$(BIN)/pyright
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+list: $(READY)
+	$(BIN)/kernel-index list
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)

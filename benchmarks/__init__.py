@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks: one script per question, all through ``harness.py``."""

@@ -1,0 +1,172 @@
+"""One way to compare: same process, alternating order, medians, ratios.
+
+Machines are noisy, so a time alone says little; the ratio of two contenders measured in turn says more.  Memory is
+measured in a process of its own for each contender, as the high-water mark above what was resident before the call.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+console = Console(width=140)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``prepare()`` builds inputs and returns the call to be timed; ``ours`` marks the index's own."""
+
+    name: str
+    prepare: Callable[[], Callable[[], object]]
+    ours: bool = False
+
+
+@dataclass
+class Row:
+    """What one contender cost: seconds of every timed call, of the first call, and bytes above its inputs."""
+
+    contender: str
+    seconds: list[float]
+    first: float
+    memory: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class Comparison:
+    """A question, its contenders, and the targets ``{contender: highest allowed ratio of ours to it}``."""
+
+    title: str
+    rows: list[Row]
+    ours: str
+    targets: dict[str, float] = field(default_factory=dict)
+    memory_targets: dict[str, float] = field(default_factory=dict)
+
+    def row(self, name: str) -> Row:
+        return next(r for r in self.rows if r.contender == name)
+
+    def ratio(self, name: str) -> float:
+        return self.row(self.ours).median / self.row(name).median
+
+    def memory_ratio(self, name: str) -> float | None:
+        ours, theirs = self.row(self.ours).memory, self.row(name).memory
+        return ours / theirs if ours is not None and theirs else None
+
+    def show(self) -> None:
+        table = Table("contender", "median", "min", "first call", "memory", "ours ÷ it", "target", title=self.title)
+        for r in self.rows:
+            memory = "" if r.memory is None else f"{r.memory / 2**20:,.0f} MiB"
+            ratio, target = "", ""
+            if r.contender != self.ours:
+                ratio = f"{self.ratio(r.contender):.2f}×"
+                target = _judge(self.ratio(r.contender), self.targets.get(r.contender))
+                if (m := self.memory_ratio(r.contender)) is not None:
+                    ratio += f" time, {m:.2f}× memory"
+                    target += " " + _judge(m, self.memory_targets.get(r.contender))
+            table.add_row(
+                r.contender, f"{r.median * 1e3:,.1f} ms", f"{min(r.seconds) * 1e3:,.1f}", f"{r.first * 1e3:,.0f}", memory,
+                ratio, target,
+            )  # fmt: skip
+        console.print(table)
+
+
+def _judge(ratio: float, target: float | None) -> str:
+    if target is None:
+        return ""
+    return f"≤ {target:.2f} [{'green]met' if ratio <= target else 'red]missed'}[/]"
+
+
+def compare(
+    title: str,
+    contenders: Sequence[Contender],
+    *,
+    rounds: int = 9,
+    targets: dict[str, float] | None = None,
+    memory_targets: dict[str, float] | None = None,
+) -> Comparison:
+    """Time the contenders in turn, every round in another order; memory too if it has targets."""
+    calls, rows = [], []
+    for c in contenders:
+        call = c.prepare()
+        start = time.perf_counter()
+        call()
+        rows.append(Row(c.name, [], time.perf_counter() - start))
+        call()  # a second warm-up: the first may have compiled only the forward
+        calls.append(call)
+    for i in range(rounds):
+        for j in range(len(calls)):
+            k = (i + j) % len(calls)
+            start = time.perf_counter()
+            calls[k]()
+            rows[k].seconds.append(time.perf_counter() - start)
+    del calls
+    if memory_targets is not None:
+        for c, row in zip(contenders, rows, strict=True):
+            row.memory = peak_memory(c)
+    ours = next(c.name for c in contenders if c.ours)
+    result = Comparison(title, rows, ours, targets or {}, memory_targets or {})
+    result.show()
+    return result
+
+
+def peak_memory(contender: Contender) -> int:
+    """Bytes that a second call adds at its peak, in a fresh process (a first call pays for compilers and caches)."""
+    context = multiprocessing.get_context("fork" if not torch.cuda.is_available() else "spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_memory, args=(contender, send))
+    child.start()
+    send.close()
+    value = receive.recv()
+    child.join()
+    return value
+
+
+def _measure_memory(contender: Contender, send) -> None:
+    call = contender.prepare()
+    call()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
+    before = _status_kib("VmRSS")
+    call()
+    send.send(1024 * (_status_kib("VmHWM") - before))
+    os._exit(0)
+
+
+def _status_kib(name: str) -> int:
+    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {name}")
+    return int(match.group(1))
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", info)
+    return {
+        "processor": model.group(1) if model else platform.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def save(comparisons: list[Comparison], path: Path) -> None:
+    """Write the figures and the machine as JSON."""
+    content = {"machine": machine(), "comparisons": [asdict(c) for c in comparisons]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1))

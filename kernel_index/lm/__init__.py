@@ -1,0 +1,1 @@
+"""A small hybrid-ready language model that trains on the kernels of the index."""

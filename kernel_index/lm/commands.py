@@ -1,0 +1,190 @@
+"""``kernel-index train`` and ``kernel-index generate``: the terminal's side of training."""
+
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kernel_index.lm.checkpoint import CheckpointError
+from kernel_index.lm.config import PRESETS
+from kernel_index.lm.data import DataError
+from kernel_index.lm.generate import generate, load_model
+from kernel_index.lm.report import LN2, receipt_rows, write_report
+from kernel_index.lm.train import RunConfig, StepReport, Trainer, TrainingError, read_config, read_metrics
+
+INTERRUPTED = 130
+SAMPLE_PROMPT = "def "
+SAMPLE_TOKENS = 240
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def train_command(
+    preset: Annotated[str | None, typer.Option(help=f"Model and schedule: {', '.join(PRESETS)}. [default: tiny]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. [default: the preset's]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: a new folder under runs/]")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints. [default: 100]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out (or the newest run).")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout. [default: 0]")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of text. [default: Python's standard library]")] = None,
+    glob: Annotated[str | None, typer.Option(help="Files of the folder. [default: **/*.py]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). [default: float32]")] = None,
+) -> None:
+    """Train a small language model on real text with the kernels of the index."""
+    own = {"preset": preset, "seed": seed, "data": data and str(data.resolve()), "glob": glob, "dtype": dtype}
+    with _clear_errors():
+        if resume:
+            folder = out or _newest_run()
+            _refuse_changes(folder, own)
+            trainer = Trainer.resume(folder, steps=steps, checkpoint_every=checkpoint_every)
+            console.print(f"Resuming {folder} after step {trainer.step}.", highlight=False)
+        else:
+            name = own.pop("preset") or "tiny"
+            config = RunConfig.from_preset(name, steps=steps, checkpoint_every=checkpoint_every, **own)
+            folder = out or _fresh_folder(name)
+            trainer = Trainer.start(config, folder)
+        _introduce(trainer)
+        finished = _run(trainer)
+        _conclude(trainer, finished)
+    if not finished:
+        raise typer.Exit(INTERRUPTED)
+
+
+def generate_command(
+    checkpoint: Annotated[Path, typer.Option(help="A run folder or one of its checkpoints.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = SAMPLE_PROMPT,
+    tokens: Annotated[int, typer.Option(min=0, help="Bytes to generate at most.")] = SAMPLE_TOKENS,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Sample among this many likeliest bytes.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt with a trained model."""
+    with _clear_errors():
+        model = load_model(checkpoint)
+        sys.stdout.write(prompt)
+        for text in generate(model, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """A mistake of the caller or of the machine becomes one clear line and exit status 1, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(
+        console=errors, show_time=False, show_level=False, show_path=False)])  # fmt: skip
+    try:
+        yield
+    except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error
+
+
+def _fresh_folder(name: str) -> Path:
+    numbers = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10_000))
+    return next(folder for folder in numbers if not folder.exists())
+
+
+def _newest_run() -> Path:
+    runs = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise CheckpointError("there is no run to resume under runs/: name one with --out")
+    return runs[-1].parent
+
+
+def _refuse_changes(folder: Path, given: dict[str, object]) -> None:
+    config = read_config(folder)
+    for name, value in given.items():
+        if value is not None and value != getattr(config, name):
+            raise ValueError(f"--{name} must stay {getattr(config, name)!r} when the run is resumed, got {value!r}")
+
+
+def _introduce(trainer: Trainer) -> None:
+    c = trainer.config
+    console.print(
+        f"[bold]{c.preset}[/]: {trainer.model.parameter_count():,} parameters, blocks {c.model.pattern}, "
+        f"{trainer.flops_per_step / 1e9:,.0f} GFLOP per step of {c.batch_rows} × {c.model.context} tokens, {c.dtype}",
+        highlight=False,
+    )
+    source = c.data or "Python's standard library"
+    console.print(f"Data: {source}, {len(trainer.rows):,} packed rows; run folder: {trainer.folder}", highlight=False)
+
+
+def _run(trainer: Trainer) -> bool:
+    """Train with a progress bar; returns False after Ctrl-C, with the state saved."""
+    stop: list[int] = []
+
+    def on_signal(number, _frame):
+        if stop:  # a second Ctrl-C means it
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+    )  # fmt: skip
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("training", total=trainer.config.steps, completed=trainer.step, status="compiling")
+            for report in trainer.steps():
+                progress.update(task, completed=report.step, status=_status(report))
+                _print_line(report, trainer.config)
+                if stop:
+                    break
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if trainer.step < trainer.config.steps:
+        saved = trainer.save()
+        console.print(f"Interrupted after step {trainer.step}; saved {saved}.", highlight=False)
+        console.print(f"Continue with: kernel-index train --resume --out {trainer.folder}", highlight=False)
+        return False
+    return True
+
+
+def _status(report: StepReport) -> str:
+    return f"loss {report.loss:.3f} ({report.loss / LN2:.2f} bits/byte), {report.tokens / report.seconds:,.0f} tokens/s"
+
+
+def _print_line(report: StepReport, config: RunConfig) -> None:
+    """Validation lines always; without a terminal also a line every twentieth of the run."""
+    if report.validation is not None:
+        console.print(f"step {report.step:>5}: validation {report.validation:.3f} bits per byte", highlight=False)
+    if not console.is_terminal and (report.step == 1 or report.step % max(1, config.steps // 20) == 0):
+        left = (config.steps - report.step) * report.seconds
+        console.print(f"step {report.step:>5}/{config.steps}: {_status(report)}, ETA {left:,.0f} s", highlight=False)
+
+
+def _conclude(trainer: Trainer, finished: bool) -> None:
+    metrics = read_metrics(trainer.folder)
+    if not metrics:
+        return
+    table = Table("op", "backend", "calls", "why not an earlier backend", title="Which kernels ran")
+    for row in receipt_rows(trainer.receipts):
+        table.add_row(row.op, row.backend, f"{row.count:,}", row.reason)
+    console.print(table)
+    sample = ""
+    if finished:
+        trainer.model.eval()
+        sample = SAMPLE_PROMPT + "".join(generate(trainer.model, SAMPLE_PROMPT, SAMPLE_TOKENS))
+        console.print("[bold]Generated:[/]")
+        console.print(sample, markup=False, highlight=False)
+        last = metrics[-1].validation
+        if last is not None:
+            console.print(
+                f"\nValidation: [bold]{last:.3f} bits per byte[/], unigram baseline {trainer.unigram:.3f}: "
+                f"{100 * (1 - last / trainer.unigram):.0f} % below it.",
+                highlight=False,
+            )
+    console.print(f"Report: {write_report(trainer, metrics, sample)}", highlight=False)

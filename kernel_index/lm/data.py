@@ -1,0 +1,177 @@
+"""Whole documents packed into rows, with document ids, positions, padding and valid counts.
+
+A document is a start token and the bytes of a file.  One longer than a row is cut into pieces that follow each other,
+so every byte is a target exactly once per epoch and none is dropped.
+"""
+
+import bisect
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+START = 256
+IGNORED = -100
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message says which part and why."""
+
+
+class Batch(NamedTuple):
+    """Rows of packed documents, each tensor int64.
+
+    ``tokens`` ``targets`` ``positions`` ``doc_ids``: [B, T].  Padding has token START, target -100, document id -1.
+    ``valid_counts``: [B], the tokens before the padding.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    positions: Tensor
+    doc_ids: Tensor
+    valid_counts: Tensor
+
+    @classmethod
+    def of_prompt(cls, tokens: Tensor, row: int) -> "Batch":
+        """One document in one row of fixed length, nothing to predict."""
+        count = tokens.numel()
+        if not 0 < count <= row:
+            raise ValueError(f"tokens must hold 1 to {row} tokens, got {count}")
+        padded = torch.full((1, row), START)
+        padded[0, :count] = tokens
+        at = torch.arange(row).reshape(1, row)
+        doc_ids = torch.where(at < count, 0, -1)
+        return cls(padded, torch.full_like(padded, IGNORED), at, doc_ids, torch.tensor([count]))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``length`` consecutive targets of a document: tokens [start, start + length) predict the ones after them."""
+
+    document: int
+    start: int
+    length: int
+
+
+def find_files(folder: Path | None, pattern: str) -> tuple[Path, list[Path]]:
+    """The text files of a folder, by default of the running Python's standard library, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
+    if not root.is_dir():
+        raise DataError(f"--data must be a folder, got {root}")
+    found = sorted(
+        path for path in root.glob(pattern) if path.is_file() and "site-packages" not in path.relative_to(root).parts
+    )
+    if not found:
+        raise DataError(f"--glob must match at least one file in {root}, got {pattern!r}")
+    return root, found
+
+
+def is_held_out(name: str) -> bool:
+    """One file in twenty, chosen by its name: the split does not move when files come or go."""
+    return hashlib.sha256(name.encode()).digest()[0] * 20 < 256
+
+
+def load_documents(folder: Path | None, pattern: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Training and held-out documents, each START followed by a file's bytes."""
+    root, paths = find_files(folder, pattern)
+    train: list[np.ndarray] = []
+    held_out: list[np.ndarray] = []
+    for path in paths:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"--data holds a file that cannot be read: {error}") from error
+        if content:
+            document = np.concatenate([[START], np.frombuffer(content, np.uint8)]).astype(np.int16)
+            (held_out if is_held_out(path.relative_to(root).as_posix()) else train).append(document)
+    if not train or not held_out:
+        raise DataError(
+            f"--data must hold enough files to train on and to hold one in twenty out, "
+            f"got {len(train)} and {len(held_out)} non-empty files in {root}"
+        )
+    return train, held_out
+
+
+def cut(documents: list[np.ndarray], row: int) -> list[Piece]:
+    """Every target of every document once, in pieces of at most a row."""
+    return [
+        Piece(i, start, min(row, len(document) - 1 - start))
+        for i, document in enumerate(documents)
+        for start in range(0, len(document) - 1, row)
+    ]
+
+
+def pack(pieces: list[Piece], row: int) -> list[list[Piece]]:
+    """Best fit, longest first: each piece goes to the fullest row that still holds it; no piece is cropped."""
+    rows: list[list[Piece]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for piece in sorted(pieces, key=lambda p: -p.length):
+        at = bisect.bisect_left(room, (piece.length, -1))
+        if at == len(room):
+            rows.append([])
+            free, index = row, len(rows) - 1
+        else:
+            free, index = room.pop(at)
+        rows[index].append(piece)
+        if free > piece.length:
+            bisect.insort(room, (free - piece.length, index))
+    return rows
+
+
+class PackedRows:
+    """Packed documents, served by row."""
+
+    def __init__(self, documents: list[np.ndarray], row: int):
+        self.documents, self.row = documents, row
+        self.rows = pack(cut(documents, row), row)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: list[int]) -> Batch:
+        shape = (len(indices), self.row)
+        tokens, targets = np.full(shape, START, np.int64), np.full(shape, IGNORED, np.int64)
+        positions, doc_ids = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+        counts = np.zeros(len(indices), np.int64)
+        for b, index in enumerate(indices):
+            at = 0
+            for number, piece in enumerate(self.rows[index]):
+                span = slice(at, at + piece.length)
+                source = self.documents[piece.document][piece.start : piece.start + piece.length + 1]
+                tokens[b, span], targets[b, span] = source[:-1], source[1:]
+                positions[b, span], doc_ids[b, span] = np.arange(piece.length), number
+                at += piece.length
+            counts[b] = at
+        return Batch(*map(torch.from_numpy, (tokens, targets, positions, doc_ids, counts)))
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The row order of an epoch: a function of seed and epoch alone, so that a resumed run continues it."""
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
+    def at_step(self, step: int, rows: int, seed: int) -> Batch:
+        """The batch of a step; an epoch's last incomplete batch is completed from the next epoch."""
+        indices = []
+        for position in range(step * rows, (step + 1) * rows):
+            epoch, offset = divmod(position, len(self))
+            indices.append(int(self._cached_order(seed, epoch)[offset]))
+        return self.batch(indices)
+
+    def _cached_order(self, seed: int, epoch: int) -> np.ndarray:
+        if getattr(self, "_order_key", None) != (seed, epoch):
+            self._order_key, self._order = (seed, epoch), self.order(seed, epoch)
+        return self._order
+
+
+def unigram_bits_per_byte(train: list[np.ndarray], batches: list[Batch]) -> float:
+    """The trivial baseline: every byte costs -log2 of its (add-one) frequency in the training files."""
+    counts = np.ones(256)
+    for document in train:
+        counts += np.bincount(document[1:], minlength=256)
+    bits = -np.log2(counts / counts.sum())
+    targets = np.concatenate([b.targets.numpy()[b.targets.numpy() != IGNORED] for b in batches])
+    return float(bits[targets].mean())

@@ -1,0 +1,92 @@
+"""What a run leaves behind for a reader: the receipts table and report.html."""
+
+import io
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import torch
+from matplotlib.figure import Figure
+
+import kernel_index as ki
+from kernel_index.lm.train import StepReport, Trainer
+
+LN2 = 0.6931471805599453
+
+
+class ReceiptRow(NamedTuple):
+    """One line of the receipts table."""
+
+    op: str
+    backend: str
+    count: int
+    reason: str
+
+
+def receipt_rows(receipts: Counter[ki.Receipt]) -> list[ReceiptRow]:
+    """Op × backend × count × reason, by op; the reason is why each earlier backend did not run."""
+    merged: Counter[tuple[str, str, str]] = Counter()
+    for receipt, count in receipts.items():
+        reasons = [f"{name}: {rule}" for name, rule in receipt.declined]
+        if receipt.forced_by:
+            reasons.insert(0, f"forced by {receipt.forced_by}")
+        if receipt.error:
+            reasons.append(f"{receipt.tried} failed: {receipt.error}")
+        merged[receipt.op, receipt.ran or "nothing", "; ".join(reasons) or "first choice"] += count
+    return [ReceiptRow(op, ran, count, reason) for (op, ran, reason), count in sorted(merged.items())]
+
+
+def loss_curve(metrics: list[StepReport], unigram: float) -> str:
+    """An SVG of bits per byte over steps."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([m.step for m in metrics], [m.loss / LN2 for m in metrics], linewidth=1, alpha=0.6, label="training")
+    measured = [(m.step, m.validation) for m in metrics if m.validation is not None]
+    axes.plot([s for s, _ in measured], [v for _, v in measured], marker="o", label="validation (held-out files)")
+    axes.axhline(unigram, linestyle="--", color="grey", label="unigram baseline")
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    svg = out.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def write_report(trainer: Trainer, metrics: list[StepReport], sample: str) -> Path:
+    """Write ``report.html`` into the run folder: one file, nothing fetched."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        config=trainer.config,
+        parameters=trainer.model.parameter_count(),
+        flops=trainer.flops_per_step,
+        metrics=metrics,
+        last=metrics[-1],
+        unigram=trainer.unigram,
+        curve=loss_curve(metrics, trainer.unigram),
+        receipts=receipt_rows(trainer.receipts),
+        sample=sample,
+        facts=machine_facts(),
+    )
+    path = trainer.folder / "report.html"
+    draft = path.with_suffix(".draft")
+    draft.write_text(page)
+    draft.replace(path)
+    return path
+
+
+def machine_facts() -> Iterable[tuple[str, str]]:
+    return (
+        ("kernel_index", ki.__version__),
+        ("PyTorch", torch.__version__),
+        ("Python", platform.python_version()),
+        ("processor", platform.processor() or platform.machine()),
+        ("threads", str(torch.get_num_threads())),
+    )

@@ -1,0 +1,48 @@
+"""Rotary grouped-query attention under one mask contract."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+import kernel_index as ki
+from kernel_index.nn.residual import Branch
+
+
+class Attention(nn.Module):
+    """Causal self-attention; ``window`` keeps only the nearest previous tokens.
+
+    Args:
+        dim: channels C of the stream.
+        heads: query heads H.
+        kv_heads: key and value heads K; H must be a multiple of K.
+        head_dim: D.
+        window: previous tokens that a query sees beside itself; None for all.
+        bias: whether the output projection has a bias.  It is returned, not added: the block boundary adds it.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None, bias: bool = True
+    ):
+        super().__init__()
+        if heads % kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}), got {heads}")
+        self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
+        self.q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x_BTC: Tensor, mask: "ki.MaskContract", rope: tuple[Tensor, Tensor]) -> Branch:
+        B, T, _ = x_BTC.shape
+        q_BTHD = self.q(x_BTC).view(B, T, self.heads, self.head_dim)
+        k_BTKD = self.k(x_BTC).view(B, T, self.kv_heads, self.head_dim)
+        v_BTKD = self.v(x_BTC).view(B, T, self.kv_heads, self.head_dim)
+        q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
+        out_BTHD = ki.attention(q_BTHD, k_BTKD, v_BTKD, mask)
+        return self.out(out_BTHD.reshape(B, T, -1)), self.bias
+
+    def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
+        """The batch's mask narrowed to this layer's window.  Layers with equal windows should share the result."""
+        return mask if self.window is None else dataclasses.replace(mask, window=(self.window, 0))

@@ -1,0 +1,97 @@
+"""Packing loses nothing, crops nothing, and the split is stable."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel_index.lm.data import (
+    IGNORED,
+    START,
+    Batch,
+    DataError,
+    PackedRows,
+    find_files,
+    is_held_out,
+    load_documents,
+    unigram_bits_per_byte,
+)
+
+
+def documents(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([[START], rng.integers(0, 256, n)]).astype(np.int16) for n in lengths]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=30), st.integers(2, 32))
+def test_every_byte_is_a_target_exactly_once(lengths, row):
+    docs = documents(lengths)
+    packed = PackedRows(docs, row)
+    batch = packed.batch(list(range(len(packed))))
+    targets = batch.targets[batch.targets != IGNORED]
+    expected = np.sort(np.concatenate([d[1:] for d in docs]))
+    assert np.array_equal(np.sort(targets.numpy()), expected)
+    # Every target follows its token in one document, and positions and ids restart with each piece.
+    for b in range(len(packed)):
+        for number in range(int(batch.doc_ids[b].max()) + 1):
+            at = (batch.doc_ids[b] == number).nonzero().flatten()
+            assert torch.equal(at, torch.arange(int(at[0]), int(at[-1]) + 1)), "a document is one run"
+            assert torch.equal(batch.positions[b, at], torch.arange(len(at)))
+            assert torch.equal(batch.tokens[b, at][1:], batch.targets[b, at][:-1])
+    padding = batch.doc_ids == -1
+    assert torch.equal(padding, torch.arange(row) >= batch.valid_counts[:, None])
+    assert (batch.targets[padding] == IGNORED).all()
+
+
+def test_packing_is_tight():
+    packed = PackedRows(documents([5] * 12 + [3] * 12), 8)
+    assert len(packed) == 12, "each row takes one document of 5 and one of 3"
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    packed = PackedRows(documents(range(1, 60)), 16)
+    again = PackedRows(documents(range(1, 60)), 16)
+    for step in (0, 3, 40):  # 40 lies in a later epoch
+        for a, b in zip(packed.at_step(step, 4, 1), again.at_step(step, 4, 1), strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(packed.at_step(0, 4, 1).tokens, packed.at_step(0, 4, 2).tokens)
+
+
+def test_an_epoch_serves_every_row_once():
+    packed = PackedRows(documents(range(1, 60)), 16)
+    assert sorted(packed.order(3, 0).tolist()) == list(range(len(packed)))
+    assert packed.order(3, 0).tolist() != packed.order(3, 1).tolist()
+
+
+def test_standard_library_is_found_and_split_by_name():
+    root, paths = find_files(None, "*.py")
+    assert (root / "os.py") in paths
+    assert not any("site-packages" in p.parts for p in paths)
+    share = np.mean([is_held_out(f"{i}.py") for i in range(4000)])
+    assert 0.03 < share < 0.07
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern", "message"),
+    [("missing", "*", "--data must be a folder"), (".", "*.nothing", "--glob must match"), (".", "*.txt", "--data must hold")],
+)
+def test_unusable_data_is_named(tmp_path, folder, pattern, message):
+    (tmp_path / "one.txt").write_text("x")
+    with pytest.raises(DataError, match=message):
+        load_documents(tmp_path / folder, pattern)
+
+
+def test_unigram_of_uniform_bytes_is_eight_bits():
+    docs = [np.concatenate([[START], np.tile(np.arange(256), 50)]).astype(np.int16)]
+    packed = PackedRows(docs, 64)
+    assert unigram_bits_per_byte(docs, [packed.batch([0, 1])]) == pytest.approx(8.0)
+
+
+def test_prompt_is_padded_and_its_padding_is_no_document():
+    batch = Batch.of_prompt(torch.tensor([1, 2, 3]), 5)
+    assert batch.doc_ids.tolist() == [[0, 0, 0, -1, -1]]
+    assert batch.valid_counts.tolist() == [3]
+    with pytest.raises(ValueError, match="tokens must hold 1 to 5 tokens, got 6"):
+        Batch.of_prompt(torch.zeros(6, dtype=torch.int64), 5)

@@ -1,0 +1,281 @@
+"""Training learns, resumes bit for bit, survives a kill, and names what went wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.lm import checkpoint as ckpt
+from kernel_index.lm.generate import generate, load_model
+from kernel_index.lm.report import receipt_rows
+from kernel_index.lm.train import RunConfig, Trainer, TrainingError, read_metrics
+
+SOURCE = "def function_{0}(value):\n    return value + {0}\n\n\nclass Thing{0}:\n    name = 'thing {0}'\n"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(80):
+        (folder / f"module_{i}.py").write_text(SOURCE.format(i) * (1 + i % 4))
+    return folder
+
+
+def config(corpus, **changes) -> RunConfig:
+    base = RunConfig.from_preset("nano", data=str(corpus), checkpoint_every=4, seed=3)
+    return replace(base, **{"steps": 12, "evaluate_every": 6, **changes})
+
+
+def losses(folder):
+    return [(m.step, m.loss, m.validation, m.gradient_norm) for m in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    trainer = Trainer.start(config(corpus), folder)
+    list(trainer.steps())
+    return trainer
+
+
+def test_it_learns(corpus, tmp_path):
+    trainer = Trainer.start(config(corpus, steps=60, evaluate_every=60), tmp_path / "run")
+    last = list(trainer.steps())[-1]
+    assert last.validation < 0.75 * trainer.unigram
+
+
+def test_same_seed_same_bits(finished, corpus, tmp_path):
+    again = Trainer.start(config(corpus), tmp_path / "again")
+    list(again.steps())
+    assert losses(again.folder) == losses(finished.folder)
+    other = Trainer.start(config(corpus, seed=4), tmp_path / "other")
+    next(other.steps())
+    assert losses(other.folder)[0] != losses(finished.folder)[0]
+
+
+@pytest.mark.parametrize("stop_after", [4, 7])
+def test_resume_continues_bit_for_bit(finished, corpus, tmp_path, stop_after):
+    """Stopping at a checkpoint or between two: steps after the checkpoint are done again, with the same bits."""
+    folder = tmp_path / "run"
+    trainer = Trainer.start(config(corpus), folder)
+    for report in trainer.steps():
+        if report.step == stop_after:
+            break
+    del trainer
+    resumed = Trainer.resume(folder)
+    assert resumed.step == 4
+    list(resumed.steps())
+    assert losses(folder) == losses(finished.folder)
+    for name, tensor in finished.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_only_the_newest_checkpoints_are_kept(finished):
+    names = sorted(p.name for p in finished.folder.glob("checkpoint-*"))
+    assert names == ["checkpoint-00000008", "checkpoint-00000012"]
+
+
+def test_receipts_show_every_op(finished):
+    ran = {row.op for row in receipt_rows(finished.receipts)}
+    assert ran == {
+        "attention",
+        "fused_bias_dropout_add",
+        "fused_linear_cross_entropy",
+        "fused_relu_squared",
+        "fused_residual_add_rms_norm",
+        "fused_rope_qk",
+    }
+
+
+def test_a_run_is_not_overwritten(finished, corpus):
+    before = losses(finished.folder)
+    with pytest.raises(ValueError, match="out must be a new folder"):
+        Trainer.start(config(corpus), finished.folder)
+    assert losses(finished.folder) == before
+
+
+def test_nonfinite_loss_stops_with_step_and_checkpoint(corpus, tmp_path):
+    trainer = Trainer.start(config(corpus), tmp_path / "run")
+    steps = trainer.steps()
+    for _ in range(5):
+        next(steps)
+    with torch.no_grad():
+        trainer.model.head.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match=r"at step 6; .*checkpoint-00000004"):
+        next(steps)
+
+
+def test_unreadable_checkpoint_is_named_and_kept(corpus, tmp_path):
+    folder = tmp_path / "run"
+    list(Trainer.start(config(corpus), folder).steps())
+    broken = ckpt.newest(folder) / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    with pytest.raises(ckpt.CheckpointError, match=r"cannot read .*checkpoint-00000012.*also there: checkpoint-00000008"):
+        Trainer.resume(folder)
+    assert broken.stat().st_size == 1000
+
+
+def test_checkpoint_of_another_model_is_refused(finished, corpus, tmp_path):
+    other = Trainer.start(config(corpus, model=replace(config(corpus).model, hidden=64)), tmp_path / "other")
+    before = {n: t.clone() for n, t in other.model.state_dict().items()}
+    with pytest.raises(ckpt.CheckpointError, match="of another model: .*up.weight"):
+        ckpt.load_model(other.model, ckpt.read(finished.folder))
+    assert all(torch.equal(before[n], t) for n, t in other.model.state_dict().items())
+
+
+def test_changed_data_is_refused(finished, corpus, tmp_path):
+    folder = tmp_path / "run"
+    trainer = Trainer.start(config(corpus), folder)
+    trainer.save()
+    settings = json.loads((folder / "config.json").read_text())
+    smaller = tmp_path / "smaller"
+    smaller.mkdir()
+    for path in sorted(corpus.iterdir())[:50]:
+        (smaller / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps({**settings, "data": str(smaller)}))
+    with pytest.raises(ckpt.CheckpointError, match="the data has changed"):
+        Trainer.resume(folder)
+
+
+def test_packed_documents_cost_what_they_cost_alone(finished, corpus):
+    """Documents that share a row do not see each other: losses equal those of one document per row."""
+    model = finished.model.eval()
+    rows = finished.rows
+    packed = rows.batch([i for i, r in enumerate(rows.rows) if len(r) > 1][:3])
+    with torch.no_grad():
+        together = model.loss(packed, reduction="none", z_loss=0.0)
+        for b in range(packed.tokens.shape[0]):
+            for number in range(int(packed.doc_ids[b].max()) + 1):
+                at = packed.doc_ids[b] == number
+                alone = packed._make(t[b : b + 1][:, at] if t.ndim == 2 else at.sum()[None] for t in packed)
+                alone = alone._replace(doc_ids=torch.zeros_like(alone.doc_ids))
+                expected = model.loss(alone, reduction="none", z_loss=0.0)
+                torch.testing.assert_close(together[b : b + 1][:, at], expected, rtol=2e-5, atol=2e-5)
+    model.train()
+
+
+def test_generation_continues_and_is_reproducible(finished):
+    model = load_model(finished.folder)
+    first = "".join(generate(model, "def ", 20, seed=1))
+    assert first == "".join(generate(model, "def ", 20, seed=1))
+    assert first != "".join(generate(model, "def ", 20, seed=2))
+    with pytest.raises(ValueError, match="top_k must be at least 1"):
+        list(generate(model, "x", 1, top_k=0))
+
+
+def cli(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "kernel_index.cli", *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+def start_run(corpus, out, steps):
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "kernel_index.cli", "train", "--preset", "nano", "--data", str(corpus)),
+            *("--out", str(out), "--steps", str(steps), "--checkpoint-every", "5"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_checkpoint(out: Path, process) -> None:
+    deadline = time.monotonic() + 120
+    while ckpt.newest(out) is None:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no checkpoint after two minutes"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_saves_and_resume_finishes_with_the_same_bits(corpus, tmp_path):
+    whole = cli("train", "--preset", "nano", "--data", corpus, "--out", tmp_path / "whole", "--steps", 60)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert "Which kernels ran" in whole.stdout
+    assert "unigram baseline" in whole.stdout
+    assert (tmp_path / "whole" / "report.html").read_text().count("<svg") == 1
+    out = tmp_path / "cut"
+    process = start_run(corpus, out, 60)
+    wait_for_checkpoint(out, process)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert "--resume" in printed
+    again = cli("train", "--resume", "--out", out)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_kill_loses_nothing_that_was_saved(corpus, tmp_path):
+    out = tmp_path / "killed"
+    process = start_run(corpus, out, 60)
+    wait_for_checkpoint(out, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    again = cli("train", "--resume", "--out", out)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [m.step for m in read_metrics(out)] == list(range(1, 61))
+
+
+def test_full_disk_stops_clearly_and_keeps_the_last_checkpoint(corpus, tmp_path):
+    out = tmp_path / "full"
+    first = cli("train", "--preset", "nano", "--data", corpus, "--out", out, "--steps", 2)
+    assert first.returncode == 0, first.stderr
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from kernel_index.cli import main; sys.argv = ['kernel-index', *sys.argv[1:]]; main()"
+    )
+    args = ["train", "--resume", "--out", str(out), "--steps", "4", "--checkpoint-every", "1"]
+    failed = subprocess.run([sys.executable, "-c", limited, *args], capture_output=True, text=True, timeout=300)
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert "cannot write" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert ckpt.read(out).step == 2
+    assert not list(out.glob(".*draft"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train", "--preset", "huge"), "preset must be one of"),
+        (("train", "--data", "/nowhere/at/all"), "--data must be a folder"),
+        (("train", "--resume", "--out", "/nowhere/at/all"), "cannot read the run's configuration"),
+        (("train", "--dtype", "int8"), "dtype must be one of"),
+        (("generate", "--checkpoint", "/nowhere/at/all"), "must be a checkpoint"),
+    ],
+)
+def test_bad_options_get_one_clear_line(tmp_path, args, message):
+    result = cli(*args, cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def test_resume_refuses_another_seed(finished):
+    result = cli("train", "--resume", "--out", finished.folder, "--seed", 9)
+    assert result.returncode == 1
+    assert "--seed must stay 3" in " ".join(result.stderr.split())
+
+
+def test_forced_reference_trains_to_the_same_loss(finished, corpus, tmp_path, monkeypatch):
+    """The plain path is one environment variable away, and its receipts say so."""
+    monkeypatch.setenv("KERNEL_INDEX_BACKEND", "reference")
+    ki.dispatch.reload_environment()
+    trainer = Trainer.start(config(corpus, steps=3), tmp_path / "plain")
+    list(trainer.steps())
+    assert {r.ran for r in trainer.receipts} == {"reference"}
+    assert {r.forced_by for r in trainer.receipts} == {"KERNEL_INDEX_BACKEND"}
+    for ours, plain in zip(read_metrics(finished.folder), read_metrics(trainer.folder), strict=False):
+        assert ours.loss == pytest.approx(plain.loss, rel=1e-4)

@@ -1,0 +1,91 @@
+"""The layers add no kernel logic of their own: each equals its plain formula."""
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.nn import Attention, ResidualRMSNorm, SquaredReLUMLP, TransformerBlock
+
+
+def rope(T, D):
+    return ki.rope_tables(torch.arange(T), D)
+
+
+def test_boundary_without_bias_and_dropout_is_one_kernel():
+    norm = ResidualRMSNorm(8)
+    stream, out = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    with ki.receipts() as log:
+        new, normed = norm(stream, (out, None))
+    assert [r.op for r in log] == ["fused_residual_add_rms_norm"]
+    torch.testing.assert_close(new, stream + out)
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(stream + out, (8,), norm.weight, 1e-6))
+
+
+def test_boundary_with_bias_adds_it():
+    norm = ResidualRMSNorm(8)
+    stream, out, bias = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8)
+    with ki.receipts() as log:
+        new, normed = norm(stream, (out, bias))
+    assert [r.op for r in log] == ["fused_bias_dropout_add"]
+    torch.testing.assert_close(new, stream + out + bias)
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(new, (8,), norm.weight, 1e-6))
+
+
+def test_boundary_keeps_a_float32_stream_under_a_bfloat16_branch():
+    for bias in (None, torch.randn(8)):
+        new, normed = ResidualRMSNorm(8)(torch.randn(3, 8), (torch.randn(3, 8).bfloat16(), bias))
+        assert (new.dtype, normed.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_dropout_only_while_training():
+    norm = ResidualRMSNorm(64, dropout=0.5).eval()
+    stream, out = torch.zeros(4, 64), torch.ones(4, 64)
+    assert torch.equal(norm(stream, (out, None))[0], out)
+    dropped = norm.train()(stream, (out, None))[0]
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+
+
+def test_attention_equals_the_plain_formula():
+    layer = Attention(32, heads=4, kv_heads=2, head_dim=8, window=3)
+    x = torch.randn(2, 7, 32)
+    tables = rope(7, 8)
+    out, bias = layer(x, layer.contract(ki.MaskContract()), tables)
+    assert bias is layer.bias
+    q, k = ki.fused_rope_qk(layer.q(x).view(2, 7, 4, 8), layer.k(x).view(2, 7, 2, 8), *tables, backend="reference")
+    k, v = (t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, layer.v(x).view(2, 7, 2, 8)))
+    t = torch.arange(7)
+    seen = (t[:, None] >= t[None]) & (t[:, None] - t[None] <= 3)
+    plain = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen)
+    torch.testing.assert_close(out, layer.out(plain.transpose(1, 2).reshape(2, 7, 32)))
+
+
+def test_heads_that_do_not_divide_are_named():
+    with pytest.raises(ValueError, match=r"heads must be a multiple of kv_heads \(3\), got 4"):
+        Attention(32, heads=4, kv_heads=3, head_dim=8)
+
+
+def test_mlp_equals_the_plain_formula():
+    layer = SquaredReLUMLP(8, 16)
+    x = torch.randn(3, 8)
+    out, bias = layer(x)
+    assert bias is None
+    torch.testing.assert_close(out, layer.down(torch.relu(layer.up(x)).square()))
+
+
+def test_block_does_not_look_ahead():
+    """Changing a token changes no earlier output and no earlier gradient."""
+    block = TransformerBlock(Attention(16, 2, 1, 8), SquaredReLUMLP(16, 32), 16)
+    stream = torch.randn(1, 6, 16)
+    changed = stream.clone()
+    changed[:, 4] += 1
+
+    def first(s):
+        s = s.clone().requires_grad_()
+        stream, (out, _) = block(s, None, ki.MaskContract(), rope(6, 8))
+        y = (stream + out)[:, :4]
+        return y.detach(), torch.autograd.grad(y.square().sum(), s)[0]
+
+    (y, g), (y2, g2) = first(stream), first(changed)
+    assert torch.equal(y, y2)
+    assert torch.equal(g[:, :4], g2[:, :4])
+    assert not g[:, 4:].any()
