@@ -1,0 +1,19 @@
+"""The specification: a rotation of channel pairs in at least float32, one tensor at a time."""
+
+import torch
+from torch import Tensor
+
+
+def rope_qk_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def _rotate(x_BTHD: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor, interleaved: bool) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(x_BTHD.dtype, cos_BT1R.dtype), torch.float32)
+    cos, sin = cos_BT1R.to(dtype), sin_BT1R.to(dtype)
+    n = 2 * cos.shape[-1]
+    first, second = (slice(0, n, 2), slice(1, n, 2)) if interleaved else (slice(n // 2), slice(n // 2, n))
+    x1, x2 = x_BTHD[..., first].to(dtype), x_BTHD[..., second].to(dtype)
+    y1, y2 = (x1 * cos - x2 * sin).to(x_BTHD.dtype), (x2 * cos + x1 * sin).to(x_BTHD.dtype)
+    rotated = (torch.stack((y1, y2), -1).flatten(-2),) if interleaved else (y1, y2)
+    return torch.cat((*rotated, x_BTHD[..., n:]), -1)
