@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``kind``: ``"cpu"``, ``"cuda"``, ``"hip"`` or another torch device type.  ``arch``: 90 for sm_90, ``"gfx942"``."""
+    """``kind``: ``"cpu"``, ``"cuda"``, ``"hip"`` or another device type.  ``arch``: 90 for sm_90, ``"gfx942"``."""
 
     kind: str
     arch: int | str = 0
@@ -53,11 +53,11 @@ def has_cxx_compiler() -> bool:
     return _find_compiler()
 
 
-def machine_why_not(backend: str) -> str | None:
-    """Why this machine cannot run a backend at all, or None.  A call may still be refused by its own rules."""
+def machine_rules() -> dict[str, str | None]:
+    """For every kind of backend, why this machine cannot run it at all, or None."""
     cuda = torch.cuda.is_available()
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    rules = {
+    return {
         "reference": None,
         "sdpa": None,
         "cpu": None,
@@ -70,6 +70,11 @@ def machine_why_not(backend: str) -> str | None:
         "varlen": None if cuda else "needs a CUDA device",
         "pallas": None if has_package("jax") else "needs the jax package",
     }
+
+
+def machine_why_not(backend: str) -> str | None:
+    """Why this machine cannot run a backend at all, or None.  A call may still be refused by its own rules."""
+    rules = machine_rules()
     if backend not in rules:
         raise ValueError(f"backend must be one of {', '.join(rules)}, got {backend!r}")
     return rules[backend]

@@ -36,7 +36,7 @@ def _run(q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, interleav
     # Every token has its own angles: the batch is one long row, so that a batch of any size is one variant.
     flat = [None if x is None else x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, cos, sin)]
     rows = _region(*flat, interleaved)
-    return tuple(None if y is None else y.view(x.shape) for x, y in zip((q, k), rows, strict=True))
+    return tuple(None if x is None else y.view(x.shape) for x, y in zip((q, k), rows, strict=True))
 
 
 class _RopeQK(torch.autograd.Function):

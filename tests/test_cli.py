@@ -1,0 +1,260 @@
+"""The ``kernel-index`` command and the index behind it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import kernel_index
+from kernel_index import cli, commands, index
+from kernel_index.dispatch import Backend, always
+from kernel_index.target import machine_rules
+
+SEED = {  # the document that the project implements, by family
+    "Attention": """attention_validity_prefix causal_windowing_predicate doc_window_mask exact_token_sparse_telemetry
+        fused_rope_qk dense_fa4_execute_proof dense_fa4_kvcache_decode""",
+    "Sparse staging": """hierarchical_block_expansion triton_row_gather triton_row_gather_pair moba_block_sparse_decode
+        union_selection_query_mask clustered_sparse_three_phase exact_mask_contract_cache""",
+    "Block boundary": "fused_bias_dropout_add fused_residual_add_rms_norm",
+    "Experts and activations": "fused_relu_squared",
+    "Multi-stream fusion": "mhc_fused_static",
+    "MLA": "fused_mla_projection",
+    "Loss": "fused_linear_cross_entropy_chunked",
+}
+ROOT = Path(kernel_index.__file__).parent
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(commands.app, list(arguments))
+
+
+def in_a_process(*arguments: str, code: str | None = None, **environment: str):
+    env = {k: v for k, v in os.environ.items() if k not in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")}
+    start = ["-m", "kernel_index.cli"] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *start, *arguments], env=env | environment, cwd=ROOT.parent, capture_output=True, text=True
+    )
+
+
+def test_the_twenty_entries():
+    by_family = {f: [e.name for e in index.ENTRIES if e.family == f] for f in index.FAMILIES}
+    assert by_family == {family: names.split() for family, names in SEED.items()}
+    assert len(index.ENTRIES) == 20
+    with pytest.raises(FrozenInstanceError):
+        index.ENTRIES[0].name = "other"
+
+
+@pytest.mark.parametrize("entry", index.ENTRIES, ids=lambda e: e.name)
+def test_an_entry_is_what_the_tree_says(entry):
+    has_api = (ROOT / entry.folder / "api.py").exists()
+    assert entry.implemented == (has_api and not entry.missing())
+    if entry.implemented:
+        for name in entry.functions:
+            assert name in kernel_index.__all__, f"{name} is implemented and not exported"
+        assert all(entry.docstrings().values())
+        if entry.backends():
+            assert entry.backends()[-1].name == "reference"
+        for backend in entry.backends():
+            assert backend.machine == machine_rules()[backend.name]
+            assert backend.name == "reference" or backend.rules, f"{backend.name} states no rule"
+
+
+def test_every_folder_with_a_public_function_is_in_the_index():
+    shared = {"attention/dense_attention"}  # the wrapper under the entries, none of its own
+    folders = {str(p.parent.relative_to(ROOT)) for p in ROOT.glob("*/*/api.py")}
+    assert folders - {e.folder for e in index.ENTRIES} - shared == set()
+
+
+def test_an_entry_without_its_folder_is_not_implemented():
+    absent = index.entry("x", "Loss", "loss/absent", "absent_loss", "Nothing.", "nn.Absent")
+    assert not absent.implemented
+    assert absent.missing() == ("absent_loss",)
+    assert (absent.backends(), absent.docstrings(), absent.users()) == ((), {}, {"nn.Absent": False})
+
+
+def test_a_function_that_the_folder_lacks_is_missing():
+    half = index.entry("x", "Experts", "experts/fused_relu_squared", "fused_relu_squared fused_relu_cubed", "", "")
+    assert half.missing() == ("fused_relu_cubed",)
+    assert not half.implemented
+
+
+RULE = "needs a device of rule"
+
+
+def _inner_rule(x) -> str | None:
+    """This docstring is not a rule."""
+    if x == "a comparison is not a rule":
+        return "needs an inner rule"
+    return None
+
+
+def _outer_rule(x) -> str | None:
+    rule = _inner_rule(x)
+    if rule is None:
+        rule = RULE if x else "needs the other thing"
+    return rule
+
+
+def test_rules_are_read_from_the_predicates(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "__name__", "kernel_index.pretended")
+    for function in (_inner_rule, _outer_rule):
+        monkeypatch.setattr(function, "__module__", "kernel_index.pretended")
+    assert set(index.sentences(_outer_rule)) == {"needs an inner rule", RULE, "needs the other thing"}
+    assert index.sentences(always) == ()
+    assert index.sentences(Backend("n", len, len).why_not) == ()
+
+
+def test_list():
+    result = run("list")
+    assert result.exit_code == 0
+    for family, names in SEED.items():
+        assert family in result.output
+        for name in names.split():
+            assert name in result.output
+    line = next(line for line in result.output.splitlines() if "fused_relu_squared" in line)
+    assert line.split() == ["✓", "fused_relu_squared", "inductor", "✓", "reference", "✓"]
+
+
+def test_list_marks_what_the_machine_lacks(monkeypatch):
+    monkeypatch.setattr("kernel_index.target.has_cxx_compiler", lambda: False)
+    result = run("list")
+    line = next(line for line in result.output.splitlines() if "fused_relu_squared" in line)
+    assert "inductor ✗" in line
+    assert "✗ inductor: no C++ compiler (g++ or clang++) found" in result.output
+    entries = {e["name"]: e for e in json.loads(run("list", "--json").output)}
+    state = {"name": "inductor", "available": False, "reason": "no C++ compiler (g++ or clang++) found"}
+    assert state in entries["fused_relu_squared"]["backends"]
+
+
+def test_list_json():
+    entries = json.loads(run("list", "--json").output)
+    assert [e["name"] for e in entries] == [e.name for e in index.ENTRIES]
+    relu = next(e for e in entries if e["name"] == "fused_relu_squared")
+    assert relu["implemented"] is True
+    assert relu["functions"] == ["fused_relu_squared"]
+    assert {b["name"] for b in relu["backends"]} >= {"inductor", "reference"}
+
+
+@pytest.mark.parametrize("name", ["fused_rope_qk", "rope_tables"])
+def test_show(name):
+    """By the entry's name or by one of its functions'."""
+    result = run("show", name)
+    assert result.exit_code == 0
+    assert "ki.fused_rope_qk(q, k, cos, sin, *, interleaved=False, backend='auto')" in result.output
+    assert kernel_index.fused_rope_qk.__doc__.splitlines()[0] in result.output
+    assert "[1 or B, T, 1, R/2]" in result.output, "brackets are text, not markup"
+    assert "    declines: cos or sin needs a gradient: only the reference computes it" in result.output
+    assert "    auto passes over it: too small for a compiled region to pay" in result.output
+    assert "kernel_index.nn.TransformerBlock" in result.output
+
+
+def test_show_json():
+    shown = json.loads(run("show", "fused_relu_squared", "--json").output)
+    assert shown["contract"]["fused_relu_squared"].startswith("Squared ReLU")
+    assert shown["rules"]["reference"] == {"declines": [], "auto_declines": []}
+    assert "needs CPU tensors" in shown["rules"]["inductor"]["declines"]
+
+
+def test_show_says_what_is_not_implemented(monkeypatch):
+    planned = index.entry("planned", "Loss", "loss/planned", "planned_loss", "A plan.", "nn.Planned")
+    monkeypatch.setattr(index, "ENTRIES", (planned,))
+    result = run("show", "planned")
+    assert result.exit_code == 0
+    assert "Not implemented yet: planned_loss" in result.output
+    assert "kernel_index.nn.Planned (not yet)" in result.output
+
+
+@pytest.mark.parametrize(("typo", "near"), [("fused_rope", "fused_rope_qk"), ("relu_squared", "fused_relu_squared")])
+def test_an_unknown_entry_suggests_the_nearest(typo, near):
+    result = run("show", typo)
+    assert result.exit_code != 0
+    assert result.output.count("\n") == 1
+    assert f"no entry is called {typo!r}" in result.output
+    assert near in result.output
+
+
+def test_an_unknown_entry_without_a_neighbour():
+    result = run("show", "zzzzzzzz", "--json")
+    assert result.exit_code != 0
+    assert "`kernel-index list` names them all" in result.output
+
+
+def test_doctor():
+    result = run("doctor")
+    assert result.exit_code == 0
+    for fact in (
+        "python",
+        "torch",
+        "C++ compiler",
+        "CPU capability",
+        "CUDA",
+        "triton",
+        "flash-attn-4",
+        "jax",
+        "libtpu",
+    ):
+        assert fact in result.output
+    for name, reason in machine_rules().items():
+        assert f"{'✗' if reason else '✓'} {name}" in result.output
+        assert (reason or "") in result.output
+
+
+def test_doctor_json(monkeypatch):
+    monkeypatch.setenv("KERNEL_INDEX_BACKEND", "reference")
+    report = json.loads(run("doctor", "--json").output)
+    assert {b["name"]: b["reason"] or None for b in report["backends"]} == machine_rules()
+    assert report["facts"]["variables"]["KERNEL_INDEX_BACKEND"] == "reference"
+    assert set(report["facts"]["packages"]) >= {"triton", "flash-attn-4", "jax", "libtpu"}
+
+
+def test_commands_of_other_folders_are_listed_and_imported_late():
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in ("list", "show", "doctor", *commands.ELSEWHERE):
+        assert name in result.output
+    for name in commands.ELSEWHERE:
+        assert run(name, "--help").exit_code == 0
+    code = (
+        "import sys; sys.argv[1:] = ['list']\n"
+        "from kernel_index import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('kernel_index.lm.train', 'torch._dynamo', 'torch._inductor.config', 'matplotlib', 'jax',"
+        " 'triton') if m in sys.modules])"
+    )
+    assert in_a_process(code=code).stdout.splitlines()[-1] == "[]"
+
+
+def test_a_real_process_keeps_its_cache_in_the_users_folder(tmp_path):
+    result = in_a_process("doctor", "--json", XDG_CACHE_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    expected = str(tmp_path / "kernel_index" / "inductor")
+    facts = json.loads(result.stdout)["facts"]
+    assert facts["variables"]["TORCHINDUCTOR_CACHE_DIR"] == expected
+    assert facts["cache"].startswith(expected)
+
+
+def test_the_cache_folder_that_the_user_chose_is_kept(tmp_path):
+    result = in_a_process("doctor", "--json", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert json.loads(result.stdout)["facts"]["variables"]["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def test_the_cache_folder_without_a_variable(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert cli.cache_folder() == tmp_path / ".cache" / "kernel_index" / "inductor"
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_one_line_when_the_extra_is_missing(package):
+    code = f"import sys; sys.modules[{package!r}] = None; from kernel_index import cli; cli.main()"
+    result = in_a_process(code=code)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.strip() == f"kernel-index needs the {package} package: pip install kernel-index[cli]"
