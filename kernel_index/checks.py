@@ -61,7 +61,8 @@ def is_real(name: str, value: Any) -> None:
     """A finite Python number, not a bool."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
+    # Dynamo may trace a float as a symbol, which has no isfinite.
+    if not torch.compiler.is_compiling() and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
 
 

@@ -1,0 +1,130 @@
+"""A small compiled pass for the mask, then one over the data; the same in backward.  Only the seed is kept."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.boundary.fused_bias_dropout_add import philox
+from kernel_index.boundary.fused_bias_dropout_add.contract import compute_dtype
+from kernel_index.inductor import Region, sum_rows
+
+_WHOLE_BLOCKS = philox.BLOCK // philox.LANES, philox.LANES
+
+
+def _keep_bits(blocks: Tensor, seed: Tensor, threshold: Tensor) -> Tensor:
+    return philox.keep_bits(blocks.shape[0], seed, threshold)
+
+
+def _keep_mask(elements: Tensor, seed: Tensor, threshold: Tensor) -> Tensor:
+    return philox.keep_mask(elements.shape, seed, threshold)
+
+
+def _kept(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    bit = 1 << torch.arange(_WHOLE_BLOCKS[0], dtype=torch.int32, device=mask.device)
+    return (mask & bit[:, None]) != 0
+
+
+def _forward(
+    x: Tensor, residual: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    y = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    out = residual.to(dtype)
+    out = out + y if mask is None else torch.where(_kept(mask), out + y * scale, out)
+    return out.to(residual.dtype)
+
+
+def _backward(
+    g: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and bias, None where no dtype is given for them."""
+    dx = g.to(dtype) if mask is None else torch.where(_kept(mask), g.to(dtype) * scale, 0.0)
+    return None if x_dtype is None else dx.to(x_dtype), None if bias_dtype is None else sum_rows(dx).to(bias_dtype)
+
+
+_ROWS = (0,)
+_bits_region = Region(_keep_bits, blocks=_ROWS)
+_mask_region = Region(_keep_mask, elements=_ROWS)
+_forward_region = Region(_forward, x=_ROWS, residual=_ROWS, mask=_ROWS)
+_backward_region = Region(_backward, g=_ROWS, mask=_ROWS)
+
+
+def _layout(shape: torch.Size, has_bias: bool) -> tuple[int, ...]:
+    """[rows, C], with C cut into blocks of the mask where they fit; without a bias the rows are free to choose."""
+    count, width = math.prod(shape), shape[-1] if shape else 1
+    if not has_bias and count % philox.BLOCK == 0:
+        return count // philox.BLOCK, 1, *_WHOLE_BLOCKS
+    rows = math.prod(shape[:-1])
+    return (rows, width) if width % philox.BLOCK else (rows, width // philox.BLOCK, *_WHOLE_BLOCKS)
+
+
+def _mask_and_scale(ctx: Any, seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask in the form that the layout asks for, and the factor; as tensors, another p is not compiled anew."""
+    if seed is None:
+        return None, None
+    threshold = torch.full((), ctx.threshold, dtype=torch.int64, device=seed.device)
+    scale = torch.full((), ctx.scale, dtype=ctx.dtype, device=seed.device)
+    if len(ctx.layout) == 2:
+        return _mask_region(torch.empty(ctx.layout, dtype=torch.uint8, device=seed.device), seed, threshold), scale
+    rows, blocks = ctx.layout[:2]
+    bits = _bits_region(torch.empty(rows * blocks, 0, device=seed.device), seed, threshold)
+    return bits.view(rows, blocks, 1, philox.LANES), scale
+
+
+class _BiasDropoutAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        bias: Tensor | None,
+        threshold: int,
+        scale: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(None if seed is None else ~seed)
+        ctx.threshold, ctx.scale = threshold, scale
+        ctx.dtype = compute_dtype(x, residual, bias)
+        ctx.like = x.dtype, None if bias is None else bias.dtype
+        ctx.layout = _layout(x.shape, bias is not None)
+        own_bias = None if bias is None else bias.reshape(ctx.layout[1:])
+        mask, factor = _mask_and_scale(ctx, seed)
+        out = _forward_region(x.reshape(ctx.layout), residual.reshape(ctx.layout), own_bias, mask, factor, ctx.dtype)
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 6
+        (inverted,) = ctx.saved_tensors
+        # torch.compile would see the mask of backward as the mask of forward and keep that, a byte for each element;
+        # through the detour it sees two masks and keeps the seed.
+        seed = None if inverted is None else ~inverted
+        needs_x, needs_residual, needs_bias, *_ = ctx.needs_input_grad
+        x_dtype, bias_dtype = ctx.like[0] if needs_x else None, ctx.like[1] if needs_bias else None
+        dx = dbias = None
+        if seed is None and x_dtype is not None:
+            dx, x_dtype = g.to(x_dtype), None  # the gradient passes through the additions
+        if x_dtype is not None or bias_dtype is not None:
+            # Under create_graph the same formula, uncompiled, so that it is differentiable.
+            formula = _backward if torch.is_grad_enabled() else _backward_region
+            mask, factor = _mask_and_scale(ctx, seed)
+            own_dx, dbias = formula(g.reshape(ctx.layout), mask, factor, ctx.dtype, x_dtype, bias_dtype)
+            dx = dx if own_dx is None else own_dx.view(g.shape)
+            dbias = None if dbias is None else dbias.view(-1)
+        return dx, g if needs_residual else None, dbias, None, None, None
+
+
+def bias_dropout_add_inductor(
+    x: Tensor, residual: Tensor, bias: Tensor | None, p: float, seed: Tensor | None
+) -> Tensor:
+    return _BiasDropoutAdd.apply(x, residual, bias, philox.threshold(p), philox.keep_scale(p), seed)

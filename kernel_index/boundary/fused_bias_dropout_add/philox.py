@@ -1,0 +1,76 @@
+"""The dropout mask: Philox-4x32-10 of (seed, element index), in integer arithmetic that every backend can repeat.
+
+Number the elements in row-major order and cut them into blocks of 64.  One Philox call serves four elements that lie
+16 apart: element ``e`` takes word ``(e // 16) % 4`` of the call ``16·(e // 64) + e % 16``.  The 128-bit counter is
+``(call mod 2³², call >> 32, 0, 0)`` and the key is ``(seed mod 2³², (seed >> 32) mod 2³²)``.  The element is kept if
+its word, an unsigned 32-bit integer, is at least ``threshold(p)``.  See docs/decisions/0003-dropout-mask.md.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LANES = 16
+"""Distance between two elements that share a Philox call: one AVX-512 register of float32."""
+BLOCK = 4 * LANES
+"""Elements that one group of LANES calls serves."""
+
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+_LOW = 0xFFFFFFFF
+
+
+def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four words in [0, 2³²) for each counter; counter and key are int64 tensors of 32-bit values, broadcast together.
+
+    A product of two 32-bit values fills 64 bits and may come out negative: its high half is masked after the shift.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def block_words(blocks: int, seed: Tensor) -> tuple[Tensor, ...]:
+    """Four tensors ``[blocks, LANES]``; word j belongs to the elements ``BLOCK·block + LANES·j + lane``."""
+    call = torch.arange(blocks * LANES, device=seed.device).view(blocks, LANES)
+    zero = torch.zeros_like(call)
+    return philox_words((call & _LOW, call >> 32, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))
+
+
+def keep_mask(shape: torch.Size | tuple[int, ...], seed: Tensor, threshold: int | Tensor) -> Tensor:
+    """The mask as a bool tensor, True where the element is kept."""
+    count = math.prod(shape)
+    blocks = (count + BLOCK - 1) // BLOCK
+    keep = torch.stack([word >= threshold for word in block_words(blocks, seed)], dim=1)
+    return keep.view(-1)[:count].view(shape)
+
+
+def keep_bits(blocks: int, seed: Tensor, threshold: Tensor) -> Tensor:
+    """The mask as int32 ``[blocks, LANES]``: bit j says whether element ``BLOCK·block + LANES·j + lane`` is kept."""
+    bits = [torch.where(word >= threshold, 1 << j, 0) for j, word in enumerate(block_words(blocks, seed))]
+    return (bits[0] | bits[1] | bits[2] | bits[3]).to(torch.int32)
+
+
+def threshold(p: float) -> int:
+    """How many of the 2³² words drop an element: 0 for p = 0, and 2³², that is all of them, for p = 1."""
+    return round(p * 2**32)
+
+
+def keep_scale(p: float) -> float:
+    """What a kept element is multiplied by.  Nothing is kept at p = 1, so there is nothing to divide by zero."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as an int64 scalar of the library's own; None draws one from the device's default generator."""
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):  # a copy: the caller may advance it in place before backward reads it
+        return seed.detach().reshape(()).clone()
+    return torch.full((), seed, dtype=torch.int64, device=device)

@@ -1,0 +1,364 @@
+"""What the conformance test cannot know about ``fused_bias_dropout_add``."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import kernel_index as ki
+from kernel_index.boundary.fused_bias_dropout_add import inductor, philox
+from kernel_index.boundary.fused_bias_dropout_add.cases import kept
+from kernel_index.boundary.fused_bias_dropout_add.cases import philox as plain_philox
+
+BACKENDS = pytest.mark.parametrize("backend", ["inductor", "reference"])
+BF16 = torch.bfloat16
+SHAPES = [(), (1,), (63,), (64,), (65,), (3, 64), (5, 17), (64, 3), (2, 3, 192), (1000,)]
+
+
+def mask_of(shape, p=0.4, seed=9, bias=False, **options):
+    """The mask that a call used, read off its output."""
+    x = torch.ones(shape, dtype=options.pop("dtype", torch.float32))
+    own_bias = torch.zeros(shape[-1]) if bias else None
+    return ki.fused_bias_dropout_add(x, torch.zeros(shape), bias=own_bias, p=p, seed=seed, **options) != 0
+
+
+def operands(*shape, dtype=torch.float32):
+    x, residual, bias = (torch.randn(s, dtype=dtype, requires_grad=True) for s in (shape, shape, shape[-1:]))
+    return x, residual, bias
+
+
+# The mask --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+    ids=["zeros", "ones", "digits of pi"],
+)
+def test_known_answers(counter, key, words):
+    """The vectors that Random123 publishes for philox4x32 with 10 rounds; they hold for the tests' own version too."""
+    tensors = [torch.tensor([v]) for v in counter + key]
+    assert [int(w) for w in philox.philox_words(tuple(tensors[:4]), tuple(tensors[4:]))] == words
+    assert plain_philox(sum(c << 32 * i for i, c in enumerate(counter)), key[0] | key[1] << 32) == words
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 12345])
+def test_the_mask_is_the_defined_one(backend, shape, seed):
+    assert torch.equal(mask_of(shape, seed=seed, backend=backend), kept(torch.Size(shape), 0.4, seed))
+
+
+@pytest.mark.parametrize("shape", [(6, 128), (6, 96), (6, 33)], ids=str)
+def test_one_mask_for_all_backends_dtypes_and_layouts(shape):
+    expected = mask_of(shape, backend="reference")
+    for dtype in (torch.float64, BF16, torch.float16):
+        for bias in (False, True):
+            assert torch.equal(mask_of(shape, dtype=dtype, bias=bias, backend="inductor"), expected)
+    transposed = torch.ones(shape[::-1]).t()
+    out = ki.fused_bias_dropout_add(transposed, torch.zeros(shape), p=0.4, seed=9, backend="inductor")
+    assert torch.equal(out != 0, expected)
+
+
+def test_backward_uses_the_mask_of_forward():
+    for shape in ((8, 128), (8, 33)):
+        x, residual, bias = operands(*shape)
+        out = ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.4, seed=3, backend="inductor")
+        (dx,) = torch.autograd.grad(out.sum(), x)
+        assert torch.equal(dx != 0, mask_of(shape, seed=3))
+        torch.testing.assert_close(dx[dx != 0], torch.full_like(dx[dx != 0], 1 / 0.6))
+
+
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5, 0.9])
+def test_keep_rate(p):
+    """Within five standard deviations: of the whole, of each of the four words, and of each of the 16 lanes."""
+    mask = mask_of((1 << 14, 64), p=p, seed=2024).double()
+    for part in (mask, *mask.view(-1, 4, 16).unbind(1), *mask.view(-1, 16).unbind(1)):
+        sigma = (p * (1 - p) / part.numel()) ** 0.5
+        assert abs(part.mean() - (1 - p)) < 5 * sigma
+
+
+def test_neighbours_rows_and_seeds_are_independent():
+    a, b = (mask_of((1 << 12, 256), p=0.5, seed=s).double() - 0.5 for s in (7, 8))
+    pairs = [(a, b), (a[:, :-1], a[:, 1:]), (a[:, :-16], a[:, 16:]), (a[:-1], a[1:])]
+    for left, right in pairs:
+        assert abs((4 * left * right).mean()) < 5 / left.numel() ** 0.5
+
+
+def test_threshold_is_an_exact_integer():
+    assert [philox.threshold(p) for p in (0.0, 2.0**-32, 0.5, 1.0)] == [0, 1, 2**31, 2**32]
+    assert philox.keep_scale(0.75) == 4.0
+    assert philox.keep_scale(1.0) == 0.0
+
+
+# The seed --------------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+def test_manual_seed_reproduces(backend):
+    x, residual, _ = operands(8, 64)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(ki.fused_bias_dropout_add(x, residual, p=0.5, backend=backend))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[2], ki.fused_bias_dropout_add(x, residual, p=0.5, backend=backend))
+
+
+@BACKENDS
+def test_nothing_is_drawn_without_need(backend):
+    """p = 0, evaluation, a given seed, an explanation, and a refused call leave the generator alone."""
+    x, residual, _ = operands(8, 64)
+    state = torch.get_rng_state()
+    ki.fused_bias_dropout_add(x, residual, p=0.0, backend=backend)
+    ki.fused_bias_dropout_add(x, residual, p=0.5, training=False, backend=backend)
+    ki.fused_bias_dropout_add(x, residual, p=0.5, seed=1, backend=backend)
+    ki.explain("fused_bias_dropout_add", x, residual, p=0.5, backend=backend)
+    with pytest.raises(ki.Ineligible):
+        ki.fused_bias_dropout_add(x, residual, p=0.5, backend="none such")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@BACKENDS
+def test_seed_tensors(backend):
+    expected = mask_of((5, 64), seed=77, backend=backend)
+    for seed in (torch.tensor(77), torch.tensor([77]), torch.tensor([[77]])):
+        assert torch.equal(mask_of((5, 64), seed=seed, backend=backend), expected)
+
+
+@BACKENDS
+def test_the_seed_may_advance_before_backward(backend):
+    x, residual, _ = operands(4, 64)
+    seed = torch.tensor(5)
+    out = ki.fused_bias_dropout_add(x, residual, p=0.5, seed=seed, backend=backend)
+    seed.add_(1)
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(dx != 0, mask_of((4, 64), p=0.5, seed=5))
+
+
+@BACKENDS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_replays_the_mask(backend, reentrant):
+    x, residual, bias = operands(8, 64)
+
+    def block(x, residual, bias):
+        return ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.5, backend=backend)
+
+    def run(call):
+        torch.manual_seed(11)
+        out = call()
+        torch.rand(3)  # the generator moves on between forward and the recomputation
+        return out, *torch.autograd.grad(out.square().sum(), (x, residual, bias))
+
+    if reentrant:  # it refuses autograd.grad
+
+        def run(call):
+            torch.manual_seed(11)
+            out = call()
+            torch.rand(3)
+            for leaf in (x, residual, bias):
+                leaf.grad = None
+            out.square().sum().backward()
+            return out, x.grad, residual.grad, bias.grad
+
+    plain = run(lambda: block(x, residual, bias))
+    replayed = run(lambda: checkpoint(block, x, residual, bias, use_reentrant=reentrant))
+    for a, b in zip(plain, replayed, strict=True):
+        assert torch.equal(a, b)
+
+
+def saved_tensors(call):
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t):
+        call()
+    return stored
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_only_the_seed_is_saved(p):
+    x, residual, bias = operands(8, 64)
+    stored = saved_tensors(lambda: ki.fused_bias_dropout_add(x, residual, bias=bias, p=p, seed=1, backend="inductor"))
+    assert [(t.dtype, t.numel()) for t in stored] == ([(torch.int64, 1)] if p else [])
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["tensor seed", "drawn seed"])
+def test_only_the_seed_is_saved_inside_torch_compile(given):
+    x, residual, bias = operands(16, 128)
+    compiled = torch.compile(
+        lambda seed: ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.3, seed=seed), fullgraph=True
+    )
+    out = compiled(torch.tensor(4) if given else None)
+    assert sum(t.nbytes for t in out.grad_fn.saved_tensors) <= 16
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    dropped = out.detach() == residual.detach()
+    assert torch.equal(dx == 0, dropped)
+    assert 0.1 < dropped.double().mean() < 0.5
+    if given:
+        torch.testing.assert_close(
+            out, ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.3, seed=4, backend="reference")
+        )
+
+
+def test_changing_seeds_do_not_recompile():
+    x, residual, _ = operands(6, 64)
+
+    def graphs(seeds, **options):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(
+            lambda s: ki.fused_bias_dropout_add(x, residual, p=0.5, seed=s),
+            fullgraph=True,
+            backend="aot_eager",
+            **options,
+        )
+        for seed in seeds:
+            expected = ki.fused_bias_dropout_add(x, residual, p=0.5, seed=seed, backend="reference")
+            torch.testing.assert_close(compiled(seed), expected)
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    numbers = [2**40 + 7 * i for i in range(6)]
+    assert graphs(map(torch.tensor, numbers)) == 1
+    assert graphs(numbers, dynamic=True) == 1
+    assert graphs(numbers) == 2, "the first call is for one number, the second for any"
+
+
+def test_one_variant_whatever_the_rows_the_seed_and_p():
+    regions = (inductor._forward_region, inductor._backward_region, inductor._bits_region)
+    for region in regions:
+        region.variants.clear()
+    for rows, p in ((2, 0.1), (7, 0.2), (40, 0.9), (129, 1.0)):
+        x, residual, bias = operands(rows, 192)
+        ki.fused_bias_dropout_add(x, residual, bias=bias, p=p, seed=rows, backend="inductor").sum().backward()
+    assert [len(region.variants) for region in regions] == [1, 1, 1]
+
+
+# The sum ---------------------------------------------------------------------------------------------------------
+
+
+@BACKENDS
+@pytest.mark.parametrize("width", [64, 17])
+def test_p_of_one_is_the_residual_exactly(backend, width):
+    """Bit for bit, a negative zero and an infinite x included; no gradient reaches x, and none is NaN."""
+    x, residual, bias = operands(4, width)
+    with torch.no_grad():
+        x[0, 0], x[1, 1], residual[0, 0], residual[2, 2] = float("inf"), float("nan"), -0.0, float("inf")
+    out = ki.fused_bias_dropout_add(x, residual, bias=bias, p=1.0, seed=1, backend=backend)
+    assert torch.equal(out.view(torch.int32), residual.view(torch.int32))
+    dx, dresidual, dbias = torch.autograd.grad(out.sum(), (x, residual, bias))
+    assert dx.eq(0).all()
+    assert dbias.eq(0).all()
+    assert dresidual.eq(1).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", [{"p": 0.0}, {"p": 0.5, "training": False}, {"p": 0.5, "seed": 1}], ids=str)
+def test_nothing_is_written_or_shared(backend, options):
+    """Also where nothing needs a gradient, x is the residual, and x is expanded."""
+    x, residual, bias = (t.detach() for t in operands(4, 64))
+    for x, residual in ((x, residual), (x, x), (x[:1].expand(4, 64), residual)):  # noqa: B020
+        copies = x.clone(), residual.clone(), bias.clone()
+        out = ki.fused_bias_dropout_add(x, residual, bias=bias, **options, backend=backend)
+        assert not {out.data_ptr()} & {x.data_ptr(), residual.data_ptr(), bias.data_ptr()}
+        assert all(torch.equal(a, b) for a, b in zip((x, residual, bias), copies, strict=True))
+        if "seed" not in options:
+            torch.testing.assert_close(out, residual + (x + bias))
+
+
+@BACKENDS
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stream", [torch.float32, BF16])
+@pytest.mark.parametrize("branch", [torch.float32, BF16])
+def test_output_dtype_is_the_residuals(backend, training, stream, branch):
+    x, residual, bias = torch.ones(2, 8).to(branch), torch.ones(2, 8).to(stream), torch.ones(8)
+    out = ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.5, training=training, seed=1, backend=backend)
+    assert out.dtype == stream
+
+
+@BACKENDS
+def test_one_rounding(backend):
+    """bfloat16 x and bias into a float32 residual: the sum x + bias and the scaling are not rounded on the way."""
+    x = torch.randn(9, 64, dtype=BF16)
+    residual, bias = torch.zeros(9, 64), torch.randn(64, dtype=BF16)
+    out = ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.3, seed=1, backend=backend).double()
+    exact = (x.double() + bias.double()) / 0.7
+    torch.testing.assert_close(out[out != 0], exact[out != 0], rtol=1e-6, atol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_bias_gradient_is_summed_in_float32(backend, p):
+    """5000 terms of 1 or 2: a sum in bfloat16 stops at 256."""
+    x, residual, bias = torch.zeros(5000, 64, dtype=BF16), torch.zeros(5000, 64, dtype=BF16), torch.zeros(64)
+    out = ki.fused_bias_dropout_add(x, residual, bias=bias.requires_grad_(), p=p, seed=6, backend=backend)
+    (dbias,) = torch.autograd.grad(out.sum(), bias)
+    count = mask_of((5000, 64), p=p, seed=6, backend="reference").sum(0) if p else torch.full((64,), 5000)
+    assert torch.equal(dbias, count / (1 - p))
+
+
+@BACKENDS
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_leaf_gradients_own_their_memory(backend, p):
+    x, residual, bias = operands(4, 64)
+    for _ in range(2):
+        ki.fused_bias_dropout_add(x, residual, bias=bias, p=p, seed=1, backend=backend).backward(torch.ones(4, 64))
+    assert x.grad.data_ptr() != residual.grad.data_ptr()
+    x.grad.zero_()
+    assert residual.grad.eq(2).all()
+
+
+def test_without_dropout_the_gradient_passes_through(monkeypatch):
+    """p = 0, no bias: no kernel runs in backward and nothing is copied."""
+    x, residual, _ = operands(4, 64)
+    out = ki.fused_bias_dropout_add(x, residual, backend="inductor")
+    monkeypatch.setattr(inductor, "_backward_region", None)
+    upstream = torch.randn(4, 64)
+    grads = torch.autograd.grad(out, (x, residual), upstream)
+    assert [g.data_ptr() for g in grads] == [upstream.data_ptr()] * 2
+
+
+def test_infinite_x_is_dropped_like_any_other():
+    out = ki.fused_bias_dropout_add(torch.full((999,), float("inf")), torch.ones(999), p=0.5, seed=2)
+    assert out[~mask_of((999,), p=0.5, seed=2)].eq(1).all()
+
+
+REFUSALS = {
+    "x must be a torch.Tensor, got list": {"x": [1.0]},
+    "x must be a floating-point tensor, got torch.int64": {"x": torch.ones(2, 4, dtype=torch.int64)},
+    "residual must be a floating-point tensor, got torch.bool": {"residual": torch.ones(2, 4).bool()},
+    "residual must be of x's shape (2, 4), got shape (4,)": {"residual": torch.ones(4)},
+    "residual must be of x's shape (2, 4), got shape (2, 1)": {"residual": torch.ones(2, 1)},
+    "residual must be on the device of x (cpu), got meta": {"residual": torch.ones(2, 4, device="meta")},
+    "bias must be of shape (4,), got shape (1,)": {"bias": torch.ones(1)},
+    "bias must be of shape (4,), got shape (2, 4)": {"bias": torch.ones(2, 4)},
+    "bias must be a floating-point tensor, got torch.int32": {"bias": torch.ones(4, dtype=torch.int32)},
+    "bias must be None for an x of rank 0, got a tensor": {
+        "x": torch.tensor(1.0), "residual": torch.tensor(1.0), "bias": torch.ones(1),
+    },
+    "p must be between 0 and 1, got 1.5": {"p": 1.5},
+    "p must be between 0 and 1, got -0.1": {"p": -0.1},
+    "p must be finite, got nan": {"p": float("nan")},
+    "p must be a number, got Tensor": {"p": torch.tensor(0.5)},
+    "training must be True or False, got int": {"training": 1},
+    "seed must be an integer, got float": {"seed": 1.0},
+    "seed must be an integer, got bool": {"seed": True},
+    "seed must be a 64-bit signed integer, got 9223372036854775808": {"seed": 2**63},
+    "seed must be torch.int64 or a Python integer, got torch.int32": {"seed": torch.tensor(1, dtype=torch.int32)},
+    "seed must be one number, got shape (2,)": {"seed": torch.tensor([1, 2])},
+    "seed must be on the device of x (cpu), got meta": {"seed": torch.ones((), dtype=torch.int64, device="meta")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refusals(message):
+    good = {"x": torch.ones(2, 4), "residual": torch.ones(2, 4)}
+    with pytest.raises((TypeError, ValueError)) as error:
+        ki.fused_bias_dropout_add(**(good | REFUSALS[message]))
+    assert str(error.value) == message
