@@ -5,6 +5,7 @@ process costs about 15 s (2 s from the disk cache), each further one about 1 s, 
 per dtype and width, never per token count.  See docs/decisions/0002-inductor-on-the-cpu.md.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kernel_index.target import has_cxx_compiler, target_of
 
@@ -36,6 +38,8 @@ def why_not(*tensors: Any) -> str | None:
         return "torch.compile is switched off"
     if _inside_functorch():
         return "inside a torch.func transform"
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return "inside a TorchDispatchMode or torch.jit.trace, which torch.compile refuses"
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             continue
@@ -86,8 +90,10 @@ _inside_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  
 
 
 def _compile_is_off() -> bool:
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # set_stance() can only have run if this is loaded
-    return _compile_is_disabled() or (eval_frame is not None and eval_frame._stance.stance != "default")
+    if _compile_is_disabled():
+        return True
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # only once it is loaded can anyone have switched it off
+    return eval_frame is not None and (torch._dynamo.config.disable or eval_frame._stance.stance != "default")
 
 
 class Region:
@@ -109,26 +115,31 @@ class Region:
             return self.function(*args)
         args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
         key = (torch.get_num_threads(), *map(_static_part, args, self.dynamic))
-        variant = self.variants.get(key)
-        if variant is None:
-            variant = self.variants[key] = self._compile(key)
-        with torch.no_grad():
+        variant = self.variants.get(key) or self._compile(key)
+        # A backward pass may run inside a mode (a FLOP counter, a checkpoint) that its forward did not see, and Dynamo
+        # would refuse there.  A compiled kernel is opaque to a mode in any case.
+        with torch.no_grad(), _outside_modes():
             return variant(*args)
 
     def _compile(self, key: tuple) -> Callable[..., Any]:
         # A code object of its own for each variant: Dynamo counts recompilations by code object and refuses the ninth,
         # and it would widen a static size to a dynamic one after the second variant.
         own = types.FunctionType(
-            self.function.__code__.replace(), self.function.__globals__, self.function.__name__, self.function.__defaults__
+            self.function.__code__.replace(),
+            self.function.__globals__,
+            self.function.__name__,
+            self.function.__defaults__,
         )
-        compiled = torch.compile(own, fullgraph=True)
+        compiled = torch.compile(own, fullgraph=True, dynamic=False)
+        if compiled is own:  # a way of switching it off that why_not() does not know
+            raise RuntimeError(f"torch.compile is switched off: it left {self.function.__name__} uncompiled")
 
         def first_call(*args: Any) -> Any:
             _announce(self.function.__name__)
             start = time.perf_counter()
             out = mark_and_run(*args)
             logger.info("compiled %s in %.1f s", self.function.__name__, time.perf_counter() - start)
-            self.variants[key] = mark_and_run
+            self.variants[key] = mark_and_run  # only now: after a failure or an interrupt the next call compiles afresh
             return out
 
         def mark_and_run(*args: Any) -> Any:
@@ -151,11 +162,17 @@ def sum_rows(values: Tensor) -> Tensor:
     return padded.view(chunks, 16, *values.shape[1:]).sum(1).sum(0)
 
 
+def _outside_modes() -> contextlib.AbstractContextManager[Any]:
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return contextlib.nullcontext()
+    return _disable_current_modes()
+
+
 def _static_part(value: Any, dynamic: tuple[int, ...]) -> Any:
     if isinstance(value, Tensor):
         # Inductor specialises sizes 0 and 1, so they are variants of their own.
         return value.dtype, tuple(-1 if i in dynamic and n > 1 else n for i, n in enumerate(value.shape))
-    return value
+    return type(value), value  # 1, 1.0 and True are equal, and compile differently
 
 
 def _marked(value: Any, dynamic: tuple[int, ...]) -> Any:
