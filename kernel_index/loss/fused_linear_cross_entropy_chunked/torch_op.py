@@ -1,0 +1,166 @@
+"""The chunk loops as registered ops, opaque to torch.compile: a compiled model keeps the memory bound for every size."""
+
+import torch
+from torch import Tensor
+
+from kernel_index.inductor import Region
+from kernel_index.loss.fused_linear_cross_entropy_chunked.chunk_pass import gradient_pass, loss_pass
+from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import Options
+
+WEIGHT_TILE = 8192
+"""Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
+
+_loss_region = Region(loss_pass, z=(0,), targets=(0,))
+_gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,))
+
+_OPTIONS = "float softcap, float scale, float smoothing, float z_loss, int vocab, int chunk, bool compiled"
+torch.library.define(
+    "kernel_index::linear_cross_entropy_losses",
+    f"(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
+)
+torch.library.define(
+    "kernel_index::linear_cross_entropy_gradients",
+    f"(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, Tensor factor, bool[] needs, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _all_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk, compiled):
+    run = _loss_region if compiled else loss_pass
+    weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
+    losses = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+    for start in range(0, hidden.shape[0], chunk):
+        at = slice(start, start + chunk)
+        z = _logits(hidden[at], weight, bias)
+        losses[at] = run(z, targets[at], softcap, scale, smoothing, z_loss)
+    return losses
+
+
+def _gradients(
+    hidden, weight, targets, bias, rows, factor, needs, softcap, scale, smoothing, z_loss, vocab, chunk, compiled
+):
+    run = _gradient_region if compiled else gradient_pass
+    losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
+    exact = _loss_dtype(hidden)
+    weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
+    bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
+    used, used_bias = weight[:vocab], None if bias is None else bias[:vocab]
+    for start in range(0, hidden.shape[0], chunk):
+        at = slice(start, start + chunk)
+        z = _logits(hidden[at], used, used_bias)
+        losses[at] = run(z, targets[at], rows[at], softcap, scale, smoothing, z_loss)
+        if needs[0]:
+            d_hidden[at] = torch.mm(z, used).to(exact) * factor
+        if needs[1]:
+            _add_outer(weight_sum[:vocab], z, hidden[at])
+        if needs[2]:
+            bias_sum[:vocab] += z.sum(0, dtype=exact)
+        del z  # before the next chunk is allocated
+    if needs[1]:
+        d_weight = weight_sum.mul_(factor).to(weight.dtype)
+    if needs[2]:
+        d_bias = bias_sum.mul_(factor).to(weight.dtype)
+    return losses, d_hidden, d_weight, d_bias
+
+
+def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
+    """total += zᵀ·hidden, summed in total's dtype whatever the factors' own."""
+    if z.dtype == total.dtype:
+        total.addmm_(z.T, hidden)
+        return
+    for start in range(0, total.shape[0], WEIGHT_TILE):
+        at = slice(start, start + WEIGHT_TILE)
+        total[at] += torch.mm(z[:, at].T, hidden)
+
+
+def _allocate(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = (0,)
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)),
+        hidden.new_empty(hidden.shape if needs[0] else nothing),
+        weight.new_empty(weight.shape if needs[1] else nothing),
+        weight.new_empty((weight.shape[0],) if needs[2] else nothing),
+    )
+
+
+torch.library.impl("kernel_index::linear_cross_entropy_losses", "CompositeExplicitAutograd", _all_losses)
+torch.library.impl("kernel_index::linear_cross_entropy_gradients", "CompositeExplicitAutograd", _gradients)
+
+
+@torch.library.register_fake("kernel_index::linear_cross_entropy_losses")
+def _(hidden, weight, targets, bias, *_):
+    return hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+
+
+@torch.library.register_fake("kernel_index::linear_cross_entropy_gradients")
+def _(hidden, weight, targets, bias, rows, factor, needs, *_):
+    return _allocate(hidden, weight, needs)
+
+
+_losses_op = torch.ops.kernel_index.linear_cross_entropy_losses.default
+_gradients_op = torch.ops.kernel_index.linear_cross_entropy_gradients.default
+
+
+class _Reduced(torch.autograd.Function):
+    """Mean or sum: the gradients are formed with the loss, in one pass over the logits, and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, constants):
+        losses, *gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, needs, *constants)
+        ctx.save_for_backward(*gradients)
+        ctx.needs = needs
+        return torch.where(rows == 0, 0.0, losses).sum() * factor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        # Out of place: a second backward must find the unscaled gradients.
+        scaled = (d * g if need else None for d, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
+        return *scaled, None, None, None, None, None
+
+
+class _PerToken(torch.autograd.Function):
+    """Unreduced: upstream gradients differ by token, so backward forms the logits of each chunk once more."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, constants):
+        ctx.save_for_backward(hidden, weight, bias, targets, rows, factor)
+        ctx.needs, ctx.constants = needs, constants
+        losses = _losses_op(hidden, weight, targets, bias, *constants)
+        return torch.where(rows == 0, 0.0, losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        hidden, weight, bias, targets, rows, factor = ctx.saved_tensors
+        _, *gradients = _gradients_op(
+            hidden, weight, targets, bias, torch.where(rows == 0, 0.0, g), factor, ctx.needs, *ctx.constants
+        )
+        out = (d if need else None for d, need in zip(gradients, ctx.needs, strict=True))
+        return *out, None, None, None, None, None
+
+
+def run(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options, reduction: str, chunk: int,
+    compiled: bool,
+) -> Tensor:  # fmt: skip
+    """The loss of flat tokens: hidden [N, C], targets [N]."""
+    valid = targets != options.ignore_index
+    rows = valid.to(_loss_dtype(hidden))
+    factor = rows.new_ones(())
+    if reduction == "mean":
+        factor = 1 / rows.sum().clamp(min=1)
+    constants = (*options[1:], chunk, compiled)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if reduction == "none" or not any(needs):
+        losses = _PerToken.apply(hidden, weight, bias, targets, rows, factor.new_ones(()), needs, constants)
+        return losses if reduction == "none" else losses.sum() * factor
+    return _Reduced.apply(hidden, weight, bias, targets, rows, factor, needs, constants)
