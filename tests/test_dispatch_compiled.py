@@ -91,7 +91,7 @@ def test_details_are_on_the_receipt():
 
 def raised_by(call, *args) -> str:
     """The text of what a compiled call raises; Dynamo wraps an exception of the traced code in one of its own."""
-    with pytest.raises(Exception) as error:
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException) as error:
         call(*args)
     return str(error.value)
 
