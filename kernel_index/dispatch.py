@@ -18,7 +18,15 @@ from kernel_index.target import target_of
 
 
 class Ineligible(ValueError):
-    """The requested backend may not run this call; the message lists the rule that each candidate broke."""
+    """The requested backend may not run this call; the message lists the rule that each candidate broke.
+
+    >>> import torch, kernel_index as ki
+    >>> try:
+    ...     ki.fused_relu_squared(torch.ones(3, device="meta"), backend="inductor")
+    ... except ki.Ineligible as error:
+    ...     print(error)
+    fused_relu_squared: backend='inductor' cannot run this call (inductor: needs CPU tensors)
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,6 @@ class Backend:
 
 def always(*_: Any) -> None:
     """The rule of a backend that runs every legal call."""
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,16 @@ class Receipt:
 
     ``ran`` is empty when the chosen backend raised; ``tried`` then names it and ``error`` says what it raised.
     ``forced_by`` names the environment variable that overruled the request.  ``details`` is the op's own telemetry.
-    Inside ``torch.compile`` a receipt is written when the call is traced: one per trace, not one per run.
+    Inside ``torch.compile`` a receipt is written when the call is traced: one per trace, not one per run.  After a
+    graph break Dynamo traces the same frame again from its start, which writes again.
+
+    >>> import torch, kernel_index as ki
+    >>> with ki.receipts() as log:
+    ...     _ = ki.fused_relu_squared(torch.ones(3))
+    >>> log[0].requested, log[0].ran, log[0].error
+    ('auto', 'reference', None)
+    >>> dict(log[0].declined)["inductor"]
+    'too small for a compiled region to pay'
     """
 
     op: str
@@ -113,6 +129,11 @@ def strict() -> Iterator[None]:
 
     A reference that is asked for by name still runs: it is no fallback.  ``KERNEL_INDEX_STRICT=1`` is the same, for
     the whole process.
+
+    >>> import torch, kernel_index as ki
+    >>> with ki.strict():
+    ...     ki.fused_relu_squared(torch.ones(2))  # a CPU is no accelerator
+    tensor([1., 1.])
     """
     _STRICT[0] += 1
     try:
@@ -121,7 +142,9 @@ def strict() -> Iterator[None]:
         _STRICT[0] -= 1
 
 
-def _write(op: str, requested: str, tried: str, declined: tuple, forced_by: str | None, details: tuple, error=None) -> bool:
+def _write(
+    op: str, requested: str, tried: str, declined: tuple, forced_by: str | None, details: tuple, error=None
+) -> bool:
     if _LOGS:
         ran = "" if error else tried
         receipt = Receipt(op, requested, ran, declined, forced_by, tried, error, dict(details))
@@ -173,6 +196,11 @@ class Explanation:
     """What a call would do.  ``would_run`` is None when it would raise ``Ineligible``.
 
     ``verdicts`` holds, for every backend of the op, None when it could run the call, else the rule it breaks.
+
+    >>> import torch, kernel_index as ki
+    >>> explanation = ki.explain("fused_relu_squared", torch.ones(3))
+    >>> explanation.would_run, explanation.verdicts["inductor"]
+    ('reference', 'too small for a compiled region to pay')
     """
 
     op: str

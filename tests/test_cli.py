@@ -117,7 +117,9 @@ def test_list():
         for name in names.split():
             assert name in result.output
     line = next(line for line in result.output.splitlines() if "fused_relu_squared" in line)
-    assert line.split() == ["✓", "fused_relu_squared", "inductor", "✓", "reference", "✓"]
+    assert line.split()[:2] == ["✓", "fused_relu_squared"]
+    assert "inductor ✓" in line
+    assert "reference ✓" in line
 
 
 def test_list_marks_what_the_machine_lacks(monkeypatch):

@@ -229,7 +229,7 @@ def assert_declined(reason: str) -> None:
         ki.fused_relu_squared(x, backend="inductor")
     with ki.receipts() as log:
         ki.fused_relu_squared(x)
-    assert [(r.ran, r.declined) for r in log] == [("reference", (("inductor", reason),))]
+    assert [(r.ran, dict(r.declined)["inductor"]) for r in log] == [("reference", reason)]
 
 
 def test_the_rules_are_open_here():
@@ -305,7 +305,7 @@ def test_a_function_transform():
     x = torch.randn(512, 256)
     with ki.receipts() as log:
         gradient = torch.func.grad(lambda x: ki.fused_relu_squared(x).sum())(x)
-    assert log[0].declined == (("inductor", "inside a torch.func transform"),)
+    assert dict(log[0].declined)["inductor"] == "inside a torch.func transform"
     torch.testing.assert_close(gradient, 2 * x.relu())
 
 

@@ -177,7 +177,7 @@ def test_tables_get_their_gradient_from_the_reference():
     with ki.receipts() as log:
         ki.fused_rope_qk(**c)
     reason = "cos or sin needs a gradient: only the reference computes it"
-    assert (log[0].ran, log[0].declined) == ("reference", (("inductor", reason),))
+    assert (log[0].ran, dict(log[0].declined)["inductor"]) == ("reference", reason)
     with pytest.raises(ki.Ineligible, match=reason):
         ki.fused_rope_qk(**c, backend="inductor")
     with torch.no_grad():
