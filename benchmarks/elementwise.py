@@ -42,7 +42,9 @@ def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, dtype=dtype).requires_grad_()
 
 
-def forward_backward(function: Callable, inputs: Callable[[], tuple[Tensor, ...]]) -> Callable[[], Callable[[], object]]:
+def forward_backward(
+    function: Callable, inputs: Callable[[], tuple[Tensor, ...]]
+) -> Callable[[], Callable[[], object]]:
     """A contender's ``prepare``: leaves of its own, and a call that runs forward and backward."""
 
     def prepare() -> Callable[[], object]:

@@ -4,9 +4,9 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,10 +30,14 @@ errors = Console(stderr=True)
 
 
 def train_command(
-    preset: Annotated[str | None, typer.Option(help=f"Model and schedule: {', '.join(PRESETS)}. [default: tiny]")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Model and schedule: {', '.join(PRESETS)}. [default: tiny]")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. [default: the preset's]")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: a new folder under runs/]")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints. [default: 100]")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints. [default: 100]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out (or the newest run).")] = False,
     seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout. [default: 0]")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of text. [default: Python's standard library]")] = None,
@@ -41,7 +45,13 @@ def train_command(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). [default: float32]")] = None,
 ) -> None:
     """Train a small language model on real text with the kernels of the index."""
-    own = {"preset": preset, "seed": seed, "data": data and str(data.resolve()), "glob": glob, "dtype": dtype}
+    own: dict[str, Any] = {
+        "preset": preset,
+        "seed": seed,
+        "data": data and str(data.resolve()),
+        "glob": glob,
+        "dtype": dtype,
+    }
     with _clear_errors():
         if resume:
             folder = out or _newest_run()
@@ -102,7 +112,7 @@ def _newest_run() -> Path:
     return runs[-1].parent
 
 
-def _refuse_changes(folder: Path, given: dict[str, object]) -> None:
+def _refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
     config = read_config(folder)
     for name, value in given.items():
         if value is not None and value != getattr(config, name):

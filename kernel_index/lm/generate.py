@@ -8,7 +8,7 @@ import torch
 
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm.config import ModelConfig
-from kernel_index.lm.data import START, Batch
+from kernel_index.lm.data import START
 from kernel_index.lm.model import LanguageModel
 
 

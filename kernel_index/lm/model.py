@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
@@ -19,7 +18,7 @@ class LanguageModel(nn.Module):
         self.config = config
         c = config
         self.embed = nn.Embedding(c.padded_vocab, c.dim)
-        self.blocks = nn.ModuleList(
+        blocks = [
             TransformerBlock(
                 Attention(c.dim, c.heads, c.kv_heads, c.head_dim, window=window),
                 SquaredReLUMLP(c.dim, c.hidden),
@@ -27,20 +26,23 @@ class LanguageModel(nn.Module):
                 dropout=c.dropout,
             )
             for _, window in zip(c.pattern, c.windows, strict=True)
-        )
+        ]
+        self.blocks = nn.ModuleList(blocks)
         self.final = ResidualRMSNorm(c.dim)
         self.head = nn.Linear(c.dim, c.padded_vocab, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal(1/√fan-in); the projections that end a branch start at zero, so that step 0 is a bigram model."""
+        branch_ends: list[Tensor] = []
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+            if isinstance(module, TransformerBlock):
+                branch_ends += [module.mixer.out.weight, module.mlp.down.weight]
+        for weight in branch_ends:
+            nn.init.zeros_(weight)
         nn.init.normal_(self.embed.weight, std=1.0)
-        for block in self.blocks:
-            nn.init.zeros_(block.mixer.out.weight)
-            nn.init.zeros_(block.mlp.down.weight)
         nn.init.zeros_(self.head.weight)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -52,8 +54,11 @@ class LanguageModel(nn.Module):
         rope = ki.rope_tables(batch.positions, self.config.head_dim, self.config.rope_base)
         stream, branch = self.embed(batch.tokens), None
         for block in self.blocks:
-            contract = masks.setdefault(block.mixer.window, block.mixer.contract(mask))
-            stream, branch = block(stream, branch, contract, rope)
+            assert isinstance(block, TransformerBlock)
+            window = block.mixer.window
+            if window not in masks:
+                masks[window] = block.mixer.contract(mask)
+            stream, branch = block(stream, branch, masks[window], rope)
         return self.final(stream, branch)[1]
 
     def loss(self, batch: Batch, *, reduction: str = "mean", z_loss: float | None = None) -> Tensor:

@@ -66,7 +66,8 @@ class RunConfig:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"run configuration must have the fields of RunConfig, got {', '.join(unknown)}")
-        return cls(**{**values, "model": ModelConfig.from_json(values["model"])})
+        changed: dict[str, Any] = {**values, "model": ModelConfig.from_json(values["model"])}
+        return cls(**changed)
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ class Trainer:
             loss.backward()
         self.receipts += log.counts()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
+        if not math.isfinite(float(loss.detach())) or not math.isfinite(float(norm)):
             raise TrainingError(
-                f"the loss is {float(loss)} and the gradient norm {float(norm)} at step {self.step + 1}; the weights "
+                f"the loss is {float(loss.detach())} and the gradient norm {float(norm)} at step {self.step + 1}; the weights "
                 f"were not changed; the last good checkpoint is {ckpt.newest(self.folder) or 'none yet'}"
             )
         self.optimizer.step()
@@ -195,7 +196,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         validation = self.evaluate() if self.step % c.evaluate_every == 0 or self.step == c.steps else None
         tokens = int(batch.valid_counts.sum())
-        return StepReport(self.step, float(loss), rate, float(norm), tokens, seconds, validation)
+        return StepReport(self.step, float(loss.detach()), rate, float(norm), tokens, seconds, validation)
 
     def _autocast(self):
         return torch.autocast("cpu", DTYPES[self.config.dtype], enabled=self.config.dtype != "float32")

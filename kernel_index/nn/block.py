@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.nn.attention import Attention
+from kernel_index.nn.mlp import SquaredReLUMLP
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
 
 
@@ -17,7 +18,7 @@ class TransformerBlock(nn.Module):
         dropout: residual dropout of both branches.
     """
 
-    def __init__(self, mixer: Attention, mlp: nn.Module, dim: int, *, dropout: float = 0.0):
+    def __init__(self, mixer: Attention, mlp: SquaredReLUMLP, dim: int, *, dropout: float = 0.0):
         super().__init__()
         self.mixer, self.mlp = mixer, mlp
         self.before_mixer = ResidualRMSNorm(dim, dropout=dropout)

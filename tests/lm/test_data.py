@@ -75,7 +75,11 @@ def test_standard_library_is_found_and_split_by_name():
 
 @pytest.mark.parametrize(
     ("folder", "pattern", "message"),
-    [("missing", "*", "--data must be a folder"), (".", "*.nothing", "--glob must match"), (".", "*.txt", "--data must hold")],
+    [
+        ("missing", "*", "--data must be a folder"),
+        (".", "*.nothing", "--glob must match"),
+        (".", "*.txt", "--data must hold"),
+    ],
 )
 def test_unusable_data_is_named(tmp_path, folder, pattern, message):
     (tmp_path / "one.txt").write_text("x")
