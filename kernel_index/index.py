@@ -170,7 +170,9 @@ def _resolve(node: ast.AST, scope: dict[str, Any]) -> Any:
     if isinstance(node, ast.Name):
         return scope.get(node.id)
     if isinstance(node, ast.Attribute):
-        return getattr(_resolve(node.value, scope), node.attr, None)
+        value = _resolve(node.value, scope)
+        ours = isinstance(value, ModuleType) and value.__name__.startswith("kernel_index")
+        return getattr(value, node.attr, None) if ours else None  # torch loads parts of itself when they are named
     return None
 
 
