@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kernel_index.loss.fused_linear_cross_entropy_chunked import torch_op
-from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import Options, rows_per_chunk
+from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import Options
 
 
 def linear_cross_entropy_chunked(
@@ -17,8 +17,7 @@ def linear_cross_entropy_chunked(
     compiled: bool = False,
 ) -> Tensor:
     flat, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    chunk = rows_per_chunk(flat.shape[0], options.vocab, hidden.element_size(), chunk_size)
-    loss = torch_op.run(flat, weight, flat_targets, bias, options, reduction, chunk, compiled)
+    loss = torch_op.run(flat, weight, flat_targets, bias, options, reduction, chunk_size or 0, compiled)
     return loss.view(targets.shape) if reduction == "none" else loss
 
 

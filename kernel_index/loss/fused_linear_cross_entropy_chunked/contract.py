@@ -95,8 +95,8 @@ def check_targets(targets: Tensor, options: Options) -> None:
         )
 
 
-def rows_per_chunk(tokens: int, vocab: int, element_size: int, chunk_size: int | None) -> int:
-    """Tokens of a chunk: all chunks about equal, none over the byte budget (or over ``chunk_size``)."""
+def rows_per_chunk(tokens: int, vocab: int, element_size: int, chunk_size: int = 0) -> int:
+    """Tokens of a chunk: all chunks about equal, none over the byte budget (or over ``chunk_size``, if not 0)."""
     most = chunk_size or max(1, CHUNK_BYTES // (vocab * element_size))
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
@@ -112,8 +112,8 @@ def inductor_not_worth(hidden: Tensor, weight: Tensor, *_: object) -> str | None
 
 
 def chunked_why_not(hidden: Tensor, *_: object) -> str | None:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if inductor.inside_functorch():
         return "inside a torch.func transform"
-    if type(hidden) not in (Tensor, torch.nn.Parameter):
+    if not torch.compiler.is_compiling() and type(hidden) not in inductor.PLAIN:
         return "needs plain tensors, not a tensor subclass"
     return None

@@ -1,11 +1,11 @@
-"""The chunk loops as registered ops, opaque to torch.compile: a compiled model keeps the memory bound for every size."""
+"""The chunk loops as registered ops, opaque to torch.compile: a compiled model keeps the memory bound."""
 
 import torch
 from torch import Tensor
 
 from kernel_index.inductor import Region
 from kernel_index.loss.fused_linear_cross_entropy_chunked.chunk_pass import gradient_pass, loss_pass
-from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import Options
+from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import Options, rows_per_chunk
 
 WEIGHT_TILE = 8192
 """Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
@@ -13,15 +13,15 @@ WEIGHT_TILE = 8192
 _loss_region = Region(loss_pass, z=(0,), targets=(0,))
 _gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,))
 
-_OPTIONS = "float softcap, float scale, float smoothing, float z_loss, int vocab, int chunk, bool compiled"
+_OPTIONS = "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, bool compiled"
 torch.library.define(
     "kernel_index::linear_cross_entropy_losses",
     f"(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
 )
 torch.library.define(
     "kernel_index::linear_cross_entropy_gradients",
-    f"(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, Tensor factor, bool[] needs, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, Tensor factor, bool[] needs, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -33,10 +33,11 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _all_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk, compiled):
+def _all_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size, compiled):
     run = _loss_region if compiled else loss_pass
     weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
     losses = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+    chunk = rows_per_chunk(hidden.shape[0], vocab, hidden.element_size(), chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = _logits(hidden[at], weight, bias)
@@ -45,7 +46,7 @@ def _all_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss
 
 
 def _gradients(
-    hidden, weight, targets, bias, rows, factor, needs, softcap, scale, smoothing, z_loss, vocab, chunk, compiled
+    hidden, weight, targets, bias, rows, factor, needs, softcap, scale, smoothing, z_loss, vocab, chunk_size, compiled
 ):
     run = _gradient_region if compiled else gradient_pass
     losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
@@ -53,6 +54,7 @@ def _gradients(
     weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
     bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
     used, used_bias = weight[:vocab], None if bias is None else bias[:vocab]
+    chunk = rows_per_chunk(hidden.shape[0], vocab, hidden.element_size(), chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = _logits(hidden[at], used, used_bias)
@@ -109,6 +111,14 @@ _losses_op = torch.ops.kernel_index.linear_cross_entropy_losses.default
 _gradients_op = torch.ops.kernel_index.linear_cross_entropy_gradients.default
 
 
+def _refuse_create_graph() -> None:
+    """Grad mode is on in a backward only under create_graph=True, which would get gradients without a history."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the chunked linear cross-entropy has no double backward: create_graph=True needs backend='reference'"
+        )
+
+
 class _Reduced(torch.autograd.Function):
     """Mean or sum: the gradients are formed with the loss, in one pass over the logits, and scaled in backward."""
 
@@ -120,8 +130,8 @@ class _Reduced(torch.autograd.Function):
         return torch.where(rows == 0, 0.0, losses).sum() * factor
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        _refuse_create_graph()
         # Out of place: a second backward must find the unscaled gradients.
         scaled = (d * g if need else None for d, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
         return *scaled, None, None, None, None, None
@@ -138,8 +148,8 @@ class _PerToken(torch.autograd.Function):
         return torch.where(rows == 0, 0.0, losses)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        _refuse_create_graph()
         hidden, weight, bias, targets, rows, factor = ctx.saved_tensors
         _, *gradients = _gradients_op(
             hidden, weight, targets, bias, torch.where(rows == 0, 0.0, g), factor, ctx.needs, *ctx.constants
@@ -149,16 +159,22 @@ class _PerToken(torch.autograd.Function):
 
 
 def run(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options, reduction: str, chunk: int,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    reduction: str,
+    chunk_size: int,
     compiled: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The loss of flat tokens: hidden [N, C], targets [N]."""
     valid = targets != options.ignore_index
     rows = valid.to(_loss_dtype(hidden))
     factor = rows.new_ones(())
     if reduction == "mean":
         factor = 1 / rows.sum().clamp(min=1)
-    constants = (*options[1:], chunk, compiled)
+    constants = (*options[1:], chunk_size, compiled)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if reduction == "none" or not any(needs):
         losses = _PerToken.apply(hidden, weight, bias, targets, rows, factor.new_ones(()), needs, constants)
