@@ -3,27 +3,42 @@
 One contract, several backends, a correct gradient, and a receipt of what really ran.
 """
 
+from kernel_index.attention.attention_validity_prefix.api import attention_validity
+from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity
+from kernel_index.attention.dense_attention.api import AttentionOutput, attention, attention_with_lse
+from kernel_index.attention.doc_window_mask.api import doc_window_mask
+from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
 from kernel_index.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
 from kernel_index.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
 from kernel_index.dispatch import Explanation, Ineligible, Receipt, explain, receipts, strict
 from kernel_index.experts.fused_relu_squared.api import fused_relu_squared
+from kernel_index.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionOutput",
+    "AttentionValidity",
     "Explanation",
     "Ineligible",
+    "MaskContract",
     "Receipt",
     "ResidualAndNormed",
     "RopeTables",
     "RotatedQK",
+    "attention",
+    "attention_validity",
+    "attention_with_lse",
+    "doc_window_mask",
     "explain",
     "fused_bias_dropout_add",
+    "fused_linear_cross_entropy",
     "fused_relu_squared",
     "fused_residual_add_rms_norm",
     "fused_rope_qk",
     "receipts",
     "rope_tables",
     "strict",
+    "token_log_probs",
 ]

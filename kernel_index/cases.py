@@ -66,6 +66,7 @@ class Suite:
     scales: tuple[float, ...] = (1e-3, 1.0, 16.0, 300.0)
     double_backward: bool = False
     nonfinite: tuple[str, ...] = ()  # arguments into which inf and NaN are put
+    rounding: tuple[str, ...] = ()  # backends that call a kernel or matmul which rounds within to the inputs' dtype
     registered: tuple[str, ...] = field(default=())  # torch.library ops that a backend launches
 
     def __str__(self) -> str:

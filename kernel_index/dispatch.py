@@ -148,9 +148,26 @@ def _write(
     if _LOGS:
         ran = "" if error else tried
         receipt = Receipt(op, requested, ran, declined, forced_by, tried, error, dict(details))
+        _take_back_restarted(receipt)
         for log in _LOGS:
             log.append(receipt)
     return True
+
+
+_TRACING: list[Any] = [None, 0, []]  # Dynamo's compile context, its attempt, the receipts written during it
+
+
+def _take_back_restarted(receipt: Receipt) -> None:
+    """Dynamo may start a trace over (it does when a Python float turns out to steer a branch): one receipt is left."""
+    context = torch._guards.CompileContext.try_get()
+    if context is None:
+        return
+    if _TRACING[0] is not context or _TRACING[1] != context.attempt:
+        abandoned = _TRACING[2] if _TRACING[0] is context else []
+        for log in _LOGS:
+            log[:] = [r for r in log if not any(r is other for other in abandoned)]
+        _TRACING[:] = [context, context.attempt, []]
+    _TRACING[2].append(receipt)
 
 
 # What torch.compiler.assume_constant_result does, without its 1.3 s import of torch._dynamo: Dynamo runs the function

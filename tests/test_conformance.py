@@ -8,6 +8,7 @@ import kernel_index as ki
 from kernel_index.cases import Maker, Suite, suites
 from kernel_index.target import machine_why_not
 from tests.conformance import (
+    FAST_EXP,
     clone_inputs,
     differentiable,
     floor,
@@ -25,6 +26,8 @@ CASES = [
 ]
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16, torch.float16)]
 
+NOT_TWICE = r"differentiate twice|once_differentiable|double backward|higher|derivative for .* is not implemented"
+
 
 def refusal(suite: Suite, backend: str, kwargs) -> str | None:
     return ki.explain(suite.function, **kwargs, backend=backend).verdicts[backend]
@@ -41,12 +44,16 @@ def build(suite: Suite, case, dtype, backend, **maker):
 
 
 def assert_within_budget(suite: Suite, backend: str, kwargs) -> None:
-    """Error ≤ 2 × the error of the plain formula in the same dtype (for the reference) or of the reference, + floor."""
+    """Error ≤ 2 × the error of the yardstick + floor, and the error of PyTorch's fast exponential where it is used.
+
+    The yardstick is the reference; for the reference itself, and for PyTorch's own kernels that round their
+    intermediates to the inputs' dtype, it is the plain formula in that dtype, which is FlashAttention's own rule.
+    """
     names = differentiable(suite, kwargs)
     outputs, grads = run(suite.function, kwargs, names, backend=backend)
     upstream = upstream_like(tuple(outputs))
     truth, truth_grads = run(suite.oracle, in_float64(kwargs), names, upstream)
-    if backend == "reference":
+    if backend == "reference" or backend in suite.rounding:
         plain, plain_grads = run(suite.oracle, kwargs, names, upstream)
     else:
         plain, plain_grads = run(suite.function, kwargs, names, upstream, backend="reference")
@@ -59,10 +66,11 @@ def assert_within_budget(suite: Suite, backend: str, kwargs) -> None:
             continue
         assert actual is not None, f"{label} is missing"
         assert actual.shape == exact.shape, label
-        if not torch.isfinite(eager.double()).all():  # the dtype itself overflows: same places or better
-            assert not (~torch.isfinite(actual) & torch.isfinite(eager)).any(), f"{label} overflows where plain does not"
+        if (~torch.isfinite(eager) & torch.isfinite(exact)).any():  # the dtype itself overflows: same places or better
+            worse = ~torch.isfinite(actual) & torch.isfinite(eager)
+            assert not worse.any(), f"{label} overflows where the plain formula does not"
             continue
-        budget = 2 * relative_error(eager, exact) + floor(actual.dtype)
+        budget = 2 * relative_error(eager, exact) + floor(actual.dtype) + (FAST_EXP if backend == "sdpa" else 0)
         error = relative_error(actual, exact)
         assert error <= budget, f"{label}: error {error:.3g} over the budget {budget:.3g}"
 
@@ -173,7 +181,7 @@ def test_gradcheck(suite, backend):
         assert torch.autograd.gradgradcheck(call, leaves)
     elif backend != "reference":
         outputs = [o for o in call(*leaves) if o.requires_grad]
-        with pytest.raises(RuntimeError, match=r"differentiate twice|once_differentiable|double backward|higher"):
+        with pytest.raises(RuntimeError, match=NOT_TWICE):  # noqa: PT012
             grads = torch.autograd.grad([o.sum() for o in outputs], leaves, create_graph=True)
             torch.autograd.grad(sum(g.sum() for g in grads), leaves)
 
@@ -202,7 +210,7 @@ def test_one_graph_over_several_sizes_then_inductor(suite, backend):
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
     try:
         trial(compiled, 9)
-    except Exception as error:
+    except torch._dynamo.exc.TorchDynamoException as error:
         reason = "torch.compile is tracing"  # the one refusal that only a trace can show; any other error is a failure
         if reason not in str(error):
             raise

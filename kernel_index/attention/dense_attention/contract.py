@@ -1,0 +1,94 @@
+"""Who may call ``attention``, and who may answer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index import checks
+from kernel_index.attention.doc_window_mask.contract import DENSE_LIMIT
+from kernel_index.attention.doc_window_mask.intervals import Sizes
+from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.target import target_of
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, softcap: Any, sink: Any) -> None:
+    for name, value, legend in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]"), ("v", v, "[B, S, K, Dv]")):
+        checks.is_floating(name, value)
+        checks.has_rank(name, value, 4, legend)
+        checks.has_dtype(name, value, q.dtype, "like q")
+        checks.on_device(name, value, q, "q")
+    batch, _, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    checks.has_shape("k", k, (batch, keys, kv_heads, width), "[B, S, K, D] with q's B and D,")
+    checks.has_shape("v", v, (batch, keys, kv_heads, v.shape[3]), "[B, S, K, Dv] with k's B, S and K,")
+    if width < 1:
+        raise ValueError(f"q must be of head size at least 1, got shape {tuple(q.shape)}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"q must be of a multiple of k's {kv_heads} heads, got {heads}")
+    if not isinstance(mask, MaskContract):
+        raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
+    sizes_of(q, k, mask)
+    if scale is not None:
+        checks.is_real("scale", scale)
+    checks.is_real("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be at least 0 (0 is off), got {softcap}")
+    if sink is not None:
+        checks.is_floating("sink", sink)
+        checks.has_shape("sink", sink, (heads,), "one logit for each query head, [H]")
+        checks.on_device("sink", sink, q, "q")
+
+
+def sizes_of(q: Tensor, k: Tensor, mask: MaskContract) -> Sizes:
+    return mask.sizes(q.shape[0], q.shape[1], k.shape[1], q.device)
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def lowering(sizes: Sizes, mask: MaskContract) -> str:
+    """What torch's attention needs for this mask: ``none``, ``is_causal`` or ``dense``."""
+    if not mask.has_tensors:
+        left, right = mask.reach_within(sizes)
+        if left is None and right is None:
+            return "none"
+        # torch's flag is aligned top-left, so it means offset 0; it is used for the square case alone.
+        if left is None and right == 0 and sizes.offset == 0 and sizes.queries == sizes.keys:
+            return "is_causal"
+    return "dense"
+
+
+def sdpa_details(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *_: Any) -> tuple[tuple[str, str], ...]:
+    return (("mask_lowering", lowering(sizes_of(q, k, mask), mask)),)
+
+
+def sdpa_why_not(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
+) -> str | None:
+    if softcap != 0:
+        return "scaled_dot_product_attention has no softcap"
+    if sink is not None:
+        return "scaled_dot_product_attention has no sink"
+    sizes = sizes_of(q, k, mask)
+    if sizes.queries > DENSE_LIMIT and lowering(sizes, mask) == "dense":
+        return "dense_mask_too_large: this mask needs its dense form, which is refused above 8192 queries"
+    return None
+
+
+def sdpa_no_lse(*_: Any) -> str:
+    return "scaled_dot_product_attention returns no log-sum-exp"
+
+
+def blocks_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
+    """The rules of the ``cpu`` backend, which reads its block plan on the host."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: the block plan is read on the host"
+    if target_of(q.device).kind != "cpu":
+        return "needs CPU tensors"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if torch._C._len_torch_dispatch_stack() != 0:
+        return "inside a dispatch mode: the block plan is read on the host"
+    return None

@@ -1,0 +1,101 @@
+"""The canonical form of a mask: for each query the half-open interval of keys that it may attend to."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Intervals(NamedTuple):
+    """Query t attends to the keys ``start[t] ≤ s < end[t]``; int32 [B, T], both non-decreasing along T."""
+
+    start: Tensor
+    end: Tensor
+
+
+class BlockPlan(NamedTuple):
+    """For each block of queries the blocks of keys to visit; int32 [B, ceil(T / q_block)].
+
+    Visit ``first ≤ j < last``.  Blocks with ``first_full ≤ j < last_full`` need no mask: each of their keys exists and
+    is allowed for each query of the block.  ``first ≤ first_full ≤ last_full ≤ last`` always holds.
+    """
+
+    first: Tensor
+    last: Tensor
+    first_full: Tensor
+    last_full: Tensor
+
+
+class Sizes(NamedTuple):
+    """A mask's sizes for one call: rows of its tensors (1 when all rows are alike), T, S, offset, and the device."""
+
+    batch: int
+    rows: int
+    queries: int
+    keys: int
+    offset: int
+    device: torch.device
+
+
+def segments(doc_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First position and end of the maximal run of equal ids around each position; int64, the shape of ``doc_ids``."""
+    rows, keys = doc_ids.shape
+    position = torch.arange(keys, device=doc_ids.device)
+    is_new = torch.ones(rows, keys, dtype=torch.bool, device=doc_ids.device)
+    is_new[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    start = torch.where(is_new, position, 0).cummax(-1).values
+    next_start = torch.full((rows, keys + 1), keys, dtype=torch.int64, device=doc_ids.device)
+    next_start[:, :keys] = torch.where(is_new, position, keys)
+    end = next_start.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
+    return start, end
+
+
+def interval_of(
+    queries: Tensor,
+    sizes: Sizes,
+    reach: tuple[int | None, int | None],
+    doc_ids: Tensor | None,
+    counts: Tensor | None,
+) -> Intervals:
+    """The intervals of the given queries, int64 [rows, n], in O(n + S) and without waiting for a device.
+
+    ``low`` and ``high`` bound the keys of the query's own segment and valid prefix; both grow with the query's
+    position, the window moves with it, and an empty interval stands at ``end``: so both results are non-decreasing.
+    """
+    left, right = reach
+    keys = sizes.keys
+    position = (queries + sizes.offset)[None]  # of each query among the keys
+    low, high = torch.zeros_like(position), torch.full_like(position, keys)
+    outside = torch.zeros_like(position, dtype=torch.bool)
+    if doc_ids is not None and keys > 0:
+        own = position[0].clamp(0, keys - 1)
+        low, high = (bound.index_select(1, own) for bound in segments(doc_ids))
+        padding = (doc_ids < 0).index_select(1, own)
+        high = torch.where(padding, low, high)
+        outside = (position < 0) | (position >= keys)
+    if counts is not None:
+        limit = counts[:, None]
+        high = torch.minimum(high, limit)
+        outside = outside | (position < 0) | (position >= limit)
+        keys_or_limit = limit
+    else:
+        keys_or_limit = torch.full_like(position, keys)
+    # A query before the first key sees nothing at 0; one behind the last valid key sees nothing at that key's end.
+    nothing = torch.where(position < 0, 0, keys_or_limit)
+    low, high = torch.where(outside, nothing, low), torch.where(outside, nothing, high)
+    end = high if right is None else torch.minimum(high, position + (right + 1))
+    end = end.clamp(min=0)
+    start = low if left is None else torch.maximum(low, position - left)
+    shape = (sizes.rows, queries.shape[0])
+    return Intervals(torch.minimum(start, end).expand(shape), end.expand(shape))
+
+
+def plan_blocks(bounds: Intervals, at_first: Tensor, at_last: Tensor, kv_block: int) -> BlockPlan:
+    """The plan from the intervals of each block's first and last query: the others lie between them."""
+    start_low, end_low = (bound.index_select(1, at_first) for bound in bounds)
+    start_high, end_high = (bound.index_select(1, at_last) for bound in bounds)
+    first = start_low // kv_block
+    last = torch.where(end_high > start_low, -(-end_high // kv_block), first)
+    first_full = torch.minimum(torch.maximum(-(-start_high // kv_block), first), last)
+    last_full = torch.minimum(torch.maximum(end_low // kv_block, first_full), last)
+    return BlockPlan(*(bound.to(torch.int32) for bound in (first, last, first_full, last_full)))

@@ -1,0 +1,59 @@
+"""Results kept beside the tensors they were made from, and dropped when one of those changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Memo:
+    """The latest result of each name.
+
+    A source on the host is compared by value, so that even a change that PyTorch does not count (through NumPy, through
+    ``.data``) is seen; a source on an accelerator is compared by its version counter and address, which waits for
+    nobody.  A kept result that somebody has written to is not given out again.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple] = {}
+
+    def get(self, name: str, key: tuple, sources: tuple[Tensor | None, ...], build: Callable[[], Any]) -> Any:
+        if not _keepable(sources):
+            return build()
+        key = (*key, torch.is_inference_mode_enabled())  # a tensor of inference mode cannot be saved for a backward
+        kept = self._kept.get(name)
+        if kept is not None:
+            old_key, states, value, versions = kept
+            if old_key == key and _versions(value) == versions and all(map(_unchanged, sources, states)):
+                return value
+        states = tuple(map(_state, sources))
+        value = build()
+        self._kept[name] = (key, states, value, _versions(value))
+        return value
+
+
+def _keepable(sources: tuple[Tensor | None, ...]) -> bool:
+    """Not under FakeTensorMode, a functorch transform and the like: their tensors must not outlive them."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(s is None or (type(s) is Tensor and (s.device.type == "cpu" or not s.is_inference())) for s in sources)
+
+
+def _state(source: Tensor | None) -> Any:
+    if source is None:
+        return None
+    return source.detach().clone() if source.device.type == "cpu" else (source._version, source.data_ptr())
+
+
+def _unchanged(source: Tensor | None, state: Any) -> bool:
+    if source is None:
+        return True
+    if source.device.type == "cpu":
+        return torch.equal(source, state)
+    return state == (source._version, source.data_ptr())
+
+
+def _versions(value: Any) -> tuple[int | None, ...]:
+    tensors = (value,) if isinstance(value, Tensor) else value
+    return tuple(None if t.is_inference() else t._version for t in tensors)
