@@ -79,18 +79,23 @@ class AttentionValidity:
         mode = "none" if self.token_prefix is None else "token_prefix"
         return AttentionValidity(mode, self.token_prefix, None, None, SLOT_TILE_MISMATCH)
 
-    def token_counts(self, seq_len: int) -> Tensor | None:
-        """Valid tokens of each row, int64 [B] within 0…seq_len; None for mode ``none``."""
-        checks.is_int("seq_len", seq_len, minimum=0)
+    @property
+    def tokens(self) -> Tensor | None:
+        """Valid tokens of each row, int64 [B], however long the row is; None for mode ``none``."""
         if self.mode == "none":
             return None
         if self.slot_counts is None:
-            tokens = self.token_prefix
-        else:
-            tokens = self.slot_counts * self.base_block_tokens
-            if self.token_prefix is not None:
-                tokens = torch.minimum(tokens, self.token_prefix)
-        return tokens.clamp(0, seq_len)
+            return self.token_prefix.clamp(min=0)
+        tokens = self.slot_counts * self.base_block_tokens
+        if self.token_prefix is not None:
+            tokens = torch.minimum(tokens, self.token_prefix)
+        return tokens.clamp(min=0)
+
+    def token_counts(self, seq_len: int) -> Tensor | None:
+        """Valid tokens of each row of length ``seq_len``, int64 [B] within 0…seq_len; None for mode ``none``."""
+        checks.is_int("seq_len", seq_len, minimum=0)
+        tokens = self.tokens
+        return None if tokens is None else tokens.clamp(max=seq_len)
 
     def key_padding(self, seq_len: int) -> Tensor | None:
         """Bool [B, seq_len], True where the token is valid; None for mode ``none``."""

@@ -24,7 +24,7 @@ def may_attend(mask: MaskContract, row: int, query: int, key: int, queries: int,
         return False
     if right is not None and key > here + right:
         return False
-    if mask.doc_ids is not None and not _same_document(mask.doc_ids.reshape(-1, keys), row, here, key):
+    if mask.doc_ids is not None and not _same_document(mask.doc_ids, row, here, key):
         return False
     valid = mask.validity
     if valid is not None and valid.mode != "none":
@@ -38,7 +38,7 @@ def may_attend(mask: MaskContract, row: int, query: int, key: int, queries: int,
 
 
 def _same_document(doc_ids: Tensor, row: int, here: int, key: int) -> bool:
-    ids = doc_ids[min(row, doc_ids.shape[0] - 1)].tolist()
+    ids = (doc_ids if doc_ids.ndim == 1 else doc_ids[row]).tolist()
     if not 0 <= here < len(ids) or ids[here] < 0:
         return False
     low, high = sorted((here, key))

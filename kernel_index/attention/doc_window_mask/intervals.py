@@ -16,7 +16,8 @@ class Intervals(NamedTuple):
 class BlockPlan(NamedTuple):
     """For each block of queries the blocks of keys to visit; int32 [B, ceil(T / q_block)].
 
-    Visit ``first ≤ j < last``.  Blocks with ``first_full ≤ j < last_full`` need no mask: each of their keys exists and
+    Visit ``first ≤ j < last``; no block outside is needed, and none inside is spare as long as every query of the block
+    has a key.  Blocks with ``first_full ≤ j < last_full`` need no mask: each of their keys exists and
     is allowed for each query of the block.  ``first ≤ first_full ≤ last_full ≤ last`` always holds.
     """
 
@@ -38,8 +39,12 @@ class Sizes(NamedTuple):
 
 
 def segments(doc_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """First position and end of the maximal run of equal ids around each position; int64, the shape of ``doc_ids``."""
+    """First position and end of the maximal run of equal ids around each position; int64, the shape of ``doc_ids``.
+
+    Adjacent padding is one run, whatever its negative ids.
+    """
     rows, keys = doc_ids.shape
+    doc_ids = doc_ids.to(torch.int64).clamp(min=-1)
     position = torch.arange(keys, device=doc_ids.device)
     is_new = torch.ones(rows, keys, dtype=torch.bool, device=doc_ids.device)
     is_new[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
@@ -67,6 +72,7 @@ def interval_of(
     position = (queries + sizes.offset)[None]  # of each query among the keys
     low, high = torch.zeros_like(position), torch.full_like(position, keys)
     outside = torch.zeros_like(position, dtype=torch.bool)
+    behind = torch.full_like(position, keys)
     if doc_ids is not None and keys > 0:
         own = position[0].clamp(0, keys - 1)
         low, high = (bound.index_select(1, own) for bound in segments(doc_ids))
@@ -77,11 +83,9 @@ def interval_of(
         limit = counts[:, None]
         high = torch.minimum(high, limit)
         outside = outside | (position < 0) | (position >= limit)
-        keys_or_limit = limit
-    else:
-        keys_or_limit = torch.full_like(position, keys)
+        behind = torch.minimum(behind, limit)
     # A query before the first key sees nothing at 0; one behind the last valid key sees nothing at that key's end.
-    nothing = torch.where(position < 0, 0, keys_or_limit)
+    nothing = torch.where(position < 0, 0, behind)
     low, high = torch.where(outside, nothing, low), torch.where(outside, nothing, high)
     end = high if right is None else torch.minimum(high, position + (right + 1))
     end = end.clamp(min=0)

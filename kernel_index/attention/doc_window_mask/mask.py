@@ -11,7 +11,7 @@ from kernel_index import checks
 from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity, same_values
 from kernel_index.attention.doc_window_mask import contract
 from kernel_index.attention.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, interval_of, plan_blocks
-from kernel_index.attention.doc_window_mask.memo import Memo
+from kernel_index.attention.doc_window_mask.memo import recall
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class MaskContract:
     doc_ids: Tensor | None = None
     validity: AttentionValidity | None = None
     q_offset: int | None = None
-    _memo: Memo = field(default_factory=Memo, init=False, repr=False)
+    _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         checks.is_bool("causal", self.causal)
@@ -80,6 +80,11 @@ class MaskContract:
     def counts(self) -> Tensor | None:
         """The validity's own counts, or None if every token is valid."""
         return None if self.validity is None else self.validity.counts
+
+    @property
+    def doc_rows(self) -> Tensor | None:
+        """The ids as [B, S], or [1, S] where every row has the same."""
+        return self.doc_ids[None] if self.doc_ids is not None and self.doc_ids.ndim == 1 else self.doc_ids
 
     @property
     def has_tensors(self) -> bool:
@@ -127,15 +132,14 @@ class MaskContract:
 
     def bounds(self, queries: Tensor, sizes: Sizes) -> Intervals:
         """The intervals of the given query indices [n], int64 [rows, n], nothing kept."""
-        docs = None if self.doc_ids is None else self.doc_ids.reshape(-1, sizes.keys)
-        counts = None if self.validity is None else self.validity.token_counts(sizes.keys)
-        return interval_of(queries, sizes, self.reach, docs, counts)
+        counts = None if self.validity is None else self.validity.tokens
+        return interval_of(queries, sizes, self.reach, self.doc_rows, counts)
 
     def remember(self, name: str, key: tuple, build: Callable[[], Any]) -> Any:
         """What ``build`` returns, or the kept result of the same call if nothing has changed since."""
         if torch.compiler.is_compiling():
             return build()
-        return self._memo.get(name, key, (self.doc_ids, *self._prefixes()), build)
+        return recall(self._kept, name, key, (self.doc_ids, *self._prefixes()), build)
 
     def _prefixes(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.validity is None else (self.validity.token_prefix, self.validity.slot_counts)

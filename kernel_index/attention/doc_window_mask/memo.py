@@ -7,30 +7,26 @@ import torch
 from torch import Tensor
 
 
-class Memo:
-    """The latest result of each name.
+def recall(
+    kept: dict[str, tuple], name: str, key: tuple, sources: tuple[Tensor | None, ...], build: Callable[[], Any]
+) -> Any:
+    """What ``build`` returns, or the result kept under ``name`` if it was built for the same key and sources.
 
     A source on the host is compared by value, so that even a change that PyTorch does not count (through NumPy, through
     ``.data``) is seen; a source on an accelerator is compared by its version counter and address, which waits for
-    nobody.  A kept result that somebody has written to is not given out again.
+    nobody.  A kept result that somebody has written to is not given out again.  Only the latest one is kept.
     """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple] = {}
-
-    def get(self, name: str, key: tuple, sources: tuple[Tensor | None, ...], build: Callable[[], Any]) -> Any:
-        if not _keepable(sources):
-            return build()
-        key = (*key, torch.is_inference_mode_enabled())  # a tensor of inference mode cannot be saved for a backward
-        kept = self._kept.get(name)
-        if kept is not None:
-            old_key, states, value, versions = kept
-            if old_key == key and _versions(value) == versions and all(map(_unchanged, sources, states)):
-                return value
-        states = tuple(map(_state, sources))
-        value = build()
-        self._kept[name] = (key, states, value, _versions(value))
-        return value
+    if not _keepable(sources):
+        return build()
+    key = (*key, torch.is_inference_mode_enabled())  # a tensor of inference mode cannot be saved for a backward
+    if name in kept:
+        old_key, states, value, versions = kept[name]
+        if old_key == key and _versions(value) == versions and all(map(_unchanged, sources, states)):
+            return value
+    states = tuple(map(_state, sources))
+    value = build()
+    kept[name] = (key, states, value, _versions(value))
+    return value
 
 
 def _keepable(sources: tuple[Tensor | None, ...]) -> bool:
