@@ -8,11 +8,8 @@ import typer
 
 from benchmarks.harness import console, machine, save
 
-NAMES = tuple(
-    sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "__main__", "harness"))
-)
-    sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "__main__", "harness"))
-)
+HELPERS = ("__init__", "__main__", "harness")
+NAMES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in HELPERS))
 
 
 def main(

@@ -76,10 +76,8 @@ class Comparison:
                 if (m := self.memory_ratio(r.contender)) is not None:
                     ratio += f" time, {m:.2f}× memory"
                     target += " " + _judge(m, self.memory_targets.get(r.contender))
-            table.add_row(
-                r.contender, f"{r.median * 1e3:,.1f} ms", f"{min(r.seconds) * 1e3:,.1f}", f"{r.first * 1e3:,.0f}", memory,
-                ratio, target,
-            )  # fmt: skip
+            times = (f"{r.median * 1e3:,.1f} ms", f"{min(r.seconds) * 1e3:,.1f}", f"{r.first * 1e3:,.0f}")
+            table.add_row(r.contender, *times, memory, ratio, target)
         console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""What a kernel's ``cases.py`` is made of: named inputs, an independent oracle, and the facts the conformance test needs.
+"""What a kernel's ``cases.py`` is made of: named inputs, an independent oracle, facts for the conformance test.
 
 One ``Suite`` for each public function with backends.  Tests, proofs, benchmarks and docs all read the same suites.
 """

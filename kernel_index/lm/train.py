@@ -185,9 +185,10 @@ class Trainer:
             loss.backward()
         self.receipts += log.counts()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        if not math.isfinite(float(loss.detach())) or not math.isfinite(float(norm)):
+        loss_value = float(loss.detach())
+        if not math.isfinite(loss_value) or not math.isfinite(float(norm)):
             raise TrainingError(
-                f"the loss is {float(loss.detach())} and the gradient norm {float(norm)} at step {self.step + 1}; the weights "
+                f"the loss is {loss_value} and the gradient norm {float(norm)} at step {self.step + 1}; the weights "
                 f"were not changed; the last good checkpoint is {ckpt.newest(self.folder) or 'none yet'}"
             )
         self.optimizer.step()
@@ -196,7 +197,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         validation = self.evaluate() if self.step % c.evaluate_every == 0 or self.step == c.steps else None
         tokens = int(batch.valid_counts.sum())
-        return StepReport(self.step, float(loss.detach()), rate, float(norm), tokens, seconds, validation)
+        return StepReport(self.step, loss_value, rate, float(norm), tokens, seconds, validation)
 
     def _autocast(self):
         return torch.autocast("cpu", DTYPES[self.config.dtype], enabled=self.config.dtype != "float32")
