@@ -36,14 +36,14 @@ def why_not(*tensors: Any) -> str | None:
         return "needs a C++ compiler (g++ or clang++)"
     if _compile_is_off():
         return "torch.compile is switched off"
-    if _inside_functorch():
+    if inside_functorch():
         return "inside a torch.func transform"
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return "inside a TorchDispatchMode or torch.jit.trace, which torch.compile refuses"
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             continue
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             return "needs plain tensors, not a tensor subclass"
         if target_of(tensor.device).kind != "cpu":
             return "needs CPU tensors"
@@ -67,9 +67,9 @@ def why_not_or_traced(*tensors: Any) -> str | None:
     """
     if not torch.compiler.is_compiling():
         return why_not(*tensors)
-    if _inside_functorch():
+    if inside_functorch():
         return "inside a torch.func transform"
-    if any(isinstance(t, Tensor) and type(t) not in _PLAIN for t in tensors):
+    if any(isinstance(t, Tensor) and type(t) not in PLAIN for t in tensors):
         return "needs plain tensors, not a tensor subclass"
     return None
 
@@ -79,14 +79,16 @@ def not_worth_or_traced(x: Tensor, *_: Any) -> str | None:
     return None if torch.compiler.is_compiling() else not_worth(x)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Types without an overridden behaviour that a kernel would bypass."""
 
 
-def _inside_functorch() -> bool:
+def inside_functorch() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp) is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-_inside_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
+inside_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
 
 
 def _compile_is_off() -> bool:

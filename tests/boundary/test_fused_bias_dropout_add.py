@@ -1,7 +1,11 @@
 """What the conformance test cannot know about ``fused_bias_dropout_add``."""
 
+import functools
+import random
+
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
@@ -49,6 +53,47 @@ def test_known_answers(counter, key, words):
     assert plain_philox(sum(c << 32 * i for i, c in enumerate(counter)), key[0] | key[1] << 32) == words
 
 
+class Int64(int):
+    """An integer whose arithmetic fails where a signed 64-bit integer would overflow: undefined behaviour in C++."""
+
+    def _checked(self, name, *others):
+        value = getattr(int, name)(int(self), *map(int, others))
+        assert -(2**63) <= value < 2**63, f"{name} overflows"
+        return Int64(value)
+
+
+for _name in ("__add__", "__mul__", "__and__", "__xor__", "__rshift__"):
+    setattr(Int64, _name, functools.partialmethod(Int64._checked, _name))
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**31, 2**32 - 1])
+def test_no_step_overflows(value):
+    generator = random.Random(value)
+    for _ in range(200):
+        counter, key = ([Int64(generator.choice((value, generator.getrandbits(32)))) for _ in range(n)] for n in (4, 2))
+        expected = plain_philox(
+            sum(c << 32 * i for i, c in enumerate(map(int, counter))), int(key[0]) | int(key[1]) << 32
+        )
+        assert list(philox.philox_words(counter, key)) == expected
+
+
+def test_the_counter_has_64_bits(monkeypatch):
+    """Beyond 2³⁴ elements the call's number no longer fits into the first word of the counter."""
+    first, arange = 5 * 2**32 - 16, torch.arange
+    monkeypatch.setattr(torch, "arange", lambda n, device=None: arange(n, device=device) + first)
+    words = torch.stack(philox.block_words(2, torch.tensor(3)), -1).view(32, 4)
+    assert [plain_philox(first + i, 3) for i in range(32)] == words.tolist()
+
+
+def test_the_threshold_itself_is_kept():
+    """An element whose word equals the threshold is kept, in both forms of the mask; one more drops it."""
+    seed = torch.tensor(3)
+    word = philox.block_words(1, seed)[2][0, 5]  # of element 2·16 + 5
+    for threshold, keep in ((word, True), (word + 1, False)):
+        assert bool(philox.keep_mask((64,), seed, threshold)[37]) is keep
+        assert bool(philox.keep_bits(1, seed, threshold)[0, 5] & 4) is keep
+
+
 @BACKENDS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 12345])
@@ -93,9 +138,10 @@ def test_neighbours_rows_and_seeds_are_independent():
 
 
 def test_threshold_is_an_exact_integer():
-    assert [philox.threshold(p) for p in (0.0, 2.0**-32, 0.5, 1.0)] == [0, 1, 2**31, 2**32]
-    assert philox.keep_scale(0.75) == 4.0
-    assert philox.keep_scale(1.0) == 0.0
+    limits = {p: philox.threshold_and_scale(p, torch.device("cpu")) for p in (0.0, 2.0**-32, 0.3, 0.5, 0.75, 1.0)}
+    assert [int(t) for t, _ in limits.values()] == [0, 1, round(0.3 * 2**32), 2**31, 3 * 2**30, 2**32]
+    assert [float(s) for _, s in limits.values()][2:5] == [1 / 0.7, 2.0, 4.0]
+    assert limits[1.0][1].isfinite()
 
 
 # The seed --------------------------------------------------------------------------------------------------------
@@ -175,6 +221,34 @@ def test_checkpointing_replays_the_mask(backend, reentrant):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_inside_torch_compile(reentrant):
+    x, residual, bias = operands(8, 64)
+
+    def block(x, residual, bias):
+        return ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.5)
+
+    compiled = torch.compile(lambda *a: checkpoint(block, *a, use_reentrant=reentrant), fullgraph=True)
+    out = compiled(x, residual, bias)
+    kept_in_forward = out.detach() != residual.detach()
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(dx != 0, kept_in_forward)
+    assert 0.3 < kept_in_forward.double().mean() < 0.7
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_seed_drawn_inside_torch_compile_is_drawn_once(grad):
+    """And not for each element, which Inductor would do if it could."""
+    x, residual, _ = operands(8, 64)
+    compiled = torch.compile(lambda: ki.fused_bias_dropout_add(x, residual, p=0.5), fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        _, (code, *_) = run_and_get_code(compiled)
+    assert code.count("= randint64_cpu(") == 1
+    lines = code.splitlines()
+    draw = next(i for i, line in enumerate(lines) if "= randint64_cpu(" in line)
+    assert not any("for(" in line for line in lines[draw - 8 : draw])
+
+
 def saved_tensors(call):
     stored = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t):
@@ -186,7 +260,7 @@ def saved_tensors(call):
 def test_only_the_seed_is_saved(p):
     x, residual, bias = operands(8, 64)
     stored = saved_tensors(lambda: ki.fused_bias_dropout_add(x, residual, bias=bias, p=p, seed=1, backend="inductor"))
-    assert [(t.dtype, t.numel()) for t in stored] == ([(torch.int64, 1)] if p else [])
+    assert sum(t.nbytes for t in stored) == (3 * 8 if p else 0), "the seed, the threshold, and the factor"
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["tensor seed", "drawn seed"])
@@ -196,7 +270,7 @@ def test_only_the_seed_is_saved_inside_torch_compile(given):
         lambda seed: ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.3, seed=seed), fullgraph=True
     )
     out = compiled(torch.tensor(4) if given else None)
-    assert sum(t.nbytes for t in out.grad_fn.saved_tensors) <= 16
+    assert sum(t.nbytes for t in out.grad_fn.saved_tensors) <= 24
     (dx,) = torch.autograd.grad(out.sum(), x)
     dropped = out.detach() == residual.detach()
     assert torch.equal(dx == 0, dropped)
@@ -205,6 +279,20 @@ def test_only_the_seed_is_saved_inside_torch_compile(given):
         torch.testing.assert_close(
             out, ki.fused_bias_dropout_add(x, residual, bias=bias, p=0.3, seed=4, backend="reference")
         )
+
+
+def test_changing_p_does_not_recompile():
+    x, residual, _ = operands(6, 64)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(
+        lambda p: ki.fused_bias_dropout_add(x, residual, p=p, seed=1), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for p in (0.1, 0.25, 0.5, 0.75):
+        torch.testing.assert_close(
+            compiled(p), ki.fused_bias_dropout_add(x, residual, p=p, seed=1, backend="reference")
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_changing_seeds_do_not_recompile():

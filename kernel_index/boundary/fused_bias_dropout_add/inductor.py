@@ -33,7 +33,7 @@ def _forward(
 ) -> Tensor:
     y = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     out = residual.to(dtype)
-    out = out + y if mask is None else torch.where(_kept(mask), out + y * scale, out)
+    out = out + y if mask is None else torch.where(_kept(mask), out + y * scale.to(dtype), out)
     return out.to(residual.dtype)
 
 
@@ -46,7 +46,7 @@ def _backward(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and bias, None where no dtype is given for them."""
-    dx = g.to(dtype) if mask is None else torch.where(_kept(mask), g.to(dtype) * scale, 0.0)
+    dx = g.to(dtype) if mask is None else torch.where(_kept(mask), g.to(dtype) * scale.to(dtype), 0.0)
     return None if x_dtype is None else dx.to(x_dtype), None if bias_dtype is None else sum_rows(dx).to(bias_dtype)
 
 
@@ -66,17 +66,15 @@ def _layout(shape: torch.Size, has_bias: bool) -> tuple[int, ...]:
     return (rows, width) if width % philox.BLOCK else (rows, width // philox.BLOCK, *_WHOLE_BLOCKS)
 
 
-def _mask_and_scale(ctx: Any, seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask in the form that the layout asks for, and the factor; as tensors, another p is not compiled anew."""
+def _mask(layout: tuple[int, ...], seed: Tensor | None, threshold: Tensor | None) -> Tensor | None:
+    """The mask in the form that the layout asks for."""
     if seed is None:
-        return None, None
-    threshold = torch.full((), ctx.threshold, dtype=torch.int64, device=seed.device)
-    scale = torch.full((), ctx.scale, dtype=ctx.dtype, device=seed.device)
-    if len(ctx.layout) == 2:
-        return _mask_region(torch.empty(ctx.layout, dtype=torch.uint8, device=seed.device), seed, threshold), scale
-    rows, blocks = ctx.layout[:2]
+        return None
+    if len(layout) == 2:
+        return _mask_region(torch.empty(layout, dtype=torch.uint8, device=seed.device), seed, threshold)
+    rows, blocks = layout[:2]
     bits = _bits_region(torch.empty(rows * blocks, 0, device=seed.device), seed, threshold)
-    return bits.view(rows, blocks, 1, philox.LANES), scale
+    return bits.view(rows, blocks, 1, philox.LANES)
 
 
 class _BiasDropoutAdd(torch.autograd.Function):
@@ -86,26 +84,26 @@ class _BiasDropoutAdd(torch.autograd.Function):
         x: Tensor,
         residual: Tensor,
         bias: Tensor | None,
-        threshold: int,
-        scale: float,
         seed: Tensor | None,
+        threshold: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(None if seed is None else ~seed)
-        ctx.threshold, ctx.scale = threshold, scale
+        # Inverted, it is also a copy: the caller may advance the seed in place before backward runs.
+        ctx.save_for_backward(None if seed is None else ~seed, threshold, scale)
         ctx.dtype = compute_dtype(x, residual, bias)
         ctx.like = x.dtype, None if bias is None else bias.dtype
         ctx.layout = _layout(x.shape, bias is not None)
         own_bias = None if bias is None else bias.reshape(ctx.layout[1:])
-        mask, factor = _mask_and_scale(ctx, seed)
-        out = _forward_region(x.reshape(ctx.layout), residual.reshape(ctx.layout), own_bias, mask, factor, ctx.dtype)
+        mask = _mask(ctx.layout, seed, threshold)
+        out = _forward_region(x.reshape(ctx.layout), residual.reshape(ctx.layout), own_bias, mask, scale, ctx.dtype)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 6
-        (inverted,) = ctx.saved_tensors
+        inverted, threshold, scale = ctx.saved_tensors
         # torch.compile would see the mask of backward as the mask of forward and keep that, a byte for each element;
         # through the detour it sees two masks and keeps the seed.
         seed = None if inverted is None else ~inverted
@@ -117,8 +115,8 @@ class _BiasDropoutAdd(torch.autograd.Function):
         if x_dtype is not None or bias_dtype is not None:
             # Under create_graph the same formula, uncompiled, so that it is differentiable.
             formula = _backward if torch.is_grad_enabled() else _backward_region
-            mask, factor = _mask_and_scale(ctx, seed)
-            own_dx, dbias = formula(g.reshape(ctx.layout), mask, factor, ctx.dtype, x_dtype, bias_dtype)
+            mask = _mask(ctx.layout, seed, threshold)
+            own_dx, dbias = formula(g.reshape(ctx.layout), mask, scale, ctx.dtype, x_dtype, bias_dtype)
             dx = dx if own_dx is None else own_dx.view(g.shape)
             dbias = None if dbias is None else dbias.view(-1)
         return dx, g if needs_residual else None, dbias, None, None, None
@@ -127,4 +125,5 @@ class _BiasDropoutAdd(torch.autograd.Function):
 def bias_dropout_add_inductor(
     x: Tensor, residual: Tensor, bias: Tensor | None, p: float, seed: Tensor | None
 ) -> Tensor:
-    return _BiasDropoutAdd.apply(x, residual, bias, philox.threshold(p), philox.keep_scale(p), seed)
+    limits = (None, None) if seed is None else philox.threshold_and_scale(p, x.device)
+    return _BiasDropoutAdd.apply(x, residual, bias, seed, *limits)

@@ -3,7 +3,7 @@
 Number the elements in row-major order and cut them into blocks of 64.  One Philox call serves four elements that lie
 16 apart: element ``e`` takes word ``(e // 16) % 4`` of the call ``16·(e // 64) + e % 16``.  The 128-bit counter is
 ``(call mod 2³², call >> 32, 0, 0)`` and the key is ``(seed mod 2³², (seed >> 32) mod 2³²)``.  The element is kept if
-its word, an unsigned 32-bit integer, is at least ``threshold(p)``.  See docs/decisions/0003-dropout-mask.md.
+its word, an unsigned 32-bit integer, is at least ``round(p·2³²)``.  See docs/decisions/0003-dropout-mask.md.
 """
 
 import math
@@ -16,7 +16,7 @@ LANES = 16
 BLOCK = 4 * LANES
 """Elements that one group of LANES calls serves."""
 
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_MULTIPLIERS = 0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 _LOW = 0xFFFFFFFF
@@ -25,13 +25,14 @@ _LOW = 0xFFFFFFFF
 def philox_words(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Four words in [0, 2³²) for each counter; counter and key are int64 tensors of 32-bit values, broadcast together.
 
-    A product of two 32-bit values fills 64 bits and may come out negative: its high half is masked after the shift.
+    The multipliers are taken minus 2³²: the product then fits into a signed 64-bit integer, whose overflow is undefined
+    in the C++ that Inductor writes, and the high half of the true product is the shifted one plus the factor.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
+        c0, c1, c2, c3 = ((b >> 32) + c2) ^ c1 ^ k0, b & _LOW, ((a >> 32) + c0) ^ c3 ^ k1, a & _LOW
         k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
     return c0, c1, c2, c3
 
@@ -43,7 +44,7 @@ def block_words(blocks: int, seed: Tensor) -> tuple[Tensor, ...]:
     return philox_words((call & _LOW, call >> 32, zero, zero), (seed & _LOW, (seed >> 32) & _LOW))
 
 
-def keep_mask(shape: torch.Size | tuple[int, ...], seed: Tensor, threshold: int | Tensor) -> Tensor:
+def keep_mask(shape: torch.Size | tuple[int, ...], seed: Tensor, threshold: Tensor) -> Tensor:
     """The mask as a bool tensor, True where the element is kept."""
     count = math.prod(shape)
     blocks = (count + BLOCK - 1) // BLOCK
@@ -57,20 +58,22 @@ def keep_bits(blocks: int, seed: Tensor, threshold: Tensor) -> Tensor:
     return (bits[0] | bits[1] | bits[2] | bits[3]).to(torch.int32)
 
 
-def threshold(p: float) -> int:
-    """How many of the 2³² words drop an element: 0 for p = 0, and 2³², that is all of them, for p = 1."""
-    return round(p * 2**32)
+def threshold_and_scale(p: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many of the 2³² words drop an element, int64, and what a kept element is multiplied by, float64.
 
-
-def keep_scale(p: float) -> float:
-    """What a kept element is multiplied by.  Nothing is kept at p = 1, so there is nothing to divide by zero."""
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    Tensors, so that another p is not compiled anew.  The threshold of p = 1 is 2³², which no word reaches; the factor
+    is held finite there, because 0 times infinity would be a NaN in the gradient.
+    """
+    drop = torch.ones((), dtype=torch.float64, device=device) * p
+    return (drop * 2.0**32).round().to(torch.int64), (1.0 - drop).clamp_min(2.0**-53).reciprocal()
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed as an int64 scalar of the library's own; None draws one from the device's default generator."""
+    """The seed as an int64 scalar tensor; None draws one from the device's default generator."""
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):  # a copy: the caller may advance it in place before backward reads it
-        return seed.detach().reshape(()).clone()
+        drawn = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        # Inductor would draw the same number again at each use, that is for each element; a scan's result is stored.
+        return (drawn.cumsum(0) if torch.compiler.is_compiling() else drawn).view(())
+    if isinstance(seed, Tensor):
+        return seed.detach().reshape(())
     return torch.full((), seed, dtype=torch.int64, device=device)

@@ -16,6 +16,7 @@ def bias_dropout_add_reference(
     if seed is None:
         out = out + y
     else:
-        keep = philox.keep_mask(x.shape, seed, philox.threshold(p))
-        out = torch.where(keep, out + y * philox.keep_scale(p), out)  # not out + 0: a dropped −0 stays −0
+        threshold, scale = philox.threshold_and_scale(p, x.device)
+        keep = philox.keep_mask(x.shape, seed, threshold)
+        out = torch.where(keep, out + y * scale, out)  # not out + 0: a dropped −0 stays −0
     return out.to(residual.dtype).contiguous()
