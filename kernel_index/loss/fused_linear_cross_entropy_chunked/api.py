@@ -75,7 +75,7 @@ def fused_linear_cross_entropy(
     >>> import torch, kernel_index as ki
     >>> hidden, weight = torch.ones(2, 3, 4), torch.eye(8, 4)
     >>> ki.fused_linear_cross_entropy(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))
-    tensor(1.6992)
+    tensor(1.6996)
     """
     contract.check_tensors(hidden, weight, targets, bias)
     options = contract.check_options(
@@ -133,7 +133,8 @@ def token_log_probs(
     options = contract.check_options(weight, ignore_index, softcap, logit_scale, 0.0, 0.0, chunk_size, valid_vocab)
     contract.check_targets(targets, options)
     call = (*_autocast(hidden, weight), targets, _autocast_bias(hidden, bias), options, "none", chunk_size)
-    return -choose("token_log_probs", BACKENDS, backend, *call).run(*call)
+    losses = choose("token_log_probs", BACKENDS, backend, *call).run(*call)
+    return 0.0 - losses  # not -losses: an ignored target gives 0, not -0
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

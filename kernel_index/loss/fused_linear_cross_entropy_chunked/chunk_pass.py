@@ -4,17 +4,21 @@ import torch
 from torch import Tensor
 
 
-def _softmax_parts(z: Tensor, targets: Tensor, softcap: float, scale: float):
-    """Capped logits, tanh, row maximum, Σe over the other classes, e of the target, and where the target is."""
+def _capped(z: Tensor, targets: Tensor, softcap: float, scale: float):
+    """Capped logits, tanh, and where the target is."""
     x = z.to(torch.promote_types(z.dtype, torch.float32)) * scale
     t = torch.tanh(x / softcap) if softcap else x
-    x = softcap * t if softcap else x
-    top = x.amax(-1, keepdim=True)
-    e = torch.exp(x - top)
     is_target = torch.arange(z.shape[1], device=z.device) == targets[:, None]
-    others = torch.where(is_target, 0.0, e).sum(-1, keepdim=True)
+    return (softcap * t if softcap else x), t, is_target
+
+
+def _softmax_parts(z: Tensor, targets: Tensor, softcap: float, scale: float):
+    """Capped logits, row maximum, Σe over the other classes, and the target's logit above the maximum."""
+    x, _, is_target = _capped(z, targets, softcap, scale)
+    top = x.amax(-1, keepdim=True)
+    others = torch.where(is_target, 0.0, torch.exp(x - top)).sum(-1, keepdim=True)
     own = torch.where(is_target, x, 0.0).sum(-1, keepdim=True) - top
-    return x, t, top, e, others, own, is_target
+    return x, top, others, own
 
 
 def _losses(x: Tensor, top: Tensor, others: Tensor, own: Tensor, smoothing: float, z_loss: float):
@@ -30,25 +34,39 @@ def _losses(x: Tensor, top: Tensor, others: Tensor, own: Tensor, smoothing: floa
     return loss, lse, total
 
 
-def loss_pass(z: Tensor, targets: Tensor, softcap: float, scale: float, smoothing: float, z_loss: float) -> Tensor:
-    """Losses [rows] of a chunk of logits [rows, V]; rows with an ignored target hold a value nobody reads."""
-    x, _, top, _, others, own, _ = _softmax_parts(z, targets, softcap, scale)
-    return _losses(x, top, others, own, smoothing, z_loss)[0][:, 0]
+def loss_pass(
+    z: Tensor, targets: Tensor, softcap: float, scale: float, smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, log-sum-exp and 1 − p of the target, each [rows]; ignored rows hold values nobody reads."""
+    x, top, others, own = _softmax_parts(z, targets, softcap, scale)
+    loss, lse, total = _losses(x, top, others, own, smoothing, z_loss)
+    return loss[:, 0], lse[:, 0], (others / total)[:, 0]
 
 
 def gradient_pass(
-    z: Tensor, targets: Tensor, rows: Tensor, softcap: float, scale: float, smoothing: float, z_loss: float
-) -> Tensor:
-    """Losses [rows]; z is overwritten by the gradient of Σ rows·loss with respect to the logits before the scale."""
-    x, t, top, e, others, own, is_target = _softmax_parts(z, targets, softcap, scale)
-    loss, lse, total = _losses(x, top, others, own, smoothing, z_loss)
-    # d = p − (1 − s)·onehot − s/V, where p − 1 of the target is −Σ(others)/Σ: no cancellation when p is near 1.
-    d = torch.where(is_target, smoothing - others / total, e / total)
+    z: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    lse: Tensor,
+    missing: Tensor,
+    softcap: float,
+    scale: float,
+    smoothing: float,
+    z_loss: float,
+) -> None:
+    """z is overwritten by the gradient of Σ rows·loss with respect to the logits before the scale.
+
+    Apart from ``loss_pass`` and without a reduction, so that nothing of the chunk's size is held beside it: fused with
+    the sums, the exponentials of a low-precision chunk would be stored in float32, at twice the chunk's bytes.
+    """
+    x, t, is_target = _capped(z, targets, softcap, scale)
+    p = torch.exp(x - lse[:, None])
+    # d = p − (1 − s)·onehot − s/V, where p − 1 of the target is −missing: no cancellation when p is near 1.
+    d = torch.where(is_target, smoothing - missing[:, None], p)
     if smoothing:
         d = d - smoothing / z.shape[1]
     if z_loss:
-        d = d + 2 * z_loss * lse * e / total
+        d = d + 2 * z_loss * lse[:, None] * p
     if softcap:
         d = d * (1 - t * t)
     z.copy_(torch.where(rows[:, None] == 0, 0.0, d * (rows[:, None] * scale)))
-    return loss[:, 0]

@@ -10,8 +10,11 @@ from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import Option
 WEIGHT_TILE = 8192
 """Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
 
+BLOCK_BYTES = 1 << 20
+"""Float32 bytes of the rows that a plain pass works on at a time: its temporaries are of this size, not the chunk's."""
+
 _loss_region = Region(loss_pass, z=(0,), targets=(0,))
-_gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,))
+_gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,), lse=(0,), missing=(0,))
 
 _OPTIONS = "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, bool compiled"
 torch.library.define(
@@ -33,22 +36,43 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
+def _block_rows(z: Tensor) -> int:
+    return max(1, BLOCK_BYTES // (4 * z.shape[1]))
+
+
+def _statistics(z: Tensor, targets: Tensor, constants: tuple, compiled: bool) -> tuple[Tensor, ...]:
+    if compiled:
+        return _loss_region(z, targets, *constants)
+    rows = _block_rows(z)
+    blocks = (loss_pass(a, b, *constants) for a, b in zip(z.split(rows), targets.split(rows), strict=True))
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+
+
+def _to_gradient(z: Tensor, vectors: tuple[Tensor, ...], constants: tuple, compiled: bool) -> None:
+    if compiled:
+        _gradient_region(z, *vectors, *constants)
+        return
+    rows = _block_rows(z)
+    for block in zip(z.split(rows), *(v.split(rows) for v in vectors), strict=True):
+        gradient_pass(*block, *constants)
+
+
 def _all_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size, compiled):
-    run = _loss_region if compiled else loss_pass
     weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
     losses = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
     chunk = rows_per_chunk(hidden.shape[0], vocab, hidden.element_size(), chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = _logits(hidden[at], weight, bias)
-        losses[at] = run(z, targets[at], softcap, scale, smoothing, z_loss)
+        losses[at] = _statistics(z, targets[at], (softcap, scale, smoothing, z_loss), compiled)[0]
+        del z  # before the next chunk is allocated
     return losses
 
 
 def _gradients(
     hidden, weight, targets, bias, rows, factor, needs, softcap, scale, smoothing, z_loss, vocab, chunk_size, compiled
 ):
-    run = _gradient_region if compiled else gradient_pass
+    constants = (softcap, scale, smoothing, z_loss)
     losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
     exact = _loss_dtype(hidden)
     weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
@@ -58,13 +82,15 @@ def _gradients(
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = _logits(hidden[at], used, used_bias)
-        losses[at] = run(z, targets[at], rows[at], softcap, scale, smoothing, z_loss)
+        losses[at], *saved = _statistics(z, targets[at], constants, compiled)
+        _to_gradient(z, (targets[at], rows[at], *saved), constants, compiled)
         if needs[0]:
             d_hidden[at] = torch.mm(z, used).to(exact) * factor
         if needs[1]:
             _add_outer(weight_sum[:vocab], z, hidden[at])
         if needs[2]:
-            bias_sum[:vocab] += z.sum(0, dtype=exact)
+            for block in z.split(_block_rows(z)):
+                bias_sum[:vocab] += block.sum(0, dtype=exact)
         del z  # before the next chunk is allocated
     if needs[1]:
         d_weight = weight_sum.mul_(factor).to(weight.dtype)
@@ -80,7 +106,10 @@ def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
         return
     for start in range(0, total.shape[0], WEIGHT_TILE):
         at = slice(start, start + WEIGHT_TILE)
-        total[at] += torch.mm(z[:, at].T, hidden)
+        if z.dtype == torch.float16:  # a sum over tokens may pass 65504 before it is scaled
+            total[at].addmm_(z[:, at].T.to(total.dtype), hidden.to(total.dtype))
+        else:
+            total[at] += torch.mm(z[:, at].T, hidden)
 
 
 def _allocate(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
