@@ -96,15 +96,19 @@ def test_input_scales(suite, backend, scale):
 def test_runs_at_least_one_case(suite, backend):
     if machine_why_not(backend):
         pytest.skip(machine_why_not(backend))
-    assert any(
-        refusal(suite, backend, c.build(Maker(d))) is None for c in suite.cases for d in suite.dtypes
-    ), f"{backend} claims this machine and refuses every case"
+    assert any(refusal(suite, backend, c.build(Maker(d))) is None for c in suite.cases for d in suite.dtypes), (
+        f"{backend} claims this machine and refuses every case"
+    )
 
 
 def poison_freed_memory(kwargs) -> None:
     """Leave NaN in the freed blocks that the allocator is about to hand out again."""
-    blocks = [torch.full_like(t, float("nan"), memory_format=torch.contiguous_format)
-              for t in tensors_of(kwargs.values()) if t.is_floating_point() for _ in range(3)]
+    blocks = [
+        torch.full_like(t, float("nan"), memory_format=torch.contiguous_format)
+        for t in tensors_of(kwargs.values())
+        if t.is_floating_point()
+        for _ in range(3)
+    ]
     del blocks
 
 

@@ -31,6 +31,10 @@ class AttentionValidity:
         slot_counts: int64 [B], in blocks, or None.
         base_block_tokens: tokens for each block, or None.
         reason: why ``resolve`` gave something up; empty otherwise.
+
+    >>> import torch, kernel_index as ki
+    >>> ki.attention_validity(valid_token_counts=torch.tensor([3, 0])).mode
+    'token_prefix'
     """
 
     mode: str = "none"

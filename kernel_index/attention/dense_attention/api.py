@@ -24,7 +24,13 @@ EVERYTHING_BEFORE = MaskContract()
 
 
 class AttentionOutput(NamedTuple):
-    """``out`` [B, T, H, Dv] in q's dtype; ``lse`` [B, H, T], natural logarithm, float32 (float64 for float64)."""
+    """``out`` [B, T, H, Dv] in q's dtype; ``lse`` [B, H, T], natural logarithm, float32 (float64 for float64).
+
+    >>> import torch, kernel_index as ki
+    >>> q = torch.zeros(1, 2, 1, 4)
+    >>> ki.attention_with_lse(q, q, q).lse
+    tensor([[[0.0000, 0.6931]]])
+    """
 
     out: Tensor
     lse: Tensor

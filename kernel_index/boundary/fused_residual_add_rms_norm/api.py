@@ -16,7 +16,13 @@ BACKENDS = (
 
 
 class ResidualAndNormed(NamedTuple):
-    """The stream after a block, and the next block's input."""
+    """The stream after a block, and the next block's input.
+
+    >>> import torch, kernel_index as ki
+    >>> pair = ki.fused_residual_add_rms_norm(torch.ones(1, 2), torch.ones(1, 2), torch.ones(2))
+    >>> pair.new_residual
+    tensor([[2., 2.]])
+    """
 
     new_residual: Tensor
     normed: Tensor
