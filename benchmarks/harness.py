@@ -5,11 +5,12 @@ measured in a process of its own for each contender, as the high-water mark abov
 """
 
 import json
-import multiprocessing
 import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -96,6 +97,10 @@ def compare(
     memory_targets: dict[str, float] | None = None,
 ) -> Comparison:
     """Time the contenders in turn, every round in another order; memory too if it has targets."""
+    if _ONLY:
+        if title == _ONLY[0]:
+            _measure_memory(next(c for c in contenders if c.name == _ONLY[1]))
+        return Comparison(title, [], "")
     calls, rows = [], []
     for c in contenders:
         call = c.prepare()
@@ -113,32 +118,39 @@ def compare(
     del calls
     if memory_targets is not None:
         for c, row in zip(contenders, rows, strict=True):
-            row.memory = peak_memory(c)
+            row.memory = peak_memory(title, c)
     ours = next(c.name for c in contenders if c.ours)
     result = Comparison(title, rows, ours, targets or {}, memory_targets or {})
     result.show()
     return result
 
 
-def peak_memory(contender: Contender) -> int:
-    """Bytes that a second call adds at its peak, in a fresh process (a first call pays for compilers and caches)."""
-    context = multiprocessing.get_context("fork" if not torch.cuda.is_available() else "spawn")
-    receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_memory, args=(contender, send))
-    child.start()
-    send.close()
-    value = receive.recv()
-    child.join()
-    return value
+def peak_memory(title: str, contender: Contender) -> int:
+    """Bytes that a second call adds at its peak, in a fresh process (a first call pays for compilers and caches).
+
+    The process runs the benchmark's module up to this contender: a fork of a process whose OpenMP threads have started
+    can hang.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", contender.prepare.__module__, title, contender.name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return int(done.stdout.split()[-1])
 
 
-def _measure_memory(contender: Contender, send) -> None:
+def measure_only(title: str, contender: str) -> None:
+    """Make ``compare`` skip everything but this contender of this comparison, print its memory and end the process."""
+    _ONLY[:] = [title, contender]
+
+
+_ONLY: list[str] = []
+
+
+def _measure_memory(contender: Contender) -> None:
     call = contender.prepare()
     call()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
     before = _status_kib("VmRSS")
     call()
-    send.send(1024 * (_status_kib("VmHWM") - before))
+    print(1024 * (_status_kib("VmHWM") - before), flush=True)
     os._exit(0)
 
 

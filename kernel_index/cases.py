@@ -5,7 +5,7 @@ One ``Suite`` for each public function with backends.  Tests, proofs, benchmarks
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,22 @@ class Maker:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float | None = None) -> Tensor:
         """Normal values times ``scale`` (the maker's own by default)."""
+        if self.device == "meta":  # sizes without values: what a proof compiles for
+            return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device="meta")
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         values = values * (self.scale if scale is None else scale)
         return values.to(device=self.device, dtype=self.dtype if dtype is None else dtype)
 
     def uniform(self, low: float, high: float, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device="meta")
         values = low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return values.to(device=self.device, dtype=self.dtype if dtype is None else dtype)
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Integers in [low, high)."""
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
         return torch.randint(low, high, shape, generator=self.generator).to(device=self.device, dtype=dtype)
 
 
@@ -67,7 +73,7 @@ class Suite:
     double_backward: bool = False
     nonfinite: tuple[str, ...] = ()  # arguments into which inf and NaN are put
     rounding: tuple[str, ...] = ()  # backends that call a kernel or matmul which rounds within to the inputs' dtype
-    registered: tuple[str, ...] = field(default=())  # torch.library ops that a backend launches
+    real: Callable[[Maker], dict[str, Any]] | None = None  # one call of production size, for proofs and benchmarks
 
     def __str__(self) -> str:
         return self.op

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._inductor.utils import fresh_inductor_cache
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_index as ki
 from kernel_index.cases import Maker, Suite, suites
@@ -226,6 +227,58 @@ def test_one_graph_over_several_sizes_then_inductor(suite, backend):
     torch._dynamo.reset()
     with fresh_inductor_cache():
         trial(torch.compile(call, fullgraph=True, dynamic=True), 9)
+
+
+class Launches(TorchDispatchMode):
+    """Every call of a registered op of ours, with detached arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "kernel_index":
+            self.calls.append((op, [a.detach() if isinstance(a, torch.Tensor) else a for a in args], kwargs or {}))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_registered_ops_keep_their_schema_and_their_fakes(suite, backend):
+    """``opcheck`` on the very calls that forward and backward make; a Triton backend launches nothing unregistered."""
+    kwargs = build(suite, suite.cases[0], torch.float32, backend)
+    names = differentiable(suite, kwargs)
+    try:
+        with Launches() as launches:
+            run(suite.function, kwargs, names, backend=backend)
+    except ki.Ineligible:
+        pytest.skip("refuses a TorchDispatchMode")
+    if backend == "triton":
+        expected = 2 if names else 1
+        assert len(launches.calls) >= expected, "forward and backward launch a registered op each"
+    for op, args, extra in launches.calls:
+        torch.library.opcheck(op, tuple(args), extra, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_double_backward_in_float32(suite, backend):
+    """For backends that take no float64, where ``gradgradcheck`` is out of reach: equal to the reference's."""
+    kwargs = build(suite, suite.cases[0], torch.float32, backend)
+    names = differentiable(suite, kwargs)
+    if not suite.double_backward or not names or refusal(suite, backend, suite.sized(Maker(torch.float64), 3)) is None:
+        pytest.skip("no double backward promised, or gradgradcheck covers it")
+
+    def twice(which):
+        leaves = {n: kwargs[n].detach().requires_grad_() for n in names}
+        outputs = [o for o in tensors_of(suite.function(**(kwargs | leaves), backend=which)) if o.requires_grad]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), upstream_like(tuple(outputs)), create_graph=True)
+        live = [g for g in grads if g.requires_grad]
+        if not live:  # the op is linear
+            return []
+        again = torch.autograd.grad(live, list(leaves.values()), upstream_like(tuple(live), seed=8), allow_unused=True)
+        return [g for g in again if g is not None]
+
+    for actual, expected in zip(twice(backend), twice("reference"), strict=True):
+        assert relative_error(actual, expected) <= 8 * floor(torch.float32)
 
 
 @pytest.mark.parametrize("suite", [pytest.param(s, id=s.op) for s in SUITES])

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks, inductor
+from kernel_index import checks, gpu, inductor
 from kernel_index.attention.fused_rope_qk import tables
 
+triton_not_worth = gpu.not_worth
 inductor_not_worth = inductor.not_worth
 
 
@@ -59,7 +60,14 @@ def check_tables(positions: Tensor, dim: int, base: float, scaling: Mapping[str,
 
 
 def inductor_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
-    rule = inductor.why_not(q, k, cos, sin)
-    if rule is None and torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        rule = "cos or sin needs a gradient: only the reference computes it"
-    return rule
+    return inductor.why_not(q, k, cos, sin) or _tables_rule(cos, sin)
+
+
+def triton_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    return gpu.why_not(q, k, cos, sin) or _tables_rule(cos, sin)
+
+
+def _tables_rule(cos: Tensor, sin: Tensor) -> str | None:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return "cos or sin needs a gradient: only the reference computes it"
+    return None

@@ -1,4 +1,4 @@
-"""One compiled pass over q and k, which is its own backward pass with −sin; only cos and sin are saved."""
+"""One compiled pass over q and k, which is its own backward pass with −sin."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ def _rotate_both(
 _region = Region(_rotate_both, q=(0, 1), k=(0, 1), cos=(0, 1), sin=(0, 1))
 
 
-def _run(q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool):
+def rotate(q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool):
+    if inverse:  # negating sin is 1/(H + K) of a pass and spares a second compilation
+        sin = -sin
     batch = cos.shape[0]
     if batch == 1:
         return _region(q, k, cos, sin, interleaved)
@@ -37,26 +39,3 @@ def _run(q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, interleav
     flat = [None if x is None else x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (q, k, cos, sin)]
     rows = _region(*flat, interleaved)
     return tuple(None if x is None else y.view(x.shape) for x, y in zip((q, k), rows, strict=True))
-
-
-class _RopeQK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return _run(q, k, cos, sin, interleaved)
-
-    @staticmethod
-    def backward(ctx, gq: Tensor | None, gk: Tensor | None):
-        cos, sin = ctx.saved_tensors
-        gq = gq if ctx.needs_input_grad[0] else None
-        gk = gk if ctx.needs_input_grad[1] else None
-        if gq is None and gk is None:
-            return None, None, None, None, None
-        # Negating sin is 1/(H + K) of a pass and spares a second compilation; apply() gives the double backward.
-        dq, dk = _RopeQK.apply(gq, gk, cos, -sin, ctx.interleaved)
-        return dq, dk, None, None, None
-
-
-rope_qk_inductor = _RopeQK.apply

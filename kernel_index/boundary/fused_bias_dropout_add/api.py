@@ -3,12 +3,13 @@
 from torch import Tensor
 
 from kernel_index.boundary.fused_bias_dropout_add import contract
-from kernel_index.boundary.fused_bias_dropout_add.inductor import bias_dropout_add_inductor
 from kernel_index.boundary.fused_bias_dropout_add.philox import seed_tensor
 from kernel_index.boundary.fused_bias_dropout_add.reference import bias_dropout_add_reference
+from kernel_index.boundary.fused_bias_dropout_add.torch_op import bias_dropout_add_inductor, bias_dropout_add_triton
 from kernel_index.dispatch import Backend, always, choose
 
 BACKENDS = (
+    Backend("triton", contract.triton_why_not, bias_dropout_add_triton, contract.triton_not_worth),
     Backend("inductor", contract.inductor_why_not, bias_dropout_add_inductor, contract.inductor_not_worth),
     Backend("reference", always, bias_dropout_add_reference),
 )

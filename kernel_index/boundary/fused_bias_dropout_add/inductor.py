@@ -1,13 +1,11 @@
 """A small compiled pass for the mask, then one over the data; the same in backward.  Only the seed is kept."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernel_index.boundary.fused_bias_dropout_add import philox
-from kernel_index.boundary.fused_bias_dropout_add.contract import compute_dtype
 from kernel_index.inductor import Region, sum_rows
 
 _WHOLE_BLOCKS = philox.BLOCK // philox.LANES, philox.LANES
@@ -37,7 +35,7 @@ def _forward(
     return out.to(residual.dtype)
 
 
-def _backward(
+def gradients(
     g: Tensor,
     mask: Tensor | None,
     scale: Tensor | None,
@@ -54,7 +52,7 @@ _ROWS = (0,)
 _bits_region = Region(_keep_bits, blocks=_ROWS)
 _mask_region = Region(_keep_mask, elements=_ROWS)
 _forward_region = Region(_forward, x=_ROWS, residual=_ROWS, mask=_ROWS)
-_backward_region = Region(_backward, g=_ROWS, mask=_ROWS)
+_backward_region = Region(gradients, g=_ROWS, mask=_ROWS)
 
 
 def _layout(shape: torch.Size, has_bias: bool) -> tuple[int, ...]:
@@ -77,53 +75,34 @@ def _mask(layout: tuple[int, ...], seed: Tensor | None, threshold: Tensor | None
     return bits.view(rows, blocks, 1, philox.LANES)
 
 
-class _BiasDropoutAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        threshold: Tensor | None,
-        scale: Tensor | None,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        # Inverted, it is also a copy: the caller may advance the seed in place before backward runs.
-        ctx.save_for_backward(None if seed is None else ~seed, threshold, scale)
-        ctx.dtype = compute_dtype(x, residual, bias)
-        ctx.like = x.dtype, None if bias is None else bias.dtype
-        ctx.layout = _layout(x.shape, bias is not None)
-        own_bias = None if bias is None else bias.reshape(ctx.layout[1:])
-        mask = _mask(ctx.layout, seed, threshold)
-        out = _forward_region(x.reshape(ctx.layout), residual.reshape(ctx.layout), own_bias, mask, scale, ctx.dtype)
-        return out.view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return (None,) * 6
-        inverted, threshold, scale = ctx.saved_tensors
-        # torch.compile would see the mask of backward as the mask of forward and keep that, a byte for each element;
-        # through the detour it sees two masks and keeps the seed.
-        seed = None if inverted is None else ~inverted
-        needs_x, needs_residual, needs_bias, *_ = ctx.needs_input_grad
-        x_dtype, bias_dtype = ctx.like[0] if needs_x else None, ctx.like[1] if needs_bias else None
-        dx = dbias = None
-        if seed is None and x_dtype is not None:
-            dx, x_dtype = g.to(x_dtype), None  # the gradient passes through the additions
-        if x_dtype is not None or bias_dtype is not None:
-            # Under create_graph the same formula, uncompiled, so that it is differentiable.
-            formula = _backward if torch.is_grad_enabled() else _backward_region
-            mask = _mask(ctx.layout, seed, threshold)
-            own_dx, dbias = formula(g.reshape(ctx.layout), mask, scale, ctx.dtype, x_dtype, bias_dtype)
-            dx = dx if own_dx is None else own_dx.view(g.shape)
-            dbias = None if dbias is None else dbias.view(-1)
-        return dx, g if needs_residual else None, dbias, None, None, None
-
-
-def bias_dropout_add_inductor(
-    x: Tensor, residual: Tensor, bias: Tensor | None, p: float, seed: Tensor | None
+def forward(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    limits = (None, None) if seed is None else philox.threshold_and_scale(p, x.device)
-    return _BiasDropoutAdd.apply(x, residual, bias, seed, *limits)
+    layout = _layout(x.shape, bias is not None)
+    own_bias = None if bias is None else bias.reshape(layout[1:])
+    mask = _mask(layout, seed, threshold)
+    return _forward_region(x.reshape(layout), residual.reshape(layout), own_bias, mask, scale, dtype).view(x.shape)
+
+
+def backward(
+    g: Tensor,
+    seed: Tensor | None,
+    threshold: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    has_bias: bool,
+    x_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Under create_graph the same formula, uncompiled, so that it is differentiable."""
+    formula = gradients if torch.is_grad_enabled() else _backward_region
+    layout = _layout(g.shape, has_bias)
+    mask = _mask(layout, seed, threshold)
+    dx, dbias = formula(g.reshape(layout), mask, scale, dtype, x_dtype, bias_dtype)
+    return None if dx is None else dx.view(g.shape), None if dbias is None else dbias.view(-1)

@@ -1,12 +1,8 @@
-"""Forward and backward as one compiled pass each, with nothing saved but new_residual and 1/rms."""
-
-import math
-from typing import Any
+"""Forward and backward as one compiled pass each over rows ``[N, C]``."""
 
 import torch
 from torch import Tensor
 
-from kernel_index.boundary.fused_residual_add_rms_norm.contract import compute_dtype, stream_dtype
 from kernel_index.inductor import Region, sum_rows
 
 
@@ -28,7 +24,7 @@ def _forward(
     return new_residual, normed.to(delta.dtype), rstd
 
 
-def _backward(
+def gradients(
     d_new: Tensor | None,
     d_normed: Tensor | None,
     new_residual: Tensor,
@@ -65,74 +61,5 @@ def _backward(
 
 
 _ROWS = (0,)
-_forward_region = Region(_forward, residual=_ROWS, delta=_ROWS)
-_backward_region = Region(_backward, d_new=_ROWS, d_normed=_ROWS, new_residual=_ROWS, rstd=_ROWS, delta=_ROWS)
-
-
-class _ResidualAddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        residual: Tensor,
-        delta: Tensor,
-        weight: Tensor,
-        scale: Tensor | None,
-        eps: float,
-        stored: torch.dtype,
-        weight_offset: float,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        dtype = compute_dtype(residual, delta, weight, scale)
-        call = (_rows(residual), _rows(delta), weight, scale, eps, weight_offset, stored, dtype)
-        new_residual, normed, rstd = _forward_region(*call)
-        new_residual = new_residual.view(residual.shape)
-        kept_delta = delta if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(new_residual, rstd, weight, scale, kept_delta)
-        ctx.numbers, ctx.like = (eps, weight_offset), (residual.dtype, delta.dtype)
-        return new_residual, normed.view(delta.shape)
-
-    @staticmethod
-    def backward(ctx: Any, d_new: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        new_residual, rstd, weight, scale, delta = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if d_new is None and d_normed is None:
-            return (None,) * 7
-        # d_delta = scale · d_residual: where that is the same tensor, it is computed once and given for both.  It must
-        # be one tensor object, not two views: autograd copies a gradient that has a second owner before it keeps it.
-        shared = scale is None and ctx.like[0] == ctx.like[1]
-        wanted = (needs[0] or (shared and needs[1]), needs[1] and not shared, *needs[2:4])
-        saved = _rows(new_residual), rstd, weight, scale, _rows(delta)
-        call = (_rows(d_new), _rows(d_normed), *saved, *ctx.numbers, ctx.like, wanted)
-        if torch.is_grad_enabled():  # create_graph: the same formula, uncompiled, so that it is differentiable
-            d_residual, d_delta, d_weight, d_scale = _backward(*call)
-        elif d_normed is None and scale is None:  # nothing to compute: the gradient passes through the addition
-            d_residual, d_delta = (_rows(d_new).to(t) if w else None for t, w in zip(ctx.like, wanted, strict=False))
-            d_weight = d_scale = None
-        else:
-            d_residual, d_delta, d_weight, d_scale = _backward_region(*call)
-        d_residual = None if d_residual is None else d_residual.view(new_residual.shape)
-        d_delta = d_residual if shared else None if d_delta is None else d_delta.view(new_residual.shape)
-        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        d_scale = None if d_scale is None else d_scale.sum_to_size(scale.shape or (1,)).view_as(scale).to(scale.dtype)
-        return d_residual if needs[0] else None, d_delta if needs[1] else None, d_weight, d_scale, None, None, None
-
-
-def residual_add_rms_norm_inductor(
-    residual: Tensor,
-    delta: Tensor,
-    weight: Tensor,
-    scale: float | Tensor,
-    eps: float,
-    fp32_residual: bool,
-    weight_offset: float,
-) -> tuple[Tensor, Tensor]:
-    stored = stream_dtype(residual, fp32_residual)
-    if not isinstance(scale, Tensor):
-        dtype = compute_dtype(residual, delta, weight)
-        # A tensor, so that each layer's own number is not compiled anew.
-        scale = None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=delta.device)
-    return _ResidualAddRMSNorm.apply(residual, delta, weight, scale, eps, stored, weight_offset)
-
-
-def _rows(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+forward = Region(_forward, residual=_ROWS, delta=_ROWS)
+backward = Region(gradients, d_new=_ROWS, d_normed=_ROWS, new_residual=_ROWS, rstd=_ROWS, delta=_ROWS)

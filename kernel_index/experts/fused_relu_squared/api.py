@@ -4,10 +4,11 @@ from torch import Tensor
 
 from kernel_index.dispatch import Backend, always, choose
 from kernel_index.experts.fused_relu_squared import contract
-from kernel_index.experts.fused_relu_squared.inductor import relu_squared_inductor
 from kernel_index.experts.fused_relu_squared.reference import relu_squared_reference
+from kernel_index.experts.fused_relu_squared.torch_op import relu_squared_inductor, relu_squared_triton
 
 BACKENDS = (
+    Backend("triton", contract.triton_why_not, relu_squared_triton, contract.triton_not_worth),
     Backend("inductor", contract.inductor_why_not, relu_squared_inductor, contract.inductor_not_worth),
     Backend("reference", always, relu_squared_reference),
 )

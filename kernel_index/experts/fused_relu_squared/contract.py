@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
-from kernel_index import checks, inductor
+from kernel_index import checks, gpu, inductor
 
+triton_why_not = gpu.why_not
+triton_not_worth = gpu.not_worth
 inductor_why_not = inductor.why_not
 inductor_not_worth = inductor.not_worth
 
