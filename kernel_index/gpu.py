@@ -107,6 +107,6 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, int(n) - 1).bit_length()
 
 
-def dense(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def dense(tensors: Sequence[Tensor | None]) -> Any:
     """Contiguous versions, None kept; no copy of what is contiguous already."""
     return tuple(None if t is None else t.contiguous() for t in tensors)

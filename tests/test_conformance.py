@@ -50,7 +50,7 @@ def assert_within_budget(suite: Suite, backend: str, kwargs) -> None:
     The yardstick is the reference; for the reference itself, and for PyTorch's own kernels that round their
     intermediates to the inputs' dtype, it is the plain formula in that dtype, which is FlashAttention's own rule.
     """
-    names = differentiable(suite, kwargs)
+    names = differentiable(suite, kwargs, backend)
     outputs, grads = run(suite.function, kwargs, names, backend=backend)
     upstream = upstream_like(tuple(outputs))
     truth, truth_grads = run(suite.oracle, in_float64(kwargs), names, upstream)
@@ -117,7 +117,7 @@ def poison_freed_memory(kwargs) -> None:
 def test_layouts_agree_and_inputs_survive(suite, backend):
     """Non-contiguous inputs give what contiguous ones give; nothing the caller owns is written."""
     kwargs = build(suite, suite.cases[0], torch.float32, backend)
-    names = differentiable(suite, kwargs)
+    names = differentiable(suite, kwargs, backend)
     strided = {
         k: torch.stack([v, v], -1)[..., 0] if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         for k, v in kwargs.items()
@@ -138,7 +138,7 @@ def test_layouts_agree_and_inputs_survive(suite, backend):
 @pytest.mark.parametrize(("suite", "backend"), PAIRS)
 def test_each_input_alone_may_need_a_gradient(suite, backend):
     kwargs = build(suite, suite.cases[0], torch.float32, backend)
-    names = differentiable(suite, kwargs)
+    names = differentiable(suite, kwargs, backend)
     _, together = run(suite.function, kwargs, names, backend=backend)
     for name, expected in zip(names, together, strict=True):
         _, (alone,) = run(suite.function, kwargs, [name], backend=backend)
@@ -148,7 +148,7 @@ def test_each_input_alone_may_need_a_gradient(suite, backend):
 @pytest.mark.parametrize(("suite", "backend"), PAIRS)
 def test_same_call_same_bits(suite, backend):
     kwargs = build(suite, suite.cases[0], torch.float32, backend)
-    names = differentiable(suite, kwargs)
+    names = differentiable(suite, kwargs, backend)
     first, second = (run(suite.function, kwargs, names, backend=backend) for _ in range(2))
     for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
         assert torch.equal(a, b)
@@ -175,7 +175,9 @@ def test_gradcheck(suite, backend):
     reason = refusal(suite, backend, kwargs)
     if reason:
         pytest.skip(reason)
-    names = differentiable(suite, kwargs)
+    names = differentiable(suite, kwargs, backend)
+    if not names:
+        pytest.skip("has no gradient")
     leaves = tuple(kwargs[n].requires_grad_() for n in names)
 
     def call(*values):
@@ -194,7 +196,10 @@ def test_gradcheck(suite, backend):
 @pytest.mark.parametrize(("suite", "backend"), [*PAIRS, *[pytest.param(s, "auto", id=f"{s.op}-auto") for s in SUITES]])
 def test_one_graph_over_several_sizes_then_inductor(suite, backend):
     """fullgraph, dynamic, one graph, one receipt for each trace; then Inductor from an empty cache, gradients equal."""
-    names = differentiable(suite, suite.sized(Maker(torch.float32), 9))
+    reason = None if backend == "auto" else refusal(suite, backend, suite.sized(Maker(torch.float32), 9))
+    if reason:
+        pytest.skip(reason)
+    names = differentiable(suite, suite.sized(Maker(torch.float32), 9), backend)
 
     def call(kwargs):
         return suite.function(**kwargs, backend=backend)
@@ -246,15 +251,13 @@ class Launches(TorchDispatchMode):
 def test_registered_ops_keep_their_schema_and_their_fakes(suite, backend):
     """``opcheck`` on the very calls that forward and backward make; a Triton backend launches nothing unregistered."""
     kwargs = build(suite, suite.cases[0], torch.float32, backend)
-    names = differentiable(suite, kwargs)
+    names = differentiable(suite, kwargs, backend)
     try:
         with Launches() as launches:
             run(suite.function, kwargs, names, backend=backend)
     except ki.Ineligible:
         pytest.skip("refuses a TorchDispatchMode")
-    if backend == "triton":
-        expected = 2 if names else 1
-        assert len(launches.calls) >= expected, "forward and backward launch a registered op each"
+    assert launches.calls or backend != "triton", "a Triton kernel is launched by a registered op"
     for op, args, extra in launches.calls:
         torch.library.opcheck(op, tuple(args), extra, test_utils=("test_schema", "test_faketensor"))
 
@@ -263,7 +266,7 @@ def test_registered_ops_keep_their_schema_and_their_fakes(suite, backend):
 def test_double_backward_in_float32(suite, backend):
     """For backends that take no float64, where ``gradgradcheck`` is out of reach: equal to the reference's."""
     kwargs = build(suite, suite.cases[0], torch.float32, backend)
-    names = differentiable(suite, kwargs)
+    names = differentiable(suite, kwargs, backend)
     if not suite.double_backward or not names or refusal(suite, backend, suite.sized(Maker(torch.float64), 3)) is None:
         pytest.skip("no double backward promised, or gradgradcheck covers it")
 

@@ -12,8 +12,8 @@ import kernel_index as ki
 from kernel_index.loss.fused_linear_cross_entropy_chunked import torch_op
 from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import CHUNK_BYTES, rows_per_chunk
 
-BACKENDS = ("inductor", "chunked", "reference")
-CHUNKED = BACKENDS[:2]
+BACKENDS = ("triton", "inductor", "chunked", "reference")
+CHUNKED = BACKENDS[:3]
 
 
 def inputs(tokens=23, width=16, vocab=40, dtype=torch.float32):
@@ -234,13 +234,23 @@ def test_token_log_probs_are_log_softmax():
 
 
 def test_chunks_are_even_and_within_budget():
-    assert rows_per_chunk(4096, 50304, 4, 0) == math.ceil(4096 / 7)
-    for tokens, vocab, size in ((1, 10**6, 4), (4096, 50304, 2), (8192, 128256, 2), (100, 32, 4)):
-        rows = rows_per_chunk(tokens, vocab, size, 0)
-        assert rows == 1 or rows * vocab * size <= CHUNK_BYTES
+    def rows_of(tokens, width, vocab, dtype, chunk_size=0):
+        return rows_per_chunk(torch.empty(tokens, width, dtype=dtype, device="meta"), vocab, chunk_size)
+
+    assert rows_of(4096, 1024, 50304, torch.float32) == math.ceil(4096 / 7)
+    for tokens, width, vocab, dtype in (
+        (1, 8, 10**6, torch.float32),
+        (4096, 1024, 50304, torch.bfloat16),
+        (8192, 4096, 128256, torch.bfloat16),
+        (100, 8, 32, torch.float32),
+    ):
+        rows = rows_of(tokens, width, vocab, dtype)
+        budget = max(CHUNK_BYTES, vocab * width * dtype.itemsize // 2)
+        assert rows == 1 or rows * vocab * dtype.itemsize <= budget
         chunks = math.ceil(tokens / rows)
         assert chunks * rows - tokens < chunks, "chunks differ by less than a row on average"
-    assert rows_per_chunk(100, 32, 4, 30) == 25
+    assert rows_of(100, 8, 32, torch.float32, 30) == 25
+    assert math.ceil(8192 / rows_of(8192, 4096, 128256, torch.bfloat16)) == 4, "a large weight is read few times"
 
 
 @pytest.mark.parametrize(

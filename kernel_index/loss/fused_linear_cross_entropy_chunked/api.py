@@ -9,10 +9,12 @@ from kernel_index.loss.fused_linear_cross_entropy_chunked import contract
 from kernel_index.loss.fused_linear_cross_entropy_chunked.chunked import (
     linear_cross_entropy_chunked,
     linear_cross_entropy_inductor,
+    linear_cross_entropy_triton,
 )
 from kernel_index.loss.fused_linear_cross_entropy_chunked.reference import linear_cross_entropy_reference
 
 BACKENDS = (
+    Backend("triton", contract.triton_why_not, linear_cross_entropy_triton, contract.triton_not_worth),
     Backend("inductor", contract.inductor_why_not, linear_cross_entropy_inductor, contract.inductor_not_worth),
     Backend("chunked", contract.chunked_why_not, linear_cross_entropy_chunked),
     Backend("reference", always, linear_cross_entropy_reference),
@@ -59,7 +61,8 @@ def fused_linear_cross_entropy(
         z_loss: coefficient of the squared log-sum-exp.
         reduction: ``"mean"`` over the tokens not ignored (0, with zero gradients, if there is none, where PyTorch gives
             NaN), ``"sum"`` or ``"none"``.
-        chunk_size: tokens per chunk; by default what 128 MiB of logits hold, in chunks of about equal size.
+        chunk_size: tokens per chunk; by default what 128 MiB of logits hold, or half the weight's bytes if that is
+            more, in chunks of about equal size.
         valid_vocab: only this many first rows of weight are classes; the rest is padding without gradient.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 

@@ -100,7 +100,7 @@ SUITES = (
         differentiable=("hidden", "weight", "bias"),
         oracle=oracle,
         sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4},
-        rounding=("inductor", "chunked"),
+        rounding=("triton", "inductor", "chunked"),
         scales=(1e-3, 1.0, 16.0),  # at 300 every softmax is one-hot and only overflow would be left to see
     ),
     Suite(
@@ -122,7 +122,7 @@ SUITES = (
         differentiable=("hidden", "weight", "bias"),
         oracle=oracle_log_probs,
         sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4},
-        rounding=("inductor", "chunked"),
+        rounding=("triton", "inductor", "chunked"),
         scales=(1e-3, 1.0, 16.0),
     ),
 )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index import checks, inductor
+from kernel_index import checks, gpu, inductor
 
 CHUNK_BYTES = 128 << 20
 """Budget of one chunk of logits.  Few large chunks read the weight seldom; see docs/decisions/0004-loss-chunks.md."""
@@ -97,11 +97,25 @@ def check_targets(targets: Tensor, options: Options) -> None:
         )
 
 
-def rows_per_chunk(tokens: int, vocab: int, element_size: int, chunk_size: int = 0) -> int:
-    """Tokens of a chunk: all chunks about equal, none over the byte budget (or over ``chunk_size``, if not 0)."""
-    most = chunk_size or max(1, CHUNK_BYTES // (vocab * element_size))
+def rows_per_chunk(hidden: Tensor, vocab: int, chunk_size: int = 0) -> int:
+    """Tokens of a chunk of hidden [N, C]: all chunks about equal, none over ``chunk_size`` or, if 0, the byte budget.
+
+    The budget is ``CHUNK_BYTES`` or half the weight's bytes, if that is more: the memory stays below that of the
+    weight's gradient, and the weight is read a few times only.
+    """
+    tokens, width = hidden.shape
+    budget = max(CHUNK_BYTES, vocab * width * hidden.element_size() // 2)
+    most = chunk_size or max(1, budget // (vocab * hidden.element_size()))
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
+
+
+def triton_why_not(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *_: object) -> str | None:
+    return gpu.why_not(hidden, weight, bias)
+
+
+def triton_not_worth(hidden: Tensor, *_: object) -> str | None:
+    return gpu.not_worth(hidden)
 
 
 def inductor_why_not(hidden: Tensor, weight: Tensor, *_: object) -> str | None:

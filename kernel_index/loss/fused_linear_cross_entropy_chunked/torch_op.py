@@ -16,7 +16,7 @@ BLOCK_BYTES = 1 << 20
 _loss_region = Region(loss_pass, z=(0,), targets=(0,))
 _gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,), lse=(0,), missing=(0,))
 
-_OPTIONS = "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, bool compiled"
+_OPTIONS = "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes"
 torch.library.define(
     "kernel_index::linear_cross_entropy_losses",
     f"(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
@@ -40,37 +40,57 @@ def _block_rows(z: Tensor) -> int:
     return max(1, BLOCK_BYTES // (4 * z.shape[1]))
 
 
-def _statistics(z: Tensor, targets: Tensor, constants: tuple, compiled: bool) -> tuple[Tensor, ...]:
-    if compiled:
+def _statistics(z: Tensor, targets: Tensor, constants: tuple, passes: str) -> tuple[Tensor, ...]:
+    if passes == "inductor":
         return _loss_region(z, targets, *constants)
     rows = _block_rows(z)
     blocks = (loss_pass(a, b, *constants) for a, b in zip(z.split(rows), targets.split(rows), strict=True))
     return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
-def _to_gradient(z: Tensor, vectors: tuple[Tensor, ...], constants: tuple, compiled: bool) -> None:
-    if compiled:
+def _chunk_losses(z: Tensor, targets: Tensor, losses: Tensor, constants: tuple, passes: str) -> None:
+    if passes == "triton":
+        from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
+
+        triton.chunk(z, targets, None, losses, constants)
+        return
+    losses.copy_(_statistics(z, targets, constants, passes)[0])
+
+
+def _chunk_gradient(
+    z: Tensor, targets: Tensor, rows: Tensor, losses: Tensor, constants: tuple, passes: str
+) -> None:
+    """Fill losses; z becomes the gradient of Σ rows·loss with respect to the logits."""
+    if passes == "triton":
+        from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
+
+        triton.chunk(z, targets, rows, losses, constants)
+        return
+    loss, *saved = _statistics(z, targets, constants, passes)
+    losses.copy_(loss)
+    vectors = (targets, rows, *saved)
+    if passes == "inductor":
         _gradient_region(z, *vectors, *constants)
         return
-    rows = _block_rows(z)
-    for block in zip(z.split(rows), *(v.split(rows) for v in vectors), strict=True):
+    height = _block_rows(z)
+    for block in zip(z.split(height), *(v.split(height) for v in vectors), strict=True):
         gradient_pass(*block, *constants)
 
 
-def _all_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size, compiled):
+def _all_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size, passes):
     weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
     losses = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
-    chunk = rows_per_chunk(hidden.shape[0], vocab, hidden.element_size(), chunk_size)
+    chunk = rows_per_chunk(hidden, vocab, chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = _logits(hidden[at], weight, bias)
-        losses[at] = _statistics(z, targets[at], (softcap, scale, smoothing, z_loss), compiled)[0]
+        _chunk_losses(z, targets[at], losses[at], (softcap, scale, smoothing, z_loss), passes)
         del z  # before the next chunk is allocated
     return losses
 
 
 def _gradients(
-    hidden, weight, targets, bias, rows, factor, needs, softcap, scale, smoothing, z_loss, vocab, chunk_size, compiled
+    hidden, weight, targets, bias, rows, factor, needs, softcap, scale, smoothing, z_loss, vocab, chunk_size, passes
 ):
     constants = (softcap, scale, smoothing, z_loss)
     losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
@@ -78,12 +98,11 @@ def _gradients(
     weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
     bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
     used, used_bias = weight[:vocab], None if bias is None else bias[:vocab]
-    chunk = rows_per_chunk(hidden.shape[0], vocab, hidden.element_size(), chunk_size)
+    chunk = rows_per_chunk(hidden, vocab, chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = _logits(hidden[at], used, used_bias)
-        losses[at], *saved = _statistics(z, targets[at], constants, compiled)
-        _to_gradient(z, (targets[at], rows[at], *saved), constants, compiled)
+        _chunk_gradient(z, targets[at], rows[at], losses[at], constants, passes)
         if needs[0]:
             d_hidden[at] = torch.mm(z, used).to(exact) * factor
         if needs[1]:
@@ -195,7 +214,7 @@ def run(
     options: Options,
     reduction: str,
     chunk_size: int,
-    compiled: bool,
+    passes: str,
 ) -> Tensor:
     """The loss of flat tokens: hidden [N, C], targets [N]."""
     valid = targets != options.ignore_index
@@ -203,7 +222,7 @@ def run(
     factor = rows.new_ones(())
     if reduction == "mean":
         factor = 1 / rows.sum().clamp(min=1)
-    constants = (*options[1:], chunk_size, compiled)
+    constants = (*options[1:], chunk_size, passes)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if reduction == "none" or not any(needs):
         losses = _PerToken.apply(hidden, weight, bias, targets, rows, factor.new_ones(()), needs, constants)
