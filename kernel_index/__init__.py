@@ -6,6 +6,7 @@ One contract, several backends, a correct gradient, and a receipt of what really
 from kernel_index.attention.attention_validity_prefix.api import attention_validity
 from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity
 from kernel_index.attention.dense_attention.api import AttentionOutput, attention, attention_with_lse
+from kernel_index.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
 from kernel_index.attention.doc_window_mask.api import doc_window_mask
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
@@ -14,6 +15,13 @@ from kernel_index.boundary.fused_residual_add_rms_norm.api import ResidualAndNor
 from kernel_index.dispatch import Explanation, Ineligible, Receipt, explain, receipts, strict
 from kernel_index.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
+from kernel_index.streams.mhc_fused_static.api import (
+    StreamsAndBranchInput,
+    mhc_branch_input,
+    mhc_merge,
+    mhc_merge_and_branch_input,
+    sinkhorn,
+)
 
 __version__ = "0.1.0"
 
@@ -27,18 +35,24 @@ __all__ = [
     "ResidualAndNormed",
     "RopeTables",
     "RotatedQK",
+    "StreamsAndBranchInput",
     "attention",
     "attention_validity",
     "attention_with_lse",
     "doc_window_mask",
     "explain",
+    "fa4_kvcache_decode",
     "fused_bias_dropout_add",
     "fused_linear_cross_entropy",
     "fused_relu_squared",
     "fused_residual_add_rms_norm",
     "fused_rope_qk",
+    "mhc_branch_input",
+    "mhc_merge",
+    "mhc_merge_and_branch_input",
     "receipts",
     "rope_tables",
+    "sinkhorn",
     "strict",
     "token_log_probs",
 ]

@@ -72,6 +72,7 @@ class Suite:
     scales: tuple[float, ...] = (1e-3, 1.0, 16.0, 300.0)
     double_backward: bool = False
     nonfinite: tuple[str, ...] = ()  # arguments into which inf and NaN are put
+    without_gradient: tuple[str, ...] = ()  # backends that decline a call whose result needs a graph
     rounding: tuple[str, ...] = ()  # backends that call a kernel or matmul which rounds within to the inputs' dtype
     real: Callable[[Maker], dict[str, Any]] | None = None  # one call of production size, for proofs and benchmarks
 

@@ -1,0 +1,56 @@
+"""What flash-attn-4 takes on which architecture: facts as data, read in version 4.0.0b36.
+
+Every row was read in the package's own assertions.  ``compiled`` says whether this project has compiled the decode and
+the training kernels for that architecture with the real package (``kernel-index prove fa4``).
+"""
+
+from dataclasses import dataclass
+
+PACKAGE = "flash-attn-4 4.0.0b36"
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """One architecture's row.
+
+    ``paged``: a page table with ``seqused_k``.  ``varlen``: ragged lengths in one call, packed or by ``seqused_k``.
+    ``split``: more than one split of the keys.  ``head_sizes``: (smallest, largest), in multiples of 8, beside
+    ``extra_head_sizes``.  ``paged_head_multiple``: pages that are not one key tile load through cp.async, which takes
+    no padded head size.
+    """
+
+    paged: bool
+    varlen: bool
+    split: bool
+    window: bool
+    softcap: bool
+    sink: bool
+    head_sizes: tuple[int, int]
+    extra_head_sizes: tuple[int, ...] = ()
+    paged_head_multiple: int = 16
+    compiled: bool = False
+
+    def takes_head_size(self, size: int) -> bool:
+        low, high = self.head_sizes
+        return size % 8 == 0 and (low <= size <= high or size in self.extra_head_sizes)
+
+
+HOPPER = Support(
+    paged=True, varlen=True, split=False, window=True, softcap=True, sink=True, head_sizes=(8, 256), compiled=True
+)
+BLACKWELL = Support(
+    paged=True, varlen=True, split=True, window=True, softcap=True, sink=True, head_sizes=(8, 128),
+    extra_head_sizes=(256,), compiled=True,
+)  # fmt: skip
+AMPERE = Support(
+    paged=False, varlen=True, split=False, window=True, softcap=True, sink=False, head_sizes=(8, 128)
+)  # larger heads depend on shared memory there: not relied on
+
+TABLE: dict[int, Support] = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 11: BLACKWELL, 12: AMPERE}
+"""By the major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and 11 data-centre Blackwell, 12 consumer Blackwell,
+whose kernel is the Ampere one with less shared memory."""
+
+
+def support_of(arch: int | str) -> Support | None:
+    """The row of ``Target.arch`` (90 for sm_90), or None for an architecture that the package does not know."""
+    return TABLE.get(arch // 10) if isinstance(arch, int) else None

@@ -1,0 +1,94 @@
+"""Decoding on the CPU with PyTorch's own kernel: each row attends to its own prefix, nothing beyond it is read."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernel_index.attention.dense_fa4_kvcache_decode.append import append
+from kernel_index.attention.dense_fa4_kvcache_decode.contract import reach_of
+from kernel_index.attention.doc_window_mask.contract import Window
+
+QUERIES_AT_ONCE = 256
+"""More new tokens than this are taken in chunks, each with the keys that it may see: no mask grows with T · S."""
+
+
+def decode_sdpa(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    causal: bool,
+    window: Window,
+    softcap: float,
+    table: Tensor | None,
+) -> Tensor:
+    append(k_cache, v_cache, lengths, k, v, table)
+    new = 0 if k is None else k.shape[1]
+    totals = [n + new for n in lengths.tolist()]
+    reach = reach_of(causal, window)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    if table is None and len(set(totals)) == 1:
+        _attend(out, q, k_cache[:, : totals[0]], v_cache[:, : totals[0]], reach)
+        return out
+    ids = None if table is None else table.tolist()
+    for row, total in enumerate(totals):
+        at = slice(row, row + 1)
+        first = 0 if reach[0] is None else max(0, total - q.shape[1] - reach[0])  # what no query of the row sees
+        if ids is None:
+            keys, values = k_cache[at, first:total], v_cache[at, first:total]
+        else:
+            keys, values = (_prefix(cache, ids[row], first, total) for cache in (k_cache, v_cache))
+        _attend(out[at], q[at], keys, values, reach)
+    return out
+
+
+def _prefix(cache: Tensor, ids: list[int], first: int, total: int) -> Tensor:
+    """Tokens [first, total) of one row as [1, S, K, D]: a view where its pages follow each other, else a copy."""
+    page = cache.shape[1]
+    skipped = first // page
+    ids = ids[skipped : -(-total // page)]
+    if not ids:
+        return cache[:0].reshape(1, 0, *cache.shape[2:])
+    if ids == list(range(ids[0], ids[0] + len(ids))):
+        pages = cache[ids[0] : ids[0] + len(ids)]
+    else:
+        pages = cache.index_select(0, torch.tensor(ids))
+    return pages.reshape(1, len(ids) * page, *cache.shape[2:])[:, first - skipped * page : total - skipped * page]
+
+
+def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window) -> None:
+    """Fill out [B, Lq, H, D]; keys and values [B, S, K, D] end with the key at which the last query stands."""
+    queries, total = q.shape[1], keys.shape[1]
+    left, right = reach
+    for t in range(0, queries, QUERIES_AT_ONCE):
+        chunk = slice(t, min(t + QUERIES_AT_ONCE, queries))
+        position = total - queries + torch.arange(chunk.start, chunk.stop)
+        low = 0 if left is None else max(0, total - queries + chunk.start - left)
+        high = total if right is None else min(total, total - queries + chunk.stop + right)
+        if high <= low:
+            out[:, chunk] = 0
+            continue
+        key = torch.arange(low, high)
+        allowed = torch.ones(position.shape[0], high - low, dtype=torch.bool)
+        if left is not None:
+            allowed &= key >= position[:, None] - left
+        if right is not None:
+            allowed &= key <= position[:, None] + right
+        empty = ~allowed.any(1)
+        result = _call(q[:, chunk], keys[:, low:high], values[:, low:high], allowed | empty[:, None])
+        out[:, chunk] = result.masked_fill_(empty[:, None, None], 0.0) if bool(empty.any()) else result
+
+
+def _call(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+    """One call of the kernel.  The query heads of a key head join as queries, so that its keys are read once."""
+    batch, queries, heads, width = q.shape
+    kv_heads = keys.shape[2]
+    group = heads // kv_heads
+    q_BKXD = q.view(batch, queries, kv_heads, group, width).permute(0, 2, 3, 1, 4)
+    q_BKXD = q_BKXD.reshape(batch, kv_heads, group * queries, width)
+    mask = None if bool(allowed.all()) else allowed.repeat(group, 1)
+    keys, values = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (keys, values))
+    out = scaled_dot_product_attention(q_BKXD, keys, values, attn_mask=mask)
+    return out.view(batch, kv_heads, group, queries, width).permute(0, 3, 1, 2, 4).reshape(q.shape)
