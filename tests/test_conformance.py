@@ -7,9 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_index as ki
 from kernel_index.cases import Maker, Suite, suites
-from kernel_index.target import machine_why_not
-from tests.conformance import (
-    FAST_EXP,
+from kernel_index.proofs.errors import (
+    assess,
     clone_inputs,
     differentiable,
     floor,
@@ -19,6 +18,7 @@ from tests.conformance import (
     tensors_of,
     upstream_like,
 )
+from kernel_index.target import machine_why_not
 
 SUITES = suites()
 PAIRS = [pytest.param(s, b.name, id=f"{s.op}-{b.name}") for s in SUITES for b in s.backends]
@@ -45,35 +45,8 @@ def build(suite: Suite, case, dtype, backend, **maker):
 
 
 def assert_within_budget(suite: Suite, backend: str, kwargs) -> None:
-    """Error ≤ 2 × the error of the yardstick + floor, and the error of PyTorch's fast exponential where it is used.
-
-    The yardstick is the reference; for the reference itself, and for PyTorch's own kernels that round their
-    intermediates to the inputs' dtype, it is the plain formula in that dtype, which is FlashAttention's own rule.
-    """
-    names = differentiable(suite, kwargs, backend)
-    outputs, grads = run(suite.function, kwargs, names, backend=backend)
-    upstream = upstream_like(tuple(outputs))
-    truth, truth_grads = run(suite.oracle, in_float64(kwargs), names, upstream)
-    if backend == "reference" or backend in suite.rounding:
-        plain, plain_grads = run(suite.oracle, kwargs, names, upstream)
-    else:
-        plain, plain_grads = run(suite.function, kwargs, names, upstream, backend="reference")
-    labels = [f"output {i}" for i in range(len(outputs))] + [f"gradient of {n}" for n in names[: len(grads)]]
-    for label, actual, exact, eager in zip(
-        labels, outputs + grads, truth + truth_grads, plain + plain_grads, strict=True
-    ):
-        if exact is None:
-            assert actual is None or not actual.any(), f"{label} must be zero or absent"
-            continue
-        assert actual is not None, f"{label} is missing"
-        assert actual.shape == exact.shape, label
-        if (~torch.isfinite(eager) & torch.isfinite(exact)).any():  # the dtype itself overflows: same places or better
-            worse = ~torch.isfinite(actual) & torch.isfinite(eager)
-            assert not worse.any(), f"{label} overflows where the plain formula does not"
-            continue
-        budget = 2 * relative_error(eager, exact) + floor(actual.dtype) + (FAST_EXP if backend == "sdpa" else 0)
-        error = relative_error(actual, exact)
-        assert error <= budget, f"{label}: error {error:.3g} over the budget {budget:.3g}"
+    for f in assess(suite, backend, kwargs):
+        assert f.passes, f"{f.label}: {f.note or f'error {f.error:.3g} over the budget {f.budget:.3g}'}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
