@@ -7,6 +7,8 @@ from kernel_index.attention.attention_validity_prefix.api import attention_valid
 from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity
 from kernel_index.attention.dense_attention.api import AttentionOutput, attention, attention_with_lse
 from kernel_index.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
+from kernel_index.attention.dense_fa4_kvcache_decode.cache import ContiguousKVCache
+from kernel_index.attention.dense_fa4_kvcache_decode.paged import OutOfPages, PagedKVCache
 from kernel_index.attention.doc_window_mask.api import doc_window_mask
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
@@ -28,9 +30,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionOutput",
     "AttentionValidity",
+    "ContiguousKVCache",
     "Explanation",
     "Ineligible",
     "MaskContract",
+    "OutOfPages",
+    "PagedKVCache",
     "Receipt",
     "ResidualAndNormed",
     "RopeTables",

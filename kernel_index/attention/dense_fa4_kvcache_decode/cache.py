@@ -1,0 +1,183 @@
+"""The books of a cache: what a step may write, which layers it has served, and when lengths advance."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index import checks
+from kernel_index.attention.dense_fa4_kvcache_decode.append import append
+
+
+@dataclass
+class CacheCounters:
+    """What a cache has done so far: per layer and step for reads and writes, per step for advances, else per page."""
+
+    reads: int = 0
+    writes: int = 0
+    advances: int = 0
+    allocated: int = 0
+    freed: int = 0
+    copied: int = 0
+    zeroed: int = 0
+
+
+class KVCache(ABC):
+    """Keys and values of every layer.  A step is ``begin``, then ``layer`` or ``append`` once for each layer, then
+    ``advance``.  All layers of a step see the same lengths; ``begin`` abandons a step that was not advanced.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device | str, names: str
+    ):
+        for name, size in zip(names.split(), shape, strict=True):
+            checks.is_int(name, size, minimum=1)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.counters = CacheCounters()
+        self._step: _Step | None = None
+
+    @property
+    def layers(self) -> int:
+        return self.k.shape[0]
+
+    def layer(self, index: int) -> dict[str, Any]:
+        """The cache arguments of ``fa4_kvcache_decode`` for one layer of this step; counts its read and its write."""
+        step = self._serve(index)
+        self.counters.reads += 1
+        self.counters.writes += step.tokens > 0
+        return {
+            "k_cache": self.k[index],
+            "v_cache": self.v[index],
+            "cache_seqlens": step.lengths,
+            "block_table": step.table,
+        }
+
+    def append(self, index: int, k: Tensor, v: Tensor) -> None:
+        """Write one layer's k and v [B, tokens, K, D] without attending; counts a write."""
+        step = self._open()
+        shape = (step.lengths.shape[0], step.tokens, *self.k.shape[-2:])
+        for name, value in (("k", k), ("v", v)):
+            checks.is_tensor(name, value)
+            checks.has_shape(name, value, shape, "[B, tokens, K, D] of this step")
+            checks.has_dtype(name, value, self.k.dtype, "like the cache")
+            checks.on_device(name, value, self.k, "the cache")
+        self._serve(index)
+        self.counters.writes += 1
+        append(self.k[index], self.v[index], step.lengths, k, v, step.table)
+
+    def advance(self, tokens: Sequence[int] | None = None) -> None:
+        """Count the new tokens as cached: once per step, after every layer.
+
+        ``tokens`` keeps only the first so many of each row, for prompts that were padded to one length.
+        """
+        step = self._open()
+        missing = [i for i in range(self.layers) if i not in step.served]
+        if missing:
+            raise ValueError(f"advance must be called after every layer of the step, got none for {missing}")
+        rows = step.lengths.shape[0]
+        kept = [step.tokens] * rows if tokens is None else list(tokens)
+        if len(kept) != rows or not all(isinstance(n, int) and 0 <= n <= step.tokens for n in kept):
+            raise ValueError(f"tokens must be {rows} numbers from 0 to {step.tokens}, got {kept}")
+        self._advance(kept)
+        self.counters.advances += 1
+        self._step = None
+
+    @abstractmethod
+    def _advance(self, tokens: list[int]) -> None:
+        """Add to the lengths of the step's rows."""
+
+    def _begin(self, lengths: list[int], tokens: int, table: list[list[int]] | None) -> None:
+        device = self.k.device
+        ids = None if table is None else torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
+        at = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+        self._step = _Step(tokens, at, ids, set())
+
+    def _open(self) -> "_Step":
+        if self._step is None:
+            raise ValueError("begin must be called before a step's layers, got no step under way")
+        return self._step
+
+    def _serve(self, index: int) -> "_Step":
+        step = self._open()
+        checks.is_int("index", index, minimum=0)
+        if index >= self.layers or index in step.served:
+            raise ValueError(f"index must be a layer below {self.layers} not yet served in this step, got {index}")
+        step.served.add(index)
+        return step
+
+
+@dataclass(frozen=True)
+class _Step:
+    tokens: int
+    lengths: Tensor
+    table: Tensor | None
+    served: set[int]
+
+
+class ContiguousKVCache(KVCache):
+    """A cache with one contiguous run of ``capacity`` tokens for each row.
+
+    Args:
+        layers, rows, capacity, kv_heads, head_dim: sizes of ``k`` and ``v`` [layers, rows, capacity, K, D].
+        dtype: of keys and values.
+        device: where they are.
+
+    >>> import torch, kernel_index as ki
+    >>> cache = ki.ContiguousKVCache(1, 2, 8, 1, 4)
+    >>> x = torch.ones(2, 3, 1, 4)
+    >>> cache.begin(3)
+    >>> ki.fa4_kvcache_decode(x, k=x, v=x, **cache.layer(0)).shape
+    torch.Size([2, 3, 1, 4])
+    >>> cache.lengths
+    [0, 0]
+    >>> cache.advance([3, 2])
+    >>> cache.lengths
+    [3, 2]
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        rows: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        names = "layers rows capacity kv_heads head_dim"
+        super().__init__((layers, rows, capacity, kv_heads, head_dim), dtype, device, names)
+        self.lengths = [0] * rows
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[2]
+
+    def begin(self, tokens: int) -> None:
+        """Open a step of so many new tokens in every row; 0 only reads."""
+        checks.is_int("tokens", tokens, minimum=0)
+        if max(self.lengths) + tokens > self.capacity:
+            raise ValueError(f"tokens must be at most {self.capacity - max(self.lengths)}, the room left, got {tokens}")
+        self._begin(self.lengths, tokens, None)
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empty the given rows, all by default, and zero them: what they held reaches nobody."""
+        chosen = list(range(len(self.lengths))) if rows is None else list(rows)
+        for row in chosen:
+            if not 0 <= row < len(self.lengths):
+                raise ValueError(f"rows must be below {len(self.lengths)}, got {row}")
+        self._step = None
+        for row in chosen:
+            self.lengths[row] = 0
+            self.k[:, row] = 0
+            self.v[:, row] = 0
+
+    def _advance(self, tokens: list[int]) -> None:
+        self.lengths = [a + b for a, b in zip(self.lengths, tokens, strict=True)]
