@@ -5,6 +5,7 @@ One contract, several backends, a correct gradient, and a receipt of what really
 
 from kernel_index.attention.attention_validity_prefix.api import attention_validity
 from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity
+from kernel_index.attention.causal_windowing_predicate.api import WindowingPlan, can_score_tile, causal_windowing_plan
 from kernel_index.attention.dense_attention.api import AttentionOutput, attention, attention_with_lse
 from kernel_index.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import ContiguousKVCache
@@ -41,9 +42,12 @@ __all__ = [
     "RopeTables",
     "RotatedQK",
     "StreamsAndBranchInput",
+    "WindowingPlan",
     "attention",
     "attention_validity",
     "attention_with_lse",
+    "can_score_tile",
+    "causal_windowing_plan",
     "doc_window_mask",
     "explain",
     "fa4_kvcache_decode",

@@ -1,0 +1,44 @@
+"""The specification: mix the streams, store them, then read the next branch's input from what was stored."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernel_index.streams.mhc_fused_static.contract import compute_dtype
+
+
+def mix_reference(
+    hidden: Tensor, branch_out: Tensor | None, h_post: Tensor | None, h_res: Tensor | None, h_pre: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The merged streams if there is a branch_out, and the branch input if there is an h_pre."""
+    dtype = compute_dtype(hidden, branch_out, h_post, h_res, h_pre)
+    outputs: tuple[Tensor, ...] = ()
+    if branch_out is not None and h_post is not None and h_res is not None:
+        mixed = _over_tokens(h_res, 2, hidden, dtype) @ hidden.to(dtype)
+        written = _over_tokens(h_post, 1, hidden, dtype).unsqueeze(-1) * branch_out.to(dtype).unsqueeze(-2)
+        hidden = (mixed + written).to(hidden.dtype).contiguous()
+        outputs = (hidden,)
+    if h_pre is not None:
+        read = (_over_tokens(h_pre, 1, hidden, dtype).unsqueeze(-1) * hidden.to(dtype)).sum(-2)
+        outputs += (read.to(hidden.dtype).contiguous(),)
+    return outputs
+
+
+def _over_tokens(coefficient: Tensor, rank: int, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """A coefficient of each batch row gets dimensions of size 1 where hidden has tokens."""
+    if coefficient.ndim > rank:
+        ones = (1,) * (hidden.ndim - 3)
+        coefficient = coefficient.reshape(coefficient.shape[0], *ones, *coefficient.shape[1:])
+    return coefficient.to(dtype)
+
+
+def sinkhorn_reference(logits: Tensor, iters: int, temperature: float, eps: float) -> Tensor:
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    for _ in range(iters):
+        for dim in (-1, -2):  # rows, then columns
+            total = scaled.logsumexp(dim, keepdim=True)
+            if eps:
+                total = torch.logaddexp(total, total.new_tensor(math.log(eps)))
+            scaled = scaled - total
+    return scaled.exp()
