@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kernel_index import checks
 from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity, same_values
-from kernel_index.attention.doc_window_mask import contract
+from kernel_index.attention.doc_window_mask import contract, lowerings
 from kernel_index.attention.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, interval_of, plan_blocks
+from kernel_index.attention.doc_window_mask.lowerings import KernelIntervals, SegmentIds, Varlen
 from kernel_index.attention.doc_window_mask.memo import recall
 
 
@@ -226,6 +227,116 @@ class MaskContract:
             return plan_blocks(bounds, place, place + blocks, kv_block)
 
         return self.remember("block_plan", (q_block, kv_block, sizes), build)
+
+    def kernel_intervals(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> KernelIntervals:
+        """The intervals of the queries and, for dK and dV, of the keys; int32, one row where all rows are alike.
+
+        Made on the device in O(T + S·log T), without waiting for it.
+        """
+        return self.row_kernel_intervals(self.sizes(batch_size, seq_len, kv_len, device))
+
+    def row_kernel_intervals(self, sizes: Sizes) -> KernelIntervals:
+        """``kernel_intervals`` for sizes that are known already."""
+
+        def build() -> KernelIntervals:
+            bounds = Intervals(*(bound.contiguous() for bound in self.row_intervals(sizes)))
+            return KernelIntervals(*bounds, *lowerings.transposed(bounds, sizes.keys))
+
+        return self.remember("kernel_intervals", sizes, build)
+
+    def mask_mod(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """FlexAttention's predicate ``(b, h, q_idx, kv_idx) → bool`` over these sizes: two loads, two comparisons."""
+        return lowerings.mask_mod(self.intervals(batch_size, seq_len, kv_len, device=device))
+
+    def flex_block_mask(
+        self,
+        block_size: int | tuple[int, int] = 128,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """FlexAttention's ``BlockMask`` from the block plan, with ``mask_mod`` inside; all heads alike.
+
+        What to visit is decided in O(T / block) and nothing of size T·S is ever made; the lists that the format holds
+        take (T / block)·(S / block) integers.  ``create_block_mask`` evaluates its predicate T·S times instead.
+        """
+        blocks = (block_size, block_size) if isinstance(block_size, int) else block_size
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        bounds = self.intervals(batch_size, seq_len, kv_len, device=device)
+        plan = self.block_plan(*blocks, batch_size, seq_len, kv_len, device=device)
+
+        def build() -> tuple[Any]:
+            return (lowerings.flex_block_mask(plan, bounds, sizes, blocks),)
+
+        return self.remember("flex_block_mask", (blocks, sizes), build)[0]
+
+    def segment_ids(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> SegmentIds:
+        """Documents and valid prefixes as ids to compare, int32 ``q`` [B, T] and ``kv`` [B, S]; for TPU kernels."""
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        return self.remember("segment_ids", sizes, lambda: self._segment_ids(sizes))
+
+    def _segment_ids(self, sizes: Sizes) -> SegmentIds:
+        counts = None if self.validity is None else self.validity.tokens
+        return lowerings.segment_ids(sizes, self.doc_rows, counts)
+
+    def varlen_why_not(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> str | None:
+        """Why ``varlen`` refuses these sizes, or None; metadata only."""
+        return lowerings.varlen_why_not(self.sizes(batch_size, seq_len, kv_len, device), self.has_tensors)
+
+    def varlen(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Varlen:
+        """The contract as packed sequences with cumulative lengths.
+
+        With documents or a valid prefix the number of sequences and the longest length depend on the data: reading them
+        waits for the device, once for each contract.  No other lowering does.  Raises ``ValueError`` with the reason of
+        ``varlen_why_not`` where packed lengths cannot say what the contract says.
+        """
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        reason = lowerings.varlen_why_not(sizes, self.has_tensors)
+        if reason is not None:
+            raise ValueError(f"varlen must be asked of a contract that it can express ({reason}), got {sizes[2:5]}")
+
+        def build() -> Varlen:
+            ids = self._segment_ids(sizes).kv if self.has_tensors else None
+            return lowerings.varlen(sizes, self.reach, ids)
+
+        return self.remember("varlen", sizes, build)
 
     def to(self, device: torch.device | str) -> "MaskContract":
         """The same contract with its tensors on another device."""

@@ -51,5 +51,5 @@ def _unchanged(source: Tensor | None, state: Any) -> bool:
 
 
 def _versions(value: Any) -> tuple[int | None, ...]:
-    tensors = (value,) if isinstance(value, Tensor) else value
-    return tuple(None if t.is_inference() else t._version for t in tensors)
+    parts = (value,) if isinstance(value, Tensor) else value
+    return tuple(t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in parts)
