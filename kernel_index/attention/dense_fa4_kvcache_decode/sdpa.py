@@ -32,30 +32,44 @@ def decode_sdpa(
     if table is None and len(set(totals)) == 1:
         _attend(out, q, k_cache[:, : totals[0]], v_cache[:, : totals[0]], reach)
         return out
-    ids = None if table is None else table.tolist()
+    pages = None if table is None else _Pages(k_cache, v_cache, table, max(totals, default=0))
     for row, total in enumerate(totals):
         at = slice(row, row + 1)
         first = 0 if reach[0] is None else max(0, total - q.shape[1] - reach[0])  # what no query of the row sees
-        if ids is None:
+        if pages is None:
             keys, values = k_cache[at, first:total], v_cache[at, first:total]
         else:
-            keys, values = (_prefix(cache, ids[row], first, total) for cache in (k_cache, v_cache))
+            keys, values = pages.prefix(row, first, total)
         _attend(out[at], q[at], keys, values, reach)
     return out
 
 
-def _prefix(cache: Tensor, ids: list[int], first: int, total: int) -> Tensor:
-    """Tokens [first, total) of one row as [1, S, K, D]: a view where its pages follow each other, else a copy."""
-    page = cache.shape[1]
-    skipped = first // page
-    ids = ids[skipped : -(-total // page)]
-    if not ids:
-        return cache[:0].reshape(1, 0, *cache.shape[2:])
-    if ids == list(range(ids[0], ids[0] + len(ids))):
-        pages = cache[ids[0] : ids[0] + len(ids)]
-    else:
-        pages = cache.index_select(0, torch.tensor(ids))
-    return pages.reshape(1, len(ids) * page, *cache.shape[2:])[:, first - skipped * page : total - skipped * page]
+class _Pages:
+    """Reads rows out of a paged cache, one after the other through the same two buffers.
+
+    Fresh memory for every row would cost more than the copy: the machine has to find and zero it page by page.
+    """
+
+    def __init__(self, k_cache: Tensor, v_cache: Tensor, table: Tensor, longest: int):
+        self.caches, self.page = (k_cache, v_cache), k_cache.shape[1]
+        self.table, self.ids = table.to(torch.int64), table.tolist()
+        slots = -(-longest // self.page)
+        self.buffers = [cache.new_empty(slots, *cache.shape[1:]) for cache in self.caches]
+
+    def prefix(self, row: int, first: int, total: int) -> tuple[Tensor, ...]:
+        """Keys and values [1, S, K, D] of tokens [first, total): views where the pages follow each other."""
+        low, high = first // self.page, -(-total // self.page)
+        ids = self.ids[row][low:high]
+        in_order = bool(ids) and ids == list(range(ids[0], ids[0] + len(ids)))
+        found = []
+        for cache, buffer in zip(self.caches, self.buffers, strict=True):
+            if in_order:
+                pages = cache[ids[0] : ids[0] + len(ids)]
+            else:
+                pages = torch.index_select(cache, 0, self.table[row, low:high], out=buffer[: high - low])
+            flat = pages.reshape(1, len(ids) * self.page, *cache.shape[2:])
+            found.append(flat[:, first - low * self.page : total - low * self.page])
+        return tuple(found)
 
 
 def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window) -> None:
