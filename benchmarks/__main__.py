@@ -8,7 +8,7 @@ import typer
 
 from benchmarks.harness import console, machine, save
 
-HELPERS = ("__init__", "__main__", "harness", "memory")
+HELPERS = ("__init__", "__main__", "harness", "memory", "gpu", "gpu_questions")
 NAMES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in HELPERS))
 
 

@@ -93,6 +93,7 @@ SUITES = (
         differentiable=("q", "k"),
         oracle=rotate_half_formula,
         sized=lambda m, n: _call(m, 2, n, 4, 2, 8, 8),
+        real=lambda m: _call(m, 1, 8192, 32, 8, 128, 128),
         double_backward=True,
         nonfinite=("q", "k"),
     ),

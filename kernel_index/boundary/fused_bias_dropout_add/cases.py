@@ -92,6 +92,7 @@ SUITES = (
         differentiable=("x", "residual", "bias"),
         oracle=oracle,
         sized=lambda m, n: with_bias(m, n, 24),
+        real=lambda m: with_bias(m, 8192, 4096, p=0.1),
         double_backward=True,
         nonfinite=("x", "residual", "bias"),
     ),

@@ -61,6 +61,7 @@ SUITES = (
         differentiable=("residual", "delta", "weight", "scale"),
         oracle=oracle,
         sized=lambda m, n: call(m, n, 24, scale=m.normal(scale=1.0)),
+        real=lambda m: call(m, 8192, 4096),
         double_backward=True,
         nonfinite=("residual", "delta", "weight"),
     ),

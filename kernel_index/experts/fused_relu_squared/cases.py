@@ -23,6 +23,7 @@ SUITES = (
         differentiable=("x",),
         oracle=lambda x: torch.nn.functional.relu(x).square(),
         sized=lambda m, n: {"x": m.normal(n, 24)},
+        real=lambda m: {"x": m.normal(8192, 4096)},
         double_backward=True,
         nonfinite=("x",),
     ),

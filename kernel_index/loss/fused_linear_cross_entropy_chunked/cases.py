@@ -48,7 +48,7 @@ CASES = (
     Case(
         "all ignored",
         "a microbatch of padding",
-        lambda m: {**call(m, (5,), 8, 6), "targets": torch.full((5,), -100)},
+        lambda m: {**call(m, (5,), 8, 6), "targets": torch.full((5,), -100, device=m.device)},
     ),
     Case(
         "transposed",
@@ -100,6 +100,7 @@ SUITES = (
         differentiable=("hidden", "weight", "bias"),
         oracle=oracle,
         sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4},
+        real=lambda m: call(m, (8192,), 4096, 128256),
         rounding=("triton", "inductor", "chunked"),
         scales=(1e-3, 1.0, 16.0),  # at 300 every softmax is one-hot and only overflow would be left to see
     ),

@@ -1,0 +1,152 @@
+"""What ``benchmarks.gpu`` compares: our public functions, the plain formulas, and Liger-Kernel's where it has one."""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernel_index as ki
+from benchmarks.elementwise import plain_bias_dropout_add, plain_residual_rms_norm, plain_rope
+from benchmarks.gpu import Question
+
+BF16 = torch.bfloat16
+
+
+def questions(dry: bool) -> list[Question]:
+    device = "cpu" if dry else "cuda"
+    rows, width = (8, 64) if dry else (8192, 4096)
+    backend = {"backend": "triton"} if dry else {}
+    elements = rows * width
+
+    def leaf(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device).requires_grad_()
+
+    def compiled(function):
+        return function if dry else torch.compile(function)
+
+    def streams():
+        return leaf(rows, width), leaf(rows, width), leaf(width)
+
+    cos, sin = (t.to(device) for t in ki.rope_tables(torch.arange(rows), 8 if dry else 128))
+    heads, kv_heads, size = (4, 2, 8) if dry else (32, 8, 128)
+    rope_bytes = 2 * 2 * rows * (heads + kv_heads) * size
+
+    def rms(r, d, w):
+        return tuple(ki.fused_residual_add_rms_norm(r, d, w, **backend))
+
+    def bda(p):
+        return (
+            {
+                "kernel_index": lambda x, r, b: ki.fused_bias_dropout_add(x, r, bias=b, p=p, seed=7, **backend),
+                "eager": lambda x, r, b: plain_bias_dropout_add(x, r, b, p),
+                "torch.compile": compiled(lambda x, r, b: plain_bias_dropout_add(x, r, b, p)),
+            },
+            streams,
+        )
+
+    def rope(q, k):
+        return tuple(ki.fused_rope_qk(q, k, cos, sin, **backend))
+
+    found = [
+        Question(
+            "residual + RMSNorm",
+            {
+                "kernel_index": rms,
+                "eager": plain_residual_rms_norm,
+                "torch.compile": compiled(plain_residual_rms_norm),
+                **liger_rms(),
+            },
+            streams,
+            (8 * elements, 8 * elements),
+        ),
+        Question(
+            "relu²",
+            {
+                "kernel_index": lambda x: ki.fused_relu_squared(x, **backend),
+                "eager": lambda x: torch.relu(x).square(),
+                "torch.compile": compiled(lambda x: torch.relu(x).square()),
+                **liger_relu(),
+            },
+            lambda: (leaf(rows, width),),
+            (4 * elements, 6 * elements),
+        ),
+        Question("bias + dropout 0.1 + add", *bda(0.1), (6 * elements, 4 * elements)),
+        Question("bias + add (dropout 0)", *bda(0.0), (6 * elements, 2 * elements)),
+        Question(
+            "RoPE of Q and K",
+            {
+                "kernel_index": rope,
+                "eager": lambda q, k: plain_rope(q, k, cos, sin),
+                "torch.compile": compiled(lambda q, k: plain_rope(q, k, cos, sin)),
+                **liger_rope(cos, sin),
+            },
+            lambda: (leaf(1, rows, heads, size), leaf(1, rows, kv_heads, size)),
+            (rope_bytes, rope_bytes),
+        ),
+    ]
+    return found + [cross_entropy(dry, device, backend)]
+
+
+def cross_entropy(dry: bool, device: str, backend: dict) -> Question:
+    tokens, width, vocab = (16, 32, 64) if dry else (8192, 4096, 128256)
+
+    def full(h, w, t):
+        return F.cross_entropy(F.linear(h, w).float(), t)
+
+    contenders = {
+        "kernel_index": lambda h, w, t: ki.fused_linear_cross_entropy(h, w, t, **backend),
+        "full logits": full,
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        contenders["F.linear_cross_entropy"] = lambda h, w, t: F.linear_cross_entropy(h, w, t, options=options)
+    if has_liger() and not dry:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        contenders["Liger"] = lambda h, w, t: liger_fused_linear_cross_entropy(h, w, t)
+
+    def inputs():
+        h = torch.randn(tokens, width, dtype=BF16, device=device).requires_grad_()
+        w = (torch.randn(vocab, width, device=device) * width**-0.5).to(BF16).requires_grad_()
+        return h, w, torch.randint(0, vocab, (tokens,), device=device)
+
+    return Question("linear cross-entropy", contenders, inputs, memory=True, together=True)
+
+
+def has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None and torch.cuda.is_available()
+
+
+def liger_rms() -> dict:
+    if not has_liger():
+        return {}
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Function
+
+    def run(r, d, w):
+        normed, new = Function.apply(d, r, w, 1e-8, 0.0, "llama", False)
+        return new, normed
+
+    return {"Liger": run}
+
+
+def liger_relu() -> dict:
+    if not has_liger():
+        return {}
+    from liger_kernel.ops.relu_squared import LigerReLUSquaredFunction as Function
+
+    return {"Liger": lambda x: Function.apply(x)}
+
+
+def liger_rope(cos: Tensor, sin: Tensor) -> dict:
+    if not has_liger():
+        return {}
+    from liger_kernel.ops.rope import LigerRopeFunction as Function
+
+    full_cos, full_sin = (torch.cat((t, t), -1)[..., 0, :].to(BF16) for t in (cos, sin))
+
+    def run(q, k):  # Liger takes [B, heads, T, D] views and writes in place: it gets copies, as a model gives it
+        turned = Function.apply(q.transpose(1, 2), k.transpose(1, 2), full_cos, full_sin)
+        return tuple(t.transpose(1, 2) for t in turned)
+
+    return {"Liger": run}
