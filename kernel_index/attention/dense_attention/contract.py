@@ -81,14 +81,31 @@ def sdpa_no_lse(*_: Any) -> str:
     return "scaled_dot_product_attention returns no log-sum-exp"
 
 
-def blocks_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
-    """The rules of the ``cpu`` backend, which reads its block plan on the host."""
+def cpu_why_not(q: Tensor, *_: Any) -> str | None:
     if torch.compiler.is_compiling():
-        return "torch.compile is tracing: the block plan is read on the host"
+        return "torch.compile is tracing: the pieces are read on the host"
     if target_of(q.device).kind != "cpu":
         return "needs CPU tensors"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform"
     if torch._C._len_torch_dispatch_stack() != 0:
-        return "inside a dispatch mode: the block plan is read on the host"
+        return "inside a dispatch mode: the pieces are read on the host"
     return None
+
+
+SMALL = 256 * 256
+
+
+def cpu_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> str | None:
+    if needs_no_mask(q, k, v, mask, *rest):
+        return "torch's own kernel needs no mask here"
+    return cpu_lse_not_worth(q, k)
+
+
+def cpu_lse_not_worth(q: Tensor, k: Tensor, *_: Any) -> str | None:
+    return "too small for skipping to pay" if q.shape[1] * k.shape[1] <= SMALL else None
+
+
+def needs_no_mask(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> bool:
+    """Whether ``sdpa`` takes the call, and without a dense mask."""
+    return sdpa_why_not(q, k, v, mask, *rest) is None and lowering(sizes_of(q, k, mask), mask) != "dense"

@@ -1,0 +1,108 @@
+"""Do packed documents and local windows cost what they contain?
+
+B = 1, T = 16384, H = 8, D = 64, against one call of PyTorch's scaled_dot_product_attention with the dense mask, which
+is made beforehand and not timed.  Targets: 1/8 of the time and 0.1× the memory for 16 documents, 1/8 of the time for a
+window of 512, 1.05× for plain causal attention; 1/200 of ``create_block_mask``'s time for a block plan.
+
+Predicted: documents need 1/32 of the dense scores and the kernel is the same one, so 1/20 to 1/30; a window of 512 with
+pieces of 256 queries needs 1/21 of them, so about 1/16; plain causal is the same call, 1.00; a plan of 64 blocks from
+8192 ids is a dozen small operations, against 67 million evaluations of a predicate: 1/1000 or less.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
+
+import kernel_index as ki
+from benchmarks.harness import Comparison, Contender, compare
+
+T, H, D = 16384, 8, 64
+PLANNED, DOCUMENTS = 8192, 8
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def documents(length: int, count: int) -> Tensor:
+    return (torch.arange(length) // (length // count))[None]
+
+
+def ours(mask: ki.MaskContract) -> Attend:
+    return lambda q, k, v: ki.attention(q, k, v, mask)
+
+
+def dense(mask: ki.MaskContract) -> Attend:
+    allowed = mask.dense(1, T, T, allow_large=True)
+    return lambda q, k, v: scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed)
+
+
+def causal() -> Attend:
+    return lambda q, k, v: scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+
+
+def contender(name: str, make: Callable[[], Attend], dtype: torch.dtype, backward: bool) -> Contender:
+    def prepare() -> Callable[[], object]:
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, T, H, D).to(dtype).requires_grad_(backward) for _ in range(3))
+        attend = make()
+        upstream = torch.randn(1, T, H, D).to(dtype)
+        if not backward:
+            return lambda: attend(q, k, v)
+
+        def call() -> object:
+            out = attend(q, k, v)
+            shaped = upstream if out.shape == upstream.shape else upstream.transpose(1, 2)
+            return torch.autograd.grad(out, (q, k, v), shaped)
+
+        return call
+
+    return Contender(name, prepare, ours=name == "kernel_index")
+
+
+def plans(rounds: int) -> Comparison:
+    ids = documents(PLANNED, DOCUMENTS)
+
+    def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (ids[b, q] == ids[b, k])
+
+    def fresh(lower: Callable[[ki.MaskContract], object]) -> Callable[[], Callable[[], object]]:
+        return lambda: lambda: lower(ki.MaskContract(doc_ids=ids))  # a new contract each time: nothing is kept
+
+    def theirs() -> Callable[[], object]:
+        return lambda: create_block_mask(predicate, 1, None, PLANNED, PLANNED, device="cpu")
+
+    contenders = [
+        Contender("kernel_index", fresh(lambda mask: mask.block_plan(128, 128)), ours=True),
+        Contender("flex_block_mask()", fresh(lambda mask: mask.flex_block_mask(128))),
+        Contender("create_block_mask", theirs),
+    ]
+    title = f"block plan, {DOCUMENTS} documents, T={PLANNED}"
+    return compare(title, contenders, rounds=rounds, targets={"create_block_mask": 1 / 200})
+
+
+def main(rounds: int = 9) -> list[Comparison]:
+    packed, window = ki.MaskContract(doc_ids=documents(T, 16)), ki.MaskContract(window=(511, 0))
+    results = [plans(rounds)]
+    for dtype in (torch.bfloat16, torch.float32):
+        for backward in (False, True):
+            passes = "forward + backward" if backward else "forward"
+            tail = f"{str(dtype).removeprefix('torch.')}, T={T} H={H} D={D}, {passes}"
+            name = "SDPA, dense mask"
+            for title, mask, memory in (("16 documents", packed, {name: 0.1}), ("window 512", window, None)):
+                contenders = [
+                    contender("kernel_index", lambda m=mask: ours(m), dtype, backward),
+                    contender(name, lambda m=mask: dense(m), dtype, backward),
+                ]
+                few = max(1, rounds // 4)  # the dense mask takes seconds to tens of seconds
+                targets = {name: 1 / 8}
+                found = compare(f"{title}, {tail}", contenders, rounds=few, targets=targets, memory_targets=memory)
+                results.append(found)
+            contenders = [
+                contender("kernel_index", lambda: ours(ki.MaskContract()), dtype, backward),
+                contender("SDPA, is_causal", causal, dtype, backward),
+            ]
+            few = max(1, rounds // 2)
+            results.append(compare(f"causal, {tail}", contenders, rounds=few, targets={"SDPA, is_causal": 1.05}))
+    return results
