@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernel_index.gpu import next_power_of_2, on_device
 
-TILE = 4096
-"""Channel pairs of a program at most: heads beyond it are looped over."""
+TILE = 512
+"""Channel pairs that a program has in hand: heads beyond it are looped over."""
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _rotate_heads(
 def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, head_size, half, sign,
     BATCHED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """``tokens`` counts those of one batch row: tables that the batch shares are read at token mod tokens."""
     token = tl.program_id(0).to(tl.int64)
@@ -54,17 +54,19 @@ def _rope_kernel(
     rest = head_size - 2 * half
     if HAS_Q:
         _rotate_heads(q_ptr, q_out_ptr, token, q_heads, cos, sin, pair, in_pair, head_size, half, rest,
-                      STEP, NEXT, HEADS, REST)  # fmt: skip
+                      STEP, NEXT, Q_HEADS, REST)  # fmt: skip
     if HAS_K:
         _rotate_heads(k_ptr, k_out_ptr, token, k_heads, cos, sin, pair, in_pair, head_size, half, rest,
-                      STEP, NEXT, HEADS, REST)  # fmt: skip
+                      STEP, NEXT, K_HEADS, REST)  # fmt: skip
 
 
-def pick_config(heads: int, half: int) -> dict:
-    """A program holds up to ``TILE`` pairs, 16 for each thread."""
+def pick_config(q_heads: int, k_heads: int, half: int) -> dict:
+    """Four pairs for each thread."""
     pairs = next_power_of_2(half)
-    block = max(1, min(next_power_of_2(heads), TILE // pairs))
-    return {"HEADS": block, "PAIRS": pairs, "num_warps": min(8, max(1, block * pairs // 512))}
+    most = max(1, TILE // pairs)
+    q_block, k_block = (min(next_power_of_2(n), most) for n in (q_heads, k_heads))
+    warps = min(4, max(1, max(q_block, k_block) * pairs // 128))
+    return {"Q_HEADS": q_block, "K_HEADS": k_block, "PAIRS": pairs, "num_warps": warps}
 
 
 def rotate(
@@ -85,6 +87,6 @@ def rotate(
             q, k, cos, sin, *outputs, tokens, q_heads, k_heads, head_size, half, -1.0 if inverse else 1.0,
             BATCHED=cos.shape[0] > 1, INTERLEAVED=interleaved, HAS_Q=q is not None,
             HAS_K=k is not None and k.numel() > 0, REST=next_power_of_2(rest) if rest else 0,
-            **pick_config(max(q_heads, k_heads), half),
+            **pick_config(q_heads, k_heads, half),
         )  # fmt: skip
     return outputs

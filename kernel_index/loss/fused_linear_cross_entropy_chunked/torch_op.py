@@ -93,6 +93,8 @@ def _gradients(
     hidden, weight, targets, bias, rows, factor, needs, softcap, scale, smoothing, z_loss, vocab, chunk_size, passes
 ):
     constants = (softcap, scale, smoothing, z_loss)
+    if hidden.dtype != torch.float16:  # float16 would lose a token's share of the mean: there it is applied to the sums
+        rows, factor = rows * factor, None
     losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
     exact = _loss_dtype(hidden)
     weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
@@ -104,17 +106,16 @@ def _gradients(
         z = _logits(hidden[at], used, used_bias)
         _chunk_gradient(z, targets[at], rows[at], losses[at], constants, passes)
         if needs[0]:
-            d_hidden[at] = torch.mm(z, used).to(exact) * factor
+            product = torch.mm(z, used)
+            d_hidden[at] = product if factor is None else product.to(exact) * factor
         if needs[1]:
             _add_outer(weight_sum[:vocab], z, hidden[at])
         if needs[2]:
             for block in z.split(_block_rows(z)):
                 bias_sum[:vocab] += block.sum(0, dtype=exact)
         del z  # before the next chunk is allocated
-    if needs[1]:
-        d_weight = weight_sum.mul_(factor).to(weight.dtype)
-    if needs[2]:
-        d_bias = bias_sum.mul_(factor).to(weight.dtype)
+    sums = (weight_sum, bias_sum) if factor is None else (weight_sum * factor, bias_sum * factor)
+    d_weight, d_bias = (total.to(weight.dtype) for total in sums)
     return losses, d_hidden, d_weight, d_bias
 
 
@@ -122,6 +123,9 @@ def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
     """total += zᵀ·hidden, summed in total's dtype whatever the factors' own."""
     if z.dtype == total.dtype:
         total.addmm_(z.T, hidden)
+        return
+    if z.is_cuda:  # the product's own accumulator takes part in the sum: no rounding, no tensor between
+        torch.addmm(total, z.T, hidden, out_dtype=total.dtype, out=total)
         return
     for start in range(0, total.shape[0], WEIGHT_TILE):
         at = slice(start, start + WEIGHT_TILE)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernel_index.gpu import next_power_of_2, on_device
 
-BLOCK = 4096
+BLOCK = 2048
 """Columns of a step."""
 
 
@@ -102,5 +102,5 @@ def chunk(
         _chunk_kernel[(z.shape[0],)](
             z, targets, rows, losses, z.stride(0), vocab, softcap, scale, smoothing, z_loss,
             CAP=softcap != 0.0, SMOOTH=smoothing != 0.0, Z_LOSS=z_loss != 0.0, GRADIENT=rows is not None,
-            BLOCK=block, num_warps=max(1, min(16, block // 256)),
+            BLOCK=block, num_warps=max(1, min(16, block // 128)),
         )  # fmt: skip
