@@ -49,8 +49,8 @@ def strided(m: Maker, *shape: int) -> dict[str, Any]:
 
 SHAPES = (
     ("layer", "batch × tokens × streams × channels, one set of coefficients", (2, 9, 4, 48), ()),
-    ("rows", "a set of coefficients for each batch row", (3, 7, 4, 40), (3,)),
-    ("batch is time", "as many rows as tokens: coefficients still go by row", (5, 5, 4, 24), (5,)),
+    ("rows", "a set of coefficients for each batch row", (3, 7, 4, 48), (3,)),
+    ("batch is time", "as many rows as tokens: coefficients still go by row", (5, 5, 4, 48), (5,)),
     ("odd", "no dimension is a power of two or a multiple of a vector width", (3, 5, 4, 17), ()),
     ("one token", "decoding", (1, 1, 4, 33), ()),
     ("wide", "several blocks of channels for each token", (1, 2, 4, 2100), ()),
@@ -61,16 +61,16 @@ SHAPES = (
 )
 
 FUSED_ONLY = (
-    Case("strided", "expanded and transposed", lambda m: strided(m, 2, 6, 4, 20)),
+    Case("strided", "expanded and transposed", lambda m: strided(m, 2, 6, 4, 48)),
     Case(
         "mixed rows",
         "h_res for each row, the others shared",
-        lambda m: both(m, 3, 4, 4, 16) | {"h_res": coefficients(m, 3)["h_res"]},
+        lambda m: both(m, 3, 4, 4, 48) | {"h_res": coefficients(m, 3)["h_res"]},
     ),
     Case(
         "fp32 streams",
         "streams in float32 around a branch in the case's dtype",
-        lambda m: both(m, 2, 5, 4, 24, hidden=m.normal(2, 5, 4, 24, dtype=torch.float32)),
+        lambda m: both(m, 2, 5, 4, 48, hidden=m.normal(2, 5, 4, 48, dtype=torch.float32)),
     ),
 )
 

@@ -61,36 +61,45 @@ def gradients(
     like: tuple[torch.dtype, torch.dtype],
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """d_hidden, d_branch_out, and for each token its part of the 24 coefficients' gradients, post, res, pre in turn.
+    """d_hidden, d_branch_out, and for each token the products that ``add_up`` turns into coefficient gradients.
 
     ``like`` holds the dtypes of hidden and branch_out; ``wanted`` says which of the three are needed.
     """
     dtype = compute_dtype(d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre)
-    total: list[Tensor] = []
-    for n in _ALL:
-        through = [] if d_merged is None else [d_merged[:, :, n].to(dtype)]
-        if d_read is not None and h_pre is not None:
-            through.append(_column(h_pre, n) * d_read.to(dtype))
-        total.append(_add(through))
+    dy = None if d_read is None else d_read.to(dtype)[:, :, None]
+    through = [] if d_merged is None else [d_merged.to(dtype)]
+    if dy is not None and h_pre is not None:
+        through.append(h_pre[:, None, :, None] * dy)
+    total = _add(through)
     d_hidden = d_branch = parts = None
     merging = h_post is not None and h_res is not None
     if wanted[0]:
-        back = [_add(_column(h_res, o, n) * total[o] for o in _ALL) for n in _ALL] if merging else total
-        d_hidden = torch.stack([d.to(like[0]) for d in back], 2)
+        back = [_add(_column(h_res, o, n) * total[:, :, o] for o in _ALL) for n in _ALL] if merging else None
+        d_hidden = (total if back is None else torch.stack(back, 2)).to(like[0])
     if wanted[1] and merging:
-        d_branch = _add(_column(h_post, o) * total[o] for o in _ALL).to(like[1])
+        d_branch = _add(_column(h_post, o) * total[:, :, o] for o in _ALL).to(like[1])
     if wanted[2] and hidden is not None:
-        streams = [hidden[:, :, n].to(dtype) for n in _ALL]
-        products = []
+        x = hidden.to(dtype)
+        read = torch.zeros_like(x[..., 0]) if dy is None else (dy * x).sum(-1)
         if merging and branch_out is not None:
-            products += [total[o] * branch_out.to(dtype) for o in _ALL]
-            products += [total[o] * streams[n] for o in _ALL for n in _ALL]
-            streams = [s.to(dtype) for s in _mixed(streams, branch_out, h_post, h_res, dtype, hidden.dtype)]
+            f = branch_out.to(dtype)[:, :, None]
+            post, res = (total * f).sum(-1), (total[:, :, :, None] * x[:, :, None]).sum(-1)
+            branch = torch.zeros_like(read[..., :1]) if dy is None else (dy * f).sum(-1)
+            parts = torch.cat([post, res.flatten(2), read, branch], -1)
         else:
-            products += [torch.zeros_like(streams[0])] * (STREAMS + STREAMS**2)
-        products += [torch.zeros_like(s) if d_read is None else d_read.to(dtype) * s for s in streams]
-        parts = torch.stack([p.sum(-1) for p in products], -1)
+            parts = read
     return d_hidden, d_branch, parts
+
+
+def add_up(parts: Tensor, h_post: Tensor | None, h_res: Tensor | None) -> Tensor:
+    """``[batches, N, …]`` products into ``[batches, 24]`` gradients of h_post, h_res and h_pre."""
+    sums = parts.sum(1)
+    if h_post is None or h_res is None:
+        return torch.nn.functional.pad(sums, (STREAMS + STREAMS**2, 0))
+    post, res, read, branch = sums.split([STREAMS, STREAMS**2, STREAMS, 1], 1)
+    # d h_pre[n] = Σ d_read · merged stream n, and that stream is linear in the four streams and the branch.
+    pre = (h_res * read[:, None]).sum(-1) + h_post * branch
+    return torch.cat([post, res, pre], 1)
 
 
 _TOKENS = (0, 1)
@@ -101,6 +110,6 @@ _backward = Region(gradients, d_merged=_TOKENS, d_read=_TOKENS, hidden=_TOKENS, 
 
 
 def backward(*call: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``gradients`` with the coefficients' summed over tokens, ``[batches, 24]``."""
+    """``gradients`` with those of the coefficients added up."""
     d_hidden, d_branch, parts = _backward(*call)
-    return d_hidden, d_branch, None if parts is None else parts.sum(1)
+    return d_hidden, d_branch, None if parts is None else add_up(parts, *call[4:6])

@@ -123,7 +123,7 @@ class _Mix(torch.autograd.Function):
         call: Any = (*flat, ctx.like, (needs[0], needs[1], any(needs[2:5])))
         if torch.is_grad_enabled():  # create_graph: the same formula, uncompiled, so that it is differentiable
             d_hidden, d_branch, parts = inductor.gradients(*call)
-            sums = None if parts is None else parts.sum(1)
+            sums = None if parts is None else inductor.add_up(parts, *call[4:6])
         else:
             d_hidden, d_branch, sums = _PASSES[ctx.backend].backward(*call)
         d_hidden = None if d_hidden is None else d_hidden.view(ctx.shape)
