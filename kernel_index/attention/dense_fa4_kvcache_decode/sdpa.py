@@ -84,6 +84,9 @@ def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window)
         if high <= low:
             out[:, chunk] = 0
             continue
+        if chunk.stop - chunk.start == 1:  # one query sees every key that is left
+            out[:, chunk] = _call(q[:, chunk], keys[:, low:high], values[:, low:high], None)
+            continue
         key = torch.arange(low, high)
         allowed = torch.ones(position.shape[0], high - low, dtype=torch.bool)
         if left is not None:
@@ -95,14 +98,14 @@ def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window)
         out[:, chunk] = result.masked_fill_(empty[:, None, None], 0.0) if bool(empty.any()) else result
 
 
-def _call(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+def _call(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
     """One call of the kernel.  The query heads of a key head join as queries, so that its keys are read once."""
     batch, queries, heads, width = q.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads
     q_BKXD = q.view(batch, queries, kv_heads, group, width).permute(0, 2, 3, 1, 4)
     q_BKXD = q_BKXD.reshape(batch, kv_heads, group * queries, width)
-    mask = None if bool(allowed.all()) else allowed.repeat(group, 1)
+    mask = None if allowed is None or bool(allowed.all()) else allowed.repeat(group, 1)
     keys, values = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (keys, values))
     out = scaled_dot_product_attention(q_BKXD, keys, values, attn_mask=mask)
     return out.view(batch, kv_heads, group, queries, width).permute(0, 3, 1, 2, 4).reshape(q.shape)
