@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
@@ -73,9 +74,32 @@ class LanguageModel(nn.Module):
         )
 
     def next_logits(self, tokens: Tensor) -> Tensor:
-        """Logits [V] of the token that follows a prompt [T], T at most the context."""
+        """Logits [V] of the token that follows a prompt [T], T at most the context; everything is computed anew."""
         hidden = self.hidden(Batch.of_prompt(tokens, self.config.context))[0, tokens.numel() - 1]
-        return (hidden.float() @ self.head.weight.float().T)[: self.config.vocab]
+        return self._logits(hidden)
+
+    def decode(self, tokens: Tensor, start: int, cache: "ki.PagedKVCache") -> Tensor:
+        """Logits [B, V] of what follows tokens [B, T] at positions ``start …``, the new ones of the cache's step.
+
+        Each row is one document; windows are those of training.  The caller begins and advances the step.
+        """
+        at = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        rope = ki.rope_tables(at, self.config.head_dim, self.config.rope_base)
+        stream, branch = self.embed(tokens), None
+        for index, block in enumerate(self.blocks):
+            stream, branch = block(stream, branch, None, rope, cache.layer(index))
+        return self._logits(self.final(stream, branch)[1][:, -1])
+
+    def new_cache(self, tokens: int, page_size: int = 16) -> "ki.PagedKVCache":
+        """An empty paged cache with room for so many tokens in all."""
+        c, weight = self.config, self.head.weight
+        pages = -(-tokens // page_size)
+        return ki.PagedKVCache(
+            len(c.pattern), pages, page_size, c.kv_heads, c.head_dim, dtype=weight.dtype, device=weight.device
+        )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return (hidden.float() @ self.head.weight.float().T)[..., : self.config.vocab]
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

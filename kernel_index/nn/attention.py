@@ -1,6 +1,7 @@
 """Rotary grouped-query attention under one mask contract."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,25 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
-    def forward(self, x_BTC: Tensor, mask: "ki.MaskContract", rope: tuple[Tensor, Tensor]) -> Branch:
+    def forward(
+        self,
+        x_BTC: Tensor,
+        mask: "ki.MaskContract | None",
+        rope: tuple[Tensor, Tensor],
+        cache: dict[str, Any] | None = None,
+    ) -> Branch:
+        """``cache`` holds this layer's arguments from ``KVCache.layer``; the mask is then what the cache holds."""
         B, T, _ = x_BTC.shape
         q_BTHD = self.q(x_BTC).view(B, T, self.heads, self.head_dim)
         k_BTKD = self.k(x_BTC).view(B, T, self.kv_heads, self.head_dim)
         v_BTKD = self.v(x_BTC).view(B, T, self.kv_heads, self.head_dim)
         q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
-        out_BTHD = ki.attention(q_BTHD, k_BTKD, v_BTKD, mask)
+        if cache is not None:
+            out_BTHD = ki.fa4_kvcache_decode(q_BTHD, k=k_BTKD, v=v_BTKD, window_size=(self.window, 0), **cache)
+        elif mask is not None:
+            out_BTHD = ki.attention(q_BTHD, k_BTKD, v_BTKD, mask)
+        else:
+            raise ValueError("mask must be given where no cache is, got None")
         return self.out(out_BTHD.reshape(B, T, -1)), self.bias
 
     def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":

@@ -1,5 +1,7 @@
 """A pre-norm transformer block whose residual updates are fused into the norms that follow them."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 import kernel_index as ki
@@ -25,8 +27,13 @@ class TransformerBlock(nn.Module):
         self.before_mlp = ResidualRMSNorm(dim, dropout=dropout)
 
     def forward(
-        self, stream: Tensor, branch: Branch | None, mask: "ki.MaskContract", rope: tuple[Tensor, Tensor]
+        self,
+        stream: Tensor,
+        branch: Branch | None,
+        mask: "ki.MaskContract | None",
+        rope: tuple[Tensor, Tensor],
+        cache: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Branch]:
         stream, normed = self.before_mixer(stream, branch)
-        stream, normed = self.before_mlp(stream, self.mixer(normed, mask, rope))
+        stream, normed = self.before_mlp(stream, self.mixer(normed, mask, rope, cache))
         return stream, self.mlp(normed)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import kernel_index as ki
 
@@ -13,7 +13,7 @@ LAYERS, PAGES, PAGE, HEADS, WIDTH = 2, 7, 3, 1, 2
 
 def tokens(values: list[int], layer: int) -> torch.Tensor:
     """[1, n, K, D] that name the token and its layer."""
-    return (torch.tensor(values, dtype=torch.float32) + 1000 * layer).view(1, -1, 1, 1).expand(1, -1, HEADS, WIDTH)
+    return (torch.tensor(values, dtype=torch.float32) + 0.5 * layer).view(1, -1, 1, 1).expand(1, -1, HEADS, WIDTH)
 
 
 class Walk(RuleBasedStateMachine):
@@ -23,12 +23,16 @@ class Walk(RuleBasedStateMachine):
         super().__init__()
         self.cache = ki.PagedKVCache(LAYERS, PAGES, PAGE, HEADS, WIDTH)
         self.rows: dict[int, list[int]] = {}
-        self.reserved: set[int] = set()
         self.clock = 0
         self.steps = 0
 
     def pick(self, data) -> int:
         return data.draw(st.sampled_from(sorted(self.rows)))
+
+    @initialize(count=st.integers(1, 3))
+    def start(self, count):
+        for _ in range(count):
+            self.allocate()
 
     @rule()
     def allocate(self):
@@ -50,11 +54,24 @@ class Walk(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="sequence must be"):
                 self.cache.length(chosen)
 
-    @rule(data=st.data(), count=st.integers(0, 5), keep=st.booleans(), advance=st.booleans())
+    @rule(data=st.data())
+    def share_and_write_both(self, data):
+        if self.rows and len(self.rows) < 5:
+            source = self.pick(data)
+            copy = self.cache.share(source)
+            self.rows[copy] = list(self.rows[source])
+            self.write([source, copy], 1, [1, 1])
+
+    @rule(data=st.data(), count=st.integers(0, 5), keep=st.booleans(), advance=st.integers(0, 4))
     def step(self, data, count, keep, advance):
         if not self.rows:
             return
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.rows)), unique=True, min_size=1))
+        kept = [data.draw(st.integers(0, count)) if keep else count for _ in chosen]
+        self.write(chosen, count, kept if advance else None)
+
+    def write(self, chosen, count, kept):
+        """One step; without ``kept`` it is abandoned, and what it wrote is nobody's."""
         before = {s: self.cache.pages(s) for s in self.rows}
         state = (self.cache.free_pages, self.cache.counters.__dict__.copy(), self.cache.k.clone())
         try:
@@ -69,9 +86,8 @@ class Walk(RuleBasedStateMachine):
         for layer in range(LAYERS):
             stacked = torch.cat([tokens(new[s], layer) for s in chosen])
             self.cache.append(layer, stacked, -stacked)
-        if not advance:  # the step is abandoned: what it wrote is nobody's
+        if kept is None:
             return
-        kept = [data.draw(st.integers(0, count)) if keep else count for _ in chosen]
         self.cache.advance(kept)
         self.steps += 1
         for s, n in zip(chosen, kept, strict=True):
@@ -98,7 +114,7 @@ class Walk(RuleBasedStateMachine):
         assert counters.advances == self.steps
 
 
-Walk.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+Walk.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None, derandomize=True)
 TestWalk = Walk.TestCase
 
 
