@@ -69,3 +69,8 @@ def is_real(name: str, value: Any) -> None:
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device has none, and PyTorch raises when asked."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

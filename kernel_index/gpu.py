@@ -70,7 +70,13 @@ def not_worth(*tensors: Any) -> str | None:
     return "interpreted on a CPU: only when asked for by name" if on_cpu else None
 
 
-def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+"""Qualified name of each registered op -> what it launches on a device."""
+
+
+def register(
+    schema: str, launch: Callable[..., Any], fake: Callable[..., Any], keys: tuple[str, ...] = ("CPU", "CUDA")
+) -> torch._ops.OpOverload:
     """Define ``kernel_index::<schema>`` with a launcher and a fake, and return the op to call.
 
     ``define`` + ``impl`` rather than ``triton_op``: the latter neither traces nor passes ``opcheck`` under the
@@ -78,8 +84,9 @@ def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
     """
     name = schema.partition("(")[0]
     qualified = f"kernel_index::{name}"
+    LAUNCHERS[qualified] = launch
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, ("CPU", "CUDA"), launch)  # ROCm's key is CUDA
+    torch.library.impl(qualified, keys, launch)  # ROCm's key is CUDA
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.kernel_index, name).default
 
@@ -94,9 +101,15 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+PROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170, "gfx942": 304, "gfx950": 256}
+"""Of the data-centre part (sm_120: the largest) of an architecture that a proof compiles for without having it."""
+
+
 def processors(tensor: Tensor) -> int:
     """How many programs of a persistent kernel the tensor's device runs at once; 4 under the interpreter."""
-    return _processors(tensor.device.index or 0) if tensor.is_cuda else 4
+    if tensor.is_cuda:
+        return _processors(tensor.device.index or 0)
+    return PROCESSORS.get(target_of(tensor.device).arch, 4)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -1,9 +1,11 @@
 """What a device is, and what this machine has installed.  Probed once; constant while Dynamo traces."""
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +31,22 @@ def _probe(kind: str, index: int) -> Target:
 
 def target_of(device: torch.device) -> Target:
     """The target behind a torch device."""
+    if device.type == "meta" and _PRETENDED:
+        return _PRETENDED[-1]
     return _probe(device.type, device.index or 0)
+
+
+_PRETENDED: list[Target] = []
+
+
+@contextlib.contextmanager
+def pretend(target: Target) -> Iterator[None]:
+    """Inside the block meta tensors count as tensors on ``target``: how a proof compiles for hardware that is absent."""
+    _PRETENDED.append(target)
+    try:
+        yield
+    finally:
+        _PRETENDED.pop()
 
 
 @functools.cache

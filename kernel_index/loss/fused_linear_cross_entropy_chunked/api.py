@@ -141,10 +141,9 @@ def token_log_probs(
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+    if not checks.is_autocast(hidden.device) or hidden.dtype == torch.float64:
         return hidden, weight
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype)
 
 

@@ -42,7 +42,7 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         checks.is_floating("bias", bias)
         checks.has_shape("bias", bias, (weight.shape[0],), "[V] =")
         checks.on_device("bias", bias, hidden, "hidden")
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not checks.is_autocast(hidden.device):
         checks.has_dtype("weight", weight, hidden.dtype, "like hidden outside of autocast")
         if bias is not None:
             checks.has_dtype("bias", bias, hidden.dtype, "like hidden outside of autocast")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernel_index import gpu
 from kernel_index.inductor import Region
 from kernel_index.loss.fused_linear_cross_entropy_chunked.chunk_pass import gradient_pass, loss_pass
 from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import Options, rows_per_chunk
@@ -17,15 +18,6 @@ _loss_region = Region(loss_pass, z=(0,), targets=(0,))
 _gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,), lse=(0,), missing=(0,))
 
 _OPTIONS = "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes"
-torch.library.define(
-    "kernel_index::linear_cross_entropy_losses",
-    f"(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
-)
-torch.library.define(
-    "kernel_index::linear_cross_entropy_gradients",
-    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, Tensor factor, bool[] needs, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,9 +49,7 @@ def _chunk_losses(z: Tensor, targets: Tensor, losses: Tensor, constants: tuple, 
     losses.copy_(_statistics(z, targets, constants, passes)[0])
 
 
-def _chunk_gradient(
-    z: Tensor, targets: Tensor, rows: Tensor, losses: Tensor, constants: tuple, passes: str
-) -> None:
+def _chunk_gradient(z: Tensor, targets: Tensor, rows: Tensor, losses: Tensor, constants: tuple, passes: str) -> None:
     """Fill losses; z becomes the gradient of Σ rows·loss with respect to the logits."""
     if passes == "triton":
         from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
@@ -145,22 +135,28 @@ def _allocate(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor
     )
 
 
-torch.library.impl("kernel_index::linear_cross_entropy_losses", "CompositeExplicitAutograd", _all_losses)
-torch.library.impl("kernel_index::linear_cross_entropy_gradients", "CompositeExplicitAutograd", _gradients)
-
-
-@torch.library.register_fake("kernel_index::linear_cross_entropy_losses")
-def _(hidden, weight, targets, bias, *_):
+def _fake_losses(hidden, *_):
     return hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
 
 
-@torch.library.register_fake("kernel_index::linear_cross_entropy_gradients")
-def _(hidden, weight, targets, bias, rows, factor, needs, *_):
+def _fake_gradients(hidden, weight, targets, bias, rows, factor, needs, *_):
     return _allocate(hidden, weight, needs)
 
 
-_losses_op = torch.ops.kernel_index.linear_cross_entropy_losses.default
-_gradients_op = torch.ops.kernel_index.linear_cross_entropy_gradients.default
+_EVERYWHERE = ("CompositeExplicitAutograd",)
+_losses_op = gpu.register(
+    f"linear_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
+    _all_losses,
+    _fake_losses,
+    _EVERYWHERE,
+)
+_gradients_op = gpu.register(
+    "linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, "
+    f"Tensor factor, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gradients,
+    _fake_gradients,
+    _EVERYWHERE,
+)
 
 
 def _refuse_create_graph() -> None:
