@@ -2,7 +2,15 @@
 
 from kernel_index.nn.attention import Attention
 from kernel_index.nn.block import TransformerBlock
+from kernel_index.nn.hyper_connections import HyperConnectedBlocks, HyperConnections
 from kernel_index.nn.mlp import SquaredReLUMLP
 from kernel_index.nn.residual import ResidualRMSNorm
 
-__all__ = ["Attention", "ResidualRMSNorm", "SquaredReLUMLP", "TransformerBlock"]
+__all__ = [
+    "Attention",
+    "HyperConnectedBlocks",
+    "HyperConnections",
+    "ResidualRMSNorm",
+    "SquaredReLUMLP",
+    "TransformerBlock",
+]

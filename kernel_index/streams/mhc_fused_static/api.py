@@ -102,7 +102,7 @@ def mhc_merge_and_branch_input(
     """``mhc_merge`` and the next branch's ``mhc_branch_input`` in one pass over memory: 10·C elements, not 14·C.
 
     ``new[o] = Σ_n h_res[o, n] · hidden[n] + h_post[o] · branch_out``, then ``branch_input = Σ_n h_pre[n] · new[n]``
-    of the new streams as they are stored, so that the result is that of the two calls.
+    of the new streams before they are rounded: in float32 the result of the two calls, below it nearer to the truth.
 
     Args:
         hidden: the streams, [B, T, 4, C], any floating dtype.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.cases import Case, Maker, Suite
+from kernel_index.cases import Case, Maker, Suite, size_of
 from kernel_index.streams.mhc_fused_static.api import (
     BACKENDS,
     SINKHORN_BACKENDS,
@@ -97,8 +97,9 @@ def read_oracle(hidden: Tensor, h_pre: Tensor) -> Tensor:
 
 
 def both_oracle(hidden: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor, h_pre: Tensor) -> tuple:
-    merged = merge_oracle(hidden, branch_out, h_post, h_res)
-    return merged, read_oracle(merged, h_pre)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    merged = merge_oracle(hidden.to(wide), branch_out, h_post, h_res)
+    return merged.to(hidden.dtype), read_oracle(merged, h_pre).to(hidden.dtype)
 
 
 def sinkhorn_oracle(logits: Tensor, iters: int = 20, temperature: float = 1.0, eps: float = 1e-8) -> Tensor:
@@ -108,6 +109,16 @@ def sinkhorn_oracle(logits: Tensor, iters: int = 20, temperature: float = 1.0, e
         matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
         matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
     return matrix
+
+
+def compulsory(call: dict[str, Any]) -> tuple[int, int]:
+    """Every input once and every output once, each way; the coefficients' gradients too."""
+    branch, coefficient = call.get("branch_out"), [v for k, v in call.items() if k.startswith("h_")]
+    streams, read = size_of(call["hidden"]), size_of(call["hidden"]) // 4 if "h_pre" in call else 0
+    numbers = size_of(*coefficient)
+    if branch is None:
+        return streams + read + numbers, 2 * streams + read + 2 * numbers
+    return 2 * streams + size_of(branch) + read + numbers, 3 * streams + 2 * size_of(branch) + read + 2 * numbers
 
 
 def suite(function: Any, build: Any, oracle: Any, more: tuple[Case, ...], nonfinite: tuple[str, ...]) -> Suite:
@@ -121,6 +132,8 @@ def suite(function: Any, build: Any, oracle: Any, more: tuple[Case, ...], nonfin
         sized=lambda m, n: build(m, 2, n, 4, 12),
         double_backward=True,
         nonfinite=nonfinite,
+        real=lambda m, rows=8192: build(m, 1, rows, 4, 4096),
+        compulsory=compulsory,
     )
 
 

@@ -25,16 +25,6 @@ def _column(coefficient: Tensor, *index: int) -> Tensor:
     return coefficient[:, *index, None, None]
 
 
-def _mixed(
-    streams: list[Tensor], f: Tensor, h_post: Tensor, h_res: Tensor, dtype: torch.dtype, stored: torch.dtype
-) -> list[Tensor]:
-    out = []
-    for o in _ALL:
-        terms = [_column(h_res, o, n) * streams[n] for n in _ALL]
-        out.append(_add([*terms, _column(h_post, o) * f.to(dtype)]).to(stored))
-    return out
-
-
 def mix(
     hidden: Tensor, branch_out: Tensor | None, h_post: Tensor | None, h_res: Tensor | None, h_pre: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -42,9 +32,9 @@ def mix(
     streams = [hidden[:, :, n].to(dtype) for n in _ALL]
     merged = read = None
     if branch_out is not None and h_post is not None and h_res is not None:
-        parts = _mixed(streams, branch_out, h_post, h_res, dtype, hidden.dtype)
-        merged = torch.stack(parts, 2)
-        streams = [p.to(dtype) for p in parts]  # what is read is what is stored
+        written = [_column(h_post, o) * branch_out.to(dtype) for o in _ALL]
+        streams = [_add([*(_column(h_res, o, n) * streams[n] for n in _ALL), written[o]]) for o in _ALL]
+        merged = torch.stack([s.to(hidden.dtype) for s in streams], 2)
     if h_pre is not None:
         read = _add(_column(h_pre, n) * streams[n] for n in _ALL).to(hidden.dtype)
     return merged, read

@@ -1,4 +1,4 @@
-"""The specification: mix the streams, store them, then read the next branch's input from what was stored."""
+"""The specification: mix the streams, then read the next branch's input from them; each output is rounded once."""
 
 import math
 
@@ -13,15 +13,13 @@ def mix_reference(
 ) -> tuple[Tensor, ...]:
     """The merged streams if there is a branch_out, and the branch input if there is an h_pre."""
     dtype = compute_dtype(hidden, branch_out, h_post, h_res, h_pre)
+    streams = hidden.to(dtype)
     outputs: tuple[Tensor, ...] = ()
     if branch_out is not None and h_post is not None and h_res is not None:
-        mixed = _over_tokens(h_res, 2, hidden, dtype) @ hidden.to(dtype)
+        mixed = _over_tokens(h_res, 2, hidden, dtype) @ streams
         written = _over_tokens(h_post, 1, hidden, dtype).unsqueeze(-1) * branch_out.to(dtype).unsqueeze(-2)
-        exact = mixed + written
-        outputs = (exact.to(hidden.dtype).contiguous(),)
-        streams = _as_stored(exact, outputs[0])
-    else:
-        streams = hidden.to(dtype)
+        streams = mixed + written
+        outputs = (streams.to(hidden.dtype).contiguous(),)
     if h_pre is not None:
         read = (_over_tokens(h_pre, 1, hidden, dtype).unsqueeze(-1) * streams).sum(-2)
         outputs += (read.to(hidden.dtype).contiguous(),)
@@ -34,12 +32,6 @@ def _over_tokens(coefficient: Tensor, rank: int, hidden: Tensor, dtype: torch.dt
         ones = (1,) * (hidden.ndim - 3)
         coefficient = coefficient.reshape(coefficient.shape[0], *ones, *coefficient.shape[1:])
     return coefficient.to(dtype)
-
-
-def _as_stored(exact: Tensor, stored: Tensor) -> Tensor:
-    """The stored values in the exact ones' dtype; rounding counts as the identity, so no gradient is rounded on its way."""
-    rounding = (stored.to(exact.dtype) - exact).detach()
-    return torch.where(exact.isfinite(), exact + rounding, exact)
 
 
 def sinkhorn_reference(logits: Tensor, iters: int, temperature: float, eps: float) -> Tensor:

@@ -56,11 +56,10 @@ def _add_products(sums, d, x):
 
 @triton.jit
 def _merge(x, f, post_ptr, res_ptr, out_ptr, mask):
-    """One merged stream, stored; what is returned is what is stored."""
+    """One merged stream: stored rounded, returned as it is."""
     merged = _dot(_load_four(res_ptr), x) + tl.load(post_ptr) * f
-    rounded = merged.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr, rounded, mask=mask)
-    return rounded.to(tl.float32)
+    _store(out_ptr, merged, mask)
+    return merged
 
 
 @triton.jit
