@@ -4,8 +4,8 @@ One ``Suite`` for each public function with backends.  Tests, proofs, benchmarks
 """
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,17 @@ class Suite:
     nonfinite: tuple[str, ...] = ()  # arguments into which inf and NaN are put
     without_gradient: tuple[str, ...] = ()  # backends that decline a call whose result needs a graph
     rounding: tuple[str, ...] = ()  # backends that call a kernel or matmul which rounds within to the inputs' dtype
-    real: Callable[[Maker], dict[str, Any]] | None = None  # one call of production size, for proofs and benchmarks
+    units: Mapping[str, float] = field(default_factory=dict)  # float32 units that a backend's algorithm adds, derived
+    real: Callable[..., dict[str, Any]] | None = None  # (maker[, rows]) -> a call of production size, for proofs
+    compulsory: Callable[[dict[str, Any]], tuple[int, int]] | None = None  # bytes that any kernel must move, each way
 
     def __str__(self) -> str:
         return self.op
+
+
+def size_of(*tensors: Tensor | None) -> int:
+    """Bytes of the tensors together; None has none."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def suites() -> tuple[Suite, ...]:

@@ -127,6 +127,7 @@ def assess(suite: Suite, backend: str, kwargs: dict[str, Any]) -> list[Finding]:
     labels = [f"output {i}" for i in range(len(outputs))] + [f"gradient of {n}" for n in names[: len(grads)]]
     found = zip(labels, outputs + grads, truth + truth_grads, plain + plain_grads, strict=True)
     extra = FAST_EXP if backend in ("sdpa", "cpu") else 0.0
+    extra += suite.units.get(backend, 0.0) * torch.finfo(torch.float32).eps
     return [_finding(label, *(None if t is None else t.cpu() for t in tensors), extra) for label, *tensors in found]
 
 

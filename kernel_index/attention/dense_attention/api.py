@@ -4,22 +4,25 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kernel_index import gpu
 from kernel_index.attention.dense_attention import contract
 from kernel_index.attention.dense_attention.cpu import attention_cpu, attention_with_lse_cpu
 from kernel_index.attention.dense_attention.reference import attention_reference, attention_with_lse_reference
 from kernel_index.attention.dense_attention.sdpa import attention_sdpa
+from kernel_index.attention.dense_attention.torch_op import attention_triton, attention_with_lse_triton
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.dispatch import Backend, always, choose
 
 BACKENDS = (
+    Backend("triton", contract.triton_why_not, attention_triton, contract.triton_not_worth),
     Backend("cpu", contract.cpu_why_not, attention_cpu, contract.cpu_not_worth),
     Backend("sdpa", contract.sdpa_why_not, attention_sdpa, details=contract.sdpa_details),
     Backend("reference", always, attention_reference),
 )
 
 LSE_BACKENDS = (
+    Backend("triton", contract.triton_why_not, attention_with_lse_triton, gpu.not_worth),
     Backend("cpu", contract.cpu_why_not, attention_with_lse_cpu, contract.cpu_lse_not_worth),
-    Backend("cpu", contract.cpu_why_not, attention_cpu, contract.cpu_not_worth),
     Backend("sdpa", contract.sdpa_no_lse, attention_sdpa),
     Backend("reference", always, attention_with_lse_reference),
 )

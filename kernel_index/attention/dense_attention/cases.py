@@ -104,6 +104,10 @@ def sized(m: Maker, n: int) -> dict[str, Any]:
 # At 300 scores pass 50, and a backward that recomputes probabilities from the log-sum-exp has lost that many units.
 SCALES = (1e-3, 1.0, 16.0)
 
+# Backward takes δ from the rounded output and dp from v, and p·(dp − δ) cancels: the two dot products of D = 8 terms are
+# rounded apart, each by 1 + log2(D) units, where the plain formula has their difference exactly 0 for a single key.
+UNITS = {"triton": 2.0 * (1 + 3)}
+
 SUITES = (
     Suite(
         op="attention",
@@ -114,7 +118,8 @@ SUITES = (
         oracle=oracle,
         sized=sized,
         scales=SCALES,
-        rounding=("sdpa", "cpu"),
+        rounding=("sdpa", "cpu", "triton"),
+        units=UNITS,
     ),
     Suite(
         op="attention_with_lse",
@@ -125,6 +130,7 @@ SUITES = (
         oracle=oracle_with_lse,
         sized=sized,
         scales=SCALES,
-        rounding=("cpu",),
+        rounding=("cpu", "triton"),
+        units=UNITS,
     ),
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks
+from kernel_index import checks, gpu
 from kernel_index.attention.doc_window_mask.contract import DENSE_LIMIT
 from kernel_index.attention.doc_window_mask.intervals import Sizes
 from kernel_index.attention.doc_window_mask.mask import MaskContract
@@ -79,6 +79,23 @@ def sdpa_why_not(
 
 def sdpa_no_lse(*_: Any) -> str:
     return "scaled_dot_product_attention returns no log-sum-exp"
+
+
+WIDEST = 256
+
+
+def triton_why_not(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> str | None:
+    if q.shape[3] > WIDEST or v.shape[3] > WIDEST:
+        return "needs head sizes of at most 256"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "needs float32, bfloat16 or float16"
+    return gpu.why_not(q, k, v, *rest)
+
+
+def triton_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> str | None:
+    if needs_no_mask(q, k, v, mask, *rest):
+        return "torch's own kernel needs no mask here"
+    return gpu.not_worth(q)
 
 
 def cpu_why_not(q: Tensor, *_: Any) -> str | None:

@@ -4,6 +4,7 @@ Most pieces are calls of PyTorch's own CPU kernel.  Where that has no answer (so
 keys, a gradient of the log-sum-exp) the README's formula runs on pieces of at most ``QUERIES`` queries.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -67,12 +68,14 @@ class _Attention(torch.autograd.Function):
         kernel_takes = True in ctx.pieces and d_lse is None
         # exp(z − ∞) = 0: what a query without keys sends backward, whatever the kernel makes of its scores
         lse = lse.masked_fill(lse.isneginf(), torch.inf)
-        d_q, d_k, d_v = torch.zeros_like(q, memory_format=torch.contiguous_format), *map(_wide_zeros, (k, v))
+        pieces = ctx.pieces[kernel_takes]
+        wide = not _share_no_key(pieces)  # where sums meet, they meet in float32
+        d_q, d_k, d_v = (_zeros(x, w) for x, w in ((q, False), (k, wide), (v, wide)))
         delta = None
         if sink is not None or not kernel_takes:
             delta = (_wide(out) * d_out).sum(-1).transpose(1, 2)
             delta = delta if d_lse is None else delta - d_lse
-        for piece in ctx.pieces[kernel_takes]:
+        for piece in pieces:
             b, t, s = piece[:3]
             call = q[b, t], k[b, s], v[b, s]
             if kernel_takes:
@@ -98,8 +101,13 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _wide_zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+def _zeros(x: Tensor, wide: bool) -> Tensor:
+    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32) if wide else x.dtype)
+
+
+def _share_no_key(pieces: tuple[Piece, ...]) -> bool:
+    """Pieces come in the order of their rows and queries, and so of their keys."""
+    return all(a.batch != b.batch or a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
