@@ -25,8 +25,9 @@ from kernel_index.target import has_cxx_compiler, machine_rules
 ELSEWHERE = {
     "train": "kernel_index.lm.commands:train_command",
     "generate": "kernel_index.lm.commands:generate_command",
+    "prove": "kernel_index.proofs.commands:app",
 }
-"""Commands that live with what they run: name -> ``module:function``, imported when the command is called."""
+"""Commands that live with what they run: name -> ``module:function`` or a group, imported when it is called."""
 
 NOT_FOUND = 2
 VARIABLES = (
@@ -53,9 +54,12 @@ class _Commands(typer.core.TyperGroup):
     def get_command(self, ctx, cmd_name):
         if cmd_name not in ELSEWHERE:
             return super().get_command(ctx, cmd_name)
-        module, function = ELSEWHERE[cmd_name].split(":")
+        module, name = ELSEWHERE[cmd_name].split(":")
+        found = getattr(importlib.import_module(module), name)
+        if isinstance(found, typer.Typer):
+            return typer.main.get_command(found)
         single = typer.Typer(add_completion=False)
-        single.command(cmd_name)(getattr(importlib.import_module(module), function))
+        single.command(cmd_name)(found)
         return typer.main.get_command(single)
 
 

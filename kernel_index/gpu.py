@@ -109,7 +109,11 @@ def processors(tensor: Tensor) -> int:
     """How many programs of a persistent kernel the tensor's device runs at once; 4 under the interpreter."""
     if tensor.is_cuda:
         return _processors(tensor.device.index or 0)
-    return PROCESSORS.get(target_of(tensor.device).arch, 4)
+    return PROCESSORS.get(target_of(tensor.device).arch, INTERPRETED[0])
+
+
+INTERPRETED = [4]
+"""Processors that the interpreter stands for; the traffic proof puts those of a GPU here."""
 
 
 def ceil_div(a: int, b: int) -> int:

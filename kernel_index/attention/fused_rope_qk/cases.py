@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.attention.fused_rope_qk.api import BACKENDS, fused_rope_qk
-from kernel_index.cases import Case, Maker, Suite
+from kernel_index.cases import Case, Maker, Suite, size_of
 
 
 def _call(m: Maker, b: int, t: int, heads: int, kv_heads: int, d: int, r: int, *, rows: int = 1, **more) -> dict:
@@ -93,7 +93,8 @@ SUITES = (
         differentiable=("q", "k"),
         oracle=rotate_half_formula,
         sized=lambda m, n: _call(m, 2, n, 4, 2, 8, 8),
-        real=lambda m: _call(m, 1, 8192, 32, 8, 128, 128),
+        real=lambda m, rows=8192: _call(m, 1, rows, 32, 8, 128, 128),
+        compulsory=lambda call: (2 * size_of(call["q"], call["k"]) + size_of(call["cos"], call["sin"]),) * 2,
         double_backward=True,
         nonfinite=("q", "k"),
     ),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.boundary.fused_bias_dropout_add.api import BACKENDS, fused_bias_dropout_add
-from kernel_index.cases import Case, Maker, Suite
+from kernel_index.cases import Case, Maker, Suite, size_of
 
 
 def call(m: Maker, *shape: int, **extra):
@@ -92,7 +92,11 @@ SUITES = (
         differentiable=("x", "residual", "bias"),
         oracle=oracle,
         sized=lambda m, n: with_bias(m, n, 24),
-        real=lambda m: with_bias(m, 8192, 4096, p=0.1),
+        real=lambda m, rows=8192: with_bias(m, rows, 4096, p=0.1),
+        compulsory=lambda call: (
+            size_of(call["x"], call["bias"]) + 2 * size_of(call["residual"]),
+            size_of(call["x"], call["residual"], call["bias"]),
+        ),
         double_backward=True,
         nonfinite=("x", "residual", "bias"),
     ),

@@ -3,7 +3,7 @@
 import torch
 
 from kernel_index.boundary.fused_residual_add_rms_norm.api import BACKENDS, fused_residual_add_rms_norm
-from kernel_index.cases import Case, Maker, Suite
+from kernel_index.cases import Case, Maker, Suite, size_of
 
 
 def call(m: Maker, *shape: int, **extra):
@@ -34,6 +34,14 @@ def oracle(residual, delta, weight, *, scale=1.0, eps=1e-8, fp32_residual=False,
     return stream, normed.to(delta.dtype)
 
 
+def compulsory(call):
+    """Forward reads residual, delta, weight; backward new_residual and two gradients, and writes one for both."""
+    residual, delta, weight = call["residual"], call["delta"], call["weight"]
+    per_row = 4 * (residual.numel() // residual.shape[-1])  # 1/rms
+    forward = 2 * size_of(residual) + 2 * size_of(delta) + size_of(weight) + per_row
+    return forward, 3 * size_of(residual) + size_of(delta) + 2 * size_of(weight) + per_row
+
+
 CASES = (
     Case("block", "batch × tokens × channels, as between two blocks", lambda m: call(m, 2, 24, 96)),
     Case("odd", "no dimension is a multiple of a vector width", lambda m: call(m, 3, 5, 17)),
@@ -61,7 +69,8 @@ SUITES = (
         differentiable=("residual", "delta", "weight", "scale"),
         oracle=oracle,
         sized=lambda m, n: call(m, n, 24, scale=m.normal(scale=1.0)),
-        real=lambda m: call(m, 8192, 4096),
+        real=lambda m, rows=8192: call(m, rows, 4096),
+        compulsory=compulsory,
         double_backward=True,
         nonfinite=("residual", "delta", "weight"),
     ),

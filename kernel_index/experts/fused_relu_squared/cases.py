@@ -2,7 +2,7 @@
 
 import torch
 
-from kernel_index.cases import Case, Suite
+from kernel_index.cases import Case, Suite, size_of
 from kernel_index.experts.fused_relu_squared.api import BACKENDS, fused_relu_squared
 
 CASES = (
@@ -23,7 +23,8 @@ SUITES = (
         differentiable=("x",),
         oracle=lambda x: torch.nn.functional.relu(x).square(),
         sized=lambda m, n: {"x": m.normal(n, 24)},
-        real=lambda m: {"x": m.normal(8192, 4096)},
+        real=lambda m, rows=8192: {"x": m.normal(rows, 4096)},
+        compulsory=lambda call: (2 * size_of(call["x"]), 3 * size_of(call["x"])),
         double_backward=True,
         nonfinite=("x",),
     ),

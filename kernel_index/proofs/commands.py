@@ -1,0 +1,144 @@
+"""``kernel-index prove``: evidence that anyone can make again, on a machine without the hardware where that is possible."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kernel_index.cases import suites
+
+console = Console(width=None if sys.stdout.isatty() else 160)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Ops = Annotated[list[str] | None, typer.Option("--op", help="Only this public function; may be repeated.")]
+Out = Annotated[Path | None, typer.Option("--json", help="Also write the figures as JSON.")]
+
+
+@app.callback()
+def _group() -> None:
+    """Proofs: numerics against float64, ahead-of-time compilation, memory traffic."""
+
+
+@app.command()
+def numerics(
+    op: Ops = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Only this backend; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="Where the inputs lie.")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="The first case of each function only.")] = False,
+    out: Out = None,
+) -> None:
+    """Every entry × backend that runs here, forward and backward, against float64 within derived budgets."""
+    _interpret(device)
+    from kernel_index.proofs.numerics import Verdict
+    from kernel_index.proofs.numerics import prove as verdicts
+
+    rows: dict[tuple[str, str], list[Verdict]] = {}
+    for v in verdicts(device, backend, _known(op), every=not quick):
+        rows.setdefault((v.op, v.backend), []).append(v)
+        if not v.passes:
+            worst = max(v.findings, key=lambda f: f.error, default=None)
+            console.print(f"[red]failed[/] {v.op} {v.backend} {v.case} {v.dtype}: {v.raised or worst}", highlight=False)
+    table = Table("op", "backend", "passed", "failed", "refused", "worst share of budget", "why refused")
+    for (name, which), found in rows.items():
+        run = [v for v in found if not v.refused]
+        reasons = Counter(v.refused for v in found if v.refused)
+        worst = f"{max((v.worst for v in run), default=0.0):.2f}" if run else ""
+        counts = (sum(v.passes for v in run), sum(not v.passes for v in run), len(found) - len(run))
+        table.add_row(name, which, *map(str, counts), worst, next(iter(reasons), ""))
+    console.print(table)
+    every = [v for found in rows.values() for v in found]
+    _finish(out, "numerics", [asdict(v) for v in every], all(v.passes for v in every))
+
+
+@app.command()
+def aot(
+    op: Ops = None,
+    target: Annotated[list[str] | None, typer.Option(help="sm80, sm90, sm100, sm120, gfx942, gfx950.")] = None,
+    out: Out = None,
+) -> None:
+    """Compile every Triton kernel for GPUs that need not be here; spills on sm90 and sm100 fail the proof."""
+    if os.environ.get("TRITON_INTERPRET") == "1":  # an interpreted kernel cannot be compiled: a process of its own
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, "-m", "kernel_index.cli", *sys.argv[1:]], env=environment, check=False)
+        raise typer.Exit(done.returncode)
+    _need_triton()
+    from kernel_index.proofs import aot as proof
+
+    for name in target or ():
+        if name not in proof.TARGETS:
+            raise typer.BadParameter(f"--target must be one of {', '.join(proof.TARGETS)}, got {name!r}")
+    found = []
+    table = Table("op", "kernel", "target", "warps", "registers", "spilled bytes", "shared memory", "code", "")
+    for c in proof.prove(tuple(target or proof.TARGETS), _known(op)):
+        found.append(c)
+        mark = f"[red]{c.error}[/]" if c.error else "[red]spills[/]" if c.spilled else ""
+        figures = (c.warps, c.registers, c.spilled, c.shared, c.bytes)
+        table.add_row(c.op, c.kernel.strip("_"), c.target, *map(str, figures), mark)
+    console.print(table)
+    clean = all(not c.error and not (c.spilled and c.target in ("sm90", "sm100")) for c in found)
+    _finish(out, "aot", [asdict(c) for c in found], bool(found) and clean)
+
+
+@app.command()
+def traffic(op: Ops = None, out: Out = None) -> None:
+    """Bytes that each Triton kernel moves ÷ the bytes that any kernel must move, counted in the interpreter."""
+    _interpret("cpu")
+    from kernel_index.proofs import ratios
+
+    found = []
+    title = f"bfloat16, width 4096, at {ratios.AT} rows (along the line through {ratios.ROWS[:2]} rows)"
+    table = Table("op", "direction", "bytes ÷ compulsory", "affine", "launches", "ATen ops", "atomics", title=title)
+    for r in ratios.prove(_known(op)):
+        found.append(r)
+        counts = map(str, (r.launches, r.others, r.atomics))
+        table.add_row(r.op, r.direction, f"{r.at_scale:.3f}", "yes" if r.affine else "[red]no[/]", *counts)
+    console.print(table)
+    rows = [asdict(r) | {"ratio": r.at_scale} for r in found]
+    _finish(out, "traffic", rows, bool(found) and all(r.affine and r.atomics == 0 for r in found))
+
+
+def _interpret(device: str) -> None:
+    """Triton's interpreter, where there is no GPU; before Triton is imported."""
+    if device == "cpu" and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    _need_triton()
+
+
+def _need_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        console.print("[red]needs the triton package: pip install 'kernel-index\\[triton]'[/]")
+        raise typer.Exit(2)
+
+
+def _known(ops: Iterable[str] | None) -> tuple[str, ...] | None:
+    names = [s.op for s in suites()]
+    for op in ops or ():
+        if op not in names:
+            raise typer.BadParameter(f"--op must be one of {', '.join(names)}, got {op!r}")
+    return tuple(ops) if ops else None
+
+
+def _finish(out: Path | None, proof: str, rows: list[dict[str, Any]], passed: bool) -> None:
+    versions = {"torch": torch.__version__}
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+
+        versions["triton"] = triton.__version__
+    if out is not None:
+        content = {"proof": proof, "passed": passed, "versions": versions, "rows": rows}
+        out.write_text(json.dumps(content, indent=1, default=str))
+        console.print(f"wrote {out}", highlight=False)
+    console.print(f"{proof}: {'[green]passed' if passed else '[red]failed'}[/]")
+    if not passed:
+        raise typer.Exit(1)

@@ -1,0 +1,72 @@
+"""``kernel-index prove fa4`` and ``kernel-index prove --verify``: the terminal's side of the execute proof."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kernel_index.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
+from kernel_index.attention.dense_fa4_execute_proof.request import DTYPES, ProofShape
+from kernel_index.attention.dense_fa4_execute_proof.verify import verify_file
+
+FAILED, COMPILED, REFUSED = 1, 3, 4
+"""Exit statuses beside 0, which only an executed and verified proof gets; 2 is a mistake in the command line."""
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def fa4(
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = ProofShape().batch,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = ProofShape().seq,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = ProofShape().heads,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = ProofShape().kv_heads,
+    head_dim: Annotated[int, typer.Option(min=8, help="Size of a head.")] = ProofShape().head_dim,
+    dtype: Annotated[str, typer.Option(help=f"{' or '.join(DTYPES)}.")] = "bfloat16",
+    causal: Annotated[bool, typer.Option("--causal/--no-causal", help="With the causal mask.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds for each process.")] = 600.0,
+    out: Annotated[Path, typer.Option(help="The receipt, written on failure too.")] = Path("fa4-proof.json"),
+) -> None:
+    """Prove that FlashAttention-4 runs here and is right.  Exit 0: executed and passed; 1: failed; 3: compiled only,
+    there is no CUDA device; 4: refused, the package is missing.
+    """
+    shape = ProofShape(batch, seq, heads, kv_heads, head_dim)
+    try:
+        proof = fa4_execute_proof(shape, dtype=dtype, causal=causal, seed=seed, time_limit=time_limit, out=out)
+    except (TypeError, ValueError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    _show(proof)
+    console.print(f"Receipt: {out}", highlight=False, soft_wrap=True)
+    if not proof.passed:
+        raise typer.Exit(REFUSED if proof.refusal else COMPILED if proof.state == "compiled" else FAILED)
+
+
+def _show(proof: Proof) -> None:
+    console.print(f"[bold]{proof.state}[/]: {'passed' if proof.passed else 'no proof of execution'}", highlight=False)
+    if proof.refusal:
+        console.print(f"  refused, {proof.refusal.code}: {proof.refusal.reason}", markup=False, highlight=False)
+        return
+    for run in proof.receipt["runs"]:
+        report = run["report"]
+        for row in report.get("cubins", ()):
+            line = f"  {run['target']}: {row['kernel']}, {row['bytes']:,} bytes of machine code"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for label, row in report.get("numerics", {}).items():
+            line = f"  {label}: error {row['max_abs_error']}, PyTorch in the same dtype {row['baseline_max_abs_error']}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if proof.state != "compiled":
+        for problem in proof.problems:
+            console.print(f"  ✗ {problem}", markup=False, highlight=False, soft_wrap=True)
+
+
+def verify(path: Path) -> None:
+    """Accept a receipt or say why not; exit 1 if not."""
+    found = verify_file(path)
+    for problem in found:
+        errors.print(f"✗ {problem}", markup=False, highlight=False, soft_wrap=True)
+    if found:
+        raise typer.Exit(FAILED)
+    console.print(f"{path}: a proof that flash-attn-4 executed and was right", highlight=False, soft_wrap=True)
