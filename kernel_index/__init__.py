@@ -7,6 +7,8 @@ from kernel_index.attention.attention_validity_prefix.api import attention_valid
 from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity
 from kernel_index.attention.causal_windowing_predicate.api import WindowingPlan, can_score_tile, causal_windowing_plan
 from kernel_index.attention.dense_attention.api import AttentionOutput, attention, attention_with_lse
+from kernel_index.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
+from kernel_index.attention.dense_fa4_execute_proof.request import ProofShape
 from kernel_index.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import ContiguousKVCache
 from kernel_index.attention.dense_fa4_kvcache_decode.paged import OutOfPages, PagedKVCache
@@ -18,6 +20,7 @@ from kernel_index.boundary.fused_residual_add_rms_norm.api import ResidualAndNor
 from kernel_index.dispatch import Explanation, Ineligible, Receipt, explain, receipts, strict
 from kernel_index.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
+from kernel_index.mla.fused_mla_projection.api import fused_mla_projection
 from kernel_index.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,
     mhc_branch_input,
@@ -37,6 +40,8 @@ __all__ = [
     "MaskContract",
     "OutOfPages",
     "PagedKVCache",
+    "Proof",
+    "ProofShape",
     "Receipt",
     "ResidualAndNormed",
     "RopeTables",
@@ -50,9 +55,11 @@ __all__ = [
     "causal_windowing_plan",
     "doc_window_mask",
     "explain",
+    "fa4_execute_proof",
     "fa4_kvcache_decode",
     "fused_bias_dropout_add",
     "fused_linear_cross_entropy",
+    "fused_mla_projection",
     "fused_relu_squared",
     "fused_residual_add_rms_norm",
     "fused_rope_qk",
