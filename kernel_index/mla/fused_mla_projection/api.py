@@ -46,7 +46,8 @@ def fused_mla_projection(
     arguments).  ``recompute`` names the first thing that backward computes again, and so what is kept beside x and the
     weights, which live anyway: with N rows,
 
-    - ``"latent"``: 4·N bytes, 1/rms of each row.  One product more in backward: 2·N·Din·L beside 4·N·L·(Din + Dout) FLOPs.
+    - ``"latent"``: 4·N bytes, 1/rms of each row.  Backward has one product more: 2·N·Din·L FLOPs beside
+      4·N·L·(Din + Dout).
     - ``"norm"``: the latent as well, N·L elements.
     - ``"none"``: the normed latent as well, 2·N·L elements.
 
