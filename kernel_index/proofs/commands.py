@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernel_index.cases import suites
+from kernel_index.proofs.fa4 import fa4, verify
 
 console = Console(width=None if sys.stdout.isatty() else 160)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -25,9 +26,20 @@ Ops = Annotated[list[str] | None, typer.Option("--op", help="Only this public fu
 Out = Annotated[Path | None, typer.Option("--json", help="Also write the figures as JSON.")]
 
 
-@app.callback()
-def _group() -> None:
-    """Proofs: numerics against float64, ahead-of-time compilation, memory traffic."""
+@app.callback(invoke_without_command=True)
+def _group(
+    context: typer.Context,
+    receipt: Annotated[Path | None, typer.Option("--verify", help="Accept or refuse a receipt of `prove fa4`.")] = None,
+) -> None:
+    """Proofs: numerics against float64, ahead-of-time compilation, memory traffic, FlashAttention-4 executed."""
+    if receipt is not None:
+        verify(receipt)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise typer.BadParameter("a proof must be named, or a receipt with --verify")
+
+
+app.command()(fa4)
 
 
 @app.command()

@@ -25,6 +25,11 @@ class Proof:
 
     ``state`` is how far it got: ``planned``, ``compiled`` (ahead of time, no device) or ``executed``.  ``passed`` is
     true only for ``executed`` with every condition met; ``problems`` names the others; ``receipt`` holds the facts.
+
+    >>> import kernel_index as ki
+    >>> planned = {"state": "planned"}
+    >>> ki.Proof("planned", False, None, ("state is 'planned', not 'executed'",), planned).passed
+    False
     """
 
     state: str

@@ -133,12 +133,15 @@ def execute(report: Report) -> None:
         out = flash(q, k, v, causal=causal)
         return out[0] if isinstance(out, tuple) else out
 
+    def plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain(q, k, v, causal)
+
     leaves = [x.detach().requires_grad_() for x in inputs]
     names, out, grads = observed(lambda: run(*leaves), leaves, upstream, device, report)
     report.add(kernels=names)
     torch.backends.cuda.matmul.allow_tf32 = False
-    exact = with_gradients(lambda *x: plain(*x, causal), [x.float() for x in inputs], upstream)
-    baseline = with_gradients(lambda *x: plain(*x, causal), inputs, upstream)
+    exact = with_gradients(plainly, [x.float() for x in inputs], upstream)
+    baseline = with_gradients(plainly, inputs, upstream)
     labels = ("out", "dq", "dk", "dv")
     results = zip(labels, [out, *grads], exact, baseline, strict=True)
     report.add(numerics={label: judged(*tensors) for label, *tensors in results})
@@ -158,7 +161,7 @@ def observed(
         grads = torch.autograd.grad(out, leaves, upstream)
         wait(device)
         report.add(backward_success=True)
-    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
     return sorted({e.name for e in on_device}), out.detach(), grads
 
 
@@ -188,8 +191,7 @@ def cost(step: Any, device: str) -> dict[str, Any]:
 def compile_ahead(report: Report) -> None:
     """Forward and backward for an architecture that need not be here: the package's real kernels, to machine code."""
     report.add(**facts("none"))
-    utils = importlib.import_module("cutlass.utils")
-    hardware_info = importlib.import_module("cutlass.utils.hardware_info")
+    modules: list[Any] = [importlib.import_module(name) for name in ("cutlass.utils", "cutlass.utils.hardware_info")]
 
     class Hardware:  # the compiler asks the driver for these three figures only; the target's own are given here
         def __init__(self, device_id: int = 0):
@@ -204,7 +206,8 @@ def compile_ahead(report: Report) -> None:
         def get_l2_cache_size_in_bytes(self) -> int:
             return 50 * 2**20
 
-    hardware_info.HardwareInfo = utils.HardwareInfo = Hardware
+    for module in modules:
+        module.HardwareInfo = Hardware
     interface = importlib.import_module("flash_attn.cute.interface")
     report.add(import_success=True, cubins=[])
     interface.cute.compile = Compiler(interface.cute.compile, report)

@@ -11,8 +11,8 @@ from kernel_index.cases import Case, Maker, Suite
 
 def on_copies(*, k_cache: Tensor, v_cache: Tensor, **call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The output and both caches after the call, so that what was written is compared too."""
-    own = [x.detach().clone(memory_format=torch.contiguous_format) for x in (k_cache, v_cache)]
-    return fa4_kvcache_decode(k_cache=own[0], v_cache=own[1], **call), *own
+    own_k, own_v = (x.detach().clone(memory_format=torch.contiguous_format) for x in (k_cache, v_cache))
+    return fa4_kvcache_decode(k_cache=own_k, v_cache=own_v, **call), own_k, own_v
 
 
 def contiguous(
@@ -114,7 +114,7 @@ def oracle(
             out.append(torch.einsum("hs,shd->hd", z_HS.softmax(-1), values))
     nothing = q.sum() * 0.0  # so that an empty call has a gradient too
     stacked = torch.stack(out).view(q.shape) if out else nothing.expand(q.shape)
-    return stacked, *caches
+    return stacked, caches[0], caches[1]
 
 
 def sized(m: Maker, n: int) -> dict[str, Any]:

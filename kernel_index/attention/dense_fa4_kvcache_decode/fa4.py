@@ -1,5 +1,7 @@
 """Decoding by flash-attn-4: pages through the table where the package reads them, else the gathered prefix."""
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def decode_fa4(
     softcap: float,
     table: Tensor | None,
 ) -> Tensor:
-    from flash_attn.cute import flash_attn_varlen_func
+    attend = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
 
     append(k_cache, v_cache, lengths, k, v, table)
     new = 0 if k is None else k.shape[1]
@@ -32,7 +34,7 @@ def decode_fa4(
     elif table is not None:
         k_cache, v_cache = gathered(k_cache, table), gathered(v_cache, table)
     # The window stays None: with causal, (-1, 0) would select the package's local kernel with no left end at all.
-    out, _ = flash_attn_varlen_func(
+    out, _ = attend(
         q.contiguous(),
         k_cache,
         v_cache,
