@@ -1,27 +1,46 @@
 """Softmax attention under one mask contract."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from kernel_index import gpu
 from kernel_index.attention.dense_attention import contract
 from kernel_index.attention.dense_attention.cpu import attention_cpu, attention_with_lse_cpu
+from kernel_index.attention.dense_attention.flex import attention_flex, attention_with_lse_flex
 from kernel_index.attention.dense_attention.reference import attention_reference, attention_with_lse_reference
 from kernel_index.attention.dense_attention.sdpa import attention_sdpa
 from kernel_index.attention.dense_attention.torch_op import attention_triton, attention_with_lse_triton
+from kernel_index.attention.dense_attention.varlen import attention_varlen
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.dispatch import Backend, always, choose
 
+
+def _run_fa4_with_lse(*call: Any) -> tuple[Tensor, Tensor]:
+    from kernel_index.attention.dense_attention.fa4 import attention_with_lse_fa4
+
+    return attention_with_lse_fa4(*call)
+
+
+def _run_fa4(*call: Any) -> Tensor:
+    return _run_fa4_with_lse(*call)[0]
+
+
 BACKENDS = (
+    Backend("fa4", contract.fa4_why_not, _run_fa4, contract.fa4_not_worth),
     Backend("triton", contract.triton_why_not, attention_triton, contract.triton_not_worth),
+    Backend("flex", contract.flex_why_not, attention_flex, contract.flex_not_worth),
+    Backend("varlen", contract.varlen_why_not, attention_varlen, contract.varlen_not_worth),
     Backend("cpu", contract.cpu_why_not, attention_cpu, contract.cpu_not_worth),
     Backend("sdpa", contract.sdpa_why_not, attention_sdpa, details=contract.sdpa_details),
     Backend("reference", always, attention_reference),
 )
 
 LSE_BACKENDS = (
+    Backend("fa4", contract.fa4_why_not, _run_fa4_with_lse, contract.fa4_not_worth),
     Backend("triton", contract.triton_why_not, attention_with_lse_triton, gpu.not_worth),
+    Backend("flex", contract.flex_why_not, attention_with_lse_flex),
+    Backend("varlen", contract.lse_of_varlen, attention_varlen),
     Backend("cpu", contract.cpu_why_not, attention_with_lse_cpu, contract.cpu_lse_not_worth),
     Backend("sdpa", contract.sdpa_no_lse, attention_sdpa),
     Backend("reference", always, attention_with_lse_reference),

@@ -104,8 +104,8 @@ def sized(m: Maker, n: int) -> dict[str, Any]:
 # At 300 scores pass 50, and a backward that recomputes probabilities from the log-sum-exp has lost that many units.
 SCALES = (1e-3, 1.0, 16.0)
 
-# Backward takes δ from the rounded output and dp from v, and p·(dp − δ) cancels: the two dot products of D = 8 terms are
-# rounded apart, each by 1 + log2(D) units, where the plain formula has their difference exactly 0 for a single key.
+# Backward takes δ from the rounded output and dp from v, and p·(dp − δ) cancels: the two dot products of D = 8 terms
+# are rounded apart, each by 1 + log2(D) units, where the plain formula has exactly 0 for a single key.
 UNITS = {"triton": 2.0 * (1 + 3)}
 
 SUITES = (
@@ -118,19 +118,21 @@ SUITES = (
         oracle=oracle,
         sized=sized,
         scales=SCALES,
-        rounding=("sdpa", "cpu", "triton"),
+        rounding=("fa4", "triton", "flex", "varlen", "cpu", "sdpa"),
         units=UNITS,
     ),
     Suite(
         op="attention_with_lse",
         function=attention_with_lse,
-        backends=tuple(b for b in LSE_BACKENDS if b.name != "sdpa"),  # it is there to say why it never can
+        backends=tuple(
+            b for b in LSE_BACKENDS if b.name not in ("sdpa", "varlen")
+        ),  # those are there to say why they never can
         cases=CASES,
         differentiable=("q", "k", "v", "sink"),
         oracle=oracle_with_lse,
         sized=sized,
         scales=SCALES,
-        rounding=("cpu", "triton"),
+        rounding=("fa4", "triton", "flex", "cpu"),
         units=UNITS,
     ),
 )

@@ -1,15 +1,20 @@
 """Who may call ``attention``, and who may answer."""
 
+import functools
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernel_index import checks, gpu
+from kernel_index.attention.dense_fa4_kvcache_decode.capability import support_of
+from kernel_index.attention.doc_window_mask import lowerings
 from kernel_index.attention.doc_window_mask.contract import DENSE_LIMIT
 from kernel_index.attention.doc_window_mask.intervals import Sizes
 from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.target import target_of
+from kernel_index.inductor import inside_functorch
+from kernel_index.target import has_package, target_of
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, softcap: Any, sink: Any) -> None:
@@ -96,6 +101,106 @@ def triton_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest:
     if needs_no_mask(q, k, v, mask, *rest):
         return "torch's own kernel needs no mask here"
     return gpu.not_worth(q)
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def fa4_why_not(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
+) -> str | None:
+    target = target_of(q.device)
+    if target.kind != "cuda":
+        return "needs CUDA tensors"
+    if not has_package("flash_attn"):
+        return "needs the flash-attn-4 package"
+    if q.dtype not in HALF:
+        return "flash-attn-4 takes float16 and bfloat16"
+    if sink is not None:
+        return "flash-attn-4 has no gradient of the sink"
+    support = support_of(target.arch)
+    if support is None:
+        return "flash-attn-4 does not know this architecture"
+    if not support.takes_head_size(q.shape[3]) or q.shape[3] != v.shape[3]:
+        return "flash-attn-4 does not take these head sizes on this architecture"
+    return _packing_rule(q, k, mask)
+
+
+def fa4_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *_: Any) -> str | None:
+    return WAITS if mask.has_tensors else None
+
+
+WAITS = "documents and prefixes as packed lengths: reading them waits for the device"
+
+
+def _packing_rule(q: Tensor, k: Tensor, mask: MaskContract) -> str | None:
+    """What every kernel with cumulative lengths asks of the call."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: lengths are read on the host"
+    if inside_functorch():
+        return "inside a torch.func transform"
+    if q.shape[0] * q.shape[1] * k.shape[1] == 0:
+        return "needs at least one query and one key"
+    return lowerings.varlen_why_not(sizes_of(q, k, mask), mask.has_tensors)
+
+
+def flex_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
+    if target_of(q.device).kind not in ("cuda", "hip"):
+        return "needs a CUDA device: FlexAttention has no backward on a CPU"
+    if not has_package("triton"):
+        return "needs the triton package"
+    if inside_functorch():
+        return "inside a torch.func transform"
+    if q.dtype not in (torch.float32, *HALF):
+        return "needs float32, bfloat16 or float16"
+    if not (16 <= q.shape[3] <= WIDEST and 16 <= v.shape[3] <= WIDEST):
+        return "needs head sizes from 16 to 256"
+    if q.shape[0] * q.shape[1] * k.shape[1] == 0:
+        return "needs at least one query and one key"
+    return None
+
+
+def flex_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> str | None:
+    if needs_no_mask(q, k, v, mask, *rest):
+        return "torch's own kernel needs no mask here"
+    return None
+
+
+def varlen_why_not(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
+) -> str | None:
+    if target_of(q.device).kind != "cuda":
+        return "needs CUDA tensors"
+    if not takes_windows():
+        return "needs a PyTorch whose varlen_attn takes windows and grouped heads (2.12)"
+    if q.dtype not in HALF:
+        return "varlen_attn takes float16 and bfloat16"
+    if softcap != 0:
+        return "varlen_attn has no softcap"
+    if sink is not None:
+        return "varlen_attn has no sink"
+    if q.shape[3] != v.shape[3] or q.shape[3] > WIDEST or q.shape[3] % 8:
+        return "varlen_attn takes one head size, a multiple of 8 up to 256"
+    return _packing_rule(q, k, mask)
+
+
+def varlen_not_worth(*_: Any) -> str:
+    return WAITS
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def takes_windows() -> bool:
+    return {"window_size", "enable_gqa", "scale"} <= _varlen_parameters()
+
+
+def lse_of_varlen(*_: Any) -> str:
+    return "varlen_attn's log-sum-exp has no gradient"
 
 
 def cpu_why_not(q: Tensor, *_: Any) -> str | None:

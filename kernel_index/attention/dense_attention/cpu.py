@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernel_index.attention.dense_attention.contract import scale_of, sizes_of
 from kernel_index.attention.dense_attention.pieces import Piece, allowed_within, pieces_of
@@ -61,8 +60,9 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the cpu backend of attention cannot differentiate twice: use backend='reference'")
         q, k, v, sink, out, lse = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
         kernel_takes = True in ctx.pieces and d_lse is None

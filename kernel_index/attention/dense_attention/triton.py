@@ -44,19 +44,27 @@ def _tanh(x):
 
 
 @triton.jit
-def _tile(base, row, row_stride, ROWS, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a matrix with dense columns; 0 outside."""
-    column = tl.arange(0, BLOCK_D)
-    at = base + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    return tl.load(at, mask=(row < ROWS)[:, None] & (column < D)[None, :], other=0.0)
+def _at(base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to N rows of a matrix with dense columns, and which exist; only the first row's offset is wide."""
+    row, column = tl.arange(0, N), tl.arange(0, BLOCK_D)
+    exists = first + row < ROWS
+    inside = exists[:, None] & (column < D)[None, :] if D < BLOCK_D else tl.broadcast_to(exists[:, None], N, BLOCK_D)
+    return base + tl.cast(first, tl.int64) * row_stride + (row[:, None] * row_stride + column[None, :]), inside
 
 
 @triton.jit
-def _store_tile(base, row, row_stride, value, ROWS, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
-    column = tl.arange(0, BLOCK_D)
-    at = base + row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    value = _narrow(value, base.dtype.element_ty, UPCAST)
-    tl.store(at, value, mask=(row < ROWS)[:, None] & (column < D)[None, :])
+def _tile(base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    at, inside = _at(base, first, row_stride, ROWS, N, D, BLOCK_D)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_tile(
+    base, first, row_stride, value, ROWS,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    at, inside = _at(base, first, row_stride, ROWS, N, D, BLOCK_D)
+    tl.store(at, _narrow(value, base.dtype.element_ty, UPCAST), mask=inside)
 
 
 @triton.jit
@@ -86,7 +94,7 @@ def _forward_step(
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     key = at + tl.arange(0, BN)
-    k = _tile(k_base, key, k_stride, S, D, BLOCK_D)
+    k = _tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
     z = _dot(q, tl.trans(k), UPCAST)
     if CAPPED:
         z = _tanh(z * inner)
@@ -97,7 +105,7 @@ def _forward_step(
     safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
     p = tl.exp2(z - safe_m[:, None])
     shrink = tl.exp2(m - safe_m)
-    v = _tile(v_base, key, v_stride, S, DV, BLOCK_DV)
+    v = _tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
     acc = acc * shrink[:, None] + _dot(_narrow(p, v.dtype, UPCAST), v, UPCAST)
     return acc, new_m, total * shrink + tl.sum(p, 1)
 
@@ -117,7 +125,7 @@ def _forward_kernel(
     start = tl.load(start_ptr + row, mask=row < T, other=0)
     end = tl.load(end_ptr + row, mask=row < T, other=0)
     low, left, full, right = _plan(start_ptr, end_ptr, first, T, BM, BN)
-    q = _tile(q_ptr + b * q_b + h * q_h, row, q_t, T, D, BLOCK_D)
+    q = _tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)
     k_base, v_base = k_ptr + b * k_b + (h // G) * k_h, v_ptr + b * v_b + (h // G) * v_h
     acc = tl.zeros((BM, BLOCK_DV), tl.float32)
     m = tl.full((BM,), float("-inf"), tl.float32)
@@ -144,7 +152,7 @@ def _forward_kernel(
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]
     lse = tl.where(empty, float("-inf"), m + tl.log2(total))
-    _store_tile(out_ptr + (b * T * H + h) * DV, row, H * DV, out, T, DV, BLOCK_DV, UPCAST)
+    _store_tile(out_ptr + (b * T * H + h) * DV, first, H * DV, out, T, BM, DV, BLOCK_DV, UPCAST)
     tl.store(lse_ptr + (b * H + h) * T + row, lse, mask=row < T)
 
 
@@ -155,14 +163,14 @@ def _queries_step(
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     key = at + tl.arange(0, BN)
-    k = _tile(k_base, key, k_stride, S, D, BLOCK_D)
+    k = _tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
     z = _dot(q, tl.trans(k), UPCAST)
     if CAPPED:
         z = _tanh(z * inner)
     p = tl.exp2(z * outer - lse[:, None])
     if MASKED:
         p = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
-    v = _tile(v_base, key, v_stride, S, DV, BLOCK_DV)
+    v = _tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
     dz = p * (_dot(d_out, tl.trans(v), UPCAST) - delta[:, None])
     if CAPPED:
         dz = dz * (1.0 - z * z)
@@ -184,8 +192,8 @@ def _queries_kernel(
     start = tl.load(start_ptr + row, mask=row < T, other=0)
     end = tl.load(end_ptr + row, mask=row < T, other=0)
     low, left, full, right = _plan(start_ptr, end_ptr, first, T, BM, BN)
-    d_out = _tile(d_out_ptr + b * g_b + h * g_h, row, g_t, T, DV, BLOCK_DV)
-    out = _tile(out_ptr + (b * T * H + h) * DV, row, H * DV, T, DV, BLOCK_DV)
+    d_out = _tile(d_out_ptr + b * g_b + h * g_h, first, g_t, T, BM, DV, BLOCK_DV)
+    out = _tile(out_ptr + (b * T * H + h) * DV, first, H * DV, T, BM, DV, BLOCK_DV)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     at_row = (b * H + h) * T + row
     if HAS_D_LSE:
@@ -194,7 +202,7 @@ def _queries_kernel(
     tl.store(delta_ptr + at_row, delta, mask=row < T)
     lse = tl.load(lse_ptr + at_row, mask=row < T, other=0.0)
     lse = tl.where(start < end, lse, float("inf"))  # exp2(z − ∞) = 0: what a query without keys sends back
-    q = _tile(q_ptr + b * q_b + h * q_h, row, q_t, T, D, BLOCK_D)
+    q = _tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)
     k_base, v_base = k_ptr + b * k_b + (h // G) * k_h, v_ptr + b * v_b + (h // G) * v_h
     dq = tl.zeros((BM, BLOCK_D), tl.float32)
     for i in range(0, full):
@@ -208,7 +216,7 @@ def _queries_kernel(
             dq, q, d_out, lse, delta, k_base, v_base, k_t, v_t, at, start, end, S, inner, outer,
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True,
         )  # fmt: skip
-    _store_tile(dq_ptr + (b * T * H + h) * D, row, H * D, dq * scale, T, D, BLOCK_D, UPCAST)
+    _store_tile(dq_ptr + (b * T * H + h) * D, first, H * D, dq * scale, T, BM, D, BLOCK_D, UPCAST)
 
 
 @triton.jit
@@ -218,7 +226,7 @@ def _keys_step(
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = at + tl.arange(0, BM)
-    q = _tile(q_base, row, q_stride, T, D, BLOCK_D)
+    q = _tile(q_base, at, q_stride, T, BM, D, BLOCK_D)
     lse = tl.load(lse_base + row, mask=row < T, other=0.0)
     delta = tl.load(delta_base + row, mask=row < T, other=0.0)
     z = _dot(k, tl.trans(q), UPCAST)  # transposed throughout: [keys, queries]
@@ -227,7 +235,7 @@ def _keys_step(
     p = tl.exp2(z * outer - lse[None, :])
     if MASKED:
         p = tl.where((row[None, :] >= start[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
-    d_out = _tile(d_out_base, row, g_stride, T, DV, BLOCK_DV)
+    d_out = _tile(d_out_base, at, g_stride, T, BM, DV, BLOCK_DV)
     dv += _dot(_narrow(p, d_out.dtype, UPCAST), d_out, UPCAST)
     dz = p * (_dot(v, tl.trans(d_out), UPCAST) - delta[None, :])
     if CAPPED:
@@ -251,8 +259,8 @@ def _keys_kernel(
     start = tl.load(start_ptr + key, mask=key < S, other=0)
     end = tl.load(end_ptr + key, mask=key < S, other=0)
     low, left, full, right = _plan(start_ptr, end_ptr, first, S, BN, BM)
-    k = _tile(k_ptr + b * k_b + own * k_h, key, k_t, S, D, BLOCK_D)
-    v = _tile(v_ptr + b * v_b + own * v_h, key, v_t, S, DV, BLOCK_DV)
+    k = _tile(k_ptr + b * k_b + own * k_h, first, k_t, S, BN, D, BLOCK_D)
+    v = _tile(v_ptr + b * v_b + own * v_h, first, v_t, S, BN, DV, BLOCK_DV)
     dk = tl.zeros((BN, BLOCK_D), tl.float32)
     dv = tl.zeros((BN, BLOCK_DV), tl.float32)
     for g in range(0, G):
@@ -270,8 +278,8 @@ def _keys_kernel(
                 dk, dv, k, v, q_base, d_out_base, lse_base, delta_base, q_t, g_t, at, start, end, T,
                 inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True,
             )  # fmt: skip
-    _store_tile(dk_ptr + (b * S * K + own) * D, key, K * D, dk * scale, S, D, BLOCK_D, UPCAST)
-    _store_tile(dv_ptr + (b * S * K + own) * DV, key, K * DV, dv, S, DV, BLOCK_DV, UPCAST)
+    _store_tile(dk_ptr + (b * S * K + own) * D, first, K * D, dk * scale, S, BN, D, BLOCK_D, UPCAST)
+    _store_tile(dv_ptr + (b * S * K + own) * DV, first, K * DV, dv, S, BN, DV, BLOCK_DV, UPCAST)
 
 
 class Config(NamedTuple):
@@ -292,11 +300,13 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
         if width <= 64:
             return Config(128, 64, 4, 3 if big else 2)
         return Config(128, 64, 8, 3 if big else 2) if width <= 128 else Config(64, 32, 4, 2)
+    if kernel == "queries":
+        if width <= 64:
+            return Config(64, 64, 4, 3 if big else 2)
+        return Config(64, 64, 4, 2) if width <= 128 and big else Config(64, 32, 4, 1)
     if width <= 64:
-        return Config(64, 64, 4, 3 if big else 2) if kernel == "queries" else Config(64, 64, 4, 2)
-    if width <= 128:
-        return Config(64, 64, 4, 2) if big else Config(64, 32, 4, 1)
-    return Config(32, 32, 4, 1)
+        return Config(128, 32, 8, 2)
+    return Config(128, 32, 8, 1) if width <= 128 and big else Config(32, 32, 4, 1)
 
 
 class _Launch(NamedTuple):

@@ -1,0 +1,18 @@
+"""Rows laid end to end for kernels that take cumulative lengths, padding left out, and back."""
+
+from torch import Tensor
+
+from kernel_index.attention.doc_window_mask.lowerings import Varlen
+
+
+def packed(x: Tensor, lengths: Varlen) -> Tensor:
+    """[B, T, H, D] as [tokens, H, D]."""
+    flat = x.flatten(0, 1)
+    return flat if lengths.kept is None else flat.index_select(0, lengths.kept)
+
+
+def unpacked(x: Tensor, lengths: Varlen, batch: int, queries: int, fill: float = 0.0) -> Tensor:
+    """[tokens, …] as [B, T, …]; what was left out becomes ``fill``."""
+    if lengths.kept is not None:
+        x = x.new_full((batch * queries, *x.shape[1:]), fill).index_copy(0, lengths.kept, x)
+    return x.reshape(batch, queries, *x.shape[1:]).contiguous()
