@@ -1,7 +1,7 @@
 """What flash-attn-4 takes on which architecture: facts as data, read in version 4.0.0b36.
 
-Every row was read in the package's own assertions.  ``compiled`` says whether this project has compiled the decode and
-the training kernels for that architecture with the real package (``kernel-index prove fa4``).
+Every row was read in the package's own assertions.  ``compiled`` says whether this project has compiled the decoding
+calls of ``fa4.py`` and the kernels of ``kernel-index prove fa4`` for that architecture with the real package.
 """
 
 from dataclasses import dataclass
