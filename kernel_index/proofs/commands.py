@@ -1,4 +1,4 @@
-"""``kernel-index prove``: evidence that anyone can make again, on a machine without the hardware where that is possible."""
+"""``kernel-index prove``: evidence that anyone can make again, without the hardware where that is possible."""
 
 import importlib.util
 import json

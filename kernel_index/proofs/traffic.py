@@ -1,4 +1,4 @@
-"""``prove traffic``: count the bytes that kernels load and store, in Triton's interpreter, and divide by the compulsory.
+"""``prove traffic``: count the bytes that kernels load and store, in Triton's interpreter.
 
 For each launch: ``lanes``, every unmasked lane of every load and store; ``sectors``, distinct 32-byte sectors, reads
 and writes apart, which is what a launch must move through memory behind a perfect L2 cache.  ATen ops between the
@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SECTOR = 32
 
-VIEWS = frozenset(
+VIEWS = (
     "detach view _unsafe_view reshape t transpose permute expand slice select squeeze unsqueeze as_strided alias split "
-    "split_with_sizes chunk unbind empty empty_like empty_strided new_empty lift_fresh _reshape_alias unfold".split()
+    "split_with_sizes chunk unbind empty empty_like empty_strided new_empty lift_fresh _reshape_alias unfold"
 )
 """ATen ops that move nothing."""
 
-WRITES_ONLY = frozenset("zeros zeros_like ones ones_like full full_like fill_ zero_ new_zeros new_ones new_full".split())
+WRITES_ONLY = "zeros zeros_like ones ones_like full full_like fill_ zero_ new_zeros new_ones new_full"
 
 
 @dataclass
@@ -154,10 +154,10 @@ class _Aten(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
         name = op.overloadpacket.__name__
-        if self.current or op.namespace == "kernel_index" or name in VIEWS:
+        if self.current or op.namespace == "kernel_index" or name in VIEWS.split():
             return out
         written = _bytes(torch.utils._pytree.tree_leaves(out))
-        read = 0 if name in WRITES_ONLY else _bytes(torch.utils._pytree.tree_leaves(args))
+        read = 0 if name in WRITES_ONLY.split() else _bytes(torch.utils._pytree.tree_leaves(args))
         if name == "copy_":
             read = _bytes(args[1:2])
         count = Count(f"aten.{name}", is_launch=False, lanes=read + written, sectors=read + written)

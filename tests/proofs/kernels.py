@@ -1,0 +1,33 @@
+"""Triton kernels with a known fault each, for the proofs to find."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    tl.store(y_ptr + at, tl.load(x_ptr + at, mask=mask), mask=mask)
+
+
+@triton.jit
+def wasteful_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    """Reads every second element, so every sector in full for half of it."""
+    at = 2 * (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    mask = at < size
+    tl.store(y_ptr + at // 2, tl.load(x_ptr + at, mask=mask), mask=mask)
+
+
+@triton.jit
+def atomic_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(y_ptr, tl.sum(tl.load(x_ptr + at, mask=at < size, other=0.0), 0))
+
+
+@triton.jit
+def spilling_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """Keeps 32768 values in four warps: 256 for each thread, more than it has registers."""
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, x / tl.sum(x, 0))

@@ -1,0 +1,55 @@
+"""Ahead-of-time compilation: real machine code for GPUs that are not here; a kernel that spills is found."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+SPILLS = """
+import torch
+from kernel_index.proofs import aot
+from tests.proofs import kernels
+args = (torch.empty(32768, device="meta"), torch.empty(32768, device="meta"))
+launch = aot._launch(kernels.spilling_kernel, args, {"BLOCK": 32768, "num_warps": 4})
+print(aot.compile_for("toy", launch, "sm90").spilled)
+"""
+
+
+def not_interpreted(*command: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+
+
+def test_compiles_for_nvidia_and_amd_without_either(tmp_path):
+    out = tmp_path / "aot.json"
+    targets = ("--target", "sm80", "--target", "sm90", "--target", "gfx942")
+    command = ("-m", "kernel_index.cli", "prove", "aot", *targets, "--op", "fused_relu_squared", "--json", str(out))
+    done = not_interpreted(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(out.read_text())
+    assert content["passed"]
+    assert len(content["rows"]) == 6, "two kernels for three targets"
+    for row in content["rows"]:
+        assert row["error"] == ""
+        assert row["spilled"] == 0
+        assert row["registers"] > 0
+        assert row["bytes"] > 1000, "machine code"
+
+
+def test_a_spilling_kernel_is_found():
+    done = not_interpreted("-c", SPILLS)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_unknown_target_and_op_are_named():
+    assert "--target must be one of sm80" in not_interpreted(
+        "-m", "kernel_index.cli", "prove", "aot", "--target", "sm7"
+    ).stderr.replace("\n", " ").replace("│", "").replace("  ", " ")
+    assert not_interpreted("-m", "kernel_index.cli", "prove", "aot", "--op", "nothing").returncode == 2
