@@ -85,7 +85,8 @@ def questions(dry: bool) -> list[Question]:
             (rope_bytes, rope_bytes),
         ),
     ]
-    return found + [cross_entropy(dry, device, backend)]
+    more = [*streams_questions(dry, device, backend), *attention_questions(dry, device)]
+    return [*found, *more, cross_entropy(dry, device, backend)]
 
 
 def cross_entropy(dry: bool, device: str, backend: dict) -> Question:
@@ -112,6 +113,62 @@ def cross_entropy(dry: bool, device: str, backend: dict) -> Question:
         return h, w, torch.randint(0, vocab, (tokens,), device=device)
 
     return Question("linear cross-entropy", contenders, inputs, memory=True, together=True)
+
+
+def streams_questions(dry: bool, device: str, backend: dict) -> list[Question]:
+    rows, width = (8, 64) if dry else (8192, 4096)
+    element = 2 * rows * width
+
+    def plain(hidden, branch, post, res, pre):
+        merged = torch.einsum("on,btnc->btoc", res, hidden.float()) + post[:, None] * branch.float()[:, :, None]
+        return merged.to(BF16), torch.einsum("n,btnc->btc", pre, merged).to(BF16)
+
+    def ours(hidden, branch, post, res, pre):
+        return tuple(ki.mhc_merge_and_branch_input(hidden, branch, post, res, pre, **backend))
+
+    def inputs():
+        tensors = (torch.randn(1, rows, 4, width), torch.randn(1, rows, width))
+        streams = tuple(t.to(device=device, dtype=BF16).requires_grad_() for t in tensors)
+        sizes = ((4,), (4, 4), (4,))
+        return *streams, *(torch.rand(size, device=device).requires_grad_() for size in sizes)
+
+    contenders = {"kernel_index": ours, "eager": plain}
+    if not dry:
+        contenders["torch.compile"] = torch.compile(plain)
+    return [Question("mHC merge + branch input", contenders, inputs, (10 * element, 15 * element))]
+
+
+def attention_questions(dry: bool, device: str) -> list[Question]:
+    tokens, heads, kv_heads, size, documents = (64, 4, 2, 16, 4) if dry else (32768, 32, 8, 128, 16)
+    ids = torch.arange(documents, device=device).repeat_interleave(tokens // documents)[None]
+    packed, causal = ki.MaskContract(doc_ids=ids), ki.MaskContract()
+
+    def inputs(length):
+        def make():
+            counts = (heads, kv_heads, kv_heads)
+            return tuple(torch.randn(1, length, n, size, device=device, dtype=BF16).requires_grad_() for n in counts)
+
+        return make
+
+    def ours(mask):
+        return lambda q, k, v: ki.attention(q, k, v, mask, backend="triton")
+
+    def flash(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    return [
+        Question(
+            f"attention over {documents} documents in {tokens} tokens",
+            {"kernel_index": ours(packed), "SDPA over the whole row": flash},
+            inputs(tokens),
+        ),
+        Question(
+            f"causal attention over {tokens // 4} tokens",
+            {"kernel_index": ours(causal), "SDPA": flash},
+            inputs(tokens // 4),
+        ),
+    ]
 
 
 def has_liger() -> bool:
