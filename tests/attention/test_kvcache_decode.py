@@ -78,6 +78,27 @@ def test_ragged_rows_equal_each_row_alone(backend):
         torch.testing.assert_close(out[b], alone[0, -1:], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"window_size": (300, 0)}, {"window_size": (20, 0)}], ids=str)
+@pytest.mark.parametrize("length", [0, 255, 256, 530, 597])
+def test_triton_joins_its_splits(length, options):
+    """Three splits of 256 keys; lengths at their ends, windows that leave whole splits empty."""
+    q, k, v = (x[:, :, :1] for x in stream(2, rows=1))
+    cache = [torch.randn(1, 600, 1, D) for _ in range(2)]
+    cache[1][:, length + 2 :] = float("nan")
+    call = {"cache_seqlens": length, "k": k, "v": v, **options}
+    assert triton_config(capacity=600) == (16, 64, 256)
+    expected = ki.fa4_kvcache_decode(q, *(c.clone() for c in cache), **call, backend="reference")
+    actual = ki.fa4_kvcache_decode(q, *cache, **call, backend="triton")
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+
+
+def triton_config(capacity):
+    pytest.importorskip("triton")
+    from kernel_index.attention.dense_fa4_kvcache_decode import triton
+
+    return tuple(triton.pick_config(pairs=1, rows=2, capacity=capacity, width=D, programs=4))
+
+
 def test_a_long_window_prompt_is_taken_in_chunks():
     q, k, v = stream(700, rows=1)
     cache = ki.ContiguousKVCache(1, 1, 700, K, D)

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks
+from kernel_index import checks, gpu
 from kernel_index.attention.dense_fa4_kvcache_decode import contract
 from kernel_index.attention.dense_fa4_kvcache_decode.reference import decode_reference
 from kernel_index.attention.dense_fa4_kvcache_decode.sdpa import decode_sdpa
+from kernel_index.attention.dense_fa4_kvcache_decode.torch_op import decode_triton
 from kernel_index.attention.doc_window_mask.contract import normalize_window
 from kernel_index.dispatch import Backend, choose
 
@@ -21,6 +22,7 @@ def _run_fa4(*call: Any) -> Tensor:
 
 BACKENDS = (
     Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
+    Backend("triton", contract.triton_why_not, decode_triton, not_worth=gpu.not_worth),
     Backend("sdpa", contract.sdpa_why_not, decode_sdpa),
     Backend("reference", contract.reference_why_not, decode_reference),
 )

@@ -121,6 +121,10 @@ def sized(m: Maker, n: int) -> dict[str, Any]:
     return contiguous(m, [n - 2, n - 3], n, 2, 2, 4, 2, 8)
 
 
+def real(m: Maker) -> dict[str, Any]:
+    return paged(m, [4095 - 128 * i for i in range(16)], 64, 64, 1, 1, 8, 2, 64)
+
+
 # At 300 scores pass 50, and softmax only picks the largest key.
 SCALES = (1e-3, 1.0, 16.0)
 
@@ -134,7 +138,8 @@ SUITES = (
         oracle=oracle,
         sized=sized,
         scales=SCALES,
-        rounding=("sdpa",),
-        without_gradient=("fa4", "sdpa"),
+        rounding=("sdpa", "triton"),
+        real=real,
+        without_gradient=("fa4", "sdpa", "triton"),
     ),
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks
+from kernel_index import checks, gpu
 from kernel_index.attention.dense_fa4_kvcache_decode.capability import Support, support_of
 from kernel_index.attention.doc_window_mask.contract import Window
 from kernel_index.inductor import PLAIN, inside_functorch
@@ -204,6 +204,29 @@ def fa4_details(q: Tensor, *call: Any) -> tuple[tuple[str, Any], ...]:
     table = call[-1]
     direct = table is not None and pages_directly(support_of(target_of(q.device).arch), q.shape[-1])
     return (("cache", "contiguous" if table is None else "page_table" if direct else "gathered_prefix"),)
+
+
+def triton_why_not(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    causal: bool,
+    window: Window,
+    softcap: float,
+    table: Tensor | None,
+) -> str | None:
+    if (rule := table_rule(q, table)) is not None:
+        return rule
+    if (rule := gpu.why_not(q, k_cache, v_cache, lengths, table)) is not None:
+        return rule
+    if wants_gradient(q, k, v):
+        return "keeps no graph: gradients are the reference's"
+    if q.shape[-1] > 256:
+        return "takes head sizes up to 256"
+    return None
 
 
 def sdpa_why_not(
