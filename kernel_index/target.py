@@ -79,6 +79,7 @@ def machine_rules() -> dict[str, str | None]:
         "sdpa": None,
         "cpu": None,
         "chunked": None,
+        "sharded": None if torch.distributed.is_available() else "needs torch.distributed",
         "eager": None,
         "inductor": None if has_cxx_compiler() else "no C++ compiler (g++ or clang++) found",
         "triton": None

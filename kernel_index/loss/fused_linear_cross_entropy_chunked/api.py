@@ -13,7 +13,15 @@ from kernel_index.loss.fused_linear_cross_entropy_chunked.chunked import (
 )
 from kernel_index.loss.fused_linear_cross_entropy_chunked.reference import linear_cross_entropy_reference
 
+
+def _sharded(*call):
+    from kernel_index.loss.fused_linear_cross_entropy_chunked import vocab_parallel
+
+    return vocab_parallel.linear_cross_entropy_sharded(*call)
+
+
 BACKENDS = (
+    Backend("sharded", contract.sharded_why_not, _sharded),
     Backend("triton", contract.triton_why_not, linear_cross_entropy_triton, contract.triton_not_worth),
     Backend("inductor", contract.inductor_why_not, linear_cross_entropy_inductor, contract.inductor_not_worth),
     Backend("chunked", contract.chunked_why_not, linear_cross_entropy_chunked),
@@ -51,7 +59,10 @@ def fused_linear_cross_entropy(
 
     Args:
         hidden: [..., C], floating.
-        weight: [V, C] of hidden's dtype.  Under autocast both are cast as ``F.linear`` casts them.
+        weight: [V, C] of hidden's dtype.  Under autocast both are cast as ``F.linear`` casts them.  A DTensor sharded
+            over V (``Shard(0)``) makes the loss vocabulary-parallel: every process of its mesh calls with the same
+            hidden and targets, gets the same loss and gradient of hidden, and the gradient of its own rows; only row
+            maxima and sums are exchanged.
         targets: [...], int64 or int32, class indices or ``ignore_index``.
         bias: [V] or None.
         ignore_index: targets with this value cost nothing, have no gradient, and are not counted by ``mean``.

@@ -1,5 +1,7 @@
 """What happens to one chunk of logits: its losses, and its gradient in place.  Formulas only, see the README."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,35 +14,46 @@ def _capped(z: Tensor, targets: Tensor, softcap: float, scale: float):
     return (softcap * t if softcap else x), t, is_target
 
 
-def _softmax_parts(z: Tensor, targets: Tensor, softcap: float, scale: float):
-    """Capped logits, row maximum, Σe over the other classes, and the target's logit above the maximum."""
+def row_top(z: Tensor, softcap: float, scale: float) -> Tensor:
+    """The maximum of each row of capped logits, [rows, 1]; −inf for a row without classes."""
+    if z.shape[1] == 0:
+        return torch.full(
+            (z.shape[0], 1), -math.inf, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device
+        )
+    return _capped(z, z.new_zeros(z.shape[0], dtype=torch.int64), softcap, scale)[0].amax(-1, keepdim=True)
+
+
+def row_sums(z: Tensor, targets: Tensor, top: Tensor, softcap: float, scale: float) -> Tensor:
+    """[rows, 3]: Σ exp(x − top) over the classes but the target, the target's x (0 if it is not among them), Σ x."""
     x, _, is_target = _capped(z, targets, softcap, scale)
-    top = x.amax(-1, keepdim=True)
-    others = torch.where(is_target, 0.0, torch.exp(x - top)).sum(-1, keepdim=True)
-    own = torch.where(is_target, x, 0.0).sum(-1, keepdim=True) - top
-    return x, top, others, own
+    others = torch.where(is_target, 0.0, torch.exp(x - top)).sum(-1)
+    return torch.stack((others, torch.where(is_target, x, 0.0).sum(-1), x.sum(-1)), -1)
 
 
-def _losses(x: Tensor, top: Tensor, others: Tensor, own: Tensor, smoothing: float, z_loss: float):
-    """(loss, lse) of each row.  With p near 1, log1p of the others keeps what log(Σ) − x would round away."""
+def row_losses(
+    top: Tensor, sums: Tensor, smoothing: float, z_loss: float, classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, log-sum-exp, 1 − p of the target), each [rows], from sums over all classes."""
+    top, others, own, total_x = top[:, 0], *sums.unbind(-1)
+    own = own - top
     total = others + torch.exp(own)
+    # With p near 1, log1p of the others keeps what log(Σ) − x would round away.
     likelihood = torch.where(own == 0, torch.log1p(others), torch.log(total) - own)
     lse = top + torch.log(total)
     loss = (1 - smoothing) * likelihood
     if smoothing:
-        loss = loss + smoothing * (lse - x.mean(-1, keepdim=True))
+        loss = loss + smoothing * (lse - total_x / classes)
     if z_loss:
         loss = loss + z_loss * lse * lse
-    return loss, lse, total
+    return loss, lse, others / total
 
 
 def loss_pass(
     z: Tensor, targets: Tensor, softcap: float, scale: float, smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, log-sum-exp and 1 − p of the target, each [rows]; ignored rows hold values nobody reads."""
-    x, top, others, own = _softmax_parts(z, targets, softcap, scale)
-    loss, lse, total = _losses(x, top, others, own, smoothing, z_loss)
-    return loss[:, 0], lse[:, 0], (others / total)[:, 0]
+    """``row_losses`` of rows that hold all classes; ignored rows get values nobody reads."""
+    top = row_top(z, softcap, scale)
+    return row_losses(top, row_sums(z, targets, top, softcap, scale), smoothing, z_loss, z.shape[1])
 
 
 def gradient_pass(
@@ -53,6 +66,7 @@ def gradient_pass(
     scale: float,
     smoothing: float,
     z_loss: float,
+    classes: int,
 ) -> None:
     """z is overwritten by the gradient of Σ rows·loss with respect to the logits before the scale.
 
@@ -64,7 +78,7 @@ def gradient_pass(
     # d = p − (1 − s)·onehot − s/V, where p − 1 of the target is −missing: no cancellation when p is near 1.
     d = torch.where(is_target, smoothing - missing[:, None], p)
     if smoothing:
-        d = d - smoothing / z.shape[1]
+        d = d - smoothing / classes
     if z_loss:
         d = d + 2 * z_loss * lse[:, None] * p
     if softcap:

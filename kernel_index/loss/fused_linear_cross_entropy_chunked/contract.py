@@ -110,6 +110,19 @@ def rows_per_chunk(hidden: Tensor, vocab: int, chunk_size: int = 0) -> int:
     return max(1, -(-tokens // chunks))
 
 
+def sharded_why_not(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *_: object) -> str | None:
+    if not _is_distributed(weight):
+        return "needs a weight sharded over the vocabulary (a DTensor)"
+    from kernel_index.loss.fused_linear_cross_entropy_chunked import vocab_parallel
+
+    return vocab_parallel.rule(hidden, weight, bias)
+
+
+def _is_distributed(weight: Tensor) -> bool:
+    """Without importing torch.distributed, which takes longer than the rest of the index."""
+    return type(weight) not in inductor.PLAIN and hasattr(weight, "device_mesh")
+
+
 def triton_why_not(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *_: object) -> str | None:
     return gpu.why_not(hidden, weight, bias)
 
@@ -127,9 +140,9 @@ def inductor_not_worth(hidden: Tensor, weight: Tensor, *_: object) -> str | None
     return "too small for a compiled region to pay" if logits < 16 * inductor.MIN_ELEMENTS else None
 
 
-def chunked_why_not(hidden: Tensor, *_: object) -> str | None:
+def chunked_why_not(hidden: Tensor, weight: Tensor, *_: object) -> str | None:
     if inductor.inside_functorch():
         return "inside a torch.func transform"
-    if not torch.compiler.is_compiling() and type(hidden) not in inductor.PLAIN:
+    if not torch.compiler.is_compiling() and not {type(hidden), type(weight)} <= set(inductor.PLAIN):
         return "needs plain tensors, not a tensor subclass"
     return None

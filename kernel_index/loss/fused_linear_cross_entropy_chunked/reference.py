@@ -34,4 +34,6 @@ def reduce(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -
 
 
 def linear_cross_entropy_reference(hidden, weight, targets, bias, options, reduction, chunk_size) -> Tensor:
+    if hasattr(weight, "full_tensor"):  # a shard: the specification gathers the weight
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     return reduce(token_losses(hidden, weight, targets, bias, options), targets, options.ignore_index, reduction)

@@ -1,11 +1,20 @@
 """The chunk loops as registered ops, opaque to torch.compile: a compiled model keeps the memory bound."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from kernel_index import gpu
 from kernel_index.inductor import Region
-from kernel_index.loss.fused_linear_cross_entropy_chunked.chunk_pass import gradient_pass, loss_pass
+from kernel_index.loss.fused_linear_cross_entropy_chunked.chunk_pass import (
+    gradient_pass,
+    loss_pass,
+    row_losses,
+    row_sums,
+    row_top,
+)
 from kernel_index.loss.fused_linear_cross_entropy_chunked.contract import Options, rows_per_chunk
 
 WEIGHT_TILE = 8192
@@ -17,7 +26,11 @@ BLOCK_BYTES = 1 << 20
 _loss_region = Region(loss_pass, z=(0,), targets=(0,))
 _gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,), lse=(0,), missing=(0,))
 
-_OPTIONS = "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes"
+_OPTIONS = (
+    "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes, "
+    "SymInt first_class, SymInt classes, str group"
+)
+"""``vocab`` of the ``classes`` are here, from ``first_class`` on; the others are in ``group``, if named."""
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,72 +42,106 @@ def _loss_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _block_rows(z: Tensor) -> int:
-    return max(1, BLOCK_BYTES // (4 * z.shape[1]))
+    return max(1, (BLOCK_BYTES if z.device.type == "cpu" else 256 * BLOCK_BYTES) // (4 * max(1, z.shape[1])))
 
 
-def _statistics(z: Tensor, targets: Tensor, constants: tuple, passes: str) -> tuple[Tensor, ...]:
-    if passes == "inductor":
-        return _loss_region(z, targets, *constants)
+def _by_blocks(function: Callable[..., Any], z: Tensor, *vectors: Tensor) -> list[Any]:
+    """A plain pass over blocks of rows, so that its temporaries stay small."""
     rows = _block_rows(z)
-    blocks = (loss_pass(a, b, *constants) for a, b in zip(z.split(rows), targets.split(rows), strict=True))
-    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return [function(*block) for block in zip(z.split(rows), *(v.split(rows) for v in vectors), strict=True)]
 
 
-def _chunk_losses(z: Tensor, targets: Tensor, losses: Tensor, constants: tuple, passes: str) -> None:
-    if passes == "triton":
-        from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
+class _Chunks(NamedTuple):
+    """What is the same for every chunk of a call; the fields of ``_OPTIONS``, in their order."""
 
-        triton.chunk(z, targets, None, losses, constants)
-        return
-    losses.copy_(_statistics(z, targets, constants, passes)[0])
+    softcap: float
+    scale: float
+    smoothing: float
+    z_loss: float
+    vocab: int
+    chunk_size: int
+    passes: str
+    first_class: int
+    classes: int
+    group: str
+
+    @property
+    def constants(self) -> tuple[float, float, float, float]:
+        return self[:4]
+
+    def losses(self, z: Tensor, targets: Tensor, out: Tensor) -> None:
+        if self.passes == "triton" and not self.group:
+            from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
+
+            triton.chunk(z, targets, None, out, self.constants)
+        else:
+            out.copy_(self._statistics(z, targets)[0])
+
+    def gradient(self, z: Tensor, targets: Tensor, rows: Tensor, losses: Tensor) -> None:
+        """Fill losses; z becomes the gradient of Σ rows·loss with respect to the logits."""
+        if self.passes == "triton" and not self.group:
+            from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
+
+            triton.chunk(z, targets, rows, losses, self.constants)
+            return
+        loss, *saved = self._statistics(z, targets)
+        losses.copy_(loss)
+        vectors = (targets - self.first_class, rows, *saved)
+        if self.passes == "inductor":
+            _gradient_region(z, *vectors, *self.constants, self.classes)
+            return
+        _by_blocks(lambda *block: gradient_pass(*block, *self.constants, self.classes), z, *vectors)
+
+    def _statistics(self, z: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Loss, log-sum-exp and 1 − p of each row; two small all-reduces where the classes are spread over a group."""
+        if self.passes == "inductor":
+            return _loss_region(z, targets, *self.constants)
+        if not self.group:
+            blocks = _by_blocks(lambda *block: loss_pass(*block, *self.constants), z, targets)
+            return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+        cap = (self.softcap, self.scale)
+        top = all_reduce(torch.cat(_by_blocks(lambda block: row_top(block, *cap), z)), "max", self.group)
+        local = targets - self.first_class
+        sums = torch.cat(_by_blocks(lambda *block: row_sums(*block, *cap), z, local, top))
+        return row_losses(top, all_reduce(sums, "sum", self.group), self.smoothing, self.z_loss, self.classes)
 
 
-def _chunk_gradient(z: Tensor, targets: Tensor, rows: Tensor, losses: Tensor, constants: tuple, passes: str) -> None:
-    """Fill losses; z becomes the gradient of Σ rows·loss with respect to the logits."""
-    if passes == "triton":
-        from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
+def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
+    """``value`` combined over the process group of that name."""
+    from torch.distributed import _functional_collectives as collectives
 
-        triton.chunk(z, targets, rows, losses, constants)
-        return
-    loss, *saved = _statistics(z, targets, constants, passes)
-    losses.copy_(loss)
-    vectors = (targets, rows, *saved)
-    if passes == "inductor":
-        _gradient_region(z, *vectors, *constants)
-        return
-    height = _block_rows(z)
-    for block in zip(z.split(height), *(v.split(height) for v in vectors), strict=True):
-        gradient_pass(*block, *constants)
+    return collectives.wait_tensor(collectives.all_reduce(value, how, group))
 
 
-def _all_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size, passes):
-    weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
+def _all_losses(hidden, weight, targets, bias, *options):
+    chunks = _Chunks(*options)
+    weight, bias = weight[: chunks.vocab], None if bias is None else bias[: chunks.vocab]
     losses = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
-    chunk = rows_per_chunk(hidden, vocab, chunk_size)
+    chunk = rows_per_chunk(hidden, chunks.vocab, chunks.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = _logits(hidden[at], weight, bias)
-        _chunk_losses(z, targets[at], losses[at], (softcap, scale, smoothing, z_loss), passes)
+        chunks.losses(z, targets[at], losses[at])
         del z  # before the next chunk is allocated
     return losses
 
 
-def _gradients(
-    hidden, weight, targets, bias, rows, factor, needs, softcap, scale, smoothing, z_loss, vocab, chunk_size, passes
-):
-    constants = (softcap, scale, smoothing, z_loss)
+def _gradients(hidden, weight, targets, bias, rows, factor, needs, *options):
+    chunks, vocab = _Chunks(*options), options[4]
     if hidden.dtype != torch.float16:  # float16 would lose a token's share of the mean: there it is applied to the sums
         rows, factor = rows * factor, None
     losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
     exact = _loss_dtype(hidden)
+    if chunks.group:  # a share of the sum over all classes: not rounded before it is complete
+        d_hidden = d_hidden.to(exact)
     weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
     bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
     used, used_bias = weight[:vocab], None if bias is None else bias[:vocab]
-    chunk = rows_per_chunk(hidden, vocab, chunk_size)
+    chunk = rows_per_chunk(hidden, vocab, chunks.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = _logits(hidden[at], used, used_bias)
-        _chunk_gradient(z, targets[at], rows[at], losses[at], constants, passes)
+        chunks.gradient(z, targets[at], rows[at], losses[at])
         if needs[0]:
             product = torch.mm(z, used)
             d_hidden[at] = product if factor is None else product.to(exact) * factor
@@ -106,7 +153,9 @@ def _gradients(
         del z  # before the next chunk is allocated
     sums = (weight_sum, bias_sum) if factor is None else (weight_sum * factor, bias_sum * factor)
     d_weight, d_bias = (total.to(weight.dtype) for total in sums)
-    return losses, d_hidden, d_weight, d_bias
+    if chunks.group and needs[0]:
+        d_hidden = all_reduce(d_hidden, "sum", chunks.group)
+    return losses, d_hidden.to(hidden.dtype), d_weight, d_bias
 
 
 def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
@@ -215,14 +264,16 @@ def run(
     reduction: str,
     chunk_size: int,
     passes: str,
+    shard: tuple[int, int, str] | None = None,
 ) -> Tensor:
-    """The loss of flat tokens: hidden [N, C], targets [N]."""
+    """The loss of flat tokens: hidden [N, C], targets [N].  ``shard``: first class here, classes here, group."""
     valid = targets != options.ignore_index
     rows = valid.to(_loss_dtype(hidden))
     factor = rows.new_ones(())
     if reduction == "mean":
         factor = 1 / rows.sum().clamp(min=1)
-    constants = (*options[1:], chunk_size, passes)
+    first, here, group = shard or (0, options.vocab, "")
+    constants = (*options[1:-1], here, chunk_size, passes, first, options.vocab, group)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if reduction == "none" or not any(needs):
         losses = _PerToken.apply(hidden, weight, bias, targets, rows, factor.new_ones(()), needs, constants)

@@ -1,0 +1,91 @@
+"""The loss with the vocabulary spread over two gloo processes: the same loss and gradients as in one."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import kernel_index as ki
+
+EVERY = {"softcap": 15.0, "logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-3}
+CALLS = (
+    ("plain", {}, False),
+    ("every option", EVERY | {"reduction": "sum"}, True),
+    ("per token", EVERY | {"reduction": "none", "valid_vocab": 30}, True),
+    ("small chunks", {"chunk_size": 3, "valid_vocab": 30}, False),
+    ("a process without classes", {"valid_vocab": 15}, True),
+)
+VOCAB, WIDTH, TOKENS = 37, 12, 23  # 19 rows here and 18 there
+
+
+def inputs(dtype):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator).to(dtype)
+    weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((VOCAB, WIDTH), (VOCAB,)))
+    targets = torch.randint(0, 15, (TOKENS,), generator=generator)
+    targets[::5] = -100
+    return hidden, weight, bias, targets
+
+
+def whole(dtype, options, with_bias):
+    hidden, weight, bias, targets = inputs(dtype)
+    leaves = [t.double().requires_grad_() for t in (hidden, weight, bias)]
+    used = leaves if with_bias else leaves[:2]
+    loss = ki.fused_linear_cross_entropy(
+        *leaves[:2], targets, bias=leaves[2] if with_bias else None, **options, backend="reference"
+    )
+    return loss, torch.autograd.grad(loss, used, torch.arange(1.0, 1 + loss.numel()).double().view(loss.shape))
+
+
+def worker(rank, port, dtype):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for name, options, with_bias in CALLS:
+        hidden, weight, bias, targets = inputs(dtype)
+        hidden.requires_grad_()
+        shards = [distribute_tensor(t, mesh, [Shard(0)]).detach().requires_grad_() for t in (weight, bias)]
+        with ki.receipts() as log:
+            loss = ki.fused_linear_cross_entropy(
+                hidden, shards[0], targets, bias=shards[1] if with_bias else None, **options
+            )
+        assert [r.ran for r in log] == ["sharded"], name
+        upstream = torch.arange(1.0, 1 + loss.numel()).view(loss.shape)
+        used = [hidden, *shards] if with_bias else [hidden, shards[0]]
+        grads = torch.autograd.grad(loss, used, upstream)
+        expected, expected_grads = whole(dtype, options, with_bias)
+        torch.testing.assert_close(loss.double(), expected.detach(), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        for actual, exact in zip(grads, expected_grads, strict=True):
+            full = actual.full_tensor() if isinstance(actual, DTensor) else actual
+            torch.testing.assert_close(full.double(), exact, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    hidden, weight, _, targets = inputs(dtype)
+    shard = distribute_tensor(weight, mesh, [Shard(0)])
+    logs = ki.token_log_probs(hidden, shard, targets)
+    exact = ki.token_log_probs(hidden.double(), weight.double(), targets, backend="reference")
+    torch.testing.assert_close(logs.double(), exact, **tolerance)
+    same = ki.token_log_probs(hidden, shard, targets, backend="reference")
+    torch.testing.assert_close(same.double(), exact, **tolerance)
+    with pytest.raises(ki.Ineligible, match="sharded over the vocabulary on a mesh of one dimension"):
+        ki.token_log_probs(hidden, distribute_tensor(weight, mesh, [Replicate()]), targets, backend="sharded")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_two_processes_equal_one(dtype):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, dtype), nprocs=2)
+
+
+def test_a_whole_weight_is_no_shard():
+    hidden, weight, _, targets = inputs(torch.float32)
+    with pytest.raises(ki.Ineligible, match="needs a weight sharded over the vocabulary"):
+        ki.fused_linear_cross_entropy(hidden, weight, targets, backend="sharded")
