@@ -292,21 +292,25 @@ class Config(NamedTuple):
 
 
 def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> Config:
-    """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size alone."""
+    """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size alone.
+
+    The fastest that spill no register on sm_90 and sm_100 without a softcap; timed on an H200, T = 16384, causal.
+    """
     if element_bytes == 4:  # no tensor cores in full float32: small tiles keep the accumulators in registers
         return Config(64, 32, 4, 1) if width <= 64 else Config(32, 16, 4, 1)
-    big = isinstance(target.arch, int) and target.arch in (80, 90, 100)  # 160 KiB of shared memory and more
+    big = target.arch in (80, 90, 100)  # 160 KiB of shared memory and more
+    hopper = target.arch == 90
+    if width > 128:
+        return Config(64, 32, 4, 2) if kernel == "forward" else Config(32, 32, 4, 1)
     if kernel == "forward":
-        if width <= 64:
-            return Config(128, 64, 4, 3 if big else 2)
-        return Config(128, 64, 8, 3 if big else 2) if width <= 128 else Config(64, 32, 4, 2)
+        return Config(64, 64, 4, 3 if big else 2)
     if kernel == "queries":
         if width <= 64:
             return Config(64, 64, 4, 3 if big else 2)
-        return Config(64, 64, 4, 2) if width <= 128 and big else Config(64, 32, 4, 1)
+        return Config(128, 64, 8, 3 if hopper else 2) if hopper or target.arch == 100 else Config(64, 32, 4, 1)
     if width <= 64:
-        return Config(128, 32, 8, 2)
-    return Config(128, 32, 8, 1) if width <= 128 and big else Config(32, 32, 4, 1)
+        return Config(64, 64, 4, 2) if hopper else Config(64, 32, 4, 2)
+    return Config(128, 32, 8, 1) if big else Config(32, 32, 4, 1)
 
 
 class _Launch(NamedTuple):
