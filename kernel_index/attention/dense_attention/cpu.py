@@ -71,7 +71,7 @@ class _Attention(torch.autograd.Function):
         pieces = ctx.pieces[kernel_takes]
         wide = not _share_no_key(pieces)  # where sums meet, they meet in float32
         d_q, d_k, d_v = (_zeros(x, w) for x, w in ((q, False), (k, wide), (v, wide)))
-        delta = None
+        delta = lse.new_zeros(())  # PyTorch's kernel makes its own
         if sink is not None or not kernel_takes:
             delta = (_wide(out) * d_out).sum(-1).transpose(1, 2)
             delta = delta if d_lse is None else delta - d_lse

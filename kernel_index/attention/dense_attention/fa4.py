@@ -27,7 +27,7 @@ def attention_with_lse_fa4(
         return out, lse
     lengths = mask.varlen(sizes.batch, sizes.queries, sizes.keys, device=q.device)
     out, lse = flash_attn_varlen_func(
-        *(packed(x, lengths).contiguous() for x in (q, k, v)),
+        *(packed(x, lengths) for x in (q, k, v)),
         cu_seqlens_q=lengths.cu_seqlens_q,
         cu_seqlens_k=lengths.cu_seqlens_k,
         max_seqlen_q=lengths.max_seqlen_q,

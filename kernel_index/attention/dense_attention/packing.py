@@ -8,7 +8,7 @@ from kernel_index.attention.doc_window_mask.lowerings import Varlen
 def packed(x: Tensor, lengths: Varlen) -> Tensor:
     """[B, T, H, D] as [tokens, H, D]."""
     flat = x.flatten(0, 1)
-    return flat if lengths.kept is None else flat.index_select(0, lengths.kept)
+    return flat.contiguous() if lengths.kept is None else flat.index_select(0, lengths.kept)
 
 
 def unpacked(x: Tensor, lengths: Varlen, batch: int, queries: int, fill: float = 0.0) -> Tensor:

@@ -21,7 +21,8 @@ def _launch(q, k, v, sink, k_start, k_end, scale, softcap):
     from kernel_index.attention.dense_attention import triton
 
     outputs = _allocate(q, k, v, sink, k_start, k_end, scale, softcap)
-    return triton.forward(*map(_dense_heads, (q, k, v)), sink, k_start, k_end, scale, softcap, outputs)
+    q, k, v = map(_dense_heads, (q, k, v))
+    return triton.forward(q, k, v, sink, k_start, k_end, scale, softcap, outputs)
 
 
 def _allocate_queries(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, scale, softcap):
@@ -39,7 +40,7 @@ def _launch_queries(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, scale,
 
 
 def _allocate_keys(d_out, q, k, v, log2_sum, delta, q_start, q_end, scale, softcap):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    return torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
 def _launch_keys(d_out, q, k, v, log2_sum, delta, q_start, q_end, scale, softcap):

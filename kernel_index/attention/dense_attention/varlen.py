@@ -1,5 +1,7 @@
 """PyTorch's variable-length attention: documents as packed sequences, windows by its own argument."""
 
+from typing import Any
+
 from torch import Tensor
 
 from kernel_index.attention.dense_attention.contract import scale_of, sizes_of
@@ -14,8 +16,10 @@ def attention_varlen(
 
     sizes = sizes_of(q, k, mask)
     lengths = mask.varlen(sizes.batch, sizes.queries, sizes.keys, device=q.device)
-    out = varlen_attn(
-        *(packed(x, lengths).contiguous() for x in (q, k, v)),
+    out: Any = varlen_attn(
+        packed(q, lengths),
+        packed(k, lengths),
+        packed(v, lengths),
         lengths.cu_seqlens_q,
         lengths.cu_seqlens_k,
         lengths.max_seqlen_q,

@@ -31,7 +31,7 @@ def may_attend(mask: MaskContract, row: int, query: int, key: int, queries: int,
         limits = []
         if valid.token_prefix is not None:
             limits.append(int(valid.token_prefix[row]))
-        if valid.slot_counts is not None:
+        if valid.slot_counts is not None and valid.base_block_tokens is not None:
             limits.append(int(valid.slot_counts[row]) * valid.base_block_tokens)
         return 0 <= here < min(limits) and key < min(limits)
     return True
