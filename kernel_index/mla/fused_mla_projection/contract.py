@@ -24,7 +24,7 @@ def check(x: Any, w_down: Any, w_up: Any, norm_weight: Any, eps: Any, recompute:
         checks.is_floating(name, value)
         checks.has_rank(name, value, 2, "a matrix [out, in] as of torch.nn.Linear")
         checks.on_device(name, value, x, "x")
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x):
             checks.has_dtype(name, value, x.dtype, "like x outside of autocast")
     checks.has_shape("w_down", w_down, (w_down.shape[0], x.shape[-1]), "[L, Din] =")
     checks.has_shape("w_up", w_up, (w_up.shape[0], w_down.shape[0]), "[Dout, L] =")
@@ -40,9 +40,14 @@ def check(x: Any, w_down: Any, w_up: Any, norm_weight: Any, eps: Any, recompute:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What both products run in, and the result's dtype: x's, or autocast's, which leaves float64 alone."""
+    autocast = autocasts(x) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; some devices (meta) have none."""
     kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def statistics_dtype(dtype: torch.dtype, norm_weight: Tensor | None) -> torch.dtype:

@@ -1,9 +1,11 @@
 """The specification: down, RMS norm, up, in at least float32, plain autograd."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
-from kernel_index.mla.fused_mla_projection.contract import statistics_dtype
+from kernel_index.mla.fused_mla_projection.contract import autocasts, statistics_dtype
 
 
 def mla_projection_reference(
@@ -12,7 +14,7 @@ def mla_projection_reference(
     """``dtype`` is the result's.  Under autocast, too, everything before that is computed as wide as it comes."""
     wide = statistics_dtype(x.dtype, norm_weight)
     x, w_down, w_up = (t.to(wide) for t in (x, w_down, w_up))
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext():
         latent = x @ w_down.T
         normed = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + eps)
         if norm_weight is not None:

@@ -3,6 +3,7 @@
 Traced, forward's and backward's ``x·w_downᵀ`` would be one node, kept from the one to the other.
 """
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from kernel_index import gpu
 from kernel_index.mla.fused_mla_projection import norm
-from kernel_index.mla.fused_mla_projection.contract import POLICIES, statistics_dtype
+from kernel_index.mla.fused_mla_projection.contract import POLICIES, autocasts, statistics_dtype
 from kernel_index.mla.fused_mla_projection.reference import mla_projection_reference
 
 
@@ -39,9 +40,9 @@ _NORMS = {
 }
 
 
-def _without_autocast(like: Tensor) -> torch.autocast:
+def _without_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The casts are made here, so that the originals are what is kept and weight gradients are not rounded."""
-    return torch.autocast(like.device.type, enabled=False)
+    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else contextlib.nullcontext()
 
 
 def _allocate(x, w_down, w_up, norm_weight, eps, dtype, kept, backend):
