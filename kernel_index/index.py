@@ -233,7 +233,7 @@ ENTRIES = (
         "attention/dense_fa4_execute_proof",
         "fa4_execute_proof",
         "Run FlashAttention-4 for real, check its numbers and gradients, and keep a receipt that can be verified.",
-        "proofs.prove_command",
+        "proofs.fa4",
     ),
     entry(
         "dense_fa4_kvcache_decode",
@@ -241,7 +241,7 @@ ENTRIES = (
         "attention/dense_fa4_kvcache_decode",
         "fa4_kvcache_decode",
         "Append new keys and values to a contiguous or paged cache and attend over what it then holds.",
-        "lm.generate",
+        "nn.Attention",
     ),
     entry(
         "hierarchical_block_expansion",

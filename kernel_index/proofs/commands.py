@@ -20,7 +20,7 @@ from kernel_index.cases import suites
 from kernel_index.proofs.fa4 import fa4, verify
 
 console = Console(width=None if sys.stdout.isatty() else 160)
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="prove", add_completion=False, pretty_exceptions_enable=False)
 
 Ops = Annotated[list[str] | None, typer.Option("--op", help="Only this public function; may be repeated.")]
 Out = Annotated[Path | None, typer.Option("--json", help="Also write the figures as JSON.")]
@@ -36,7 +36,8 @@ def _group(
         verify(receipt)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        raise typer.BadParameter("a proof must be named, or a receipt with --verify")
+        console.print(context.get_help(), markup=False, highlight=False)
+        raise typer.Exit(2)
 
 
 app.command()(fa4)
