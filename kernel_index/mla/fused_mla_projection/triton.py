@@ -17,6 +17,9 @@ TILE = 2048
 WAVES = 4
 """Programs of the backward pass for each processor."""
 
+STAGES = 3
+"""Tiles in flight in a program of the backward pass."""
+
 
 def pick_config(width: int) -> dict:
     """Rows of about ``TILE`` elements together, 16 elements for each thread."""
@@ -52,7 +55,7 @@ def _normalise_kernel(
 def _gradients_kernel(
     d_normed_ptr, latent_ptr, rstd_ptr, weight_ptr, normed_ptr, d_latent_ptr, parts_ptr, rows, width, tiles_per_program,
     HAS_WEIGHT: tl.constexpr, NORMED: tl.constexpr, D_LATENT: tl.constexpr, D_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes a run of tiles and sums its part of the weight's gradient in registers."""
     program = tl.program_id(0).to(tl.int64)
@@ -61,7 +64,7 @@ def _gradients_kernel(
     first = program * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tl.cdiv(rows, ROWS).to(tl.int64))
     weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (at < width)
         here = row * width + at
@@ -113,6 +116,7 @@ def gradients(
     with on_device(latent):
         _gradients_kernel[(programs,)](
             d_normed, latent, rstd, weight, normed, d_latent, parts, rows, width, ceil_div(tiles, programs),
-            HAS_WEIGHT=weight is not None, NORMED=wanted[0], D_LATENT=wanted[1], D_WEIGHT=wanted[2], **config,
+            HAS_WEIGHT=weight is not None, NORMED=wanted[0], D_LATENT=wanted[1], D_WEIGHT=wanted[2], STAGES=STAGES,
+            **config,
         )  # fmt: skip
     return normed, d_latent, None if parts is None else parts.sum(0)

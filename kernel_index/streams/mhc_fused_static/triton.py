@@ -15,6 +15,9 @@ from kernel_index.gpu import ceil_div, next_power_of_2, on_device, processors
 WAVES = 4
 """Programs of the backward pass for each processor."""
 
+STAGES = 3
+"""Items in flight in a program of the backward pass."""
+
 
 def pick_config(width: int, sums: bool) -> dict:
     """8 channels of each stream for a thread; 4 where it also holds 25 running sums for each of them."""
@@ -114,7 +117,7 @@ def _backward_kernel(
     d_merged_ptr, d_read_ptr, hidden_ptr, branch_ptr, post_ptr, res_ptr, pre_ptr, d_hidden_ptr, d_branch_ptr, parts_ptr,
     tokens, width, items_per_program, post_row, res_row, pre_row,
     MERGE: tl.constexpr, D_MERGED: tl.constexpr, D_READ: tl.constexpr, HIDDEN: tl.constexpr, BRANCH: tl.constexpr,
-    SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes a run of items, an item being a block of channels of one token, all of the same batch."""
     program = tl.program_id(0).to(tl.int64)
@@ -138,7 +141,7 @@ def _backward_kernel(
     sums1 = _zero_four(BLOCK)
     sums2 = _zero_four(BLOCK)
     sums3 = _zero_four(BLOCK)
-    for item in range(first, last):
+    for item in tl.range(first, last, num_stages=STAGES):
         token = batch * tokens + item // blocks
         at = (item % blocks) * BLOCK + tl.arange(0, BLOCK)
         mask = at < width
@@ -246,7 +249,7 @@ def backward(
             d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, d_hidden, d_branch, parts,
             tokens, width, ceil_div(items, programs), *_row_strides(h_post, h_res, h_pre),
             MERGE=h_post is not None, D_MERGED=d_merged is not None, D_READ=d_read is not None,
-            HIDDEN=d_hidden is not None, BRANCH=d_branch is not None, SUMS=sums is not None, **config,
+            HIDDEN=d_hidden is not None, BRANCH=d_branch is not None, SUMS=sums is not None, STAGES=STAGES, **config,
         )  # fmt: skip
     if sums is not None and parts is not None:
         torch.sum(parts, 1, out=sums)
