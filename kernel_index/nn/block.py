@@ -35,5 +35,6 @@ class TransformerBlock(nn.Module):
         cache: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Branch]:
         stream, normed = self.before_mixer(stream, branch)
-        stream, normed = self.before_mlp(stream, self.mixer(normed, mask, rope, cache))
+        mixed = self.mixer(normed, mask, rope) if cache is None else self.mixer(normed, mask, rope, cache)
+        stream, normed = self.before_mlp(stream, mixed)
         return stream, self.mlp(normed)
