@@ -101,6 +101,11 @@ def sized(m: Maker, n: int) -> dict[str, Any]:
     return {**qkv(m, 2, n, n, 4, 2, 8), "mask": MaskContract(window=(5, 0), doc_ids=packed(n))}
 
 
+def real(m: Maker, width: int) -> dict[str, Any]:
+    """A local layer of production size; its bytes depend on the tiles, so no compulsory ones are stated."""
+    return {**qkv(m, 1, 8192, 8192, 32, 8, width), "mask": MaskContract(window=(1023, 0))}
+
+
 # At 300 scores pass 50, and a backward that recomputes probabilities from the log-sum-exp has lost that many units.
 SCALES = (1e-3, 1.0, 16.0)
 
@@ -119,6 +124,7 @@ SUITES = (
         sized=sized,
         scales=SCALES,
         rounding=("fa4", "triton", "flex", "varlen", "cpu", "sdpa"),
+        real=lambda m: real(m, 128),
         units=UNITS,
     ),
     Suite(
@@ -133,6 +139,7 @@ SUITES = (
         sized=sized,
         scales=SCALES,
         rounding=("fa4", "triton", "flex", "cpu"),
+        real=lambda m: real(m, 64),
         units=UNITS,
     ),
 )

@@ -298,19 +298,17 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
     """
     if element_bytes == 4:  # no tensor cores in full float32: small tiles keep the accumulators in registers
         return Config(64, 32, 4, 1) if width <= 64 else Config(32, 16, 4, 1)
-    big = target.arch in (80, 90, 100)  # 160 KiB of shared memory and more
-    hopper = target.arch == 90
     if width > 128:
         return Config(64, 32, 4, 2) if kernel == "forward" else Config(32, 32, 4, 1)
-    if kernel == "forward":
-        return Config(64, 64, 4, 3 if big else 2)
+    hopper, roomy = target.arch == 90, target.arch in (90, 100)  # roomy: 227 KiB of shared memory
+    stages = 3 if roomy or target.arch == 80 else 2
+    if kernel == "forward" or (kernel == "queries" and width <= 64):
+        return Config(64, 64, 4, stages)
     if kernel == "queries":
-        if width <= 64:
-            return Config(64, 64, 4, 3 if big else 2)
-        return Config(128, 64, 8, 3 if hopper else 2) if hopper or target.arch == 100 else Config(64, 32, 4, 1)
+        return Config(128, 64, 8, 3 if hopper else 2) if roomy else Config(64, 32, 4, 1)
     if width <= 64:
         return Config(64, 64, 4, 2) if hopper else Config(64, 32, 4, 2)
-    return Config(128, 32, 8, 1) if big else Config(32, 32, 4, 1)
+    return Config(128, 32, 8, 1) if roomy else Config(32, 32, 4, 1)
 
 
 class _Launch(NamedTuple):
