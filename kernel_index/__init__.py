@@ -21,6 +21,7 @@ from kernel_index.dispatch import Explanation, Ineligible, Receipt, explain, rec
 from kernel_index.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
 from kernel_index.mla.fused_mla_projection.api import fused_mla_projection
+from kernel_index.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
 from kernel_index.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,
     mhc_branch_input,
@@ -36,6 +37,7 @@ __all__ = [
     "AttentionValidity",
     "ContiguousKVCache",
     "Explanation",
+    "GatheredPair",
     "Ineligible",
     "MaskContract",
     "OutOfPages",
@@ -63,6 +65,8 @@ __all__ = [
     "fused_relu_squared",
     "fused_residual_add_rms_norm",
     "fused_rope_qk",
+    "gather_rows",
+    "gather_rows_pair",
     "mhc_branch_input",
     "mhc_merge",
     "mhc_merge_and_branch_input",

@@ -1,0 +1,59 @@
+"""Who may call the row gathers, and who may answer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index import checks, gpu, inductor
+
+GIANT = 1_000_000
+"""Rows of a gather above which ``index_select`` takes over."""
+
+
+def check(a: Any, b: Any, idx: Any, names: tuple[str, str]) -> None:
+    for name, value in zip(names, (a, b), strict=True):
+        if value is None:
+            continue
+        checks.is_tensor(name, value)
+        checks.has_rank(name, value, 3, "[N, H, D]")
+        checks.on_device(name, value, a, names[0])
+    if b is not None:
+        legend = "the rows and heads of a,"
+        if b.shape[:2] != a.shape[:2]:
+            raise ValueError(f"b must be [N, H, D] with {legend} {tuple(a.shape[:2])}, got shape {tuple(b.shape)}")
+    checks.is_tensor("idx", idx)
+    if idx.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"idx must be int32 or int64, got {idx.dtype}")
+    checks.has_rank("idx", idx, 1, "[R]")
+    checks.on_device("idx", idx, a, names[0])
+
+
+def triton_why_not(a: Tensor, b: Tensor | None, idx: Tensor) -> str | None:
+    if idx.shape[0] > GIANT:
+        return "giant_row_fallback"
+    if idx.shape[0] == 0 or a.numel() == 0 or (b is not None and b.numel() == 0):
+        return "needs at least one row and one element"
+    if a.shape[0] > 2**31 - 1:
+        return "needs a source of at most 2**31 - 1 rows"
+    if not a.is_contiguous() or not (b is None or b.is_contiguous()):
+        return "needs contiguous sources"
+    if any(t is not None and t.is_complex() for t in (a, b)):
+        return "needs real numbers"
+    return gpu.why_not(a, b, idx)
+
+
+triton_not_worth = gpu.not_worth
+
+
+def eager_why_not(a: Tensor, b: Tensor | None, idx: Tensor) -> str | None:
+    if inductor.inside_functorch():
+        return "inside a torch.func transform"
+    if any(t is not None and type(t) not in inductor.PLAIN for t in (a, b, idx)):
+        return "needs plain tensors, not a tensor subclass"
+    return None
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the gradients of duplicates are added up in."""
+    return torch.promote_types(dtype, torch.float32)
