@@ -169,12 +169,13 @@ def show(question: Question, lines: list[Line]) -> None:
     console.print(table)
 
 
-def prove(dry: bool) -> dict[str, Any]:
+def prove(dry: bool, ops: tuple[str, ...] | None) -> dict[str, Any]:
     from kernel_index.proofs.numerics import prove as verdicts
 
     counts: dict[str, dict[str, int]] = {}
     failures = []
-    ops = ("fused_relu_squared",) if dry else None
+    if dry:
+        ops = ("fused_relu_squared",)
     for v in verdicts("cpu" if dry else "cuda", backends=("triton",), ops=ops, every=not dry):
         row = counts.setdefault(v.op, {"passed": 0, "refused": 0, "failed": 0})
         row["refused" if v.refused else "passed" if v.passes else "failed"] += 1
@@ -206,6 +207,7 @@ def main(
     dry_run: Annotated[bool, typer.Option(help="Small sizes through the interpreter, no GPU.")] = False,
     only: Annotated[str, typer.Option(help="Only questions whose name contains this.")] = "",
     numerics: Annotated[bool, typer.Option(help="Run the proofs first.")] = True,
+    op: Annotated[list[str] | None, typer.Option(help="Prove only this public function; may be repeated.")] = None,
 ) -> None:
     """Prove and time every Triton kernel on this machine's GPU."""
     if dry_run:
@@ -217,7 +219,7 @@ def main(
     result: dict[str, Any] = {"environment": environment(dry_run)}
     console.print(result["environment"])
     if numerics:
-        result["numerics"] = prove(dry_run)
+        result["numerics"] = prove(dry_run, tuple(op) if op else None)
     with contextlib.nullcontext() if dry_run else torch.cuda.stream(torch.cuda.Stream()):
         result |= compare(dry_run, only, questions)
     out.mkdir(parents=True, exist_ok=True)

@@ -44,13 +44,12 @@ def _launch_backward(g, seed, threshold, scale, x_dtype, wants_bias):
 
 
 _forward_op = gpu.register(
-    "bias_dropout_add(Tensor x, Tensor residual, Tensor? bias, Tensor? seed, Tensor? threshold, Tensor? scale) "
-    "-> Tensor",
+    "bias_dropout_add(Tensor x, Tensor residual, Tensor? bias, Tensor? seed, int? threshold, float? scale) -> Tensor",
     _launch,
     _allocate,
 )
 _backward_op = gpu.register(
-    "bias_dropout_add_backward(Tensor g, Tensor? seed, Tensor? threshold, Tensor? scale, ScalarType? x_dtype, "
+    "bias_dropout_add_backward(Tensor g, Tensor? seed, int? threshold, float? scale, ScalarType? x_dtype, "
     "bool wants_bias) -> (Tensor, Tensor)",
     _launch_backward,
     _allocate_gradients,
@@ -63,7 +62,8 @@ def _triton_forward(x, residual, bias, seed, threshold, scale, dtype):
 
 def _triton_backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype):
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, so that any further derivative exists too
-        return inductor.backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype)
+        limits = (None if n is None else torch.full((), n, device=g.device) for n in (threshold, scale))
+        return inductor.backward(g, seed, *limits, dtype, has_bias, x_dtype, bias_dtype)
     dx, dbias = _backward_op(g, seed, threshold, scale, x_dtype, bias_dtype is not None)
     return None if x_dtype is None else dx, None if bias_dtype is None else dbias.to(bias_dtype)
 
@@ -87,13 +87,14 @@ class _BiasDropoutAdd(torch.autograd.Function):
         residual: Tensor,
         bias: Tensor | None,
         seed: Tensor | None,
-        threshold: Tensor | None,
-        scale: Tensor | None,
+        threshold: Tensor | int | None,
+        scale: Tensor | float | None,
         backend: str,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         # Inverted, it is also a copy: the caller may advance the seed in place before backward runs.
-        ctx.save_for_backward(None if seed is None else ~seed, threshold, scale)
+        ctx.save_for_backward(None if seed is None else ~seed)
+        ctx.limits = threshold, scale
         ctx.dtype, ctx.backend = compute_dtype(x, residual, bias), backend
         ctx.like = x.dtype, None if bias is None else bias.dtype
         return _PASSES[backend].forward(x, residual, bias, seed, threshold, scale, ctx.dtype)
@@ -102,7 +103,7 @@ class _BiasDropoutAdd(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 7
-        inverted, threshold, scale = ctx.saved_tensors
+        (inverted,), (threshold, scale) = ctx.saved_tensors, ctx.limits
         # torch.compile would see the mask of backward as the mask of forward and keep that, a byte for each element;
         # through the detour it sees two masks and keeps the seed.
         seed = None if inverted is None else ~inverted
@@ -119,14 +120,14 @@ class _BiasDropoutAdd(torch.autograd.Function):
         return dx, g if needs_residual else None, dbias, *(None,) * 4
 
 
-def _apply(x, residual, bias, p, seed, backend):
+def bias_dropout_add_inductor(
+    x: Tensor, residual: Tensor, bias: Tensor | None, p: float, seed: Tensor | None
+) -> Tensor:
     limits = (None, None) if seed is None else philox.threshold_and_scale(p, x.device)
-    return _BiasDropoutAdd.apply(x, residual, bias, seed, *limits, backend)
+    return _BiasDropoutAdd.apply(x, residual, bias, seed, *limits, "inductor")
 
 
-def bias_dropout_add_inductor(*call: Any) -> Tensor:
-    return _apply(*call, backend="inductor")
-
-
-def bias_dropout_add_triton(*call: Any) -> Tensor:
-    return _apply(*call, backend="triton")
+def bias_dropout_add_triton(x: Tensor, residual: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
+    """The limits are arguments of the launch: tensors would cost a launch for each step of their making."""
+    limits = (None, None) if seed is None else (round(p * 2**32), 1.0 / max(1.0 - p, 2.0**-53))
+    return _BiasDropoutAdd.apply(x, residual, bias, seed, *limits, "triton")

@@ -18,6 +18,12 @@ BLOCK = 4096
 COLUMNS, ROWS = 512, 8
 """The tile of the pass that sums over rows."""
 
+STAGES = 3
+"""Tiles of it in flight."""
+
+Mask = tuple[Tensor | None, int | None, float | None]
+"""(seed, threshold, factor), all None without dropout."""
+
 
 @triton.jit
 def _philox(call, seed):
@@ -63,7 +69,7 @@ def _keep_elements(e, seed, threshold):
 
 @triton.jit
 def _flat_kernel(
-    x_ptr, residual_ptr, bias_ptr, out_ptr, seed_ptr, threshold_ptr, factor_ptr, size, width,
+    x_ptr, residual_ptr, bias_ptr, out_ptr, seed_ptr, threshold, factor, size, width,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = residual + dropout(x + bias), each of residual, bias and dropout optional, over flat memory."""
@@ -81,9 +87,9 @@ def _flat_kernel(
         r = tl.load(residual_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
     if DROP:
         group = start // 64 + tl.arange(0, BLOCK // 64)[:, None]
-        keep = _keep_groups(group, tl.load(seed_ptr), tl.load(threshold_ptr), BLOCK // 64)
+        keep = _keep_groups(group, tl.load(seed_ptr), tl.full((), threshold, tl.int64), BLOCK // 64)
         dropped = r if RESIDUAL else 0.0  # not r + 0: a dropped −0 stays −0
-        y = y * tl.load(factor_ptr).to(tl.float32)
+        y = y * factor
         y = tl.where(keep, r + y if RESIDUAL else y, dropped)
     elif RESIDUAL:
         y = r + y
@@ -92,8 +98,9 @@ def _flat_kernel(
 
 @triton.jit
 def _column_kernel(
-    g_ptr, dx_ptr, parts_ptr, seed_ptr, threshold_ptr, factor_ptr, rows, width, rows_per_program,
+    g_ptr, dx_ptr, parts_ptr, seed_ptr, threshold, factor, rows, width, rows_per_program,
     DX: tl.constexpr, DROP: tl.constexpr, WHOLE_GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx, and for each run of rows the sum of dx over them."""
     run = tl.program_id(0).to(tl.int64)
@@ -101,15 +108,10 @@ def _column_kernel(
     last = tl.minimum(first + rows_per_program, rows)
     first_column = tl.program_id(1) * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)[None, :]
-    threshold = 0
-    factor = 1.0
-    seed = 0
     if DROP:
-        threshold = tl.load(threshold_ptr)
-        factor = tl.load(factor_ptr).to(tl.float32)
         seed = tl.load(seed_ptr)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(first, last, ROWS):
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64)[:, None] + start
         mask = (row < last) & (column < width)
         at = row * width + column
@@ -119,9 +121,10 @@ def _column_kernel(
                 PER_ROW: tl.constexpr = COLUMNS // 64
                 n = tl.arange(0, ROWS * PER_ROW).to(tl.int64)[:, None]
                 group = ((n // PER_ROW + start) * width + first_column) // 64 + n % PER_ROW
-                keep = tl.reshape(_keep_groups(group, seed, threshold, ROWS * PER_ROW), (ROWS, COLUMNS))
+                flags = _keep_groups(group, seed, tl.full((), threshold, tl.int64), ROWS * PER_ROW)
+                keep = tl.reshape(flags, (ROWS, COLUMNS))
             else:
-                keep = _keep_elements(at, seed, threshold)
+                keep = _keep_elements(at, seed, tl.full((), threshold, tl.int64))
             dx = tl.where(keep, dx * factor, 0.0)
         if DX:
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -130,10 +133,7 @@ def _column_kernel(
     tl.store(parts_ptr + run * width + place, tl.sum(total, 0), mask=place < width)
 
 
-def flat(
-    x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: tuple[Tensor | None, ...], out: Tensor
-) -> Tensor:
-    """``mask`` = (seed, threshold, factor), all None without dropout."""
+def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, out: Tensor) -> Tensor:
     if out.numel():
         width = x.shape[-1] if x.ndim else 1
         with on_device(x):
@@ -150,9 +150,7 @@ def runs_of(rows: int, width: int, like: Tensor) -> int:
     return max(1, min(ceil_div(rows, ROWS), 64, ceil_div(8 * processors(like), ceil_div(width, COLUMNS))))
 
 
-def columns(
-    g: Tensor, mask: tuple[Tensor | None, ...], dx: Tensor | None, dbias: Tensor
-) -> tuple[Tensor | None, Tensor]:
+def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Tensor | None, Tensor]:
     """g ``[rows, width]``; fills dx, if wanted, and dbias, summed in float32."""
     rows, width = g.shape
     if rows == 0 or width == 0:
@@ -163,7 +161,7 @@ def columns(
         _column_kernel[(runs, ceil_div(width, COLUMNS))](
             g, dx, parts, *mask, rows, width, ROWS * ceil_div(rows, ROWS * runs),
             DX=dx is not None, DROP=mask[0] is not None, WHOLE_GROUPS=width % 64 == 0,
-            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+            ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=4,
         )  # fmt: skip
     torch.sum(parts, 0, out=dbias)
     return dx, dbias

@@ -237,7 +237,8 @@ def backward(
             rows, width, offset, ceil_div(rows, count),
             HAS_NEW=d_new is not None, HAS_NORMED=d_normed is not None, SCALE=_kind_of_scale(scale),
             RESIDUAL=d_residual is not None, DELTA=d_delta is not None,
-            WEIGHT=d_weight is not None, D_SCALE=d_scale is not None, STAGES=STAGES, **pick_config(width, backward=True),
+            WEIGHT=d_weight is not None, D_SCALE=d_scale is not None,
+            STAGES=STAGES, **pick_config(width, backward=True),
         )  # fmt: skip
     for total, part in zip((d_weight, d_scale), parts, strict=True):
         if total is not None and part is not None:

@@ -124,7 +124,7 @@ def _backward_kernel(
     batch = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(width, BLOCK)
     first = program * items_per_program
-    last = tl.minimum(first + items_per_program, tokens.to(tl.int64) * blocks)
+    last = tl.minimum(first + items_per_program, tl.full((), tokens, tl.int64) * blocks)  # 1 is a constexpr
     if D_READ:
         pre = _load_four(pre_ptr + batch * pre_row)
     if MERGE:
