@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from kernel_index.attention.dense_attention.contract import scale_of, sizes_of
-from kernel_index.attention.dense_attention.packing import packed, unpacked
+from kernel_index.attention.dense_attention.packing import no_tokens, packed, unpacked
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 
 
@@ -16,6 +16,8 @@ def attention_varlen(
 
     sizes = sizes_of(q, k, mask)
     lengths = mask.varlen(sizes.batch, sizes.queries, sizes.keys, device=q.device)
+    if lengths.max_seqlen_q == 0:
+        return unpacked(no_tokens(q, k, v), lengths, sizes.batch, sizes.queries)
     out: Any = varlen_attn(
         packed(q, lengths),
         packed(k, lengths),
