@@ -44,11 +44,11 @@ def select(source: Tensor, idx: Tensor) -> Tensor:
 
 
 def moved(call: dict[str, Any], sources: tuple[str, ...]) -> tuple[int, int]:
-    """Picked rows read and written, and the indices; backward reads them and writes every row of the source."""
-    picks = call["idx"].shape[0]
-    each = [(size_of(call[name]), size_of(call[name]) // call[name].shape[0] * picks) for name in sources]
-    index = size_of(call["idx"])
-    return index + sum(2 * rows for _, rows in each), index + sum(whole + rows for whole, rows in each)
+    """A row that is picked often is read once; backward reads every picked row and writes every row of the source."""
+    idx, whole = call["idx"], sum(size_of(call[name]) for name in sources)
+    row = whole // call[sources[0]].shape[0]
+    picks, distinct = idx.shape[0], idx.unique().numel()
+    return size_of(idx) + (distinct + picks) * row, size_of(idx) + whole + picks * row
 
 
 SUITES = (
