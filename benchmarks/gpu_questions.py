@@ -28,10 +28,6 @@ def questions(dry: bool) -> list[Question]:
     def streams():
         return leaf(rows, width), leaf(rows, width), leaf(width)
 
-    cos, sin = (t.to(device) for t in ki.rope_tables(torch.arange(rows), 8 if dry else 128))
-    heads, kv_heads, size = (4, 2, 8) if dry else (32, 8, 128)
-    rope_bytes = 2 * 2 * rows * (heads + kv_heads) * size
-
     def rms(r, d, w):
         return tuple(ki.fused_residual_add_rms_norm(r, d, w, **backend))
 
@@ -44,9 +40,6 @@ def questions(dry: bool) -> list[Question]:
             },
             streams,
         )
-
-    def rope(q, k):
-        return tuple(ki.fused_rope_qk(q, k, cos, sin, **backend))
 
     found = [
         Question(
@@ -73,20 +66,13 @@ def questions(dry: bool) -> list[Question]:
         ),
         Question("bias + dropout 0.1 + add", *bda(0.1), (6 * elements, 4 * elements)),
         Question("bias + add (dropout 0)", *bda(0.0), (6 * elements, 2 * elements)),
-        Question(
-            "RoPE of Q and K",
-            {
-                "kernel_index": rope,
-                "eager": lambda q, k: plain_rope(q, k, cos, sin),
-                "torch.compile": compiled(lambda q, k: plain_rope(q, k, cos, sin)),
-                **liger_rope(cos, sin),
-            },
-            lambda: (leaf(1, rows, heads, size), leaf(1, rows, kv_heads, size)),
-            (rope_bytes, rope_bytes),
-        ),
     ]
-    more = [*streams_questions(dry, device, backend), *attention_questions(dry, device)]
-    return [*found, *more, cross_entropy(dry, device, backend)]
+    more = [
+        rope_question(dry, device, backend),
+        *streams_questions(dry, device, backend),
+        *attention_questions(dry, device),
+    ]
+    return [*found, rope_question(dry, device, backend), *more, cross_entropy(dry, device, backend)]
 
 
 def cross_entropy(dry: bool, device: str, backend: dict) -> Question:
@@ -113,6 +99,26 @@ def cross_entropy(dry: bool, device: str, backend: dict) -> Question:
         return h, w, torch.randint(0, vocab, (tokens,), device=device)
 
     return Question("linear cross-entropy", contenders, inputs, memory=True, together=True)
+
+
+def rope_question(dry: bool, device: str, backend: dict) -> Question:
+    rows = 8 if dry else 8192
+    heads, kv_heads, size = (4, 2, 8) if dry else (32, 8, 128)
+    cos, sin = (t.to(device) for t in ki.rope_tables(torch.arange(rows), size))
+    moved = 2 * 2 * rows * (heads + kv_heads) * size
+
+    def ours(q, k):
+        return tuple(ki.fused_rope_qk(q, k, cos, sin, **backend))
+
+    def plain(q, k):
+        return plain_rope(q, k, cos, sin)
+
+    def inputs():
+        shapes = (heads, size), (kv_heads, size)
+        return tuple(torch.randn(1, rows, *s, dtype=BF16, device=device).requires_grad_() for s in shapes)
+
+    contenders = {"kernel_index": ours, "eager": plain, "torch.compile": plain if dry else torch.compile(plain)}
+    return Question("RoPE of Q and K", contenders | liger_rope(cos, sin), inputs, (moved, moved))
 
 
 def streams_questions(dry: bool, device: str, backend: dict) -> list[Question]:
