@@ -41,7 +41,7 @@ _PRETENDED: list[Target] = []
 
 @contextlib.contextmanager
 def pretend(target: Target) -> Iterator[None]:
-    """Inside the block meta tensors count as tensors on ``target``: how a proof compiles for hardware that is absent."""
+    """Inside the block meta tensors count as tensors on ``target``: how a proof compiles for absent hardware."""
     _PRETENDED.append(target)
     try:
         yield

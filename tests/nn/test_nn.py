@@ -1,7 +1,10 @@
 """The layers add no kernel logic of their own: each equals its plain formula."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_index as ki
 from kernel_index.nn import Attention, ResidualRMSNorm, SquaredReLUMLP, TransformerBlock
@@ -89,3 +92,47 @@ def test_block_does_not_look_ahead():
     assert torch.equal(y, y2)
     assert torch.equal(g[:, :4], g2[:, :4])
     assert not g[:, 4:].any()
+
+
+class Live(TorchDispatchMode):
+    """Counts matrix products, and keeps a weak reference to every tensor that comes out of an op."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.made = 0, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.products += op.overloadpacket.__name__ in ("mm", "addmm", "bmm")
+        self.made += [weakref.ref(t) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
+
+
+def step(mlp, x):
+    """Gradients, matrix products of forward and backward, and the storages that outlive forward, by size."""
+    with Live() as live:
+        out, _ = mlp(x)
+    alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for r in live.made if (t := r()) is not None}
+    with Live() as backward:
+        grads = torch.autograd.grad(out.square().sum(), [x, *mlp.parameters()])
+    return grads, live.products + backward.products, list(alive.values())
+
+
+def test_the_squared_activation_is_recomputed_and_the_products_are_not():
+    mlp = SquaredReLUMLP(16, 64)
+    x = torch.randn(32, 16, requires_grad=True)
+    grads, products, alive = step(mlp, x)
+    mlp.recompute = False
+    plain, plain_products, plain_alive = step(mlp, x)
+    for a, b in zip(grads, plain, strict=True):
+        assert torch.equal(a, b)
+    activation = 32 * 64 * 4
+    assert alive.count(activation) == 1, "the pre-activation"
+    assert plain_alive.count(activation) > 1
+    assert products == plain_products, "recomputing stops before the second product"
+
+
+def test_explain_says_what_recomputing_saves():
+    x = torch.randn(512, 16, requires_grad=True)
+    details = ki.explain(SquaredReLUMLP(16, 256), x).details
+    assert details["recompute_saves_bytes"] == details["kept_bytes"] == 512 * 256 * 4

@@ -47,7 +47,7 @@ def _integer(name: str, value: Any) -> int:
     if not isinstance(value, bool | torch.SymInt) and hasattr(value, "__index__"):
         value = operator.index(value)  # NumPy's integers too
     checks.is_int(name, value)
-    return value
+    return int(value) if isinstance(value, int) else value
 
 
 def block_tokens(value: Any) -> int | None:

@@ -88,8 +88,8 @@ class AttentionValidity:
         """Valid tokens of each row, int64 [B], however long the row is; None for mode ``none``."""
         if self.mode == "none":
             return None
-        if self.slot_counts is None:
-            return self.token_prefix.clamp(min=0)
+        if self.slot_counts is None or self.base_block_tokens is None:
+            return None if self.token_prefix is None else self.token_prefix.clamp(min=0)
         tokens = self.slot_counts * self.base_block_tokens
         if self.token_prefix is not None:
             tokens = torch.minimum(tokens, self.token_prefix)

@@ -24,7 +24,8 @@ def _launch(q, k, cos, sin, interleaved, inverse):
     from kernel_index.attention.fused_rope_qk import triton
 
     outputs = _allocate(q, k, cos, sin, interleaved, inverse)
-    return triton.rotate(*gpu.dense((q, k, cos, sin)), interleaved, inverse, outputs)
+    q, k, cos, sin = gpu.dense((q, k, cos, sin))
+    return triton.rotate(q, k, cos, sin, interleaved, inverse, outputs)
 
 
 _op = gpu.register(
@@ -53,7 +54,7 @@ class _RopeQK(torch.autograd.Function):
         interleaved: bool,
         inverse: bool,
         backend: str,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin)
         ctx.how = interleaved, inverse, backend

@@ -40,7 +40,7 @@ def philox(counter: int, key: int) -> list[int]:
     return c
 
 
-def kept(shape: torch.Size, p: float, seed: int | Tensor) -> Tensor:
+def kept(shape: torch.Size, p: float, seed: int | Tensor | None) -> Tensor:
     """The mask by its definition, element by element."""
     calls: dict[int, list[int]] = {}
     flags = []
@@ -49,7 +49,7 @@ def kept(shape: torch.Size, p: float, seed: int | Tensor) -> Tensor:
         word, lane = divmod(rest, 16)
         number = 16 * block + lane
         if number not in calls:
-            calls[number] = philox(number, int(seed) % 2**64)
+            calls[number] = philox(number, int(seed or 0) % 2**64)
         flags.append(calls[number][word] >= round(p * 2**32))
     return torch.tensor(flags, dtype=torch.bool).reshape(shape)
 

@@ -31,7 +31,7 @@ def _forward(
 ) -> Tensor:
     y = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     out = residual.to(dtype)
-    out = out + y if mask is None else torch.where(_kept(mask), out + y * scale.to(dtype), out)
+    out = out + y if mask is None or scale is None else torch.where(_kept(mask), out + y * scale.to(dtype), out)
     return out.to(residual.dtype)
 
 
@@ -44,7 +44,9 @@ def gradients(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x and bias, None where no dtype is given for them."""
-    dx = g.to(dtype) if mask is None else torch.where(_kept(mask), g.to(dtype) * scale.to(dtype), 0.0)
+    dx = g.to(dtype)
+    if mask is not None and scale is not None:
+        dx = torch.where(_kept(mask), dx * scale.to(dtype), 0.0)
     return None if x_dtype is None else dx.to(x_dtype), None if bias_dtype is None else sum_rows(dx).to(bias_dtype)
 
 

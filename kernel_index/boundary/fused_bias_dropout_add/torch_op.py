@@ -22,7 +22,8 @@ def _launch(x, residual, bias, seed, threshold, scale):
     from kernel_index.boundary.fused_bias_dropout_add import triton
 
     out = _allocate(x, residual, bias, seed, threshold, scale)
-    return triton.flat(*gpu.dense((x, residual, bias)), (seed, threshold, scale), out)
+    x, residual, bias = gpu.dense((x, residual, bias))
+    return triton.flat(x, residual, bias, (seed, threshold, scale), out)
 
 
 def _allocate_gradients(g, seed, threshold, scale, x_dtype, wants_bias):
@@ -62,8 +63,8 @@ def _triton_forward(x, residual, bias, seed, threshold, scale, dtype):
 
 def _triton_backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype):
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, so that any further derivative exists too
-        limits = (None if n is None else torch.full((), n, device=g.device) for n in (threshold, scale))
-        return inductor.backward(g, seed, *limits, dtype, has_bias, x_dtype, bias_dtype)
+        threshold, scale = (None if n is None else torch.full((), n, device=g.device) for n in (threshold, scale))
+        return inductor.backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype)
     dx, dbias = _backward_op(g, seed, threshold, scale, x_dtype, bias_dtype is not None)
     return None if x_dtype is None else dx, None if bias_dtype is None else dbias.to(bias_dtype)
 

@@ -51,11 +51,12 @@ def gradients(
         through_norm = rstd[:, None] * (dx_hat - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True))
         dx = through_norm if dx is None else dx + through_norm
         d_weight = sum_rows(dy * x_hat) if wanted[2] else None
+    assert dx is not None, "a pass without any upstream gradient is not run"
     if wanted[0]:
         d_residual = dx.to(like[0])
     if wanted[1]:
         d_delta = (dx if scale is None else dx * scale.to(dtype)).to(like[1])
-    if wanted[3]:
+    if wanted[3] and delta is not None:
         d_scale = sum_rows(dx * delta.to(dtype))
     return d_residual, d_delta, d_weight, d_scale
 

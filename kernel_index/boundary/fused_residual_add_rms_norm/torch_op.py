@@ -25,7 +25,8 @@ def _launch(residual, delta, weight, scale, eps, weight_offset, stored):
     from kernel_index.boundary.fused_residual_add_rms_norm import triton
 
     outputs = _allocate(residual, delta, weight, scale, eps, weight_offset, stored)
-    return triton.forward(*gpu.dense((residual, delta, weight, scale)), eps, weight_offset, outputs)
+    residual, delta, weight, scale = gpu.dense((residual, delta, weight, scale))
+    return triton.forward(residual, delta, weight, scale, eps, weight_offset, outputs)
 
 
 def _allocate_gradients(

@@ -8,8 +8,20 @@ from kernel_index.experts.fused_relu_squared.reference import relu_squared_refer
 from kernel_index.experts.fused_relu_squared.torch_op import relu_squared_inductor, relu_squared_triton
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, relu_squared_triton, contract.triton_not_worth),
-    Backend("inductor", contract.inductor_why_not, relu_squared_inductor, contract.inductor_not_worth),
+    Backend(
+        "triton",
+        contract.triton_why_not,
+        relu_squared_triton,
+        contract.triton_not_worth,
+        contract.kept_bytes,
+    ),
+    Backend(
+        "inductor",
+        contract.inductor_why_not,
+        relu_squared_inductor,
+        contract.inductor_not_worth,
+        contract.kept_bytes,
+    ),
     Backend("reference", always, relu_squared_reference),
 )
 
