@@ -143,7 +143,7 @@ def _known(ops: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def _finish(out: Path | None, proof: str, rows: list[dict[str, Any]], passed: bool) -> None:
-    versions = {"torch": torch.__version__}
+    versions: dict[str, Any] = {"torch": torch.__version__}
     if importlib.util.find_spec("triton") is not None:
         import triton
 

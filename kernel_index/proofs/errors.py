@@ -128,7 +128,11 @@ def assess(suite: Suite, backend: str, kwargs: dict[str, Any]) -> list[Finding]:
     found = zip(labels, outputs + grads, truth + truth_grads, plain + plain_grads, strict=True)
     extra = FAST_EXP if backend in ("sdpa", "cpu") else 0.0
     extra += suite.units.get(backend, 0.0) * torch.finfo(torch.float32).eps
-    return [_finding(label, *(None if t is None else t.cpu() for t in tensors), extra) for label, *tensors in found]
+    return [_finding(label, *map(_to_host, tensors), extra=extra) for label, *tensors in found]
+
+
+def _to_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _finding(label: str, actual: Tensor | None, exact: Tensor | None, eager: Tensor | None, extra: float) -> Finding:

@@ -43,11 +43,11 @@ def _host_counts(name: str, value: Any) -> Tensor:
     return torch.tensor([_integer(name, item) for item in items], dtype=torch.int64)
 
 
-def _integer(name: str, value: Any) -> int:
+def _integer(name: str, value: Any) -> Any:  # an int, or a symbol of one
     if not isinstance(value, bool | torch.SymInt) and hasattr(value, "__index__"):
         value = operator.index(value)  # NumPy's integers too
     checks.is_int(name, value)
-    return int(value) if isinstance(value, int) else value
+    return value
 
 
 def block_tokens(value: Any) -> int | None:

@@ -48,7 +48,8 @@ def _launch_backward(
 
     call = (d_new, d_normed, new_residual, rstd, weight, scale, delta)
     outputs = _allocate_gradients(*call, offset, residual_like, delta_like, wanted)
-    triton.backward(*gpu.dense(call), offset, [o if w else None for o, w in zip(outputs, wanted, strict=True)])
+    chosen: Any = tuple(o if w else None for o, w in zip(outputs, wanted, strict=True))
+    triton.backward(*gpu.dense(call), offset=offset, outputs=chosen)
     return outputs
 
 
@@ -122,11 +123,11 @@ class _ResidualAddRMSNorm(torch.autograd.Function):
         shared = scale is None and ctx.like[0] == ctx.like[1]
         wanted = (needs[0] or (shared and needs[1]), needs[1] and not shared, *needs[2:4])
         saved = _rows(new_residual), rstd, weight, scale, _rows(delta)
-        call = (_rows(d_new), _rows(d_normed), *saved, *ctx.numbers, ctx.like, wanted)
+        call: Any = (_rows(d_new), _rows(d_normed), *saved, *ctx.numbers, ctx.like, wanted)
         if torch.is_grad_enabled():  # create_graph: the same formula, uncompiled, so that it is differentiable
             d_residual, d_delta, d_weight, d_scale = inductor.gradients(*call)
         elif d_normed is None and scale is None:  # nothing to compute: the gradient passes through the addition
-            d_residual, d_delta = (_rows(d_new).to(t) if w else None for t, w in zip(ctx.like, wanted, strict=False))
+            d_residual, d_delta = (call[0].to(t) if w else None for t, w in zip(ctx.like, wanted, strict=False))
             d_weight = d_scale = None
         else:
             d_residual, d_delta, d_weight, d_scale = _PASSES[ctx.backend].backward(*call)

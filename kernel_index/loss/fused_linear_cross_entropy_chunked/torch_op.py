@@ -66,7 +66,7 @@ class _Chunks(NamedTuple):
     group: str
 
     @property
-    def constants(self) -> tuple[float, float, float, float]:
+    def constants(self) -> Any:  # softcap, scale, smoothing, z_loss
         return self[:4]
 
     def losses(self, z: Tensor, targets: Tensor, out: Tensor) -> None:
@@ -86,11 +86,12 @@ class _Chunks(NamedTuple):
             return
         loss, *saved = self._statistics(z, targets)
         losses.copy_(loss)
-        vectors = (targets - self.first_class, rows, *saved)
+        vectors: Any = (targets - self.first_class, rows, *saved)
+        last: Any = (*self.constants, self.classes)
         if self.passes == "inductor":
-            _gradient_region(z, *vectors, *self.constants, self.classes)
+            _gradient_region(z, *vectors, *last)
             return
-        _by_blocks(lambda *block: gradient_pass(*block, *self.constants, self.classes), z, *vectors)
+        _by_blocks(lambda *block: gradient_pass(*block, *last), z, *vectors)
 
     def _statistics(self, z: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Loss, log-sum-exp and 1 − p of each row; two small all-reduces where the classes are spread over a group."""
@@ -99,7 +100,7 @@ class _Chunks(NamedTuple):
         if not self.group:
             blocks = _by_blocks(lambda *block: loss_pass(*block, *self.constants), z, targets)
             return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
-        cap = (self.softcap, self.scale)
+        cap: Any = (self.softcap, self.scale)
         top = all_reduce(torch.cat(_by_blocks(lambda block: row_top(block, *cap), z)), "max", self.group)
         local = targets - self.first_class
         sums = torch.cat(_by_blocks(lambda *block: row_sums(*block, *cap), z, local, top))
@@ -110,7 +111,8 @@ def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
     """``value`` combined over the process group of that name."""
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.wait_tensor(collectives.all_reduce(value, how, group))
+    name: Any = group
+    return collectives.wait_tensor(collectives.all_reduce(value, how, name))
 
 
 def _all_losses(hidden, weight, targets, bias, *options):
