@@ -95,7 +95,8 @@ def _backward_kernel(
         w = _load(weight_ptr, at, mask) + offset
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     scale_sum = tl.zeros((BLOCK,), tl.float32)
-    for row in tl.range(first, last, num_stages=STAGES):
+    for step in tl.range(0, last - first, num_stages=STAGES):
+        row = first + step  # 64 bits
         base = row * width
         dx = tl.zeros((BLOCK,), tl.float32)
         if HAS_NEW:
@@ -143,7 +144,8 @@ def _backward_wide_kernel(
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     scale_sum = tl.zeros((BLOCK,), tl.float32)
-    for row in range(first, last):
+    for step in range(0, last - first):
+        row = first + step
         base = row * width
         is_first = (row == first).to(tl.int32)
         rstd = 0.0

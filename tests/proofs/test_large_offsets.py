@@ -1,0 +1,153 @@
+"""Offsets beyond 2³¹ elements, without such tensors: a late program of a kernel, interpreted.
+
+Loads give zeros and stores go nowhere; what is compared is where they point.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+
+from kernel_index import gpu
+from kernel_index.attention.fused_rope_qk import triton as rope
+from kernel_index.boundary.fused_bias_dropout_add import triton as dropout
+from kernel_index.boundary.fused_residual_add_rms_norm import triton as norm
+from kernel_index.experts.fused_relu_squared import triton as relu
+from kernel_index.loss.fused_linear_cross_entropy_chunked import triton as loss
+
+pytestmark = pytest.mark.skipif(not gpu.interpreting(), reason="records addresses in Triton's interpreter")
+
+WIDTH = 4096
+ROWS = 3 * 2**31 // WIDTH  # 6.4 billion elements: also past the range of an unsigned 32-bit offset
+LAST = ROWS - 1
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Run ``kernel`` as program ``index`` and return, for each tensor, the first and last element touched."""
+    builder = interpreter.InterpreterBuilder
+    touched = []
+
+    def note(pointers, mask):
+        addresses = np.asarray(pointers.data).astype(np.int64)
+        chosen = np.broadcast_to(np.asarray(mask.data).astype(bool), addresses.shape)
+        touched.append(addresses[chosen])
+
+    def load(self, pointers, mask, *rest, **more):
+        note(pointers, mask)
+        kind = pointers.get_element_ty()
+        return interpreter.TensorHandle(np.zeros(pointers.data.shape, interpreter._get_np_dtype(kind)), kind)
+
+    def run(kernel, index, *args, **options):
+        indices = (*index, 0, 0)[:3] if isinstance(index, tuple) else (index, 0, 0)
+
+        def program_id(self, axis):
+            return interpreter.TensorHandle(np.array([indices[axis]], dtype=np.int32), interpreter.tl.int32)
+
+        touched.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(builder, "create_masked_load", load)
+            patch.setattr(builder, "create_masked_store", lambda self, p, value, mask, *r, **k: note(p, mask))
+            patch.setattr(builder, "create_get_program_id", program_id)
+            kernel[(1,)](*args, **options)
+        return np.unique(np.concatenate(touched))
+
+    return run
+
+
+def tensors(count, dtype=torch.bfloat16):
+    """Far enough apart that what lies beside one is not part of another."""
+    return [torch.zeros(1 << 22, dtype=dtype) for _ in range(count)]
+
+
+def holds(addresses, tensor, first, last):
+    """The tensor's elements ``first`` … ``last`` were touched and nothing right beside them."""
+    start, size = tensor.data_ptr(), tensor.element_size()
+    for element in (first, (first + last) // 2, last):
+        assert start + element * size in addresses, f"element {element}"
+    for element in (first - 1, last + 1):
+        assert start + element * size not in addresses, f"element {element}"
+
+
+def test_relu_squared(late):
+    x, y, g = tensors(3)
+    size = ROWS * WIDTH - 5
+    index = math.ceil(size / relu.BLOCK) - 1
+    first = index * relu.BLOCK
+    holds(late(relu._relu_squared_kernel, index, x, y, size, BLOCK=relu.BLOCK), y, first, size - 1)
+    seen = late(relu._relu_squared_backward_kernel, index, x, g, y, size, BLOCK=relu.BLOCK)
+    for tensor in (x, g, y):
+        holds(seen, tensor, first, size - 1)
+
+
+@pytest.mark.parametrize("width", [WIDTH, 3 * norm.WHOLE], ids=["one block", "looped"])
+def test_rms_norm(late, width):
+    residual, delta, weight, new, normed = tensors(5)
+    (rstd,) = tensors(1, torch.float32)
+    block = norm.pick_config(width, backward=False)["BLOCK"]
+    seen = late(
+        norm._forward_kernel, LAST, residual, delta, weight, None, new, normed, rstd, width, 1e-6, 0.0,
+        SCALE=0, ONE_BLOCK=width <= norm.WHOLE, BLOCK=block,
+    )  # fmt: skip
+    for tensor in (residual, delta, new, normed):
+        holds(seen, tensor, LAST * width, ROWS * width - 1)
+    kernel = norm._backward_kernel if width <= norm.WHOLE else norm._backward_wide_kernel
+    (parts,) = tensors(1, torch.float32)
+    d_new, d_normed, dx = tensors(3)
+    seen = late(
+        kernel, LAST // 8, d_new, d_normed, new, rstd, weight, None, None, dx, None, parts, None, ROWS, width, 0.0, 8,
+        HAS_NEW=True, HAS_NORMED=True, SCALE=0, RESIDUAL=True, DELTA=False, WEIGHT=True, D_SCALE=False,
+        STAGES=1, BLOCK=norm.pick_config(width, backward=True)["BLOCK"],
+    )  # fmt: skip
+    first = LAST // 8 * 8 * width
+    for tensor in (d_new, d_normed, new, dx):
+        holds(seen, tensor, first, ROWS * width - 1)
+
+
+def test_dropout(late):
+    x, residual, bias, out = tensors(4)
+    seed = torch.zeros((), dtype=torch.int64)
+    size = ROWS * WIDTH - 5
+    index = math.ceil(size / dropout.BLOCK) - 1
+    seen = late(
+        dropout._flat_kernel, index, x, residual, bias, out, seed, 2**31, 2.0, size, WIDTH,
+        RESIDUAL=True, BIAS=True, DROP=True, WHOLE_BLOCKS=WIDTH % dropout.BLOCK == 0, BLOCK=dropout.BLOCK,
+    )  # fmt: skip
+    for tensor in (x, residual, out):
+        holds(seen, tensor, index * dropout.BLOCK, size - 1)
+    (parts,) = tensors(1, torch.float32)
+    runs = ROWS // dropout.ROWS
+    seen = late(
+        dropout._column_kernel, runs - 1, x, out, parts, seed, 2**31, 2.0, ROWS, WIDTH, dropout.ROWS,
+        DX=True, DROP=True, WHOLE_GROUPS=True, ROWS=dropout.ROWS, COLUMNS=dropout.COLUMNS, STAGES=1,
+    )  # fmt: skip
+    for tensor in (x, out):
+        holds(seen, tensor, LAST * WIDTH, LAST * WIDTH + dropout.COLUMNS - 1)
+
+
+def test_rope(late):
+    q, k, q_out, k_out = tensors(4)
+    cos, sin = tensors(2, torch.float32)
+    heads, size = 32, 128
+    token = 3 * 2**31 // (heads * size) - 1
+    seen = late(
+        rope._rope_kernel, token, q, k, cos, sin, q_out, k_out, token + 1, heads, 8, size, size // 2, 1.0,
+        BATCHED=True, INTERLEAVED=False, HAS_Q=True, HAS_K=True, REST=0, Q_HEADS=8, K_HEADS=8, PAIRS=64,
+    )  # fmt: skip
+    for tensor in (q, q_out):
+        holds(seen, tensor, token * heads * size, (token + 1) * heads * size - 1)
+    holds(seen, cos, token * 64, token * 64 + 63)
+
+
+def test_loss(late):
+    (z,) = tensors(1)
+    losses, rows = tensors(2, torch.float32)
+    targets = torch.zeros(64, dtype=torch.int64)
+    vocab, row = 10000, 3 * 2**31 // 10000
+    seen = late(
+        loss._chunk_kernel, row, z, targets, rows, losses, vocab, vocab, 0.0, 1.0, 0.0, 0.0,
+        CAP=False, SMOOTH=False, Z_LOSS=False, GRADIENT=True, BLOCK=loss.BLOCK,
+    )  # fmt: skip
+    holds(seen, z, row * vocab, (row + 1) * vocab - 1)
