@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.boundary.fused_residual_add_rms_norm import inductor
+from kernel_index import gpu
+from kernel_index.boundary.fused_residual_add_rms_norm import inductor, torch_op
 
-BACKENDS = pytest.mark.parametrize("backend", ["inductor", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "inductor", "reference"])
 BF16 = torch.bfloat16
 
 
@@ -24,9 +25,10 @@ def saved_tensors(call):
     return kept, out
 
 
-def count_calls(monkeypatch, name):
-    calls, region = [], getattr(inductor, name)
-    monkeypatch.setattr(inductor, name, lambda *a: calls.append(a) or region(*a))
+def count_backward_passes(monkeypatch):
+    calls, passes = [], torch_op._PASSES["inductor"]
+    counting = passes._replace(backward=lambda *a: calls.append(a) or passes.backward(*a))
+    monkeypatch.setitem(torch_op._PASSES, "inductor", counting)
     return calls
 
 
@@ -58,7 +60,8 @@ def test_dtypes_of_the_outputs(backend, stream, branch, norm):
 def test_gradients_have_their_inputs_dtypes(backend):
     residual = torch.randn(3, 8, dtype=BF16, requires_grad=True)
     delta = torch.randn(3, 8, dtype=torch.float16, requires_grad=True)
-    weight, scale = torch.randn(8, requires_grad=True), torch.ones(1, dtype=torch.float64, requires_grad=True)
+    other = torch.float16 if backend == "triton" else torch.float64  # which Triton leaves to the reference
+    weight, scale = torch.randn(8, requires_grad=True), torch.ones(1, dtype=other, requires_grad=True)
     out = ki.fused_residual_add_rms_norm(residual, delta, weight, scale=scale, fp32_residual=True, backend=backend)
     (out.new_residual.sum() + out.normed.sum()).backward()
     for leaf in (residual, delta, weight, scale):
@@ -81,11 +84,13 @@ def test_fp32_stream_keeps_what_bf16_would_lose(backend):
 @BACKENDS
 def test_what_is_normalised_is_what_is_stored(backend):
     """Norm of the rounded stream: nearly every bit equal.  Norm of the sum before rounding differs in many elements."""
-    residual, delta, weight = operands(64, 512, BF16)
+    # Triton's interpreter truncates to bfloat16, where a GPU rounds; to float16 it rounds.
+    low = torch.float16 if backend == "triton" and gpu.interpreting() else BF16
+    residual, delta, weight = operands(64, 512, low)
     new_residual, normed = ki.fused_residual_add_rms_norm(residual, delta, weight, backend=backend)
 
     def norm(x):
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-8) * weight.double()).to(BF16)
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-8) * weight.double()).to(low)
 
     assert (normed != norm(new_residual.double())).double().mean() < 1e-3
     assert (normed != norm(residual.double() + delta.double())).double().mean() > 0.1
@@ -128,7 +133,7 @@ def test_saved_for_backward():
 
 
 def test_an_unused_norm_costs_nothing(monkeypatch):
-    calls = count_calls(monkeypatch, "_backward_region")
+    calls = count_backward_passes(monkeypatch)
     residual, delta, weight = operands(requires_grad=True)
     out = ki.fused_residual_add_rms_norm(residual, delta, weight, backend="inductor")
     upstream = torch.randn_like(residual)
@@ -140,7 +145,7 @@ def test_an_unused_norm_costs_nothing(monkeypatch):
 
 
 def test_an_unused_stream_is_not_read(monkeypatch):
-    calls = count_calls(monkeypatch, "_backward_region")
+    calls = count_backward_passes(monkeypatch)
     residual, delta, weight = operands(requires_grad=True)
     ki.fused_residual_add_rms_norm(residual, delta, weight, backend="inductor").normed.sum().backward()
     assert calls[0][0] is None
@@ -175,11 +180,11 @@ def test_residual_and_delta_may_be_one_tensor(backend):
 
 @BACKENDS
 def test_weight_gradient_is_summed_in_float32(backend):
-    """5000 ones: a sum in bfloat16 stops at 256."""
-    residual, delta = torch.ones(5000, 4, dtype=BF16), torch.zeros(5000, 4, dtype=BF16)
+    """600 ones: a sum in bfloat16 stops at 256."""
+    residual, delta = torch.ones(600, 4, dtype=BF16), torch.zeros(600, 4, dtype=BF16)
     weight = torch.ones(4, requires_grad=True)
     ki.fused_residual_add_rms_norm(residual, delta, weight, backend=backend).normed.sum().backward()
-    torch.testing.assert_close(weight.grad, torch.full((4,), 5000.0))
+    torch.testing.assert_close(weight.grad, torch.full((4,), 600.0))
 
 
 def test_a_changed_output_is_noticed():
@@ -193,12 +198,12 @@ def test_a_changed_output_is_noticed():
 
 def test_one_variant_whatever_the_rows_and_the_scale():
     """Neither the number of tokens nor a layer's own scale compiles anything anew."""
-    for region in (inductor._forward_region, inductor._backward_region):
+    for region in (inductor.forward, inductor.backward):
         region.variants.clear()
     for rows, scale in ((5, 0.5), (16, 0.25), (17, 0.125), (300, 2.0)):
         residual, delta, weight = operands(rows, 56, requires_grad=True)
         ki.fused_residual_add_rms_norm(residual, delta, weight, scale=scale, backend="inductor").normed.sum().backward()
-    assert len(inductor._forward_region.variants) == len(inductor._backward_region.variants) == 1
+    assert len(inductor.forward.variants) == len(inductor.backward.variants) == 1
 
 
 def test_inside_torch_compile_the_formulas_are_traced():
