@@ -1,22 +1,28 @@
 # Every target sets up .venv itself, once.  Needs: Python 3.11 or newer, make, and g++ for the compiled CPU kernels.
+# Tests run in a process for each core: most are too small for more than one thread.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 READY := .venv/.ready
 
-.PHONY: train test check bench list
+.PHONY: train test check prove bench list
 
 train: $(READY)
 	$(BIN)/kernel-index train $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.budgets
 	$(BIN)/pyrefly check
+
+prove: $(READY)
+	$(BIN)/kernel-index prove numerics
+	$(BIN)/kernel-index prove aot
+	$(BIN)/kernel-index prove traffic
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
