@@ -11,7 +11,7 @@ train: $(READY)
 	$(BIN)/kernel-index train $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

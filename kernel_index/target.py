@@ -79,7 +79,9 @@ def machine_rules() -> dict[str, str | None]:
         "sdpa": None,
         "cpu": None,
         "chunked": None,
-        "sharded": None if torch.distributed.is_available() else "needs torch.distributed",
+        "sharded": None
+        if torch.distributed.is_available() and torch.distributed.is_initialized()
+        else "needs a process group (torch.distributed.init_process_group)",
         "eager": None,
         "inductor": None if has_cxx_compiler() else "no C++ compiler (g++ or clang++) found",
         "triton": None
