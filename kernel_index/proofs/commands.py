@@ -1,6 +1,7 @@
 """``kernel-index prove``: evidence that anyone can make again, without the hardware where that is possible."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -105,20 +106,26 @@ def aot(
 
 @app.command()
 def traffic(op: Ops = None, out: Out = None) -> None:
-    """Bytes that each Triton kernel moves ÷ the bytes that any kernel must move, counted in the interpreter."""
+    """Bytes that each Triton kernel moves ÷ the bytes that any kernel must move, counted in the interpreter.
+
+    Where liger_kernel is installed, its kernels for the same calls are counted too.
+    """
     _interpret("cpu")
-    from kernel_index.proofs import ratios
+    from kernel_index.proofs import peers, ratios
 
     found = []
     title = f"bfloat16, width 4096, at {ratios.AT} rows (along the line through {ratios.ROWS[:2]} rows)"
     table = Table("op", "direction", "bytes ÷ compulsory", "affine", "launches", "ATen ops", "atomics", title=title)
-    for r in ratios.prove(_known(op)):
+    ours = ratios.prove(_known(op))
+    theirs = ratios.prove_peers(_known(op)) if peers.installed() else ()
+    for r in itertools.chain(ours, theirs):
         found.append(r)
         counts = map(str, (r.launches, r.others, r.atomics))
         table.add_row(r.op, r.direction, f"{r.at_scale:.3f}", "yes" if r.affine else "[red]no[/]", *counts)
     console.print(table)
     rows = [asdict(r) | {"ratio": r.at_scale} for r in found]
-    _finish(out, "traffic", rows, bool(found) and all(r.affine and r.atomics == 0 for r in found))
+    mine = [r for r in found if not r.op.startswith(peers.NAME)]
+    _finish(out, "traffic", rows, bool(mine) and all(r.affine and r.atomics == 0 for r in mine))
 
 
 def _interpret(device: str) -> None:

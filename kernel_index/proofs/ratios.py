@@ -8,6 +8,7 @@ import torch
 
 from kernel_index import gpu
 from kernel_index.cases import Maker, Suite, suites
+from kernel_index.proofs import peers
 from kernel_index.proofs.errors import differentiable, tensors_of
 from kernel_index.proofs.traffic import Traffic, counted
 
@@ -56,6 +57,25 @@ def prove(ops: tuple[str, ...] | None = None) -> Iterator[Ratio]:
         gpu.INTERPRETED[0] = before
 
 
+def prove_peers(ops: tuple[str, ...] | None = None) -> Iterator[Ratio]:
+    """The same for Liger-Kernel's kernels, in float32: its bfloat16 arithmetic fails in the interpreter."""
+    with peers.on_the_interpreter():
+        for suite in suites():
+            if suite.real is None or suite.compulsory is None or (ops is not None and suite.op not in ops):
+                continue
+            found = []
+            for rows in ROWS:
+                call: dict[str, Any] = suite.real(Maker(torch.float32), rows)
+                function = peers.prepare(suite.op, call)
+                if function is None:
+                    break
+                leaves = {n: call[n].detach().requires_grad_() for n in differentiable(suite, call, "triton")}
+                counts = _passes(lambda f=function, t=leaves: f(**t), list(leaves.values()))
+                found.append((counts, suite.compulsory(call)))
+            if found:
+                yield from _directions(f"{peers.NAME}: {suite.op}", found)
+
+
 def _count(suite: Suite, rows: int) -> tuple[tuple[Traffic, Traffic], tuple[int, int]]:
     call: dict[str, Any] = suite.real(Maker(torch.bfloat16), rows)  # type: ignore[misc]
     return both_ways(suite.function, call, differentiable(suite, call, "triton")), suite.compulsory(call)  # type: ignore[misc]
@@ -64,11 +84,15 @@ def _count(suite: Suite, rows: int) -> tuple[tuple[Traffic, Traffic], tuple[int,
 def both_ways(function: Callable[..., Any], call: dict[str, Any], names: list[str]) -> tuple[Traffic, Traffic]:
     """The traffic of a forward and of a backward pass through the Triton backend."""
     leaves = {name: call[name].detach().requires_grad_() for name in names}
+    return _passes(lambda: function(**(call | leaves), backend="triton"), list(leaves.values()))
+
+
+def _passes(run: Callable[[], Any], leaves: list[torch.Tensor]) -> tuple[Traffic, Traffic]:
     with counted() as forward:
-        outputs = [o for o in tensors_of(function(**(call | leaves), backend="triton")) if o.requires_grad]
+        outputs = [o for o in tensors_of(run()) if o.requires_grad]
     upstream = [torch.randn_like(o) for o in outputs]
     with counted() as backward:
-        torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        torch.autograd.grad(outputs, leaves, upstream)
     return forward, backward
 
 
