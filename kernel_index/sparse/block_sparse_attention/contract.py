@@ -1,0 +1,76 @@
+"""Who may call ``block_sparse_attention``, and who may answer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index import checks
+from kernel_index.attention.dense_attention import contract as dense
+from kernel_index.sparse.routing import num_blocks
+from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
+
+scale_of = dense.scale_of
+sizes_of = dense.sizes_of
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    selected_valid: Any,
+    block_size: Any,
+    mask: Any,
+    scale: Any,
+    softcap: Any,
+    query_tile_size: Any,
+    maps: Any,
+) -> None:
+    dense.check(q, k, v, mask, scale, softcap, None)
+    checks.is_int("block_size", block_size, minimum=1)
+    checks.is_int("query_tile_size", query_tile_size, minimum=1)
+    check_selection(q, k.shape[2], selected, selected_valid)
+    check_picks(selected, selected_valid, num_blocks(k.shape[1], block_size))
+    if maps is not None:
+        _check_maps(selected, query_tile_size, maps)
+
+
+def check_selection(q: Tensor, kv_heads: int, selected: Any, selected_valid: Any) -> None:
+    checks.is_integer_tensor("selected", selected)
+    checks.has_rank("selected", selected, 4, "[B, T, G, n]")
+    checks.on_device("selected", selected, q, "q")
+    groups, heads = selected.shape[2], q.shape[2]
+    checks.has_shape("selected", selected, (*q.shape[:2], groups, selected.shape[3]), "[B, T, G, n] with q's B and T,")
+    if groups < 1 or groups % kv_heads or heads % groups:
+        raise ValueError(
+            f"selected must be of G groups with G a multiple of the {kv_heads} key heads and a divisor of the "
+            f"{heads} query heads, got G = {groups}"
+        )
+    if selected_valid is not None:
+        checks.is_tensor("selected_valid", selected_valid)
+        checks.has_dtype("selected_valid", selected_valid, torch.bool, "")
+        checks.has_shape("selected_valid", selected_valid, tuple(selected.shape), "of selected's shape")
+        checks.on_device("selected_valid", selected_valid, q, "q")
+
+
+def check_picks(selected: Tensor, selected_valid: Tensor | None, blocks: int) -> None:
+    """Picks of blocks that do not exist are refused where that can be seen without waiting for a device."""
+    if torch.compiler.is_compiling() or selected.device.type != "cpu" or type(selected) is not Tensor:
+        return
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    beyond = selected >= blocks
+    if selected_valid is not None:
+        beyond &= selected_valid
+    if beyond.any():
+        raise ValueError(f"selected must be of block indices below {blocks}, or −1, got {int(selected.max())}")
+
+
+def _check_maps(selected: Tensor, query_tile_size: int, maps: Any) -> None:
+    if not isinstance(maps, UnionMaps):
+        raise TypeError(f"maps must be UnionMaps, got {type(maps).__name__}")
+    batch, queries, groups, _ = selected.shape
+    tiles = -(-queries // query_tile_size)
+    checks.has_shape("maps", maps.union_sizes, (batch, tiles, groups), "of this selection's tiles, [B, tiles, G]")
+    checks.has_shape("maps", maps.query_union_indices, tuple(selected.shape), "of selected's shape")
