@@ -21,7 +21,12 @@ from kernel_index.dispatch import Explanation, Ineligible, Receipt, explain, rec
 from kernel_index.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
 from kernel_index.mla.fused_mla_projection.api import fused_mla_projection
+from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
+from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
+from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
 from kernel_index.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
+from kernel_index.sparse.union_selection_query_mask.api import materialize_query_union_mask, union_selection
+from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 from kernel_index.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,
     mhc_branch_input,
@@ -36,10 +41,12 @@ __all__ = [
     "AttentionOutput",
     "AttentionValidity",
     "ContiguousKVCache",
+    "ExactMaskKey",
     "Explanation",
     "GatheredPair",
     "Ineligible",
     "MaskContract",
+    "MaskKernelCache",
     "OutOfPages",
     "PagedKVCache",
     "Proof",
@@ -49,6 +56,7 @@ __all__ = [
     "RopeTables",
     "RotatedQK",
     "StreamsAndBranchInput",
+    "UnionMaps",
     "WindowingPlan",
     "attention",
     "attention_validity",
@@ -56,6 +64,7 @@ __all__ = [
     "can_score_tile",
     "causal_windowing_plan",
     "doc_window_mask",
+    "exact_mask_key",
     "explain",
     "fa4_execute_proof",
     "fa4_kvcache_decode",
@@ -67,6 +76,7 @@ __all__ = [
     "fused_rope_qk",
     "gather_rows",
     "gather_rows_pair",
+    "materialize_query_union_mask",
     "mhc_branch_input",
     "mhc_merge",
     "mhc_merge_and_branch_input",
@@ -75,4 +85,5 @@ __all__ = [
     "sinkhorn",
     "strict",
     "token_log_probs",
+    "union_selection",
 ]

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernel_index import checks
 from kernel_index.attention.dense_attention import contract as dense
 from kernel_index.sparse.routing import num_blocks
+from kernel_index.sparse.union_selection_query_mask.contract import check_picks, check_valid
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 
 scale_of = dense.scale_of
@@ -47,24 +47,7 @@ def check_selection(q: Tensor, kv_heads: int, selected: Any, selected_valid: Any
             f"selected must be of G groups with G a multiple of the {kv_heads} key heads and a divisor of the "
             f"{heads} query heads, got G = {groups}"
         )
-    if selected_valid is not None:
-        checks.is_tensor("selected_valid", selected_valid)
-        checks.has_dtype("selected_valid", selected_valid, torch.bool, "")
-        checks.has_shape("selected_valid", selected_valid, tuple(selected.shape), "of selected's shape")
-        checks.on_device("selected_valid", selected_valid, q, "q")
-
-
-def check_picks(selected: Tensor, selected_valid: Tensor | None, blocks: int) -> None:
-    """Picks of blocks that do not exist are refused where that can be seen without waiting for a device."""
-    if torch.compiler.is_compiling() or selected.device.type != "cpu" or type(selected) is not Tensor:
-        return
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return
-    beyond = selected >= blocks
-    if selected_valid is not None:
-        beyond &= selected_valid
-    if beyond.any():
-        raise ValueError(f"selected must be of block indices below {blocks}, or −1, got {int(selected.max())}")
+    check_valid(selected, selected_valid)
 
 
 def _check_maps(selected: Tensor, query_tile_size: int, maps: Any) -> None:
