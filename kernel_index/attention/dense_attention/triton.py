@@ -10,81 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.attention.tiles import LOG2E, dot, load_tile, masked_step, narrow, plan_steps, store_tile, tanh
 from kernel_index.gpu import ceil_div, interpreting, next_power_of_2, on_device
 from kernel_index.target import Target, target_of
-
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _dot(a, b, UPCAST: tl.constexpr):
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """Round to nearest, ties to even, as GPUs do; Triton's interpreter would cut bfloat16 off."""
-    if UPCAST and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-@triton.jit
-def _tanh(x):
-    size = tl.abs(x)
-    e = tl.exp2(size * (-2.0 * LOG2E))
-    large = (1.0 - e) / (1.0 + e)
-    s = x * x
-    small = x * (1.0 - s * (0.33333333 - s * (0.13333333 - s * (0.053968254 - s * 0.021869488))))
-    return tl.where(size < 0.25, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def _at(base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to N rows of a matrix with dense columns, and which exist; only the first row's offset is wide."""
-    row, column = tl.arange(0, N), tl.arange(0, BLOCK_D)
-    exists = first + row < ROWS
-    inside = exists[:, None] & (column < D)[None, :] if D < BLOCK_D else tl.broadcast_to(exists[:, None], N, BLOCK_D)
-    return base + tl.cast(first, tl.int64) * row_stride + (row[:, None] * row_stride + column[None, :]), inside
-
-
-@triton.jit
-def _tile(base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    at, inside = _at(base, first, row_stride, ROWS, N, D, BLOCK_D)
-    return tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_tile(
-    base, first, row_stride, value, ROWS,
-    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    at, inside = _at(base, first, row_stride, ROWS, N, D, BLOCK_D)
-    tl.store(at, _narrow(value, base.dtype.element_ty, UPCAST), mask=inside)
-
-
-@triton.jit
-def _plan(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """What ``BLOCK`` rows visit, in steps: from ``low`` on, ``left`` masked, ``full`` unmasked, ``right`` masked.
-
-    Both ends of the intervals never decrease, so the first and the last row decide.
-    """
-    last = tl.minimum(first + BLOCK, ROWS) - 1
-    low = tl.load(start_ptr + first) // STEP
-    high = tl.cdiv(tl.load(end_ptr + last), STEP)
-    full_low = tl.minimum(tl.maximum(tl.cdiv(tl.load(start_ptr + last), STEP), low), high)
-    full_high = tl.maximum(tl.load(end_ptr + first) // STEP, full_low)
-    return low, full_low - low, full_high - full_low, tl.maximum(high - full_high, 0)
-
-
-@triton.jit
-def _masked_step(i, low, left, full, STEP: tl.constexpr):
-    """Where the i-th masked step begins: the steps on the left, then those on the right of the full ones."""
-    return (low + i + tl.where(i < left, 0, full)) * STEP
 
 
 @triton.jit
@@ -94,10 +22,10 @@ def _forward_step(
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     key = at + tl.arange(0, BN)
-    k = _tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
-    z = _dot(q, tl.trans(k), UPCAST)
+    k = load_tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
+    z = dot(q, tl.trans(k), UPCAST)
     if CAPPED:
-        z = _tanh(z * inner)
+        z = tanh(z * inner)
     z = z * outer
     if MASKED:
         z = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), z, float("-inf"))
@@ -105,8 +33,8 @@ def _forward_step(
     safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
     p = tl.exp2(z - safe_m[:, None])
     shrink = tl.exp2(m - safe_m)
-    v = _tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
-    acc = acc * shrink[:, None] + _dot(_narrow(p, v.dtype, UPCAST), v, UPCAST)
+    v = load_tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
+    acc = acc * shrink[:, None] + dot(narrow(p, v.dtype, UPCAST), v, UPCAST)
     return acc, new_m, total * shrink + tl.sum(p, 1)
 
 
@@ -124,8 +52,8 @@ def _forward_kernel(
     row = first + tl.arange(0, BM)
     start = tl.load(start_ptr + row, mask=row < T, other=0)
     end = tl.load(end_ptr + row, mask=row < T, other=0)
-    low, left, full, right = _plan(start_ptr, end_ptr, first, T, BM, BN)
-    q = _tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)
+    low, left, full, right = plan_steps(start_ptr, end_ptr, first, T, BM, BN)
+    q = load_tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)
     k_base, v_base = k_ptr + b * k_b + (h // G) * k_h, v_ptr + b * v_b + (h // G) * v_h
     acc = tl.zeros((BM, BLOCK_DV), tl.float32)
     m = tl.full((BM,), float("-inf"), tl.float32)
@@ -136,7 +64,7 @@ def _forward_kernel(
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False,
         )  # fmt: skip
     for i in range(0, left + right):
-        at = _masked_step(i, low, left, full, BN)
+        at = masked_step(i, low, left, full, BN)
         acc, m, total = _forward_step(
             acc, m, total, q, k_base, v_base, k_t, v_t, at, start, end, S, inner, outer,
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True,
@@ -152,7 +80,7 @@ def _forward_kernel(
     total = tl.where(empty, 1.0, total)
     out = acc / total[:, None]
     lse = tl.where(empty, float("-inf"), m + tl.log2(total))
-    _store_tile(out_ptr + (b * T * H + h) * DV, first, H * DV, out, T, BM, DV, BLOCK_DV, UPCAST)
+    store_tile(out_ptr + (b * T * H + h) * DV, first, H * DV, out, T, BM, DV, BLOCK_DV, UPCAST)
     tl.store(lse_ptr + (b * H + h) * T + row, lse, mask=row < T)
 
 
@@ -163,18 +91,18 @@ def _queries_step(
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     key = at + tl.arange(0, BN)
-    k = _tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
-    z = _dot(q, tl.trans(k), UPCAST)
+    k = load_tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
+    z = dot(q, tl.trans(k), UPCAST)
     if CAPPED:
-        z = _tanh(z * inner)
+        z = tanh(z * inner)
     p = tl.exp2(z * outer - lse[:, None])
     if MASKED:
         p = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
-    v = _tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
-    dz = p * (_dot(d_out, tl.trans(v), UPCAST) - delta[:, None])
+    v = load_tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
+    dz = p * (dot(d_out, tl.trans(v), UPCAST) - delta[:, None])
     if CAPPED:
         dz = dz * (1.0 - z * z)
-    return dq + _dot(_narrow(dz, k.dtype, UPCAST), k, UPCAST)
+    return dq + dot(narrow(dz, k.dtype, UPCAST), k, UPCAST)
 
 
 @triton.jit
@@ -191,9 +119,9 @@ def _queries_kernel(
     row = first + tl.arange(0, BM)
     start = tl.load(start_ptr + row, mask=row < T, other=0)
     end = tl.load(end_ptr + row, mask=row < T, other=0)
-    low, left, full, right = _plan(start_ptr, end_ptr, first, T, BM, BN)
-    d_out = _tile(d_out_ptr + b * g_b + h * g_h, first, g_t, T, BM, DV, BLOCK_DV)
-    out = _tile(out_ptr + (b * T * H + h) * DV, first, H * DV, T, BM, DV, BLOCK_DV)
+    low, left, full, right = plan_steps(start_ptr, end_ptr, first, T, BM, BN)
+    d_out = load_tile(d_out_ptr + b * g_b + h * g_h, first, g_t, T, BM, DV, BLOCK_DV)
+    out = load_tile(out_ptr + (b * T * H + h) * DV, first, H * DV, T, BM, DV, BLOCK_DV)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     at_row = (b * H + h) * T + row
     if HAS_D_LSE:
@@ -202,7 +130,7 @@ def _queries_kernel(
     tl.store(delta_ptr + at_row, delta, mask=row < T)
     lse = tl.load(lse_ptr + at_row, mask=row < T, other=0.0)
     lse = tl.where(start < end, lse, float("inf"))  # exp2(z − ∞) = 0: what a query without keys sends back
-    q = _tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)
+    q = load_tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)
     k_base, v_base = k_ptr + b * k_b + (h // G) * k_h, v_ptr + b * v_b + (h // G) * v_h
     dq = tl.zeros((BM, BLOCK_D), tl.float32)
     for i in range(0, full):
@@ -211,12 +139,12 @@ def _queries_kernel(
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False,
         )  # fmt: skip
     for i in range(0, left + right):
-        at = _masked_step(i, low, left, full, BN)
+        at = masked_step(i, low, left, full, BN)
         dq = _queries_step(
             dq, q, d_out, lse, delta, k_base, v_base, k_t, v_t, at, start, end, S, inner, outer,
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True,
         )  # fmt: skip
-    _store_tile(dq_ptr + (b * T * H + h) * D, first, H * D, dq * scale, T, BM, D, BLOCK_D, UPCAST)
+    store_tile(dq_ptr + (b * T * H + h) * D, first, H * D, dq * scale, T, BM, D, BLOCK_D, UPCAST)
 
 
 @triton.jit
@@ -226,21 +154,21 @@ def _keys_step(
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = at + tl.arange(0, BM)
-    q = _tile(q_base, at, q_stride, T, BM, D, BLOCK_D)
+    q = load_tile(q_base, at, q_stride, T, BM, D, BLOCK_D)
     lse = tl.load(lse_base + row, mask=row < T, other=0.0)
     delta = tl.load(delta_base + row, mask=row < T, other=0.0)
-    z = _dot(k, tl.trans(q), UPCAST)  # transposed throughout: [keys, queries]
+    z = dot(k, tl.trans(q), UPCAST)  # transposed throughout: [keys, queries]
     if CAPPED:
-        z = _tanh(z * inner)
+        z = tanh(z * inner)
     p = tl.exp2(z * outer - lse[None, :])
     if MASKED:
         p = tl.where((row[None, :] >= start[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
-    d_out = _tile(d_out_base, at, g_stride, T, BM, DV, BLOCK_DV)
-    dv += _dot(_narrow(p, d_out.dtype, UPCAST), d_out, UPCAST)
-    dz = p * (_dot(v, tl.trans(d_out), UPCAST) - delta[None, :])
+    d_out = load_tile(d_out_base, at, g_stride, T, BM, DV, BLOCK_DV)
+    dv += dot(narrow(p, d_out.dtype, UPCAST), d_out, UPCAST)
+    dz = p * (dot(v, tl.trans(d_out), UPCAST) - delta[None, :])
     if CAPPED:
         dz = dz * (1.0 - z * z)
-    return dk + _dot(_narrow(dz, q.dtype, UPCAST), q, UPCAST), dv
+    return dk + dot(narrow(dz, q.dtype, UPCAST), q, UPCAST), dv
 
 
 @triton.jit
@@ -258,9 +186,9 @@ def _keys_kernel(
     key = first + tl.arange(0, BN)
     start = tl.load(start_ptr + key, mask=key < S, other=0)
     end = tl.load(end_ptr + key, mask=key < S, other=0)
-    low, left, full, right = _plan(start_ptr, end_ptr, first, S, BN, BM)
-    k = _tile(k_ptr + b * k_b + own * k_h, first, k_t, S, BN, D, BLOCK_D)
-    v = _tile(v_ptr + b * v_b + own * v_h, first, v_t, S, BN, DV, BLOCK_DV)
+    low, left, full, right = plan_steps(start_ptr, end_ptr, first, S, BN, BM)
+    k = load_tile(k_ptr + b * k_b + own * k_h, first, k_t, S, BN, D, BLOCK_D)
+    v = load_tile(v_ptr + b * v_b + own * v_h, first, v_t, S, BN, DV, BLOCK_DV)
     dk = tl.zeros((BN, BLOCK_D), tl.float32)
     dv = tl.zeros((BN, BLOCK_DV), tl.float32)
     for g in range(0, G):
@@ -273,13 +201,13 @@ def _keys_kernel(
                 inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False,
             )  # fmt: skip
         for i in range(0, left + right):
-            at = _masked_step(i, low, left, full, BM)
+            at = masked_step(i, low, left, full, BM)
             dk, dv = _keys_step(
                 dk, dv, k, v, q_base, d_out_base, lse_base, delta_base, q_t, g_t, at, start, end, T,
                 inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True,
             )  # fmt: skip
-    _store_tile(dk_ptr + (b * S * K + own) * D, first, K * D, dk * scale, S, BN, D, BLOCK_D, UPCAST)
-    _store_tile(dv_ptr + (b * S * K + own) * DV, first, K * DV, dv, S, BN, DV, BLOCK_DV, UPCAST)
+    store_tile(dk_ptr + (b * S * K + own) * D, first, K * D, dk * scale, S, BN, D, BLOCK_D, UPCAST)
+    store_tile(dv_ptr + (b * S * K + own) * DV, first, K * DV, dv, S, BN, DV, BLOCK_DV, UPCAST)
 
 
 class Config(NamedTuple):
