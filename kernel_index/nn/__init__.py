@@ -1,16 +1,31 @@
 """Layers and blocks that call the kernels through their public functions; no kernel logic lives here."""
 
 from kernel_index.nn.attention import Attention
-from kernel_index.nn.block import TransformerBlock
+from kernel_index.nn.block import BlockBranch, HybridBlock, TransformerBlock
+from kernel_index.nn.experts import Experts, Router, Routing
 from kernel_index.nn.hyper_connections import HyperConnectedBlocks, HyperConnections
-from kernel_index.nn.mlp import SquaredReLUMLP
-from kernel_index.nn.residual import ResidualRMSNorm
+from kernel_index.nn.mla import MLA, PagedLatentCache
+from kernel_index.nn.mlp import SquaredReLUMLP, SwiGLUMLP
+from kernel_index.nn.residual import Branch, ResidualRMSNorm
+from kernel_index.nn.state_space import Mamba2, MixerState, chunked_scan
 
 __all__ = [
+    "MLA",
     "Attention",
+    "BlockBranch",
+    "Branch",
+    "Experts",
+    "HybridBlock",
     "HyperConnectedBlocks",
     "HyperConnections",
+    "Mamba2",
+    "MixerState",
+    "PagedLatentCache",
     "ResidualRMSNorm",
+    "Router",
+    "Routing",
     "SquaredReLUMLP",
+    "SwiGLUMLP",
     "TransformerBlock",
+    "chunked_scan",
 ]

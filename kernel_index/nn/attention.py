@@ -32,6 +32,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.rope_dim = head_dim
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
@@ -43,10 +44,10 @@ class Attention(nn.Module):
         cache: dict[str, Any] | None = None,
     ) -> Branch:
         """``cache`` holds this layer's arguments from ``KVCache.layer``; the mask is then what the cache holds."""
-        B, T, _ = x_BTC.shape
-        q_BTHD = self.q(x_BTC).view(B, T, self.heads, self.head_dim)
-        k_BTKD = self.k(x_BTC).view(B, T, self.kv_heads, self.head_dim)
-        v_BTKD = self.v(x_BTC).view(B, T, self.kv_heads, self.head_dim)
+        B, T, _ = x_BTC.shape  # heads are not named: a process of a tensor-parallel group has only some of them
+        q_BTHD = self.q(x_BTC).view(B, T, -1, self.head_dim)
+        k_BTKD = self.k(x_BTC).view(B, T, -1, self.head_dim)
+        v_BTKD = self.v(x_BTC).view(B, T, -1, self.head_dim)
         q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
         if cache is not None:
             out_BTHD = ki.fa4_kvcache_decode(q_BTHD, k=k_BTKD, v=v_BTKD, window_size=(self.window, 0), **cache)

@@ -1,40 +1,78 @@
-"""A pre-norm transformer block whose residual updates are fused into the norms that follow them."""
+"""Pre-norm blocks whose residual updates are fused into the norms that follow them."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index.nn.attention import Attention
-from kernel_index.nn.mlp import SquaredReLUMLP
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
 
 
-class TransformerBlock(nn.Module):
-    """Mixer, then MLP.  A block receives the stream and the branch that the block before it has not yet added.
+class HybridBlock(nn.Module):
+    """A mixer, a feed-forward layer, or both.  A block receives the stream and the branch that is not yet added to it.
 
     Args:
-        mixer: maps (normed [B, T, C], mask, rope tables) to a ``Branch``.
-        mlp: maps normed [B, T, C] to a ``Branch``.
         dim: channels C.
-        dropout: residual dropout of both branches.
+        mixer: maps (normed [B, T, C], mask, rope tables, and a cache if there is one) to a ``Branch``; or None.
+        mlp: maps normed [B, T, C] to a ``Branch``; or None.
+        dropout: residual dropout of every branch.
+        fp32_residual: keep the stream in float32 whatever the branches are computed in.
     """
 
-    def __init__(self, mixer: Attention, mlp: SquaredReLUMLP, dim: int, *, dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mixer: nn.Module | None = None,
+        mlp: nn.Module | None = None,
+        dropout: float = 0.0,
+        fp32_residual: bool = True,
+    ):
         super().__init__()
-        self.mixer, self.mlp = mixer, mlp
-        self.before_mixer = ResidualRMSNorm(dim, dropout=dropout)
-        self.before_mlp = ResidualRMSNorm(dim, dropout=dropout)
+        if mixer is None and mlp is None:
+            raise ValueError("mixer must be given where mlp is not, got None")
+        self.mixer, self.mlp, self.dropout = mixer, mlp, dropout
+        boundary = {"dropout": dropout, "fp32_residual": fp32_residual}
+        self.before_mixer = None if mixer is None else ResidualRMSNorm(dim, **boundary)
+        self.before_mlp = None if mlp is None else ResidualRMSNorm(dim, **boundary)
 
     def forward(
         self,
         stream: Tensor,
         branch: Branch | None,
-        mask: "ki.MaskContract | None",
-        rope: tuple[Tensor, Tensor],
-        cache: dict[str, Any] | None = None,
+        mask: "ki.MaskContract | None" = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: Any = None,
     ) -> tuple[Tensor, Branch]:
-        stream, normed = self.before_mixer(stream, branch)
-        mixed = self.mixer(normed, mask, rope) if cache is None else self.mixer(normed, mask, rope, cache)
-        stream, normed = self.before_mlp(stream, mixed)
-        return stream, self.mlp(normed)
+        if self.before_mixer is not None and self.mixer is not None:
+            stream, normed = self.before_mixer(stream, branch)
+            branch = self.mixer(normed, mask, rope) if cache is None else self.mixer(normed, mask, rope, cache)
+        if self.before_mlp is not None and self.mlp is not None:
+            stream, normed = self.before_mlp(stream, branch)
+            branch = self.mlp(normed)
+        assert branch is not None
+        return stream, branch
+
+
+class TransformerBlock(HybridBlock):
+    """Mixer, then MLP: a ``HybridBlock`` with both."""
+
+    def __init__(
+        self, mixer: nn.Module, mlp: nn.Module, dim: int, *, dropout: float = 0.0, fp32_residual: bool = True
+    ):
+        super().__init__(dim, mixer=mixer, mlp=mlp, dropout=dropout, fp32_residual=fp32_residual)
+
+
+class BlockBranch(nn.Module):
+    """A block as one branch, for ``HyperConnections``: what it would add to the stream [B, T, C] that it reads."""
+
+    def __init__(self, block: HybridBlock):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x_BTC: Tensor, *args: Any, **kwargs: Any) -> Branch:
+        stream, (out, bias) = self.block(x_BTC, None, *args, **kwargs)
+        dropout = self.block.dropout if self.training else 0.0
+        if stream is x_BTC and dropout == 0.0:
+            return out, bias
+        return ki.fused_bias_dropout_add(out, stream - x_BTC, bias=bias, p=dropout, training=self.training), None

@@ -33,3 +33,30 @@ class SquaredReLUMLP(nn.Module):
 
     def _second_half(self, h_BTF: Tensor) -> Tensor:
         return self.down(ki.fused_relu_squared(h_BTF))
+
+
+class SwiGLUMLP(nn.Module):
+    """``down(silu(gate) · value)`` with ``gate, value = up(x)``, without biases.
+
+    Args:
+        dim: channels C.
+        hidden: width of gate and of value.
+    """
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Branch:
+        return self.down(swiglu(self.up(x_BTC))), None
+
+
+def swiglu(h_F: Tensor) -> Tensor:
+    """``silu(gate) · value`` over the two halves of the last dimension."""
+    gate, value = h_F.chunk(2, -1)
+    return nn.functional.silu(gate) * value
+
+
+MLPS: dict[str, type[SquaredReLUMLP] | type[SwiGLUMLP]] = {"relu2": SquaredReLUMLP, "swiglu": SwiGLUMLP}
+"""The activations that are known, each with its dense layer."""

@@ -1,0 +1,129 @@
+"""Multi-head latent attention: keys and values of all heads come out of one small latent per token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernel_index as ki
+from kernel_index.nn.residual import Branch
+
+
+class MLA(nn.Module):
+    """Causal self-attention whose cache holds ``latent + rope`` numbers per token instead of ``2·H·D``.
+
+    ``latent = rmsnorm(down(x))``; keys and values are ``up(latent)``, and each key has ``rope`` rotated channels more,
+    one set for all heads.  Without a cache they are expanded and attended to; with one, ``up`` is absorbed into the
+    query and into the result, so that attention runs over the latents themselves, as if there were one key head.
+
+    Args:
+        dim: channels C of the stream.
+        heads: H.
+        head_dim: channels D of a head's key without position, and of its value.
+        rope: rotated channels R of a query and a key; even.
+        latent: channels L of the latent.
+        fused: project through ``ki.fused_mla_projection``, which recomputes the latent in backward.
+        eps: of the latent's norm.
+
+    Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1.
+    """
+
+    window: int | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        rope: int,
+        latent: int,
+        fused: bool = False,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        if rope < 2 or rope % 2:
+            raise ValueError(f"rope must be a positive even number of channels, got {rope}")
+        self.heads, self.head_dim, self.rope_dim, self.latent = heads, head_dim, rope, latent
+        self.fused, self.eps = fused, eps
+        self.q = nn.Linear(dim, heads * (rope + head_dim), bias=False)
+        self.k_rope = nn.Linear(dim, rope, bias=False)
+        self.down = nn.Linear(dim, latent, bias=False)
+        self.norm = nn.Parameter(torch.ones(latent))
+        self.up = nn.Linear(latent, heads * 2 * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        mask: "ki.MaskContract | None",
+        rope: tuple[Tensor, Tensor],
+        cache: dict[str, Any] | None = None,
+    ) -> Branch:
+        """``cache`` holds this layer's arguments from a ``PagedLatentCache``; the mask is then what the cache holds."""
+        B, T, _ = x_BTC.shape
+        q_BTHD = self.q(x_BTC).view(B, T, self.heads, -1)
+        q_rope, q_BTHN = q_BTHD.split([self.rope_dim, self.head_dim], -1)
+        q_rope, k_rope = ki.fused_rope_qk(q_rope, self.k_rope(x_BTC).view(B, T, 1, -1), *rope)
+        if cache is not None:
+            out = self._absorbed(x_BTC, q_rope, q_BTHN, k_rope, cache)
+        elif mask is not None:
+            k_BTHN, v_BTHD = self._project(x_BTC).view(B, T, self.heads, -1).chunk(2, -1)
+            k_BTHD = torch.cat([k_rope.expand(-1, -1, self.heads, -1).to(k_BTHN.dtype), k_BTHN], -1)
+            out = ki.attention(torch.cat([q_rope, q_BTHN], -1), k_BTHD, v_BTHD, mask)
+        else:
+            raise ValueError("mask must be given where no cache is, got None")
+        return self.out(out.reshape(B, T, -1)), None
+
+    def _project(self, x_BTC: Tensor) -> Tensor:
+        if self.fused:
+            return ki.fused_mla_projection(x_BTC, self.down.weight, self.up.weight, self.norm, eps=self.eps)
+        return self.up(self._latent(x_BTC))
+
+    def _latent(self, x_BTC: Tensor) -> Tensor:
+        return nn.functional.rms_norm(self.down(x_BTC), self.norm.shape, self.norm, self.eps)
+
+    def _absorbed(
+        self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: dict[str, Any]
+    ) -> Tensor:
+        """``q·(U_k·c) = (U_kᵀ·q)·c`` and ``Σ p·(U_v·c) = U_v·(Σ p·c)``: one key head, the row ``[c, k_rope]``."""
+        up_HDL = self.up.weight.view(self.heads, 2 * self.head_dim, self.latent)
+        k_HNL, v_HDL = up_HDL.split(self.head_dim, 1)
+        row_BT1W = torch.cat([self._latent(x_BTC).unsqueeze(2), k_rope], -1)
+        q_BTHL = torch.einsum("bthn,hnl->bthl", q_BTHN, k_HNL)
+        scale = (row_BT1W.shape[-1] / (self.rope_dim + self.head_dim)) ** 0.5  # undoes the decode's 1/√(L + R)
+        q_BTHW = torch.cat([q_BTHL, q_rope.to(q_BTHL.dtype)], -1) * scale
+        out_BTHL = ki.fa4_kvcache_decode(q_BTHW, k=row_BT1W, v=row_BT1W, **cache)[..., : self.latent]
+        return torch.einsum("bthl,hdl->bthd", out_BTHL, v_HDL)
+
+    def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
+        return mask
+
+
+class PagedLatentCache(ki.PagedKVCache):
+    """Pages of the rows ``[latent, rotated key]`` of ``MLA`` layers: keys and values are the same memory.
+
+    Args:
+        layers, pages, page_size: as of ``PagedKVCache``.
+        width: L + R.
+        dtype: of the rows.
+        device: where they are.
+
+    >>> import torch
+    >>> cache = PagedLatentCache(1, 4, 16, 40)
+    >>> cache.k.data_ptr() == cache.v.data_ptr()
+    True
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        pages: int,
+        page_size: int,
+        width: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__(layers, pages, page_size, 1, width, dtype=dtype, device=device)
+        self.v = self.k

@@ -1,0 +1,254 @@
+"""The Mamba-2 mixer: a gated linear recurrence, computed in chunks, that starts anew with every document."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kernel_index as ki
+from kernel_index.nn.residual import Branch
+
+
+class Scanned(NamedTuple):
+    """``y`` [B, T, H, P] and the state after the last token [B, H, P, N], both float32 at least."""
+
+    y: Tensor
+    state: Tensor
+
+
+def chunked_scan(
+    x_BTHP: Tensor,
+    log_a_BTH: Tensor,
+    b_BTGN: Tensor,
+    c_BTGN: Tensor,
+    *,
+    segments: Tensor | None = None,
+    state: Tensor | None = None,
+    chunk: int = 64,
+) -> Scanned:
+    """The recurrence ``h_t = exp(log_a_t)·h_{t−1} + x_t ⊗ b_t``, ``y_t = h_t·c_t``, as products of matrices.
+
+    Inside a chunk ``y_t = Σ_{s ≤ t} exp(Σ_{s<r≤t} log_a_r)·(c_t·b_s)·x_s``; what a chunk leaves behind is carried to
+    the later ones in the same way.  Everything is float32 at least, also under autocast.  Where ``segments`` changes,
+    h starts from zero: the factor between two segments is exactly 0.
+
+    Args:
+        x_BTHP: inputs [B, T, H, P].
+        log_a_BTH: [B, T, H], not positive.
+        b_BTGN, c_BTGN: [B, T, G, N]; heads h of group ``h // (H/G)`` share them.
+        segments: int [B or 1, T], non-decreasing; None for one segment.
+        state: h before the first token, [B, H, P, N]; None for zeros.  It belongs to the first token's segment.
+        chunk: tokens of a chunk.
+
+    Source: Dao and Gu, "Transformers are SSMs", 2024, section 6.
+
+    >>> import torch
+    >>> x, log_a, one = torch.ones(1, 3, 1, 1), torch.full((1, 3, 1), 0.5).log(), torch.ones(1, 3, 1, 1)
+    >>> chunked_scan(x, log_a, one, one).y.flatten()
+    tensor([1.0000, 1.5000, 1.7500])
+    >>> chunked_scan(x, log_a, one, one, segments=torch.tensor([[0, 1, 1]])).y.flatten()
+    tensor([1.0000, 1.0000, 1.5000])
+    """
+    with torch.autocast(x_BTHP.device.type, enabled=False):
+        wide = torch.promote_types(x_BTHP.dtype, torch.float32)
+        T, heads = x_BTHP.shape[1:3]
+        size = min(chunk, T)
+        pad = -T % size
+        # A padding token neither fades the state (log_a 0) nor adds to it (x 0), and stands in the last segment.
+        x, log_a, b, c = (_chunks(t.to(wide), size, pad) for t in (x_BTHP, log_a_BTH, b_BTGN, c_BTGN))
+        b, c = (t.repeat_interleave(heads // t.shape[2], 2) for t in (b, c))  # all [B, chunks, H, size, ·]
+        sums = log_a.squeeze(-1).cumsum(-1)
+        same = None if segments is None else _Same(_segment_chunks(segments, size, pad))
+        within = _decays(sums[..., :, None] - sums[..., None, :], None if same is None else same.tokens)
+        y = ((c @ b.transpose(-1, -2)) * within) @ x
+        left = (sums[..., -1:] - sums).exp()
+        left = left if same is None else left * same.to_end
+        added = (x * left[..., None]).transpose(-1, -2) @ b  # what each chunk leaves behind, [B, chunks, H, P, N]
+        before, last = _carry(added, sums[..., -1], state, same)
+        reach = sums.exp() if same is None else sums.exp() * same.from_start
+        y = y + (c * reach[..., None]) @ before.transpose(-1, -2)
+        return Scanned(y.transpose(2, 3).flatten(1, 2)[:, :T], last)
+
+
+def _chunks(t: Tensor, size: int, pad: int) -> Tensor:
+    """[B, T, H(, D)] to [B, chunks, H, size, D]."""
+    t = t if t.ndim == 4 else t.unsqueeze(-1)
+    t = nn.functional.pad(t, (0, 0, 0, 0, 0, pad))
+    return t.unflatten(1, (-1, size)).transpose(2, 3)
+
+
+def _segment_chunks(segments: Tensor, size: int, pad: int) -> Tensor:
+    last = segments[:, -1:].expand(-1, pad)
+    return torch.cat([segments, last], 1).unflatten(1, (-1, size))
+
+
+class _Same:
+    """Which of two places stand in one segment, as masks that broadcast over heads."""
+
+    def __init__(self, at_BcQ: Tensor):
+        ends = at_BcQ[..., -1]
+        starts = torch.cat([at_BcQ[:, :1, 0], ends[:, :-1]], 1)  # the segment that reaches each chunk from before
+        self.tokens = (at_BcQ[..., :, None] == at_BcQ[..., None, :])[:, :, None]
+        self.to_end = (at_BcQ == ends[..., None])[:, :, None]
+        self.from_start = (at_BcQ == starts[..., None])[:, :, None]
+        self.chunks = (ends[:, :, None] == ends[:, None, :])[:, None]
+        self.from_first = (ends == at_BcQ[:, :1, 0])[:, None]
+
+
+def _decays(differences: Tensor, same: Tensor | None) -> Tensor:
+    """``exp`` of the lower triangle of [..., i, j]; exactly 0 above it and between segments."""
+    size = differences.shape[-1]
+    keep = torch.ones(size, size, dtype=torch.bool, device=differences.device).tril()
+    keep = keep if same is None else keep & same
+    return differences.masked_fill(~keep, -torch.inf).exp()
+
+
+def _carry(added: Tensor, totals_BcH: Tensor, state: Tensor | None, same: _Same | None) -> tuple[Tensor, Tensor]:
+    """The state before each chunk [B, chunks, H, P, N], and the one after the last."""
+    sums_BHc = totals_BcH.transpose(1, 2).cumsum(-1)
+    between = _decays(sums_BHc[..., :, None] - sums_BHc[..., None, :], None if same is None else same.chunks)
+    after = torch.einsum("bhij,bjhpn->bihpn", between, added)
+    first = torch.zeros_like(after[:, :1]) if state is None else state.to(after.dtype)[:, None]
+    if state is not None:
+        fade = sums_BHc.exp() if same is None else sums_BHc.exp() * same.from_first
+        after = after + fade.transpose(1, 2)[..., None, None] * first
+    return torch.cat([first, after[:, :-1]], 1), after[:, -1]
+
+
+def segments_of(mask: "ki.MaskContract | None") -> Tensor | None:
+    """The number of each token's document in its row, int64 [B or 1, T]; None where the mask tells of no documents."""
+    ids = None if mask is None else mask.doc_rows
+    if ids is None:
+        return None
+    return nn.functional.pad((ids[:, 1:] != ids[:, :-1]).long().cumsum(-1), (1, 0))
+
+
+@dataclass
+class MixerState:
+    """What a ``Mamba2`` layer remembers of its rows: overwritten by every forward.
+
+    ``conv``: [B, width − 1, channels], the latest inputs of the convolution.  ``scan``: [B, H, P, N], float32.
+    ``counts``: int64 [B], how many tokens of the step are real; None for all.
+    """
+
+    conv: Tensor
+    scan: Tensor
+    counts: Tensor | None = None
+
+
+class Mamba2(nn.Module):
+    """Mamba-2: a short causal convolution, the gated recurrence, a gated norm.  Its state does not grow with the text.
+
+    Neither the convolution nor the scan sees across a change of the mask's document ids; windows and valid counts of
+    the mask change nothing, because padding follows the text.
+
+    Args:
+        dim: channels C of the stream.
+        heads: H.
+        head_dim: P.
+        state: N, size of the state per channel.
+        groups: heads of a group share b and c.
+        width: tokens that the convolution sees.
+        chunk: tokens of a chunk of the scan.
+    """
+
+    window: int | None = None
+    rope_dim: int | None = None
+
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, *, state: int, groups: int = 1, width: int = 4, chunk: int = 64
+    ):
+        super().__init__()
+        if heads % groups:
+            raise ValueError(f"heads must be a multiple of groups ({groups}), got {heads}")
+        self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups
+        self.width, self.chunk = width, chunk
+        inner = heads * head_dim
+        self.sizes = [inner, inner + 2 * groups * state, heads]
+        self.proj = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.conv = nn.Parameter(torch.empty(width, self.sizes[1]))
+        self.log_decay = nn.Parameter(torch.empty(heads))
+        self.step_bias = nn.Parameter(torch.empty(heads))
+        self.skip = nn.Parameter(torch.ones(heads))
+        self.norm = nn.Parameter(torch.ones(inner))
+        self.out = nn.Linear(inner, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Steps from 0.001 to 0.1 and decays from 1 to 16, spread evenly over the heads."""
+        with torch.no_grad():
+            at = torch.linspace(0, 1, self.heads)
+            step = 0.001 * 100**at
+            self.step_bias.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of this is the step
+            self.log_decay.copy_(torch.log(1 + 15 * at.flip(0)))
+            nn.init.normal_(self.conv, std=self.width**-0.5)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        mask: "ki.MaskContract | None" = None,
+        rope: object = None,
+        cache: MixerState | None = None,
+    ) -> Branch:
+        gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
+        segments = segments_of(mask) if cache is None else None
+        counts = None if cache is None else cache.counts
+        previous = inputs.new_zeros(len(inputs), self.width - 1, inputs.shape[-1]) if cache is None else cache.conv
+        joined = torch.cat([previous.to(inputs.dtype), inputs], 1)
+        mixed = nn.functional.silu(self._convolve(joined, segments))
+        inner, shared = self.heads * self.head_dim, self.groups * self.state
+        x, b, c = mixed.split([inner, shared, shared], -1)
+        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim)).float()
+        b_BTGN, c_BTGN = (t.unflatten(-1, (self.groups, self.state)) for t in (b, c))
+        dt_BTH = nn.functional.softplus(step.float() + self.step_bias)
+        if counts is not None:  # padding behind a shorter prompt leaves the state as it is
+            dt_BTH = dt_BTH * (torch.arange(x.shape[1], device=x.device) < counts[:, None])[..., None]
+        log_a_BTH = -dt_BTH * self.log_decay.exp()
+        scanned = chunked_scan(
+            x_BTHP * dt_BTH[..., None],
+            log_a_BTH,
+            b_BTGN,
+            c_BTGN,
+            segments=segments,
+            state=None if cache is None else cache.scan,
+            chunk=self.chunk,
+        )
+        if cache is not None:
+            self._remember(cache, joined, scanned.state)
+        y = (scanned.y + self.skip[:, None] * x_BTHP).flatten(2) * nn.functional.silu(gate.float())
+        normed = nn.functional.rms_norm(y, self.norm.shape, self.norm, 1e-6)
+        return self.out(normed.to(x_BTC.dtype)), None
+
+    def _convolve(self, joined: Tensor, segments: Tensor | None) -> Tensor:
+        """``Σ_j w[j]·input[t − (width − 1) + j]`` over the inputs of t's own segment; a product for each j."""
+        T = joined.shape[1] - self.width + 1
+        out = self.conv[-1] * joined[:, self.width - 1 :]
+        for j in range(self.width - 1):
+            back = self.width - 1 - j
+            earlier = self.conv[j] * joined[:, j : j + T]
+            if segments is not None:
+                own = segments == nn.functional.pad(segments, (back, 0), value=-1)[:, :T]
+                earlier = torch.where(own[..., None], earlier, 0.0)
+            out = out + earlier
+        return out
+
+    def _remember(self, cache: MixerState, joined: Tensor, state: Tensor) -> None:
+        keep = self.width - 1
+        if cache.counts is None:
+            latest = joined[:, -keep:] if keep else joined[:, :0]
+        else:
+            at = cache.counts[:, None] + torch.arange(keep, device=joined.device)
+            latest = joined.gather(1, at[..., None].expand(-1, -1, joined.shape[-1]))
+        cache.conv.copy_(latest)
+        cache.scan.copy_(state)
+
+    def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
+        return mask
+
+    def new_state(self, rows: int) -> MixerState:
+        """The state before any token."""
+        like = self.proj.weight
+        conv = like.new_zeros(rows, self.width - 1, self.sizes[1])
+        return MixerState(conv, like.new_zeros(rows, self.heads, self.head_dim, self.state, dtype=torch.float32))

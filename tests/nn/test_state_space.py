@@ -1,0 +1,118 @@
+"""The chunked scan is the recurrence, nothing crosses from document to document, and decoding continues it."""
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.nn import Mamba2, chunked_scan
+from tests.nn.close import assert_as_exact_as_float32
+
+
+def operands(T, dtype=torch.float64, B=2, H=4, P=3, G=2, N=5):
+    torch.manual_seed(T)
+    x, log_a = torch.randn(B, T, H, P, dtype=dtype), -torch.rand(B, T, H, dtype=dtype)
+    b, c = torch.randn(2, B, T, G, N, dtype=dtype)
+    return [t.requires_grad_() for t in (x, log_a, b.contiguous(), c.contiguous())]
+
+
+def one_by_one(x, log_a, b, c, segments=None, state=None):
+    """The recurrence as it is written, token after token."""
+    heads = x.shape[2]
+    b, c = (t.repeat_interleave(heads // t.shape[2], 2) for t in (b, c))
+    h = torch.zeros(*x.shape[0:1], *x.shape[2:], b.shape[-1], dtype=x.dtype) if state is None else state
+    out = []
+    for t in range(x.shape[1]):
+        if segments is not None and t:
+            h = h * (segments[:, t] == segments[:, t - 1]).to(h.dtype).view(-1, 1, 1, 1)
+        h = log_a[:, t, :, None, None].exp() * h + x[:, t, :, :, None] * b[:, t, :, None]
+        out.append((h * c[:, t, :, None]).sum(-1))
+    return torch.stack(out, 1), h
+
+
+@pytest.mark.parametrize(("T", "chunk"), [(1, 4), (7, 3), (8, 4), (9, 64)])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("continued", [False, True])
+def test_scan_equals_the_recurrence_and_its_gradients(T, chunk, documents, continued):
+    args = operands(T)
+    segments = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 2, 3], [0, 1, 1, 1, 2, 3, 3, 3, 3]])[:, :T] if documents else None
+    state = torch.randn(2, 4, 3, 5, dtype=torch.float64) if continued else None
+    got = chunked_scan(*args, segments=segments, state=state, chunk=chunk)
+    expected = one_by_one(*args, segments, state)
+    upstream = [torch.randn_like(t) for t in expected]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(got, args, upstream)
+    for a, b in zip(ours, torch.autograd.grad(expected, args, upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def mixer(**changes):
+    torch.manual_seed(0)
+    return Mamba2(12, heads=4, head_dim=3, **{"state": 5, "groups": 2, "chunk": 4, **changes})
+
+
+def test_nothing_leaks_from_document_to_document():
+    """Neither through the convolution nor through the scan: not one bit, forward and backward."""
+    layer, ids = mixer(), torch.tensor([[3, 3, 3, 1, 1, 1, 1, 1, 3, 3, 3]])
+    mask = ki.MaskContract(doc_ids=ids)
+    x = torch.randn(1, 11, 12)
+    changed = x.clone()
+    changed[:, :3] = 100 * torch.randn(1, 3, 12)
+
+    def run(x):
+        x = x.clone().requires_grad_()
+        y = layer(x, mask)[0]
+        return y.detach(), torch.autograd.grad(y[:, 3:8].square().sum(), x)[0]
+
+    (y, g), (y2, _) = run(x), run(changed)
+    assert torch.equal(y[:, 3:], y2[:, 3:])
+    assert not torch.equal(y[:, :3], y2[:, :3])
+    assert not g[:, :3].any()
+    assert not g[:, 8:].any()
+    assert g[:, 3:8].abs().min() > 0
+
+
+def test_packed_documents_equal_each_alone():
+    layer = mixer().double()
+    x = torch.randn(2, 11, 12, dtype=torch.float64)
+    packed = layer(x, ki.MaskContract(doc_ids=torch.tensor([0] * 5 + [1] * 6)))[0]
+    alone = torch.cat([layer(x[:, :5])[0], layer(x[:, 5:])[0]], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_it_does_not_look_ahead():
+    layer, x = mixer(), torch.randn(1, 9, 12)
+    changed = x.clone()
+    changed[:, 5] += 1
+    a, b = layer(x)[0], layer(changed)[0]
+    assert torch.equal(a[:, :5], b[:, :5])
+    assert (a[:, 5:] != b[:, 5:]).any()
+
+
+@pytest.mark.parametrize("steps", [(9,), (4, 1, 1, 3), (1,) * 9])
+def test_decoding_continues_the_prefill(steps):
+    layer, x = mixer(), torch.randn(2, 9, 12)
+    whole, state, at = layer(x)[0], layer.new_state(2), 0
+    with torch.no_grad():
+        for n in steps:
+            y = layer(x[:, at : at + n], cache=state)[0]
+            assert_as_exact_as_float32(y, whole[:, at : at + n], layer.double()(x.double())[0][:, at : at + n])
+            layer.float()
+            at += n
+
+
+def test_padding_behind_a_shorter_prompt_leaves_no_trace():
+    layer, x = mixer(), torch.randn(2, 6, 12)
+    x[1, 2:] = 1e3  # padding of the second row
+    batch, alone = layer.new_state(2), layer.new_state(1)
+    batch.counts = torch.tensor([6, 2])
+    with torch.no_grad():
+        layer(x, cache=batch)
+        layer(x[1:, :2], cache=alone)
+    torch.testing.assert_close(batch.scan[1:], alone.scan, rtol=1e-5, atol=1e-6)
+    assert torch.equal(batch.conv[1:], alone.conv)
+
+
+def test_groups_must_divide_heads():
+    with pytest.raises(ValueError, match=r"heads must be a multiple of groups \(3\), got 4"):
+        mixer(groups=3)
