@@ -3,6 +3,9 @@
 One contract, several backends, a correct gradient, and a receipt of what really ran.
 """
 
+import importlib
+from typing import Any
+
 from kernel_index.attention.attention_validity_prefix.api import attention_validity
 from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity
 from kernel_index.attention.causal_windowing_predicate.api import WindowingPlan, can_score_tile, causal_windowing_plan
@@ -24,6 +27,11 @@ from kernel_index.mla.fused_mla_projection.api import fused_mla_projection
 from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
+from kernel_index.sparse.hierarchical_block_expansion.api import (
+    BlockSelection,
+    HierarchyPlan,
+    hierarchical_block_select,
+)
 from kernel_index.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
 from kernel_index.sparse.union_selection_query_mask.api import materialize_query_union_mask, union_selection
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
@@ -40,10 +48,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionOutput",
     "AttentionValidity",
+    "BlockSelection",
     "ContiguousKVCache",
     "ExactMaskKey",
     "Explanation",
     "GatheredPair",
+    "HierarchyPlan",
     "Ineligible",
     "MaskContract",
     "MaskKernelCache",
@@ -76,6 +86,7 @@ __all__ = [
     "fused_rope_qk",
     "gather_rows",
     "gather_rows_pair",
+    "hierarchical_block_select",
     "materialize_query_union_mask",
     "mhc_branch_input",
     "mhc_merge",
@@ -87,3 +98,10 @@ __all__ = [
     "token_log_probs",
     "union_selection",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``ki.transformers``: the integration, imported when it is first named; importing the index imports none."""
+    if name == "transformers":
+        return importlib.import_module("kernel_index.integrations.transformers")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,100 @@
+"""Rotary embedding: an attention layer's forward runs as it is, with one name in it bound to ours."""
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kernel_index as ki
+from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, agree, draw, replace_forward
+
+KIND = "rope"
+PREFIX = "apply_rotary_pos_emb"
+
+
+class Rotation(NamedTuple):
+    """How a model's function rotates: whether pairs come in interleaved, and whether some channels may pass through."""
+
+    paired: bool
+    partial: bool
+
+
+def names_in(module: nn.Module) -> tuple[str, ...]:
+    """The rotary functions that the module's forward calls, by their global names."""
+    code = getattr(type(module).forward, "__code__", None)
+    return () if code is None else tuple(n for n in code.co_names if n.startswith(PREFIX))
+
+
+def plan(name: str, module: nn.Module) -> Plan:
+    if "forward" in vars(module):
+        return Plan(Change(name, KIND, why=ALREADY))
+    forward = type(module).forward
+    ours = {}
+    for called in names_in(module):
+        original = forward.__globals__.get(called)
+        rotation = rotation_of(original)
+        if rotation is not None:
+            ours[called] = replacement(original, rotation)
+    if not ours:
+        return Plan(Change(name, KIND, why="does not rotate halves or neighbouring pairs of a head's channels"))
+    return Plan(Change(name, KIND, by="fused_rope_qk"), lambda: replace_forward(module, rebound(forward, ours)))
+
+
+def rebound(function: Callable[..., Any], names: dict[str, Any]) -> types.FunctionType:
+    """The same code with some of its global names bound to something else, for whoever holds this function."""
+    other = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    other.__kwdefaults__ = function.__kwdefaults__
+    return other
+
+
+def rotation_of(function: Any) -> Rotation | None:
+    """What the function does, found out by calling it on a few values; None if it is not ours to replace."""
+    if not callable(function) or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return None
+    for paired in (False, True):
+        if _behaves(function, paired, rotated=8):
+            return Rotation(paired, _behaves(function, paired, rotated=4))
+    return None
+
+
+def _behaves(function: Callable[..., Any], paired: bool, rotated: int) -> bool:
+    q, k = draw(1, 2, 3, 8, seed=4), draw(1, 1, 3, 8, seed=5)
+    angle = draw(1, 3, rotated // 2, seed=6)
+    cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
+    try:
+        actual = function(q, k, cos, sin)
+    except (RuntimeError, ValueError):  # it does not let channels pass through
+        return False
+    expected = _rotate(q.double(), k.double(), cos.double(), sin.double(), paired, "reference")
+    return all(agree(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """q and k are [B, heads, T, D]; cos and sin [1 or B, T, R], both halves alike."""
+    half = cos.shape[-1] // 2
+    if paired:  # the model's function takes neighbouring pairs and returns halves
+        q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
+    tables = (t[..., :half].unsqueeze(-2) for t in (cos, sin))
+    rotated = ki.fused_rope_qk(q.transpose(1, 2), k.transpose(1, 2), *tables, backend=backend)
+    return rotated.q.transpose(1, 2), rotated.k.transpose(1, 2)
+
+
+def replacement(original: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
+    """A function for the model's forward to call; another layout than its models use goes to the original."""
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, unsqueeze_dim: int = 1, **named: Any):
+        usual = not rest and unsqueeze_dim == 1 and q.ndim == 4 and cos.ndim == 3
+        if not usual or (cos.shape[-1] != q.shape[-1] and not rotation.partial):
+            return original(q, k, cos, sin, *rest, unsqueeze_dim=unsqueeze_dim, **named)
+        return _rotate(q, k, cos, sin, rotation.paired, "auto")
+
+    return rotate
