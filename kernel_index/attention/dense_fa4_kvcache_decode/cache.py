@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernel_index import checks
 from kernel_index.attention.dense_fa4_kvcache_decode.append import append
+from kernel_index.attention.dense_fa4_kvcache_decode.means import BlockMeans, Row
 
 
 @dataclass
@@ -41,22 +42,18 @@ class KVCache(ABC):
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.counters = CacheCounters()
         self._step: _Step | None = None
+        self._means: dict[int, BlockMeans] = {}  # by block size, from the first time that somebody asks
 
     @property
     def layers(self) -> int:
         return self.k.shape[0]
 
-    def layer(self, index: int) -> dict[str, Any]:
+    def layer(self, index: int) -> "CacheLayer":
         """The cache arguments of ``fa4_kvcache_decode`` for one layer of this step; counts its read and its write."""
         step = self._serve(index)
         self.counters.reads += 1
         self.counters.writes += step.tokens > 0
-        return {
-            "k_cache": self.k[index],
-            "v_cache": self.v[index],
-            "cache_seqlens": step.lengths,
-            "block_table": step.table,
-        }
+        return CacheLayer(self, index, step)
 
     def append(self, index: int, k: Tensor, v: Tensor) -> None:
         """Write one layer's k and v [B, tokens, K, D] without attending; counts a write."""
@@ -92,11 +89,13 @@ class KVCache(ABC):
     def _advance(self, tokens: list[int]) -> None:
         """Add to the lengths of the step's rows."""
 
-    def _begin(self, lengths: list[int], tokens: int, table: list[list[int]] | None) -> None:
+    def _begin(self, names: list[int], lengths: list[int], tokens: int, table: list[list[int]] | None) -> None:
         device = self.k.device
         ids = None if table is None else torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
         at = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
-        self._step = _Step(tokens, at, ids, set())
+        pages = [None] * len(names) if table is None else table
+        rows = [Row(name, n, n + tokens, p) for name, n, p in zip(names, lengths, pages, strict=True)]
+        self._step = _Step(tokens, at, ids, set(), rows)
 
     def _open(self) -> "_Step":
         if self._step is None:
@@ -118,6 +117,62 @@ class _Step:
     lengths: Tensor
     table: Tensor | None
     served: set[int]
+    rows: list[Row]
+
+
+class CacheLayer(dict[str, Any]):
+    """The arguments of ``fa4_kvcache_decode`` for one layer of one step, and what the cache's books know beside them.
+
+    >>> import torch, kernel_index as ki
+    >>> cache = ki.ContiguousKVCache(1, 1, 8, 1, 2)
+    >>> cache.begin(5)
+    >>> layer = cache.layer(0)
+    >>> sorted(layer), layer.new_tokens, layer.lengths_after
+    (['block_table', 'cache_seqlens', 'k_cache', 'v_cache'], 5, [5])
+    """
+
+    def __init__(self, cache: KVCache, index: int, step: _Step):
+        super().__init__(
+            k_cache=cache.k[index], v_cache=cache.v[index], cache_seqlens=step.lengths, block_table=step.table
+        )
+        self._cache, self._index, self._step = cache, index, step
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that the step adds to each row."""
+        return self._step.tokens
+
+    @property
+    def lengths_after(self) -> list[int]:
+        """Tokens of each row once this step's are written; known on the host, so that nothing waits for a device."""
+        return [row.after for row in self._step.rows]
+
+    def block_means(self, block_size: int) -> Tensor:
+        """The mean key of each complete block, [B, blocks, K, D], at least float32: what a router scores.
+
+        To be called when this step's keys are written.  A block is averaged once, in the step that completes it, and
+        all at the first call for a block size.  ``blocks`` is that of the longest row.
+
+        Raises:
+            ValueError: the block size is not positive, or the step has been closed.
+
+        >>> import torch, kernel_index as ki
+        >>> cache = ki.ContiguousKVCache(1, 1, 8, 1, 2)
+        >>> cache.begin(5)
+        >>> layer, k = cache.layer(0), torch.arange(10.0).view(1, 5, 1, 2)
+        >>> _ = ki.fa4_kvcache_decode(k, k=k, v=k, **layer)
+        >>> layer.block_means(2)[0, :, 0]
+        tensor([[1., 2.],
+                [5., 6.]])
+        """
+        checks.is_int("block_size", block_size, minimum=1)
+        cache = self._cache
+        if cache._step is not self._step:
+            raise ValueError("block_means must be called within the step of this layer, got a step that is over")
+        if block_size not in cache._means:
+            with torch.inference_mode(False):  # it outlives the mode that it is first asked for in
+                cache._means[block_size] = BlockMeans(cache.k, block_size, paged=self._step.table is not None)
+        return cache._means[block_size].of(self._index, self._step.rows, self._step.table)
 
 
 class ContiguousKVCache(KVCache):
@@ -165,7 +220,7 @@ class ContiguousKVCache(KVCache):
         checks.is_int("tokens", tokens, minimum=0)
         if max(self.lengths) + tokens > self.capacity:
             raise ValueError(f"tokens must be at most {self.capacity - max(self.lengths)}, the room left, got {tokens}")
-        self._begin(self.lengths, tokens, None)
+        self._begin(list(range(len(self.lengths))), self.lengths, tokens, None)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Empty the given rows, all by default, and zero them: what they held reaches nobody."""

@@ -111,6 +111,8 @@ class PagedKVCache(KVCache):
         self._sequences[copy] = _Sequence(source.length, list(used))
         for page in used:
             self._owners[page] += 1
+        for means in self._means.values():
+            means.share(sequence, copy)
         return copy
 
     def free(self, sequence: int) -> None:
@@ -118,6 +120,8 @@ class PagedKVCache(KVCache):
         for page in self._find(sequence).pages:
             self._release(page)
         del self._sequences[sequence]
+        for means in self._means.values():
+            means.forget(sequence)
         if sequence in self._stepping:
             self._step, self._stepping = None, []
 
@@ -144,7 +148,8 @@ class PagedKVCache(KVCache):
         self._zero(fresh)
         width = max((len(row.pages) for row in rows), default=0)
         self._stepping = chosen
-        self._begin([row.length for row in rows], tokens, [row.pages + [-1] * (width - len(row.pages)) for row in rows])
+        table = [row.pages + [-1] * (width - len(row.pages)) for row in rows]
+        self._begin(chosen, [row.length for row in rows], tokens, table)
 
     def gathered(self, sequence: int, layer: int) -> tuple[Tensor, Tensor]:
         """A copy of the keys and values [length, K, D] that a sequence has in one layer."""
@@ -178,6 +183,8 @@ class PagedKVCache(KVCache):
         self._zero([new])
         for pool in (self.k, self.v):
             pool[:, new, :used] = pool[:, old, :used]
+        for means in self._means.values():
+            means.values[:, new] = means.values[:, old]
         row.pages[slot] = new
         self._release(old)
         self.counters.copied += 1
