@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
@@ -17,7 +19,12 @@ class HybridBlock(nn.Module):
         mlp: maps normed [B, T, C] to a ``Branch``; or None.
         dropout: residual dropout of every branch.
         fp32_residual: keep the stream in float32 whatever the branches are computed in.
+
+    ``recompute = True`` keeps only what enters the block and computes the rest again in backward, with the same
+    dropout masks.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -44,6 +51,18 @@ class HybridBlock(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         cache: Any = None,
     ) -> tuple[Tensor, Branch]:
+        if self.recompute and cache is None and torch.is_grad_enabled():
+            return checkpoint(self._forward, stream, branch, mask, rope, None, use_reentrant=False)
+        return self._forward(stream, branch, mask, rope, cache)
+
+    def _forward(
+        self,
+        stream: Tensor,
+        branch: Branch | None,
+        mask: "ki.MaskContract | None",
+        rope: tuple[Tensor, Tensor] | None,
+        cache: Any,
+    ) -> tuple[Tensor, Branch]:
         if self.before_mixer is not None and self.mixer is not None:
             stream, normed = self.before_mixer(stream, branch)
             branch = self.mixer(normed, mask, rope) if cache is None else self.mixer(normed, mask, rope, cache)
@@ -57,9 +76,7 @@ class HybridBlock(nn.Module):
 class TransformerBlock(HybridBlock):
     """Mixer, then MLP: a ``HybridBlock`` with both."""
 
-    def __init__(
-        self, mixer: nn.Module, mlp: nn.Module, dim: int, *, dropout: float = 0.0, fp32_residual: bool = True
-    ):
+    def __init__(self, mixer: nn.Module, mlp: nn.Module, dim: int, *, dropout: float = 0.0, fp32_residual: bool = True):
         super().__init__(dim, mixer=mixer, mlp=mlp, dropout=dropout, fp32_residual=fp32_residual)
 
 

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index import checks
+from kernel_index.nn.grouped import grouped_product
 from kernel_index.nn.mlp import MLPS, swiglu
 from kernel_index.nn.residual import Branch
 
@@ -82,7 +82,7 @@ class Experts(nn.Module):
 
     Tokens are gathered in the order of their experts, multiplied in one grouped product, and gathered back, so that
     the sum over a token's experts has a fixed order and results repeat bit for bit.  No token is ever dropped.
-    ``grouped_mm`` is used on the CPU too: there it took half the time of a loop over experts, forward and backward.
+    The grouped product is used on the CPU too: there it took half the time of a loop over experts.
 
     Args:
         dim: channels C.
@@ -109,6 +109,8 @@ class Experts(nn.Module):
     ):
         super().__init__()
         checks.one_of("activation", activation, tuple(MLPS))
+        if dim % 8 or hidden % 8:
+            raise ValueError(f"dim and hidden must be multiples of 8 for the grouped product, got {dim} and {hidden}")
         self.activation, self.recompute = activation, recompute
         self.router = Router(dim, experts, topk, scores=scores)
         width = hidden if activation == "relu2" else 2 * hidden
@@ -123,11 +125,9 @@ class Experts(nn.Module):
         order_S = routing.experts.flatten().argsort(stable=True)  # slot s of the grouped product serves pick order[s]
         offsets_E = routing.load.cumsum(0).to(torch.int32)
         picked = ki.gather_rows(x_NC.to(dtype)[:, None], order_S // self.router.topk)[:, 0]
-        h_SF = grouped_mm(picked, self.up.to(dtype).transpose(1, 2), offs=offsets_E)
+        h_SF = grouped_product(picked, self.up.to(dtype), offsets_E)
         if self.recompute and torch.is_grad_enabled():
-            out_SC = checkpoint(
-                self._second_half, h_SF, offsets_E, use_reentrant=False, preserve_rng_state=False
-            )
+            out_SC = checkpoint(self._second_half, h_SF, offsets_E, use_reentrant=False, preserve_rng_state=False)
         else:
             out_SC = self._second_half(h_SF, offsets_E)
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
@@ -138,4 +138,4 @@ class Experts(nn.Module):
 
     def _second_half(self, h_SF: Tensor, offsets_E: Tensor) -> Tensor:
         active = ki.fused_relu_squared(h_SF) if self.activation == "relu2" else swiglu(h_SF)
-        return grouped_mm(active, self.down.to(active.dtype).transpose(1, 2), offs=offsets_E)
+        return grouped_product(active, self.down.to(active.dtype), offsets_E)

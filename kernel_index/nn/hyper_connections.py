@@ -1,7 +1,7 @@
 """Residual streams instead of one residual: static hyper-connections around any block."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,16 +71,21 @@ class HyperConnectedBlocks(nn.Module):
         self.layers = nn.ModuleList(HyperConnections(b, i, **options) for i, b in enumerate(blocks))
 
     def forward(self, x_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Every block gets the same further arguments."""
+        return self.run(x_BTC, [(args, kwargs)] * len(self.layers))
+
+    def run(self, x_BTC: Tensor, arguments: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> Tensor:
+        """``forward`` with further arguments ``(args, kwargs)`` of its own for every block."""
         layers = [layer for layer in self.layers if isinstance(layer, HyperConnections)]
         if not layers:
             return x_BTC
         hidden = x_BTC.unsqueeze(-2).repeat_interleave(layers[0].streams, -2)
         branch_input = ki.mhc_branch_input(hidden, layers[0].h_pre)
-        for layer, following in itertools.pairwise(layers):
+        for (layer, following), (args, kwargs) in zip(itertools.pairwise(layers), arguments, strict=False):
             out = layer.run_block(branch_input, *args, **kwargs)
             hidden, branch_input = ki.mhc_merge_and_branch_input(
                 hidden, out, layer.h_post, layer.h_res(), following.h_pre
             )
-        last = layers[-1]
+        last, (args, kwargs) = layers[-1], arguments[-1]
         hidden = ki.mhc_merge(hidden, last.run_block(branch_input, *args, **kwargs), last.h_post, last.h_res())
         return hidden.mean(-2)

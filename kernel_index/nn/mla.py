@@ -83,9 +83,7 @@ class MLA(nn.Module):
     def _latent(self, x_BTC: Tensor) -> Tensor:
         return nn.functional.rms_norm(self.down(x_BTC), self.norm.shape, self.norm, self.eps)
 
-    def _absorbed(
-        self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: dict[str, Any]
-    ) -> Tensor:
+    def _absorbed(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: dict[str, Any]) -> Tensor:
         """``q·(U_k·c) = (U_kᵀ·q)·c`` and ``Σ p·(U_v·c) = U_v·(Σ p·c)``: one key head, the row ``[c, k_rope]``."""
         up_HDL = self.up.weight.view(self.heads, 2 * self.head_dim, self.latent)
         k_HNL, v_HDL = up_HDL.split(self.head_dim, 1)

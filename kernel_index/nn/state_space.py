@@ -1,6 +1,5 @@
 """The Mamba-2 mixer: a gated linear recurrence, computed in chunks, that starts anew with every document."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -10,7 +10,7 @@ from tests.nn.close import assert_as_exact_as_float32
 
 def layer(**changes):
     torch.manual_seed(1)
-    return Experts(8, 16, **{"experts": 5, "topk": 2, **changes})
+    return Experts(8, **{"hidden": 16, "experts": 5, "topk": 2, **changes})
 
 
 def plain(module, x):
@@ -113,6 +113,7 @@ def test_a_recomputed_forward_counts_once():
     ("changes", "message"),
     [
         ({"activation": "gelu"}, "activation must be one of 'relu2', 'swiglu', got 'gelu'"),
+        ({"hidden": 12}, "dim and hidden must be multiples of 8 for the grouped product, got 8 and 12"),
         ({"scores": "tanh"}, "scores must be one of"),
         ({"topk": 6}, r"topk must be at most the number of experts \(5\), got 6"),
     ],
