@@ -68,6 +68,17 @@ def threshold_and_scale(p: float, device: torch.device) -> tuple[Tensor, Tensor]
     return (drop * 2.0**32).round().to(torch.int64), (1.0 - drop).clamp_min(2.0**-53).reciprocal()
 
 
+def _number(seed: int, device: torch.device) -> Tensor:
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+# Inductor folds a seed that it can see into the rounds, and inlines rounds that read nothing into one another: the
+# code doubles with each of the ten, and takes minutes to write.  An op that it cannot look into keeps them apart.
+torch.library.define("kernel_index::dropout_seed", "(int seed, Device device) -> Tensor")
+torch.library.impl("kernel_index::dropout_seed", "CompositeExplicitAutograd", _number)
+torch.library.register_fake("kernel_index::dropout_seed", _number)
+
+
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The seed as an int64 scalar tensor; None draws one from the device's default generator."""
     if seed is None:
@@ -76,4 +87,5 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return (drawn.cumsum(0) if torch.compiler.is_compiling() else drawn).view(())
     if isinstance(seed, Tensor):
         return seed.detach().reshape(())
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    number = torch.ops.kernel_index.dropout_seed.default if torch.compiler.is_compiling() else _number
+    return number(seed, device)

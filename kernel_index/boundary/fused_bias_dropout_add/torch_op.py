@@ -94,8 +94,9 @@ class _BiasDropoutAdd(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         # Inverted, it is also a copy: the caller may advance the seed in place before backward runs.
-        ctx.save_for_backward(None if seed is None else ~seed)
-        ctx.limits = threshold, scale
+        tensors = (threshold, scale) if isinstance(threshold, Tensor) else ()
+        ctx.save_for_backward(None if seed is None else ~seed, *tensors)
+        ctx.limits = None if tensors else (threshold, scale)
         ctx.dtype, ctx.backend = compute_dtype(x, residual, bias), backend
         ctx.like = x.dtype, None if bias is None else bias.dtype
         return _PASSES[backend].forward(x, residual, bias, seed, threshold, scale, ctx.dtype)
@@ -104,7 +105,8 @@ class _BiasDropoutAdd(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
             return (None,) * 7
-        (inverted,), (threshold, scale) = ctx.saved_tensors, ctx.limits
+        inverted, *tensors = ctx.saved_tensors
+        threshold, scale = ctx.limits or tensors
         # torch.compile would see the mask of backward as the mask of forward and keep that, a byte for each element;
         # through the detour it sees two masks and keeps the seed.
         seed = None if inverted is None else ~inverted
