@@ -77,7 +77,8 @@ def apply(
       ``output.logits`` is computed only when something reads it, which must be before the weights change.
     - ``experts``: squared ReLU, by ``ki.fused_relu_squared``.
     - ``attention``: by ``ki.attention`` through ``AttentionInterface``; documents, padding and windows become a
-      ``ki.MaskContract``.  A mask that it cannot express goes to PyTorch's attention, as a dense mask.
+      ``ki.MaskContract``.  A mask that it cannot express goes to PyTorch's attention, as a dense mask.  A
+      position that is padding attends to nothing: what comes out there, and a loss of it, differs.
 
     Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` do not notice them, and a
     deep copy of the model has them too.
@@ -94,7 +95,7 @@ def apply(
         TypeError: model is no ``PreTrainedModel``, or an option is no bool.
         ValueError: model is patched already.
 
-    Source: the hooks are those of Transformers 5: ``AttentionInterface``, ``AttentionMaskInterface``, ``loss_function``.
+    Source: the hooks of Transformers 5: ``AttentionInterface``, ``AttentionMaskInterface``, ``loss_function``.
 
     >>> import torch, transformers, kernel_index as ki
     >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,

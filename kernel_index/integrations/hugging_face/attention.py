@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.integrations.hugging_face.change import Change, Plan
-from kernel_index.integrations.hugging_face.masks import contract_for
+from kernel_index.integrations.hugging_face.masks import Prepared, contract_for
 
 KIND = "attention"
 NAME = "kernel_index"
@@ -71,7 +71,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    attention_mask: Prepared | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -88,11 +88,12 @@ def attention_forward(
         raise ValueError(f"dropout must be 0 for the index's attention, got {dropout}")
     if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None or isinstance(attention_mask, Tensor):
         return _as_before(module, query, key, value, attention_mask, scaling, is_causal, softcap, s_aux, kwargs)
-    mask = attention_mask
-    if mask is None:
+    if attention_mask is None:
         mask = _without_a_mask(module, query.shape[2], key.shape[2], is_causal, kwargs.get("sliding_window"))
-    heads_last = (x.transpose(1, 2) for x in (query, key, value))
-    return ki.attention(*heads_last, mask, scale=scaling, softcap=softcap or 0.0, sink=s_aux), None
+    else:
+        mask = attention_mask.contract
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return ki.attention(q, k, v, mask, scale=scaling, softcap=softcap or 0.0, sink=s_aux), None
 
 
 def _without_a_mask(

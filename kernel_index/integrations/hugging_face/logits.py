@@ -53,8 +53,8 @@ class LazyLogits(Tensor):
 
     def then(self, function: Callable[..., Tensor], args: tuple[Any, ...]) -> "LazyLogits":
         """The same with one more elementwise step."""
-        dtype = function(torch.empty(0, dtype=_plain(Tensor.dtype.__get__, self)), *args).dtype
         with torch._C.DisableTorchFunctionSubclass():
+            dtype = function(torch.empty(0, dtype=self.dtype), *args).dtype
             lazy = _wrapper(self.shape, dtype, self.device)
         vars(lazy).update(vars(self))
         lazy.steps, lazy.made = (*self.steps, (function, args)), []
@@ -77,14 +77,13 @@ class LazyLogits(Tensor):
         """The steps as one scale and one softcap, or None where they are something else."""
         scale, cap, state = 1.0, None, "scale"  # then "tanh", then "cap"
         for function, args in self.steps:
-            number = args[0] if args else None
             if function in CASTS:
                 if not _widens(function, args):
                     return None
             elif function in TANH and state == "scale":
                 state = "tanh"
             elif function not in TANH and state != "cap":
-                value = float(number) if function in TIMES else 1.0 / float(number)
+                value = float(args[0]) if function in TIMES else 1.0 / float(args[0])
                 if state == "scale":
                     scale *= value
                 else:

@@ -96,10 +96,12 @@ def causal_lm_loss(
     """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    factors = logits.factors() if isinstance(logits, LazyLogits) else None
+    rest = (labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+    if not isinstance(logits, LazyLogits):
+        return ForCausalLMLoss(logits, *rest, **kwargs)
+    factors = logits.factors()
     if factors is None or logits.shape[-1] != vocab_size:
-        plain = logits.values() if isinstance(logits, LazyLogits) else logits
-        return ForCausalLMLoss(plain, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        return ForCausalLMLoss(logits.values(), *rest, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)

@@ -1,6 +1,7 @@
 """From the mask functions of Transformers to a ``MaskContract``, exactly or not at all."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,20 @@ import kernel_index as ki
 
 ROWS = 1024
 """Queries whose row of the dense mask is compared at a time, so that it is never held whole."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contract on its way through a model's forward, with what Transformers asks of a mask that is ready."""
+
+    contract: ki.MaskContract
+    ndim = 4
+
+    def contiguous(self) -> "Prepared":
+        return self
+
+    def to(self, device: Any) -> "Prepared":
+        return Prepared(self.contract.to(device))
 
 
 class Call(NamedTuple):
@@ -44,14 +59,17 @@ def contract_for(
 ) -> Any:
     """The mask of one forward pass, in the signature that ``AttentionMaskInterface`` asks for.
 
-    A ``MaskContract`` where one says what the mask function says; else the dense mask that PyTorch's attention takes.
-    Plain causal and padded calls are recognised by their parts; any other function is evaluated along the diagonal,
-    which gives the documents, and the contract so found is compared with it everywhere before it is used.
+    A ``Prepared`` contract where one says what the mask function says; else the dense mask that PyTorch's attention
+    takes, as for a static cache, whose keys go on after the last query.  Plain causal and padded calls are recognised
+    by their parts; any other function is evaluated along the diagonal, which gives the documents, and the contract so
+    found is compared with it everywhere before it is used.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    traced = torch.compiler.is_compiling() or isinstance(q_offset, Tensor)
-    if not traced and not use_vmap:
+    if isinstance(attention_mask, Prepared):
+        return attention_mask
+    readable = not (torch.compiler.is_compiling() or isinstance(q_offset, Tensor) or use_vmap)
+    if readable and q_offset + q_length == kv_offset + kv_length:
         padding = _padding(attention_mask, kv_length, kv_offset)
         call = Call(
             batch_size,
@@ -65,9 +83,10 @@ def contract_for(
             torch.device(device),
         )
         plain = mask_function is causal_mask_function
-        found = _causal(call) if plain and padding is None else _recovered(call, compare=not plain)
+        known = plain and (padding is None or _is_one_run(padding))
+        found = ki.MaskContract() if plain and padding is None else _recovered(call, compare=not known)
         if found is not None:
-            return found
+            return Prepared(found)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -91,13 +110,9 @@ def _padding(attention_mask: Tensor | None, keys: int, k_start: int) -> Tensor |
     return None if bool(real.all()) else real
 
 
-def _offset(call: Call) -> int | None:
-    offset = call.q_start - call.k_start
-    return None if offset == call.keys - call.queries else offset
-
-
-def _causal(call: Call) -> ki.MaskContract:
-    return ki.MaskContract(q_offset=_offset(call))
+def _is_one_run(real: Tensor) -> bool:
+    """Whether the real keys of each row stand together: a hole would end a document, and is none in a causal mask."""
+    return not bool(((~real[:, :-1] & real[:, 1:]).sum(-1) + real[:, 0] > 1).any())
 
 
 def _recovered(call: Call, compare: bool) -> ki.MaskContract | None:
@@ -108,7 +123,7 @@ def _recovered(call: Call, compare: bool) -> ki.MaskContract | None:
     if call.window is not None:  # what the function says about its window is tried, then compared
         windows.append((call.window - 1, 0) if causal else (call.window, call.window))
     for window in windows:
-        found = ki.MaskContract(causal, window, doc_ids, None, _offset(call))
+        found = ki.MaskContract(causal, window, doc_ids)
         if not compare or _equals(found, call):
             return found
     return None

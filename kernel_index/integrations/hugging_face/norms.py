@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,10 @@ def _tried(module: nn.Module, eps: float, channels: int) -> Convention | str:
     return "does not compute x·rsqrt(mean(x²) + eps)·(weight or 1 + weight)"
 
 
-def forward_of(convention: Convention) -> Callable[[nn.Module, Tensor], Tensor]:
+def forward_of(convention: Convention) -> Callable[[Any, Tensor], Tensor]:
     eps, offset, widens = convention
 
-    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
         if widens and x.dtype != weight.dtype:
             x = x.to(torch.promote_types(x.dtype, weight.dtype))

@@ -35,8 +35,8 @@ def plan(name: str, module: nn.Module) -> Plan:
     ours = {}
     for called in names_in(module):
         original = forward.__globals__.get(called)
-        rotation = rotation_of(original)
-        if rotation is not None:
+        rotation = rotation_of(original) if callable(original) else None
+        if original is not None and rotation is not None:
             ours[called] = replacement(original, rotation)
     if not ours:
         return Plan(Change(name, KIND, why="does not rotate halves or neighbouring pairs of a head's channels"))
@@ -56,9 +56,9 @@ def rebound(function: Callable[..., Any], names: dict[str, Any]) -> types.Functi
     return other
 
 
-def rotation_of(function: Any) -> Rotation | None:
+def rotation_of(function: Callable[..., Any]) -> Rotation | None:
     """What the function does, found out by calling it on a few values; None if it is not ours to replace."""
-    if not callable(function) or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return None
     for paired in (False, True):
         if _behaves(function, paired, rotated=8):
