@@ -47,6 +47,7 @@ def kernel_module(name: str) -> str | None:
 def breaches(role: str, source: str) -> list[str]:
     """What a kernel folder's module of this name may not import, and does."""
     found = []
+    framework = FRAMEWORK.get(role.partition("_")[0])  # triton_backward.py is triton's too
     for name, top in imports(source):
         target = kernel_module(name)
         top_level, *rest = name.split(".")
@@ -65,7 +66,7 @@ def breaches(role: str, source: str) -> list[str]:
             found.append(f"api.py is the top of its folder: {name}")
         elif target == "cases" and role != "cases":
             found.append(f"cases are for tests: {name}")
-        elif top_level not in ("torch", "kernel_index", FRAMEWORK.get(role), *sys.stdlib_module_names):
+        elif top_level not in ("torch", "kernel_index", framework, *sys.stdlib_module_names):
             found.append(f"needs {name}")
     return found
 
@@ -107,6 +108,7 @@ RELU = "kernel_index.experts.fused_relu_squared"
         ("inductor", "import numpy as np", "needs numpy"),
         ("inductor", "import triton", "needs triton"),
         ("triton", "import triton.language as tl", None),
+        ("triton_backward", "import triton.language as tl", None),
         ("pallas", "import jax", None),
         ("contract", "import math\nimport torch\nfrom kernel_index import checks, inductor", None),
     ],

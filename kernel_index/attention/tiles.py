@@ -75,3 +75,43 @@ def plan_steps(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.co
 def masked_step(i, low, left, full, STEP: tl.constexpr):
     """Where the i-th masked step begins: the steps on the left, then those on the right of the full ones."""
     return (low + i + tl.where(i < left, 0, full)) * STEP
+
+
+@triton.jit
+def load_rows(base, offset, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows that begin ``offset`` elements, 64 bits wide, behind ``base``; zeros where none exists."""
+    column = tl.arange(0, BLOCK_D)
+    inside = exists[:, None] & (column < D)[None, :] if D < BLOCK_D else exists[:, None]
+    return tl.load(base + (offset[:, None] + column[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offset, exists, value, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
+    column = tl.arange(0, BLOCK_D)
+    inside = exists[:, None] & (column < D)[None, :] if D < BLOCK_D else exists[:, None]
+    value = narrow(value, base.dtype.element_ty, UPCAST)
+    tl.store(base + (offset[:, None] + column[None, :]), value, mask=inside)
+
+
+@triton.jit
+def count_below(list_ptr, size, a, b, c, d, CHUNK: tl.constexpr):
+    """How many of the first ``size`` entries are below each of four limits."""
+    below_a, below_b, below_c, below_d = 0, 0, 0, 0
+    for at in range(0, size, CHUNK):
+        place = at + tl.arange(0, CHUNK)
+        entry = tl.load(list_ptr + place, mask=place < size, other=2**31 - 1)
+        below_a += tl.sum((entry < a).to(tl.int32), 0)
+        below_b += tl.sum((entry < b).to(tl.int32), 0)
+        below_c += tl.sum((entry < c).to(tl.int32), 0)
+        below_d += tl.sum((entry < d).to(tl.int32), 0)
+    return below_a, below_b, below_c, below_d
+
+
+@triton.jit
+def union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Places of the union to visit: from ``begin`` on, ``left`` masked, ``full`` unmasked, ``right`` masked."""
+    low, left, full, right = plan_steps(start_ptr, end_ptr, first, T, QUERIES, BLOCK)
+    left += low
+    full += left
+    begin, left, full, end = count_below(blocks_ptr, size, low, left, full, full + right, 128)
+    return begin, left - begin, full - left, end - full

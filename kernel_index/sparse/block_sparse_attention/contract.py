@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kernel_index import checks
+from kernel_index import checks, gpu
 from kernel_index.attention.dense_attention import contract as dense
 from kernel_index.sparse.routing import num_blocks
 from kernel_index.sparse.union_selection_query_mask.contract import check_picks, check_valid
@@ -57,3 +58,18 @@ def _check_maps(selected: Tensor, query_tile_size: int, maps: Any) -> None:
     tiles = -(-queries // query_tile_size)
     checks.has_shape("maps", maps.union_sizes, (batch, tiles, groups), "of this selection's tiles, [B, tiles, G]")
     checks.has_shape("maps", maps.query_union_indices, tuple(selected.shape), "of selected's shape")
+
+
+WIDEST = 256
+
+
+def triton_why_not(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, *_: Any) -> str | None:
+    if q.shape[3] > WIDEST or v.shape[3] > WIDEST:
+        return "needs head sizes of at most 256"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "needs float32, bfloat16 or float16"
+    return gpu.why_not(q, k, v, selected)
+
+
+def triton_not_worth(q: Tensor, *_: Any) -> str | None:
+    return gpu.not_worth(q)
