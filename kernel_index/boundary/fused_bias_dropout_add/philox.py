@@ -74,7 +74,7 @@ def _number(seed: int, device: torch.device) -> Tensor:
 
 # Inductor folds a seed that it can see into the rounds, and inlines rounds that read nothing into one another: the
 # code doubles with each of the ten, and takes minutes to write.  An op that it cannot look into keeps them apart.
-torch.library.define("kernel_index::dropout_seed", "(int seed, Device device) -> Tensor")
+torch.library.define("kernel_index::dropout_seed", "(SymInt seed, Device device) -> Tensor")
 torch.library.impl("kernel_index::dropout_seed", "CompositeExplicitAutograd", _number)
 torch.library.register_fake("kernel_index::dropout_seed", _number)
 
