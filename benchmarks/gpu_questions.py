@@ -72,7 +72,7 @@ def questions(dry: bool) -> list[Question]:
         *streams_questions(dry, device, backend),
         *attention_questions(dry, device),
     ]
-    return [*found, rope_question(dry, device, backend), *more, cross_entropy(dry, device, backend)]
+    return [*found, *more, cross_entropy(dry, device, backend)]
 
 
 def cross_entropy(dry: bool, device: str, backend: dict) -> Question:
