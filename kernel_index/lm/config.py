@@ -1,18 +1,83 @@
 """What a model is made of, and the presets."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
-LAYERS = {"A": "attention followed by a squared-ReLU MLP"}
+from kernel_index.nn.mlp import MLPS
+
+LAYERS = {
+    "A": "attention, then a feed-forward layer",
+    "S": "sparse attention, then a feed-forward layer",
+    "L": "latent attention, then a feed-forward layer",
+    "M": "Mamba-2 mixer",
+    "E": "experts",
+}
 """Letters of the pattern string."""
+
+SPARSE_KINDS = ("exact_token", "moba", "clustered")
+RESIDUALS = ("fp32", "plain", "mhc")
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What the S blocks select: ``kinds`` has one entry per S block, used in turn where there are more blocks.
+
+    ``block`` tokens make a block, of which ``topk`` are chosen, the query's own included; ``tokens`` is the number that
+    exact-token attention picks with an indexer of ``index_heads`` heads of ``index_dim`` channels.
+    """
+
+    kinds: tuple[str, ...] = ("clustered",)
+    block: int = 32
+    topk: int = 4
+    tokens: int = 64
+    index_heads: int = 2
+    index_dim: int = 32
+
+    def __post_init__(self):
+        if not self.kinds or set(self.kinds) - set(SPARSE_KINDS):
+            raise ValueError(f"kinds must be made of {', '.join(SPARSE_KINDS)}, got {self.kinds}")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """L blocks: channels of the latent and of the rotated part, and whether the projection is the fused one."""
+
+    latent: int = 64
+    rope: int = 32
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """M blocks: heads of ``head_dim`` channels with a state of ``state`` each."""
+
+    heads: int = 8
+    head_dim: int = 64
+    state: int = 32
+    chunk: int = 64
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """E blocks: ``topk`` of ``count`` experts of width ``hidden`` per token, and a shared one of width ``shared``."""
+
+    count: int = 8
+    topk: int = 2
+    hidden: int = 256
+    shared: int = 0
+    scores: str = "sigmoid"
+    balance: float = 1e-3
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A byte-level language model.
+    """A language model.
 
-    ``pattern`` has one letter per block and ``windows`` one entry per block: the previous tokens that an attention
-    block sees, None for all.  The vocabulary holds the 256 bytes and one start-of-document token, padded.
+    ``pattern`` has one letter per block and ``windows`` one entry per block: the previous tokens that an A or S block
+    sees, None for all.  ``hidden`` is the width of the feed-forward layers; 0 leaves them to the E blocks.
+    ``residual`` is one stream in float32, one in the model's own dtype, or four with hyper-connections.  ``ahead`` adds
+    a head that predicts the token after the next, at ``ahead`` times the loss.  The default vocabulary holds the 256
+    bytes and one start-of-document token, padded.
     """
 
     pattern: str
@@ -28,6 +93,13 @@ class ModelConfig:
     vocab: int = 257
     padded_vocab: int = 320
     z_loss: float = 1e-4
+    residual: str = "fp32"
+    activation: str = "relu2"
+    ahead: float = 0.0
+    sparse: Sparse = field(default_factory=Sparse)
+    latent: Latent = field(default_factory=Latent)
+    state_space: StateSpace = field(default_factory=StateSpace)
+    experts: ExpertLayer = field(default_factory=ExpertLayer)
 
     def __post_init__(self):
         unknown = sorted(set(self.pattern) - set(LAYERS))
@@ -36,19 +108,41 @@ class ModelConfig:
             raise ValueError(f"pattern must be made of the letters {known}, got {self.pattern!r}")
         if len(self.windows) != len(self.pattern):
             raise ValueError(f"windows must have one entry per block ({len(self.pattern)}), got {len(self.windows)}")
+        useless = [i for i, letter in enumerate(self.pattern) if letter not in "AS" and self.windows[i] is not None]
+        if useless:
+            raise ValueError(f"windows must be None but for A and S blocks, got one for block {useless[0]}")
         if self.vocab > self.padded_vocab:
             raise ValueError(f"padded_vocab must be at least vocab ({self.vocab}), got {self.padded_vocab}")
+        for name, value, known in (("residual", self.residual, RESIDUALS), ("activation", self.activation, MLPS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+    def sparse_kind(self, block: int) -> str:
+        """The kind of the S block at this place of the pattern."""
+        return self.sparse.kinds[self.pattern[:block].count("S") % len(self.sparse.kinds)]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"model configuration must have the fields of ModelConfig, got {', '.join(unknown)}")
-        changed: dict[str, Any] = {**values, "windows": tuple(values["windows"])}
-        return cls(**changed)
+        values = {**values, "windows": tuple(values["windows"])}
+        if "sparse" in values:
+            values["sparse"] = _read(Sparse, {**values["sparse"], "kinds": tuple(values["sparse"]["kinds"])})
+        for name, part in (("latent", Latent), ("state_space", StateSpace), ("experts", ExpertLayer)):
+            if name in values:
+                values[name] = _read(part, values[name])
+        return _read(cls, values)
+
+
+Config = TypeVar("Config")
+
+
+def _read(kind: type[Config], values: dict[str, Any]) -> Config:
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"model configuration must have the fields of {kind.__name__}, got {', '.join(unknown)}")
+    return kind(**values)
 
 
 @dataclass(frozen=True)

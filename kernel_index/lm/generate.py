@@ -1,10 +1,12 @@
 """Continue a prompt with a trained model."""
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm.config import ModelConfig
@@ -24,7 +26,37 @@ def load_model(path: Path) -> LanguageModel:
     return model.eval()
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    ``temperature`` 0 takes the likeliest; ``top_k`` and ``top_p`` keep the likeliest tokens only, so many of them or
+    as many as it takes to hold that share of the probability.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token from logits [V]."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        best = torch.topk(logits.cpu(), min(self.top_k, logits.numel()))
+        p = torch.softmax(best.values / self.temperature, -1)
+        if self.top_p < 1:
+            p = torch.where(p.cumsum(-1) - p < self.top_p, p, 0.0)
+        return int(best.indices[torch.multinomial(p, 1, generator=generator)])
+
+
 def generate(
     model: LanguageModel,
     prompt: str,
@@ -32,6 +64,7 @@ def generate(
     *,
     temperature: float = 0.8,
     top_k: int = 40,
+    top_p: float = 1.0,
     seed: int = 0,
     use_cache: bool = True,
 ) -> Iterator[str]:
@@ -45,32 +78,52 @@ def generate(
         tokens: bytes to generate at most; a start-of-document token ends the text earlier.
         temperature: 0 takes the most likely byte.
         top_k: sample among this many most likely bytes.
+        top_p: sample among the most likely bytes that hold this share of the probability.
         seed: of the sampling.
-        use_cache: keep keys and values of the tokens seen, in pages; without it every step computes them anew.
+        use_cache: keep what the blocks need of the tokens seen; without it every step computes them anew.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    return (text for (text,) in generate_batch(model, [prompt], tokens, sampling, seed=seed, use_cache=use_cache))
+
+
+@torch.no_grad()
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Iterator[list[str]]:
+    """Continue prompts of any lengths together; yields the new text of each, empty once it has ended.
+
+    Row i draws from ``seed + i``: what it gets does not depend on the rows beside it, up to rounding.
     """
     if tokens < 0:
         raise ValueError(f"tokens must be at least 0, got {tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    generator = torch.Generator().manual_seed(seed)
-    history = [START, *prompt.encode()]
-    reader = _CachedReader(model) if use_cache else _PlainReader(model)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    if not prompts:
+        raise ValueError("prompts must hold at least one text, got none")
+    sampling = sampling or Sampling()
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    histories = [[START, *prompt.encode()] for prompt in prompts]
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+    reader = _CachedReader(model, len(prompts)) if use_cache else _PlainReader(model)
+    live = set(range(len(prompts)))
     for _ in range(tokens):
-        logits = reader.next_logits(history)
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            best = torch.topk(logits, min(top_k, logits.numel()))
-            picked = torch.multinomial(torch.softmax(best.values / temperature, -1), 1, generator=generator)
-            token = int(best.indices[picked])
-        if token == START:
-            break
-        history.append(token)
-        yield decoder.decode(bytes([token]))
-    yield decoder.decode(b"", final=True)
+        texts = [""] * len(prompts)
+        for row, logits in reader.next_logits({row: histories[row] for row in sorted(live)}).items():
+            token = sampling.draw(logits, generators[row])
+            if token == START:
+                live.discard(row)
+                texts[row] = decoders[row].decode(b"", final=True)
+            else:
+                histories[row].append(token)
+                texts[row] = decoders[row].decode(bytes([token]))
+        yield texts
+        if not live:
+            return
+    yield [decoders[row].decode(b"", final=True) if row in live else "" for row in range(len(prompts))]
 
 
 def window_start(count: int, context: int) -> int:
@@ -85,27 +138,48 @@ class _PlainReader:
     def __init__(self, model: LanguageModel):
         self.model = model
 
-    def next_logits(self, history: list[int]) -> torch.Tensor:
-        start = window_start(len(history), self.model.config.context)
-        return self.model.next_logits(torch.tensor(history[start:]))
+    def next_logits(self, histories: dict[int, list[int]]) -> dict[int, Tensor]:
+        context = self.model.config.context
+        return {
+            row: self.model.next_logits(torch.tensor(history[window_start(len(history), context) :]))
+            for row, history in histories.items()
+        }
 
 
 class _CachedReader:
-    """Feeds the model only what it has not seen; when the window moves, it begins with a new sequence of pages."""
+    """Feeds the model only what it has not seen; a row whose window moves begins with a new sequence."""
 
-    def __init__(self, model: LanguageModel):
-        self.model, self.start = model, 0
-        self.cache = model.new_cache(model.config.context)
-        self.sequence = self.cache.allocate()
+    def __init__(self, model: LanguageModel, rows: int):
+        self.model, self.device = model, model.head.weight.device
+        page = 16
+        self.cache = model.new_cache(rows * -(-model.config.context // page) * page, page)
+        self.starts = [0] * rows
+        self.sequences = [self.cache.allocate() for _ in range(rows)]
 
-    def next_logits(self, history: list[int]) -> torch.Tensor:
+    def next_logits(self, histories: dict[int, list[int]]) -> dict[int, Tensor]:
+        new = {row: self._unseen(row, history) for row, history in histories.items()}
+        # Rows that go on by one token do not wait, padded, for those that read a prompt.
+        found: dict[int, Tensor] = {}
+        for rows in ([r for r in new if len(new[r]) == 1], [r for r in new if len(new[r]) > 1]):
+            if rows:
+                found.update(zip(rows, self._read(rows, [new[r] for r in rows]), strict=True))
+        return found
+
+    def _unseen(self, row: int, history: list[int]) -> list[int]:
         start = window_start(len(history), self.model.config.context)
-        if start != self.start:
-            self.cache.free(self.sequence)
-            self.sequence, self.start = self.cache.allocate(), start
-        seen = self.cache.length(self.sequence)
-        new = torch.tensor([history[start + seen :]])
-        self.cache.begin([self.sequence], new.shape[1])
-        logits = self.model.decode(new, seen, self.cache)[0]
+        if start != self.starts[row]:
+            self.cache.free(self.sequences[row])
+            self.sequences[row], self.starts[row] = self.cache.allocate(), start
+        return history[start + self.cache.length(self.sequences[row]) :]
+
+    def _read(self, rows: list[int], new: list[list[int]]) -> Tensor:
+        sequences, counts = [self.sequences[row] for row in rows], [len(n) for n in new]
+        longest = max(counts)
+        ragged = None if min(counts) == longest else counts
+        self.cache.begin(sequences, longest, ragged)
+        padded = torch.tensor([n + [START] * (longest - len(n)) for n in new], device=self.device)
+        at = torch.tensor([self.cache.length(s) for s in sequences], device=self.device)
+        real = None if ragged is None else torch.tensor(counts, device=self.device)
+        logits = self.model.decode(padded, at, self.cache, real)
         self.cache.advance()
         return logits

@@ -1,48 +1,90 @@
-"""The language model: embeddings, blocks, and a loss that never holds the full logits."""
+"""The language model: embeddings, blocks by their letters, and a loss that never holds the full logits."""
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.lm.cache import ModelCache
 from kernel_index.lm.config import ModelConfig
-from kernel_index.lm.data import Batch
-from kernel_index.nn import Attention, ResidualRMSNorm, SquaredReLUMLP, TransformerBlock
+from kernel_index.lm.data import IGNORED, Batch
+from kernel_index.nn import (
+    MLA,
+    Attention,
+    BlockBranch,
+    Experts,
+    HybridBlock,
+    HyperConnectedBlocks,
+    Mamba2,
+    Mixer,
+    ResidualRMSNorm,
+    Router,
+    SquaredReLUMLP,
+    SwiGLUMLP,
+)
+from kernel_index.nn.mlp import MLPS
+
+
+def make_block(config: ModelConfig, index: int) -> HybridBlock:
+    """The block that a letter of the pattern stands for."""
+    c, letter = config, config.pattern[index]
+    mixer: Mixer | None = None
+    mlp: nn.Module | None = None
+    if letter == "A":
+        mixer = Attention(c.dim, c.heads, c.kv_heads, c.head_dim, window=c.windows[index])
+    elif letter == "L":
+        mixer = MLA(c.dim, c.heads, c.head_dim, rope=c.latent.rope, latent=c.latent.latent, fused=c.latent.fused)
+    elif letter == "M":
+        s = c.state_space
+        mixer = Mamba2(c.dim, s.heads, s.head_dim, state=s.state, chunk=s.chunk)
+    elif letter == "E":
+        e = c.experts
+        options: dict[str, Any] = {"shared": e.shared, "activation": c.activation, "scores": e.scores}
+        mlp = Experts(c.dim, e.hidden, experts=e.count, topk=e.topk, **options)
+    if letter in "ASL" and c.hidden:
+        mlp = MLPS[c.activation](c.dim, c.hidden)
+    return HybridBlock(c.dim, mixer=mixer, mlp=mlp, dropout=c.dropout, fp32_residual=c.residual != "plain")
 
 
 class LanguageModel(nn.Module):
-    """Pre-norm decoder over bytes; every fused op is called through its public function."""
+    """Pre-norm decoder over tokens; every fused op is called through its public function."""
+
+    blocks: nn.ModuleList | HyperConnectedBlocks
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        c = config
-        self.embed = nn.Embedding(c.padded_vocab, c.dim)
-        blocks = [
-            TransformerBlock(
-                Attention(c.dim, c.heads, c.kv_heads, c.head_dim, window=window),
-                SquaredReLUMLP(c.dim, c.hidden),
-                c.dim,
-                dropout=c.dropout,
-            )
-            for _, window in zip(c.pattern, c.windows, strict=True)
-        ]
-        self.blocks = nn.ModuleList(blocks)
-        self.final = ResidualRMSNorm(c.dim)
-        self.head = nn.Linear(c.dim, c.padded_vocab, bias=False)
+        self.embed = nn.Embedding(config.padded_vocab, config.dim)
+        blocks = [make_block(config, i) for i in range(len(config.pattern))]
+        if config.residual == "mhc":
+            self.blocks = HyperConnectedBlocks(BlockBranch(b) for b in blocks)
+        else:
+            self.blocks = nn.ModuleList(blocks)
+        self.final = ResidualRMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.padded_vocab, bias=False)
+        self.after_next = AfterNext(config) if config.ahead else None
         self.reset_parameters()
+
+    def hybrid_blocks(self) -> list[HybridBlock]:
+        """The blocks in the order of the pattern."""
+        return [m for m in self.blocks.modules() if isinstance(m, HybridBlock)]
+
+    def mixers(self) -> list[Mixer | None]:
+        return [block.mixer for block in self.hybrid_blocks()]
+
+    def routers(self) -> list[Router]:
+        return [m for m in self.modules() if isinstance(m, Router)]
 
     def reset_parameters(self) -> None:
         """Normal(1/√fan-in); the projections that end a branch start at zero, so that step 0 is a bigram model."""
-        branch_ends: list[Tensor] = []
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
-            if isinstance(module, TransformerBlock):
-                branch_ends += [module.mixer.out.weight, module.mlp.down.weight]
-        for weight in branch_ends:
-            nn.init.zeros_(weight)
+        for block in self.hybrid_blocks():
+            for weight in _branch_ends(block):
+                nn.init.zeros_(weight)
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.zeros_(self.head.weight)
 
@@ -52,51 +94,76 @@ class LanguageModel(nn.Module):
             causal=True, doc_ids=batch.doc_ids, validity=ki.attention_validity(valid_token_counts=batch.valid_counts)
         )
         masks: dict[int | None, ki.MaskContract] = {}  # layers with the same window share one contract
-        rope = ki.rope_tables(batch.positions, self.config.head_dim, self.config.rope_base)
-        stream, branch = self.embed(batch.tokens), None
-        for block in self.blocks:
-            assert isinstance(block, TransformerBlock)
-            window = block.mixer.window
-            if window not in masks:
-                masks[window] = block.mixer.contract(mask)
-            stream, branch = block(stream, branch, masks[window], rope)
+        for mixer in self.mixers():
+            if mixer is not None and mixer.window not in masks:
+                masks[mixer.window] = mixer.contract(mask)
+        ropes = self._rope_tables(batch.positions)
+        own = [(None, None) if m is None else (masks[m.window], ropes.get(m.rope_dim or 0)) for m in self.mixers()]
+        return self._run(batch.tokens, own)
+
+    def _rope_tables(self, positions: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        widths = dict.fromkeys(m.rope_dim for m in self.mixers() if m is not None and m.rope_dim is not None)
+        return {width: ki.rope_tables(positions, width, self.config.rope_base) for width in widths}
+
+    def _run(self, tokens: Tensor, arguments: list[tuple[Any, ...]]) -> Tensor:
+        stream = self.embed(tokens)
+        if self.config.residual == "plain" and torch.is_autocast_enabled(stream.device.type):
+            stream = stream.to(torch.get_autocast_dtype(stream.device.type))
+        branch = None
+        if isinstance(self.blocks, HyperConnectedBlocks):
+            stream = self.blocks.run(stream, [(own, {}) for own in arguments])
+        else:
+            for block, own in zip(self.blocks, arguments, strict=True):
+                stream, branch = block(stream, branch, *own)
         return self.final(stream, branch)[1]
 
     def loss(self, batch: Batch, *, reduction: str = "mean", z_loss: float | None = None) -> Tensor:
-        """Cross-entropy in nats per byte over the batch's targets (-100 is ignored)."""
-        return ki.fused_linear_cross_entropy(
-            self.hidden(batch),
-            self.head.weight,
-            batch.targets,
-            reduction=reduction,
-            z_loss=self.config.z_loss if z_loss is None else z_loss,
-            valid_vocab=self.config.vocab,
-        )
+        """Cross-entropy in nats per token over the batch's targets (-100 is ignored).
+
+        With ``config.ahead`` and ``"mean"``, while training, the loss of the token after the next is added.
+        """
+        hidden = self.hidden(batch)
+        options: dict[str, Any] = {
+            "reduction": reduction,
+            "z_loss": self.config.z_loss if z_loss is None else z_loss,
+            "valid_vocab": self.config.vocab,
+        }
+        loss = ki.fused_linear_cross_entropy(hidden, self.head.weight, batch.targets, **options)
+        if self.after_next is None or not self.training or reduction != "mean":
+            return loss
+        further = self.after_next(hidden, self.embed(batch.targets.clamp_min(0)))
+        targets = after_next_targets(batch)
+        return loss + self.config.ahead * ki.fused_linear_cross_entropy(further, self.head.weight, targets, **options)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The training loss; what ``torch.compile`` and FSDP wrap."""
+        return self.loss(batch)
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits [V] of the token that follows a prompt [T], T at most the context; everything is computed anew."""
-        hidden = self.hidden(Batch.of_prompt(tokens, self.config.context))[0, tokens.numel() - 1]
-        return self._logits(hidden)
+        batch = Batch.of_prompt(tokens, self.config.context)
+        batch = Batch(*(t.to(self.head.weight.device) for t in batch))
+        return self._logits(self.hidden(batch)[0, tokens.numel() - 1])
 
-    def decode(self, tokens: Tensor, start: int, cache: "ki.PagedKVCache") -> Tensor:
+    def decode(self, tokens: Tensor, start: int | Tensor, cache: ModelCache, counts: Tensor | None = None) -> Tensor:
         """Logits [B, V] of what follows tokens [B, T] at positions ``start …``, the new ones of the cache's step.
 
-        Each row is one document; windows are those of training.  The caller begins and advances the step.
+        Each row is one document; windows are those of training.  ``start`` may differ from row to row, [B]; where rows
+        are padded to one length, ``counts`` [B] says how many of their tokens are real.  The caller begins and advances
+        the step.
         """
-        at = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        rope = ki.rope_tables(at, self.config.head_dim, self.config.rope_base)
-        stream, branch = self.embed(tokens), None
-        for index, block in enumerate(self.blocks):
-            stream, branch = block(stream, branch, None, rope, cache.layer(index))
-        return self._logits(self.final(stream, branch)[1][:, -1])
+        new = torch.arange(tokens.shape[1], device=tokens.device)
+        at = (start[:, None] if isinstance(start, Tensor) else start) + new[None]
+        ropes = self._rope_tables(at)
+        rotated = [None if m is None else ropes.get(m.rope_dim or 0) for m in self.mixers()]
+        hidden = self._run(tokens, [(None, tables, cache.layer(i)) for i, tables in enumerate(rotated)])
+        if counts is None:
+            return self._logits(hidden[:, -1])
+        return self._logits(hidden[torch.arange(len(hidden), device=hidden.device), counts - 1])
 
-    def new_cache(self, tokens: int, page_size: int = 16) -> "ki.PagedKVCache":
-        """An empty paged cache with room for so many tokens in all."""
-        c, weight = self.config, self.head.weight
-        pages = -(-tokens // page_size)
-        return ki.PagedKVCache(
-            len(c.pattern), pages, page_size, c.kv_heads, c.head_dim, dtype=weight.dtype, device=weight.device
-        )
+    def new_cache(self, tokens: int, page_size: int = 16) -> ModelCache:
+        """Empty caches for every block, with room for so many tokens in all."""
+        return ModelCache(self.mixers(), tokens, page_size)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return (hidden.float() @ self.head.weight.float().T)[..., : self.config.vocab]
@@ -105,9 +172,70 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+class AfterNext(nn.Module):
+    """Hidden states for the token after the next, from those for the next and that token's embedding.
+
+    Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, section 2.2, with a feed-forward block.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.block = HybridBlock(config.dim, mlp=MLPS[config.activation](config.dim, config.hidden or config.dim))
+        self.final = ResidualRMSNorm(config.dim)
+
+    def forward(self, hidden_BTC: Tensor, next_BTC: Tensor) -> Tensor:
+        known = nn.functional.rms_norm(next_BTC, next_BTC.shape[-1:])
+        stream, branch = self.block(self.join(torch.cat([hidden_BTC, known.to(hidden_BTC.dtype)], -1)), None)
+        return self.final(stream, branch)[1]
+
+
+def after_next_targets(batch: Batch) -> Tensor:
+    """The targets one token further on; ignored where that is another document."""
+    same = batch.doc_ids[:, 1:] == batch.doc_ids[:, :-1]
+    return nn.functional.pad(torch.where(same, batch.targets[:, 1:], IGNORED), (0, 1), value=IGNORED)
+
+
+def _branch_ends(block: HybridBlock) -> list[Tensor]:
+    ends = [] if block.mixer is None else [block.mixer.out.weight]
+    if isinstance(block.mlp, Experts):
+        return [*ends, block.mlp.down, *([] if block.mlp.shared is None else [block.mlp.shared.down.weight])]
+    return ends if block.mlp is None else [*ends, cast(SquaredReLUMLP | SwiGLUMLP, block.mlp).down.weight]
+
+
 def flops_per_token(config: ModelConfig) -> float:
     """Training FLOPs per token: 6 per weight of every matmul, and 12·D·H per key that a query may see."""
     c = config
-    per_block = c.dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 2 * c.dim * c.hidden
-    seen = sum(min(w + 1 if w is not None else c.context, c.context / 2) for w in c.windows)
-    return 6 * (len(c.pattern) * per_block + c.dim * c.padded_vocab) + 12 * c.head_dim * c.heads * seen
+    gated = 3 if c.activation == "swiglu" else 2
+    dense = gated * c.dim * c.hidden
+    weights, seen = c.dim * c.padded_vocab * (2 if c.ahead else 1), 0.0
+    for letter, window in zip(c.pattern, c.windows, strict=True):
+        keys = min(window + 1 if window is not None else c.context, c.context / 2)
+        if letter in "AS":
+            weights += c.dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + dense
+            seen += 2 * c.head_dim * c.heads * (keys if letter == "A" else min(keys, c.sparse.topk * c.sparse.block))
+        elif letter == "L":
+            wide, latent = c.heads * c.head_dim, c.latent.latent
+            weights += c.dim * (2 * wide + (c.heads + 1) * c.latent.rope + latent) + 2 * latent * wide + dense
+            seen += c.heads * (2 * c.head_dim + c.latent.rope) * keys
+        elif letter == "M":
+            s = c.state_space
+            inner = s.heads * s.head_dim
+            weights += c.dim * (3 * inner + 2 * s.state + s.heads) + 2 * inner * s.state
+            seen += (inner + s.heads * s.state) * min(s.chunk, c.context) / 2
+        else:
+            weights += c.dim * c.experts.count + gated * c.dim * (c.experts.topk * c.experts.hidden + c.experts.shared)
+    if c.ahead:
+        weights += 2 * c.dim**2 + gated * c.dim * (c.hidden or c.dim)
+    return 6 * (weights + seen)
+
+
+def active_parameters(model: LanguageModel) -> int:
+    """Parameters that one token uses: of the experts, only those that it is sent to."""
+    e = model.config.experts
+    idle = sum(
+        (m.up.numel() + m.down.numel()) * (e.count - e.topk) // e.count
+        for m in model.modules()
+        if isinstance(m, Experts)
+    )
+    return model.parameter_count() - idle

@@ -1,16 +1,16 @@
 """Rotary grouped-query attention under one mask contract."""
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """Causal self-attention; ``window`` keeps only the nearest previous tokens.
 
     Args:
@@ -56,7 +56,3 @@ class Attention(nn.Module):
         else:
             raise ValueError("mask must be given where no cache is, got None")
         return self.out(out_BTHD.reshape(B, T, -1)), self.bias
-
-    def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
-        """The batch's mask narrowed to this layer's window.  Layers with equal windows should share the result."""
-        return mask if self.window is None else dataclasses.replace(mask, window=(self.window, 0))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
+from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
 
 
@@ -15,7 +16,7 @@ class HybridBlock(nn.Module):
 
     Args:
         dim: channels C.
-        mixer: maps (normed [B, T, C], mask, rope tables, and a cache if there is one) to a ``Branch``; or None.
+        mixer: a ``Mixer``, or None.
         mlp: maps normed [B, T, C] to a ``Branch``; or None.
         dropout: residual dropout of every branch.
         fp32_residual: keep the stream in float32 whatever the branches are computed in.
@@ -24,13 +25,14 @@ class HybridBlock(nn.Module):
     dropout masks.
     """
 
+    mixer: Mixer | None
     recompute = False
 
     def __init__(
         self,
         dim: int,
         *,
-        mixer: nn.Module | None = None,
+        mixer: Mixer | None = None,
         mlp: nn.Module | None = None,
         dropout: float = 0.0,
         fp32_residual: bool = True,
@@ -76,7 +78,7 @@ class HybridBlock(nn.Module):
 class TransformerBlock(HybridBlock):
     """Mixer, then MLP: a ``HybridBlock`` with both."""
 
-    def __init__(self, mixer: nn.Module, mlp: nn.Module, dim: int, *, dropout: float = 0.0, fp32_residual: bool = True):
+    def __init__(self, mixer: Mixer, mlp: nn.Module, dim: int, *, dropout: float = 0.0, fp32_residual: bool = True):
         super().__init__(dim, mixer=mixer, mlp=mlp, dropout=dropout, fp32_residual=fp32_residual)
 
 

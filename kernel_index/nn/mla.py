@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
 
-class MLA(nn.Module):
+class MLA(Mixer):
     """Causal self-attention whose cache holds ``latent + rope`` numbers per token instead of ``2·H·D``.
 
     ``latent = rmsnorm(down(x))``; keys and values are ``up(latent)``, and each key has ``rope`` rotated channels more,
@@ -28,7 +29,7 @@ class MLA(nn.Module):
     Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1.
     """
 
-    window: int | None = None
+    rope_dim: int
 
     def __init__(
         self,
@@ -93,9 +94,6 @@ class MLA(nn.Module):
         q_BTHW = torch.cat([q_BTHL, q_rope.to(q_BTHL.dtype)], -1) * scale
         out_BTHL = ki.fa4_kvcache_decode(q_BTHW, k=row_BT1W, v=row_BT1W, **cache)[..., : self.latent]
         return torch.einsum("bthl,hdl->bthd", out_BTHL, v_HDL)
-
-    def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
-        return mask
 
 
 class PagedLatentCache(ki.PagedKVCache):

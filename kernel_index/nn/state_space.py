@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
 
@@ -137,7 +138,7 @@ class MixerState:
     counts: Tensor | None = None
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Mamba-2: a short causal convolution, the gated recurrence, a gated norm.  Its state does not grow with the text.
 
     Neither the convolution nor the scan sees across a change of the mask's document ids; windows and valid counts of
@@ -152,9 +153,6 @@ class Mamba2(nn.Module):
         width: tokens that the convolution sees.
         chunk: tokens of a chunk of the scan.
     """
-
-    window: int | None = None
-    rope_dim: int | None = None
 
     def __init__(
         self, dim: int, heads: int, head_dim: int, *, state: int, groups: int = 1, width: int = 4, chunk: int = 64
@@ -242,9 +240,6 @@ class Mamba2(nn.Module):
             latest = joined.gather(1, at[..., None].expand(-1, -1, joined.shape[-1]))
         cache.conv.copy_(latest)
         cache.scan.copy_(state)
-
-    def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
-        return mask
 
     def new_state(self, rows: int) -> MixerState:
         """The state before any token."""

@@ -6,23 +6,112 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.lm.config import PRESETS
-from kernel_index.lm.generate import generate, window_start
+from kernel_index.lm.config import PRESETS, ExpertLayer, Latent, StateSpace
+from kernel_index.lm.generate import Sampling, generate, generate_batch, window_start
 from kernel_index.lm.model import LanguageModel
 
 CONTEXT = 24
 
 
-@pytest.fixture(scope="module")
-def model():
-    """A model with a narrow and a wide window whose every weight matters, none of them zero."""
+def make(pattern, windows, **changes):
+    """A model whose every weight matters, none of them zero."""
     torch.manual_seed(3)
-    config = replace(PRESETS["nano"].model, pattern="AAA", windows=(5, None, 11), context=CONTEXT, dropout=0.0)
+    config = replace(PRESETS["nano"].model, pattern=pattern, windows=windows, context=CONTEXT, dropout=0.0, **changes)
     model = LanguageModel(config).eval()
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight) * (weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3))
+        for name, weight in model.named_parameters():
+            if not name.endswith(("log_decay", "step_bias", "h_res_logits")):
+                weight.copy_(torch.randn_like(weight) * (weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3))
     return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A narrow and a wide window."""
+    return make("AAA", (5, None, 11))
+
+
+PARTS = {
+    "latent": Latent(latent=16, rope=8),
+    "state_space": StateSpace(heads=4, head_dim=16, state=8, chunk=8),
+    "experts": ExpertLayer(count=4, topk=2, hidden=64, shared=32),
+}
+KINDS = {
+    "L": make("L", (None,), **PARTS),
+    "M": make("M", (None,), **PARTS),
+    "AE": make("AE", (7, None), **PARTS),
+    "MALEM": make("MALEM", (None, 9, None, None, None), residual="mhc", **PARTS),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_block_generates_what_computing_anew_gives(kind):
+    runs = ["".join(generate(KINDS[kind], "def f(x):", 2 * CONTEXT, seed=6, use_cache=c)) for c in (True, False)]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) > CONTEXT // 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_rows_of_different_lengths(kind):
+    """Prompts of 1, 7 and 4 tokens in one padded step, then one token each."""
+    model, tokens = KINDS[kind], torch.randint(0, 256, (3, 8))
+    counts = torch.tensor([1, 7, 4])
+    cache = model.new_cache(3 * CONTEXT, page_size=4)
+    rows = [cache.allocate() for _ in counts]
+    with torch.no_grad():
+        cache.begin(rows, 7, counts.tolist())
+        first = model.decode(tokens[:, :7], 0, cache, counts)
+        cache.advance()
+        assert cache.lengths() == [1, 7, 4]
+        cache.begin(rows, 1)
+        second = model.decode(tokens.gather(1, counts[:, None]), counts, cache)
+        cache.advance()
+        for row, n in enumerate(counts.tolist()):
+            for logits, seen in ((first[row], n), (second[row], n + 1)):
+                torch.testing.assert_close(logits, model.next_logits(tokens[row, :seen]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone():
+    model, prompts = KINDS["MALEM"], ["", "def f(x):", "a prompt that is longer than the whole context"]
+    together = ["".join(t) for t in zip(*generate_batch(model, prompts, CONTEXT + 5, seed=7), strict=True)]
+    for row, prompt in enumerate(prompts):
+        assert together[row] == "".join(generate(model, prompt, CONTEXT + 5, seed=7 + row))
+
+
+def test_a_shared_sequence_parts_ways_with_its_states():
+    model, prompt = KINDS["MALEM"], torch.randint(0, 256, (1, 6))
+    cache = model.new_cache(2 * CONTEXT, page_size=4)
+    first = cache.allocate()
+    with torch.no_grad():
+        cache.begin([first], 6)
+        model.decode(prompt, 0, cache)
+        cache.advance()
+        second = cache.share(first)
+        cache.begin([first, second], 1)
+        logits = model.decode(torch.tensor([[7], [9]]), 6, cache)
+        cache.advance()
+        for row, token in enumerate((7, 9)):
+            expected = model.next_logits(torch.cat([prompt[0], torch.tensor([token])]))
+            torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+        cache.free(first)
+        cache.begin([second], 1)
+        model.decode(torch.tensor([[1]]), 7, cache)
+
+
+def test_sampling_keeps_what_it_is_told_to():
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).log_softmax(-1)
+
+    def draws(**options):
+        sampling = Sampling(1.0, **options)
+        return {sampling.draw(logits, torch.Generator().manual_seed(seed)) for seed in range(60)}
+
+    assert draws(top_k=4) == {0, 1, 2, 3}
+    assert draws(top_k=2) == {0, 1}
+    assert draws(top_k=4, top_p=0.65) == {0, 1}  # the first holds 0.64
+    assert draws(top_k=4, top_p=0.6) == {0}
+    for bad in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+            Sampling(**bad)
 
 
 @pytest.mark.parametrize("prompt", ["", "def f(x):", "a prompt that is longer than the model's whole context"])
@@ -48,8 +137,8 @@ def test_logits_agree_at_every_position(model):
             cache.advance()
             expected = model.next_logits(tokens[0, : count + 1])
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert cache.counters.advances == CONTEXT
-    assert cache.counters.writes == CONTEXT * 3
+    assert cache.pools["attention"].counters.advances == CONTEXT
+    assert cache.pools["attention"].counters.writes == CONTEXT * 3
 
 
 def test_a_step_feeds_one_token_and_every_layer_decodes(model):
@@ -77,7 +166,7 @@ def test_rows_share_their_prompt_and_part_ways(model):
         cache.begin([first, second], 1)
         logits = model.decode(new, 6, cache)
         cache.advance()
-    assert cache.counters.copied == 1
+    assert cache.pools["attention"].counters.copied == 1
     for row, token in enumerate((7, 9)):
         expected = model.next_logits(torch.cat([prompt[0], torch.tensor([token])]))
         torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,23 @@
+"""What every mixer has in common."""
+
+import dataclasses
+
+from torch import nn
+
+import kernel_index as ki
+
+
+class Mixer(nn.Module):
+    """Maps (normed [B, T, C], mask, rope tables, and a cache if there is one) to a ``Branch``.
+
+    ``window`` is the number of previous tokens that a query sees beside itself, None for all; ``rope_dim`` the number
+    of rotated channels, None for a mixer without positions; ``out`` the projection that ends the branch.
+    """
+
+    window: int | None = None
+    rope_dim: int | None = None
+    out: nn.Linear
+
+    def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
+        """The batch's mask narrowed to this layer's window.  Layers with equal windows should share the result."""
+        return mask if self.window is None else dataclasses.replace(mask, window=(self.window, 0))
