@@ -108,10 +108,12 @@ def count_below(list_ptr, size, a, b, c, d, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES: tl.constexpr, BLOCK: tl.constexpr):
-    """Places of the union to visit: from ``begin`` on, ``left`` masked, ``full`` unmasked, ``right`` masked."""
-    low, left, full, right = plan_steps(start_ptr, end_ptr, first, T, QUERIES, BLOCK)
+def union_visits(list_ptr, start_ptr, end_ptr, size, first, ROWS, QUERIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Which places of an ascending list of key blocks ``QUERIES`` rows visit: ``begin ≤ place < stop``.
+
+    Those with ``whole ≤ place < cease`` are allowed to all of the rows.
+    """
+    low, left, full, right = plan_steps(start_ptr, end_ptr, first, ROWS, QUERIES, BLOCK)
     left += low
     full += left
-    begin, left, full, end = count_below(blocks_ptr, size, low, left, full, full + right, 128)
-    return begin, left - begin, full - left, end - full
+    return count_below(list_ptr, size, low, left, full, full + right, 128)

@@ -52,19 +52,19 @@ def _launch_queries(
     return triton_backward.backward_queries(d_out, d_lse, q, k, v, out, log2_sum, plan, bounds, how, outputs)
 
 
-def _allocate_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, k_start, k_end, block_size, cut, scale, softcap):
+def _allocate_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap):
     return torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
-def _launch_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, k_start, k_end, block_size, cut, scale, softcap):
+def _launch_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap):
     from kernel_index.sparse.block_sparse_attention import triton_backward
 
     outputs = _allocate_keys(
-        d_out, q, k, v, log2_sum, delta, lists, bounds, k_start, k_end, block_size, cut, scale, softcap
+        d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap
     )
     d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
     how = launch_of("keys", q, v, block_size, Cut(*cut), scale, softcap)
-    plan, seen = KeyPlan(lists, bounds), (k_start, k_end)
+    plan, seen = KeyPlan(lists, bounds), (q_start, q_end)
     return triton_backward.backward_keys(d_out, q, k, v, log2_sum, delta, plan, seen, how, outputs)
 
 
@@ -88,7 +88,7 @@ _queries_op = gpu.register(
 )
 _keys_op = gpu.register(
     "block_sparse_attention_backward_keys(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor log2_sum, Tensor delta, "
-    "Tensor lists, Tensor bounds, Tensor k_start, Tensor k_end, int block_size, int[] cut, float? scale, "
+    "Tensor lists, Tensor bounds, Tensor q_start, Tensor q_end, int block_size, int[] cut, float? scale, "
     "float softcap) -> (Tensor, Tensor)",
     _launch_keys,
     _allocate_keys,
@@ -122,13 +122,12 @@ class _BlockSparseAttention(torch.autograd.Function):
         plan, bounds = Plan(*rest[:4]), KernelIntervals(*rest[4:])
         if d_out is None:
             d_out = torch.zeros_like(out)
-        seen = bounds.k_start, bounds.k_end
-        d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, log2_sum, *plan[:3], *seen, *ctx.tail)
+        d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, log2_sum, *plan[:3], *bounds[:2], *ctx.tail)
         d_k = d_v = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             block_size, (tile, *_) = ctx.tail[:2]
-            lists = key_plan(plan.pairs, tile, bounds.q_start, bounds.q_end, q.shape[1], block_size)
-            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, *lists, *seen, *ctx.tail)
+            lists = key_plan(plan.pairs, tile, *bounds[2:], q.shape[1], block_size)
+            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, *lists, *bounds[2:], *ctx.tail)
         return d_q, d_k, d_v, *[None] * 12
 
 

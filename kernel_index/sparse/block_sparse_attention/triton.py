@@ -25,9 +25,9 @@ from kernel_index.sparse.block_sparse_attention.plan import Plan
 
 @triton.jit
 def _step(
-    acc, m, total, q, k_base, v_base, k_stride, v_stride, at, stop, member, start, end, S, inner, outer,
+    acc, m, total, q, k_base, v_base, k_stride, v_stride, at, stop, member, partial, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     key = at + tl.arange(0, BN)
     k = load_tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
@@ -35,7 +35,7 @@ def _step(
     if CAPPED:
         z = tanh(z * inner)
     z = z * outer + tl.where(member, 0.0, float("-inf"))[:, None]
-    if MASKED:
+    if partial:
         z = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), z, float("-inf"))
     if RAGGED:
         z = tl.where((key < stop)[None, :], z, float("-inf"))
@@ -75,7 +75,7 @@ def _forward_kernel(
     blocks_ptr += union * PLACES
     members_ptr += union * PLACES
     size = tl.load(sizes_ptr + union)
-    begin, left, full, right = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
+    begin, whole, cease, stop = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
 
     q = load_rows(q_ptr + b * q_b, query.to(tl.int64) * q_t + head * q_h, exists, D, BLOCK_D)
     of_keys = g // (G // K)
@@ -84,21 +84,14 @@ def _forward_kernel(
     acc = tl.zeros((BM, BLOCK_DV), tl.float32)
     m = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    for i in range(0, full * STEPS):
-        place = begin + left + i // STEPS
+    for i in range(0, (stop - begin) * STEPS):
+        place = begin + i // STEPS
         at = tl.load(blocks_ptr + place) * BLOCK
         member = ((tl.load(members_ptr + place) >> bit) & 1) != 0
+        partial = (place < whole) | (place >= cease)
         acc, m, total = _step(
-            acc, m, total, q, k_base, v_base, k_t, v_t, at + i % STEPS * BN, at + BLOCK, member, start, end, S,
-            inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST, False,
-        )  # fmt: skip
-    for i in range(0, (left + right) * STEPS):
-        place = begin + i // STEPS + tl.where(i // STEPS < left, 0, full)
-        at = tl.load(blocks_ptr + place) * BLOCK
-        member = ((tl.load(members_ptr + place) >> bit) & 1) != 0
-        acc, m, total = _step(
-            acc, m, total, q, k_base, v_base, k_t, v_t, at + i % STEPS * BN, at + BLOCK, member, start, end, S,
-            inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST, True,
+            acc, m, total, q, k_base, v_base, k_t, v_t, at + i % STEPS * BN, at + BLOCK, member, partial,
+            start, end, S, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST,
         )  # fmt: skip
     empty = m == float("-inf")
     total = tl.where(empty, 1.0, total)

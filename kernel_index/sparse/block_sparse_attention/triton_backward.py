@@ -15,9 +15,9 @@ from kernel_index.sparse.block_sparse_attention.plan import KeyPlan, Plan
 
 @triton.jit
 def _queries_step(
-    dq, q, d_out, lse, delta, k_base, v_base, k_stride, v_stride, at, stop, member, start, end, S, inner, outer,
+    dq, q, d_out, lse, delta, k_base, v_base, k_stride, v_stride, at, stop, member, partial, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     key = at + tl.arange(0, BN)
     k = load_tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
@@ -25,7 +25,7 @@ def _queries_step(
     if CAPPED:
         z = tanh(z * inner)
     p = tl.exp2(z * outer - tl.where(member, lse, float("inf"))[:, None])
-    if MASKED:
+    if partial:
         p = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
     if RAGGED:
         p = tl.where((key < stop)[None, :], p, 0.0)
@@ -74,44 +74,37 @@ def _queries_kernel(
     blocks_ptr += union * PLACES
     members_ptr += union * PLACES
     size = tl.load(sizes_ptr + union)
-    begin, left, full, right = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
+    begin, whole, cease, stop = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
 
     q = load_rows(q_ptr + b * q_b, query.to(tl.int64) * q_t + head * q_h, exists, D, BLOCK_D)
     of_keys = g // (G // K)
     k_base, v_base = k_ptr + b * k_b + of_keys * k_h, v_ptr + b * v_b + of_keys * v_h
     bit = (row // HEADS).to(tl.int64)
     dq = tl.zeros((BM, BLOCK_D), tl.float32)
-    for i in range(0, full * STEPS):
-        place = begin + left + i // STEPS
+    for i in range(0, (stop - begin) * STEPS):
+        place = begin + i // STEPS
         at = tl.load(blocks_ptr + place) * BLOCK
         member = ((tl.load(members_ptr + place) >> bit) & 1) != 0
+        partial = (place < whole) | (place >= cease)
         dq = _queries_step(
-            dq, q, d_out, lse, delta, k_base, v_base, k_t, v_t, at + i % STEPS * BN, at + BLOCK, member, start, end, S,
-            inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST, False,
-        )  # fmt: skip
-    for i in range(0, (left + right) * STEPS):
-        place = begin + i // STEPS + tl.where(i // STEPS < left, 0, full)
-        at = tl.load(blocks_ptr + place) * BLOCK
-        member = ((tl.load(members_ptr + place) >> bit) & 1) != 0
-        dq = _queries_step(
-            dq, q, d_out, lse, delta, k_base, v_base, k_t, v_t, at + i % STEPS * BN, at + BLOCK, member, start, end, S,
-            inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST, True,
+            dq, q, d_out, lse, delta, k_base, v_base, k_t, v_t, at + i % STEPS * BN, at + BLOCK, member, partial,
+            start, end, S, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST,
         )  # fmt: skip
     store_rows(dq_ptr, (token * H + head) * D, exists, dq * scale, D, BLOCK_D, UPCAST)
 
 
 @triton.jit
 def _keys_step(
-    dk, dv, k, v, q_base, d_out_base, lse_base, delta_base, list_ptr, start_ptr, end_ptr, q_t, q_h, g_t, g_h,
-    first, stop, head, head_exists, key, H, inner, outer,
+    dk, dv, k, v, q_base, d_out_base, lse_base, delta_base, list_ptr, start, end, q_t, q_h, g_t, g_h,
+    first, stop, partial, head, head_exists, H, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    HEADS: tl.constexpr, QUERIES: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    HEADS: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BM)
     place = first + row // HEADS
     exists = (place < stop) & head_exists
     query = tl.load(list_ptr + place, mask=exists, other=0)
-    token = query.to(tl.int64)
+    token = query.to(tl.int64) if WIDE else query
     q = load_rows(q_base, token * q_t + head * q_h, exists, D, BLOCK_D)
     lse = tl.load(lse_base + token * H + head, mask=exists, other=float("inf"))  # exp2(z − ∞) = 0
     delta = tl.load(delta_base + token * H + head, mask=exists, other=0.0)
@@ -119,10 +112,8 @@ def _keys_step(
     if CAPPED:
         z = tanh(z * inner)
     p = tl.exp2(z * outer - lse[None, :])
-    if MASKED:
-        start = tl.load(start_ptr + query, mask=exists, other=0)
-        end = tl.load(end_ptr + query, mask=exists, other=0)
-        p = tl.where((key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]), p, 0.0)
+    if partial:
+        p = tl.where((query[None, :] >= start[:, None]) & (query[None, :] < end[:, None]), p, 0.0)
     d_out = load_rows(d_out_base, token * g_t + head * g_h, exists, DV, BLOCK_DV)
     dv += dot(narrow(p, d_out.dtype, UPCAST), d_out, UPCAST)
     dz = p * (dot(v, tl.trans(d_out), UPCAST) - delta[None, :])
@@ -134,50 +125,50 @@ def _keys_step(
 @triton.jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, bounds_ptr, start_ptr, end_ptr, dk_ptr, dv_ptr,
-    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, H, G, K, BLOCKS, scale, inner, outer,
+    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, H, K, BLOCKS, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, GROUPS: tl.constexpr,
+    HEADS: tl.constexpr, CHUNKS: tl.constexpr,
+    CAPPED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
     block = tl.program_id(0) // STEPS
     at = block * BLOCK + tl.program_id(0) % STEPS * BN
-    stop = tl.minimum(block * BLOCK + BLOCK, S)
+    rows = tl.minimum(block * BLOCK + BLOCK, S)
     b, own = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
-    start_ptr += b * interval_b
-    end_ptr += b * interval_b
     key = at + tl.arange(0, BN)
-    k = load_tile(k_ptr + b * k_b + own * k_h, at, k_t, stop, BN, D, BLOCK_D)
-    v = load_tile(v_ptr + b * v_b + own * v_h, at, v_t, stop, BN, DV, BLOCK_DV)
+    start = tl.load(start_ptr + b * interval_b + key, mask=key < rows, other=0)
+    end = tl.load(end_ptr + b * interval_b + key, mask=key < rows, other=0)
+    k = load_tile(k_ptr + b * k_b + own * k_h, at, k_t, rows, BN, D, BLOCK_D)
+    v = load_tile(v_ptr + b * v_b + own * v_h, at, v_t, rows, BN, DV, BLOCK_DV)
+    q_ptr += b * q_b
+    d_out_ptr += b * g_b
     lse_ptr += b * T * H
     delta_ptr += b * T * H
+    OF_GROUP = H // K // GROUPS
     of_program = tl.arange(0, BM) % HEADS
     dk = tl.zeros((BN, BLOCK_D), tl.float32)
     dv = tl.zeros((BN, BLOCK_DV), tl.float32)
-    for i in range(0, (G // K) * CHUNKS):
-        g, of_group = own * (G // K) + i // CHUNKS, i % CHUNKS * HEADS + of_program
-        head, head_exists = g * (H // G) + of_group, of_group < H // G
-        q_base, d_out_base = q_ptr + b * q_b, d_out_ptr + b * g_b
-        bounds = bounds_ptr + ((b * G + g) * BLOCKS + block) * 4
+    for i in range(0, GROUPS * CHUNKS):
+        g, of_group = own * GROUPS + i // CHUNKS, i % CHUNKS * HEADS + of_program
+        head, head_exists = g.to(tl.int32) * OF_GROUP + of_group, of_group < OF_GROUP
+        bounds = bounds_ptr + ((b * K * GROUPS + g) * BLOCKS + block) * 4
         first, whole = tl.load(bounds), tl.load(bounds + 1)
         cease, last = tl.load(bounds + 2), tl.load(bounds + 3)
-        full = tl.cdiv(cease - whole, QUERIES).to(tl.int32)
-        left, right = tl.cdiv(whole - first, QUERIES).to(tl.int32), tl.cdiv(last - cease, QUERIES).to(tl.int32)
-        for j in range(0, full):
+        left, full = tl.cdiv(whole - first, QUERIES).to(tl.int32), tl.cdiv(cease - whole, QUERIES).to(tl.int32)
+        right = tl.cdiv(last - cease, QUERIES).to(tl.int32)
+        for j in range(0, left + full + right):
+            behind = j >= left + full
+            partial = (j < left) | behind
+            begin = tl.where(behind, cease - (left + full) * QUERIES, tl.where(partial, first, whole - left * QUERIES))
+            stop = tl.where(behind, last, tl.where(partial, whole, cease))
             dk, dv = _keys_step(
-                dk, dv, k, v, q_base, d_out_base, lse_ptr, delta_ptr, list_ptr, start_ptr, end_ptr, q_t, q_h, g_t, g_h,
-                whole + j * QUERIES, cease, head, head_exists, key, H, inner, outer,
-                D, DV, BLOCK_D, BLOCK_DV, BM, HEADS, QUERIES, CAPPED, UPCAST, False,
+                dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr, start, end, q_t, q_h, g_t, g_h,
+                begin + j * QUERIES, stop, partial, head, head_exists, H, inner, outer,
+                D, DV, BLOCK_D, BLOCK_DV, BM, HEADS, CAPPED, WIDE, UPCAST,
             )  # fmt: skip
-        for j in range(0, left + right):
-            place = tl.where(j < left, first + j * QUERIES, cease + (j - left) * QUERIES)
-            dk, dv = _keys_step(
-                dk, dv, k, v, q_base, d_out_base, lse_ptr, delta_ptr, list_ptr, start_ptr, end_ptr, q_t, q_h, g_t, g_h,
-                place, tl.where(j < left, whole, last), head, head_exists, key, H, inner, outer,
-                D, DV, BLOCK_D, BLOCK_DV, BM, HEADS, QUERIES, CAPPED, UPCAST, True,
-            )  # fmt: skip
-    store_tile(dk_ptr + (b * S * K + own) * D, at, K * D, dk * scale, stop, BN, D, BLOCK_D, UPCAST)
-    store_tile(dv_ptr + (b * S * K + own) * DV, at, K * DV, dv, stop, BN, DV, BLOCK_DV, UPCAST)
+    store_tile(dk_ptr + (b * S * K + own) * D, at, K * D, dk * scale, rows, BN, D, BLOCK_D, UPCAST)
+    store_tile(dv_ptr + (b * S * K + own) * DV, at, K * DV, dv, rows, BN, DV, BLOCK_DV, UPCAST)
 
 
 def backward_queries(
@@ -223,11 +214,12 @@ def backward_keys(
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
     G, blocks = plan.bounds.shape[1:3]
     if B * S * K:
+        wide = T * max(q.stride(1), d_out.stride(1), H) >= 2**31
         steps = ceil_div(how.constants["BLOCK"], how.constants["BN"])
         with on_device(q):
             _keys_kernel[(blocks * steps, B * K)](
                 d_out, q, k, v, lse, delta, plan.queries, plan.bounds, *bounds, *outputs,
-                *strides(d_out, q, k, v), row_stride(bounds[0]), T, S, H, G, K, blocks, how.scale, how.inner,
-                how.outer, **how.constants,
+                *strides(d_out, q, k, v), row_stride(bounds[0]), T, S, H, K, blocks, how.scale, how.inner,
+                how.outer, GROUPS=G // K, WIDE=wide, **how.constants,
             )  # fmt: skip
     return outputs
