@@ -91,6 +91,7 @@ def machine_rules() -> dict[str, str | None]:
         "flex": None if cuda else "needs a CUDA device: FlexAttention has no backward on a CPU",
         "varlen": None if cuda else "needs a CUDA device",
         "pallas": None if has_package("jax") else "needs the jax package",
+        "xla": None if has_package("jax") else "needs the jax package",
     }
 
 

@@ -1,0 +1,40 @@
+"""Compiled JAX functions by the static part of their mask: ``exact_mask_contract_cache`` at work."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kernel_index.jax.mask import MaskContract
+from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
+from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
+from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
+
+
+def key_of(mask: MaskContract, dtype: Any, backend: str, block_sizes: tuple[int, int] | None) -> ExactMaskKey:
+    """What is static in a call's mask; no array, and nothing that a batch brings, is part of it."""
+    fields = {name: getattr(mask, name) for name in ("causal", "window", "doc_ids", "validity")}
+    fields["has_q_offset"] = mask.q_offset is not None
+    return exact_mask_key(fields, dtype=dtype, backend=backend, block_sizes=block_sizes)
+
+
+class MaskKernels:
+    """The compiled functions of one op.
+
+    A function is built from its key alone and takes the batch's documents, counts and offset as arguments, so a new
+    batch compiles nothing.  ``cache`` holds ``hits``, ``misses`` and ``evictions``.
+    """
+
+    def __init__(self, op: str, build: Callable[[ExactMaskKey], Any], maxsize: int = 64):
+        self.op, self.build, self.cache = op, build, MaskKernelCache(maxsize)
+
+    def has(self, *what: Any) -> bool:
+        return key_of(*what) in self.cache
+
+    def get(self, *what: Any) -> Any:
+        return self.cache.get(key_of(*what), self.build)
+
+    def compilations(self) -> int:
+        """How many programs XLA has compiled for the functions that are kept: one for each shape of theirs."""
+        return sum(function._cache_size() for function in self.cache._kernels.values())
+
+    def __repr__(self) -> str:
+        return f"MaskKernels({self.op}, {self.cache!r})"

@@ -1,0 +1,30 @@
+"""Where JAX would run a call, and whether a Pallas kernel is compiled or interpreted there."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from kernel_index.jax.checks import is_traced
+
+_PRETENDED: list[str] = []
+
+
+@contextlib.contextmanager
+def pretend(platform: str) -> Iterator[None]:
+    """Inside the block calls count as calls on this platform: how a proof compiles for absent hardware."""
+    _PRETENDED.append(platform)
+    try:
+        yield
+    finally:
+        _PRETENDED.pop()
+
+
+def platform_of(array: Any) -> str:
+    """``"tpu"``, ``"cpu"`` or ``"gpu"``: of the array's device, or the default one while it is traced."""
+    if _PRETENDED:
+        return _PRETENDED[-1]
+    if is_traced(array) or not isinstance(array, jax.Array):
+        return jax.default_backend()
+    return next(iter(array.devices())).platform
