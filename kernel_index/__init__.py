@@ -32,6 +32,13 @@ from kernel_index.sparse.hierarchical_block_expansion.api import (
     HierarchyPlan,
     hierarchical_block_select,
 )
+from kernel_index.sparse.moba_block_sparse.api import (
+    moba_attention,
+    moba_decode,
+    moba_route,
+    resolve_block_sparse_backend,
+)
+from kernel_index.sparse.moba_block_sparse.names import BlockSparseBackend
 from kernel_index.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
 from kernel_index.sparse.union_selection_query_mask.api import materialize_query_union_mask, union_selection
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
@@ -49,6 +56,7 @@ __all__ = [
     "AttentionOutput",
     "AttentionValidity",
     "BlockSelection",
+    "BlockSparseBackend",
     "ContiguousKVCache",
     "ExactMaskKey",
     "Explanation",
@@ -91,7 +99,11 @@ __all__ = [
     "mhc_branch_input",
     "mhc_merge",
     "mhc_merge_and_branch_input",
+    "moba_attention",
+    "moba_decode",
+    "moba_route",
     "receipts",
+    "resolve_block_sparse_backend",
     "rope_tables",
     "sinkhorn",
     "strict",

@@ -132,6 +132,8 @@ def sentences(predicate: Callable[..., Any]) -> tuple[str, ...]:
 
 def _collect(function: Any, found: dict[str, None], seen: set[CodeType]) -> None:
     if isinstance(function, functools.partial):
+        for argument in function.args:  # the rule of another op, asked on its behalf
+            _collect(argument, found, seen)
         function = function.func
     function = inspect.unwrap(function) if callable(function) else function
     if not isinstance(function, FunctionType) or function.__code__ in seen:

@@ -43,6 +43,7 @@ class KVCache(ABC):
         self.counters = CacheCounters()
         self._step: _Step | None = None
         self._means: dict[int, BlockMeans] = {}  # by block size, from the first time that somebody asks
+        self._scratch = torch.empty(0, dtype=dtype, device=device)
 
     @property
     def layers(self) -> int:
@@ -53,6 +54,12 @@ class KVCache(ABC):
         step = self._serve(index)
         self.counters.reads += 1
         self.counters.writes += step.tokens > 0
+        return CacheLayer(self, index, step)
+
+    def peek(self, index: int) -> "CacheLayer":
+        """What ``layer`` would return, not counted as the layer's turn."""
+        step = self._open()
+        self._check_turn(index, step)
         return CacheLayer(self, index, step)
 
     def append(self, index: int, k: Tensor, v: Tensor) -> None:
@@ -104,11 +111,14 @@ class KVCache(ABC):
 
     def _serve(self, index: int) -> "_Step":
         step = self._open()
+        self._check_turn(index, step)
+        step.served.add(index)
+        return step
+
+    def _check_turn(self, index: int, step: "_Step") -> None:
         checks.is_int("index", index, minimum=0)
         if index >= self.layers or index in step.served:
             raise ValueError(f"index must be a layer below {self.layers} not yet served in this step, got {index}")
-        step.served.add(index)
-        return step
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,16 @@ class CacheLayer(dict[str, Any]):
     def lengths_after(self) -> list[int]:
         """Tokens of each row once this step's are written; known on the host, so that nothing waits for a device."""
         return [row.after for row in self._step.rows]
+
+    def scratch(self, elements: int) -> Tensor:
+        """Memory of the cache's dtype for one call, [elements]; the next one writes over it.
+
+        Fresh memory would cost a step more than what it copies there: the machine has to find and zero it.
+        """
+        if self._cache._scratch.numel() < elements:
+            with torch.inference_mode(False):
+                self._cache._scratch = torch.empty(elements, dtype=self._cache.k.dtype, device=self._cache.k.device)
+        return self._cache._scratch[:elements]
 
     def block_means(self, block_size: int) -> Tensor:
         """The mean key of each complete block, [B, blocks, K, D], at least float32: what a router scores.

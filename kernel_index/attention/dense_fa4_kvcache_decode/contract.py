@@ -175,7 +175,7 @@ def fa4_why_not(
     if gate is not None:
         return gate
     if not has_package("flash_attn"):
-        return "needs the flash-attn-4 package"
+        return "needs the flash-attn-4 package (pip install flash-attn-4)"
     if wants_gradient(q, k, v):
         return "keeps no graph: gradients are the reference's"
     if q.dtype not in (torch.float16, torch.bfloat16):

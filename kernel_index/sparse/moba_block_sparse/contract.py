@@ -1,0 +1,102 @@
+"""Who may call MoBA's functions, and who may answer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index import checks
+from kernel_index.attention.dense_attention import contract as dense
+from kernel_index.attention.dense_fa4_kvcache_decode import contract as cached
+from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
+from kernel_index.inductor import inside_functorch
+from kernel_index.sparse.moba_block_sparse.names import flash_runtime_why_not
+from kernel_index.sparse.routing import check_causal, num_blocks
+from kernel_index.target import target_of
+
+ROUTES = ("query_head", "kv_group")
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, block_size: Any, topk: Any, mask: Any, route_per: Any, scale: Any, softcap: Any
+) -> None:
+    dense.check(q, k, v, mask, scale, softcap, None)
+    check_causal(mask)
+    _check_router(block_size, topk, route_per)
+
+
+def _check_router(block_size: Any, topk: Any, route_per: Any) -> None:
+    checks.is_int("block_size", block_size, minimum=1)
+    checks.is_int("topk", topk, minimum=1)
+    checks.one_of("route_per", route_per, ROUTES)
+
+
+def check_decode(
+    q: Tensor, cache: Any, k: Any, v: Any, block_size: Any, topk: Any, route_per: Any, scale: Any, softcap: Any
+) -> None:
+    if not isinstance(cache, CacheLayer):
+        kinds = "a KVCache or what its layer(index) returns"
+        raise TypeError(f"cache must be {kinds}: block means are kept there, got {type(cache).__name__}")
+    table = cache["block_table"]
+    cached.check(q, cache["k_cache"], cache["v_cache"], cache["cache_seqlens"], k, v, True, softcap, table)
+    new = 0 if k is None else k.shape[1]
+    if new != cache.new_tokens:
+        raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got {new}")
+    if scale is not None:
+        checks.is_real("scale", scale)
+    _check_router(block_size, topk, route_per)
+
+
+def groups_of(heads: int, kv_heads: int, route_per: str) -> int:
+    return heads if route_per == "query_head" else kv_heads
+
+
+def decode_cpu_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
+    if target_of(q.device).kind != "cpu":
+        return "needs CPU tensors"
+    if not cached.readable(q):
+        return "inside torch.compile, a transform or a dispatch mode: lengths are read on the host"
+    if cached.wants_gradient(q, k, v):
+        return "keeps no graph: gradients are the reference's"
+    return None
+
+
+def decode_details(
+    q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, block_size: int, topk: int, *rest: Any
+) -> tuple[tuple[str, Any], ...]:
+    """What the host's books say; density is the share of the longest row's blocks that a query attends to."""
+    blocks = num_blocks(max(cache.lengths_after, default=0), block_size)
+    picks = min(topk, blocks)
+    return ("blocks", blocks), ("picks", picks), ("density", picks / blocks if blocks else 0.0)
+
+
+def core_why_not(rule: Callable[..., str | None], q: Tensor, k: Tensor, v: Tensor, *call: Any) -> str | None:
+    """A rule of the block-sparse core, asked before there are picks: of their shape, which is all that rules read."""
+    block_size, topk, mask, groups, scale, softcap, tile = call
+    picks = min(topk, max(1, num_blocks(k.shape[1], block_size)))
+    stand_in = torch.empty((), dtype=torch.int32, device=q.device).expand(*q.shape[:2], groups, picks)
+    return rule(q, k, v, stand_in, None, block_size, mask, scale, softcap, tile, None)
+
+
+def details(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[tuple[str, Any], ...]:
+    """The share of blocks that a query picks at most; what it picks, and shares with others, only a count can tell."""
+    if torch.compiler.is_compiling():  # sizes are symbols there
+        return ()
+    blocks = num_blocks(k.shape[1], call[0])
+    picks = min(call[1], blocks)
+    return ("blocks", blocks), ("picks", picks), ("density", picks / blocks if blocks else 0.0)
+
+
+def flash_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
+    if (rule := flash_runtime_why_not(q)) is not None:
+        return rule
+    if inside_functorch():
+        return "inside a torch.func transform"
+    if q.dtype not in dense.HALF:
+        return "flash-attn-4 takes float16 and bfloat16"
+    if q.shape[3] != v.shape[3] or not 16 <= q.shape[3] <= dense.WIDEST:
+        return "needs one head size from 16 to 256"
+    if q.shape[0] * q.shape[1] * k.shape[1] == 0:
+        return "needs at least one query and one key"
+    return None
