@@ -17,6 +17,8 @@ from kernel_index.attention.dense_fa4_kvcache_decode.cache import ContiguousKVCa
 from kernel_index.attention.dense_fa4_kvcache_decode.paged import OutOfPages, PagedKVCache
 from kernel_index.attention.doc_window_mask.api import doc_window_mask
 from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.attention.exact_token_sparse.api import exact_token_attention
+from kernel_index.attention.exact_token_sparse.selection import TokenSelection
 from kernel_index.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
 from kernel_index.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
 from kernel_index.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
@@ -74,6 +76,7 @@ __all__ = [
     "RopeTables",
     "RotatedQK",
     "StreamsAndBranchInput",
+    "TokenSelection",
     "UnionMaps",
     "WindowingPlan",
     "attention",
@@ -83,6 +86,7 @@ __all__ = [
     "causal_windowing_plan",
     "doc_window_mask",
     "exact_mask_key",
+    "exact_token_attention",
     "explain",
     "fa4_execute_proof",
     "fa4_kvcache_decode",

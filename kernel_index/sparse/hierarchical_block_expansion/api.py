@@ -61,7 +61,7 @@ def hierarchical_block_select(
 ) -> BlockSelection:
     """Pick key blocks for every query: the best groups of blocks first, then the best blocks inside them.
 
-    With ``q̄`` the mean query of a group of heads, and the legal blocks of a query those that lie wholly before the block
+    With ``q̄`` the mean query of a group of heads, and a query's legal blocks those that lie wholly before the block
     that holds it and have a key that the mask allows::
 
         meta[t, m] = q̄[t] · mean of block_keys[j] over the legal children j of group m,  j // coarse_ratio = m

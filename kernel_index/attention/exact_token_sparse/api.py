@@ -1,0 +1,172 @@
+"""Attention to exactly the picked tokens, with a receipt that says whether it stayed sparse."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.attention.dense_attention.api import BACKENDS as DENSE
+from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.attention.exact_token_sparse import contract
+from kernel_index.attention.exact_token_sparse.contract import Asked
+from kernel_index.attention.exact_token_sparse.cpu import exact_token_cpu
+from kernel_index.attention.exact_token_sparse.reference import exact_token_reference
+from kernel_index.attention.exact_token_sparse.selection import TokenSelection
+from kernel_index.dispatch import Backend, always, choose
+
+EVERYTHING_BEFORE = MaskContract()
+
+
+def _telemetry(
+    name: str, earlier: tuple[Backend, ...], path: str, staging: str
+) -> Callable[..., tuple[tuple[str, Any], ...]]:
+    """The one schema of both branches.  The call's first argument is q, its last an ``Asked``."""
+    rerouted = path == "reroute_to_full"
+
+    def details(*call: Any) -> tuple[tuple[str, Any], ...]:
+        asked: Asked = call[-1]
+        return (
+            ("path", path),
+            ("reason", contract.INDEXER_RETURNED_NONE if rerouted else ""),
+            ("indexer", asked.indexer),
+            ("seq_len", None if torch.compiler.is_compiling() else call[0].shape[1]),  # a symbol while traced
+            ("requested_backend", asked.backend),
+            ("actual_backend", name),
+            ("runtime_mode", contract.runtime_mode(name)),
+            ("fallback_reason", _why_not_earlier(earlier, call) if asked.backend == "auto" else ""),
+            ("staging", staging),
+        )
+
+    return details
+
+
+def _why_not_earlier(earlier: tuple[Backend, ...], call: tuple) -> str:
+    """What speaks against every backend that "auto" would have preferred."""
+    found = []
+    for b in earlier:
+        rule = b.why_not(*call)
+        if rule is None and b.not_worth is not None:
+            rule = b.not_worth(*call)
+        found.append(f"{b.name}: {rule}")
+    return "; ".join(found)
+
+
+def _with_telemetry(table: tuple[Backend, ...], path: str, staging: dict[str, str]) -> tuple[Backend, ...]:
+    return tuple(
+        Backend(b.name, b.why_not, b.run, b.not_worth, _telemetry(b.name, table[:i], path, staging.get(b.name, "none")))
+        for i, b in enumerate(table)
+    )
+
+
+BACKENDS = _with_telemetry(
+    (
+        Backend("cpu", contract.cpu_why_not, exact_token_cpu),
+        Backend("reference", always, exact_token_reference),
+    ),
+    "exact_token",
+    {"triton": "fused", "cpu": "row_gather_pair"},
+)
+
+
+def _without_asked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Dense attention takes the same call, but for the last argument."""
+
+    def called(*call: Any) -> Any:
+        return function(*call[:-1])
+
+    return called
+
+
+REROUTED = _with_telemetry(
+    tuple(
+        Backend(
+            b.name,
+            _without_asked(b.why_not),
+            _without_asked(b.run),
+            None if b.not_worth is None else _without_asked(b.not_worth),
+        )
+        for b in DENSE
+    ),
+    "reroute_to_full",
+    {},
+)
+
+
+def exact_token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | TokenSelection | None,
+    *,
+    indices_valid: Tensor | None = None,
+    mask: MaskContract | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of each query over exactly the tokens that were picked for it and that the mask allows.
+
+    With ``P(t)`` the picks of query t and ``A(t)`` the keys that the mask allows::
+
+        z[t, s] = scale · q[t]·k[s]          softcap · tanh(z / softcap)  with a softcap
+        out[t]  = Σ_s softmax(z[t])[s] · v[s]          over s in P(t) ∩ A(t)
+
+    A pick counts once however often it occurs, and picking everything is dense attention.  A query left without a key
+    gives exactly 0 and gradient 0.  The gradient of q, k and v is that of this formula, the same bits every time; the
+    picks have none.
+
+    Args:
+        q: [B, T, H, D], any floating dtype.
+        k: [B, S, K, D], q's dtype; H is a multiple of K.
+        v: [B, S, K, Dv], q's dtype.
+        indices: int32 or int64 [B, T, topk] for all heads, or [B, T, K, topk], each in [0, S) or −1 for no pick; or
+            what ``lightning_indexer`` returned.  None: the indexer declined, so dense attention runs, and says so.
+        indices_valid: bool of the shape of ``indices``; where it is False nothing is picked, whatever stands there.
+        mask: who may attend to whom; causal by default.
+        scale: factor of the scores; ``D ** -0.5`` by default.
+        softcap: bound of the scores; 0 is off.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
+
+    Returns:
+        [B, T, H, Dv], contiguous, q's dtype.
+
+    The receipt's details have one schema: ``path`` (``exact_token`` or ``reroute_to_full``), ``reason``
+    (``indexer_returned_none`` where rerouted), ``indexer`` (where the picks come from), ``seq_len`` (None inside
+    torch.compile), ``requested_backend``, ``actual_backend``, ``runtime_mode`` (``eager``, ``compiled``,
+    ``interpreted``), ``fallback_reason`` (what kept "auto" from the backends before) and ``staging`` (``fused`` in the
+    kernel, ``row_gather_pair``, or ``none``).
+
+    Raises:
+        TypeError, ValueError: as ``attention``; or indices that are no integers, of another shape, or, where they lie
+            on the host, neither −1 nor the place of a key.  On a device a place outside is no pick.
+        Ineligible: the named backend cannot run this call.
+
+    Source: DeepSeek-V3.2 sparse attention (DeepSeek-AI, 2025), for grouped heads.
+
+    >>> import torch, kernel_index as ki
+    >>> q = k = torch.zeros(1, 3, 1, 2)
+    >>> v = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)
+    >>> picks = torch.tensor([[[0, -1], [0, 0], [0, 2]]])
+    >>> with ki.receipts() as log:
+    ...     ki.exact_token_attention(q, k, v, picks).flatten()
+    tensor([1.0000, 1.0000, 3.5000])
+    >>> log[0].details["path"], log[0].details["actual_backend"]
+    ('exact_token', 'cpu')
+    """
+    mask = EVERYTHING_BEFORE if mask is None else mask
+    indexer = "none" if indices is None else "given"
+    if isinstance(indices, TokenSelection):
+        if indices_valid is not None:
+            raise ValueError("indices_valid must be None beside a TokenSelection, got a second one")
+        indices, indices_valid, indexer = indices.indices, indices.valid, "lightning_indexer"
+    contract.check(q, k, v, indices, indices_valid, mask, scale, softcap)
+    asked = Asked(backend, indexer)
+    if indices is None:
+        dense_call = (q, k, v, mask, scale, softcap, None, asked)
+        return choose("exact_token_attention", REROUTED, backend, *dense_call).run(*dense_call)
+    if indices.ndim == 3:
+        indices = indices.unsqueeze(2)
+        indices_valid = None if indices_valid is None else indices_valid.unsqueeze(2)
+    call = (q, k, v, indices, indices_valid, mask, scale, softcap, asked)
+    return choose("exact_token_attention", BACKENDS, backend, *call).run(*call)

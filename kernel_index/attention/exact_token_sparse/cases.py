@@ -1,0 +1,100 @@
+"""Named calls of ``exact_token_attention`` and ``lightning_indexer``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.attention.dense_attention.cases import qkv
+from kernel_index.attention.doc_window_mask.cases import dense_oracle, packed
+from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.attention.exact_token_sparse.api import BACKENDS, exact_token_attention
+from kernel_index.cases import Case, Maker, Suite
+
+
+def picks(m: Maker, *shape: int, keys: int) -> Tensor:
+    """Places of keys, the future among them, with duplicates and −1 in between."""
+    return m.integers(-1, keys, *shape)
+
+
+def call(m: Maker, t: int, s: int, h: int, k: int, d: int, n: int, dv: int | None = None, **more: Any) -> dict:
+    return {**qkv(m, 2, t, s, h, k, d, dv), "indices": picks(m, 2, t, k, n, keys=s), **more}
+
+
+def _valid(m: Maker) -> dict[str, Any]:
+    """Where nothing is valid stands a place that does not exist."""
+    made = call(m, 7, 7, 4, 2, 8, 5)
+    valid = m.integers(0, 3, 2, 7, 2, 5) > 0
+    return {**made, "indices": torch.where(valid, made["indices"], 99).int(), "indices_valid": valid}
+
+
+CASES = (
+    Case("groups", "each key head its own picks", lambda m: call(m, 13, 13, 4, 2, 8, 5)),
+    Case("documents", "one selection for all heads, documents with padding, a window", lambda m: {
+        **qkv(m, 2, 13, 13, 4, 2, 8), "indices": picks(m, 2, 13, 6, keys=13),
+        "mask": MaskContract(window=(4, 0), doc_ids=packed(13))}),
+    Case("everything", "all keys picked twice: dense attention", lambda m: {
+        **qkv(m, 2, 9, 9, 2, 1, 8), "indices": torch.arange(9, device=m.device).repeat(2, 9, 2)}),
+    Case("options", "softcap, scale, values of another size, T ≠ S, odd sizes", lambda m: call(
+        m, 5, 11, 6, 3, 7, 4, 5, softcap=2.0, scale=0.7, mask=MaskContract(causal=False))),
+    Case("validity", "int32, and nothing read where a pick is not valid", _valid),
+    Case("no_picks", "a selection of no tokens: exactly 0", lambda m: call(m, 3, 3, 2, 1, 8, 0)),
+    Case("no_queries", "no query", lambda m: call(m, 0, 5, 2, 1, 8, 2)),
+)  # fmt: skip
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    indices_valid: Tensor | None = None,
+    mask: MaskContract | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """One query and one head at a time, over a Python set of keys."""
+    (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
+    allowed = dense_oracle(mask or MaskContract(), batch, queries, keys)
+    outs = []
+    for b in range(batch):
+        for t in range(queries):
+            for h in range(heads):
+                own = h * kv_heads // heads
+                at = (b, t, own) if indices.ndim == 4 else (b, t)
+                row = indices[at] if indices_valid is None else indices[at][indices_valid[at]]
+                seen = sorted({int(s) for s in row} - {-1})
+                seen = [s for s in seen if allowed[b, t, s]]
+                z = k[b, seen, own] @ q[b, t, h] * (width**-0.5 if scale is None else scale)
+                z = softcap * (z / softcap).tanh() if softcap else z
+                outs.append(z.softmax(0) @ v[b, seen, own])
+    nothing = (q.sum() + k.sum() + v.sum()) * 0.0  # so that a call without picks has a gradient too
+    shape = (batch, queries, heads, v.shape[3])
+    return (torch.stack(outs).view(shape) if outs else nothing.expand(shape)) + nothing
+
+
+def sized(m: Maker, n: int) -> dict[str, Any]:
+    return {**qkv(m, 2, n, n, 4, 2, 8), "indices": m.integers(0, n, 2, n, 2, 5)}
+
+
+def real(m: Maker) -> dict[str, Any]:
+    """A layer of production size; what it moves depends on the picks, so no compulsory bytes are stated."""
+    return {**qkv(m, 1, 8192, 8192, 32, 4, 128), "indices": m.integers(0, 8192, 1, 8192, 4, 512)}
+
+
+SUITES = (
+    Suite(
+        op="exact_token_attention",
+        function=exact_token_attention,
+        backends=BACKENDS,
+        cases=CASES,
+        differentiable=("q", "k", "v"),
+        oracle=oracle,
+        sized=sized,
+        scales=(1e-3, 1.0, 16.0),  # as in dense attention
+        rounding=("triton", "cpu"),
+        real=real,
+        # as in dense attention: δ from the rounded output, where the plain formula of a single key has exactly 0
+        units={"triton": 2.0 * (1 + 3), "cpu": 2.0 * (1 + 3)},
+    ),
+)
