@@ -63,9 +63,9 @@ def test_our_kernels_move_what_they_must(op):
     suite = next(s for s in suites() if s.op == op)
     call = suite.real(Maker(torch.bfloat16), 132)
     directions = both_ways(suite.function, call, [n for n in suite.differentiable if n in call])
-    for traffic, compulsory in zip(directions, suite.compulsory(call), strict=True):
-        assert traffic.launches == 1
-        assert traffic.others <= 1, "one small reduction"
+    for traffic, compulsory, most in zip(directions, suite.compulsory(call), (1, 2), strict=True):
+        assert 1 <= traffic.launches <= most, "backward, one small reduction more"
+        assert traffic.others == 0
         assert traffic.atomics == 0
         assert traffic.sectors <= 1.07 * compulsory, "at so few rows the partial sums still weigh"
 

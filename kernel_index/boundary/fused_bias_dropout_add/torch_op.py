@@ -26,17 +26,19 @@ def _launch(x, residual, bias, seed, threshold, scale):
     return triton.flat(x, residual, bias, (seed, threshold, scale), out)
 
 
-def _allocate_gradients(g, seed, threshold, scale, x_dtype, wants_bias):
+def _allocate_gradients(g, seed, threshold, scale, x_dtype, bias_dtype):
+    """A gradient that is not wanted, which has no dtype, is an empty tensor: an op's outputs have a fixed number."""
     dx = torch.empty((0,) if x_dtype is None else g.shape, dtype=x_dtype or g.dtype, device=g.device)
-    return dx, torch.empty((g.shape[-1] if wants_bias else 0,), dtype=torch.float32, device=g.device)
+    width = 0 if bias_dtype is None else g.shape[-1]
+    return dx, torch.empty((width,), dtype=bias_dtype or g.dtype, device=g.device)
 
 
-def _launch_backward(g, seed, threshold, scale, x_dtype, wants_bias):
+def _launch_backward(g, seed, threshold, scale, x_dtype, bias_dtype):
     from kernel_index.boundary.fused_bias_dropout_add import triton
 
     g, mask = g.contiguous(), (seed, threshold, scale)
-    dx, dbias = _allocate_gradients(g, *mask, x_dtype, wants_bias)
-    if wants_bias:
+    dx, dbias = _allocate_gradients(g, *mask, x_dtype, bias_dtype)
+    if bias_dtype is not None:
         rows = g.view(math.prod(g.shape[:-1]), g.shape[-1])
         triton.columns(rows, mask, None if x_dtype is None else dx, dbias)
     else:
@@ -51,7 +53,7 @@ _forward_op = gpu.register(
 )
 _backward_op = gpu.register(
     "bias_dropout_add_backward(Tensor g, Tensor? seed, int? threshold, float? scale, ScalarType? x_dtype, "
-    "bool wants_bias) -> (Tensor, Tensor)",
+    "ScalarType? bias_dtype) -> (Tensor, Tensor)",
     _launch_backward,
     _allocate_gradients,
 )
@@ -65,8 +67,8 @@ def _triton_backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_d
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, so that any further derivative exists too
         threshold, scale = (None if n is None else torch.full((), n, device=g.device) for n in (threshold, scale))
         return inductor.backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype)
-    dx, dbias = _backward_op(g, seed, threshold, scale, x_dtype, bias_dtype is not None)
-    return None if x_dtype is None else dx, None if bias_dtype is None else dbias.to(bias_dtype)
+    dx, dbias = _backward_op(g, seed, threshold, scale, x_dtype, bias_dtype)
+    return None if x_dtype is None else dx, None if bias_dtype is None else dbias
 
 
 class _Passes(NamedTuple):

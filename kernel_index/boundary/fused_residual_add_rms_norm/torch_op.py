@@ -34,7 +34,7 @@ def _allocate_gradients(
 ):
     """A gradient that is not wanted is an empty tensor: an op's outputs have a fixed number."""
     sizes = (new_residual.shape, new_residual.shape, weight.shape, (1,) if scale is None else scale.reshape(-1).shape)
-    dtypes = residual_like, delta_like, torch.float32, torch.float32
+    dtypes = residual_like, delta_like, weight.dtype, torch.float32
     return tuple(
         torch.empty(size if want else (0,), dtype=dtype, device=rstd.device)
         for size, dtype, want in zip(sizes, dtypes, wanted, strict=True)

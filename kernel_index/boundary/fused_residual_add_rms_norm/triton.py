@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.gpu import ceil_div, next_power_of_2, on_device, processors
+from kernel_index.triton_sums import sum_parts
 
 WHOLE = 8192
 """Elements of the widest row that is held in registers."""
@@ -220,7 +221,7 @@ def backward(
     offset: float,
     outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``outputs`` = (d_residual, d_delta, d_weight, d_scale), None where not wanted; the last two in float32."""
+    """``outputs`` = (d_residual, d_delta, d_weight, d_scale), None where not wanted; sums are taken in float32."""
     rows, width = new_residual.shape
     d_residual, d_delta, d_weight, d_scale = outputs
     if rows == 0 or width == 0:
@@ -244,5 +245,5 @@ def backward(
         )  # fmt: skip
     for total, part in zip((d_weight, d_scale), parts, strict=True):
         if total is not None and part is not None:
-            torch.sum(part, 0, out=total.view(part.shape[1]))
+            sum_parts(part, total.view(part.shape[1]))
     return outputs

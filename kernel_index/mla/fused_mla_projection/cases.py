@@ -54,7 +54,8 @@ CASES = (
     Case("no weight", "a norm without weight", lambda m: call(m, (11, 64), 32, 48, norm_weight=None)),
     Case("odd", "no dimension is a multiple of a vector width", lambda m: call(m, (3, 5, 17), 13, 19, eps=1e-5)),
     Case("one token", "rank 1: a single token in decoding", lambda m: call(m, (33,), 24, 40)),
-    Case("one channel", "every latent becomes its own sign", lambda m: call(m, (6, 8), 1, 5)),
+    # eps of the latent's size: with a small one the gradient of a sign is nothing but what cancellation leaves
+    Case("one channel", "every latent becomes nearly its own sign", lambda m: call(m, (6, 8), 1, 5, eps=0.3)),
     Case("no tokens", "a data-parallel rank without work", lambda m: call(m, (2, 0, 16), 8, 12)),
     Case("strided", "permuted, transposed and expanded", strided),
     Case(
