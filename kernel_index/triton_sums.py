@@ -21,7 +21,7 @@ def _sum_kernel(parts_ptr, out_ptr, count, width, COUNT: tl.constexpr, COLUMNS: 
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
-    """``out [width]`` = the sum of float32 ``parts [count, width]`` over its rows, in an order that count alone sets."""
+    """``out [width]`` = the sum of float32 ``parts [count, width]`` over its rows, in a fixed order."""
     count, width = parts.shape
     assert count <= 512, "more rows than registers hold: their callers make one for each processor"
     with on_device(parts):
