@@ -36,7 +36,7 @@ interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see
 def why_not(*tensors: Any) -> str | None:
     """The rules that every Triton backend shares; arguments that are not tensors are ignored."""
     if not has_package("triton"):
-        return "needs the triton package"
+        return "needs the triton package (pip install triton)"
     if inside_functorch():
         return "inside a torch.func transform"
     for tensor in tensors:

@@ -44,7 +44,7 @@ def export(name: str, folder: Path, version: int = 1) -> list[Path]:
         raise ValueError(f"version must be a positive integer, got {version!r}")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder must be empty or new, got {folder}")
-    modules = closure(".".join((PACKAGE, *Path(entry.folder).parts, "api")))
+    modules = closure(f"{PACKAGE}.dispatch", ".".join((PACKAGE, *Path(entry.folder).parts, "api")))
     digest = hashlib.sha256("".join(path.read_text() for path in modules.values()).encode()).hexdigest()[:8]
     builds = []
     for backend in BACKENDS:
@@ -61,10 +61,10 @@ def export(name: str, folder: Path, version: int = 1) -> list[Path]:
     return builds
 
 
-def closure(start: str) -> dict[str, Path]:
-    """The modules that a module imports, directly or not, also within functions: dotted name -> file."""
+def closure(*start: str) -> dict[str, Path]:
+    """Modules and those that they import, directly or not, also within functions: dotted name -> file."""
     found: dict[str, Path] = {}
-    waiting = [start]
+    waiting = list(start)
     while waiting:
         dotted = waiting.pop()
         path = _file_of(dotted)

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import kernel_index
 from kernel_index.cases import suites
 from kernel_index.proofs.fa4 import fa4, verify
 
@@ -150,7 +152,11 @@ def _known(ops: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def _finish(out: Path | None, proof: str, rows: list[dict[str, Any]], passed: bool) -> None:
-    versions: dict[str, Any] = {"torch": torch.__version__}
+    versions: dict[str, Any] = {
+        "kernel-index": kernel_index.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     if importlib.util.find_spec("triton") is not None:
         import triton
 

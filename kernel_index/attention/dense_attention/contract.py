@@ -113,7 +113,7 @@ def fa4_why_not(
     if target.kind != "cuda":
         return "needs CUDA tensors"
     if not has_package("flash_attn"):
-        return "needs the flash-attn-4 package"
+        return "needs the flash-attn-4 package (pip install flash-attn-4)"
     if q.dtype not in HALF:
         return "flash-attn-4 takes float16 and bfloat16"
     if sink is not None:
@@ -148,7 +148,7 @@ def flex_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
     if target_of(q.device).kind not in ("cuda", "hip"):
         return "needs a CUDA device: FlexAttention has no backward on a CPU"
     if not has_package("triton"):
-        return "needs the triton package"
+        return "needs the triton package (pip install triton)"
     if inside_functorch():
         return "inside a torch.func transform"
     if q.dtype not in (torch.float32, *HALF):
