@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kernel_index as ki
-from kernel_index.nn import MLA, Attention, Mamba2, MixerState, PagedLatentCache
+from kernel_index.nn import MLA, Attention, ExactTokenCache, Mamba2, MixerState, PagedLatentCache, SparseAttention
 
 
 class ModelCache:
@@ -24,19 +24,9 @@ class ModelCache:
     def __init__(self, mixers: Sequence[nn.Module | None], tokens: int, page_size: int = 16):
         self.mixers, pages = list(mixers), -(-tokens // page_size)
         self.pools: dict[str, ki.PagedKVCache] = {}
-        attention = [m for m in mixers if isinstance(m, Attention)]
-        latent = [m for m in mixers if isinstance(m, MLA)]
-        if attention:
-            like = attention[0].k.weight
-            heads, width = attention[0].kv_heads, attention[0].head_dim
-            self.pools["attention"] = ki.PagedKVCache(
-                len(attention), pages, page_size, heads, width, dtype=like.dtype, device=like.device
-            )
-        if latent:
-            like, width = latent[0].norm, latent[0].latent + latent[0].rope_dim
-            self.pools["latent"] = PagedLatentCache(
-                len(latent), pages, page_size, width, dtype=like.dtype, device=like.device
-            )
+        for name in dict.fromkeys(pool for mixer in mixers for pool in _pools_of(mixer)):
+            users = [m for m in mixers if name in _pools_of(m)]
+            self.pools[name] = _new_pool(name, users[0], (len(users), pages, page_size))
         self._next = 0
         self._lengths: dict[int, int] = {}
         self._states: dict[int, list[MixerState]] = {}
@@ -87,10 +77,10 @@ class ModelCache:
         mixer = self.mixers[block]
         if mixer is None:
             return None
-        kind = "attention" if isinstance(mixer, Attention) else "latent" if isinstance(mixer, MLA) else "state"
-        index = self._served[kind]
-        self._served[kind] += 1
-        return self._stepping[index] if kind == "state" else self.pools[kind].layer(index)
+        if isinstance(mixer, Mamba2):
+            return self._stepping[self._turn("state")]
+        layers = [self.pools[pool].layer(self._turn(pool)) for pool in _pools_of(mixer)]
+        return layers[0] if len(layers) == 1 else ExactTokenCache(*layers)
 
     def advance(self) -> None:
         """Count the real tokens of the step as seen."""
@@ -106,6 +96,10 @@ class ModelCache:
         """Tokens of the step's sequences before it."""
         return [self._lengths[s] for s in self._step[0]]
 
+    def _turn(self, kind: str) -> int:
+        self._served[kind] += 1
+        return self._served[kind] - 1
+
     def _state_mixers(self) -> list[Mamba2]:
         return [m for m in self.mixers if isinstance(m, Mamba2)]
 
@@ -113,3 +107,24 @@ class ModelCache:
         self._next += 1  # pools see the same calls, so that they give a sequence the same number
         self._lengths[self._next - 1], self._states[self._next - 1] = length, states
         return self._next - 1
+
+
+def _pools_of(mixer: nn.Module | None) -> tuple[str, ...]:
+    """The pools that a mixer keeps its pages in."""
+    if isinstance(mixer, Attention):
+        return ("attention",)
+    if isinstance(mixer, SparseAttention):  # apart from the others: block means are kept for all layers of a pool
+        return ("sparse",) if mixer.index is None else ("tokens", "index")
+    return ("latent",) if isinstance(mixer, MLA) else ()
+
+
+def _new_pool(name: str, mixer: nn.Module | None, sizes: tuple[int, int, int]) -> ki.PagedKVCache:
+    """A pool for mixers like this one; ``sizes`` are layers, pages and tokens of a page."""
+    if isinstance(mixer, MLA):
+        like, width = mixer.norm, mixer.latent + mixer.rope_dim
+        return PagedLatentCache(*sizes, width, dtype=like.dtype, device=like.device)
+    assert isinstance(mixer, Attention | SparseAttention)
+    like = mixer.k.weight
+    if name == "index" and isinstance(mixer, SparseAttention) and mixer.index is not None:
+        return PagedLatentCache(*sizes, mixer.index.k.out_features, dtype=like.dtype, device=like.device)
+    return ki.PagedKVCache(*sizes, mixer.kv_heads, mixer.head_dim, dtype=like.dtype, device=like.device)

@@ -21,6 +21,7 @@ from kernel_index.nn import (
     Mixer,
     ResidualRMSNorm,
     Router,
+    SparseAttention,
     SquaredReLUMLP,
     SwiGLUMLP,
 )
@@ -30,6 +31,7 @@ from kernel_index.nn.mlp import MLPS
 def make_block(config: ModelConfig, index: int) -> HybridBlock:
     """The block that a letter of the pattern stands for."""
     c, letter = config, config.pattern[index]
+    options: dict[str, Any]
     mixer: Mixer | None = None
     mlp: nn.Module | None = None
     if letter == "A":
@@ -41,8 +43,13 @@ def make_block(config: ModelConfig, index: int) -> HybridBlock:
         mixer = Mamba2(c.dim, s.heads, s.head_dim, state=s.state, chunk=s.chunk)
     elif letter == "E":
         e = c.experts
-        options: dict[str, Any] = {"shared": e.shared, "activation": c.activation, "scores": e.scores}
+        options = {"shared": e.shared, "activation": c.activation, "scores": e.scores}
         mlp = Experts(c.dim, e.hidden, experts=e.count, topk=e.topk, **options)
+    elif letter == "S":
+        p = c.sparse
+        options = {"block": p.block, "topk": p.topk, "tokens": p.tokens, "index_heads": p.index_heads}
+        options |= {"index_dim": p.index_dim, "window": c.windows[index], "kind": c.sparse_kind(index)}
+        mixer = SparseAttention(c.dim, c.heads, c.kv_heads, c.head_dim, **options)
     if letter in "ASL" and c.hidden:
         mlp = MLPS[c.activation](c.dim, c.hidden)
     return HybridBlock(c.dim, mixer=mixer, mlp=mlp, dropout=c.dropout, fp32_residual=c.residual != "plain")
@@ -76,6 +83,12 @@ class LanguageModel(nn.Module):
 
     def routers(self) -> list[Router]:
         return [m for m in self.modules() if isinstance(m, Router)]
+
+    def attend_densely(self, dense: bool) -> None:
+        """Let the S blocks attend to everything, for a dense warm-up, or to what they select."""
+        for mixer in self.mixers():
+            if isinstance(mixer, SparseAttention):
+                mixer.dense = dense
 
     def reset_parameters(self) -> None:
         """Normal(1/√fan-in); the projections that end a branch start at zero, so that step 0 is a bigram model."""

@@ -8,6 +8,7 @@ from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.mla import MLA, PagedLatentCache
 from kernel_index.nn.mlp import SquaredReLUMLP, SwiGLUMLP
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
+from kernel_index.nn.sparse_attention import ExactTokenCache, SparseAttention
 from kernel_index.nn.state_space import Mamba2, MixerState, chunked_scan
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Attention",
     "BlockBranch",
     "Branch",
+    "ExactTokenCache",
     "Experts",
     "HybridBlock",
     "HyperConnectedBlocks",
@@ -26,6 +28,7 @@ __all__ = [
     "ResidualRMSNorm",
     "Router",
     "Routing",
+    "SparseAttention",
     "SquaredReLUMLP",
     "SwiGLUMLP",
     "TransformerBlock",

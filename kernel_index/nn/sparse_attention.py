@@ -1,0 +1,198 @@
+"""Attention that reads a few blocks or tokens of the past: three ways to choose them, one layer."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kernel_index as ki
+from kernel_index import checks
+from kernel_index.attention.dense_fa4_kvcache_decode.append import append
+from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
+from kernel_index.nn.mixer import Mixer
+from kernel_index.nn.residual import Branch
+
+KINDS = ("exact_token", "moba", "clustered")
+
+QUERIES_AT_ONCE = 64
+"""Queries whose picked tokens are gathered together while decoding."""
+
+
+class ExactTokenCache(NamedTuple):
+    """What ``kind="exact_token"`` decodes with: its keys and values, and the keys of its indexer."""
+
+    attention: CacheLayer
+    index: CacheLayer
+
+
+class SparseAttention(Mixer):
+    """Rotary grouped-query attention over what a router picks.
+
+    - ``"moba"``: each query head picks ``topk`` blocks by their mean keys (``ki.moba_attention``);
+    - ``"clustered"``: each key head does, and a tile of queries shares the union (``ki.clustered_sparse_attention``);
+    - ``"exact_token"``: an indexer of its own picks ``tokens`` single tokens (``ki.lightning_indexer``).
+
+    ``dense = True`` attends to everything instead, for a dense warm-up, and so that the two can be compared.
+
+    Args:
+        dim, heads, kv_heads, head_dim, window, bias: as of ``Attention``.
+        kind: one of the three.
+        block: tokens of a block.
+        topk: blocks for each query, its own counted.
+        tokens: tokens for each query of ``"exact_token"``.
+        index_heads, index_dim: of the indexer.
+    """
+
+    dense = False
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        kind: str,
+        block: int = 64,
+        topk: int = 4,
+        tokens: int = 64,
+        index_heads: int = 2,
+        index_dim: int = 32,
+        window: int | None = None,
+    ):
+        super().__init__()
+        checks.one_of("kind", kind, KINDS)
+        if heads % kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}), got {heads}")
+        self.kind, self.heads, self.kv_heads, self.head_dim, self.window = kind, heads, kv_heads, head_dim, window
+        self.rope_dim, self.block, self.topk, self.tokens = head_dim, block, topk, tokens
+        self.q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.index = Indexer(dim, index_heads, index_dim) if kind == "exact_token" else None
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        mask: "ki.MaskContract | None",
+        rope: tuple[Tensor, Tensor],
+        cache: Any = None,
+    ) -> Branch:
+        """``cache`` holds this layer's part of a ``KVCache``, or an ``ExactTokenCache``."""
+        B, T, _ = x_BTC.shape
+        q_BTHD = self.q(x_BTC).view(B, T, -1, self.head_dim)
+        k_BTKD = self.k(x_BTC).view(B, T, -1, self.head_dim)
+        v_BTKD = self.v(x_BTC).view(B, T, -1, self.head_dim)
+        q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
+        if cache is not None:
+            out_BTHD = self._decode(x_BTC, q_BTHD, k_BTKD, v_BTKD, cache)
+        elif mask is not None:
+            out_BTHD = self._attend(x_BTC, q_BTHD, k_BTKD, v_BTKD, mask)
+        else:
+            raise ValueError("mask must be given where no cache is, got None")
+        return self.out(out_BTHD.reshape(B, T, -1)), None
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: "ki.MaskContract") -> Tensor:
+        if self.kind == "exact_token":
+            assert self.index is not None
+            picked = None if self.dense else self.index.pick(x, x, self.tokens, mask)
+            return ki.exact_token_attention(q, k, v, picked, mask=mask)
+        if self.dense:
+            return ki.attention(q, k, v, mask)
+        if self.kind == "moba":
+            return ki.moba_attention(q, k, v, block_size=self.block, topk=self.topk, mask=mask)
+        config = ki.ClusteredSparseConfig(block_size=self.block, topk=self.topk)
+        return ki.clustered_sparse_attention(q, k, v, config=config, mask=mask)
+
+    def _decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
+        window = (self.window, 0)
+        if self.kind == "exact_token":
+            return self._decode_tokens(x, q, k, v, cache)
+        if self.dense:
+            return ki.fa4_kvcache_decode(q, k=k, v=v, window_size=window, **cache)
+        # A selection by key head is what the clustered kernel makes; the union only says what is loaded together.
+        per = "query_head" if self.kind == "moba" else "kv_group"
+        options = {"block_size": self.block, "topk": self.topk, "window_size": window}
+        return ki.moba_decode(q, cache, k=k, v=v, route_per=per, **options)
+
+    def _decode_tokens(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: ExactTokenCache) -> Tensor:
+        """The indexer scores all cached tokens; of keys and values only the picked rows are read."""
+        assert self.index is not None
+        kept = cache.attention
+        if self.dense:
+            self.index.remember(x, cache.index)
+            return ki.fa4_kvcache_decode(q, k=k, v=v, window_size=(self.window, 0), **kept)
+        write(kept, k, v)
+        places, mask = right_aligned(kept, self.window)
+        keys_BSI = self.index.remember(x, cache.index)[places.clamp_min(0)]
+        picked = self.index.pick(x, None, self.tokens, mask, keys_BSI)
+        pools = (kept["k_cache"].flatten(0, 1), kept["v_cache"].flatten(0, 1))
+        rows = [
+            self._attend_picked(
+                q[:, t : t + QUERIES_AT_ONCE], pools, places, picked.indices[:, t : t + QUERIES_AT_ONCE]
+            )
+            for t in range(0, q.shape[1], QUERIES_AT_ONCE)
+        ]
+        return torch.cat(rows, 1)
+
+    def _attend_picked(
+        self, q_BTHD: Tensor, pools: tuple[Tensor, Tensor], places_BS: Tensor, picks_BTn: Tensor
+    ) -> Tensor:
+        """Every query is a batch row of its own, with the keys that were picked for it."""
+        B, T, n = picks_BTn.shape
+        at = places_BS.gather(1, picks_BTn.clamp_min(0).flatten(1)).clamp_min(0)
+        k, v = ki.gather_rows_pair(*pools, at.flatten())
+        every = torch.where(picks_BTn >= 0, torch.arange(n, device=at.device), -1).view(B * T, 1, n)
+        k, v = (t.view(B * T, n, *t.shape[1:]) for t in (k, v))
+        out = ki.exact_token_attention(q_BTHD.flatten(0, 1)[:, None], k, v, every, mask=ki.MaskContract(causal=False))
+        return out.view(q_BTHD.shape)
+
+
+class Indexer(nn.Module):
+    """Scores past tokens for every query, ``Σ_j w_j·relu(q_j·k)``; it reads the stream but sends no gradient there."""
+
+    def __init__(self, dim: int, heads: int, width: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, heads * width, bias=False)
+        self.k = nn.Linear(dim, width, bias=False)
+        self.w = nn.Linear(dim, heads, bias=False)
+
+    def keys(self, x_BSC: Tensor) -> Tensor:
+        return self.k(x_BSC.detach())
+
+    def pick(
+        self, x_BTC: Tensor, of: Tensor | None, topk: int, mask: "ki.MaskContract", keys: Tensor | None = None
+    ) -> "ki.TokenSelection":
+        """The ``topk`` tokens of the text ``of`` [B, S, C], or of cached ``keys`` [B, S, width], for each query."""
+        x = x_BTC.detach()
+        q_BTJI = self.q(x).unflatten(-1, (self.heads, -1))
+        keys_BSI = self.keys(of) if keys is None and of is not None else keys
+        return ki.lightning_indexer(q_BTJI, keys_BSI, self.w(x), topk=topk, mask=mask)
+
+    def remember(self, x_BTC: Tensor, cache: CacheLayer) -> Tensor:
+        """Write the keys of new tokens; all cached keys, one row for each slot of the pool."""
+        new = self.keys(x_BTC)[:, :, None]
+        write(cache, new, new)
+        return cache["k_cache"].flatten(0, 2)
+
+
+def write(layer: CacheLayer, k: Tensor, v: Tensor) -> None:
+    """Append this step's keys and values without attending."""
+    append(layer["k_cache"], layer["v_cache"], layer["cache_seqlens"], k, v, layer["block_table"])
+
+
+def right_aligned(layer: CacheLayer, window: int | None) -> tuple[Tensor, "ki.MaskContract"]:
+    """Where the tokens of each row lie in a paged pool, [B, S], the last in the last column, −1 in front of the first.
+
+    Rows of different lengths then share one contract: their queries end where their keys end.
+    """
+    lengths, device = layer.lengths_after, layer["cache_seqlens"].device
+    longest = max(lengths)
+    token = torch.arange(longest, device=device) - (longest - torch.tensor(lengths, device=device)[:, None])
+    page, table = layer["k_cache"].shape[1], layer["block_table"].long()
+    slot = table.gather(1, token.clamp_min(0) // page) * page + token % page
+    inside = token >= 0
+    mask = ki.MaskContract(doc_ids=torch.where(inside, 0, -1), window=(window, 0))
+    return torch.where(inside, slot, -1), mask
