@@ -4,7 +4,6 @@ One contract, several backends, a correct gradient, and a receipt of what really
 """
 
 import importlib
-from typing import Any
 
 from kernel_index.attention.attention_validity_prefix.api import attention_validity
 from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity
@@ -17,7 +16,8 @@ from kernel_index.attention.dense_fa4_kvcache_decode.cache import ContiguousKVCa
 from kernel_index.attention.dense_fa4_kvcache_decode.paged import OutOfPages, PagedKVCache
 from kernel_index.attention.doc_window_mask.api import doc_window_mask
 from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.attention.exact_token_sparse.api import exact_token_attention
+from kernel_index.attention.exact_token_sparse.api import exact_token_attention, lightning_indexer
+from kernel_index.attention.exact_token_sparse.loss import lightning_indexer_loss
 from kernel_index.attention.exact_token_sparse.selection import TokenSelection
 from kernel_index.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
 from kernel_index.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
@@ -99,6 +99,8 @@ __all__ = [
     "gather_rows",
     "gather_rows_pair",
     "hierarchical_block_select",
+    "lightning_indexer",
+    "lightning_indexer_loss",
     "materialize_query_union_mask",
     "mhc_branch_input",
     "mhc_merge",
@@ -116,7 +118,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """``ki.transformers``: the integration, imported when it is first named; importing the index imports none."""
     if name == "transformers":
         return importlib.import_module("kernel_index.integrations.transformers")
