@@ -13,6 +13,7 @@ from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 
 scale_of = dense.scale_of
 sizes_of = dense.sizes_of
+cpu_why_not = dense.cpu_why_not
 
 
 def check(
@@ -73,3 +74,10 @@ def triton_why_not(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, *_: Any) -
 
 def triton_not_worth(q: Tensor, *_: Any) -> str | None:
     return gpu.not_worth(q)
+
+
+SMALL = 256 * 256
+
+
+def cpu_not_worth(q: Tensor, k: Tensor, *_: Any) -> str | None:
+    return "too small for skipping to pay" if q.shape[1] * k.shape[1] <= SMALL else None
