@@ -5,6 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernel_index import checks as host
+
+__all__ = ["has_dtype", "has_rank", "has_shape", "host", "is_array", "is_floating", "is_integer_array", "is_traced"]
+
 
 def is_array(name: str, value: Any) -> None:
     if not isinstance(value, jax.Array):
