@@ -9,9 +9,10 @@ from torch import Tensor
 from kernel_index.attention.dense_attention.api import BACKENDS as DENSE
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.attention.exact_token_sparse import contract
+from kernel_index.attention.exact_token_sparse.chunked import lightning_indexer_chunked
 from kernel_index.attention.exact_token_sparse.contract import Asked
 from kernel_index.attention.exact_token_sparse.cpu import exact_token_cpu
-from kernel_index.attention.exact_token_sparse.reference import exact_token_reference
+from kernel_index.attention.exact_token_sparse.reference import exact_token_reference, lightning_indexer_reference
 from kernel_index.attention.exact_token_sparse.selection import TokenSelection
 from kernel_index.dispatch import Backend, always, choose
 
@@ -170,3 +171,61 @@ def exact_token_attention(
         indices_valid = None if indices_valid is None else indices_valid.unsqueeze(2)
     call = (q, k, v, indices, indices_valid, mask, scale, softcap, asked)
     return choose("exact_token_attention", BACKENDS, backend, *call).run(*call)
+
+
+INDEXER_BACKENDS = (
+    Backend("chunked", contract.chunked_why_not, lightning_indexer_chunked),
+    Backend("reference", always, lightning_indexer_reference),
+)
+
+
+def lightning_indexer(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    weights: Tensor,
+    *,
+    topk: int,
+    mask: MaskContract | None = None,
+    replay: TokenSelection | None = None,
+    backend: str = "auto",
+) -> TokenSelection:
+    """The ``topk`` best tokens of each query by the indexer's score, exactly, and the same ones every time.
+
+    ::
+
+        I[t, s] = Σ_j weights[t, j] · relu(q_idx[t, j]·k_idx[s])          over the keys s that the mask allows
+
+    in float32; among equal scores the smallest index wins, and relu makes many of them 0.  A query with fewer than
+    ``topk`` allowed keys picks them all.  Scores are formed in tiles of keys and never stored for all of them.
+
+    The picks have no gradient.  The scores have that of the formula at the picks, which is what a loss for the indexer
+    trains: see ``lightning_indexer_loss``.
+
+    Args:
+        q_idx: [B, T, J, D], any floating dtype; J is the number of the indexer's heads.
+        k_idx: [B, S, D], q_idx's dtype; one key for all heads.
+        weights: [B, T, J], q_idx's dtype or float32; any scale of the scores belongs in here.
+        topk: tokens for each query, at least 1.
+        mask: who may attend to whom; causal by default.
+        replay: a selection that was recorded: its picks are returned, less those that this mask forbids, with the
+            scores that they have now.  For recomputation, and for training on what a rollout attended to.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
+
+    Returns:
+        ``TokenSelection(indices, valid, scores)``, each [B, T, topk]; what ``exact_token_attention`` takes.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule.
+        Ineligible: the named backend cannot run this call.
+
+    Source: the lightning indexer of DeepSeek-V3.2 (DeepSeek-AI, 2025), in float32.
+
+    >>> import torch, kernel_index as ki
+    >>> q, k = torch.ones(1, 4, 1, 1), torch.tensor([2.0, 5.0, 2.0, -1.0]).view(1, 4, 1)
+    >>> ki.lightning_indexer(q, k, torch.ones(1, 4, 1), topk=2).indices[0].tolist()
+    [[0, -1], [1, 0], [1, 0], [1, 0]]
+    """
+    mask = EVERYTHING_BEFORE if mask is None else mask
+    contract.check_indexer(q_idx, k_idx, weights, topk, mask, replay)
+    call = (q_idx, k_idx, weights, topk, mask, replay)
+    return choose("lightning_indexer", INDEXER_BACKENDS, backend, *call).run(*call)

@@ -9,6 +9,7 @@ from kernel_index import checks, gpu
 from kernel_index.attention.dense_attention import contract as dense
 from kernel_index.attention.dense_fa4_kvcache_decode.contract import readable
 from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.attention.exact_token_sparse.selection import TokenSelection
 from kernel_index.inductor import PLAIN, inside_functorch
 from kernel_index.target import target_of
 
@@ -68,6 +69,40 @@ def runtime_mode(backend: str) -> str:
     if torch.compiler.is_compiling():
         return "compiled"
     return "interpreted" if backend == "triton" and gpu.interpreting() else "eager"
+
+
+def check_indexer(q: Any, k: Any, weights: Any, topk: Any, mask: Any, replay: Any) -> None:
+    legends = ("[B, T, J, D]", "[B, S, D]", "[B, T, J]")
+    for name, value, legend in zip(("q_idx", "k_idx", "weights"), (q, k, weights), legends, strict=True):
+        checks.is_floating(name, value)
+        checks.has_rank(name, value, legend.count(",") + 1, legend)
+        checks.on_device(name, value, q, "q_idx")
+    batch, queries, heads, width = q.shape
+    checks.has_dtype("k_idx", k, q.dtype, "like q_idx")
+    if weights.dtype not in (q.dtype, torch.promote_types(q.dtype, torch.float32)):
+        raise TypeError(f"weights must be {q.dtype} like q_idx, or float32 beside less, got {weights.dtype}")
+    checks.has_shape("k_idx", k, (batch, k.shape[1], width), "[B, S, D] with q_idx's B and D,")
+    checks.has_shape("weights", weights, (batch, queries, heads), "[B, T, J] like q_idx,")
+    checks.is_int("topk", topk, minimum=1)
+    if not isinstance(mask, MaskContract):
+        raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
+    mask.sizes(batch, queries, k.shape[1], q.device)
+    if replay is None:
+        return
+    if not isinstance(replay, TokenSelection):
+        raise TypeError(f"replay must be a TokenSelection, got {type(replay).__name__}")
+    check_indices("replay.indices", replay.indices, q)
+    checks.has_shape("replay.indices", replay.indices, (batch, queries, topk), "[B, T, topk] with q_idx's B and T,")
+    checks.has_shape("replay.valid", replay.valid, (batch, queries, topk), "of the shape of replay.indices,")
+    check_places("replay.indices", replay.indices, replay.valid, k.shape[1])
+
+
+def chunked_why_not(q: Tensor, k: Tensor, weights: Tensor, *_: Any) -> str | None:
+    if inside_functorch():
+        return "inside a torch.func transform"
+    if any(type(t) not in PLAIN for t in (q, k, weights)):
+        return "needs plain tensors, not a tensor subclass"
+    return None
 
 
 WIDEST = 256

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.attention.dense_attention.contract import scale_of, sizes_of
 from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.attention.exact_token_sparse.selection import TokenSelection, replayed
 
 SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores."""
@@ -65,3 +66,44 @@ def _attend(q_BKGTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed_BPTS: Tenso
     scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
     weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     return torch.einsum("bkgts,bksd->bkgtd", weights, v_BKSD)
+
+
+def lightning_indexer_reference(
+    q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: MaskContract, replay: TokenSelection | None
+) -> TokenSelection:
+    """Every score, then a stable sort: what the streamed form must agree with."""
+    batch, queries, heads, _ = q.shape
+    keys = k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, weights = (x.to(dtype) for x in (q, k, weights))
+    start, end = mask.row_intervals(mask.sizes(batch, queries, keys, q.device))
+    key = torch.arange(keys, device=q.device)
+
+    def select(at: slice) -> tuple[Tensor, Tensor]:
+        z = torch.einsum("btjd,bsd->btjs", q[:, at], k).relu()
+        scores = torch.einsum("btjs,btj->bts", z, weights[:, at])
+        if replay is not None:
+            indices = replayed(TokenSelection(*(x[:, at] for x in replay)), start[:, at], end[:, at])
+        else:
+            allowed = (key >= start[:, at, None]) & (key < end[:, at, None])
+            indices = _best(scores.detach(), allowed.expand_as(scores), topk)
+        return indices, scores.gather(2, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf)
+
+    if keys == 0:
+        scores = q.new_full((batch, queries, topk), -torch.inf)
+        return TokenSelection(torch.full_like(scores, -1, dtype=torch.int64), scores > 0, scores)
+    if torch.compiler.is_compiling() or batch * queries * heads * keys <= SCORES_AT_ONCE:
+        indices, scores = select(slice(None))
+    else:
+        step = max(1, SCORES_AT_ONCE // (batch * heads * keys))
+        parts = [select(slice(t, t + step)) for t in range(0, queries, step)]
+        indices, scores = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    return TokenSelection(indices, indices >= 0, scores)
+
+
+def _best(scores: Tensor, allowed: Tensor, topk: int) -> Tensor:
+    """The allowed places by descending score, among equal ones by ascending place; −1 behind them."""
+    by_score = scores.sort(dim=-1, descending=True, stable=True).indices
+    allowed_first = allowed.gather(-1, by_score).to(torch.int8).sort(dim=-1, descending=True, stable=True)
+    places = torch.where(allowed_first.values > 0, by_score.gather(-1, allowed_first.indices), -1)
+    return torch.nn.functional.pad(places[..., :topk], (0, max(0, topk - places.shape[-1])), value=-1)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,9 @@ class TokenSelection(NamedTuple):
     indices: Tensor
     valid: Tensor
     scores: Tensor
+
+
+def replayed(replay: TokenSelection, start: Tensor, end: Tensor) -> Tensor:
+    """The recorded picks, int64; what the intervals [rows, T] of this mask forbid is no pick."""
+    allowed = (replay.indices >= start[..., None]) & (replay.indices < end[..., None]) & replay.valid
+    return torch.where(allowed, replay.indices.long(), -1)
