@@ -13,27 +13,26 @@ SMALLEST = 16
 
 
 class Config(NamedTuple):
-    """Rows of a program at most, keys of a step at most, warps, stages of the software pipeline."""
+    """Keys of a step at most, warps, stages of the software pipeline."""
 
-    rows: int
     step: int
     num_warps: int
     num_stages: int
 
 
 class Cut(NamedTuple):
-    """A program has ``queries`` tokens × ``heads`` heads of a group; a group is ``chunks`` such programs wide."""
+    """A program has ``queries`` tokens × ``heads`` of the ``group`` heads that share their picks."""
 
     queries: int
     heads: int
-    chunks: int
+    group: int
 
     @property
     def rows(self) -> int:
         return self.queries * self.heads
 
 
-def cut_of(heads: int, element_bytes: int, query_tile_size: int) -> Cut:
+def cut_of(group: int, element_bytes: int, query_tile_size: int) -> Cut:
     """The same for all kernels of a call, because the union lists are made for it.
 
     The heads of a group share their picks and so lie in one program, as many as it takes.  The queries beside them
@@ -41,41 +40,47 @@ def cut_of(heads: int, element_bytes: int, query_tile_size: int) -> Cut:
     block less often.  64 rows are what a warp group multiplies at once.
     """
     rows = SMALLEST if interpreting() else 64 if element_bytes < 4 else 32
-    together = min(next_power_of_2(heads), rows)
+    together = min(next_power_of_2(group), rows)
     fewest = max(1, SMALLEST // together)
     queries = max(fewest, min(rows // together, next_power_of_2(query_tile_size + 1) // 2))
-    return Cut(queries, together, ceil_div(heads, together))
+    return Cut(queries, together, group)
 
 
-def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> Config:
-    """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size alone."""
+def pick_config(kernel: str, width: int, element_bytes: int, capped: bool, target: Target) -> Config:
+    """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size and whether there is a softcap.
+
+    The largest that spill no register on sm_90 and sm_100; compiled ahead of time, not timed.
+    """
     if interpreting():
-        return Config(SMALLEST, 16, 4, 1)
-    if element_bytes == 4:
-        return Config(32, 32 if width <= 64 else 16, 4, 1)
-    roomy = target.arch in (90, 100)  # 227 KiB of shared memory
+        return Config(SMALLEST, 4, 1)
+    if element_bytes == 4:  # no tensor cores in full float32; two stages keep operands out of registers
+        return Config(32 if width <= 64 else 16, 4 if width <= 128 else 8, 2)
+    keys = kernel == "keys"
     if width > 128:
-        return Config(64, 32, 4, 2 if kernel == "forward" else 1)
-    if kernel == "keys":
-        return Config(64, 64, 8 if width > 64 else 4, 2)
-    return Config(64, 64, 4, 3 if roomy and width <= 64 else 2)
+        return Config(16 if keys else 32, 8, 2)
+    tight = kernel != "forward" and (capped or target.arch not in (90, 100))
+    step = 32 if tight else 64
+    if target.kind == "hip" and keys:
+        return Config(step, 4, 1)
+    return Config(step, 8 if keys and width > 64 else 4, 3 if width <= 64 and not keys else 2)
 
 
 class Launch(NamedTuple):
     """What the launches of a call share; the kernels take ``inner`` and ``outer`` for exponentials of base 2."""
 
     constants: dict[str, Any]
+    chunks: int
     scale: float
     inner: float
     outer: float
 
 
 def launch_of(
-    kernel: str, q: Tensor, v: Tensor, block_size: int, cut: Cut, scale: float | None, softcap: float
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, cut: Cut, scale: float | None, softcap: float
 ) -> Launch:
     width, value_width = q.shape[3], v.shape[3]
     scale = width**-0.5 if scale is None else scale
-    config = pick_config(kernel, max(width, value_width), q.element_size(), target_of(q.device))
+    config = pick_config(kernel, max(width, value_width), q.element_size(), softcap > 0, target_of(q.device))
     inner, outer = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
     constants = {
         "D": width,
@@ -87,13 +92,14 @@ def launch_of(
         "BLOCK": block_size,
         "QUERIES": cut.queries,
         "HEADS": cut.heads,
-        "CHUNKS": cut.chunks,
+        "GROUP": cut.group,
+        "GROUPS": q.shape[2] // cut.group // k.shape[2],
         "CAPPED": softcap > 0,
         "UPCAST": interpreting(),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return Launch(constants, scale, inner, outer / math.log(2))
+    return Launch(constants, ceil_div(cut.group, cut.heads), scale, inner, outer / math.log(2))
 
 
 def strides(*tensors: Tensor) -> list[int]:

@@ -27,7 +27,7 @@ def _launch(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, sc
     outputs = _allocate(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap)
     q, k, v = map(_dense_heads, (q, k, v))
     plan, bounds = Plan(blocks, members, sizes, blocks), (k_start, k_end)
-    how = launch_of("forward", q, v, block_size, Cut(*cut), scale, softcap)
+    how = launch_of("forward", q, k, v, block_size, Cut(*cut), scale, softcap)
     return triton.forward(q, k, v, plan, bounds, how, outputs)
 
 
@@ -48,7 +48,7 @@ def _launch_queries(
     )
     d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
     plan, bounds = Plan(blocks, members, sizes, blocks), (k_start, k_end)
-    how = launch_of("queries", q, v, block_size, Cut(*cut), scale, softcap)
+    how = launch_of("queries", q, k, v, block_size, Cut(*cut), scale, softcap)
     return triton_backward.backward_queries(d_out, d_lse, q, k, v, out, log2_sum, plan, bounds, how, outputs)
 
 
@@ -63,7 +63,7 @@ def _launch_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end,
         d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap
     )
     d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
-    how = launch_of("keys", q, v, block_size, Cut(*cut), scale, softcap)
+    how = launch_of("keys", q, k, v, block_size, Cut(*cut), scale, softcap)
     plan, seen = KeyPlan(lists, bounds), (q_start, q_end)
     return triton_backward.backward_keys(d_out, q, k, v, log2_sum, delta, plan, seen, how, outputs)
 

@@ -51,21 +51,24 @@ def _step(
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, blocks_ptr, members_ptr, sizes_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, H, G, K, TILES, PLACES, inner, outer,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, K, TILES, PLACES, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
     RAGGED: tl.constexpr = BLOCK % BN != 0
+    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the long unions of a causal mask begin first
     chunk, group = tl.program_id(1) % CHUNKS, tl.program_id(1) // CHUNKS
+    G = K * GROUPS
+    H = G * GROUP
     b, g = (group // G).to(tl.int64), (group % G).to(tl.int64)
     first = tile * QUERIES
     row = tl.arange(0, BM)
     query, of_group = first + row // HEADS, chunk * HEADS + row % HEADS
-    exists = (query < T) & (of_group < H // G)
-    head = g * (H // G) + of_group
+    exists = (query < T) & (of_group < GROUP)
+    head = g * GROUP + of_group
 
     start_ptr += b * interval_b
     end_ptr += b * interval_b
@@ -78,7 +81,7 @@ def _forward_kernel(
     begin, whole, cease, stop = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
 
     q = load_rows(q_ptr + b * q_b, query.to(tl.int64) * q_t + head * q_h, exists, D, BLOCK_D)
-    of_keys = g // (G // K)
+    of_keys = g // GROUPS
     k_base, v_base = k_ptr + b * k_b + of_keys * k_h, v_ptr + b * v_b + of_keys * v_h
     bit = (row // HEADS).to(tl.int64)
     acc = tl.zeros((BM, BLOCK_DV), tl.float32)
@@ -115,8 +118,8 @@ def forward(
     G, tiles, places = plan.blocks.shape[1:]
     if B * T * H:
         with on_device(q):
-            _forward_kernel[(tiles, B * G * how.constants["CHUNKS"])](
+            _forward_kernel[(tiles, B * G * how.chunks)](
                 q, k, v, plan.blocks, plan.members, plan.sizes, *bounds, *outputs, *strides(q, k, v),
-                row_stride(bounds[0]), T, S, H, G, K, tiles, places, how.inner, how.outer, **how.constants,
+                row_stride(bounds[0]), T, S, K, tiles, places, how.inner, how.outer, **how.constants,
             )  # fmt: skip
     return outputs

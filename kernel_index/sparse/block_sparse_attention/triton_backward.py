@@ -15,7 +15,8 @@ from kernel_index.sparse.block_sparse_attention.plan import KeyPlan, Plan
 
 @triton.jit
 def _queries_step(
-    dq, q, d_out, lse, delta, k_base, v_base, k_stride, v_stride, at, stop, member, partial, start, end, S, inner, outer,
+    dq, q, d_out, lse, delta, k_base, v_base, k_stride, v_stride, at, stop, member, partial, start, end, S, inner,
+    outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
     RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -40,21 +41,24 @@ def _queries_step(
 def _queries_kernel(
     d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, members_ptr, sizes_ptr, start_ptr,
     end_ptr, dq_ptr, delta_ptr, g_b, g_t, g_h, l_b, l_h, l_t, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b,
-    T, S, H, G, K, TILES, PLACES, scale, inner, outer,
+    T, S, K, TILES, PLACES, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr,
-    CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
     RAGGED: tl.constexpr = BLOCK % BN != 0
+    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk, group = tl.program_id(1) % CHUNKS, tl.program_id(1) // CHUNKS
+    G = K * GROUPS
+    H = G * GROUP
     b, g = (group // G).to(tl.int64), (group % G).to(tl.int64)
     first = tile * QUERIES
     row = tl.arange(0, BM)
     query, of_group = first + row // HEADS, chunk * HEADS + row % HEADS
-    exists = (query < T) & (of_group < H // G)
-    head, token = g * (H // G) + of_group, b * T + query
+    exists = (query < T) & (of_group < GROUP)
+    head, token = g * GROUP + of_group, b * T + query
 
     d_out = load_rows(d_out_ptr + b * g_b, query.to(tl.int64) * g_t + head * g_h, exists, DV, BLOCK_DV)
     out = load_rows(out_ptr, (token * H + head) * DV, exists, DV, BLOCK_DV)
@@ -77,7 +81,7 @@ def _queries_kernel(
     begin, whole, cease, stop = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
 
     q = load_rows(q_ptr + b * q_b, query.to(tl.int64) * q_t + head * q_h, exists, D, BLOCK_D)
-    of_keys = g // (G // K)
+    of_keys = g // GROUPS
     k_base, v_base = k_ptr + b * k_b + of_keys * k_h, v_ptr + b * v_b + of_keys * v_h
     bit = (row // HEADS).to(tl.int64)
     dq = tl.zeros((BM, BLOCK_D), tl.float32)
@@ -125,13 +129,14 @@ def _keys_step(
 @triton.jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, bounds_ptr, start_ptr, end_ptr, dk_ptr, dv_ptr,
-    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, H, K, BLOCKS, scale, inner, outer,
+    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, K, BLOCKS, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, GROUPS: tl.constexpr,
-    HEADS: tl.constexpr, CHUNKS: tl.constexpr,
-    CAPPED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
+    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    H = K * GROUPS * GROUP
     block = tl.program_id(0) // STEPS
     at = block * BLOCK + tl.program_id(0) % STEPS * BN
     rows = tl.minimum(block * BLOCK + BLOCK, S)
@@ -145,13 +150,12 @@ def _keys_kernel(
     d_out_ptr += b * g_b
     lse_ptr += b * T * H
     delta_ptr += b * T * H
-    OF_GROUP = H // K // GROUPS
     of_program = tl.arange(0, BM) % HEADS
     dk = tl.zeros((BN, BLOCK_D), tl.float32)
     dv = tl.zeros((BN, BLOCK_DV), tl.float32)
     for i in range(0, GROUPS * CHUNKS):
         g, of_group = own * GROUPS + i // CHUNKS, i % CHUNKS * HEADS + of_program
-        head, head_exists = g.to(tl.int32) * OF_GROUP + of_group, of_group < OF_GROUP
+        head, head_exists = g.to(tl.int32) * GROUP + of_group, of_group < GROUP
         bounds = bounds_ptr + ((b * K * GROUPS + g) * BLOCKS + block) * 4
         first, whole = tl.load(bounds), tl.load(bounds + 1)
         cease, last = tl.load(bounds + 2), tl.load(bounds + 3)
@@ -189,10 +193,10 @@ def backward_queries(
     G, tiles, places = plan.blocks.shape[1:]
     if B * T * H:
         with on_device(q):
-            _queries_kernel[(tiles, B * G * how.constants["CHUNKS"])](
+            _queries_kernel[(tiles, B * G * how.chunks)](
                 d_out, d_lse, q, k, v, out, lse, plan.blocks, plan.members, plan.sizes, *bounds, *outputs,
                 *strides(d_out, d_out if d_lse is None else d_lse, q, k, v), row_stride(bounds[0]),
-                T, S, H, G, K, tiles, places, how.scale, how.inner, how.outer,
+                T, S, K, tiles, places, how.scale, how.inner, how.outer,
                 HAS_D_LSE=d_lse is not None, **how.constants,
             )  # fmt: skip
     return outputs
@@ -212,14 +216,14 @@ def backward_keys(
 ) -> tuple[Tensor, Tensor]:
     """Fill dK and dV."""
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    G, blocks = plan.bounds.shape[1:3]
+    blocks = plan.bounds.shape[2]
     if B * S * K:
         wide = T * max(q.stride(1), d_out.stride(1), H) >= 2**31
         steps = ceil_div(how.constants["BLOCK"], how.constants["BN"])
         with on_device(q):
             _keys_kernel[(blocks * steps, B * K)](
                 d_out, q, k, v, lse, delta, plan.queries, plan.bounds, *bounds, *outputs,
-                *strides(d_out, q, k, v), row_stride(bounds[0]), T, S, H, K, blocks, how.scale, how.inner,
-                how.outer, GROUPS=G // K, WIDE=wide, **how.constants,
+                *strides(d_out, q, k, v), row_stride(bounds[0]), T, S, K, blocks, how.scale, how.inner,
+                how.outer, WIDE=wide, **how.constants,
             )  # fmt: skip
     return outputs
