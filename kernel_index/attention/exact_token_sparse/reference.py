@@ -25,7 +25,7 @@ def exact_token_reference(
     *_: Any,
 ) -> Tensor:
     """``indices`` [B, T, K or 1, n]; what is out of range or not valid is no pick."""
-    batch, queries, heads, _ = q.shape
+    batch, queries, heads = q.shape[:3]
     keys, kv_heads = k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_BKGTD = (q.to(dtype) * scale_of(q, scale)).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)

@@ -1,0 +1,181 @@
+"""What the conformance test cannot know about exact-token attention: laws, telemetry, staging, refusals."""
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.attention.exact_token_sparse import cpu
+
+SCHEMA = {
+    *("path", "reason", "indexer", "seq_len", "requested_backend", "actual_backend", "runtime_mode"),
+    *("fallback_reason", "staging"),
+}
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
+
+
+def qkv(queries=70, keys=70, heads=4, groups=2, width=16, seed=0, **made):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((queries, heads), (keys, groups), (keys, groups))
+    return tuple(torch.randn(1, n, h, width, generator=generator, **made) for n, h in sizes)
+
+
+def supported(backend: str) -> str:
+    if backend not in ki.explain("exact_token_attention", *qkv(2, 2), torch.zeros(1, 2, 1).long()).verdicts:
+        pytest.skip(f"no {backend} backend")
+    return backend
+
+
+MASKS = {
+    "causal": ki.MaskContract(),
+    "documents": ki.MaskContract(window=(20, 0), doc_ids=torch.arange(70) // 23),
+    "prefix": ki.MaskContract(validity=ki.attention_validity(valid_token_counts=[40])),
+    "both sides": ki.MaskContract(causal=False, window=(9, 30)),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_picking_everything_is_dense_attention(mask, backend):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    every = torch.randperm(70).expand(1, 70, 70)
+    out = ki.exact_token_attention(q, k, v, every, mask=mask, backend=supported(backend))
+    dense = ki.attention(q, k, v, mask, backend="reference")
+    upstream = torch.randn_like(out)
+    grads = [torch.autograd.grad(x, (q, k, v), upstream) for x in (out, dense)]
+    for actual, expected in zip((out, *grads[0]), (dense, *grads[1]), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@BACKENDS
+def test_a_pick_counts_once_and_in_any_order(backend):
+    q, k, v = qkv()
+    picks = torch.randint(0, 70, (1, 70, 2, 12))
+    doubled = torch.cat([picks.flip(-1), torch.full_like(picks[..., :3], -1), picks[..., :5]], -1)
+    call = {"backend": supported(backend)}
+    once, twice = (ki.exact_token_attention(q, k, v, p, **call) for p in (picks, doubled))
+    torch.testing.assert_close(once, twice)
+
+
+@BACKENDS
+def test_a_query_never_sees_what_only_its_neighbours_picked(backend):
+    """Even and odd queries of one chunk pick even and odd keys; what the odd ones see is then replaced."""
+    q, k, v = qkv()
+    parity = torch.arange(70)[:, None] % 2
+    picks = (parity + 2 * torch.arange(35))[None]
+    changed_k, changed_v = k.clone(), v.clone()
+    changed_k[:, 1::2], changed_v[:, 1::2] = 40.0, -7.0
+    call = {"backend": supported(backend)}
+    before, after = (ki.exact_token_attention(q, *kv, picks, **call) for kv in ((k, v), (changed_k, changed_v)))
+    assert torch.equal(before[:, ::2], after[:, ::2])
+    assert not torch.equal(before[:, 3::2], after[:, 3::2])
+
+
+@BACKENDS
+def test_queries_without_a_key_give_zero_and_no_gradient(backend):
+    q, k, v = (x.requires_grad_() for x in qkv(5, 5))
+    picks = torch.tensor([[-1, -1], [0, 1], [3, 4], [-1, 2], [-1, -1]])[None]  # the third one picks its future
+    out = ki.exact_token_attention(q, k, v, picks, backend=supported(backend))
+    empty = torch.tensor([0, 2, 4])
+    assert not out[:, empty].any()
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert not grads[0][:, empty].any()
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+def test_documents_packed_and_alone_are_the_same():
+    q, k, v = qkv()
+    docs = (torch.arange(70) >= 30).long()
+    local = torch.randint(-1, 40, (1, 70, 6))
+    packed = torch.where((docs[:, None] == 1) & (local >= 0), local + 30, local)
+    together = ki.exact_token_attention(q, k, v, packed, mask=ki.MaskContract(doc_ids=docs), backend="cpu")
+    for part in (slice(0, 30), slice(30, 70)):
+        own = torch.where(local[:, part] < part.stop - part.start, local[:, part], -1)
+        alone = ki.exact_token_attention(q[:, part], k[:, part], v[:, part], own, backend="cpu")
+        torch.testing.assert_close(together[:, part], alone)
+
+
+def test_both_branches_have_one_schema_and_say_what_ran():
+    q, k, v = qkv()
+    picks = torch.randint(0, 70, (1, 70, 4))
+    with ki.receipts() as log:
+        sparse = ki.exact_token_attention(q, k, v, picks)
+        dense = ki.exact_token_attention(q, k, v, None)
+        ki.exact_token_attention(q, k, v, None, backend="reference")
+    stayed, went, named = (r.details for r in log if r.op == "exact_token_attention")
+    assert set(stayed) == set(went) == set(named) == SCHEMA
+    assert (stayed["path"], stayed["reason"], stayed["indexer"]) == ("exact_token", "", "given")
+    assert (went["path"], went["reason"]) == ("reroute_to_full", "indexer_returned_none")
+    assert (went["indexer"], went["seq_len"]) == ("none", 70)
+    assert not torch.equal(sparse, dense)
+    assert torch.equal(dense, ki.attention(q, k, v))
+    for receipt in log:
+        if receipt.op == "exact_token_attention":
+            assert receipt.details["actual_backend"] == receipt.ran
+            assert receipt.details["requested_backend"] == receipt.requested
+    assert stayed["staging"] == "row_gather_pair"
+    assert went["staging"] == "none"
+    assert named["fallback_reason"] == ""
+    assert "fa4: needs CUDA tensors" in went["fallback_reason"]
+    with pytest.raises(ki.Ineligible, match=r"expected auto or one of: .*cpu"):
+        ki.exact_token_attention(q, k, v, picks, backend="dense")
+
+
+def test_a_selection_is_taken_as_it_is():
+    q, k, v = qkv()
+    picked = ki.lightning_indexer(q[:, :, :2], k[:, :, 0], torch.rand(1, 70, 2), topk=5)
+    with ki.receipts() as log:
+        out = ki.exact_token_attention(q, k, v, picked)
+    assert log[-1].details["indexer"] == "lightning_indexer"
+    again = ki.exact_token_attention(q, k, v, picked.indices, indices_valid=picked.valid)
+    assert torch.equal(out, again)
+    with pytest.raises(ValueError, match="indices_valid must be None beside a TokenSelection"):
+        ki.exact_token_attention(q, k, v, picked, indices_valid=picked.valid)
+
+
+def test_staging_goes_through_the_pair_gather_in_chunks_of_queries(monkeypatch):
+    gathered = []
+
+    def counted(a, b, rows):
+        gathered.append((a.shape, rows.shape[0]))
+        return original(a, b, rows)
+
+    original = cpu.gather_eager
+    monkeypatch.setattr(cpu, "gather_eager", counted)
+    q, k, v = qkv(130, 130)
+    picks = torch.randint(0, 3, (1, 130, 2, 9))
+    ki.exact_token_attention(q, k, v, picks, backend="cpu")
+    assert len(gathered) == 3 * 2  # 64, 64 and 2 queries, each key head its own
+    assert all(shape == (130, 1, 16) and rows <= 3 for shape, rows in gathered)
+    monkeypatch.setattr(cpu, "GIANT", 9 * 13)  # 13 queries of 9 picks at most
+    gathered.clear()
+    ki.exact_token_attention(q, k, v, picks, backend="cpu")
+    assert len(gathered) == 10 * 2
+
+
+REFUSALS = {
+    "indices must be int32 or int64, got torch.float32": {"indices": torch.ones(1, 3, 2)},
+    "indices must be int32 or int64, got torch.bool": {"indices": torch.ones(1, 3, 2).bool()},
+    "indices must be [B, T, K, topk] or [B, T, topk], got shape (3, 2)": {"indices": torch.ones(3, 2).long()},
+    "indices must be [B, T, topk] with q's B and T, (1, 3, 2), got shape (1, 4, 2)": {
+        "indices": torch.zeros(1, 4, 2).long()
+    },
+    "indices must be [B, T, K, topk] with q's B and T and k's K, (1, 3, 2, 5), got shape (1, 3, 4, 5)": {
+        "indices": torch.zeros(1, 3, 4, 5).long()
+    },
+    "indices must be below 3, or -1 for no pick, got 3": {"indices": torch.full((1, 3, 2), 3)},
+    "indices must be below 3, or -1 for no pick, got -2": {"indices": torch.full((1, 3, 2), -2)},
+    "indices_valid must be None where indices are, got Tensor": {"indices": None},
+    "indices_valid must be of the shape of indices, (1, 3, 2), got shape (1, 3, 1)": {
+        "indices_valid": torch.ones(1, 3, 1).bool()
+    },
+    "softcap must be at least 0 (0 is off), got -1.0": {"softcap": -1.0},
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refusals(message):
+    q, k, v = qkv(3, 3)
+    good = {"indices": torch.zeros(1, 3, 2).long(), "indices_valid": torch.ones(1, 3, 2).bool()}
+    with pytest.raises((TypeError, ValueError)) as error:
+        ki.exact_token_attention(q, k, v, **(good | REFUSALS[message]))
+    assert str(error.value) == message
