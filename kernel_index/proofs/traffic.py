@@ -7,7 +7,7 @@ a large one; they say nothing about time.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class Count:
     lanes: int = 0
     sectors: int = 0
     atomics: int = 0
+    of: dict[str, int] = field(default_factory=dict)  # unmasked lanes of the tensors that were asked about
     touched: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"load": [], "store": []}, repr=False)
 
     def add(self, kind: str, addresses: np.ndarray, size: int) -> None:
@@ -79,11 +80,12 @@ class Traffic:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Traffic]:
-    """Count every interpreted launch and every ATen op of the block."""
+def counted(of: Mapping[str, Tensor] | None = None) -> Iterator[Traffic]:
+    """Count every interpreted launch and every ATen op of the block; ``of`` names tensors to tell apart."""
     traffic, current = Traffic(), []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    saved = {name: getattr(builder, name) for name in _patches(current, builder)}
+    of = {} if of is None else {name: _span(t) for name, t in of.items()}
+    saved = {name: getattr(builder, name) for name in _patches(current, builder, of)}
     run = executor.__call__
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +98,7 @@ def counted() -> Iterator[Traffic]:
             count.close()
             traffic.counts.append(count)
 
-    for name, patch in _patches(current, builder).items():
+    for name, patch in _patches(current, builder, of).items():
         setattr(builder, name, patch)
     executor.__call__ = launch
     try:
@@ -108,7 +110,12 @@ def counted() -> Iterator[Traffic]:
             setattr(builder, name, original)
 
 
-def _patches(current: list[Count], builder: Any) -> dict[str, Callable[..., Any]]:
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a dense tensor."""
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+
+def _patches(current: list[Count], builder: Any, of: dict[str, tuple[int, int]]) -> dict[str, Callable[..., Any]]:
     """The interpreter's loads, stores and atomics, counting first; plain and descriptor accesses pass through them."""
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw = builder.create_atomic_rmw
@@ -120,7 +127,11 @@ def _patches(current: list[Count], builder: Any) -> dict[str, Callable[..., Any]
                 addresses, chosen = np.broadcast_arrays(addresses, np.asarray(mask.data))
                 addresses = addresses[chosen.astype(bool)]
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            current[-1].add(kind, addresses.reshape(-1).astype(np.int64), size)
+            addresses = addresses.reshape(-1).astype(np.int64)
+            current[-1].add(kind, addresses, size)
+            for name, (first, last) in of.items():
+                inside = int(((addresses >= first) & (addresses < last)).sum())
+                current[-1].of[name] = current[-1].of.get(name, 0) + inside * size
 
     def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any, **extra: Any) -> Any:
         note("load", pointers, mask)
