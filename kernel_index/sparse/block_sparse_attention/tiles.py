@@ -15,8 +15,8 @@ ROWS = 256
 class Tiles(NamedTuple):
     """Tiles of up to P picks of one key block each.
 
-    ``rows`` int64 [tiles, P]: ``(b·T + t)·G + g`` of each pick.  ``kept`` (bool, the same shape) is False at places that
-    a tile does not fill, which show its first pick, and where a query picks a block again.
+    ``rows`` int64 [tiles, P]: ``(b·T + t)·G + g`` of each pick.  ``kept`` (bool, the same shape) is False at
+    places that a tile does not fill, which show its first pick, and where a query picks a block again.
     ``block`` int64 [tiles]: ``(b·K + key head)·blocks + j``.
     The first ``opening`` tiles hold each query's last block and every block that the token mask cuts: ``low`` and
     ``high`` int32 [opening, P] say which of its keys are allowed.  The keys of all other tiles are allowed to everyone.
