@@ -53,7 +53,7 @@ def _dq_kernel(refs: Any, setup: Setup, width: int) -> None:
     def attend(slot: Any, at: Any, blocks: list[Any]) -> None:
         rows = pl.ds(at, len(blocks) * size)
         k, v = k_buffer[slot, rows], v_buffer[slot, rows]
-        p, s = _weights(k, q, stats, lambda: allowed(bounds, refs.picks(), blocks, size), setup)
+        p, s = _weights(k, q, stats, lambda: allowed(bounds, refs.word(), blocks, size), setup)
         ds = _score_gradient(p, s, v, do, stats, setup)
         acc_ref[...] += dot(k, ds.astype(k.dtype), TN)
 
@@ -64,14 +64,15 @@ def _dq_kernel(refs: Any, setup: Setup, width: int) -> None:
 def _dkv_kernel(refs: Any, setup: Setup, width: int) -> None:
     do_hbm, stats_hbm, dk_ref, dv_ref, *buffers, dk_acc, dv_acc, sems, slot_ref = refs.rest
     b, h, block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    sources = [refs.q.at[b, h], do_hbm.at[b, h], stats_hbm.at[b, h]]
-    sources.append(refs.bounds.at[0 if refs.bounds.shape[0] == 1 else b])
-    if refs.picked is not None:
-        sources.append(refs.picked.at[b, h])
+    own_bounds = refs.bounds.at[0 if refs.bounds.shape[0] == 1 else b]
 
-    def copies(tile: Any, slot: Any, place: int) -> tuple:
+    def copies(row: Any, tile: Any, slot: Any, place: int) -> tuple:
+        sources = [x.at[b, h, tile] for x in (refs.q, do_hbm, stats_hbm)]
+        sources.append(own_bounds.at[tile])
+        if refs.members is not None:
+            sources.append(refs.members.at[b, h, tile, row >> 5])
         pairs = enumerate(zip(sources, buffers, strict=True))
-        return tuple(pltpu.make_async_copy(x.at[tile], y.at[slot], sems.at[i, slot]) for i, (x, y) in pairs)
+        return tuple(pltpu.make_async_copy(x, y.at[slot], sems.at[i, slot]) for i, (x, y) in pairs)
 
     steps = Steps(refs.spans, refs.lists, width, copies, slot_ref)
     k, v = refs.k[0, 0], refs.v[0, 0]
@@ -80,8 +81,8 @@ def _dkv_kernel(refs: Any, setup: Setup, width: int) -> None:
 
     def attend(step: Any, slot: Any) -> None:
         q, do, stats, bounds = (x[slot] for x in buffers[:4])
-        picked = None if refs.picked is None else buffers[4][slot]
-        p, s = _weights(k, q, stats, lambda: allowed(bounds, picked, [block], setup.block), setup)
+        word = None if refs.members is None else lambda _: buffers[4][slot]
+        p, s = _weights(k, q, stats, lambda: allowed(bounds, word, [block], setup.block), setup)
         dv_acc[...] += dot(p.astype(do.dtype), do, NN)
         ds = _score_gradient(p, s, v, do, stats, setup)
         dk_acc[...] += dot(ds.astype(q.dtype), q, NN)
@@ -104,7 +105,7 @@ def gradient_q(
     """dQ in q's shape; ``stats`` float32 [B, K, tiles, 2, C] holds the log-sum-exp (large where empty) and δ."""
     columns, width = q.shape[3:]
     value_width = v.shape[-1]
-    picked = () if tiles.picked is None else (tiles.picked,)
+    members = () if tiles.members is None else (tiles.members,)
     keys = walk.width * setup.block
     (dq,) = call(
         _dq_kernel,
@@ -112,11 +113,11 @@ def gradient_q(
         setup,
         walk,
         tiles,
-        (q, tiles.bounds, *picked, k, v, do, stats),
+        (q, tiles.bounds, *members, k, v, do, stats),
         (
             per_row(columns, width),
             bounds_spec(tiles.bounds),
-            *(per_row(*x.shape[3:]) for x in picked),
+            *(per_row(*x.shape[3:]) for x in members),
             ANYWHERE,
             ANYWHERE,
             per_row(columns, value_width),
@@ -144,22 +145,22 @@ def gradient_kv(
     stats: jax.Array,
 ) -> tuple:
     """dK and dV in the shapes of k and v; the walk's rows are blocks of keys and its entries tiles, one at a time."""
-    picked = () if tiles.picked is None else (tiles.picked,)
-    streamed = (q, do, stats, *picked)
+    members = () if tiles.members is None else (tiles.members,)
 
     def keys(x: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((1, 1, setup.block, x.shape[-1]), lambda b, h, r: (b, h, r, 0))
 
-    buffers = [pltpu.VMEM((2, *x.shape[3:]), x.dtype) for x in streamed]
-    buffers.insert(3, pltpu.VMEM((2, *tiles.bounds.shape[2:]), jnp.int32))
+    buffers = [pltpu.VMEM((2, *x.shape[3:]), x.dtype) for x in (q, do, stats)]
+    buffers.append(pltpu.VMEM((2, *tiles.bounds.shape[2:]), jnp.int32))
+    buffers.extend(pltpu.VMEM((2, *x.shape[4:]), jnp.int32) for x in members)
     return call(
         _dkv_kernel,
         "attention_dkv",
         setup,
         walk,
         tiles,
-        (q, tiles.bounds, *picked, k, v, do, stats),
-        (ANYWHERE, ANYWHERE, *(ANYWHERE for _ in picked), keys(k), keys(v), ANYWHERE, ANYWHERE),
+        (q, tiles.bounds, *members, k, v, do, stats),
+        (ANYWHERE, ANYWHERE, *(ANYWHERE for _ in members), keys(k), keys(v), ANYWHERE, ANYWHERE),
         ((result(k.shape, k.dtype, k), keys(k)), (result(v.shape, v.dtype, v), keys(v))),
         [
             *buffers,

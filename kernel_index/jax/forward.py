@@ -41,7 +41,7 @@ def _forward_kernel(refs: Any, setup: Setup, width: int) -> None:
         rows = pl.ds(at, len(blocks) * size)
         k, v = k_buffer[slot, rows], v_buffer[slot, rows]
         s = scores(k, q, setup)
-        s = jnp.where(allowed(bounds, refs.picks(), blocks, size), s, NOTHING)
+        s = jnp.where(allowed(bounds, refs.word(), blocks, size), s, NOTHING)
         before = m_ref[...]
         m = jnp.maximum(before, jnp.max(s, 0, keepdims=True))
         # A query that has seen nothing yet has m = NOTHING and p = 1 here; its first real score sets that to 0.
@@ -66,7 +66,7 @@ def forward(setup: Setup, walk: Walk, tiles: Tiles, q: jax.Array, k: jax.Array, 
     """
     batch, heads, rows, columns, width = q.shape
     value_width = v.shape[-1]
-    picked = () if tiles.picked is None else (tiles.picked,)
+    members = () if tiles.members is None else (tiles.members,)
     keys = walk.width * setup.block
     return call(
         _forward_kernel,
@@ -74,11 +74,11 @@ def forward(setup: Setup, walk: Walk, tiles: Tiles, q: jax.Array, k: jax.Array, 
         setup,
         walk,
         tiles,
-        (q, tiles.bounds, *picked, k, v),
+        (q, tiles.bounds, *members, k, v),
         (
             per_row(columns, width),
             bounds_spec(tiles.bounds),
-            *(per_row(*x.shape[3:]) for x in picked),
+            *(per_row(*x.shape[3:]) for x in members),
             ANYWHERE,
             ANYWHERE,
         ),

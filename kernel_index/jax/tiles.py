@@ -48,11 +48,12 @@ class Setup:
 class Tiles(NamedTuple):
     """Who may attend to what.  ``bounds`` int32 [B', tiles, 2, C]: first key and end; B' is 1 where rows are alike.
 
-    ``picked`` int32 [B, K, tiles, n, C]: the blocks that each query picked, −1 for none; None where all may be visited.
+    ``members`` int32 [B, K, tiles, words, 1, C]: bit ``j % 32`` of word ``j // 32`` is set where a query picked block
+    j; None where every block may be visited.
     """
 
     bounds: jax.Array
-    picked: jax.Array | None
+    members: jax.Array | None
 
 
 def dot(a: Any, b: Any, dims: Any) -> Any:
@@ -66,15 +67,15 @@ def scores(k: Any, q: Any, setup: Setup) -> Any:
     return setup.softcap * jnp.tanh(s * (setup.scale / setup.softcap)) if setup.softcap else s
 
 
-def allowed(bounds: Any, picked: Any, blocks: list[Any], size: int) -> Any:
-    """Bool [len(blocks) · size, C]."""
+def allowed(bounds: Any, word: Any, blocks: list[Any], size: int) -> Any:
+    """Bool [len(blocks) · size, C]; ``word(block)`` is the word [1, C] of members that holds the block, or None."""
     key = lax.broadcasted_iota(jnp.int32, (size, bounds.shape[1]), 0)
     parts = []
     for block in blocks:
         low, high = bounds[0:1], bounds[1:2]
-        if picked is not None:
-            is_member = jnp.max(jnp.where(picked == block, 1, 0), 0, keepdims=True) > 0
-            high = jnp.where(is_member, high, 0)
+        if word is not None:
+            is_member = (word(block) >> (block & 31)) & 1
+            high = jnp.where(is_member > 0, high, 0)
         position = key + block * size
         parts.append((position >= low) & (position < high))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 0)
@@ -110,7 +111,7 @@ def visit(steps: Steps, size: int, attend: Any) -> Any:
 def key_copies(k_hbm: Any, v_hbm: Any, k_buffer: Any, v_buffer: Any, sems: Any, size: int) -> Any:
     b, h = pl.program_id(0), pl.program_id(1)
 
-    def copies(block: Any, slot: Any, place: int) -> tuple:
+    def copies(_: Any, block: Any, slot: Any, place: int) -> tuple:
         source = pl.ds(pl.multiple_of(block * size, size), size)
         target = pl.ds(place * size, size)
         return (
@@ -128,21 +129,22 @@ class Refs(NamedTuple):
     lists: Any
     q: Any
     bounds: Any
-    picked: Any
+    members: Any
     k: Any
     v: Any
     rest: tuple
 
-    def picks(self) -> Any:
-        return None if self.picked is None else self.picked[0, 0, 0]
+    def word(self) -> Any:
+        """For ``allowed``, where the members of this tile are in VMEM."""
+        return None if self.members is None else lambda block: self.members[0, 0, 0, block >> 5]
 
 
-def _sorted_refs(refs: tuple, has_lists: bool, has_picks: bool) -> Refs:
+def _sorted_refs(refs: tuple, has_lists: bool, has_members: bool) -> Refs:
     rest = list(refs)
     spans, lists = rest.pop(0), rest.pop(0) if has_lists else None
     q, bounds = rest.pop(0), rest.pop(0)
-    picked = rest.pop(0) if has_picks else None
-    return Refs(spans, lists, q, bounds, picked, rest.pop(0), rest.pop(0), tuple(rest))
+    members = rest.pop(0) if has_members else None
+    return Refs(spans, lists, q, bounds, members, rest.pop(0), rest.pop(0), tuple(rest))
 
 
 def call(
@@ -156,10 +158,10 @@ def call(
     outputs: tuple[tuple[jax.ShapeDtypeStruct, pl.BlockSpec], ...],
     scratch: list[Any],
 ) -> tuple[jax.Array, ...]:
-    has_lists, has_picks = walk.lists is not None, tiles.picked is not None
+    has_lists, has_members = walk.lists is not None, tiles.members is not None
 
     def body(*refs: Any) -> None:
-        kernel(_sorted_refs(refs, has_lists, has_picks), setup, walk.width)
+        kernel(_sorted_refs(refs, has_lists, has_members), setup, walk.width)
 
     batch, heads = operands[0].shape[:2]
     return pl.pallas_call(

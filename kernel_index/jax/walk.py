@@ -76,7 +76,7 @@ class Steps:
     Args:
         spans, lists: the refs of ``smem_specs``; ``lists`` is None for ranges.
         width: blocks of one step.
-        copies: ``(block, slot, place) -> copies`` that bring a block into part ``place`` of a buffer.
+        copies: ``(row, block, slot, place) -> copies`` that bring a row's block into part ``place`` of a buffer.
         slot_ref: int32 [1] in scalar memory, the buffer in which the row's first blocks arrive.
     """
 
@@ -96,12 +96,12 @@ class Steps:
         after = jnp.where(self.row + 1 < rows, self.spans[0, 0, 0, following], 0)
 
         def start_following(slot: Any) -> None:
-            self._each(after, 0, lambda i: self.spans[0, 0, 1 + i, following], slot, "start")
+            self._each(following, after, 0, lambda i: self.spans[0, 0, 1 + i, following], slot, "start")
 
         @pl.when(self.row == 0)
         def _() -> None:
             self.slot_ref[0] = 0
-            self._each(self.count, 0, self.entry, 0, "start")
+            self._each(self.row, self.count, 0, self.entry, 0, "start")
 
         @pl.when(self.count == 0)
         def _() -> None:
@@ -112,23 +112,23 @@ class Steps:
         def step(g: Any, slot: Any) -> Any:
             @pl.when(g + 1 < steps)
             def _() -> None:
-                self._each(self.count, (g + 1) * self.width, self.entry, 1 - slot, "start")
+                self._each(self.row, self.count, (g + 1) * self.width, self.entry, 1 - slot, "start")
 
             @pl.when(g + 1 == steps)
             def _() -> None:
                 start_following(1 - slot)
 
-            self._each(self.count, g * self.width, self.entry, slot, "wait")
+            self._each(self.row, self.count, g * self.width, self.entry, slot, "wait")
             compute(g, slot)
             return 1 - slot
 
         self.slot_ref[0] = lax.fori_loop(0, steps, step, self.slot_ref[0])
 
-    def _each(self, count: Any, begin: Any, entry: Callable[[Any], Any], slot: Any, action: str) -> None:
+    def _each(self, row: Any, count: Any, begin: Any, entry: Callable[[Any], Any], slot: Any, action: str) -> None:
         """Start or await the copies of the blocks ``begin … begin + width − 1``, as far as there are so many."""
         for place in range(self.width):
 
             @pl.when(begin + place < count)
             def _(place: int = place) -> None:
-                for copy in self.copies(entry(begin + place), slot, place):
+                for copy in self.copies(row, entry(begin + place), slot, place):
                     getattr(copy, action)()

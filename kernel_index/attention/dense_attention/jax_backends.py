@@ -34,7 +34,7 @@ def mode_of(q: Any, *_: Any) -> str:
 
 def _details(backend: str) -> Any:
     def details(q: Any, k: Any, v: Any, mask: Any, *rest: Any) -> tuple[tuple[str, Any], ...]:
-        from kernel_index.jax.attention import is_cached
+        from kernel_index.jax.interval_attention import is_cached
 
         mode = mode_of(q) if backend == "pallas" else "compiled"
         return ("mode", mode), ("cache", "hit" if is_cached(backend, q, mask, rest[-1]) else "miss")
@@ -44,7 +44,7 @@ def _details(backend: str) -> Any:
 
 def _run(backend: str) -> Any:
     def run(*call: Any) -> Any:
-        from kernel_index.jax.attention import run_cached
+        from kernel_index.jax.interval_attention import run_cached
 
         return run_cached(backend, *call)
 

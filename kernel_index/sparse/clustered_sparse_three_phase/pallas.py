@@ -187,14 +187,22 @@ def step_blocks(block_size: int, interpret: bool) -> int:
 
 def union_plan(selected: jax.Array, bounds: Intervals, keys: int, sizes: Sizes, width: int) -> Plan:
     """Phase 2: the walk of phase 3, from the picks int32 [B, T, K, n] (−1 for none)."""
-    batch, queries, kv_heads, picks = selected.shape
     blocks = num_blocks(keys, sizes.block)
     order, counts = ascending(tile_marks(selected, sizes.tile, blocks).swapaxes(1, 2))
-    walk = listed(order[..., : min(sizes.tile * picks, blocks)], counts, width)
-    tiles = walk.rows
-    padded = jnp.pad(selected, ((0, 0), (0, tiles * sizes.tile - queries), (0, 0), (0, 0)), constant_values=-1)
-    own = padded.reshape(batch, tiles, sizes.tile, kv_heads, picks).transpose(0, 3, 1, 4, 2)
-    return Plan(walk, Tiles(to_columns(bounds, sizes), jnp.tile(own, (1, 1, 1, 1, sizes.groups))))
+    walk = listed(order[..., : min(sizes.tile * selected.shape[3], blocks)], counts, width)
+    return Plan(walk, Tiles(to_columns(bounds, sizes), member_words(selected, blocks, sizes)))
+
+
+def member_words(selected: jax.Array, blocks: int, sizes: Sizes) -> jax.Array:
+    """``Tiles.members`` of the picks: a bit for each query and block."""
+    batch, queries, kv_heads, _ = selected.shape
+    words, tiles = -(-blocks // 32), -(-queries // sizes.tile)
+    of_word = jnp.arange(words, dtype=jnp.int32) == (selected >> 5)[..., None]  # none for −1
+    bits = jnp.where(of_word, (jnp.int32(1) << (selected & 31))[..., None], 0)
+    member = lax.reduce(bits, jnp.int32(0), lax.bitwise_or, (3,))  # a block picked twice counts once
+    padded = jnp.pad(member, ((0, 0), (0, tiles * sizes.tile - queries), (0, 0), (0, 0)))
+    own = padded.reshape(batch, tiles, sizes.tile, kv_heads, words).transpose(0, 3, 1, 4, 2)
+    return jnp.tile(own, (1, 1, 1, 1, sizes.groups))[:, :, :, :, None]
 
 
 def attend_selected(
