@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index import checks
-from kernel_index.attention.dense_fa4_kvcache_decode.append import append
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
@@ -32,6 +31,9 @@ class SparseAttention(Mixer):
     - ``"clustered"``: each key head does, and a tile of queries shares the union (``ki.clustered_sparse_attention``);
     - ``"exact_token"``: an indexer of its own picks ``tokens`` single tokens (``ki.lightning_indexer``).
 
+    The routers of blocks have no parameters.  While it trains, the indexer learns by a loss of its own, which joins the
+    gradient at this layer's result and reaches nothing but the indexer: ``ki.lightning_indexer_loss``.
+
     ``dense = True`` attends to everything instead, for a dense warm-up, and so that the two can be compared.
 
     Args:
@@ -41,6 +43,7 @@ class SparseAttention(Mixer):
         topk: blocks for each query, its own counted.
         tokens: tokens for each query of ``"exact_token"``.
         index_heads, index_dim: of the indexer.
+        index_loss: factor of the indexer's loss; 0 leaves the indexer as it is.
     """
 
     dense = False
@@ -58,6 +61,7 @@ class SparseAttention(Mixer):
         tokens: int = 64,
         index_heads: int = 2,
         index_dim: int = 32,
+        index_loss: float = 1.0,
         window: int | None = None,
     ):
         super().__init__()
@@ -66,6 +70,7 @@ class SparseAttention(Mixer):
             raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}), got {heads}")
         self.kind, self.heads, self.kv_heads, self.head_dim, self.window = kind, heads, kv_heads, head_dim, window
         self.rope_dim, self.block, self.topk, self.tokens = head_dim, block, topk, tokens
+        self.index_loss = index_loss
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
         self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
@@ -97,7 +102,10 @@ class SparseAttention(Mixer):
         if self.kind == "exact_token":
             assert self.index is not None
             picked = None if self.dense else self.index.pick(x, x, self.tokens, mask)
-            return ki.exact_token_attention(q, k, v, picked, mask=mask)
+            out = ki.exact_token_attention(q, k, v, picked, mask=mask)
+            if picked is None or not (self.index_loss and self.training and torch.is_grad_enabled()):
+                return out
+            return _JoinLoss.apply(out, self.index_loss * ki.lightning_indexer_loss(picked, q, k))
         if self.dense:
             return ki.attention(q, k, v, mask)
         if self.kind == "moba":
@@ -123,7 +131,7 @@ class SparseAttention(Mixer):
         if self.dense:
             self.index.remember(x, cache.index)
             return ki.fa4_kvcache_decode(q, k=k, v=v, window_size=(self.window, 0), **kept)
-        write(kept, k, v)
+        kept.write(k, v)
         places, mask = right_aligned(kept, self.window)
         keys_BSI = self.index.remember(x, cache.index)[places.clamp_min(0)]
         picked = self.index.pick(x, None, self.tokens, mask, keys_BSI)
@@ -174,13 +182,22 @@ class Indexer(nn.Module):
     def remember(self, x_BTC: Tensor, cache: CacheLayer) -> Tensor:
         """Write the keys of new tokens; all cached keys, one row for each slot of the pool."""
         new = self.keys(x_BTC)[:, :, None]
-        write(cache, new, new)
+        cache.write(new, new)
         return cache["k_cache"].flatten(0, 2)
 
 
-def write(layer: CacheLayer, k: Tensor, v: Tensor) -> None:
-    """Append this step's keys and values without attending."""
-    append(layer["k_cache"], layer["v_cache"], layer["cache_seqlens"], k, v, layer["block_table"])
+class _JoinLoss(torch.autograd.Function):
+    """Hands a result on, and lets a loss of the layer's own into the gradient as if it had been added at the end."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss.dtype, loss.device
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, device = ctx.like
+        return grad, torch.ones((), dtype=dtype, device=device)
 
 
 def right_aligned(layer: CacheLayer, window: int | None) -> tuple[Tensor, "ki.MaskContract"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernel_index import checks
-from kernel_index.attention.dense_fa4_kvcache_decode.append import append
+from kernel_index.attention.dense_fa4_kvcache_decode.append import append, gathered
 from kernel_index.attention.dense_fa4_kvcache_decode.means import BlockMeans, Row
 
 
@@ -156,6 +156,19 @@ class CacheLayer(dict[str, Any]):
     def lengths_after(self) -> list[int]:
         """Tokens of each row once this step's are written; known on the host, so that nothing waits for a device."""
         return [row.after for row in self._step.rows]
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Write this step's keys and values [B, tokens, K, D]; ``fa4_kvcache_decode`` and its like do it themselves."""
+        append(self["k_cache"], self["v_cache"], self["cache_seqlens"], k, v, self["block_table"])
+
+    def prefix(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, n, K, D] of one row, this step's included once they are written; a copy where paged."""
+        table, total = self._step.table, self._step.rows[row].after
+        at = slice(row, row + 1)
+        if table is None:
+            return self["k_cache"][at, :total], self["v_cache"][at, :total]
+        k, v = (gathered(self[name], table[at])[:, :total] for name in ("k_cache", "v_cache"))
+        return k, v
 
     def scratch(self, elements: int) -> Tensor:
         """Memory of the cache's dtype for one call, [elements]; the next one writes over it.

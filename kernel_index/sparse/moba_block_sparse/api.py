@@ -9,7 +9,7 @@ from kernel_index import checks
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer, KVCache
 from kernel_index.attention.doc_window_mask.contract import normalize_window
 from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.dispatch import Backend, always
+from kernel_index.dispatch import Backend
 from kernel_index.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
 from kernel_index.sparse.moba_block_sparse import contract
 from kernel_index.sparse.moba_block_sparse.attend import attend
@@ -40,7 +40,7 @@ BACKENDS = tuple(_on_core(core) for core in CORE_BACKENDS)
 
 DECODE_BACKENDS = (
     Backend("cpu", contract.decode_cpu_why_not, decode_cpu, details=contract.decode_details),
-    Backend("reference", always, decode_reference, details=contract.decode_details),
+    Backend("reference", contract.decode_reference_why_not, decode_reference, details=contract.decode_details),
 )
 
 EVERYTHING_BEFORE = MaskContract()

@@ -52,11 +52,17 @@ def groups_of(heads: int, kv_heads: int, route_per: str) -> int:
     return heads if route_per == "query_head" else kv_heads
 
 
+def decode_reference_why_not(*_: Any) -> str | None:
+    return "torch.compile is tracing: the books are kept on the host" if torch.compiler.is_compiling() else None
+
+
 def decode_cpu_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
+    if (rule := decode_reference_why_not()) is not None:
+        return rule
     if target_of(q.device).kind != "cpu":
         return "needs CPU tensors"
     if not cached.readable(q):
-        return "inside torch.compile, a transform or a dispatch mode: lengths are read on the host"
+        return "inside a transform or a dispatch mode"
     if cached.wants_gradient(q, k, v):
         return "keeps no graph: gradients are the reference's"
     return None

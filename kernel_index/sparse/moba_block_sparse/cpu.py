@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernel_index.attention.dense_attention.contract import scale_of
-from kernel_index.attention.dense_fa4_kvcache_decode.append import gathered
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 from kernel_index.attention.doc_window_mask.contract import Window
 from kernel_index.attention.doc_window_mask.mask import MaskContract
@@ -103,10 +102,9 @@ def _prompt(
     softcap: float,
 ) -> Tensor:
     """Each row through the block-sparse core, over the keys that it holds."""
-    table, outs = cache["block_table"], []
+    outs = []
     for b, total in enumerate(cache.lengths_after):
-        k, v = (gathered(cache[n], table)[b : b + 1, :total] if table is None else
-                gathered(cache[n], table[b : b + 1])[:, :total] for n in ("k_cache", "v_cache"))  # fmt: skip
+        k, v = cache.prefix(b)
         picks = TopBlocks(*(x[b : b + 1] for x in routed.picks))
         mask = MaskContract(window=(window[0], 0), q_offset=total - q.shape[1])
         result = block_sparse_attention(

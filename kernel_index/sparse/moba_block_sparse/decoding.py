@@ -63,10 +63,12 @@ def places(routed: Routed, cache: CacheLayer, block_size: int) -> Places:
     """Where the ``m = n · block_size`` keys of each query's picked blocks lie."""
     table, (outer, inner) = cache["block_table"], cache["k_cache"].shape[:2]
     picks = routed.picks
-    offset = torch.arange(block_size, device=picks.indices.device)
+    # A block larger than what the cache holds is the only one, and ends there.
+    width = min(block_size, max(cache.lengths_after, default=0))
+    offset = torch.arange(width, device=picks.indices.device)
     token = (picks.indices[..., None].to(torch.int64) * block_size + offset).flatten(3)
     start, position = (x[:, :, None, None] for x in (routed.start, routed.position))
-    allowed = (token >= start) & (token <= position) & picks.valid.repeat_interleave(block_size, 3)
+    allowed = (token >= start) & (token <= position) & picks.valid.repeat_interleave(width, 3)
     token = torch.where(allowed, token, position.clamp(min=0))
     if table is None:
         rows = torch.arange(outer, device=token.device).view(outer, 1, 1, 1) * inner + token

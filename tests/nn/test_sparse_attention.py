@@ -1,0 +1,169 @@
+"""Sparse attention layers: nothing of the future, of another document or from outside the window reaches a query."""
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.lm.cache import ModelCache
+from kernel_index.nn import SparseAttention
+
+B, T, C, H, K, D, BLOCK = 2, 44, 12, 4, 2, 8, 4
+KINDS = ["moba", "exact_token"]
+
+
+def layer(kind, **options):
+    torch.manual_seed(0)
+    options = {"block": BLOCK, "topk": 3, "tokens": 9, "index_heads": 2, "index_dim": 4} | options
+    return SparseAttention(C, H, K, D, kind=kind, **options)
+
+
+def stream(seed=1):
+    return torch.randn(B, T, C, generator=torch.Generator().manual_seed(seed))
+
+
+def rope(positions):
+    return ki.rope_tables(positions, D, 100.0)
+
+
+def run(mixer, x, mask=None, positions=None):
+    """The output and, for random upstream gradients of the queries in ``upto``, the gradient of x."""
+    at = torch.arange(x.shape[1])[None] if positions is None else positions
+    return mixer(x, mixer.contract(mask or ki.MaskContract()), rope(at))[0]
+
+
+def gradient(mixer, x, rows, mask=None, positions=None):
+    leaf = x.clone().requires_grad_()
+    out = run(mixer, leaf, mask, positions)[:, rows]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    return torch.autograd.grad((out * weight).sum(), leaf)[0]
+
+
+def picks(mixer, x, mask=None, positions=None):
+    """What the router picks, as sets in a table: bool [B, T, G, blocks or tokens]."""
+    at = torch.arange(x.shape[1])[None] if positions is None else positions
+    mask = mixer.contract(mask or ki.MaskContract())
+    if mixer.kind == "exact_token":
+        indices, width = mixer.index.pick(x, x, 9, mask).indices[:, :, None], x.shape[1]
+    else:
+        q, k = (p(x).unflatten(2, (-1, D)) for p in (mixer.q, mixer.k))
+        q, k = ki.fused_rope_qk(q, k, *rope(at))
+        per = "query_head" if mixer.kind == "moba" else "kv_group"
+        indices = ki.moba_route(q, k, block_size=BLOCK, topk=3, mask=mask, route_per=per).indices
+        width = -(-x.shape[1] // BLOCK)
+    table = torch.zeros((*indices.shape[:3], width + 1), dtype=torch.bool)
+    return table.scatter_(-1, torch.where(indices >= 0, indices, width).long(), True)[..., :width]
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 13])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_future_changes_no_output_gradient_or_pick(kind, window):
+    mixer, x, cut = layer(kind, window=window), stream(), 22  # inside a block
+    changed = torch.cat([x[:, :cut], 5 * stream(2)[:, cut:]], 1)
+    early = slice(0, cut)
+    assert_same(run(mixer, changed)[:, early], run(mixer, x)[:, early])
+    mixer.eval()
+    after, before = (gradient(mixer, value, early) for value in (changed, x))
+    assert_same(after[:, early], before[:, early])
+    assert not before[:, cut:].any()
+    assert torch.equal(picks(mixer, changed)[:, early], picks(mixer, x)[:, early])
+    assert not torch.equal(run(mixer, changed)[:, cut:], run(mixer, x)[:, cut:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_documents_equal_each_alone(kind):
+    """Documents that begin at a block: then alone they have the same blocks."""
+    mixer, x, cut = layer(kind), stream(), 5 * BLOCK
+    mixer.eval()
+    packed = ki.MaskContract(doc_ids=(torch.arange(T) >= cut).long())
+    positions = torch.cat([torch.arange(cut), torch.arange(T - cut)])[None]
+    together, whole = run(mixer, x, packed, positions), gradient(mixer, x, slice(None), packed, positions)
+    for part in (slice(0, cut), slice(cut, T)):
+        assert_same(together[:, part], run(mixer, x[:, part]))
+        alone = torch.zeros_like(x)
+        alone[:, part] = x[:, part]
+        assert_same(whole[:, part], gradient(mixer, alone, slice(None), packed, positions)[:, part])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_document_and_what_a_window_hides_reach_nothing(kind):
+    """A document that begins inside a block, and padding behind a valid prefix."""
+    mixer, x, cut = layer(kind), stream(), 22
+    mixer.eval()
+    mask = ki.MaskContract(
+        doc_ids=(torch.arange(T) >= cut).long(), validity=ki.attention_validity(valid_token_counts=[T, 37])
+    )
+    other = x.clone()
+    other[:, :cut] = 5 * stream(2)[:, :cut]
+    other[1, 37:] = 7.0
+    late = slice(cut, 37)
+    assert_same(run(mixer, other, mask)[:, late], run(mixer, x, mask)[:, late])
+    assert torch.equal(picks(mixer, other, mask)[:, late], picks(mixer, x, mask)[:, late])
+    assert not run(mixer, other, mask)[1, 37:].any()
+    assert not gradient(mixer, x, late, mask)[:, :cut].any()
+    windowed = layer(kind, window=7).eval()
+    hidden = gradient(windowed, x, slice(T - 1, T))
+    assert not hidden[:, : T - 8].any()
+    assert hidden[:, T - 8 :].any(-1).sum() > B
+
+
+@pytest.mark.parametrize("window", [None, 13])
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_with_a_cache_equals_recomputation(kind, window):
+    """A padded prompt, then token by token, each row at its own place, in pages that are no multiple of a block."""
+    mixer, x = layer(kind, window=window).eval(), stream()
+    expected = run(mixer, x)
+    cache = ModelCache([mixer], 240, page_size=6)
+    rows, lengths = [cache.allocate(), cache.allocate()], [37, 19]
+    cache.begin(rows, 37, lengths)
+    first = mixer(x[:, :37], None, rope(torch.arange(37)[None]), cache.layer(0))[0]
+    cache.advance()
+    for b, n in enumerate(lengths):
+        assert_same(first[b, :n], expected[b, :n])
+    for step in range(5):
+        at = torch.tensor(lengths) + step
+        cache.begin(rows, 1)
+        out = mixer(x[torch.arange(B), at][:, None], None, rope(at[:, None]), cache.layer(0))[0]
+        cache.advance()
+        assert_same(out[:, 0], expected[torch.arange(B), at])
+
+
+def test_a_shared_prompt_shares_what_the_indexer_keeps():
+    mixer, x = layer("exact_token").eval(), stream()[:1]
+    cache = ModelCache([mixer], 240, page_size=6)
+    first = cache.allocate()
+    cache.begin([first], 20)
+    mixer(x[:, :20], None, rope(torch.arange(20)[None]), cache.layer(0))
+    cache.advance()
+    second = cache.share(first)
+    other = torch.cat([x[:, :20], stream(5)[:1, 20:]], 1)
+    for at in range(20, 26):
+        cache.begin([first, second], 1)
+        new = torch.cat([x[:, at : at + 1], other[:, at : at + 1]])
+        out = mixer(new, None, rope(torch.tensor([[at]])), cache.layer(0))[0]
+        cache.advance()
+    assert_same(out[:, 0], torch.cat([run(mixer, x)[:, 25], run(mixer, other)[:, 25]]))
+
+
+def test_the_indexer_learns_by_its_own_loss_alone():
+    mixer, x = layer("exact_token"), stream()
+    grads = {}
+    for factor in (0.0, 1.0):
+        mixer.index_loss = factor
+        mixer.zero_grad()
+        run(mixer, x).square().sum().backward()
+        grads[factor] = {n: None if p.grad is None else p.grad.clone() for n, p in mixer.named_parameters()}
+    for name, grad in grads[1.0].items():
+        if name.startswith("index."):
+            assert grads[0.0][name] is None
+            assert grad.any(), name
+        elif grad is not None:
+            assert torch.equal(grad, grads[0.0][name]), name
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="kind must be one of 'exact_token', 'moba', 'clustered', got 'dense'"):
+        layer("dense")
