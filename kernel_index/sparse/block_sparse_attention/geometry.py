@@ -54,7 +54,9 @@ def pick_config(kernel: str, width: int, element_bytes: int, capped: bool, targe
     if interpreting():
         return Config(SMALLEST, 4, 1)
     if element_bytes == 4:  # no tensor cores in full float32; two stages keep operands out of registers
-        return Config(32 if width <= 64 else 16, 4 if width <= 128 else 8, 2)
+        if width <= 64:
+            return Config(32, 4, 2)
+        return Config(32, 8, 2) if kernel == "queries" and width <= 128 else Config(16, 4 if width <= 128 else 8, 2)
     keys = kernel == "keys"
     if width > 128:
         return Config(16 if keys else 32, 8, 2)
