@@ -14,6 +14,7 @@ from kernel_index.attention.exact_token_sparse.contract import Asked
 from kernel_index.attention.exact_token_sparse.cpu import exact_token_cpu
 from kernel_index.attention.exact_token_sparse.reference import exact_token_reference, lightning_indexer_reference
 from kernel_index.attention.exact_token_sparse.selection import TokenSelection
+from kernel_index.attention.exact_token_sparse.torch_op import exact_token_triton
 from kernel_index.dispatch import Backend, always, choose
 
 EVERYTHING_BEFORE = MaskContract()
@@ -62,6 +63,7 @@ def _with_telemetry(table: tuple[Backend, ...], path: str, staging: dict[str, st
 
 BACKENDS = _with_telemetry(
     (
+        Backend("triton", contract.triton_why_not, exact_token_triton, contract.triton_not_worth),
         Backend("cpu", contract.cpu_why_not, exact_token_cpu),
         Backend("reference", always, exact_token_reference),
     ),

@@ -39,7 +39,13 @@ class HierarchyPlan(NamedTuple):
 
 
 class BlockSelection(NamedTuple):
-    """``indices`` int32 [B, T, K, k], ascending, −1 where ``valid`` (bool, the same shape) is False; and the plan."""
+    """``indices`` int32 [B, T, K, k], ascending, −1 where ``valid`` (bool, the same shape) is False; and the plan.
+
+    >>> import torch, kernel_index as ki
+    >>> q, block_keys = torch.ones(1, 4, 1, 1), torch.ones(1, 2, 1, 1)
+    >>> ki.hierarchical_block_select(q, block_keys, final_topk=2, block_size=2).indices[0, :, 0].tolist()
+    [[0, -1], [0, -1], [0, 1], [0, 1]]
+    """
 
     indices: Tensor
     valid: Tensor

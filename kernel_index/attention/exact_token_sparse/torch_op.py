@@ -1,0 +1,116 @@
+"""The registered ops behind ``triton`` and their autograd Function."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index import gpu
+from kernel_index.attention.dense_attention.contract import scale_of, sizes_of
+from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.attention.exact_token_sparse.picks import pickers_of, sorted_picks
+
+
+def _allocate(q, k, v, places, counts, scale, softcap):
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _launch(q, k, v, places, counts, scale, softcap):
+    from kernel_index.attention.exact_token_sparse import triton
+
+    outputs = _allocate(q, k, v, places, counts, scale, softcap)
+    q, k, v = map(_dense_heads, (q, k, v))
+    return triton.forward(q, k, v, *gpu.dense((places, counts)), scale, softcap, outputs)
+
+
+def _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap):
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return d_q, torch.empty(log2_sum.shape, dtype=torch.float32, device=q.device)
+
+
+def _launch_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap):
+    from kernel_index.attention.exact_token_sparse import triton
+
+    outputs = _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap)
+    d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
+    selection = gpu.dense((places, counts))
+    return triton.backward_queries(d_out, q, k, v, out, log2_sum, *selection, scale, softcap, outputs)
+
+
+def _allocate_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap):
+    return torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def _launch_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap):
+    from kernel_index.attention.exact_token_sparse import triton
+
+    outputs = _allocate_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap)
+    d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
+    pickers = gpu.dense((queries, first))
+    return triton.backward_keys(d_out, q, k, v, log2_sum, delta, *pickers, scale, softcap, outputs)
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """The kernels take any stride but the last dimension's."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+_forward_op = gpu.register(
+    "exact_token_fused(Tensor q, Tensor k, Tensor v, Tensor places, Tensor counts, float scale, float softcap) "
+    "-> (Tensor, Tensor)",
+    _launch,
+    _allocate,
+)
+_queries_op = gpu.register(
+    "exact_token_fused_backward_queries(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log2_sum, "
+    "Tensor places, Tensor counts, float scale, float softcap) -> (Tensor, Tensor)",
+    _launch_queries,
+    _allocate_queries,
+)
+_keys_op = gpu.register(
+    "exact_token_fused_backward_keys(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor log2_sum, Tensor delta, "
+    "Tensor queries, Tensor first, float scale, float softcap) -> (Tensor, Tensor)",
+    _launch_keys,
+    _allocate_keys,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, places: Tensor, counts: Tensor, scale: float, softcap: float
+    ) -> Tensor:
+        out, log2_sum = _forward_op(q, k, v, places, counts, scale, softcap)
+        ctx.save_for_backward(q, k, v, places, counts, out, log2_sum)
+        ctx.scale, ctx.softcap = scale, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("exact_token_attention on triton cannot differentiate twice: use backend='reference'")
+        q, k, v, places, counts, out, log2_sum = ctx.saved_tensors
+        tail = ctx.scale, ctx.softcap
+        d_q, delta = _queries_op(d_out, q, k, v, out, log2_sum, places, counts, *tail)
+        d_k = d_v = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            pickers = pickers_of(places, k.shape[1])
+            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, *pickers, *tail)
+        return d_q, d_k, d_v, None, None, None, None
+
+
+def exact_token_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    valid: Tensor | None,
+    mask: MaskContract,
+    scale: float | None,
+    softcap: float,
+    *_: Any,
+) -> Tensor:
+    start, end = mask.row_intervals(sizes_of(q, k, mask))
+    picks = sorted_picks(indices, valid, start, end, k.shape[1])
+    return _Attention.apply(q, k, v, *picks, scale_of(q, scale), softcap)
