@@ -10,6 +10,8 @@ from torch import Tensor
 def is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}")
 
 
 def is_floating(name: str, value: Any) -> None:
@@ -53,14 +55,22 @@ def is_int(name: str, value: Any, *, minimum: int | None = None) -> None:
     """A Python or symbolic integer, not a bool."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if isinstance(value, int) and not _fits(value):
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _fits(value: int) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 def is_real(name: str, value: Any) -> None:
     """A finite Python number, not a bool."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, int) and not _fits(value):
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
     # Dynamo may trace a float as a symbol, which has no isfinite.
     if not torch.compiler.is_compiling() and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

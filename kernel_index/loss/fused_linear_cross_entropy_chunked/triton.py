@@ -97,6 +97,7 @@ def chunk(
     vocab = z.shape[1]
     if z.shape[0] == 0:
         return
+    targets = targets.contiguous()
     block = min(BLOCK, next_power_of_2(vocab))
     with on_device(z):
         _chunk_kernel[(z.shape[0],)](

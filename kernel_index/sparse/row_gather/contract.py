@@ -27,6 +27,8 @@ def check(a: Any, b: Any, idx: Any, names: tuple[str, str]) -> None:
         raise TypeError(f"idx must be int32 or int64, got {idx.dtype}")
     checks.has_rank("idx", idx, 1, "[R]")
     checks.on_device("idx", idx, a, names[0])
+    if a.shape[0] == 0 and idx.shape[0] > 0:
+        raise ValueError(f"idx must be empty where {names[0]} has no rows, got {idx.shape[0]} indices")
 
 
 def triton_why_not(a: Tensor, b: Tensor | None, idx: Tensor) -> str | None:

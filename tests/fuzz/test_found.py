@@ -1,0 +1,53 @@
+"""What fuzzing found, one test each: each failed before its fix."""
+
+import pytest
+import torch
+
+import kernel_index as ki
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+def test_targets_may_be_strided(backend):
+    """The Triton kernel read them as if they were contiguous: silently the loss of other classes."""
+    hidden, weight = torch.randn(6, 8), torch.randn(5, 8)
+    targets = torch.tensor([0, 4, 1, 3, 2, 2])
+    strided = torch.stack([targets, 4 - targets], -1)[..., 0]
+    expected = ki.token_log_probs(hidden, weight, targets, backend="reference")
+    torch.testing.assert_close(ki.token_log_probs(hidden, weight, strided, backend=backend), expected)
+    loss = ki.fused_linear_cross_entropy(hidden, weight, strided, backend=backend)
+    torch.testing.assert_close(loss, -expected.mean())
+
+
+def test_sparse_tensors_are_refused():
+    """They count as floating point and failed deep inside a backend."""
+    with pytest.raises(TypeError, match=r"x must be a dense tensor, got one of layout torch.sparse_coo"):
+        ki.fused_relu_squared(torch.eye(3).to_sparse())
+
+
+def test_numbers_beyond_64_bits_are_refused():
+    """They raised OverflowError inside PyTorch."""
+    hidden, weight, targets = torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="ignore_index must fit into 64 bits"):
+        ki.fused_linear_cross_entropy(hidden, weight, targets, ignore_index=-(10**30))
+    with pytest.raises(ValueError, match="logit_scale must fit into 64 bits"):
+        ki.fused_linear_cross_entropy(hidden, weight, targets, logit_scale=10**30)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rows_of_nothing_are_refused_before_anything_is_gathered(backend):
+    """PyTorch's RuntimeError named an argument that the caller has not."""
+    with pytest.raises(ValueError, match="idx must be empty where src has no rows, got 2 indices"):
+        ki.gather_rows(torch.empty(0, 2, 4), torch.tensor([0, 0]), backend=backend)
+
+
+def test_a_block_larger_than_the_cache_costs_what_the_cache_holds():
+    """The places of every token of a block were listed: 96 GB for a block of 10⁹ tokens."""
+
+    def decoded(block_size):
+        cache = ki.ContiguousKVCache(1, 1, 8, 1, 4)
+        make = torch.Generator().manual_seed(0)
+        x = torch.randn(1, 5, 1, 4, generator=make)
+        cache.begin(5)
+        return ki.moba_decode(x, cache, k=x, v=x, block_size=block_size, topk=1, backend="cpu")
+
+    assert torch.equal(decoded(10**9), decoded(8))
