@@ -26,6 +26,12 @@ from kernel_index.dispatch import Explanation, Ineligible, Receipt, explain, rec
 from kernel_index.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
 from kernel_index.mla.fused_mla_projection.api import fused_mla_projection
+from kernel_index.sparse.clustered_sparse_three_phase.api import (
+    clustered_route,
+    clustered_sparse_attention,
+    clustered_sparse_attention_with_lse,
+)
+from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
@@ -59,6 +65,7 @@ __all__ = [
     "AttentionValidity",
     "BlockSelection",
     "BlockSparseBackend",
+    "ClusteredSparseConfig",
     "ContiguousKVCache",
     "ExactMaskKey",
     "Explanation",
@@ -84,6 +91,9 @@ __all__ = [
     "attention_with_lse",
     "can_score_tile",
     "causal_windowing_plan",
+    "clustered_route",
+    "clustered_sparse_attention",
+    "clustered_sparse_attention_with_lse",
     "doc_window_mask",
     "exact_mask_key",
     "exact_token_attention",
