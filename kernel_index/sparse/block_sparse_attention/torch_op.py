@@ -16,6 +16,18 @@ from kernel_index.sparse.routing import num_blocks
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 
 
+def _allocate_plan(selected, selected_valid, num_blocks, tile):
+    batch, queries, groups, picks = selected.shape
+    shape = (batch, groups, gpu.ceil_div(queries, tile), tile * picks)
+    blocks, pairs = (torch.empty(shape, dtype=torch.int32, device=selected.device) for _ in range(2))
+    return blocks, blocks.new_empty(shape, dtype=torch.int64), blocks.new_empty(shape[:3]), pairs
+
+
+def _allocate_key_plan(pairs, tile, q_start, q_end, queries, block_size):
+    blocks = gpu.ceil_div(q_start.shape[1], block_size)
+    return pairs.new_empty(pairs.numel()), pairs.new_empty((*pairs.shape[:2], blocks, 4), dtype=torch.int64)
+
+
 def _allocate(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap):
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -73,6 +85,18 @@ def _dense_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+_plan_op = gpu.register(
+    "block_sparse_plan(Tensor selected, Tensor? selected_valid, SymInt num_blocks, int tile) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    forward_plan,
+    _allocate_plan,
+)
+_key_plan_op = gpu.register(
+    "block_sparse_key_plan(Tensor pairs, int tile, Tensor q_start, Tensor q_end, SymInt queries, int block_size) -> "
+    "(Tensor, Tensor)",
+    key_plan,
+    _allocate_key_plan,
+)
 _forward_op = gpu.register(
     "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor members, Tensor sizes, Tensor k_start, "
     "Tensor k_end, int block_size, int[] cut, float? scale, float softcap) -> (Tensor, Tensor)",
@@ -126,7 +150,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         d_k = d_v = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             block_size, (tile, *_) = ctx.tail[:2]
-            lists = key_plan(plan.pairs, tile, *bounds[2:], q.shape[1], block_size)
+            lists = _key_plan_op(plan.pairs, tile, *bounds[2:], q.shape[1], block_size)
             d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, *lists, *bounds[2:], *ctx.tail)
         return d_q, d_k, d_v, *[None] * 12
 
@@ -149,6 +173,6 @@ def block_sparse_triton(
         selected, selected_valid = selected.new_full((*selected.shape[:3], 1), -1), None
     cut = cut_of(q.shape[2] // selected.shape[2], q.element_size(), query_tile_size)
     with torch.no_grad():
-        plan = forward_plan(selected, selected_valid, num_blocks(k.shape[1], block_size), cut.queries)
+        plan = _plan_op(selected, selected_valid, num_blocks(k.shape[1], block_size), cut.queries)
     bounds = mask.row_kernel_intervals(sizes_of(q, k, mask))
     return _BlockSparseAttention.apply(q, k, v, *plan, *bounds, block_size, list(cut), scale, softcap)
