@@ -25,7 +25,7 @@ prove: $(READY)
 	$(BIN)/kernel-index prove traffic
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/kernel-index bench $(ARGS)
 
 list: $(READY)
 	$(BIN)/kernel-index list

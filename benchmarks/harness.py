@@ -4,7 +4,6 @@ Machines are noisy, so a time alone says little; the ratio of two contenders mea
 measured in a process of its own for each contender, as the high-water mark above what was resident before the call.
 """
 
-import json
 import os
 import platform
 import re
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,12 +33,16 @@ class Contender:
 
 @dataclass
 class Row:
-    """What one contender cost: seconds of every timed call, of the first call, and bytes above its inputs."""
+    """What one contender cost: seconds of every timed call, of the first call, and bytes above its inputs.
+
+    ``share`` is compulsory bytes ÷ time ÷ the bandwidth of a copy, where a GPU's was measured.
+    """
 
     contender: str
     seconds: list[float]
-    first: float
+    first: float | None
     memory: int | None = None
+    share: float | None = None
 
     @property
     def median(self) -> float:
@@ -77,9 +80,18 @@ class Comparison:
                 if (m := self.memory_ratio(r.contender)) is not None:
                     ratio += f" time, {m:.2f}× memory"
                     target += " " + _judge(m, self.memory_targets.get(r.contender))
-            times = (f"{r.median * 1e3:,.1f} ms", f"{min(r.seconds) * 1e3:,.1f}", f"{r.first * 1e3:,.0f}")
+            first = "" if r.first is None else duration(r.first)
+            times = (duration(r.median), duration(min(r.seconds)), first)
             table.add_row(r.contender, *times, memory, ratio, target)
         console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
 
 
 def _judge(ratio: float, target: float | None) -> str:
@@ -132,7 +144,7 @@ def peak_memory(title: str, contender: Contender) -> int:
     can hang.
     """
     command = [sys.executable, "-m", "benchmarks.memory", contender.prepare.__module__, title, contender.name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, check=True, text=True)
     return int(done.stdout.split()[-1])
 
 
@@ -173,10 +185,3 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def save(comparisons: list[Comparison], path: Path) -> None:
-    """Write the figures and the machine as JSON."""
-    content = {"machine": machine(), "comparisons": [asdict(c) for c in comparisons]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))

@@ -12,6 +12,7 @@ import torch
 import kernel_index as ki
 from benchmarks.harness import Comparison, Contender, compare
 
+OPS = ("attention", "fused_linear_cross_entropy", "fused_residual_add_rms_norm", "fused_rope_qk")  # what a patch calls
 LAYERS, C, V, T = 4, 512, 128256, 2048
 
 

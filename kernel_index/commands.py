@@ -26,6 +26,7 @@ ELSEWHERE = {
     "train": "kernel_index.lm.commands:train_command",
     "generate": "kernel_index.lm.commands:generate_command",
     "prove": "kernel_index.proofs.commands:app",
+    "bench": "kernel_index.proofs.bench:bench_command",
     "export": "kernel_index.integrations.kernels_hub:export_command",
 }
 """Commands that live with what they run: name -> ``module:function`` or a group, imported when it is called."""
