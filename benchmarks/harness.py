@@ -5,7 +5,6 @@ measured in a process of its own for each contender, as the high-water mark abov
 """
 
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -15,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -171,17 +169,3 @@ def _status_kib(name: str) -> int:
     if match is None:
         raise RuntimeError(f"/proc/self/status has no {name}")
     return int(match.group(1))
-
-
-def machine() -> dict[str, str | int]:
-    """What the figures were measured on."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*:\s*(.+)", info)
-    return {
-        "processor": model.group(1) if model else platform.machine(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }

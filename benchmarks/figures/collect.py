@@ -7,7 +7,8 @@ from pathlib import Path
 from benchmarks.figures.peers import absent
 from benchmarks.figures.saved import Figures
 from benchmarks.figures.verify import ops_of, verify
-from benchmarks.harness import Comparison, console, machine
+from benchmarks.harness import Comparison, console
+from kernel_index.proofs.record import machine
 
 HELPERS = ("__init__", "__main__", "harness", "memory", "gpu", "gpu_questions")
 NAMES = tuple(sorted(p.stem for p in Path(__file__).parent.parent.glob("*.py") if p.stem not in HELPERS))

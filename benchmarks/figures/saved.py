@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Comparison, Row, machine
+from benchmarks.harness import Comparison, Row
+from kernel_index.proofs.record import machine
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from rich.table import Table
 
 import kernel_index
 from kernel_index.cases import suites
+from kernel_index.proofs import record
 from kernel_index.proofs.fa4 import fa4, verify
 
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -27,6 +28,7 @@ app = typer.Typer(name="prove", add_completion=False, pretty_exceptions_enable=F
 
 Ops = Annotated[list[str] | None, typer.Option("--op", help="Only this public function; may be repeated.")]
 Out = Annotated[Path | None, typer.Option("--json", help="Also write the figures as JSON.")]
+Record = Annotated[Path | None, typer.Option("--record", help="Also write counts and machine, for benchmarks/results.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -53,6 +55,7 @@ def numerics(
     device: Annotated[str, typer.Option(help="Where the inputs lie.")] = "cpu",
     quick: Annotated[bool, typer.Option(help="The first case of each function only.")] = False,
     out: Out = None,
+    recorded: Record = None,
 ) -> None:
     """Every entry × backend that runs here, forward and backward, against float64 within derived budgets."""
     _interpret(device)
@@ -74,6 +77,8 @@ def numerics(
         table.add_row(name, which, *map(str, counts), worst, next(iter(reasons), ""))
     console.print(table)
     every = [v for found in rows.values() for v in found]
+    if recorded is not None:
+        record.write(recorded, "numerics", record.of_numerics(every, device), device)
     _finish(out, "numerics", [asdict(v) for v in every], all(v.passes for v in every))
 
 
@@ -82,6 +87,7 @@ def aot(
     op: Ops = None,
     target: Annotated[list[str] | None, typer.Option(help="sm80, sm90, sm100, sm120, gfx942, gfx950.")] = None,
     out: Out = None,
+    recorded: Record = None,
 ) -> None:
     """Compile every Triton kernel for GPUs that need not be here; spills on sm90 and sm100 fail the proof."""
     if os.environ.get("TRITON_INTERPRET") == "1":  # an interpreted kernel cannot be compiled: a process of its own
@@ -102,6 +108,8 @@ def aot(
         figures = (c.warps, c.registers, c.spilled, c.shared, c.bytes)
         table.add_row(c.op, c.kernel.strip("_"), c.target, *map(str, figures), mark)
     console.print(table)
+    if recorded is not None:
+        record.write(recorded, "aot", record.of_aot(found))
     clean = all(not c.error and not (c.spilled and c.target in ("sm90", "sm100")) for c in found)
     _finish(out, "aot", [asdict(c) for c in found], bool(found) and clean)
 

@@ -1,0 +1,72 @@
+"""What a proof leaves behind: counts and a machine.  The documentation takes its states from these files.
+
+``kernel-index prove numerics --record FILE`` and ``prove aot --record FILE`` write one; those in ``benchmarks/results``
+are committed.
+"""
+
+import json
+import platform
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kernel_index import gpu
+
+if TYPE_CHECKING:
+    from kernel_index.proofs.aot import Compiled
+    from kernel_index.proofs.numerics import Verdict
+
+Counts = dict[str, dict[str, dict[str, dict[str, int]]]]
+"""Op -> backend -> ``run``, ``interpreted``, or a target that it was compiled for -> outcome -> calls or kernels."""
+
+
+def machine(device: str = "cpu") -> dict[str, str | int]:
+    """What something was seen on."""
+    if device != "cpu":
+        return {"device": torch.cuda.get_device_name(), **_versions()}
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", info)
+    return {
+        "processor": model.group(1) if model else platform.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        **_versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def of_numerics(verdicts: "Iterable[Verdict]", device: str) -> Counts:
+    """A Triton kernel on CPU tensors is interpreted; anything else that gave a verdict has run."""
+    counts: Counts = {}
+    for v in verdicts:
+        state = "interpreted" if v.backend == "triton" and device == "cpu" and gpu.interpreting() else "run"
+        row = counts.setdefault(v.op, {}).setdefault(v.backend, {})
+        row = row.setdefault(state, dict.fromkeys(("passed", "refused", "failed"), 0))
+        row["refused" if v.refused else "passed" if v.passes else "failed"] += 1
+    return counts
+
+
+def of_aot(found: "Iterable[Compiled]") -> Counts:
+    counts: Counts = {}
+    for c in found:
+        row = counts.setdefault(c.op, {}).setdefault("triton", {})
+        row = row.setdefault(c.target, dict.fromkeys(("compiled", "failed"), 0))
+        row["failed" if c.error else "compiled"] += 1
+    return counts
+
+
+def write(path: Path, proof: str, counts: Counts, device: str = "cpu") -> None:
+    content: dict[str, Any] = {"proof": proof, "machine": machine(device), "counts": counts}
+    if proof == "aot":
+        import triton
+
+        content["machine"]["triton"] = triton.__version__
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

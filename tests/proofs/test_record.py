@@ -1,0 +1,47 @@
+"""Records of proofs: what was run, interpreted or compiled, and how often it passed."""
+
+import json
+from types import SimpleNamespace
+
+import torch
+from typer.testing import CliRunner
+
+from kernel_index import commands, gpu
+from kernel_index.proofs import record
+from kernel_index.proofs.errors import Finding
+from kernel_index.proofs.numerics import Verdict
+
+PASSED = {"passed": 1, "refused": 0, "failed": 0}
+
+
+def test_a_triton_kernel_on_the_cpu_is_interpreted_and_elsewhere_run(monkeypatch):
+    verdicts = [Verdict("op", backend, "case", "float32") for backend in ("triton", "reference")]
+    monkeypatch.setattr(gpu, "interpreting", lambda: True)
+    assert record.of_numerics(verdicts, "cpu")["op"] == {
+        "triton": {"interpreted": PASSED},
+        "reference": {"run": PASSED},
+    }
+    assert record.of_numerics(verdicts, "cuda")["op"]["triton"] == {"run": PASSED}
+
+
+def test_each_outcome_is_counted():
+    wrong = (Finding("output 0", 1.0, 0.1),)
+    rest = [{"refused": "a rule"}, {"raised": "RuntimeError"}, {"findings": wrong}, {}]
+    counts = record.of_numerics([Verdict("op", "cpu", "case", "float32", **r) for r in rest], "cpu")
+    assert counts["op"]["cpu"]["run"] == {"passed": 1, "refused": 1, "failed": 2}
+
+
+def test_what_did_not_compile_is_counted_as_failed():
+    found = [SimpleNamespace(op="op", target="sm90", error=error) for error in ("", "", "out of registers")]
+    assert record.of_aot(found) == {"op": {"triton": {"sm90": {"compiled": 2, "failed": 1}}}}
+
+
+def test_prove_writes_a_record(tmp_path):
+    out = tmp_path / "record.json"
+    arguments = ["prove", "numerics", "--quick", "--op", "fused_relu_squared", "--backend", "reference"]
+    result = CliRunner().invoke(commands.app, [*arguments, "--record", str(out)])
+    assert result.exit_code == 0, result.output
+    content = json.loads(out.read_text())
+    assert content["proof"] == "numerics"
+    assert content["machine"]["torch"] == torch.__version__
+    assert content["counts"] == {"fused_relu_squared": {"reference": {"run": PASSED | {"passed": 3}}}}
