@@ -8,7 +8,7 @@ from kernel_index.lm.cache import ModelCache
 from kernel_index.nn import SparseAttention
 
 B, T, C, H, K, D, BLOCK = 2, 44, 12, 4, 2, 8, 4
-KINDS = ["moba", "exact_token"]
+KINDS = ["moba", "clustered", "exact_token"]
 
 
 def layer(kind, **options):

@@ -30,11 +30,13 @@ def scored(q: Tensor, means: Tensor, groups: int) -> Tensor:
 
 
 def _scores(q_BTGD: Tensor, means_BNKD: Tensor) -> Tensor:
-    batch, queries, groups, _ = q_BTGD.shape
-    blocks, kv_heads = means_BNKD.shape[1:3]
-    q_BKXD = q_BTGD.unflatten(2, (kv_heads, groups // kv_heads)).transpose(1, 2).flatten(2, 3)
-    scores_BKXN = q_BKXD @ means_BNKD.to(q_BTGD.dtype).permute(0, 2, 3, 1)
-    return scores_BKXN.view(batch, kv_heads, queries, groups // kv_heads, blocks).transpose(1, 2).flatten(2, 3)
+    """One product for each key head: the means are read where they lie."""
+    queries, groups, kv_heads = q_BTGD.shape[1], q_BTGD.shape[2], means_BNKD.shape[2]
+    each = groups // kv_heads
+    q_BTKED = q_BTGD.unflatten(2, (kv_heads, each))
+    means_BNKD = means_BNKD.to(q_BTGD.dtype)
+    parts = [q_BTKED[:, :, h].flatten(1, 2) @ means_BNKD[:, :, h].transpose(1, 2) for h in range(kv_heads)]
+    return torch.stack([part.unflatten(1, (queries, each)) for part in parts], 2).flatten(2, 3)
 
 
 def route(q: Tensor, k: Tensor, block_size: int, topk: int, mask: MaskContract, groups: int) -> TopBlocks:
