@@ -41,6 +41,24 @@ def on_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
         raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {value.device}")
 
 
+def is_device(name: str, value: Any) -> None:
+    """A device of this machine, or ``"meta"``."""
+    if not isinstance(value, str | torch.device):
+        raise TypeError(f"{name} must be a torch.device or its name, got {type(value).__name__}")
+    if torch.compiler.is_compiling():
+        return
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:  # what PyTorch raises depends on how it was built
+        raise ValueError(f"{name} must be a device of this machine, got {value!r}") from error
+
+
+def has_values(name: str, value: Any, device: torch.device | str) -> None:
+    """A tensor that can be copied to the device: one on the meta device holds nothing to copy."""
+    if isinstance(value, Tensor) and value.is_meta and torch.device(device).type != "meta":
+        raise ValueError(f"{name} must hold values to be used on {device}, got a tensor on the meta device")
+
+
 def has_dtype(name: str, value: Tensor, dtype: torch.dtype, why: str) -> None:
     if value.dtype != dtype:
         raise TypeError(f"{name} must be {dtype} {why}, got {value.dtype}")

@@ -51,3 +51,20 @@ def test_a_block_larger_than_the_cache_costs_what_the_cache_holds():
         return ki.moba_decode(x, cache, k=x, v=x, block_size=block_size, topk=1, backend="cpu")
 
     assert torch.equal(decoded(10**9), decoded(8))
+
+
+@pytest.mark.parametrize("device", ["no-such-device", "cuda:-3", "cpu:x"])
+def test_devices_that_are_not_here_are_refused(device):
+    """PyTorch's RuntimeError passed through, and for one of them an AssertionError."""
+    with pytest.raises(ValueError, match="device must be a device of this machine, got"):
+        ki.doc_window_mask(1, 4, device=device)
+    with pytest.raises(ValueError, match="device must be a device of this machine, got"):
+        ki.ContiguousKVCache(1, 1, 8, 1, 4, device=device)
+
+
+def test_ids_without_values_are_refused():
+    """NotImplementedError: there is no data to copy."""
+    ids = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="doc_ids must hold values to be used on cpu"):
+        ki.doc_window_mask(1, 4, device="cpu", doc_ids=ids)
+    assert ki.doc_window_mask(1, 4, device="meta", doc_ids=ids).shape == (1, 1, 4, 4)

@@ -38,6 +38,7 @@ class KVCache(ABC):
             checks.is_int(name, size, minimum=1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
+        checks.is_device("device", device)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.counters = CacheCounters()

@@ -46,7 +46,7 @@ def doc_window_mask(
         Bool [B, 1, T, S], True where the query may attend, always with the batch dimension.
 
     Raises:
-        ValueError: sizes that contradict each other, or T above 8192 (``dense_mask_too_large``, with the bytes).
+        ValueError: sizes that contradict each other, a device that is not here, or T above 8192 (``dense_mask_too_large``, with the bytes).
         TypeError: ids or counts that are not integers.
 
     Source: the window convention is FlashAttention's.
@@ -60,6 +60,9 @@ def doc_window_mask(
     """
     checks.is_int("batch_size", batch_size, minimum=0)
     checks.is_int("seq_len", seq_len, minimum=0)
+    checks.is_device("device", device)
+    checks.has_values("doc_ids", doc_ids, device)
+    checks.has_values("valid_token_counts", valid_token_counts, device)
     validity = None if valid_token_counts is None else attention_validity(valid_token_counts=valid_token_counts)
     mask = MaskContract(causal, window_size, doc_ids, validity, q_offset).to(device)
     keys = seq_len if kv_len is None else kv_len
