@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from kernel_index.lm.distributed import Group, is_sharded
+
 KEEP = 2
 """Checkpoints kept in a run folder: the newest, and the one before it in case the disk holds a surprise."""
 
@@ -28,29 +30,73 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def write(run: Path, checkpoint: Checkpoint) -> Path:
-    """Write ``run/checkpoint-<step>``: complete under its final name, or not there at all."""
+def write(run: Path, checkpoint: Checkpoint, group: Group | None = None) -> Path:
+    """Write ``run/checkpoint-<step>``: complete under its final name, or not there at all.
+
+    Of a sharded model every process of the group writes its own part; such a checkpoint, too, can be read by any
+    number of processes.
+    """
     final = run / f"checkpoint-{checkpoint.step:08d}"
     draft = run / f".{final.name}.draft"
+    if group is not None and group.size > 1:
+        return _write_parts(draft, final, checkpoint, group)
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         _write_file(draft / "model.safetensors", save(_contiguous(checkpoint.model)))
         _write_file(draft / "optimizer.safetensors", save(_contiguous(checkpoint.optimizer)))
-        _write_file(draft / "state.json", json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1).encode())
-        _sync_folder(draft)
-        if final.exists():  # the same step of the same run, written again after a resume
-            shutil.rmtree(final)
-        os.rename(draft, final)
-        _sync_folder(run)
+        _finish(draft, final, checkpoint)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         kept = newest(run)
         rest = f"the last good checkpoint is {kept}" if kept else "there is no earlier checkpoint"
         raise CheckpointError(f"cannot write {final}: {error.strerror or error}; {rest}") from error
-    for old in _all(run)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _finish(draft: Path, final: Path, checkpoint: Checkpoint) -> None:
+    """Give a complete draft its name, and drop the oldest checkpoints."""
+    _write_file(draft / "state.json", json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1).encode())
+    _sync_folder(draft)
+    if final.exists():  # the same step of the same run, written again after a resume
+        shutil.rmtree(final)
+    os.rename(draft, final)
+    _sync_folder(final.parent)
+    for old in _all(final.parent)[:-KEEP]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_parts(draft: Path, final: Path, checkpoint: Checkpoint, group: Group) -> Path:
+    import torch.distributed.checkpoint as dcp
+
+    if group.rank == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    group.wait()
+    dcp.save(_named_parts(checkpoint), checkpoint_id=draft)
+    if group.rank == 0:
+        _finish(draft, final, checkpoint)
+    group.wait()
+    return final
+
+
+def _named_parts(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    model = {f"model/{n}": t.detach() for n, t in checkpoint.model.items()}
+    return model | {f"optimizer/{n}": t for n, t in checkpoint.optimizer.items()}
+
+
+def _read_parts(folder: Path, step: int, state: dict[str, Any]) -> Checkpoint:
+    """All tensors in full, whatever the number of processes that wrote them."""
+    import torch.distributed.checkpoint as dcp
+
+    found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in found.items()}  # type: ignore[union-attr]
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, rest = name.split("/", 1)
+        parts[part][rest] = tensor
+    return Checkpoint(step, parts["model"], parts["optimizer"], state)
 
 
 def newest(run: Path) -> Path | None:
@@ -66,6 +112,8 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} must be a checkpoint or a run folder that holds one")
     try:
         state = json.loads((folder / "state.json").read_text())
+        if (folder / ".metadata").is_file():
+            return _read_parts(folder, state.pop("step"), state)
         model = load((folder / "model.safetensors").read_bytes())
         optimizer = load((folder / "optimizer.safetensors").read_bytes())
         return Checkpoint(state.pop("step"), model, optimizer, state)
@@ -88,7 +136,9 @@ def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     if problems:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise CheckpointError(f"the checkpoint is of another model: {shown}")
-    model.load_state_dict(checkpoint.model)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(_like(checkpoint.model[name], tensor))
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -108,8 +158,19 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ten
     for name, value in tensors.items():
         parameter, key = name.rsplit(":", 1)
         if parameter:
-            optimizer.state[parameters[parameter]][key] = value
+            like = parameters[parameter]
+            optimizer.state[like][key] = _like(value, like) if value.ndim else value
     torch.set_rng_state(tensors[":rng"])
+
+
+def _like(value: Tensor, tensor: Tensor) -> Tensor:
+    """A full tensor on the device of another, and sharded as that is."""
+    if not is_sharded(tensor):
+        return value.to(tensor.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(tensor, DTensor)
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
 
 
 def _all(run: Path) -> list[Path]:

@@ -14,12 +14,22 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+import kernel_index as ki
 from kernel_index.lm.checkpoint import CheckpointError
 from kernel_index.lm.config import PRESETS
 from kernel_index.lm.data import DataError
 from kernel_index.lm.generate import generate, load_model
+from kernel_index.lm.model import active_parameters
 from kernel_index.lm.report import LN2, receipt_rows, write_report
-from kernel_index.lm.train import RunConfig, StepReport, Trainer, TrainingError, read_config, read_metrics
+from kernel_index.lm.train import (
+    RunConfig,
+    StepReport,
+    Trainer,
+    TrainingError,
+    forced_backend,
+    read_config,
+    read_metrics,
+)
 
 INTERRUPTED = 130
 SAMPLE_PROMPT = "def "
@@ -43,6 +53,13 @@ def train_command(
     data: Annotated[Path | None, typer.Option(help="Folder of text. [default: Python's standard library]")] = None,
     glob: Annotated[str | None, typer.Option(help="Files of the folder. [default: **/*.py]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). [default: float32]")] = None,
+    sparse_from_step: Annotated[
+        int | None, typer.Option(min=0, help="S blocks attend to everything before this step. [default: 0]")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="reference runs the plain formulas. [default: auto]")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile", help="Put the whole model through torch.compile.")
+    ] = None,
 ) -> None:
     """Train a small language model on real text with the kernels of the index."""
     own: dict[str, Any] = {
@@ -51,6 +68,9 @@ def train_command(
         "data": data and str(data.resolve()),
         "glob": glob,
         "dtype": dtype,
+        "backend": backend,
+        "compile": compiled,
+        "sparse_from_step": sparse_from_step,
     }
     with _clear_errors():
         if resume:
@@ -63,9 +83,12 @@ def train_command(
             config = RunConfig.from_preset(name, steps=steps, checkpoint_every=checkpoint_every, **own)
             folder = out or _fresh_folder(name)
             trainer = Trainer.start(config, folder)
+        if trainer.group.rank:  # of several processes one speaks
+            console.quiet = True
         _introduce(trainer)
         finished = _run(trainer)
-        _conclude(trainer, finished)
+        if trainer.group.size == 1:
+            _conclude(trainer, finished)
     if not finished:
         raise typer.Exit(INTERRUPTED)
 
@@ -116,14 +139,19 @@ def _refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
     config = read_config(folder)
     for name, value in given.items():
         if value is not None and value != getattr(config, name):
-            raise ValueError(f"--{name} must stay {getattr(config, name)!r} when the run is resumed, got {value!r}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must stay {getattr(config, name)!r} when the run is resumed, got {value!r}"
+            )
 
 
 def _introduce(trainer: Trainer) -> None:
     c = trainer.config
+    rows = c.batch_rows * c.accumulate
+    active = active_parameters(trainer.model)
+    of_a_token = "" if active == trainer.parameters else f" ({active:,} for one token)"
     console.print(
-        f"[bold]{c.preset}[/]: {trainer.model.parameter_count():,} parameters, blocks {c.model.pattern}, "
-        f"{trainer.flops_per_step / 1e9:,.0f} GFLOP per step of {c.batch_rows} × {c.model.context} tokens, {c.dtype}",
+        f"[bold]{c.preset}[/]: {trainer.parameters:,} parameters{of_a_token}, blocks {c.model.pattern}, "
+        f"{trainer.flops_per_step / 1e9:,.0f} GFLOP per step of {rows} × {c.model.context} tokens, {c.dtype}",
         highlight=False,
     )
     source = c.data or "Python's standard library"
@@ -180,14 +208,18 @@ def _conclude(trainer: Trainer, finished: bool) -> None:
     metrics = read_metrics(trainer.folder)
     if not metrics:
         return
+    sample = ""
+    if finished:
+        trainer.model.eval()
+        with ki.receipts() as log, forced_backend(trainer.config.backend):
+            sample = SAMPLE_PROMPT + "".join(generate(trainer.model, SAMPLE_PROMPT, SAMPLE_TOKENS))
+        trainer.receipts += log.counts()
     table = Table("op", "backend", "calls", "why not an earlier backend", title="Which kernels ran")
     for row in receipt_rows(trainer.receipts):
         table.add_row(row.op, row.backend, f"{row.count:,}", row.reason)
     console.print(table)
-    sample = ""
+    console.print(f"{str(trainer.goodput).capitalize()}.", highlight=False)
     if finished:
-        trainer.model.eval()
-        sample = SAMPLE_PROMPT + "".join(generate(trainer.model, SAMPLE_PROMPT, SAMPLE_TOKENS))
         console.print("[bold]Generated:[/]")
         console.print(sample, markup=False, highlight=False)
         last = metrics[-1].validation

@@ -154,6 +154,10 @@ class Preset:
     batch_rows: int
     learning_rate: float
     about: str
+    accumulate: int = 1
+    recompute: bool = False
+    dtype: str = "float32"
+    device: str = "cpu"
 
 
 PRESETS = {

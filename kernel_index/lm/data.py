@@ -153,13 +153,17 @@ class PackedRows:
         """The row order of an epoch: a function of seed and epoch alone, so that a resumed run continues it."""
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
-    def at_step(self, step: int, rows: int, seed: int) -> Batch:
-        """The batch of a step; an epoch's last incomplete batch is completed from the next epoch."""
-        indices = []
+    def indices(self, step: int, rows: int, seed: int) -> list[int]:
+        """The rows of a step; an epoch's last incomplete batch is completed from the next epoch."""
+        found = []
         for position in range(step * rows, (step + 1) * rows):
             epoch, offset = divmod(position, len(self))
-            indices.append(int(self._cached_order(seed, epoch)[offset]))
-        return self.batch(indices)
+            found.append(int(self._cached_order(seed, epoch)[offset]))
+        return found
+
+    def at_step(self, step: int, rows: int, seed: int) -> Batch:
+        """The batch of a step."""
+        return self.batch(self.indices(step, rows, seed))
 
     def _cached_order(self, seed: int, epoch: int) -> np.ndarray:
         if getattr(self, "_order_key", None) != (seed, epoch):

@@ -1,105 +1,67 @@
 """The training loop: one function of its configuration, resumable bit for bit."""
 
+import contextlib
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import kernel_index as ki
+from kernel_index.dispatch import reload_environment
 from kernel_index.lm import checkpoint as ckpt
-from kernel_index.lm.config import PRESETS, ModelConfig
-from kernel_index.lm.data import IGNORED, PackedRows, load_documents, unigram_bits_per_byte
+from kernel_index.lm import distributed
+from kernel_index.lm.data import IGNORED, Batch, PackedRows, load_documents, unigram_bits_per_byte
+from kernel_index.lm.goodput import Goodput
 from kernel_index.lm.model import LanguageModel, flops_per_token
+from kernel_index.lm.run_config import DTYPES, RunConfig, StepReport, read_config, read_metrics
+from kernel_index.lm.tensorboard import EventFile
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+__all__ = ["RunConfig", "StepReport", "Trainer", "TrainingError", "read_config", "read_metrics"]
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step and what is saved."""
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that determines a run's numbers, and how often it is saved."""
-
-    preset: str
-    model: ModelConfig
-    steps: int
-    batch_rows: int
-    learning_rate: float
-    seed: int = 0
-    dtype: str = "float32"
-    data: str | None = None
-    glob: str = "**/*.py"
-    checkpoint_every: int = 100
-    evaluate_every: int = 50
-    validation_rows: int = 64
-    weight_decay: float = 0.1
-    clip: float = 1.0
-
-    @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> "RunConfig":
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        p = PRESETS[name]
-        config = cls(name, p.model, p.steps, p.batch_rows, p.learning_rate)
-        return replace(config, **{k: v for k, v in changes.items() if v is not None})
-
-    def __post_init__(self):
-        for name in ("steps", "batch_rows", "checkpoint_every", "evaluate_every", "validation_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunConfig":
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"run configuration must have the fields of RunConfig, got {', '.join(unknown)}")
-        changed: dict[str, Any] = {**values, "model": ModelConfig.from_json(values["model"])}
-        return cls(**changed)
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step.  ``loss`` is in nats per byte; ``validation`` in bits per byte, where it was measured."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    tokens: int
-    seconds: float
-    validation: float | None = None
-
-
 class Trainer:
-    """A run in a folder: ``metrics.jsonl``, ``config.json`` and checkpoints.
+    """A run in a folder: ``metrics.jsonl``, TensorBoard's events, ``config.json`` and checkpoints.
 
     Iterate over ``steps()``; call ``save()`` whenever; ``Trainer.resume(folder)`` continues the newest checkpoint.
+    Under ``torchrun`` every process makes one, the parameters are sharded, and each step's rows are dealt out.
     """
 
     def __init__(self, config: RunConfig, folder: Path):
         self.config, self.folder = config, folder
+        self.device = torch.device(config.device)
+        self.group = distributed.join(self.device)
+        if config.batch_rows % self.group.size:
+            raise ValueError(
+                f"batch_rows must be a multiple of the {self.group.size} processes, got {config.batch_rows}"
+            )
         torch.manual_seed(config.seed)
         train, held_out = load_documents(Path(config.data) if config.data else None, config.glob)
-        self.model = LanguageModel(config.model)
+        self.model = LanguageModel(config.model).to(self.device)
+        for block in self.model.hybrid_blocks():
+            block.recompute = config.recompute
+        self.parameters = self.model.parameter_count()
+        if self.group.size > 1:
+            distributed.shard(self.model, self.group)
+        self.forward = torch.compile(self.model, fullgraph=True) if config.compile else self.model
         self.rows = PackedRows(train, config.model.context)
         self.validation = self._validation_batches(held_out)
         self.unigram = unigram_bits_per_byte(train, self.validation)
         self.optimizer = self._make_optimizer()
         self.step = 0
         self.receipts: Counter[ki.Receipt] = Counter()
+        self.goodput = Goodput()
 
     @classmethod
     def start(cls, config: RunConfig, folder: Path) -> "Trainer":
@@ -107,8 +69,10 @@ class Trainer:
         if (folder / "config.json").exists():
             raise ValueError(f"out must be a new folder, got {folder}, which holds a run: resume it or choose another")
         trainer = cls(config, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
+        trainer.group.wait()  # until every process has looked at the folder
+        if trainer.group.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
         return trainer
 
     @classmethod
@@ -128,26 +92,31 @@ class Trainer:
             )
         ckpt.load_optimizer(trainer.model, trainer.optimizer, saved.optimizer)
         trainer.step = saved.step
-        trainer._trim_metrics()
+        if trainer.group.rank == 0:
+            trainer._trim_metrics()
         return trainer
 
     def steps(self) -> Iterator[StepReport]:
         """Train to the end of the run, one report per optimizer step; saves as configured and at the end."""
         c = self.config
-        with (self.folder / "metrics.jsonl").open("a") as metrics:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(forced_backend(c.backend))
+            log = stack.enter_context(_Log(self.folder)) if self.group.rank == 0 else None
             while self.step < c.steps:
                 report = self._one_step()
-                metrics.write(json.dumps(asdict(report)) + "\n")
-                metrics.flush()
+                if log is not None:
+                    log.write(report)
                 if self.step % c.checkpoint_every == 0 or self.step == c.steps:
                     self.save()
                 yield report
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
-        state = {"config": self.config.to_json(), "rows": len(self.rows)}
-        optimizer = ckpt.optimizer_tensors(self.model, self.optimizer)
-        return ckpt.write(self.folder, ckpt.Checkpoint(self.step, self.model.state_dict(), optimizer, state))
+        with self.goodput.phase("checkpoint"):
+            state = {"config": self.config.to_json(), "rows": len(self.rows), "seconds": self.goodput.seconds()}
+            optimizer = ckpt.optimizer_tensors(self.model, self.optimizer)
+            found = ckpt.Checkpoint(self.step, self.model.state_dict(), optimizer, state)
+            return ckpt.write(self.folder, found, self.group)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -156,7 +125,7 @@ class Trainer:
         nats, count = 0.0, 0
         for batch in self.validation:
             with self._autocast():
-                nats += float(self.model.loss(batch, reduction="sum", z_loss=0.0))
+                nats += float(self.model.loss(self._here(batch), reduction="sum", z_loss=0.0))
             count += int((batch.targets != IGNORED).sum())
         self.model.train()
         return nats / count / math.log(2)
@@ -171,44 +140,79 @@ class Trainer:
 
     @property
     def flops_per_step(self) -> float:
-        return flops_per_token(self.config.model) * self.config.batch_rows * self.config.model.context
+        c = self.config
+        return flops_per_token(c.model) * c.batch_rows * c.accumulate * c.model.context
 
     def _one_step(self) -> StepReport:
         c, start = self.config, time.perf_counter()
-        batch = self.rows.at_step(self.step, c.batch_rows, c.seed)
-        rate = self.learning_rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with ki.receipts() as log:
-            with self._autocast():
-                loss = self.model.loss(batch)
-            loss.backward()
-        self.receipts += log.counts()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        loss_value = float(loss.detach())
-        if not math.isfinite(loss_value) or not math.isfinite(float(norm)):
-            raise TrainingError(
-                f"the loss is {loss_value} and the gradient norm {float(norm)} at step {self.step + 1}; the weights "
-                f"were not changed; the last good checkpoint is {ckpt.newest(self.folder) or 'none yet'}"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.goodput.phase("data"):
+            indices = self.rows.indices(self.step, c.batch_rows * c.accumulate, c.seed)
+            batches = [self.rows.batch(indices[i : i + c.batch_rows]) for i in range(0, len(indices), c.batch_rows)]
+        with self.goodput.phase("step"):
+            self.model.attend_densely(self.step < c.sparse_from_step)
+            rate = self.learning_rate(self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            loss = self._gradients(batches)
+            norm = self._clip()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingError(
+                    f"the loss is {loss} and the gradient norm {norm} at step {self.step + 1}, on the packed rows "
+                    f"{', '.join(map(str, indices))}; the weights were not changed; the last good checkpoint is "
+                    f"{ckpt.newest(self.folder) or 'none yet'}"
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            for router in self.model.routers():
+                router.balance(c.model.experts.balance)
         self.step += 1
         seconds = time.perf_counter() - start
-        validation = self.evaluate() if self.step % c.evaluate_every == 0 or self.step == c.steps else None
-        tokens = int(batch.valid_counts.sum())
-        return StepReport(self.step, loss_value, rate, float(norm), tokens, seconds, validation)
+        validation = None
+        if self.step % c.evaluate_every == 0 or self.step == c.steps:
+            with self.goodput.phase("evaluate"):
+                validation = self.evaluate()
+        tokens = sum(int(batch.valid_counts.sum()) for batch in batches)
+        return StepReport(self.step, loss, rate, norm, tokens, seconds, validation)
+
+    def _gradients(self, batches: list[Batch]) -> float:
+        """Forward and backward of every micro-batch; the mean loss over all their targets."""
+        counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
+        total, loss = max(1, sum(counts)), 0.0
+        for batch in batches:
+            own = self._here(Batch(*(t[self.group.rank :: self.group.size] for t in batch)))
+            share = int((own.targets != IGNORED).sum()) / total
+            with ki.receipts() as log:
+                with self._autocast():
+                    part = self.forward(own) * share
+                (part * self.group.size).backward()  # sharding averages the processes' gradients
+            self.receipts += log.counts()
+            loss += float(part.detach())
+            for router in self.model.routers():
+                router.count()
+        return self.group.sum(loss)
+
+    def _clip(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        return float(distributed.whole(norm))
+
+    def _here(self, batch: Batch) -> Batch:
+        return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
 
     def _autocast(self):
-        return torch.autocast("cpu", DTYPES[self.config.dtype], enabled=self.config.dtype != "float32")
+        return torch.autocast(self.device.type, DTYPES[self.config.dtype], enabled=self.config.dtype != "float32")
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        matrices = [p for n, p in self.model.named_parameters() if p.ndim > 1 and not n.startswith("embed")]
-        rest = [p for n, p in self.model.named_parameters() if p.ndim <= 1 or n.startswith("embed")]
-        groups = [{"params": matrices, "weight_decay": self.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=True)
+        def decays(name: str, p: Tensor) -> bool:
+            return p.ndim > 1 and not name.startswith("embed") and not name.endswith(("h_res_logits", "conv"))
 
-    def _validation_batches(self, held_out: list) -> list:
+        named = list(self.model.named_parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in named if decays(n, p)], "weight_decay": self.config.weight_decay},
+            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=self.group.size == 1)
+
+    def _validation_batches(self, held_out: list) -> list[Batch]:
         rows = PackedRows(held_out, self.config.model.context)
         order = rows.order(0, 0)[: self.config.validation_rows].tolist()
         size = self.config.batch_rows
@@ -224,16 +228,39 @@ class Trainer:
             draft.replace(path)
 
 
-def read_config(folder: Path) -> RunConfig:
-    """The configuration of a run folder."""
-    path = folder / "config.json"
+class _Log:
+    """Appends reports to ``metrics.jsonl`` and to TensorBoard's events."""
+
+    def __init__(self, folder: Path):
+        self.metrics = (folder / "metrics.jsonl").open("a")
+        self.events = EventFile(folder / "tensorboard")
+
+    def write(self, report: StepReport) -> None:
+        self.metrics.write(json.dumps(asdict(report)) + "\n")
+        self.metrics.flush()
+        self.events.write(report.step, report.scalars())
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+        self.events.close()
+
+
+@contextlib.contextmanager
+def forced_backend(backend: str) -> Iterator[None]:
+    """Inside the block every op runs this backend, as if ``KERNEL_INDEX_BACKEND`` said so; ``auto`` changes nothing."""
+    if backend == "auto":
+        yield
+        return
+    before = os.environ.get("KERNEL_INDEX_BACKEND")
+    os.environ["KERNEL_INDEX_BACKEND"] = backend
+    reload_environment()
     try:
-        return RunConfig.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ckpt.CheckpointError(f"cannot read the run's configuration {path}: {error}") from error
-
-
-def read_metrics(folder: Path) -> list[StepReport]:
-    """Every step of a run so far."""
-    path = folder / "metrics.jsonl"
-    return [StepReport(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+        yield
+    finally:
+        del os.environ["KERNEL_INDEX_BACKEND"]
+        if before is not None:
+            os.environ["KERNEL_INDEX_BACKEND"] = before
+        reload_environment()

@@ -1,0 +1,90 @@
+"""Several processes on one model, on PyTorch's own engine: sharded parameters, tensor parallelism, checkpoints."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernel_index.lm.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among the others; one alone unless ``torchrun`` started it."""
+
+    rank: int = 0
+    size: int = 1
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def sum(self, value: float) -> float:
+        """Over all processes."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+
+def join(device: torch.device) -> Group:
+    """The group that ``torchrun`` describes in the environment."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Group()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return Group(torch.distributed.get_rank(), size)
+
+
+def shard(model: LanguageModel, group: Group) -> None:
+    """FSDP2: every block, and then the rest, keeps a share of its parameters on each process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(model.head.weight.device.type, (group.size,))
+    for block in model.hybrid_blocks():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+
+
+def split_heads(model: LanguageModel, mesh: Any) -> None:
+    """Tensor parallelism of A blocks and of the loss: heads, hidden channels and vocabulary are dealt out.
+
+    The projections become DTensors, sharded so that each process attends with its own heads; the head of the model is
+    sharded over the vocabulary, which makes ``ki.fused_linear_cross_entropy`` vocabulary-parallel.
+
+    Raises:
+        ValueError: the model has other blocks, or a size does not divide by the processes.
+    """
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    c, size = model.config, mesh.size()
+    if set(c.pattern) != {"A"} or c.residual == "mhc":
+        raise ValueError(f"pattern must be of A blocks for tensor parallelism, got {c.pattern!r} on {c.residual}")
+    for name in ("heads", "kv_heads", "hidden", "padded_vocab"):
+        if getattr(c, name) % size:
+            raise ValueError(f"{name} must be a multiple of the {size} processes, got {getattr(c, name)}")
+    plan: dict[str, Any] = {f"mixer.{name}": ColwiseParallel() for name in "qkv"}
+    plan |= {"mixer.out": RowwiseParallel(), "mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
+    for block in model.hybrid_blocks():
+        parallelize_module(block, mesh, plan)
+    model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, mesh, [Shard(0)]))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a part; found without importing ``torch.distributed``."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

@@ -1,0 +1,117 @@
+"""Everything that determines a run."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernel_index.lm.checkpoint import CheckpointError
+from kernel_index.lm.config import PRESETS, ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BACKENDS = ("auto", "reference")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run's numbers, and how often it is saved.
+
+    A step takes ``accumulate`` micro-batches of ``batch_rows`` rows.  ``recompute`` keeps only what enters a block and
+    computes the rest again in backward.  ``compile`` puts the whole model through ``torch.compile``.  The S blocks
+    attend to everything before step ``sparse_from_step``.  ``backend="reference"`` runs the plain formula of every op.
+    """
+
+    preset: str
+    model: ModelConfig
+    steps: int
+    batch_rows: int
+    learning_rate: float
+    seed: int = 0
+    dtype: str = "float32"
+    data: str | None = None
+    glob: str = "**/*.py"
+    checkpoint_every: int = 100
+    evaluate_every: int = 50
+    validation_rows: int = 64
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    accumulate: int = 1
+    recompute: bool = False
+    compile: bool = False
+    sparse_from_step: int = 0
+    backend: str = "auto"
+    device: str = "cpu"
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> "RunConfig":
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        preset = {f.name: getattr(PRESETS[name], f.name) for f in fields(PRESETS[name]) if f.name != "about"}
+        given = {k: v for k, v in changes.items() if v is not None}
+        settings: dict[str, Any] = {**preset, **given}
+        return cls(name, **settings)
+
+    def __post_init__(self):
+        for name in ("steps", "batch_rows", "checkpoint_every", "evaluate_every", "validation_rows", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sparse_from_step < 0:
+            raise ValueError(f"sparse_from_step must be at least 0, got {self.sparse_from_step}")
+        for name, known in (("dtype", DTYPES), ("backend", BACKENDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be one of cpu, cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be cpu where PyTorch sees no GPU, got 'cuda'")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "RunConfig":
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"run configuration must have the fields of RunConfig, got {', '.join(unknown)}")
+        changed: dict[str, Any] = {**values, "model": ModelConfig.from_json(values["model"])}
+        return cls(**changed)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step.  ``loss`` is in nats per byte; ``validation`` in bits per byte, where it was measured."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+    validation: float | None = None
+
+    def scalars(self) -> dict[str, float]:
+        """By TensorBoard's tags."""
+        found = {
+            "train/loss_nats": self.loss,
+            "train/gradient_norm": self.gradient_norm,
+            "train/learning_rate": self.learning_rate,
+            "train/tokens_per_second": self.tokens / self.seconds,
+        }
+        return found if self.validation is None else {**found, "validation/bits_per_byte": self.validation}
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of a run folder."""
+    path = folder / "config.json"
+    try:
+        return RunConfig.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"cannot read the run's configuration {path}: {error}") from error
+
+
+def read_metrics(folder: Path) -> list[StepReport]:
+    """Every step of a run so far."""
+    path = folder / "metrics.jsonl"
+    return [StepReport(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
