@@ -6,6 +6,8 @@ Everything here also runs while ``torch.compile`` traces, so it reads plain modu
 
 import contextlib
 import os
+import platform
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +86,15 @@ class ReceiptLog(list[Receipt]):
     def counts(self) -> Counter[Receipt]:
         """How often each distinct receipt occurs."""
         return Counter(self)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the receipts were written by: of the index, Python and PyTorch, and of Triton where it was loaded."""
+        import kernel_index
+
+        versions = {"kernel-index": kernel_index.__version__, "python": platform.python_version()}
+        loaded = {name: sys.modules.get(name) for name in ("torch", "triton")}
+        return versions | {name: module.__version__ for name, module in loaded.items() if module is not None}
 
 
 _LOGS: list[ReceiptLog] = []

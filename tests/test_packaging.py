@@ -156,6 +156,10 @@ def test_versions_are_recorded(tmp_path):
     from importlib.metadata import version
 
     assert ki.__version__ == version("kernel-index")
+    with ki.receipts() as log:
+        ki.fused_relu_squared(torch.ones(1))
+    assert log.versions["kernel-index"] == ki.__version__
+    assert log.versions["torch"] == torch.__version__
     from kernel_index.commands import app
 
     arguments = ["prove", "numerics", "--op", "fused_relu_squared", "--backend", "reference", "--quick", "--json"]
