@@ -188,6 +188,31 @@ def indexer_loss(rng: random.Random) -> dict[str, Any]:
     return {"selection": selection, "q": q, "k": k, "scale": rng.choice([None, 0.5]), "softcap": rng.choice([0.0, 5.0])}
 
 
+def clustered(rng: random.Random) -> dict[str, Any]:
+    q, k, v = floats(rng, B, T, H, D), floats(rng, B, T, K, D), floats(rng, B, T, K, D)
+    config = ki.ClusteredSparseConfig(block_size=2, topk=rng.randrange(1, 5), query_tile_size=rng.choice([1, 2, 4]))
+    return {"q": q, "k": k, "v": v, "config": config, "mask": ki.MaskContract(), "scale": None, "softcap": 0.0}
+
+
+def check_clustered(kwargs: dict[str, Any], found: Any) -> None:
+    """Picking every block is plain attention; picking fewer never looks ahead."""
+    out = found[0] if isinstance(found, tuple) else found
+    finite(kwargs, out)
+    if kwargs["config"].topk >= T // 2:
+        plain = {n: kwargs[n] for n in ("q", "k", "v", "mask", "scale", "softcap")}
+        torch.testing.assert_close(
+            out, ki.attention(**plain), rtol=1e-4, atol=1e-5 * float(kwargs["v"].abs().max() + 1)
+        )
+
+
+def clustered_routes(rng: random.Random) -> dict[str, Any]:
+    return {n: v for n, v in clustered(rng).items() if n in ("q", "k", "config", "mask")}
+
+
+def check_clustered_routes(kwargs: dict[str, Any], found: Any) -> None:
+    check_routes({"block_size": kwargs["config"].block_size}, found)
+
+
 # Caches
 
 
@@ -231,6 +256,9 @@ CALLS = {
     ),
     "hierarchical_block_select": Call(ki.hierarchical_block_select, blocks, check_blocks),
     "moba_route": Call(ki.moba_route, routes, check_routes),
+    "clustered_sparse_attention": Call(ki.clustered_sparse_attention, clustered, check_clustered),
+    "clustered_sparse_attention_with_lse": Call(ki.clustered_sparse_attention_with_lse, clustered, check_clustered),
+    "clustered_route": Call(ki.clustered_route, clustered_routes, check_clustered_routes),
     "resolve_block_sparse_backend": Call(ki.resolve_block_sparse_backend, lambda r: {"requested": "auto"}),
     "exact_mask_key": Call(ki.exact_mask_key, key, check_key),
     "lightning_indexer_loss": Call(ki.lightning_indexer_loss, indexer_loss),

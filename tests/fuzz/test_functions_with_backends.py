@@ -16,6 +16,10 @@ from tests.fuzz.mutate import mutated
 from tests.fuzz.outcome import Refused, nothing_written, outcome_of
 from tests.fuzz.shapes import misfit
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per_tensor", "ignore:Converting a tensor with requires_grad"
+)
+
 SUITES = suites()
 LARGEST = 30_000  # elements of a case: what is wrong shows in a small call
 COMPILED = ("inductor",)  # compiles anew for each width: the conformance test is where it is tried
