@@ -159,9 +159,12 @@ class Config(NamedTuple):
 
 
 def pick_config(width: int, element_bytes: int) -> Config:
-    """The geometry from the larger head size alone; compiled without spills ahead of time, not tuned on a device."""
+    """The geometry from the larger head size alone; not tuned on a device.
+
+    Compiled ahead of time for sm_90 and sm_100 it spills no register, but for dQ in float32 above a head size of 128.
+    """
     if element_bytes == 4:
-        return Config(32, 32, 4, 1) if width <= 64 else Config(16, 16, 4, 1)
+        return Config(32, 32, 4, 1) if width <= 64 else Config(16, 16, 8, 1)
     if width <= 64:
         return Config(64, 64, 4, 2)
     return Config(32, 32, 4, 2) if width <= 128 else Config(16, 16, 4, 1)
