@@ -14,7 +14,7 @@ class ClusteredSparseConfig:
         block_size: keys of a block.
         topk: blocks for each query, the one that holds it counted.
         query_tile_size: queries whose picks are joined.
-        hierarchy: ``(ratio, topc)`` to score groups of ``ratio`` blocks first, and then only the children of the ``topc``
+        hierarchy: ``(ratio, topc)`` to score groups of ``ratio`` blocks first, then only the children of the ``topc``
             best groups; None scores every legal block.
         fused_scoring: take the best blocks chunk by chunk of queries, so that the scores of all are never held.
         union_mode: ``"bitmap"``, ``"sort"`` or ``"auto"``, as of ``union_selection``.
