@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 READY := .venv/.ready
 
-.PHONY: train test check prove bench list
+.PHONY: train test check prove bench list docs
 
 train: $(READY)
 	$(BIN)/kernel-index train $(ARGS)
@@ -27,6 +27,9 @@ prove: $(READY)
 bench: $(READY)
 	$(BIN)/kernel-index bench $(ARGS)
 
+docs: $(READY) .venv/.docs-ready
+	$(BIN)/python -m docs
+
 list: $(READY)
 	$(BIN)/kernel-index list
 
@@ -34,3 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+.venv/.docs-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@

@@ -1,0 +1,91 @@
+"""What has been seen of each backend, and where: read from ``benchmarks/results``, and from nowhere else."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+KINDS = ("run", "interpreted", "compiled")
+"""On the hardware it is for; through an interpreter on a CPU; to machine code without the hardware."""
+
+
+@dataclass(frozen=True)
+class State:
+    """``passed`` calls were right (or kernels compiled) and ``failed`` were not, ``where`` and with these versions."""
+
+    op: str
+    backend: str
+    kind: str
+    where: str
+    versions: str
+    passed: int
+    failed: int
+    source: str
+
+    def __str__(self) -> str:
+        """``run``, with what failed; a backend of which nothing passed is not said to run."""
+        if not self.failed:
+            return self.kind
+        return f"{self.kind}: {self.failed} of {self.passed + self.failed} failed" if self.passed else "failed"
+
+
+def read(folder: Path = RESULTS) -> list[State]:
+    """The states of every result file; a call that was only refused says nothing."""
+    found = [s for path in sorted(folder.glob("*.json")) for s in _of_file(path.name, json.loads(path.read_text()))]
+    return [s for s in found if s.passed or s.failed]
+
+
+def notes(ops: Iterable[str], folder: Path = RESULTS) -> list[str]:
+    """What the result files say about these functions in words."""
+    contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [note for c in contents for note in (*c.get("notes", ()), *c.get("numerics", {}).get("notes", ()))]
+    return [note for note in found if re.split(r"[:,]", note)[0] in ops]
+
+
+def _of_file(source: str, content: dict[str, Any]) -> Iterator[State]:
+    if "lines" in content:  # of benchmarks.gpu
+        yield from _of_gpu(source, content)
+    elif "counts" in content:  # of prove --record
+        machine = content["machine"]
+        for op, backends in content["counts"].items():
+            for backend, rows in backends.items():
+                for place, row in rows.items():
+                    kind, where = (place, _where(machine)) if place in KINDS else ("compiled", place)
+                    passed = row.get("passed", row.get("compiled", 0))
+                    yield State(op, backend, kind, where, _versions(machine), passed, row["failed"], source)
+    elif "verified" in content:  # of kernel-index bench --save
+        machine = content["machine"]
+        for op, backends in content["verified"].items():
+            for backend, row in backends.items():
+                yield State(
+                    op, backend, "run", _where(machine), _versions(machine), row["passed"], row["failed"], source
+                )
+
+
+def _of_gpu(source: str, content: dict[str, Any]) -> Iterator[State]:
+    machine = content["environment"]
+    place = (_where(machine), _versions(machine))
+    for op, row in content.get("numerics", {}).get("counts", {}).items():
+        yield State(op, "triton", "run", *place, row["passed"], row.get("failed", 0), source)
+    proofs = [p for p in content.get("fa4_execute_proofs", ()) if p["state"] == "executed"]
+    passed = sum(p["passed"] for p in proofs)
+    yield State("fa4_execute_proof", "fa4", "run", *place, passed, len(proofs) - passed, source)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    return str(machine.get("device") or machine.get("processor"))
+
+
+def _versions(machine: dict[str, Any]) -> str:
+    names = (("torch", "PyTorch"), ("triton", "Triton"), ("jax", "JAX"), ("libtpu", "libtpu"), ("date", ""))
+    return ", ".join(f"{name} {machine[key]}".strip() for key, name in names if key in machine)
+
+
+def summary(states: Iterable[State]) -> str:
+    """A cell of the front page: the kinds that were seen, the strongest first."""
+    found = list(states)
+    ordered = sorted({str(s) for s in found}, key=lambda text: ([*KINDS, "failed"].index(text.split(":")[0]), text))
+    return ", ".join(ordered)
