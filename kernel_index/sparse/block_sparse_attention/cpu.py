@@ -20,6 +20,9 @@ from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 SCORES_AT_ONCE = 1 << 19
 """Scores of a step: 2 MiB of float32, which stay in the caches of two cores."""
 
+FEW_STEPS = 4
+"""Up to this many steps run the plain formulas: too few for a compiled region to pay."""
+
 TOO_LARGE = 2.0**60
 """A sum of shifted exponentials above this makes the second pass start again with exact shifts."""
 
@@ -100,7 +103,7 @@ class _Call:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.k = self.by_rows(q), self.by_blocks(k)
         per_step = max(1, SCORES_AT_ONCE // (tiles.rows.shape[1] * self.heads * block_size))
-        self.compiled = tiles.rows.shape[0] > per_step and inductor.why_not(q) is None
+        self.compiled = tiles.rows.shape[0] > FEW_STEPS * per_step and inductor.why_not(q) is None
         self.starts = [
             *range(0, tiles.opening, per_step),
             *range(tiles.opening, tiles.rows.shape[0], per_step),
