@@ -12,6 +12,7 @@ from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSpa
 from kernel_index.sparse.clustered_sparse_three_phase.scoring import chunks_of
 from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
+from kernel_index.sparse.fused_routing.torch_op import fused_why_not
 from kernel_index.sparse.routing import TopBlocks, check_causal, num_blocks
 from kernel_index.sparse.union_selection_query_mask.api import resolve_mode
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps, UnionTelemetry
@@ -68,7 +69,7 @@ def details(
         ("phase_order", PHASES),
         ("routing_is_stop_gradient", True),
         ("attention_is_differentiable", True),
-        ("scoring_backend", _scoring_name(config)),
+        ("scoring_backend", _scoring_name(q, config)),
         ("attention_backend", "dense_attention" if rerouted else backend),
     )
     if torch.compiler.is_compiling():  # sizes are symbols there
@@ -89,10 +90,12 @@ def details(
 NO_UNION = "none: this backend goes by key block and needs no union"
 
 
-def _scoring_name(config: ClusteredSparseConfig) -> str:
+def _scoring_name(q: Tensor, config: ClusteredSparseConfig) -> str:
     if config.hierarchy is not None:
         return "hierarchical"
-    return "exhaustive, fused" if config.fused_scoring else "exhaustive"
+    if not config.fused_scoring:
+        return "exhaustive"
+    return "exhaustive, fused" if fused_why_not(q, config.topk) else "exhaustive, fused by triton"
 
 
 def _windowing(q: Tensor, k: Tensor, config: ClusteredSparseConfig, mask: MaskContract) -> tuple[tuple[str, int], ...]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.sparse.fused_routing.torch_op import fused_top_blocks, fused_why_not
 from kernel_index.sparse.routing import (
     LegalBlocks,
     TopBlocks,
@@ -50,7 +51,10 @@ def route(q: Tensor, k: Tensor, block_size: int, topk: int, mask: MaskContract, 
         legal = legal_blocks(mask, sizes, block_size)
         blocks = num_blocks(sizes.keys, block_size)
         topk = min(topk, max(1, blocks))
-        grouped, means = group_queries(q, groups), block_means(k, block_size, mask)
+        means = block_means(k, block_size, mask)
+        if fused_why_not(q, topk) is None:
+            return fused_top_blocks(q, means, legal, topk, groups)
+        grouped = group_queries(q, groups)
         step = max(1, SCORES_AT_ONCE // max(1, q.shape[0] * groups * blocks))
         if torch.compiler.is_compiling() or step >= sizes.queries:
             return top_blocks(_scores(grouped, means), legal, topk)
