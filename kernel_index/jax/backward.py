@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernel_index.jax.tiles import (
-    ANYWHERE,
+    IN_HBM,
     LOG2E,
     NN,
     NT,
@@ -21,6 +21,7 @@ from kernel_index.jax.tiles import (
     call,
     dot,
     key_copies,
+    over_batches,
     per_row,
     result,
     scores,
@@ -92,6 +93,7 @@ def _dkv_kernel(refs: Any, setup: Setup, width: int) -> None:
     dv_ref[0, 0] = dv_acc[...].astype(dv_ref.dtype)
 
 
+@over_batches
 def gradient_q(
     setup: Setup,
     walk: Walk,
@@ -118,8 +120,8 @@ def gradient_q(
             per_row(columns, width),
             bounds_spec(tiles.bounds),
             *(per_row(*x.shape[3:]) for x in members),
-            ANYWHERE,
-            ANYWHERE,
+            IN_HBM,
+            IN_HBM,
             per_row(columns, value_width),
             per_row(2, columns),
         ),
@@ -134,6 +136,7 @@ def gradient_q(
     return dq
 
 
+@over_batches
 def gradient_kv(
     setup: Setup,
     walk: Walk,
@@ -160,7 +163,7 @@ def gradient_kv(
         walk,
         tiles,
         (q, tiles.bounds, *members, k, v, do, stats),
-        (ANYWHERE, ANYWHERE, *(ANYWHERE for _ in members), keys(k), keys(v), ANYWHERE, ANYWHERE),
+        (IN_HBM, IN_HBM, *(IN_HBM for _ in members), keys(k), keys(v), IN_HBM, IN_HBM),
         ((result(k.shape, k.dtype, k), keys(k)), (result(v.shape, v.dtype, v), keys(v))),
         [
             *buffers,

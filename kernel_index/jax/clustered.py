@@ -1,14 +1,12 @@
 """``clustered_sparse_attention`` for JAX arrays."""
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernel_index import checks as host
 from kernel_index.attention.dense_attention.jax_backends import mode_of
 from kernel_index.attention.dense_attention.pallas import attention_with_lse_pallas
 from kernel_index.dispatch import choose
@@ -17,86 +15,40 @@ from kernel_index.jax.cache import MaskKernels
 from kernel_index.jax.mask import MaskContract, as_contract
 from kernel_index.jax.reference import attention_with_lse_xla
 from kernel_index.sparse.clustered_sparse_three_phase import pallas
+from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.sparse.clustered_sparse_three_phase.jax_backends import JAX_BACKENDS, reroute_of
 from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
-
-MODES = ("auto", "bitmap", "sort")
-
-
-@dataclass(frozen=True)
-class ClusteredSparseConfig:
-    """How clustered sparse attention picks: static, so that it may be a key.
-
-    Args:
-        block_size: keys of a block.
-        topk: blocks for each query, the one that holds it counted.
-        query_tile_size: neighbouring queries that share the union of their picks.
-        hierarchy: ``(ratio, topc)`` to pick among the children of the ``topc`` best groups of ``ratio`` blocks; None
-            to score all blocks.
-        fused_scoring: pick in the kernel that scores, where there is one.
-        union_mode: ``"auto"``, ``"bitmap"`` or ``"sort"``; all give the same.
-        dense_above: share of the blocks in a union above which the sparse walk does not pay; None for the default.
-
-    >>> import kernel_index.jax as kij
-    >>> kij.ClusteredSparseConfig(topk=4).block_size
-    64
-    """
-
-    block_size: int = 64
-    topk: int = 16
-    query_tile_size: int = 64
-    hierarchy: Any = None
-    fused_scoring: bool = True
-    union_mode: str = "auto"
-    dense_above: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "topk", "query_tile_size"):
-            host.is_int(name, getattr(self, name), minimum=1)
-        host.is_bool("fused_scoring", self.fused_scoring)
-        host.one_of("union_mode", self.union_mode, MODES)
-
-
-def hierarchy_of(config: Any) -> tuple[int, int] | None:
-    """``(ratio, topc)`` of a pair, or of an object with ``coarse_ratio`` and ``coarse_topc``."""
-    given = config.hierarchy
-    if given is None:
-        return None
-    pair = given if isinstance(given, tuple | list) else (given.coarse_ratio, given.coarse_topc)
-    if len(pair) != 2:
-        raise ValueError(f"hierarchy must be a pair (ratio, topc), got {given!r}")
-    for i, size in enumerate(pair):
-        host.is_int(f"hierarchy[{i}]", size, minimum=1)
-    return int(pair[0]), int(pair[1])
 
 
 def check(q: Any, k: Any, v: Any, config: Any, mask: MaskContract, scale: Any, softcap: Any) -> None:
     interval_attention.check(q, k, v, mask, scale, softcap, None, None)
-    missing = [n for n in ClusteredSparseConfig.__dataclass_fields__ if not hasattr(config, n)]
-    if missing:
+    if not isinstance(config, ClusteredSparseConfig):
         raise TypeError(f"config must be a ClusteredSparseConfig, got {type(config).__name__}")
-    hierarchy_of(config)
     routing.check_causal(mask)
 
 
 def select(q: Any, k: Any, config: Any, mask: MaskContract, backend: str, interpret: bool) -> jax.Array:
-    """Phase 1: the blocks that each query picks, int32 [B, T, K, topk], ascending, −1 behind; no gradient."""
+    """Phase 1: the blocks that each query picks, int32 [B, T, K, n], ascending, −1 behind; no gradient."""
     batch, queries = q.shape[:2]
     keys, kv_heads = k.shape[1:3]
-    block, hierarchy = config.block_size, hierarchy_of(config)
+    block, hierarchy, topk = (
+        config.block_size,
+        config.hierarchy,
+        min(config.topk, routing.num_blocks(keys, config.block_size)),
+    )
     legal = routing.legal_blocks(mask, batch, queries, keys, block)
     means = routing.block_means(k, block, mask)
     mean_queries = routing.group_queries(q, kv_heads)
     operands = (mean_queries, means, legal, pallas.chunk_ends(mask, queries, keys), block)
     if backend == "pallas" and config.fused_scoring and hierarchy is None:
-        return pallas.pick_fused(*operands, config.topk, interpret)
+        return pallas.pick_fused(*operands, topk, interpret)
     if backend == "pallas":
         scores = pallas.score_blocks(*operands, interpret)
     else:
         scores = jnp.einsum("btkd,bnkd->btkn", mean_queries, means, precision=lax.Precision.HIGHEST)
     if hierarchy is None:
-        return routing.top_blocks(scores, legal, config.topk)
-    return routing.expanded_blocks(scores, legal, config.topk, *hierarchy)
+        return routing.top_blocks(scores, legal, topk)
+    return routing.expanded_blocks(scores, legal, topk, *hierarchy)
 
 
 def _build(key: ExactMaskKey) -> Any:
@@ -148,7 +100,7 @@ def clustered_sparse_attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    config: Any,
+    config: ClusteredSparseConfig,
     mask: Any = interval_attention.EVERYTHING_BEFORE,
     scale: float | None = None,
     softcap: float = 0.0,
@@ -170,7 +122,8 @@ def clustered_sparse_attention(
         q: [B, T, H, D]; ``pallas``: float32 or bfloat16.
         k: [B, S, K, D], q's dtype; H is a multiple of K.
         v: [B, S, K, Dv], q's dtype.
-        config: a ``ClusteredSparseConfig``, of this package or of torch's.
+        config: a ``ClusteredSparseConfig``, the same as torch's; ``dense_above`` is not looked at: inside jit nobody
+            can wait for a union's size, and a walk over all blocks costs what a dense one does.
         mask: a causal ``MaskContract`` of this package, or torch's.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
@@ -197,3 +150,67 @@ def clustered_sparse_attention(
     check(q, k, v, config, mask, scale, softcap)
     call = (q, k, v, config, mask, scale, softcap)
     return choose("jax.clustered_sparse_attention", JAX_BACKENDS, backend, *call).run(*call)[0]
+
+
+def clustered_sparse_attention_with_lse(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    config: ClusteredSparseConfig,
+    mask: Any = interval_attention.EVERYTHING_BEFORE,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
+) -> interval_attention.AttentionOutput:
+    """``clustered_sparse_attention`` together with the log-sum-exp of each query's scores.
+
+    Args:
+        q: as in ``clustered_sparse_attention``, and so are the others.
+
+    Returns:
+        ``AttentionOutput(out [B, T, H, Dv], lse [B, H, T])``; both carry gradients.  −inf where nothing is attended.
+
+    Raises:
+        TypeError, ValueError, Ineligible: as ``clustered_sparse_attention``.
+
+    Source: as ``clustered_sparse_attention``.
+
+    >>> import jax.numpy as jnp, kernel_index.jax as kij
+    >>> x, config = jnp.zeros((1, 4, 1, 8)), kij.ClusteredSparseConfig(block_size=2, topk=1)
+    >>> jnp.exp(kij.clustered_sparse_attention_with_lse(x, x, x, config=config).lse).tolist()
+    [[[1.0, 2.0, 1.0, 2.0]]]
+    """
+    mask = as_contract(mask)
+    check(q, k, v, config, mask, scale, softcap)
+    call = (q, k, v, config, mask, scale, softcap)
+    out, lse = choose("jax.clustered_sparse_attention_with_lse", JAX_BACKENDS, backend, *call).run(*call)
+    return interval_attention.AttentionOutput(out, lse)
+
+
+def clustered_route(
+    q: jax.Array, k: jax.Array, *, config: ClusteredSparseConfig, mask: Any = interval_attention.EVERYTHING_BEFORE
+) -> jax.Array:
+    """The blocks that ``clustered_sparse_attention`` picks, int32 [B, T, K, n] with ``n = min(topk, blocks)``.
+
+    Ascending, −1 behind where a query has fewer.
+
+    Args:
+        q: [B, T, H, D], and the others as in ``clustered_sparse_attention``.
+
+    Returns:
+        The picks of the ``xla`` backend; those of ``pallas`` differ only where two scores differ by rounding.
+
+    Raises:
+        TypeError, ValueError: as ``clustered_sparse_attention``.
+
+    Source: as ``clustered_sparse_attention``.
+
+    >>> import jax.numpy as jnp, kernel_index.jax as kij
+    >>> x = jnp.ones((1, 6, 1, 4))
+    >>> kij.clustered_route(x, x, config=kij.ClusteredSparseConfig(block_size=2, topk=1)).ravel().tolist()
+    [0, 0, 1, 1, 2, 2]
+    """
+    mask = as_contract(mask)
+    check(q, k, k, config, mask, None, 0.0)
+    return select(q, k, config, mask, "xla", False)

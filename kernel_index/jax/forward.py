@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernel_index.jax.tiles import (
-    ANYWHERE,
+    IN_HBM,
     LOG2E,
     NOTHING,
     TN,
@@ -19,6 +19,7 @@ from kernel_index.jax.tiles import (
     call,
     dot,
     key_copies,
+    over_batches,
     per_row,
     result,
     scores,
@@ -59,6 +60,7 @@ def _forward_kernel(refs: Any, setup: Setup, width: int) -> None:
     o_ref[0, 0, 0] = out.T.astype(o_ref.dtype)
 
 
+@over_batches
 def forward(setup: Setup, walk: Walk, tiles: Tiles, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
     """Output [B, K, tiles, C, Dv] and log-sum-exp [B, K, tiles, 1, C] of q [B, K, tiles, C, D].
 
@@ -79,8 +81,8 @@ def forward(setup: Setup, walk: Walk, tiles: Tiles, q: jax.Array, k: jax.Array, 
             per_row(columns, width),
             bounds_spec(tiles.bounds),
             *(per_row(*x.shape[3:]) for x in members),
-            ANYWHERE,
-            ANYWHERE,
+            IN_HBM,
+            IN_HBM,
         ),
         (
             (result((batch, heads, rows, columns, value_width), q.dtype, q), per_row(columns, value_width)),

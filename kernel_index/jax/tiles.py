@@ -10,7 +10,9 @@ of lanes, and the query heads of a key head simply stand beside each other: a ti
 A query attends to key s of block j if its interval holds s and, where blocks are picked, j is among its picks.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,6 +166,11 @@ def call(
         kernel(_sorted_refs(refs, has_lists, has_members), setup, walk.width)
 
     batch, heads = operands[0].shape[:2]
+    if not setup.interpret:  # or XLA brings small arrays to VMEM, and copies from there are loops of the vector unit
+        operands = tuple(
+            pltpu.with_memory_space_constraint(x, pltpu.HBM) if s is IN_HBM else x
+            for x, s in zip(operands, specs, strict=True)
+        )
     return pl.pallas_call(
         body,
         grid=(batch, heads, walk.rows),
@@ -181,6 +188,35 @@ def call(
     )(*(x for x in walk if x is not None), *operands)
 
 
+def over_batches(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``vmap`` as more rows of the batch: Mosaic cannot batch a kernel that copies from HBM by itself.
+
+    ``function(setup, walk, tiles, q, …)``; arrays of one row that serve all batches are not repeated.
+    """
+
+    @functools.wraps(function)
+    def folded(setup: Setup, *arrays: Any) -> Any:
+        run = jax.custom_batching.custom_vmap(functools.partial(function, setup))
+
+        @run.def_vmap
+        def _(size: int, in_batched: Any, *arrays: Any) -> tuple[Any, Any]:
+            rows = arrays[2].shape[1 if in_batched[2] else 0]
+
+            def fold(x: jax.Array, is_mapped: bool) -> jax.Array:
+                if not is_mapped and x.shape[0] == 1:
+                    return x
+                x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+                return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(size * rows, *x.shape[2:])
+
+            out = folded(setup, *jax.tree.map(fold, list(arrays), in_batched))
+            out = jax.tree.map(lambda x: x.reshape(size, rows, *x.shape[1:]), out)
+            return out, jax.tree.map(lambda _: True, out)
+
+        return run(*arrays)
+
+    return folded
+
+
 def per_row(*shape: int) -> pl.BlockSpec:
     """The part of an array [B, K, rows, *shape] that belongs to a row."""
     return pl.BlockSpec((1, 1, 1, *shape), lambda b, h, r: (b, h, r, *(0 for _ in shape)))
@@ -196,4 +232,4 @@ def result(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtyp
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)
 
 
-ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)

@@ -22,6 +22,7 @@ import kernel_index
 from kernel_index.cases import suites
 from kernel_index.proofs import record
 from kernel_index.proofs.fa4 import fa4, verify
+from kernel_index.proofs.tpu_command import tpu
 
 console = Console(width=None if sys.stdout.isatty() else 160)
 app = typer.Typer(name="prove", add_completion=False, pretty_exceptions_enable=False)
@@ -46,6 +47,7 @@ def _group(
 
 
 app.command()(fa4)
+app.command()(tpu)
 
 
 @app.command()

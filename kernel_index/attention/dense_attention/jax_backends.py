@@ -37,7 +37,7 @@ def _details(backend: str) -> Any:
         from kernel_index.jax.interval_attention import is_cached
 
         mode = mode_of(q) if backend == "pallas" else "compiled"
-        return ("mode", mode), ("cache", "hit" if is_cached(backend, q, mask, rest[-1]) else "miss")
+        return ("mode", mode), ("mask_cache", "hit" if is_cached(backend, q, mask, rest[-1]) else "miss")
 
     return details
 

@@ -5,7 +5,7 @@ from typing import Any
 from kernel_index.attention.dense_attention.jax_backends import mode_of, pallas_not_worth, pallas_why_not
 from kernel_index.dispatch import Backend, always
 
-PHASES = ("importance_scoring", "union_selection", "union_attention")
+PHASES = ("scoring", "union", "attention")
 COVERED = "topk_covers_all_blocks"
 
 
@@ -27,15 +27,17 @@ def _details(backend: str) -> Any:
         blocks = -(-k.shape[1] // config.block_size)
         reason = reroute_of(k, config)
         return (
-            ("phase_order", () if reason else PHASES),
-            ("phase_backends", () if reason else (backend, "xla", backend)),
-            ("path", "reroute_to_dense" if reason else "clustered_sparse"),
+            ("path", "reroute_to_dense" if reason else "clustered"),
             ("reason", reason),
+            ("phase_order", PHASES),
+            ("scoring_backend", "none" if reason else backend),
+            ("union_backend", "none" if reason or backend == "xla" else "xla"),
+            ("attention_backend", backend),
             ("routing_is_stop_gradient", True),
             ("attention_is_differentiable", True),
             ("max_union_over_picks", min(config.query_tile_size * config.topk, blocks) / config.topk),
             ("mode", mode_of(q) if backend == "pallas" else "compiled"),
-            ("cache", "hit" if is_cached(backend, q, config, mask) else "miss"),
+            ("mask_cache", "hit" if is_cached(backend, q, config, mask) else "miss"),
         )
 
     return details

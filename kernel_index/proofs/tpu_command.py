@@ -1,0 +1,118 @@
+"""``kernel-index prove tpu``: the terminal's side of the ahead-of-time compilation for TPUs."""
+
+import json
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kernel_index.proofs import tpu as proof
+from kernel_index.proofs.tpu_dumps import KernelFigures, believable
+
+console = Console(width=None if sys.stdout.isatty() else 170)
+
+
+def tpu(
+    generation: Annotated[list[str] | None, typer.Option(help="v5e, v6e, v5p, 7x.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help=f"{', '.join(proof.CASES)}.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Lengths; 8192 and 32768 by default.")] = None,
+    cycles: Annotated[bool, typer.Option(help="Also ask for libtpu's estimated cycles; slow.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Compile every Pallas kernel, forward and backward, for TPUs that need not be here; compare with Splash."""
+    reason = proof.why_not()
+    if reason is not None:
+        console.print(f"[red]{reason}[/]", highlight=False)
+        raise typer.Exit(2)
+    generations = _chosen("--generation", generation, tuple(proof.GENERATIONS))
+    cases = _chosen("--case", case, proof.CASES)
+    lengths = tuple(tokens or (8192, 32768))
+    found = []
+    table = Table(
+        "case", "TPU", "tokens", "kernel", "bundles", "of a step", "spill stores", "VMEM", "SMEM", "MXU, VALU", ""
+    )
+    for compiled in proof.prove(generations, cases, lengths, cycles=cycles):
+        found.append(compiled)
+        place = (compiled.case, compiled.generation, str(compiled.tokens))
+        if compiled.error:
+            table.add_row(*place, "", "", "", "", "", "", "", f"[red]{compiled.error}[/]")
+        for kernel in compiled.kernels:
+            table.add_row(*place, *_cells(kernel, compiled))
+    console.print(table)
+    _memory(found)
+    comparisons = _compare(found)
+    passed = bool(found) and not any(c.error for c in found)
+    if out is not None:
+        versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
+        rows = [asdict(c) for c in found]
+        content = {"proof": "tpu", "state": "compiled", "passed": passed, "versions": versions, "rows": rows}
+        out.write_text(json.dumps(content | {"comparisons": comparisons}, indent=1, default=str))
+        console.print(f"wrote {out}", highlight=False)
+    console.print(f"tpu: {'[green]compiled' if passed else '[red]failed'}[/]; nothing was executed")
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _chosen(option: str, given: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    for name in given or ():
+        if name not in known:
+            raise typer.BadParameter(f"{option} must be one of {', '.join(known)}, got {name!r}")
+    return tuple(given or known)
+
+
+def _cells(kernel: KernelFigures, compiled: proof.Compiled) -> list[str]:
+    inner = kernel.at_depth(2) or kernel.at_depth(1)
+    step = " + ".join(str(loop.bundles) for loop in inner)
+    slots = f"{kernel.slots['MXU']:.0%}, {kernel.slots['VALU']:.0%}"
+    sizes = (f"{kernel.vmem / 2**20:.1f} MiB", f"{kernel.smem / 2**10:.1f} KiB")
+    return [kernel.name, str(kernel.bundles), step, str(kernel.spill_stores), *sizes, slots, _cycles(kernel, compiled)]
+
+
+def _cycles(kernel: KernelFigures, compiled: proof.Compiled) -> str:
+    """libtpu's estimate, or why it is refused.  The flops are the least that a causal call of the kernel does."""
+    if kernel.cycles is None:
+        return ""
+    from kernel_index.proofs.tpu_plans import least_flops
+
+    refused = believable(kernel.cycles, least_flops(kernel.name, compiled.case, compiled.tokens), compiled.generation)
+    return f"{kernel.cycles:,} cycles" + (f" refused: {refused}" if refused else "")
+
+
+def _memory(found: list[proof.Compiled]) -> None:
+    table = Table("case", "TPU", "tokens", "arguments", "results", "temporary HBM")
+    for c in found:
+        sizes = (f"{size / 2**20:,.0f} MiB" for size in c.memory.values())
+        if c.memory:
+            table.add_row(c.case, c.generation, str(c.tokens), *sizes)
+    console.print(table)
+
+
+def _compare(found: list[proof.Compiled]) -> list[dict[str, Any]]:
+    """Against Splash compiled for the same heads, length and generation."""
+    by_place = {(c.case, c.generation, c.tokens): c for c in found if not c.error}
+    rows = []
+    for (case, generation, length), compiled in by_place.items():
+        peer = by_place.get(("splash", generation, length))
+        if peer is None or case not in ("attention", "clustered"):
+            continue
+        from kernel_index.proofs.tpu_plans import compare
+
+        for row in compare(case, compiled, peer, length):
+            rows.append({"generation": generation, "tokens": length} | row)
+    if rows:
+        table = Table(
+            "work", "TPU", "tokens", "tiles", "tiles ÷", "bundles ÷", "bytes ÷", title="Forward, against Splash"
+        )
+        for r in rows:
+            ratios = (f"{r[k]:.3f}" for k in ("tiles_ratio", "bundles_ratio", "bytes_ratio"))
+            table.add_row(r["work"], r["generation"], str(r["tokens"]), f"{r['tiles']:,.0f}", *ratios)
+        console.print(table)
+        console.print(
+            r"tiles: 512 × 512 scores of a head; ÷: Kernel Index over Splash, less is better", highlight=False
+        )
+    return rows
