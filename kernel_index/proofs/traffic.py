@@ -84,8 +84,8 @@ def counted(of: Mapping[str, Tensor] | None = None) -> Iterator[Traffic]:
     """Count every interpreted launch and every ATen op of the block; ``of`` names tensors to tell apart."""
     traffic, current = Traffic(), []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    of = {} if of is None else {name: _span(t) for name, t in of.items()}
-    saved = {name: getattr(builder, name) for name in _patches(current, builder, of)}
+    spans = {name: _span(t) for name, t in (of or {}).items()}
+    saved = {name: getattr(builder, name) for name in _patches(current, builder, spans)}
     run = executor.__call__
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +98,7 @@ def counted(of: Mapping[str, Tensor] | None = None) -> Iterator[Traffic]:
             count.close()
             traffic.counts.append(count)
 
-    for name, patch in _patches(current, builder, of).items():
+    for name, patch in _patches(current, builder, spans).items():
         setattr(builder, name, patch)
     executor.__call__ = launch
     try:
@@ -115,7 +115,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
 
 
-def _patches(current: list[Count], builder: Any, of: dict[str, tuple[int, int]]) -> dict[str, Callable[..., Any]]:
+def _patches(current: list[Count], builder: Any, spans: dict[str, tuple[int, int]]) -> dict[str, Callable[..., Any]]:
     """The interpreter's loads, stores and atomics, counting first; plain and descriptor accesses pass through them."""
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw = builder.create_atomic_rmw
@@ -129,7 +129,7 @@ def _patches(current: list[Count], builder: Any, of: dict[str, tuple[int, int]])
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
             addresses = addresses.reshape(-1).astype(np.int64)
             current[-1].add(kind, addresses, size)
-            for name, (first, last) in of.items():
+            for name, (first, last) in spans.items():
                 inside = int(((addresses >= first) & (addresses < last)).sum())
                 current[-1].of[name] = current[-1].of.get(name, 0) + inside * size
 

@@ -21,7 +21,8 @@ def _launch(q, means, first, current, groups, topk):
 
     indices = _allocate(q, means, first, current, groups, topk)
     q, means = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, means))
-    return triton.route(q, means, *gpu.dense((first, current)), groups, indices)
+    first, current = gpu.dense((first, current))
+    return triton.route(q, means, first, current, groups, indices)
 
 
 _route_op = gpu.register(
