@@ -27,8 +27,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Stage(NamedTuple):
     """One row of the batch, its queries ``t``, query heads ``h`` and key heads ``p``; the staged keys and values.
 
-    ``k`` and ``v`` are [U, heads, D], ``rows`` int64 [U] says where they come from, ``member`` bool [queries, U] whose
-    pick each one is.
+    ``k`` and ``v`` are [U, heads, D]; ``rows`` int64 [U], ascending, says where they come from; ``bias`` [queries, U]
+    is 0 for a query's own picks and −∞ for its neighbours'; ``empty`` bool [queries] marks a query without a pick.
     """
 
     b: int
@@ -36,7 +36,8 @@ class Stage(NamedTuple):
     h: slice
     p: slice
     rows: Tensor
-    member: Tensor
+    bias: Tensor
+    empty: Tensor
     k: Tensor
     v: Tensor
 
@@ -59,35 +60,37 @@ def stages(
                 continue
             bounds = start[row, t, None], end[row, t, None]
             for p in range(shared):
-                rows, member = _union(indices[b, t, p], None if valid is None else valid[b, t, p], *bounds, first, last)
+                is_pick = (indices[b, t, p] >= bounds[0]) & (indices[b, t, p] < bounds[1])
+                if valid is not None:
+                    is_pick &= valid[b, t, p]
+                rows, bias = _union(indices[b, t, p], is_pick, first, last, q.dtype)
                 if rows.shape[0] == 0:
                     continue
                 kv = slice(p * served, (p + 1) * served)
                 staged = gather_eager(k[b, :, kv], v[b, :, kv], rows)
-                yield Stage(b, t, slice(p * own, (p + 1) * own), kv, rows, member, *staged)
+                yield Stage(b, t, slice(p * own, (p + 1) * own), kv, rows, bias, ~is_pick.any(1), *staged)
 
 
-def _union(
-    indices: Tensor, valid: Tensor | None, start: Tensor, end: Tensor, first: int, last: int
-) -> tuple[Tensor, Tensor]:
-    """The keys in ``first … last − 1`` that some query picked and may attend to, and whose pick each is."""
-    is_pick = (indices >= start) & (indices < end)
-    if valid is not None:
-        is_pick &= valid
-    place = torch.where(is_pick, indices.long() - first, last - first)  # one column more, for what is no pick
-    member = torch.zeros(indices.shape[0], last - first + 1, dtype=torch.bool)
-    member.scatter_(1, place, True)
-    member = member[:, :-1]
-    union = member.any(0).nonzero()[:, 0]
-    return union + first, member.index_select(1, union)
+def _union(indices: Tensor, is_pick: Tensor, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The keys in ``first … last − 1`` that some query picked, and the bias; costs O(picks + keys)."""
+    no_pick = last - first  # one place more, for what is none
+    place = torch.where(is_pick, indices.long() - first, no_pick)
+    picked = torch.zeros(no_pick + 1, dtype=torch.bool).index_fill_(0, place.flatten(), True)
+    picked[no_pick] = False
+    union = picked.nonzero()[:, 0]
+    column = torch.full((no_pick + 1,), union.shape[0], dtype=torch.int64)
+    column[union] = torch.arange(union.shape[0])
+    bias = torch.full((place.shape[0], union.shape[0] + 1), -torch.inf, dtype=dtype)
+    return union + first, bias.scatter_(1, column[place], 0.0)[:, :-1]
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1)[None] for x in tensors]
 
 
-def _bias(member: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(member.shape, dtype=dtype).masked_fill_(~member, -torch.inf)[None, None]
+def _as_rows(x: Tensor, heads: int) -> Tensor:
+    """[n, H, D] as [1, K, G·n, D]: the query heads of a key head are more rows of it."""
+    return x.unflatten(1, (heads, x.shape[1] // heads)).permute(1, 2, 0, 3).flatten(1, 2)[None]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -109,13 +112,12 @@ def _run_forward(
         q_part = q[s.b, s.t, s.h]
         if kernel_takes:
             heads = _heads_first(q_part, s.k, s.v)
-            parts = _flash(*heads, 0.0, False, attn_mask=_bias(s.member, q.dtype), scale=scale)
+            parts = _flash(*heads, 0.0, False, attn_mask=s.bias[None, None], scale=scale)
             part, of_part = parts[0][0].transpose(0, 1), parts[1][0]
         else:
-            part, of_part = _attend(q_part, s.k, s.v, s.member, scale, softcap)
-        empty = ~s.member.any(1)
-        out[s.b, s.t, s.h] = part.masked_fill(empty[:, None, None], 0.0).to(q.dtype)
-        lse[s.b, s.h, s.t] = of_part.masked_fill(empty, -torch.inf)
+            part, of_part = _attend(q_part, s.k, s.v, s.bias, scale, softcap)
+        out[s.b, s.t, s.h] = part.masked_fill(s.empty[:, None, None], 0.0).to(q.dtype)
+        lse[s.b, s.h, s.t] = of_part.masked_fill(s.empty, -torch.inf)
     return out, lse
 
 
@@ -132,12 +134,17 @@ def _run_backward(
     for s in stages(q, k, v, indices, valid, start, end):
         q_part, up, result, of_part = q[s.b, s.t, s.h], d_out[s.b, s.t, s.h], out[s.b, s.t, s.h], lse[s.b, s.h, s.t]
         if kernel_takes:
-            heads = _heads_first(up.contiguous(), q_part, s.k, s.v, result)
-            bias = _bias(s.member, q.dtype)
-            grads = _flash_backward(*heads, of_part[None], 0.0, False, attn_mask=bias, scale=scale)
+            # One head of many rows takes half the time of many heads that share their keys, which forward does not.
+            heads, group = s.k.shape[1], q_part.shape[1] // s.k.shape[1]
+            up, own, result = (_as_rows(x, heads) for x in (up, q_part, result))
+            staged = _heads_first(s.k, s.v)
+            bias = s.bias.repeat(group, 1)[None, None]
+            of_rows = of_part.reshape(1, heads, -1)
+            grads = _flash_backward(up, own, *staged, result, of_rows, 0.0, False, attn_mask=bias, scale=scale)
             d_rows = [g[0].transpose(0, 1) for g in grads]
+            d_rows[0] = grads[0][0].unflatten(1, (group, -1)).permute(2, 0, 1, 3).flatten(1, 2)
         else:
-            d_rows = _gradients(up, q_part, s.k, s.v, result, of_part, s.member, scale, softcap)
+            d_rows = _gradients(up, q_part, s.k, s.v, result, of_part, s.bias, scale, softcap)
         d_q[s.b, s.t, s.h] = d_rows[0].to(q.dtype)
         for total, part in zip((d_k, d_v), d_rows[1:], strict=True):
             total[s.b, :, s.p].index_add_(0, s.rows, part.to(total.dtype))  # every row of a union occurs once
@@ -149,17 +156,17 @@ def _by_key_head(x: Tensor, heads: int) -> Tensor:
     return _wide(x).unflatten(1, (heads, x.shape[1] // heads)).permute(1, 2, 0, 3)
 
 
-def _scores(q_KGTD: Tensor, k_KUD: Tensor, member: Tensor, scale: float, softcap: float) -> Tensor:
+def _scores(q_KGTD: Tensor, k_KUD: Tensor, bias: Tensor, scale: float, softcap: float) -> Tensor:
     z = torch.einsum("kgtd,kud->kgtu", q_KGTD, k_KUD).mul_(scale)
     if softcap:
         z = z.div_(softcap).tanh_().mul_(softcap)
-    return z.masked_fill_(~member, -torch.inf)
+    return z.add_(bias)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, member: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """The formula, for a softcap and for values of another size than the keys."""
     k_KUD, v_KUD = (_wide(x).transpose(0, 1) for x in (k, v))
-    z = _scores(_by_key_head(q, k.shape[1]), k_KUD, member, scale, softcap)
+    z = _scores(_by_key_head(q, k.shape[1]), k_KUD, bias, scale, softcap)
     lse = z.logsumexp(-1, keepdim=True)
     p = z.sub_(lse.masked_fill(lse.isneginf(), 0.0)).exp_()
     out = torch.einsum("kgtu,kud->tkgd", p, v_KUD).flatten(1, 2)
@@ -167,18 +174,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, member: Tensor, scale: float, softc
 
 
 def _gradients(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, member: Tensor, scale: float,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, scale: float,
     softcap: float,
 ) -> list[Tensor]:  # fmt: skip
     heads = k.shape[1]
     q_KGTD, up_KGTD = _by_key_head(q, heads), _by_key_head(d_out, heads)
     k_KUD, v_KUD = (_wide(x).transpose(0, 1) for x in (k, v))
     delta = (up_KGTD * _by_key_head(out, heads)).sum(-1, keepdim=True)
-    z = _scores(q_KGTD, k_KUD, member, scale, softcap)
+    z = _scores(q_KGTD, k_KUD, bias, scale, softcap)
     p = torch.exp(z - lse.unflatten(0, (heads, -1))[..., None])
     d_z = torch.einsum("kgtd,kud->kgtu", up_KGTD, v_KUD).sub_(delta).mul_(p)
     if softcap:  # where a score is forbidden p is 0 and the capped score −∞
-        d_z.mul_((1 - (z / softcap).square_()).masked_fill_(~member, 0.0))
+        d_z.mul_((1 - (z / softcap).square_()).masked_fill_(bias.isneginf(), 0.0))
     d_z.mul_(scale)
     d_q = torch.einsum("kgtu,kud->tkgd", d_z, k_KUD).flatten(1, 2)
     return [d_q, torch.einsum("kgtu,kgtd->ukd", d_z, q_KGTD), torch.einsum("kgtu,kgtd->ukd", p, up_KGTD)]
