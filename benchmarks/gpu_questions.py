@@ -9,6 +9,7 @@ from torch import Tensor
 import kernel_index as ki
 from benchmarks.elementwise import plain_bias_dropout_add, plain_residual_rms_norm, plain_rope
 from benchmarks.gpu import Question
+from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
 
 BF16 = torch.bfloat16
 
@@ -71,6 +72,7 @@ def questions(dry: bool) -> list[Question]:
         rope_question(dry, device, backend),
         *streams_questions(dry, device, backend),
         *attention_questions(dry, device),
+        *sparse_questions(dry, device),
     ]
     return [*found, *more, cross_entropy(dry, device, backend)]
 
@@ -159,10 +161,6 @@ def attention_questions(dry: bool, device: str) -> list[Question]:
     def ours(mask):
         return lambda q, k, v: ki.attention(q, k, v, mask, backend="triton")
 
-    def flash(q, k, v):
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
     return [
         Question(
             f"attention over {documents} documents in {tokens} tokens",
@@ -174,6 +172,58 @@ def attention_questions(dry: bool, device: str) -> list[Question]:
             {"kernel_index": ours(causal), "SDPA": flash},
             inputs(tokens // 4),
         ),
+    ]
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+DRIFT = 0.975
+"""Correlation of neighbouring queries at which they share 85 % of their picks."""
+
+
+def sparse_questions(dry: bool, device: str) -> list[Question]:
+    """16 blocks of 64 keys for each query of 65536, against flash attention over everything before it.
+
+    *Random*: queries are independent, the worst case for unions.  *Shared*: neighbours share 85 % of their picks.
+    ``kernel_index`` routes, plans and attends; the attention alone, given picks, shows what routing costs.
+    """
+    tokens, heads, kv_heads, size = (32, 4, 2, 16) if dry else (65536, 32, 4, 128)
+    config = ki.ClusteredSparseConfig(block_size=8, topk=3) if dry else ki.ClusteredSparseConfig(block_size=64, topk=16)
+
+    def inputs(shared):
+        def make():
+            q, k, v = (torch.randn(1, tokens, n, size) for n in (heads, kv_heads, kv_heads))
+            for t in range(1, tokens if shared else 0):
+                q[:, t] = DRIFT * q[:, t - 1] + (1 - DRIFT**2) ** 0.5 * q[:, t]
+            return tuple(x.to(device=device, dtype=BF16).requires_grad_() for x in (q, k, v))
+
+        return make
+
+    def clustered(q, k, v):
+        return ki.clustered_sparse_attention(q, k, v, config=config, backend="triton")
+
+    def attend_only(picks):
+        def attend(q, k, v):
+            if not picks:  # the inputs of every contender's first call
+                picks.append(ki.clustered_route(q, k, config=config))
+            selected, valid = picks[0]
+            return block_sparse_attention(
+                q, k, v, selected, selected_valid=valid, block_size=config.block_size, backend="triton"
+            ).out
+
+        return attend
+
+    return [
+        Question(
+            f"{config.topk} of {tokens // config.block_size} blocks, {name}, T = {tokens}",
+            {"kernel_index": clustered, "picks given": attend_only([]), "SDPA over all": flash},
+            inputs(name == "shared"),
+            memory=True,
+        )
+        for name in ("random", "shared")
     ]
 
 
