@@ -26,6 +26,7 @@ ELSEWHERE = {
     "train": "kernel_index.lm.commands:train_command",
     "generate": "kernel_index.lm.commands:generate_command",
     "prove": "kernel_index.proofs.commands:app",
+    "new": "kernel_index.scaffold:new_command",
     "bench": "kernel_index.proofs.bench:bench_command",
     "export": "kernel_index.integrations.kernels_hub:export_command",
 }

@@ -1,4 +1,4 @@
-"""The index itself: the 20 entries, by family, and what this tree says about each.
+"""The index itself: its entries, by family, and what this tree says about each.
 
 Only names and prose are written down here.  Whether an entry is implemented, which backends it has and by which rules
 they decline is read from the entry's folder, so it cannot go stale.  Importing this module imports no kernel.
@@ -350,4 +350,4 @@ ENTRIES = (
         "lm.LanguageModel",
     ),
 )
-"""The 20 entries, in the index's own order."""
+"""The 20 entries of the seed in its own order, and behind them what `kernel-index new` added."""
