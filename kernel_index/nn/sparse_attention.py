@@ -101,7 +101,7 @@ class SparseAttention(Mixer):
     def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: "ki.MaskContract") -> Tensor:
         if self.kind == "exact_token":
             assert self.index is not None
-            picked = None if self.dense else self.index.pick(x, x, self.tokens, mask)
+            picked = None if self.dense else self.index.pick(x, self.index.keys(x), self.tokens, mask)
             out = ki.exact_token_attention(q, k, v, picked, mask=mask)
             if picked is None or not (self.index_loss and self.training and torch.is_grad_enabled()):
                 return out
@@ -134,7 +134,7 @@ class SparseAttention(Mixer):
         kept.write(k, v)
         places, mask = right_aligned(kept, self.window)
         keys_BSI = self.index.remember(x, cache.index)[places.clamp_min(0)]
-        picked = self.index.pick(x, None, self.tokens, mask, keys_BSI)
+        picked = self.index.pick(x, keys_BSI, self.tokens, mask)
         pools = (kept["k_cache"].flatten(0, 1), kept["v_cache"].flatten(0, 1))
         rows = [
             self._attend_picked(
@@ -170,13 +170,10 @@ class Indexer(nn.Module):
     def keys(self, x_BSC: Tensor) -> Tensor:
         return self.k(x_BSC.detach())
 
-    def pick(
-        self, x_BTC: Tensor, of: Tensor | None, topk: int, mask: "ki.MaskContract", keys: Tensor | None = None
-    ) -> "ki.TokenSelection":
-        """The ``topk`` tokens of the text ``of`` [B, S, C], or of cached ``keys`` [B, S, width], for each query."""
+    def pick(self, x_BTC: Tensor, keys_BSI: Tensor, topk: int, mask: "ki.MaskContract") -> "ki.TokenSelection":
+        """The ``topk`` tokens, of those whose keys these are, for each query."""
         x = x_BTC.detach()
         q_BTJI = self.q(x).unflatten(-1, (self.heads, -1))
-        keys_BSI = self.keys(of) if keys is None and of is not None else keys
         return ki.lightning_indexer(q_BTJI, keys_BSI, self.w(x), topk=topk, mask=mask)
 
     def remember(self, x_BTC: Tensor, cache: CacheLayer) -> Tensor:

@@ -43,7 +43,7 @@ def picks(mixer, x, mask=None, positions=None):
     at = torch.arange(x.shape[1])[None] if positions is None else positions
     mask = mixer.contract(mask or ki.MaskContract())
     if mixer.kind == "exact_token":
-        indices, width = mixer.index.pick(x, x, 9, mask).indices[:, :, None], x.shape[1]
+        indices, width = mixer.index.pick(x, mixer.index.keys(x), 9, mask).indices[:, :, None], x.shape[1]
     else:
         q, k = (p(x).unflatten(2, (-1, D)) for p in (mixer.q, mixer.k))
         q, k = ki.fused_rope_qk(q, k, *rope(at))

@@ -303,3 +303,18 @@ def test_a_refused_step_writes_nothing_and_keeps_its_turn():
 
 def test_groups_are_named():
     assert [contract.groups_of(8, 2, name) for name in contract.ROUTES] == [8, 2]
+
+
+def test_the_triton_core_behind_the_router():
+    """Interpreted where there is no GPU; the core's own suite has the rest."""
+    call = {"block_size": BLOCK, "topk": 2, "backend": "triton"}
+    if reason := ki.explain(ki.moba_attention, *qkv(4), **call).verdicts["triton"]:
+        pytest.skip(reason)
+    leaves = [x.requires_grad_() for x in qkv(18)]
+    mask = ki.MaskContract(window=(9, 0), doc_ids=documents(Maker(torch.float32), 18))
+    results = []
+    for backend in ("triton", "reference"):
+        out = ki.moba_attention(*leaves, block_size=BLOCK, topk=2, mask=mask, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        assert_same(actual, expected)

@@ -101,7 +101,7 @@ def _part_kernel(
 
 
 @triton.jit
-def _join_kernel(
+def join_kernel(
     acc_ptr, max_ptr, sum_ptr, out_ptr, ROWS, QUERIES, KV, SPLITS, PART,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def decode(
             PAGED=table is not None, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, CAPPED=softcap > 0, UPCAST=upcast,
             num_warps=4, num_stages=2,
         )  # fmt: skip
-        _join_kernel[(pairs, tiles)](
+        join_kernel[(pairs, tiles)](
             acc, maxima, sums, out, rows, queries, kv_heads, splits, pairs * rows,
             G=group, D=width, BLOCK_D=block_d, BM=config.block_rows, UPCAST=upcast, num_warps=4,
         )  # fmt: skip

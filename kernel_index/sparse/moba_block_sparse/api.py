@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernel_index import checks
+from kernel_index import checks, gpu
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer, KVCache
 from kernel_index.attention.doc_window_mask.contract import normalize_window
 from kernel_index.attention.doc_window_mask.mask import MaskContract
@@ -18,6 +18,7 @@ from kernel_index.sparse.moba_block_sparse.flash import attend_flash
 from kernel_index.sparse.moba_block_sparse.names import pick, resolve_block_sparse_backend
 from kernel_index.sparse.moba_block_sparse.reference import decode_reference
 from kernel_index.sparse.moba_block_sparse.router import route
+from kernel_index.sparse.moba_block_sparse.torch_op import decode_triton
 from kernel_index.sparse.routing import TopBlocks
 
 __all__ = ["moba_attention", "moba_decode", "moba_route", "resolve_block_sparse_backend"]
@@ -39,6 +40,7 @@ FLASH = Backend("flash", contract.flash_why_not, attend_flash, details=contract.
 BACKENDS = tuple(_on_core(core) for core in CORE_BACKENDS)
 
 DECODE_BACKENDS = (
+    Backend("triton", contract.decode_triton_why_not, decode_triton, gpu.not_worth, contract.decode_details),
     Backend("cpu", contract.decode_cpu_why_not, decode_cpu, details=contract.decode_details),
     Backend("reference", contract.decode_reference_why_not, decode_reference, details=contract.decode_details),
 )

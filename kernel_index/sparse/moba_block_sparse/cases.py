@@ -142,11 +142,11 @@ def decode_call(m: Maker, lengths: tuple[int, ...], new: int, *, page: int = 0, 
 
 
 DECODE_CASES = (
-    Case("step", "one token for each row, ragged lengths", lambda m: decode_call(m, (23, 1, 12), 1)),
-    Case("paged", "pages that are no multiple of a block, three tokens", lambda m: decode_call(
-        m, (23, 5), 3, page=6, route_per="kv_group")),
+    Case("step", "one token for each row, ragged lengths", lambda m: decode_call(m, (14, 1), 1)),
+    Case("paged", "pages that are no multiple of a block, two tokens", lambda m: decode_call(
+        m, (14, 5), 2, page=6, topk=2, route_per="kv_group")),
     Case("window", "a window that cuts a block, small pages, a softcap", lambda m: decode_call(
-        m, (23, 9), 2, page=2, window_size=(9, 0), softcap=2.0, scale=0.7)),
+        m, (19,), 1, page=2, window_size=(9, 0), softcap=2.0, scale=0.7, route_per="kv_group")),
 )  # fmt: skip
 
 
@@ -173,7 +173,15 @@ def decode_oracle(
 
 
 def sized(m: Maker, n: int) -> dict[str, Any]:
-    return call(m, n, topk=2, mask=MaskContract(window=(2 * n // 3, 0)))
+    return call(m, n, topk=2, mask=MaskContract(window=(7, 0)))
+
+
+def real_decode(m: Maker) -> dict[str, Any]:
+    """Four rows of 32768 tokens in pages of 64, 32 query heads on 8, blocks of 64 tokens of which 16 are picked."""
+    rows, sizes = 4, (8, 128)
+    past = {name: m.normal(rows, 32767, *sizes) for name in ("past_k", "past_v")}
+    new = {"q": m.normal(rows, 1, 32, 128), "k": m.normal(rows, 1, *sizes), "v": m.normal(rows, 1, *sizes)}
+    return {**new, **past, "lengths": (32767,) * rows, "page": 64, "block_size": 64, "topk": 16}
 
 
 # At 300 scores pass 50, and a backward that recomputes probabilities from the log-sum-exp has lost that many units.
@@ -183,13 +191,13 @@ SUITES = (
     Suite(
         op="moba_attention",
         function=moba_attention,
-        backends=BACKENDS,
+        backends=tuple(b for b in BACKENDS if b.name != "triton"),  # the core's own suite interprets that kernel
         cases=CASES,
         differentiable=("q", "k", "v"),
         oracle=oracle,
         sized=sized,
         scales=SCALES,
-        rounding=("triton", "cpu"),
+        rounding=("cpu",),
     ),
     Suite(
         op="moba_decode",
@@ -202,5 +210,6 @@ SUITES = (
         scales=SCALES,
         rounding=("triton", "cpu"),
         without_gradient=("cpu", "triton"),
+        real=real_decode,
     ),
 )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks
+from kernel_index import checks, gpu
 from kernel_index.attention.dense_attention import contract as dense
 from kernel_index.attention.dense_fa4_kvcache_decode import contract as cached
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
@@ -65,6 +65,18 @@ def decode_cpu_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor
         return "inside a transform or a dispatch mode"
     if cached.wants_gradient(q, k, v):
         return "keeps no graph: gradients are the reference's"
+    return None
+
+
+def decode_triton_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
+    if (rule := decode_reference_why_not()) is not None:
+        return rule
+    if (rule := gpu.why_not(q, cache["k_cache"], cache["v_cache"])) is not None:
+        return rule
+    if cached.wants_gradient(q, k, v):
+        return "keeps no graph: gradients are the reference's"
+    if q.shape[-1] > dense.WIDEST:
+        return "takes head sizes up to 256"
     return None
 
 
