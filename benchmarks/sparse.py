@@ -1,7 +1,7 @@
 """Is attention to picked blocks faster than dense attention, with everything that picking costs?
 
-B = 1, H = 8 on K = 2 key heads, D = 64, blocks of 64, 16 of them for each query: ``clustered_sparse_attention``, routing
-and planning included, against PyTorch's scaled_dot_product_attention, causal, of the same length.  *Random*: queries
+B = 1, H = 8 on K = 2 key heads, D = 64, blocks of 64, 16 of them for each query: ``clustered_sparse_attention``, with
+routing and planning, against PyTorch's scaled_dot_product_attention, causal, of the same length.  *Random*: queries
 are independent, so neighbours share nothing but by chance.  *Shared*: queries drift, so that a query shares 85 % of its
 picks with the one before it.
 
