@@ -78,7 +78,7 @@ def details(
     picks = min(config.topk, blocks)
     union = resolve_mode(config.union_mode, config.query_tile_size * picks, blocks)
     sizes = (
-        ("union_backend", union if backend == "triton" or routed is not None else NO_UNION),
+        ("union_backend", union if routed is not None else OWN_UNION if backend == "triton" else NO_UNION),
         ("blocks", blocks),
         ("picks", picks),
         ("density", picks / blocks if blocks else 0.0),
@@ -87,6 +87,7 @@ def details(
     return static + sizes + _windowing(q, k, config, mask) + (() if routed is None else _unions(routed.unions))
 
 
+OWN_UNION = "sort, by the tiles of the kernels"
 NO_UNION = "none: this backend goes by key block and needs no union"
 
 

@@ -47,8 +47,10 @@ def run_sparse(
 ) -> tuple[Tensor, Tensor]:
     """``backend`` is the core's, chosen before."""
     if known is None:
-        picks = pick_blocks(q, k, config, mask, sizes_of(q, k, mask))
-        maps = join(picks, k.shape[1], config) if backend == "triton" else None
+        picks, maps = (
+            pick_blocks(q, k, config, mask, sizes_of(q, k, mask)),
+            None,
+        )  # a backend joins picks by its own tiles
     else:
         picks, maps = known.picks, known.maps
     return block_sparse_attention(
