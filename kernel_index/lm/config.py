@@ -163,10 +163,14 @@ class Preset:
 PRESETS = {
     "tiny": Preset(
         ModelConfig(
-            pattern="AAAA", windows=(128, None, 128, None), dim=256, heads=4, kv_heads=2, head_dim=64, hidden=1024,
-            context=512, dropout=0.0,
+            pattern="MASLMSSE", windows=(None, 128, None, None, None, None, None, None), dim=192, heads=3, kv_heads=1,
+            head_dim=64, hidden=512, context=512, residual="mhc",
+            sparse=Sparse(("exact_token", "moba", "clustered"), block=32, topk=4, tokens=48),
+            latent=Latent(latent=64, rope=32, fused=True),
+            state_space=StateSpace(heads=4, head_dim=64, state=32),
+            experts=ExpertLayer(count=8, topk=2, hidden=512),
         ),
-        steps=300, batch_rows=4, learning_rate=3e-3, about="about 3 minutes on 2 CPU cores",
+        steps=180, batch_rows=4, learning_rate=4e-3, about="about 3 minutes on 2 CPU cores",
     ),
     "nano": Preset(
         ModelConfig(
@@ -175,4 +179,28 @@ PRESETS = {
         ),
         steps=20, batch_rows=4, learning_rate=5e-3, about="seconds: for tests",
     ),
+    "small": Preset(
+        ModelConfig(
+            pattern="MAEMSEMLEMSE", windows=(None, 512) + 10 * (None,), dim=512, heads=8, kv_heads=2, head_dim=64,
+            hidden=0, context=2048, residual="mhc", ahead=0.2,
+            sparse=Sparse(("clustered", "moba"), block=64, topk=8),
+            latent=Latent(latent=128, rope=32, fused=True),
+            state_space=StateSpace(heads=16, head_dim=64, state=64),
+            experts=ExpertLayer(count=16, topk=2, hidden=768, shared=512),
+        ),
+        steps=2000, batch_rows=16, learning_rate=1.5e-3, about="for one GPU", dtype="bfloat16", device="cuda",
+    ),
+    "base": Preset(
+        ModelConfig(
+            pattern="MAEMSEMLEMSEMAEMSEMLEMSE", windows=(None, 1024) + 11 * (None,) + (1024,) + 10 * (None,), dim=1024,
+            heads=16, kv_heads=4, head_dim=64, hidden=0, context=8192, residual="mhc", ahead=0.2,
+            sparse=Sparse(("clustered", "exact_token"), block=64, topk=16, tokens=512, index_heads=4, index_dim=64),
+            latent=Latent(latent=256, rope=64, fused=True),
+            state_space=StateSpace(heads=32, head_dim=64, state=128, chunk=128),
+            experts=ExpertLayer(count=32, topk=4, hidden=1024, shared=1024),
+        ),
+        steps=20_000, batch_rows=4, learning_rate=8e-4, about="for GPUs", accumulate=4, recompute=True,
+        dtype="bfloat16", device="cuda",
+    ),
 }  # fmt: skip
+"""``kernel-index train --preset NAME`` prints each one's parameters and FLOPs."""

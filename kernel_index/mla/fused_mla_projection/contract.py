@@ -45,9 +45,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; some devices (meta) have none."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    """Whether autocast is on for x's device."""
+    return checks.is_autocast(x.device)
 
 
 def statistics_dtype(dtype: torch.dtype, norm_weight: Tensor | None) -> torch.dtype:
