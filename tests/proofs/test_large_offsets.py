@@ -16,6 +16,8 @@ from kernel_index.boundary.fused_bias_dropout_add import triton as dropout
 from kernel_index.boundary.fused_residual_add_rms_norm import triton as norm
 from kernel_index.experts.fused_relu_squared import triton as relu
 from kernel_index.loss.fused_linear_cross_entropy_chunked import triton as loss
+from kernel_index.sparse.block_sparse_attention import triton as block_sparse
+from kernel_index.sparse.block_sparse_attention import triton_backward as block_sparse_backward
 
 pytestmark = pytest.mark.skipif(not gpu.interpreting(), reason="records addresses in Triton's interpreter")
 
@@ -151,3 +153,78 @@ def test_loss(late):
         CAP=False, SMOOTH=False, Z_LOSS=False, GRADIENT=True, BLOCK=loss.BLOCK,
     )  # fmt: skip
     holds(seen, z, row * vocab, (row + 1) * vocab - 1)
+
+
+def test_block_sparse_attention(late):
+    """The last tile of queries forward and for dQ, the last block of keys; 256 heads of 16, as many tokens as ROWS."""
+    heads, size, tile = WIDTH // 16, 16, ROWS // 16 - 1
+    q, k, v, out, d_out, dq, dk, dv = tensors(8)
+    lse, delta = tensors(2, torch.float32)
+    blocks, sizes, start, end, bounds = tensors(5, torch.int32)
+    geometry = {"D": size, "DV": size, "BLOCK_D": size, "BLOCK_DV": size, "BM": 16, "BN": 16, "BLOCK": 16}
+    shared = {"QUERIES": 16, "HEADS": 1, "GROUP": 1, "GROUPS": 1, "CAPPED": False, "UPCAST": True}
+    strides, last = (0, WIDTH, size), heads - 1
+    lists = (ROWS, ROWS, heads, ROWS // 16, 1)
+    call = (q, k, v, blocks, blocks, sizes, start, end, out, lse, *strides * 3, 0, *lists, 0.0, 1.0)
+    index = (-tile, last)  # a grid of one program counts down from 0
+    seen = late(block_sparse._forward_kernel, index, *call, **geometry, **shared)
+    ends = LAST * WIDTH + last * size, LAST * WIDTH + last * size + size - 1
+    for tensor in (q, out):
+        touches(seen, tensor, *ends)
+    touches(seen, lse, LAST * heads + last)
+    call = (
+        d_out,
+        None,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        blocks,
+        blocks,
+        sizes,
+        start,
+        end,
+        dq,
+        delta,
+        *strides,
+        0,
+        0,
+        0,
+        *strides * 3,
+    )
+    seen = late(
+        block_sparse_backward._queries_kernel, index, *call, 0, *lists, 1.0, 0.0, 1.0,
+        HAS_D_LSE=False, **geometry, **shared,
+    )  # fmt: skip
+    for tensor in (d_out, q, out, dq):
+        touches(seen, tensor, *ends)
+    touches(seen, delta, LAST * heads + last)
+    call = (
+        d_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        blocks,
+        bounds,
+        start,
+        end,
+        dk,
+        dv,
+        *strides * 4,
+        0,
+        ROWS,
+        ROWS,
+        heads,
+        ROWS // 16,
+    )
+    seen = late(block_sparse_backward._keys_kernel, (tile, last), *call, 1.0, 0.0, 1.0, WIDE=True, **geometry, **shared)
+    for tensor in (k, v, dk, dv):
+        touches(seen, tensor, *ends)
+
+
+def touches(addresses, tensor, *elements):
+    for element in elements:
+        assert tensor.data_ptr() + element * tensor.element_size() in addresses, f"element {element}"
