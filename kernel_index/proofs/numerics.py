@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.cases import Maker, Suite, suites
 from kernel_index.dispatch import explain
 from kernel_index.proofs.errors import Finding, assess
@@ -60,7 +62,7 @@ def _prove_backend(suite: Suite, backend: str, device: str, every: bool) -> Iter
         for dtype in suite.dtypes:
             place = (suite.op, backend, case.name, str(dtype).removeprefix("torch."))
             try:
-                kwargs = case.build(Maker(dtype, device=device))
+                kwargs = _placed(case.build(Maker(dtype, device=device)), device)
                 rule = explain(suite.function, **kwargs, backend=backend).verdicts[backend]
                 if rule is not None:
                     verdict = Verdict(*place, refused=rule)
@@ -69,3 +71,8 @@ def _prove_backend(suite: Suite, backend: str, device: str, every: bool) -> Iter
             except launch_errors() as error:
                 verdict = Verdict(*place, raised=f"{type(error).__name__}: {error}"[:500])
             yield verdict
+
+
+def _placed(kwargs: dict[str, Any], device: str) -> dict[str, Any]:
+    """Cases write ids and counts of a mask as lists, which lie on the host."""
+    return {name: value.to(device) if isinstance(value, MaskContract) else value for name, value in kwargs.items()}
