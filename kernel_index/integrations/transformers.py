@@ -80,6 +80,9 @@ def apply(
       ``ki.MaskContract``.  A mask that it cannot express goes to PyTorch's attention, as a dense mask.  A
       position that is padding attends to nothing: what comes out there, and a loss of it, differs.
 
+    Inside ``torch.compile`` norms, rotation and activations are traced as elsewhere; the loss and attention are then
+    Transformers' own, with PyTorch's attention and a dense mask.
+
     Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` do not notice them, and a
     deep copy of the model has them too.
 

@@ -167,6 +167,30 @@ def test_a_deep_copy_is_patched_and_has_its_own_weights():
     assert results_of(other, batch)["logits"].abs().max() > 0
 
 
+def test_a_patched_model_can_be_compiled():
+    """Dynamo finds the names of a rebound forward, and the lazy logits are not in its way."""
+    model, batch = model_of("llama"), batch_of("plain")
+    ki.transformers.apply(model)
+    expected = model(**batch, use_cache=False).loss
+    torch._dynamo.reset()
+    with ki.receipts() as log:
+        loss = torch.compile(model, backend="eager")(**batch, use_cache=False).loss
+    torch._dynamo.reset()
+    assert {"fused_rope_qk", "fused_residual_add_rms_norm"} <= {r.op for r in log}
+    assert relative_error(loss.detach(), expected.detach()) <= floor(torch.float32)
+
+
+def test_gradient_checkpointing_recomputes_the_same():
+    model, batch = model_of("llama"), batch_of("padded")
+    ki.transformers.apply(model)
+    before = results_of(model, batch)
+    model.train()
+    model.gradient_checkpointing_enable()
+    after = results_of(model, batch)
+    assert before.keys() == after.keys()
+    assert all(relative_error(after[k], before[k]) <= 8 * floor(torch.float32) for k in before)
+
+
 def test_a_forward_that_somebody_replaced_is_left():
     model = model_of("llama")
     head, norm = model.lm_head, model.model.norm

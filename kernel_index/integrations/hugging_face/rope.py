@@ -1,6 +1,8 @@
 """Rotary embedding: an attention layer's forward runs as it is, with one name in it bound to ours."""
 
+import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,6 +34,9 @@ def plan(name: str, module: nn.Module) -> Plan:
     if "forward" in vars(module):
         return Plan(Change(name, KIND, why=ALREADY))
     forward = type(module).forward
+    home = sys.modules.get(forward.__module__)
+    if home is None or forward.__globals__ is not vars(home):
+        return Plan(Change(name, KIND, why="its forward is not from a module that can be imported"))
     ours = {}
     for called in names_in(module):
         original = forward.__globals__.get(called)
@@ -47,13 +52,21 @@ def rebound(function: Callable[..., Any], names: dict[str, Any]) -> types.Functi
     """The same code with some of its global names bound to something else, for whoever holds this function."""
     other = types.FunctionType(
         function.__code__,
-        {**function.__globals__, **names},
+        vars(_module_with(function.__globals__["__name__"], tuple(sorted(names.items())))),
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
     other.__kwdefaults__ = function.__kwdefaults__
     return other
+
+
+@functools.cache
+def _module_with(name: str, names: tuple[tuple[str, Any], ...]) -> types.ModuleType:
+    """A module like the one called ``name`` but for some names; torch.compile looks a function's globals up in it."""
+    module = types.ModuleType(".".join((__name__, name.replace(".", "_"), *(n for n, _ in names))))
+    vars(module).update({**vars(sys.modules[name]), **dict(names), "__name__": module.__name__})
+    return sys.modules.setdefault(module.__name__, module)
 
 
 def rotation_of(function: Callable[..., Any]) -> Rotation | None:
@@ -88,6 +101,7 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backen
     return rotated.q.transpose(1, 2), rotated.k.transpose(1, 2)
 
 
+@functools.cache
 def replacement(original: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
     """A function for the model's forward to call; another layout than its models use goes to the original."""
 
