@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.attention.dense_fa4_kvcache_decode.append import gathered
-
 TOKENS_AT_ONCE = 1 << 14
 """Keys that are averaged in one go: a long prompt completes many blocks in one step."""
 
@@ -25,9 +23,10 @@ class Row(NamedTuple):
 
 
 class BlockMeans:
-    """The means of all complete blocks of a cache's keys, kept where the keys are: they move and are shared as pages.
+    """The means of all complete blocks of a cache's keys, kept beside each block's last token.
 
-    What is stored are means of ``unit`` tokens, the largest size of which blocks and pages are both multiples.
+    So they are shared, copied and freed with its page, whatever the sizes of blocks and pages: who shares that page
+    shares all that lies before it.
 
     Args:
         keys: the cache's keys [layers, rows or pages, tokens, K, D].
@@ -38,11 +37,11 @@ class BlockMeans:
     def __init__(self, keys: Tensor, block_size: int, *, paged: bool):
         layers, outer, inner, *heads = keys.shape
         self.keys, self.block_size = keys, block_size
-        self.unit = math.gcd(block_size, inner) if paged else block_size
+        self.unit = math.gcd(block_size, inner) if paged else block_size  # no two blocks end in the same one
         dtype = torch.promote_types(keys.dtype, torch.float32)
         self.values = torch.zeros(layers, outer, inner // self.unit, *heads, dtype=dtype, device=keys.device)
         self.known: list[dict[int, int]] = [{} for _ in range(layers)]
-        self.computed = 0  # units averaged so far, over all layers
+        self.computed = 0  # blocks averaged so far, over all layers
 
     def share(self, source: int, copy: int) -> None:
         """A new row with the pages of another."""
@@ -59,25 +58,35 @@ class BlockMeans:
 
         ``blocks`` is that of the longest row; a shorter row has anything finite behind its own.
         """
-        self._update(layer, rows)
-        units = gathered(self.values[layer], table)
-        blocks = max((row.after for row in rows), default=0) // self.block_size
-        per_block = self.block_size // self.unit
-        units = units[:, : blocks * per_block]
-        return units if per_block == 1 else units.unflatten(1, (blocks, per_block)).mean(2)
-
-    def _update(self, layer: int, rows: list[Row]) -> None:
-        """Average what this step completes.  What an abandoned step had put behind ``before`` counts as unknown."""
-        known, per_outer = self.known[layer], self.values.shape[2]
-        places: list[tuple[int, int]] = []
         for row in rows:
-            have, complete = min(known.get(row.name, 0), row.before // self.unit), row.after // self.unit
-            for at in range(have, complete):
-                places.append((row.name, at) if row.pages is None else (row.pages[at // per_outer], at % per_outer))
-            known[row.name] = complete
-        units = self.keys[layer][:, : per_outer * self.unit].unflatten(1, (per_outer, self.unit))
-        step = max(1, TOKENS_AT_ONCE // self.unit)
-        for chunk in (places[i : i + step] for i in range(0, len(places), step)):
-            at = torch.tensor(chunk, dtype=torch.int64).to(self.keys.device, non_blocking=True).unbind(1)
-            self.values[layer].index_put_(at, units[at].to(self.values.dtype).mean(1))
-        self.computed += len(places)
+            self._update(layer, row)
+        blocks = max((row.after for row in rows), default=0) // self.block_size
+        values = self.values[layer]
+        if table is None:
+            return values[:, :blocks]
+        last = torch.arange(1, blocks + 1, device=table.device) * self.block_size - 1
+        inner = self.keys.shape[2]
+        pages = table[:, last // inner].to(torch.int64).clamp(min=0)  # −1 behind a row's last page
+        return values[pages, (last % inner // self.unit).expand_as(pages)]
+
+    def _update(self, layer: int, row: Row) -> None:
+        """Average what this step completes.  What an abandoned step had put behind ``before`` counts as unknown."""
+        known, size = self.known[layer], self.block_size
+        have, complete = min(known.get(row.name, 0), row.before // size), row.after // size
+        known[row.name] = complete
+        self.computed += complete - have
+        step = max(1, TOKENS_AT_ONCE // size)
+        for first in range(have, complete, step):
+            end = min(first + step, complete)
+            outer, inner = self._places(row, torch.arange(first * size, end * size).view(-1, size))
+            means = self.keys[layer][outer, inner].to(self.values.dtype).mean(1)
+            self.values[layer].index_put_((outer[:, -1], inner[:, -1] // self.unit), means)
+
+    def _places(self, row: Row, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens of a row lie, int64 on the cache's device."""
+        if row.pages is None:
+            outer, inner = torch.full_like(token, row.name), token
+        else:
+            page = self.keys.shape[2]
+            outer, inner = torch.tensor(row.pages)[token // page], token % page
+        return outer.to(self.keys.device, non_blocking=True), inner.to(self.keys.device, non_blocking=True)

@@ -73,7 +73,8 @@ def moba_attention(
 
     So ``topk = 1`` is the own block alone, and ``topk ≥ blocks`` is ``ki.attention``.  Future blocks are never picked,
     and a change of a future token changes no pick.  Where documents meet inside a block, its mean is over the last one
-    of them.  Routing is exact and without gradient; attention is differentiable in q, k and v.
+    of them; a document that begins at a block has the picks that it has alone.  Routing is exact and without gradient;
+    attention is differentiable in q, k and v.
 
     Receipts carry ``semantic_branch``, ``router_type``, ``requested_backend`` as written, ``requested_backend_source``,
     ``actual_backend``, ``runtime_mode``, ``fallback_reason``, and ``blocks``, ``picks``, ``density``.
