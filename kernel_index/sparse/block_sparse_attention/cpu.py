@@ -17,8 +17,8 @@ from kernel_index.sparse.block_sparse_attention.contract import scale_of, sizes_
 from kernel_index.sparse.block_sparse_attention.tiles import Tiles, tiles_of
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 
-SCORES_AT_ONCE = 1 << 19
-"""Scores of a step: 2 MiB of float32, which stay in the caches of two cores."""
+SCORES_AT_ONCE = 1 << 20
+"""Scores of a step, 4 MiB of float32: much larger ones leave the caches, smaller ones wait for Python."""
 
 FEW_STEPS = 4
 """Up to this many steps run the plain formulas: too few for a compiled region to pay."""
@@ -84,10 +84,10 @@ _score_gradients_region = Region(_score_gradients, z=(0,), dp=(0,), lse=(0,), de
 
 
 class _Step(NamedTuple):
-    """Some tiles of one kind: where their rows and blocks are."""
+    """Some tiles of one kind: where their picks are among all, and their rows and blocks."""
 
+    at: slice
     rows: Tensor
-    kept: Tensor
     block: Tensor
     low: Tensor | None
     high: Tensor | None
@@ -122,17 +122,23 @@ class _Call:
 
     def steps(self, stop: int):
         """The steps over the first ``stop`` tiles, or all."""
-        rows, kept, block, opening, low, high = self.tiles
+        rows, _, block, opening, low, high = self.tiles
         for begin, end in zip(self.starts, self.starts[1:], strict=False):
             if begin >= stop:
                 return
             at = slice(begin, end)
             limits = (low[at].flatten(), high[at].flatten()) if begin < opening else (None, None)
-            yield _Step(rows[at].flatten(), kept[at].flatten(), block[at], *limits)
+            picks = slice(begin * rows.shape[1], end * rows.shape[1])
+            yield _Step(picks, rows[at].flatten(), block[at], *limits)
 
     def gather(self, rows_of: Tensor, step: _Step) -> Tensor:
         """The step's rows, [tiles, P·heads, D]."""
         return rows_of.index_select(0, step.rows).view(step.block.shape[0], -1, rows_of.shape[-1])
+
+    def of_picks(self, values: Tensor, otherwise: float) -> Tensor:
+        """Each pick's row of values [B·T·G, heads], and something else where there is no pick."""
+        rows, kept = self.tiles.rows.flatten(), self.tiles.kept.flatten()
+        return torch.where(kept[:, None], values.index_select(0, rows), otherwise)
 
     def scores(self, rows: Tensor, blocks: Tensor) -> Tensor:
         """Products of rows and the keys of their blocks, [picks, heads, block_size]."""
@@ -145,9 +151,10 @@ class _Call:
 def _shifts(call: _Call, stop: int) -> Tensor:
     """For each row the largest log-sum-exp among the blocks of the first tiles, [B·T·G, heads]."""
     shift = torch.full(call.q.shape[:2], -torch.inf, dtype=call.wide)
+    kept = call.tiles.kept.flatten()
     for step in call.steps(stop):
         z = call.scores(call.gather(call.q, step), call.k.index_select(0, step.block))
-        parts = call.run(_log_sums_region, z, step.kept, step.low, step.high)
+        parts = call.run(_log_sums_region, z, kept[step.at], step.low, step.high)
         shift.scatter_reduce_(0, step.rows[:, None].expand_as(parts), parts, "amax")
     return shift
 
@@ -155,15 +162,14 @@ def _shifts(call: _Call, stop: int) -> Tensor:
 def _sums(call: _Call, v: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of exponentials and of weighted values, each exponential shifted."""
     weighted = torch.zeros(*call.q.shape[:2], v.shape[-1], dtype=call.wide)
-    total = torch.zeros_like(shift)
+    own = call.of_picks(shift, torch.inf)
+    parts = torch.empty_like(own)
     for step in call.steps(call.tiles.rows.shape[0]):
         z = call.scores(call.gather(call.q, step), call.k.index_select(0, step.block))
-        own = torch.where(step.kept[:, None], shift.index_select(0, step.rows), torch.inf)
-        p, part = call.run(_weights_region, z, own, step.low, step.high)
+        p, parts[step.at] = call.run(_weights_region, z, own[step.at], step.low, step.high)
         values = torch.bmm(p.view(step.block.shape[0], -1, call.block_size), v.index_select(0, step.block))
         weighted.index_add_(0, step.rows, values.view(-1, call.heads, v.shape[-1]).to(call.wide))
-        total.index_add_(0, step.rows, part)
-    return weighted, total
+    return weighted, torch.zeros_like(shift).index_add_(0, call.tiles.rows.flatten(), parts)
 
 
 def _forward(call: _Call, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,12 +186,12 @@ def _forward(call: _Call, v: Tensor) -> tuple[Tensor, Tensor]:
 def _backward(call: _Call, d_out: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d_q = torch.zeros(call.q.shape, dtype=call.wide)
     d_k, d_v = (torch.zeros(x.shape, dtype=call.wide) for x in (call.k, v))
+    lse, delta = call.of_picks(lse, torch.inf), call.of_picks(delta, 0.0)
     for step in call.steps(call.tiles.rows.shape[0]):
         keys = call.k.index_select(0, step.block)
         queries, upstream = call.gather(call.q, step), call.gather(d_out, step)
         z, dp = call.scores(queries, keys), call.scores(upstream, v.index_select(0, step.block))
-        own = torch.where(step.kept[:, None], lse.index_select(0, step.rows), torch.inf)
-        p, d_z = call.run(_score_gradients_region, z, dp, own, delta.index_select(0, step.rows), step.low, step.high)
+        p, d_z = call.run(_score_gradients_region, z, dp, lse[step.at], delta[step.at], step.low, step.high)
         p, d_z = (x.view(step.block.shape[0], -1, call.block_size) for x in (p, d_z))
         d_q.index_add_(0, step.rows, torch.bmm(d_z, keys).view(-1, *call.q.shape[1:]).to(call.wide))
         d_k.index_add_(0, step.block, torch.bmm(d_z.transpose(1, 2), queries).to(call.wide))

@@ -46,11 +46,8 @@ def run_sparse(
     known: Routed | None,
 ) -> tuple[Tensor, Tensor]:
     """``backend`` is the core's, chosen before."""
-    if known is None:
-        picks, maps = (
-            pick_blocks(q, k, config, mask, sizes_of(q, k, mask)),
-            None,
-        )  # a backend joins picks by its own tiles
+    if known is None:  # a backend joins picks by its own tiles, if it does
+        picks, maps = pick_blocks(q, k, config, mask, sizes_of(q, k, mask)), None
     else:
         picks, maps = known.picks, known.maps
     return block_sparse_attention(
