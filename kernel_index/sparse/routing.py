@@ -87,14 +87,15 @@ def block_means(k: Tensor, block_size: int, mask: MaskContract) -> Tensor:
         keys = wide.shape[1]
         blocks = num_blocks(keys, block_size)
         whole = keys // block_size
-        if mask.doc_ids is None:
+        docs = mask.doc_rows
+        if docs is None:
             parts = [wide[:, : whole * block_size].unflatten(1, (whole, block_size)).mean(2)]
             if whole < blocks:
                 parts.append(wide[:, whole * block_size :].mean(1, keepdim=True))
             return torch.cat(parts, 1)
         position = torch.arange(keys, device=k.device)
         last = ((position // block_size + 1) * block_size - 1).clamp(max=max(0, keys - 1))
-        begin, _ = segments(mask.doc_rows)
+        begin, _ = segments(docs)
         kept = position >= begin.index_select(1, last)  # in the document of the block's last key
         padding = (0, blocks * block_size - keys)
         counted = torch.nn.functional.pad(kept, padding).unflatten(1, (blocks, block_size)).sum(2)

@@ -55,7 +55,7 @@ def clustered_sparse_attention(
         3  out[t]   = softmax(scale · q·k over the keys of t's own picks that the mask allows) · v
 
     Scores are float32.  No future token has any influence on a pick; a query never attends to a block that only its
-    neighbours picked; with ``topk ≥ blocks`` the result is ``ki.attention``.  Backward is bit-identical from run to run.
+    neighbours picked; with ``topk ≥ blocks`` the result is ``ki.attention``.  Backward gives the same bits every time.
 
     The receipt's details: ``path`` (``clustered``, ``reroute_to_dense``), ``reason``, ``phase_order``, the backend of
     each phase, ``routing_is_stop_gradient``, ``attention_is_differentiable``, ``blocks``, ``picks``, ``density``, tiles
