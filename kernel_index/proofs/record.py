@@ -63,10 +63,15 @@ def of_aot(found: "Iterable[Compiled]") -> Counts:
 
 
 def write(path: Path, proof: str, counts: Counts, device: str = "cpu") -> None:
+    """Write a record; what a file of the same proof, machine, versions and day has of other functions is kept."""
     content: dict[str, Any] = {"proof": proof, "machine": machine(device), "counts": counts}
     if proof == "aot":
         import triton
 
         content["machine"]["triton"] = triton.__version__
+    if path.exists():
+        before = json.loads(path.read_text())
+        if (before.get("proof"), before.get("machine")) == (proof, content["machine"]):
+            content["counts"] = dict(sorted((before["counts"] | counts).items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

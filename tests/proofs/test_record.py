@@ -45,3 +45,13 @@ def test_prove_writes_a_record(tmp_path):
     assert content["proof"] == "numerics"
     assert content["machine"]["torch"] == torch.__version__
     assert content["counts"] == {"fused_relu_squared": {"reference": {"run": PASSED | {"passed": 3}}}}
+
+
+def test_a_record_grows_function_by_function_on_one_machine(tmp_path, monkeypatch):
+    out = tmp_path / "record.json"
+    record.write(out, "numerics", {"b": {}, "c": {"cpu": {"run": PASSED}}})
+    record.write(out, "numerics", {"a": {}, "c": {}})
+    assert json.loads(out.read_text())["counts"] == {"a": {}, "b": {}, "c": {}}
+    monkeypatch.setattr(record, "machine", lambda device: {"processor": "another"})
+    record.write(out, "numerics", {"d": {}})
+    assert json.loads(out.read_text())["counts"] == {"d": {}}, "what another machine saw is not mixed in"
