@@ -11,17 +11,22 @@ from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.attention.exact_token_sparse.picks import pickers_of, sorted_picks
 
 
-def _allocate(q, k, v, places, counts, scale, softcap):
+def _allocate(q, k, v, indices, valid, start, end, scale, softcap):
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    log2_sum = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    places = torch.empty(indices.shape, dtype=torch.int32, device=q.device)
+    return out, log2_sum, places, torch.empty(indices.shape[:3], dtype=torch.int32, device=q.device)
 
 
-def _launch(q, k, v, places, counts, scale, softcap):
+def _launch(q, k, v, indices, valid, start, end, scale, softcap):
+    """The sort is inside the op: compiled, it would be many small kernels around PyTorch's own."""
     from kernel_index.attention.exact_token_sparse import triton
 
-    outputs = _allocate(q, k, v, places, counts, scale, softcap)
+    outputs = _allocate(q, k, v, indices, valid, start, end, scale, softcap)[:2]
     q, k, v = map(_dense_heads, (q, k, v))
-    return triton.forward(q, k, v, *gpu.dense((places, counts)), scale, softcap, outputs)
+    picks = sorted_picks(indices, valid, start, end, k.shape[1])
+    triton.forward(q, k, v, *gpu.dense(picks), scale, softcap, outputs)
+    return *outputs, *picks
 
 
 def _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap):
@@ -38,16 +43,16 @@ def _launch_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softca
     return triton.backward_queries(d_out, q, k, v, out, log2_sum, *selection, scale, softcap, outputs)
 
 
-def _allocate_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap):
+def _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
     return torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
-def _launch_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap):
+def _launch_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
     from kernel_index.attention.exact_token_sparse import triton
 
-    outputs = _allocate_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap)
+    outputs = _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap)
     d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
-    pickers = gpu.dense((queries, first))
+    pickers = pickers_of(places, k.shape[1])
     return triton.backward_keys(d_out, q, k, v, log2_sum, delta, *pickers, scale, softcap, outputs)
 
 
@@ -57,8 +62,8 @@ def _dense_heads(x: Tensor) -> Tensor:
 
 
 _forward_op = gpu.register(
-    "exact_token_fused(Tensor q, Tensor k, Tensor v, Tensor places, Tensor counts, float scale, float softcap) "
-    "-> (Tensor, Tensor)",
+    "exact_token_fused(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? valid, Tensor start, Tensor end, "
+    "float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch,
     _allocate,
 )
@@ -70,7 +75,7 @@ _queries_op = gpu.register(
 )
 _keys_op = gpu.register(
     "exact_token_fused_backward_keys(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor log2_sum, Tensor delta, "
-    "Tensor queries, Tensor first, float scale, float softcap) -> (Tensor, Tensor)",
+    "Tensor places, float scale, float softcap) -> (Tensor, Tensor)",
     _launch_keys,
     _allocate_keys,
 )
@@ -78,10 +83,8 @@ _keys_op = gpu.register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, places: Tensor, counts: Tensor, scale: float, softcap: float
-    ) -> Tensor:
-        out, log2_sum = _forward_op(q, k, v, places, counts, scale, softcap)
+    def forward(ctx: Any, q, k, v, indices, valid, start, end, scale, softcap):
+        out, log2_sum, places, counts = _forward_op(q, k, v, indices, valid, start, end, scale, softcap)
         ctx.save_for_backward(q, k, v, places, counts, out, log2_sum)
         ctx.scale, ctx.softcap = scale, softcap
         return out
@@ -95,9 +98,8 @@ class _Attention(torch.autograd.Function):
         d_q, delta = _queries_op(d_out, q, k, v, out, log2_sum, places, counts, *tail)
         d_k = d_v = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            pickers = pickers_of(places, k.shape[1])
-            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, *pickers, *tail)
-        return d_q, d_k, d_v, None, None, None, None
+            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, places, *tail)
+        return d_q, d_k, d_v, *[None] * 6
 
 
 def exact_token_triton(
@@ -111,6 +113,5 @@ def exact_token_triton(
     softcap: float,
     *_: Any,
 ) -> Tensor:
-    start, end = mask.row_intervals(sizes_of(q, k, mask))
-    picks = sorted_picks(indices, valid, start, end, k.shape[1])
-    return _Attention.apply(q, k, v, *picks, scale_of(q, scale), softcap)
+    bounds = mask.row_intervals(sizes_of(q, k, mask))
+    return _Attention.apply(q, k, v, indices, valid, *bounds, scale_of(q, scale), softcap)
