@@ -51,6 +51,9 @@ def select(q: Any, k: Any, config: Any, mask: MaskContract, backend: str, interp
     return routing.expanded_blocks(scores, legal, topk, *hierarchy)
 
 
+_route = jax.jit(select, static_argnames=("config", "backend", "interpret"))
+
+
 def _build(key: ExactMaskKey) -> Any:
     """The compiled function of a key; everything that a batch brings is an argument."""
 
@@ -213,4 +216,4 @@ def clustered_route(
     """
     mask = as_contract(mask)
     check(q, k, k, config, mask, None, 0.0)
-    return select(q, k, config, mask, "xla", False)
+    return _route(q, k, config, mask, "xla", False)

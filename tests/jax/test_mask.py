@@ -1,0 +1,103 @@
+"""The JAX contract says what torch's says: the same intervals, the same errors."""
+
+import numpy as np
+import pytest
+import torch
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402
+
+import kernel_index as ki  # noqa: E402
+import kernel_index.jax as kij  # noqa: E402
+from kernel_index.attention.dense_attention.pallas import interval_walk  # noqa: E402
+from kernel_index.attention.doc_window_mask.cases import CASES  # noqa: E402
+from kernel_index.jax.attend import transposed  # noqa: E402
+from kernel_index.jax.mask import as_contract  # noqa: E402
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_intervals_are_torchs(case):
+    for queries, keys in ((13, 13), (5, 12)):
+        mask = case.build(queries, keys)
+        expected = mask.row_intervals(mask.sizes(2, queries, keys))
+        found = jax.jit(lambda m, t=queries, s=keys: m.intervals(2, t, s))(as_contract(mask))
+        for name in ("start", "end"):
+            assert np.array_equal(getattr(found, name), getattr(expected, name).numpy())
+
+
+def test_a_mask_is_a_pytree_with_traced_leaves():
+    ids = jnp.array([[0, 0, 1, 1]])
+
+    @jax.jit
+    def ends(mask):
+        return mask.intervals(1, 4, 4).end
+
+    assert ends(kij.MaskContract(doc_ids=ids, q_offset=0)).tolist() == [[1, 2, 3, 4]]
+    assert ends(kij.MaskContract(causal=False, doc_ids=ids + 5)).tolist() == [[2, 2, 4, 4]]
+
+
+BAD = (
+    lambda m, v: m(causal=1),
+    lambda m, v: m(window=(1, 2, 3)),
+    lambda m, v: m(window=(1.5, 0)),
+    lambda m, v: m(q_offset=1.0),
+    lambda m, v: m(validity=[3]),
+    lambda m, v: v(valid_token_counts=[1.5]),
+    lambda m, v: v(valid_token_counts=[-1]),
+    lambda m, v: v(valid_slot_counts=[1]),
+    lambda m, v: v(valid_token_counts=[1, 2], valid_slot_counts=[1], base_block_tokens=4),
+    lambda m, v: v(attention_meta=[]),
+)
+
+
+@pytest.mark.parametrize("call", BAD)
+def test_errors_are_torchs(call):
+    with pytest.raises((TypeError, ValueError)) as expected:
+        call(ki.MaskContract, ki.attention_validity)
+    with pytest.raises(type(expected.value)) as found:
+        call(kij.MaskContract, kij.attention_validity)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_mask_of_other_sizes_is_refused():
+    q = jnp.ones((2, 6, 1, 4))
+    with pytest.raises(ValueError, match="kv_len must be 5"):
+        kij.attention(q, q, q, kij.MaskContract(doc_ids=jnp.zeros((2, 5), int)))
+    with pytest.raises(ValueError, match="batch_size must be 3"):
+        kij.attention(q, q, q, kij.MaskContract(doc_ids=jnp.zeros((3, 6), int)))
+    with pytest.raises(TypeError, match="mask must be a MaskContract, got str"):
+        kij.attention(q, q, q, "causal")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("packed", "window", "prefix", "both_sides")], ids=str)
+def test_a_walk_visits_the_blocks_that_the_mask_touches_and_no_other(case):
+    tile, block, tokens = 4, 3, 26
+    mask = case.build(tokens, tokens)
+    dense = np.pad(mask.dense(2, tokens, tokens)[:, 0].numpy(), ((0, 0), (0, 2), (0, 1)))
+    needed = dense.reshape(2, 7, tile, 9, block).any((2, 4))
+
+    @jax.jit
+    def plan(mask):
+        walk = interval_walk(mask, tokens, tokens, tile, block)
+        return walk, transposed(walk, 9)
+
+    walk, by_keys = plan(as_contract(mask))
+    for b in range(walk.spans.shape[0]):
+        count, first = np.asarray(walk.spans[b, 0])
+        visited = (np.arange(9) >= first[:, None]) & (np.arange(9) < (first + count)[:, None])
+        assert (visited >= needed[b]).all()
+        wanted = needed[b].any(1) & dense[b, : tile * 7].reshape(7, tile, -1).any(2).all(1)  # every query sees a key
+        span = [np.flatnonzero(row)[[0, -1]] if row.any() else (0, -1) for row in needed[b]]
+        widths = np.array([last - first + 1 for first, last in span])
+        assert (visited.sum(1) == widths)[wanted].all()
+        back = np.asarray(by_keys.spans[b, 0])
+        tiles = (np.arange(7) >= back[1][:, None]) & (np.arange(7) < (back[1] + back[0])[:, None])
+        assert (visited <= tiles.T).all()
+
+
+def test_torch_masks_are_taken():
+    mask = ki.MaskContract(
+        window=(3, 0), doc_ids=torch.tensor([[0, 0, 1]]), validity=ki.attention_validity(valid_token_counts=[2])
+    )
+    assert as_contract(mask).intervals(1, 3, 3).end.tolist() == [[1, 2, 2]]
