@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -155,11 +156,17 @@ def kernel(e: Entry, seen: list[states.State]) -> str:
         parts.append(f"Not implemented yet: {', '.join(f'`{name}`' for name in e.missing())}.\n")
     signatures = e.signatures()
     for name, contract in e.docstrings().items():
-        parts += [f"## {name}\n", f"```python\nki.{signatures[name]}\n```\n", text.of_docstring(contract)]
+        parts += [f"## {name}\n", f"```python\n{_wrapped(signatures[name])}\n```\n", text.of_docstring(contract)]
     parts += [_evidence(e, seen), _rules(e), _family_readme(e)]
     users = [f"- `kernel_index.{name}`{'' if present else ' (not yet)'}" for name, present in e.users().items()]
     parts += ["## Where it is used\n", "\n".join(users) + "\n"]
     return "\n".join(part for part in parts if part)
+
+
+def _wrapped(signature: str) -> str:
+    return textwrap.fill(
+        f"ki.{signature}", 84, subsequent_indent=" " * 4, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _evidence(e: Entry, seen: list[states.State]) -> str:
@@ -239,10 +246,10 @@ def measured() -> str:
         "Ours ÷ a contender's time, both measured in one process; below 1 we are faster. `kernel-index bench` makes "
         "such tables, the README sums them up.\n",
     ]
-    for path in sorted(states.RESULTS.glob("*.json")):
-        if "counts" not in json.loads(path.read_text()):
-            figures = dataclasses.replace(saved.load(path), verified={}, peers={})
-            parts += [f"## {path.stem}\n", f"[All figures](results/{path.name})\n", show.markdown(figures)]
+    for name, content in states.contents():
+        if "lines" in content or "comparisons" in content:
+            figures = dataclasses.replace(saved.load(states.RESULTS / name), verified={}, peers={})
+            parts += [f"## {Path(name).stem}\n", f"[All figures](results/{name})\n", show.markdown(figures)]
     return "\n".join(parts)
 
 

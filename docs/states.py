@@ -34,14 +34,21 @@ class State:
 
 def read(folder: Path = RESULTS) -> list[State]:
     """The states of every result file; a call that was only refused says nothing."""
-    found = [s for path in sorted(folder.glob("*.json")) for s in _of_file(path.name, json.loads(path.read_text()))]
+    found = [s for name, content in contents(folder) for s in _of_file(name, content)]
     return [s for s in found if s.passed or s.failed]
+
+
+def contents(folder: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of each result file; other files may lie beside them."""
+    found = [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    return [(name, content) for name, content in found if isinstance(content, dict)]
 
 
 def notes(ops: Iterable[str], folder: Path = RESULTS) -> list[str]:
     """What the result files say about these functions in words."""
-    contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    found = [note for c in contents for note in (*c.get("notes", ()), *c.get("numerics", {}).get("notes", ()))]
+    found = [
+        note for _, c in contents(folder) for note in (*c.get("notes", ()), *c.get("numerics", {}).get("notes", ()))
+    ]
     return [note for note in found if re.split(r"[:,]", note)[0] in ops]
 
 

@@ -53,6 +53,13 @@ def test_figures_hold_states_too(results):
     assert [(s.backend, str(s)) for s in found] == [("inductor", "run"), ("reference", "failed")]
 
 
+def test_other_files_beside_the_results_say_nothing(results):
+    results("other", proof="traffic", rows=[])
+    (results("more", machine=MACHINE) / "list.json").write_text("[1]")
+    assert states.read(results("notes", notes=["relu: slow", "of nothing"])) == []
+    assert states.notes(["relu"], results("notes", notes=["relu: slow", "of nothing"])) == ["relu: slow"]
+
+
 def test_the_strongest_state_comes_first():
     def state(kind: str, passed: int = 1, failed: int = 0) -> states.State:
         return states.State("op", "triton", kind, "", "", passed, failed, "")
