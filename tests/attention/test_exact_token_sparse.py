@@ -57,6 +57,17 @@ def test_a_pick_counts_once_and_in_any_order(backend):
 
 
 @BACKENDS
+def test_picks_of_any_layout(backend):
+    """Picks that lie in memory by key head, and a selection that is one row shown for every query."""
+    q, k, v = qkv(6, 6)
+    by_head = torch.randint(0, 6, (1, 2, 6, 3)).transpose(1, 2)
+    shown = torch.tensor([0, 2, 5]).expand(1, 6, 3)
+    for picks in (by_head, shown):
+        expected = ki.exact_token_attention(q, k, v, picks.contiguous(), backend=backend)
+        assert torch.equal(ki.exact_token_attention(q, k, v, picks, backend=backend), expected)
+
+
+@BACKENDS
 def test_a_query_never_sees_what_only_its_neighbours_picked(backend):
     """Even and odd queries of one chunk pick even and odd keys; what the odd ones see is then replaced."""
     n = length_for(backend)

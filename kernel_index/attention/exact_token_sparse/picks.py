@@ -34,7 +34,7 @@ def sorted_picks(indices: Tensor, valid: Tensor | None, start: Tensor, end: Tens
     places = torch.where(legal, indices, keys).to(torch.int32).sort(-1).values
     counts = (places < keys).sum(-1, dtype=torch.int32)
     again = torch.nn.functional.pad(places[..., 1:] == places[..., :-1], (1, 0))
-    return Picks(torch.where(again | (places == keys), -1, places), counts)
+    return Picks(torch.where(again | (places == keys), -1, places).contiguous(), counts.contiguous())
 
 
 def pickers_of(places: Tensor, keys: int) -> Pickers:

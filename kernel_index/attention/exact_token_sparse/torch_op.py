@@ -25,7 +25,7 @@ def _launch(q, k, v, indices, valid, start, end, scale, softcap):
     outputs = _allocate(q, k, v, indices, valid, start, end, scale, softcap)[:2]
     q, k, v = map(_dense_heads, (q, k, v))
     picks = sorted_picks(indices, valid, start, end, k.shape[1])
-    triton.forward(q, k, v, *gpu.dense(picks), scale, softcap, outputs)
+    triton.forward(q, k, v, picks.places, picks.counts, scale, softcap, outputs)
     return *outputs, *picks
 
 
@@ -39,8 +39,7 @@ def _launch_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softca
 
     outputs = _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap)
     d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
-    selection = gpu.dense((places, counts))
-    return triton.backward_queries(d_out, q, k, v, out, log2_sum, *selection, scale, softcap, outputs)
+    return triton.backward_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap, outputs)
 
 
 def _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
@@ -52,8 +51,8 @@ def _launch_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
 
     outputs = _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap)
     d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
-    pickers = pickers_of(places, k.shape[1])
-    return triton.backward_keys(d_out, q, k, v, log2_sum, delta, *pickers, scale, softcap, outputs)
+    queries, first = pickers_of(places, k.shape[1])
+    return triton.backward_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap, outputs)
 
 
 def _dense_heads(x: Tensor) -> Tensor:
