@@ -56,7 +56,7 @@ def with_gradients(function, q, k, v, dtype):
 CALLS = {
     "T > S, one group of two, softcap": ((1, 21, 9, 4, 2, 1, 8, 8, 2, 4), {"softcap": 2.0}),
     "documents, a window, padding": ((2, 21, 21, 4, 2, 2, 8, 8, 4, 8), {"mask": DOCUMENTS}),
-    "more heads than rows of a program": ((1, 5, 8, 20, 1, 1, 8, 8, 2, 4), {}),
+    "more heads than rows of a program": ((1, 3, 8, 40, 1, 1, 8, 8, 2, 4), {}),
     "blocks of several steps": ((1, 24, 40, 8, 1, 1, 8, 5, 1, 40), {"mask": ki.MaskContract(window=(25, 0))}),
 }
 
@@ -196,12 +196,11 @@ def test_the_plan_is_what_counting_gives(tile, seed):
 
 
 @pytest.mark.parametrize(
-    ("group", "tile", "expected"), [(1, 64, (16, 1)), (4, 64, (4, 4)), (3, 1, (4, 4)), (40, 8, (1, 16))]
+    ("group", "tile", "expected"), [(1, 64, (32, 1)), (4, 64, (8, 4)), (3, 1, (4, 4)), (3, 6, (4, 4)), (40, 8, (1, 32))]
 )
-@interpreted
 def test_heads_first_then_queries_fill_a_program(group, tile, expected):
     cut = cut_of(group, 4, tile)
-    assert (cut.queries, cut.heads, cut.rows) == (*expected, 16)
+    assert (cut.queries, cut.heads) == expected
 
 
 @interpreted

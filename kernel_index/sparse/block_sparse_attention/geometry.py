@@ -39,7 +39,7 @@ def cut_of(group: int, element_bytes: int, query_tile_size: int) -> Cut:
     share a union: fewer of them waste fewer products on blocks that only a neighbour picked, more of them read a shared
     block less often.  64 rows are what a warp group multiplies at once.
     """
-    rows = SMALLEST if interpreting() else 64 if element_bytes < 4 else 32
+    rows = 64 if element_bytes < 4 and not interpreting() else 32
     together = min(next_power_of_2(group), rows)
     fewest = max(1, SMALLEST // together)
     queries = max(fewest, min(rows // together, next_power_of_2(query_tile_size + 1) // 2))
