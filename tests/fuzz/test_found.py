@@ -68,3 +68,12 @@ def test_ids_without_values_are_refused():
     with pytest.raises(ValueError, match="doc_ids must hold values to be used on cpu"):
         ki.doc_window_mask(1, 4, device="cpu", doc_ids=ids)
     assert ki.doc_window_mask(1, 4, device="meta", doc_ids=ids).shape == (1, 1, 4, 4)
+
+
+def test_a_missing_source_is_a_type_error():
+    """None passed the check, as the second source may be absent, and failed with an AttributeError."""
+    idx = torch.tensor([0])
+    with pytest.raises(TypeError, match="src must be a torch.Tensor, got NoneType"):
+        ki.gather_rows(None, idx)
+    with pytest.raises(TypeError, match="b must be a torch.Tensor, got NoneType"):
+        ki.gather_rows_pair(torch.ones(1, 1, 1), None, idx)

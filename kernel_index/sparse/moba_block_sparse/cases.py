@@ -56,8 +56,9 @@ def picked_by_hand(
     """Python's own sort over the scores of past blocks that hold a key the query sees; ties by the smaller index."""
     wide = torch.promote_types(q_JD.dtype, torch.float32)
     scores = []
-    for j in sorted({s // block_size for s in seen} - {position // block_size}):
-        inside = [s for s in range(j * block_size, (j + 1) * block_size) if doc is None or doc[s] == doc[position]]
+    for j in sorted({s // block_size for s in seen if s // block_size < position // block_size}):
+        keys = range(j * block_size, min((j + 1) * block_size, len(k_SD)))
+        inside = [s for s in keys if doc is None or doc[s] == doc[position]]
         scores.append((-float(q_JD.detach().to(wide).mean(0) @ k_SD.detach().to(wide)[inside].mean(0)), j))
     return {position // block_size} | {j for _, j in sorted(scores)[: topk - 1]}
 

@@ -55,7 +55,7 @@ def gather_rows(src: Tensor, idx: Tensor, *, backend: str = "auto") -> Tensor:
     >>> ki.gather_rows(torch.arange(3.0).view(3, 1, 1), torch.tensor([2, 0, 2])).flatten()
     tensor([2., 0., 2.])
     """
-    contract.check(src, None, idx, ("src", "b"))
+    contract.check({"src": src}, idx)
     call = (src, None, idx)
     return choose("gather_rows", BACKENDS, backend, *call).run(*call)[0]
 
@@ -82,7 +82,7 @@ def gather_rows_pair(a: Tensor, b: Tensor, idx: Tensor, *, backend: str = "auto"
     >>> [t.flatten().tolist() for t in ki.gather_rows_pair(keys, values, torch.tensor([1, 1]))]
     [[1.0, 1.0], [4.0, 4.0]]
     """
-    contract.check(a, b, idx, ("a", "b"))
+    contract.check({"a": a, "b": b}, idx)
     if b is None:
         raise TypeError("b must be a torch.Tensor, got NoneType")
     call = (a, b, idx)

@@ -11,24 +11,24 @@ GIANT = 1_000_000
 """Rows of a gather above which ``index_select`` takes over."""
 
 
-def check(a: Any, b: Any, idx: Any, names: tuple[str, str]) -> None:
-    for name, value in zip(names, (a, b), strict=True):
-        if value is None:
-            continue
+def check(sources: dict[str, Any], idx: Any) -> None:
+    """``sources`` are the tensors to gather from, under their arguments' names."""
+    (first, a), *others = sources.items()
+    for name, value in sources.items():
         checks.is_tensor(name, value)
         checks.has_rank(name, value, 3, "[N, H, D]")
-        checks.on_device(name, value, a, names[0])
-    if b is not None:
-        legend = "the rows and heads of a,"
-        if b.shape[:2] != a.shape[:2]:
-            raise ValueError(f"b must be [N, H, D] with {legend} {tuple(a.shape[:2])}, got shape {tuple(b.shape)}")
+        checks.on_device(name, value, a, first)
+    for name, value in others:
+        if value.shape[:2] != a.shape[:2]:
+            legend = f"[N, H, D] with the rows and heads of {first},"
+            raise ValueError(f"{name} must be {legend} {tuple(a.shape[:2])}, got shape {tuple(value.shape)}")
     checks.is_tensor("idx", idx)
     if idx.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"idx must be int32 or int64, got {idx.dtype}")
     checks.has_rank("idx", idx, 1, "[R]")
-    checks.on_device("idx", idx, a, names[0])
+    checks.on_device("idx", idx, a, first)
     if a.shape[0] == 0 and idx.shape[0] > 0:
-        raise ValueError(f"idx must be empty where {names[0]} has no rows, got {idx.shape[0]} indices")
+        raise ValueError(f"idx must be empty where {first} has no rows, got {idx.shape[0]} indices")
 
 
 def triton_why_not(a: Tensor, b: Tensor | None, idx: Tensor) -> str | None:
