@@ -15,6 +15,9 @@ from kernel_index.proofs.errors import clone_inputs
 SECONDS = 60
 """A call of a few thousand elements that takes longer hangs; the first one may compile."""
 
+REFUSALS = dict.fromkeys(("gather_rows", "gather_rows_pair"), (ValueError, TypeError, IndexError))
+"""A row that is not there is an IndexError, as it is for ``index_select``; everybody else has two kinds."""
+
 COUNTS: Counter[tuple[str, str]] = Counter()
 
 
@@ -30,7 +33,7 @@ def outcome_of(name: str, call: Callable[[], Any]) -> Any:
     with _in_time():
         try:
             result = call()
-        except (ValueError, TypeError, IndexError) as error:  # Ineligible is a ValueError
+        except REFUSALS.get(name, (ValueError, TypeError)) as error:  # Ineligible is a ValueError
             result = Refused(error)
     kind = "ran"
     if isinstance(result, Refused):

@@ -73,7 +73,15 @@ def test_ids_without_values_are_refused():
 def test_a_missing_source_is_a_type_error():
     """None passed the check, as the second source may be absent, and failed with an AttributeError."""
     idx = torch.tensor([0])
-    with pytest.raises(TypeError, match="src must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"src must be a torch\.Tensor, got NoneType"):
         ki.gather_rows(None, idx)
-    with pytest.raises(TypeError, match="b must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"b must be a torch\.Tensor, got NoneType"):
         ki.gather_rows_pair(torch.ones(1, 1, 1), None, idx)
+
+
+def test_picks_of_keys_that_are_not_there_are_refused():
+    """An IndexError from inside."""
+    x = torch.ones(1, 3, 1, 2)
+    picked = ki.lightning_indexer(x, x[:, :, 0], torch.ones(1, 3, 1), topk=3)
+    with pytest.raises(ValueError, match=r"selection\.indices must be below k's 2 keys, got 2"):
+        ki.lightning_indexer_loss(picked, x, x[:, :2])

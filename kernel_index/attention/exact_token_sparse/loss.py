@@ -92,6 +92,11 @@ def _check(selection: TokenSelection, q: Tensor, k: Tensor, scale: float | None,
         raise ValueError(f"q must be of a multiple of k's {kv_heads} heads, got {heads}")
     topk = selection.indices.shape[-1]
     checks.has_shape("selection.scores", selection.scores, (batch, queries, topk), "[B, T, topk] with q's B and T,")
+    if not torch.compiler.is_compiling() and selection.indices.device.type == "cpu" and topk > 0:
+        # Read where nothing waits for it; on a device PyTorch's own gather stops at a key that is not there.
+        picked = selection.indices.masked_fill(~selection.valid, -1)
+        if picked.numel() and int(picked.max()) >= keys:
+            raise ValueError(f"selection.indices must be below k's {keys} keys, got {int(picked.max())}")
     if scale is not None:
         checks.is_real("scale", scale)
     checks.is_real("softcap", softcap)
