@@ -85,3 +85,14 @@ def test_picks_of_keys_that_are_not_there_are_refused():
     picked = ki.lightning_indexer(x, x[:, :, 0], torch.ones(1, 3, 1), topk=3)
     with pytest.raises(ValueError, match=r"selection\.indices must be below k's 2 keys, got 2"):
         ki.lightning_indexer_loss(picked, x, x[:, :2])
+
+
+def test_queries_without_heads_are_refused():
+    """A ZeroDivisionError from the router."""
+    cache = ki.ContiguousKVCache(1, 1, 8, 1, 4)
+    cache.begin(1)
+    x = torch.ones(1, 1, 1, 4)
+    with pytest.raises(ValueError, match="q must be of at least one head"):
+        ki.moba_decode(x[:, :, :0], cache, k=x, v=x, block_size=2, topk=1)
+    with pytest.raises(ValueError, match="q must be of at least one head"):
+        ki.moba_attention(x[:, :, :0], x, x, block_size=2, topk=1)

@@ -23,10 +23,12 @@ def check(
 ) -> None:
     dense.check(q, k, v, mask, scale, softcap, None)
     check_causal(mask)
-    _check_router(block_size, topk, route_per)
+    _check_router(q, block_size, topk, route_per)
 
 
-def _check_router(block_size: Any, topk: Any, route_per: Any) -> None:
+def _check_router(q: Tensor, block_size: Any, topk: Any, route_per: Any) -> None:
+    if q.shape[2] < 1:
+        raise ValueError(f"q must be of at least one head, got shape {tuple(q.shape)}")
     checks.is_int("block_size", block_size, minimum=1)
     checks.is_int("topk", topk, minimum=1)
     checks.one_of("route_per", route_per, ROUTES)
@@ -45,7 +47,7 @@ def check_decode(
         raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got {new}")
     if scale is not None:
         checks.is_real("scale", scale)
-    _check_router(block_size, topk, route_per)
+    _check_router(q, block_size, topk, route_per)
 
 
 def groups_of(heads: int, kv_heads: int, route_per: str) -> int:
