@@ -51,7 +51,7 @@ def shard(model: LanguageModel, group: Group) -> None:
     mesh = init_device_mesh(model.head.weight.device.type, (group.size,))
     for block in model.hybrid_blocks():
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # also where no backward follows, as in evaluation
     register_fsdp_forward_method(model, "loss")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.lm.config import PRESETS, ExpertLayer, Latent, StateSpace
+from kernel_index.lm.config import PRESETS, ExpertLayer, Latent, Sparse, StateSpace
 from kernel_index.lm.generate import Sampling, generate, generate_batch, window_start
 from kernel_index.lm.model import LanguageModel
 
@@ -36,7 +36,12 @@ PARTS = {
     "state_space": StateSpace(heads=4, head_dim=16, state=8, chunk=8),
     "experts": ExpertLayer(count=4, topk=2, hidden=64, shared=32),
 }
+SPARSE = {"block": 4, "topk": 2, "tokens": 5, "index_heads": 2, "index_dim": 8}
 KINDS = {
+    **{
+        kind: make("AS", (None, w), sparse=Sparse((kind,), **SPARSE))
+        for kind, w in (("moba", 9), ("exact_token", None), ("clustered", None))
+    },
     "L": make("L", (None,), **PARTS),
     "M": make("M", (None,), **PARTS),
     "AE": make("AE", (7, None), **PARTS),

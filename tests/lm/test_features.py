@@ -1,0 +1,180 @@
+"""What a run can be told to do, and what it says about itself."""
+
+import json
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.lm.config import PRESETS, ExpertLayer, Latent, ModelConfig, Sparse, StateSpace
+from kernel_index.lm.generate import generate
+from kernel_index.lm.model import LanguageModel, active_parameters, after_next_targets, flops_per_token
+from kernel_index.lm.report import receipt_rows
+from kernel_index.lm.tensorboard import crc32c
+from kernel_index.lm.train import RunConfig, Trainer, read_metrics
+
+EPS = torch.finfo(torch.float32).eps
+
+HYBRID = replace(
+    PRESETS["tiny"].model, pattern="MASLSSE", windows=(None, 16, None, None, None, None, None), dim=32, heads=2,
+    head_dim=16, hidden=32, context=64,
+    sparse=Sparse(("exact_token", "moba", "clustered"), block=8, topk=2, tokens=8, index_dim=8),
+    latent=Latent(16, 8, fused=True), state_space=StateSpace(2, 16, 8, 16), experts=ExpertLayer(4, 2, 32),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        (folder / f"module_{i}.py").write_text(f"def function_{i}(value):\n    return value + {i}\n" * (1 + i % 3))
+    return str(folder)
+
+
+def config(corpus, **changes) -> RunConfig:
+    base = RunConfig.from_preset("nano", data=corpus, model=HYBRID, seed=3, steps=3, backend="reference")
+    return replace(base, checkpoint_every=100, evaluate_every=100, validation_rows=4, **changes)
+
+
+def run(corpus, folder, **changes):
+    trainer = Trainer.start(config(corpus, **changes), folder)
+    return trainer, [(r.loss, r.gradient_norm) for r in trainer.steps()]
+
+
+@pytest.fixture(scope="module")
+def plain(corpus, tmp_path_factory):
+    return run(corpus, tmp_path_factory.mktemp("runs") / "plain")
+
+
+def test_kernels_train_to_the_losses_of_the_plain_path(plain, corpus, tmp_path):
+    """Both against the rounding of float32, measured by splitting the batch in the plain path."""
+    ours, losses = run(corpus, tmp_path / "kernels", backend="auto")
+    _, split = run(corpus, tmp_path / "split", batch_rows=2, accumulate=2)
+    assert {r.ran for r in plain[0].receipts} == {"reference"}
+    assert len({r.ran for r in ours.receipts}) > 2
+    moved = max(abs(a[0] - b[0]) for a, b in zip(plain[1], split, strict=True))
+    for (loss, _), (expected, _) in zip(losses, plain[1], strict=True):
+        assert abs(loss - expected) <= 8 * moved + 64 * EPS * expected
+
+
+def test_recomputing_blocks_changes_no_bit(plain, corpus, tmp_path):
+    assert run(corpus, tmp_path / "run", recompute=True)[1] == plain[1]
+
+
+def test_receipts_name_every_computing_entry(plain):
+    trainer, _ = plain
+    with ki.receipts() as log:
+        "".join(generate(trainer.model.eval(), "x", 2))
+    trainer.receipts += log.counts()
+    assert {row.op for row in receipt_rows(trainer.receipts)} >= {
+        "attention", "clustered_sparse_attention", "exact_token_attention", "fa4_kvcache_decode",
+        "fused_bias_dropout_add", "fused_linear_cross_entropy", "fused_mla_projection", "fused_relu_squared",
+        "fused_residual_add_rms_norm", "fused_rope_qk", "gather_rows", "gather_rows_pair", "lightning_indexer",
+        "mhc_branch_input", "mhc_merge", "mhc_merge_and_branch_input", "moba_attention", "moba_decode", "sinkhorn",
+    }  # fmt: skip
+
+
+def test_tiny_has_every_letter_of_the_hybrid_above():
+    tiny = PRESETS["tiny"].model
+    assert set(tiny.pattern) == set(HYBRID.pattern) == set("ASLME")
+    assert tiny.sparse.kinds == HYBRID.sparse.kinds
+    assert tiny.pattern.count("S") == 3
+    assert (tiny.residual, tiny.latent.fused) == ("mhc", True)
+    assert any(window is not None for window in tiny.windows)
+
+
+def test_dense_warm_up_says_when_it_ended(corpus, tmp_path):
+    trainer = Trainer.start(config(corpus, sparse_from_step=2), tmp_path / "run")
+    seen = []
+    for _ in trainer.steps():
+        seen.append({(r.op, r.details.get("path")) for r in trainer.receipts})
+        trainer.receipts.clear()
+    dense = ("exact_token_attention", "reroute_to_full")
+    assert [dense in s for s in seen] == [True, True, False]
+    assert ["moba_attention" in {op for op, _ in s} for s in seen] == [False, False, True]
+
+
+def test_goodput_adds_up_and_metrics_reach_tensorboard(plain):
+    trainer, losses = plain
+    shares = trainer.goodput.shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["step"] > shares["data"] > 0
+    (path,) = (trainer.folder / "tensorboard").iterdir()
+    content, records = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        body, (check,) = content[12 : 12 + length], struct.unpack("<I", content[12 + length : 16 + length])
+        crc = crc32c(body)
+        assert check == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        records.append(body)
+        content = content[16 + length :]
+    assert records[0].endswith(b"brain.Event:2")
+    assert len(records) == 1 + len(losses)
+    for body, (loss, _) in zip(records[1:], losses, strict=True):
+        assert b"train/loss_nats\x15" + struct.pack("<f", loss) in body
+    assert [m.loss for m in read_metrics(trainer.folder)] == [loss for loss, _ in losses]
+
+
+def test_a_configuration_survives_json():
+    for model in (HYBRID, *(p.model for p in PRESETS.values())):
+        assert ModelConfig.from_json(json.loads(json.dumps(model.to_json()))) == model
+    with pytest.raises(ValueError, match="must have the fields of Latent, got lateen"):
+        ModelConfig.from_json({**HYBRID.to_json(), "latent": {"lateen": 3}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": "MAR"}, "pattern must be made of the letters A "),
+        ({"windows": (3,) * 7}, "windows must be None but for A and S blocks, got one for block 0"),
+        ({"residual": "none"}, "residual must be one of fp32, plain, mhc, got 'none'"),
+        ({"activation": "gelu"}, "activation must be one of relu2, swiglu, got 'gelu'"),
+    ],
+)
+def test_unknown_parts_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(HYBRID, **changes)
+    with pytest.raises(ValueError, match="kinds must be made of exact_token, moba, clustered"):
+        Sparse(("nearest",))
+
+
+def test_the_head_that_looks_further_adds_its_loss_while_training(plain, corpus):
+    torch.manual_seed(0)
+    model = LanguageModel(replace(HYBRID, pattern="A", windows=(None,), residual="fp32", ahead=0.5))
+    batch = plain[0].rows.at_step(0, 2, 0)
+    with torch.no_grad():
+        model.head.weight.normal_()
+        both, alone = model.loss(batch), model.eval().loss(batch)
+        further = model.after_next(model.hidden(batch), model.embed(batch.targets.clamp_min(0)))
+        logits = (further @ model.head.weight.T)[..., : model.config.vocab]
+    targets = after_next_targets(batch)
+    assert (
+        targets[:, :-1] == torch.where(batch.doc_ids[:, 1:] == batch.doc_ids[:, :-1], batch.targets[:, 1:], -100)
+    ).all()
+    extra = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    lse = logits.logsumexp(-1)[targets != -100]
+    torch.testing.assert_close(both - alone, 0.5 * (extra + model.config.z_loss * lse.square().mean()))
+
+
+def test_flops_count_every_weight_that_a_token_meets():
+    e = ExpertLayer(4, 2, 32, shared=16)
+    c = replace(HYBRID, pattern="ALE", windows=(15, None, None), residual="fp32", experts=e, ahead=0.5)
+    model = LanguageModel(c)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    experts = model.blocks[2].mlp
+    weights += experts.router.weight.numel() + (experts.up.numel() + experts.down.numel()) // 2
+    weights += model.head.weight.numel()  # the head that looks further shares it
+    windowed = c.heads * 2 * c.head_dim * 16
+    whole = c.heads * (2 * c.head_dim + c.latent.rope) * c.context / 2
+    assert flops_per_token(c) == 6 * (weights + windowed + whole)
+    assert active_parameters(model) == model.parameter_count() - (experts.up.numel() + experts.down.numel()) // 2
+
+
+def test_a_model_compiles_into_one_graph(plain):
+    model = LanguageModel(replace(HYBRID, pattern="MS", windows=(None,) * 2, residual="fp32"))
+    batch = plain[0].rows.at_step(0, 2, 0)
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(batch)
+    loss.backward()
+    torch.testing.assert_close(loss, model(batch))
