@@ -73,6 +73,23 @@ def test_a_mapping_says_what_a_contract_says():
     assert ki.exact_mask_key({}, dtype=torch.bfloat16).dtype == "bfloat16"
 
 
+def test_counts_may_stand_for_themselves():
+    def key(**fields):
+        return ki.exact_mask_key(fields)
+
+    tokens, slots = torch.tensor([3]), torch.tensor([0])
+    assert key(valid_token_counts=tokens) == key(validity=TOKENS) == key(valid_token_counts=[9], base_block_tokens=2)
+    assert key(valid_slot_counts=slots, valid_token_counts=tokens, base_block_tokens=2) == key(validity=SLOTS)
+    assert key(valid_token_counts=None) == key()
+    for message, fields in {
+        "base_block_tokens must be a positive integer": {"valid_slot_counts": slots},
+        "has_valid_counts must be True": {"valid_token_counts": tokens, "has_valid_counts": False},
+        "validity must be None": {"valid_token_counts": tokens, "validity": TOKENS},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            key(**fields)
+
+
 REFUSALS = {
     "contract must be a MaskContract or a mapping of its fields, got NoneType": None,
     "contract must be a MaskContract or a mapping of its fields, got list": [("causal", True)],

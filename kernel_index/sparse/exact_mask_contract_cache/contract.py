@@ -12,10 +12,14 @@ RUNTIME = ("doc_ids", "validity", "q_offset")
 
 PRESENCE = {"doc_ids": "has_doc_ids", "validity": "has_valid_counts", "q_offset": "has_q_offset"}
 
+COUNTS = ("valid_token_counts", "valid_slot_counts")
+"""What ``doc_window_mask`` and ``attention_validity`` call them; in a mapping their presence is a validity's."""
+
 FIELDS = (
     *("causal", "window", "local_window", "block_sizes", "base_block_tokens", "dtype", "backend"),
     *RUNTIME,
     *PRESENCE.values(),
+    *COUNTS,
 )
 
 
@@ -31,7 +35,23 @@ def fields_of(contract: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     for name in stated:
         if name not in FIELDS:
             raise ValueError(f"contract must be made of the fields {', '.join(FIELDS)}, got {name!r}")
-    return stated | {name: value for name, value in given.items() if value is not None}
+    return _with_counts(stated) | {name: value for name, value in given.items() if value is not None}
+
+
+def _with_counts(stated: dict[str, Any]) -> dict[str, Any]:
+    """Counts given as such, in place of a validity: the size of a slot matters where slots are counted alone."""
+    tokens, slots = (stated.pop(name, None) for name in COUNTS)
+    if tokens is None and slots is None:
+        return stated
+    if stated.get("validity") is not None:
+        raise ValueError("validity must be None where counts are given, got both")
+    if stated.get("has_valid_counts") is False:
+        raise ValueError("has_valid_counts must be True for the counts that are given, got False")
+    if slots is None:
+        stated.pop("base_block_tokens", None)
+    elif stated.get("base_block_tokens") is None:
+        raise ValueError("base_block_tokens must be a positive integer where slot counts are given, got None")
+    return stated | {"has_valid_counts": True}
 
 
 def presence(fields: Mapping[str, Any], name: str) -> bool:
