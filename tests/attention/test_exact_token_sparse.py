@@ -95,6 +95,32 @@ def test_queries_without_a_key_give_zero_and_no_gradient(backend):
     assert all(torch.isfinite(g).all() for g in grads)
 
 
+def test_the_future_changes_no_earlier_pick_output_or_gradient():
+    """Indexer and attention together; the cut lies inside a chunk of queries."""
+    cut = 40
+    q, k, v = qkv()
+    generator = torch.Generator().manual_seed(1)
+    q_idx, k_idx, w = (torch.randn(1, 70, *n, generator=generator) for n in ((2, 8), (8,), (2,)))
+    upstream = torch.randn(q.shape, generator=generator)
+    upstream[:, cut:] = 0.0
+
+    def trial(scale):
+        later = torch.where(torch.arange(70) < cut, 1.0, scale)
+        shaped = later[:, None, None]
+        leaves = [(x * shaped).requires_grad_() for x in (q, k, v)]
+        picked = ki.lightning_indexer(q_idx * shaped, k_idx * later[:, None], w * later[:, None], topk=6)
+        out = ki.exact_token_attention(*leaves, picked, backend="cpu")
+        return picked, out, torch.autograd.grad(out, leaves, upstream)
+
+    before, after = trial(1.0), trial(-50.0)
+    assert torch.equal(before[0].indices[:, :cut], after[0].indices[:, :cut])
+    assert not torch.equal(before[0].indices, after[0].indices)
+    torch.testing.assert_close(before[1][:, :cut], after[1][:, :cut])
+    for a, b in zip(before[2], after[2], strict=True):
+        torch.testing.assert_close(a[:, :cut], b[:, :cut])
+        assert not b[:, cut:].any()
+
+
 def test_documents_packed_and_alone_are_the_same():
     q, k, v = qkv()
     docs = (torch.arange(70) >= 30).long()

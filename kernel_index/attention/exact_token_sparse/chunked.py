@@ -18,11 +18,11 @@ CHUNK = 64
 """Queries of a chunk."""
 
 ELEMENTS = 1 << 22
-"""Products of a tile, or fetched numbers of a chunk, at once; 64 times as many on a GPU."""
+"""Products of a tile, or fetched numbers of a chunk, at once; 16 times as many on a GPU."""
 
 
 def _at_once(like: Tensor) -> int:
-    return ELEMENTS if like.device.type == "cpu" else 64 * ELEMENTS
+    return ELEMENTS if like.device.type == "cpu" else 16 * ELEMENTS
 
 
 def _wide(x: Tensor) -> Tensor:
