@@ -87,7 +87,9 @@ def machine_rules() -> dict[str, str | None]:
         "triton": None
         if has_package("triton") and (cuda or interpreting)
         else "needs the triton package (pip install triton) and a CUDA or ROCm device (or TRITON_INTERPRET=1)",
-        "fa4": None if has_package("flash_attn") and cuda else "needs the flash-attn-4 package (pip install flash-attn-4) and a CUDA device",
+        "fa4": None
+        if has_package("flash_attn") and cuda
+        else "needs the flash-attn-4 package (pip install flash-attn-4) and a CUDA device",
         "flex": None if cuda else "needs a CUDA device: FlexAttention has no backward on a CPU",
         "varlen": None if cuda else "needs a CUDA device",
         "pallas": None if has_package("jax") else "needs the jax package (pip install jax)",

@@ -46,7 +46,8 @@ def doc_window_mask(
         Bool [B, 1, T, S], True where the query may attend, always with the batch dimension.
 
     Raises:
-        ValueError: sizes that contradict each other, a device that is not here, or T above 8192 (``dense_mask_too_large``, with the bytes).
+        ValueError: sizes that contradict each other, a device that is not here, or T above 8192
+            (``dense_mask_too_large``, with the bytes).
         TypeError: ids or counts that are not integers.
 
     Source: the window convention is FlashAttention's.
