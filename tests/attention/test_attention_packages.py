@@ -8,11 +8,13 @@ import torch
 from hypothesis import assume, given, settings
 
 import kernel_index as ki
+from kernel_index.attention.dense_attention import contract
 from kernel_index.attention.dense_attention.cases import qkv
 from kernel_index.attention.dense_attention.contract import _packing_rule
 from kernel_index.attention.dense_attention.fa4 import attention_with_lse_fa4
 from kernel_index.attention.dense_attention.varlen import attention_varlen
 from kernel_index.cases import Maker
+from kernel_index.target import Target, pretend
 from tests.attention.contracts import calls
 
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -101,3 +103,15 @@ def test_varlen_is_told_what_the_contract_says(monkeypatch):
         compare(actual, ki.attention(*leaves, mask, scale=0.3, backend="reference"), leaves)
 
     check()
+
+
+def test_fa4_is_not_asked_for_gradients_of_packed_documents(monkeypatch):
+    """On an H100 its backward over packed sequences was wrong; outputs were right, and so were dense gradients."""
+    monkeypatch.setattr(contract, "has_package", lambda name: True)
+    q, k, v = (torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+    packed = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
+    with pretend(Target("cuda", 90)):
+        assert contract.fa4_why_not(q, k, v, packed, None, 0.0, None) == contract.PACKED_BACKWARD
+        with torch.no_grad():
+            assert contract.fa4_why_not(q, k, v, packed, None, 0.0, None) != contract.PACKED_BACKWARD
+        assert contract.fa4_why_not(q, k, v, ki.MaskContract(), None, 0.0, None) is None
