@@ -17,7 +17,6 @@ import torch
 
 import kernel_index as ki
 from benchmarks.harness import Comparison, Contender, compare
-from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 
 CACHED, HEADS, KV_HEADS, WIDTH, BLOCK, PICKED = 65536, 8, 2, 64, 64, 16
 TARGET = 0.1
@@ -53,7 +52,7 @@ def routed(per: str) -> Callable[..., object]:
     )
 
 
-def dense(q: torch.Tensor, layer: CacheLayer, k: torch.Tensor, v: torch.Tensor) -> object:
+def dense(q: torch.Tensor, layer: ki.CacheLayer, k: torch.Tensor, v: torch.Tensor) -> object:
     return ki.fa4_kvcache_decode(q, k=k, v=v, **layer)
 
 

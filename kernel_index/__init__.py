@@ -12,7 +12,7 @@ from kernel_index.attention.dense_attention.api import AttentionOutput, attentio
 from kernel_index.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
 from kernel_index.attention.dense_fa4_execute_proof.request import ProofShape
 from kernel_index.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
-from kernel_index.attention.dense_fa4_kvcache_decode.cache import ContiguousKVCache
+from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer, ContiguousKVCache
 from kernel_index.attention.dense_fa4_kvcache_decode.paged import OutOfPages, PagedKVCache
 from kernel_index.attention.doc_window_mask.api import doc_window_mask
 from kernel_index.attention.doc_window_mask.mask import MaskContract
@@ -65,6 +65,7 @@ __all__ = [
     "AttentionValidity",
     "BlockSelection",
     "BlockSparseBackend",
+    "CacheLayer",
     "ClusteredSparseConfig",
     "ContiguousKVCache",
     "ExactMaskKey",

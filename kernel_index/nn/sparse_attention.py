@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index import checks
-from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
@@ -20,8 +19,8 @@ QUERIES_AT_ONCE = 64
 class ExactTokenCache(NamedTuple):
     """What ``kind="exact_token"`` decodes with: its keys and values, and the keys of its indexer."""
 
-    attention: CacheLayer
-    index: CacheLayer
+    attention: "ki.CacheLayer"
+    index: "ki.CacheLayer"
 
 
 class SparseAttention(Mixer):
@@ -176,7 +175,7 @@ class Indexer(nn.Module):
         q_BTJI = self.q(x).unflatten(-1, (self.heads, -1))
         return ki.lightning_indexer(q_BTJI, keys_BSI, self.w(x), topk=topk, mask=mask)
 
-    def remember(self, x_BTC: Tensor, cache: CacheLayer) -> Tensor:
+    def remember(self, x_BTC: Tensor, cache: "ki.CacheLayer") -> Tensor:
         """Write the keys of new tokens; all cached keys, one row for each slot of the pool."""
         new = self.keys(x_BTC)[:, :, None]
         cache.write(new, new)
@@ -197,7 +196,7 @@ class _JoinLoss(torch.autograd.Function):
         return grad, torch.ones((), dtype=dtype, device=device)
 
 
-def right_aligned(layer: CacheLayer, window: int | None) -> tuple[Tensor, "ki.MaskContract"]:
+def right_aligned(layer: "ki.CacheLayer", window: int | None) -> tuple[Tensor, "ki.MaskContract"]:
     """Where the tokens of each row lie in a paged pool, [B, S], the last in the last column, −1 in front of the first.
 
     Rows of different lengths then share one contract: their queries end where their keys end.

@@ -18,7 +18,7 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def capped(softcap: float) -> Callable[..., Tensor] | None:
+def _capped(softcap: float) -> Callable[..., Tensor] | None:
     if softcap == 0:
         return None
 
@@ -37,7 +37,7 @@ def attention_with_lse_flex(
     attend = flex_attention if torch.compiler.is_compiling() else _compiled()
     out, lse = attend(
         *(x.transpose(1, 2) for x in (q, k, v)),
-        score_mod=capped(softcap),
+        score_mod=_capped(softcap),
         block_mask=mask.flex_block_mask(128, sizes.batch, sizes.queries, sizes.keys, device=q.device),
         scale=scale_of(q, scale),
         enable_gqa=q.shape[2] != k.shape[2],

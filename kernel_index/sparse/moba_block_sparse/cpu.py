@@ -12,8 +12,7 @@ from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 from kernel_index.attention.doc_window_mask.contract import Window
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
-from kernel_index.sparse.moba_block_sparse.decoding import Routed, places, route
-from kernel_index.sparse.moba_block_sparse.reference import attend_to
+from kernel_index.sparse.moba_block_sparse.decoding import Routed, attend_to, places, route
 from kernel_index.sparse.routing import TopBlocks
 
 ELEMENTS_AT_ONCE = 1 << 18

@@ -75,3 +75,13 @@ def places(routed: Routed, cache: CacheLayer, block_size: int) -> Places:
         return Places(rows, allowed)
     pages = table.to(torch.int64).gather(1, (token // inner).flatten(1)).view_as(token)
     return Places(pages.clamp(min=0) * inner + token % inner, allowed)
+
+
+def attend_to(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, softcap: float) -> Tensor:
+    """Softmax of ``q·keysᵀ`` times the values, by the last two dimensions; where nothing is allowed, 0."""
+    scores = q @ keys.transpose(-1, -2)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    empty = ~allowed.any(-1, keepdim=True)
+    scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
+    return torch.softmax(scores, -1).masked_fill(empty, 0.0) @ values

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.attention.dense_attention.contract import scale_of, sizes_of
-from kernel_index.attention.dense_attention.flex import capped
 from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.sparse.block_sparse_attention.reference import membership
 from kernel_index.sparse.moba_block_sparse.router import route
 from kernel_index.sparse.routing import TopBlocks, num_blocks
 
@@ -30,11 +28,14 @@ def attend_flash(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
     picks = route(q, k, block_size, topk, mask, groups)
     attend = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention)
     out = attend(
         *(x.transpose(1, 2) for x in (q, k, v)),
-        score_mod=capped(softcap),
+        score_mod=cap if softcap else None,
         block_mask=block_mask(picks, q, k, block_size, mask),
         scale=scale_of(q, scale),
         enable_gqa=q.shape[2] != k.shape[2],
@@ -48,7 +49,7 @@ def block_mask(picks: TopBlocks, q: Tensor, k: Tensor, block_size: int, mask: Ma
     from torch.nn.attention.flex_attention import BlockMask
 
     sizes, keys = sizes_of(q, k, mask), k.shape[1]
-    member = membership(picks.indices, picks.valid, num_blocks(keys, block_size))  # [B, T, G, blocks]
+    member = _member(picks, num_blocks(keys, block_size))
     group = q.shape[2] // member.shape[2]
     start, end = mask.intervals(sizes.batch, sizes.queries, keys, device=q.device)
 
@@ -72,3 +73,10 @@ def block_mask(picks: TopBlocks, q: Tensor, k: Tensor, block_size: int, mask: Ma
         mask_mod=allowed,
         seq_lengths=(sizes.queries, keys),
     )
+
+
+def _member(picks: TopBlocks, blocks: int) -> Tensor:
+    """Which blocks each query picked, bool [B, T, G, blocks]; what is no pick goes to a column that is cut off."""
+    place = torch.where(picks.valid, picks.indices, blocks).to(torch.int64)
+    table = torch.zeros((*place.shape[:3], blocks + 1), dtype=torch.bool, device=place.device)
+    return table.scatter_(-1, place, True)[..., :blocks]

@@ -17,6 +17,10 @@ class BlockSparseBackend(NamedTuple):
     """``requested`` as the caller wrote it, ``actual`` the backend that is tried first, and why it is another one.
 
     ``fallback_reason`` is empty where the request is what is tried.
+
+    >>> import kernel_index as ki
+    >>> ki.resolve_block_sparse_backend("reference").actual
+    'reference'
     """
 
     requested: str | None

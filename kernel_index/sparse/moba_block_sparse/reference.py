@@ -8,7 +8,7 @@ from kernel_index.attention.dense_fa4_kvcache_decode.append import places as new
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 from kernel_index.attention.dense_fa4_kvcache_decode.contract import wants_gradient
 from kernel_index.attention.doc_window_mask.contract import Window
-from kernel_index.sparse.moba_block_sparse.decoding import places, route
+from kernel_index.sparse.moba_block_sparse.decoding import attend_to, places, route
 
 ELEMENTS_AT_ONCE = 1 << 24
 """Queries are taken in chunks of at most this many gathered elements."""
@@ -44,13 +44,3 @@ def decode_reference(
     step = max(1, ELEMENTS_AT_ONCE // max(1, rows[:, :1].numel() * q.shape[3]))
     parts = [attend(slice(t, t + step)) for t in range(0, max(1, q.shape[1]), step)]
     return torch.cat(parts, 1).flatten(2, 3).to(q.dtype).contiguous()
-
-
-def attend_to(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, softcap: float) -> Tensor:
-    """Softmax of ``q·keysᵀ`` times the values, by the last two dimensions; where nothing is allowed, 0."""
-    scores = q @ keys.transpose(-1, -2)
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    empty = ~allowed.any(-1, keepdim=True)
-    scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
-    return torch.softmax(scores, -1).masked_fill(empty, 0.0) @ values

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_index.attention.dense_fa4_kvcache_decode.triton import LOG2E, join_kernel
+from kernel_index.attention.splits import join_kernel
 from kernel_index.attention.tiles import dot, narrow, tanh
 from kernel_index.gpu import ceil_div, interpreting, next_power_of_2, on_device, processors
+
+LOG2E = 1.4426950408889634
 
 
 @triton.jit
