@@ -48,6 +48,10 @@ class Backend:
     details: Callable[..., tuple[tuple[str, Any], ...]] | None = None
 
 
+REFERENCES = ("reference", "xla")
+"""The last backend of a table: torch's, and the one for JAX arrays, which ``"reference"`` means there."""
+
+
 def always(*_: Any) -> None:
     """The rule of a backend that runs every legal call."""
 
@@ -276,6 +280,8 @@ def choose(op: str, backends: tuple[Backend, ...], requested: str, *call: Any) -
     """Take the first eligible backend in table order; a named backend either runs or raises ``Ineligible``."""
     forced = _FORCED.get(op) or _FORCED.get("")
     wanted, forced_by = forced if forced else (requested, None)
+    if wanted == "reference" and backends[-1].name in REFERENCES:
+        wanted = backends[-1].name
     if _EXPLAINING and threading.get_ident() in _EXPLAINING:
         raise _Explained(_explanation(op, backends, requested, wanted, forced_by, call))
     declined: tuple[tuple[str, str], ...] = ()
@@ -295,7 +301,7 @@ def _verdict(backend: Backend, wanted: str, call: tuple) -> str | None:
     if rule is None and wanted == "auto":
         if backend.not_worth is not None:
             rule = backend.not_worth(*call)
-        if rule is None and _STRICT[0] > 0 and backend.name == "reference" and _on_accelerator(call):
+        if rule is None and _STRICT[0] > 0 and backend.name in REFERENCES and _on_accelerator(call):
             rule = "strict mode: a fallback to the reference on an accelerator is an error"
     return rule
 
@@ -304,7 +310,8 @@ def _on_accelerator(call: tuple) -> bool:
     for value in call:
         if isinstance(value, torch.Tensor):
             return target_of(value.device).kind != "cpu"
-    return False
+    found = sys.modules.get("kernel_index.jax.target")
+    return found is not None and found.on_accelerator(call)
 
 
 def _explanation(op, backends, requested, wanted, forced_by, call) -> Explanation:

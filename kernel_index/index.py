@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ class Entry:
         if self.missing():
             return ()
         found: dict[str, BackendState] = {}
-        for table in _tables(self._api()):
+        for table in itertools.chain.from_iterable(map(_tables, self._modules())):
             for b in table:
                 rules = sentences(b.why_not)
                 advice = () if b.not_worth is None else sentences(b.not_worth)
@@ -105,7 +106,16 @@ class Entry:
         return bool(re.search(rf"^(class|def) {name}\b", source, re.MULTILINE) and re.search(rf"\b({calls})\(", source))
 
     def _api(self) -> ModuleType:
-        return importlib.import_module(".".join(("kernel_index", *Path(self.folder).parts, "api")))
+        return self._module("api")
+
+    def _modules(self) -> Iterator[ModuleType]:
+        """Where the entry's backends are listed; those for JAX arrays have a file of their own, which needs no JAX."""
+        yield self._api()
+        if (ROOT / self.folder / "jax_backends.py").exists():
+            yield self._module("jax_backends")
+
+    def _module(self, name: str) -> ModuleType:
+        return importlib.import_module(".".join(("kernel_index", *Path(self.folder).parts, name)))
 
 
 def _signature(function: Callable[..., Any]) -> str:

@@ -1,6 +1,7 @@
 """Where JAX would run a call, and whether a Pallas kernel is compiled or interpreted there."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,3 +29,9 @@ def platform_of(array: Any) -> str:
     if is_traced(array) or not isinstance(array, jax.Array):
         return jax.default_backend()
     return next(iter(array.devices())).platform
+
+
+def on_accelerator(call: tuple) -> bool:
+    """Whether the first array of a call lies on an accelerator: what ``strict`` asks."""
+    arrays = (value for value in call if isinstance(value, jax.Array))
+    return any(platform_of(value) != "cpu" for value in itertools.islice(arrays, 1))

@@ -23,6 +23,7 @@ def _environment() -> None:
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
         ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),  # other compilations may run beside this one
     ):
         os.environ.setdefault(name, value)
 

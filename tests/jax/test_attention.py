@@ -128,6 +128,22 @@ def test_receipts_and_explain():
         kij.attention(half, half, half, backend="pallas")
 
 
+def test_the_reference_is_xla_and_strict_refuses_it_on_a_tpu(monkeypatch):
+    from kernel_index import dispatch
+    from kernel_index.jax.target import pretend
+
+    q = jnp.ones((1, 4, 1, 8), jnp.float16)  # which pallas declines
+    monkeypatch.setenv("KERNEL_INDEX_BACKEND", "reference")
+    dispatch.reload_environment()
+    assert ki.explain(kij.attention, q, q, q).would_run == "xla"
+    monkeypatch.delenv("KERNEL_INDEX_BACKEND")
+    dispatch.reload_environment()
+    with pretend("tpu"):
+        assert ki.explain(kij.attention, q, q, q).would_run == "xla"
+        with ki.strict():
+            assert ki.explain(kij.attention, q, q, q).would_run is None
+
+
 def test_one_compilation_serves_every_batch():
     interval_attention.KERNELS.cache.clear()
     q = jnp.ones((2, 8, 1, 4))
