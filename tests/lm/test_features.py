@@ -63,6 +63,20 @@ def test_recomputing_blocks_changes_no_bit(plain, corpus, tmp_path):
     assert run(corpus, tmp_path / "run", recompute=True)[1] == plain[1]
 
 
+def test_a_hybrid_run_resumes_bit_for_bit(plain, corpus, tmp_path):
+    """Weights, moments, the experts' biases, and the order of the data all come back."""
+    trainer = Trainer.start(config(corpus), tmp_path / "run")
+    for report in trainer.steps():
+        if report.step == 2:
+            trainer.save()
+            break
+    resumed = Trainer.resume(tmp_path / "run")
+    assert [(r.loss, r.gradient_norm) for r in resumed.steps()] == plain[1][2:]
+    whole = plain[0].model.state_dict()
+    assert any(name.endswith("router.bias") and tensor.any() for name, tensor in whole.items())
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.model.state_dict().items())
+
+
 def test_receipts_name_every_computing_entry(plain):
     trainer, _ = plain
     with ki.receipts() as log:
