@@ -53,18 +53,18 @@ def pick_config(kernel: str, width: int, element_bytes: int, capped: bool, targe
     """
     if interpreting():
         return Config(SMALLEST, 4, 1)
-    if element_bytes == 4:  # no tensor cores in full float32; two stages keep operands out of registers
-        if width <= 64:
-            return Config(32, 4, 2)
-        return Config(32, 8, 2) if kernel == "queries" and width <= 128 else Config(16, 4 if width <= 128 else 8, 2)
     keys = kernel == "keys"
+    if element_bytes == 4:  # no tensor cores in full float32; two stages keep operands out of registers
+        wide = width > 64 and (keys or kernel == "forward" or width > 128)
+        return Config(16 if wide else 32, 4 if kernel == "forward" and width <= 128 else 8, 2)
     if width > 128:
         return Config(16 if keys else 32, 8, 2)
     tight = kernel != "forward" and (capped or target.arch not in (90, 100))
     step = 32 if tight else 64
     if target.kind == "hip" and keys:
         return Config(step, 4, 1)
-    return Config(step, 8 if keys and width > 64 else 4, 3 if width <= 64 and not keys else 2)
+    # A third stage fetches the rows' list one step earlier, and from 64 columns down the rows themselves.
+    return Config(step, 8 if keys and width > 64 else 4, 3 if keys or width <= 64 else 2)
 
 
 class Launch(NamedTuple):

@@ -100,13 +100,15 @@ def _queries_kernel(
 @triton.jit
 def _keys_step(
     dk, dv, k, v, q_base, d_out_base, lse_base, delta_base, list_ptr, start, end, q_t, q_h, g_t, g_h,
-    first, stop, partial, head, head_exists, H, inner, outer,
+    first, stop, partial, head, last_head, H, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    HEADS: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, BM)
     place = first + row // HEADS
-    exists = (place < stop) & head_exists
+    exists = place < stop
+    if GROUP % HEADS != 0:
+        exists = exists & (head < last_head)
     query = tl.load(list_ptr + place, mask=exists, other=0)
     token = query.to(tl.int64) if WIDE else query
     q = load_rows(q_base, token * q_t + head * q_h, exists, D, BLOCK_D)
@@ -155,21 +157,22 @@ def _keys_kernel(
     dv = tl.zeros((BN, BLOCK_DV), tl.float32)
     for i in range(0, GROUPS * CHUNKS):
         g, of_group = own * GROUPS + i // CHUNKS, i % CHUNKS * HEADS + of_program
-        head, head_exists = g.to(tl.int32) * GROUP + of_group, of_group < GROUP
+        head, last_head = g.to(tl.int32) * GROUP + of_group, g.to(tl.int32) * GROUP + GROUP
         bounds = bounds_ptr + ((b * K * GROUPS + g) * BLOCKS + block) * 4
-        first, whole = tl.load(bounds), tl.load(bounds + 1)
-        cease, last = tl.load(bounds + 2), tl.load(bounds + 3)
-        left, full = tl.cdiv(whole - first, QUERIES).to(tl.int32), tl.cdiv(cease - whole, QUERIES).to(tl.int32)
-        right = tl.cdiv(last - cease, QUERIES).to(tl.int32)
+        first = tl.load(bounds)
+        whole, cease = (tl.load(bounds + 1) - first).to(tl.int32), (tl.load(bounds + 2) - first).to(tl.int32)
+        last = (tl.load(bounds + 3) - first).to(tl.int32)
+        left, full = tl.cdiv(whole, QUERIES), tl.cdiv(cease - whole, QUERIES)
+        right = tl.cdiv(last - cease, QUERIES)
         for j in range(0, left + full + right):
             behind = j >= left + full
             partial = (j < left) | behind
-            begin = tl.where(behind, cease - (left + full) * QUERIES, tl.where(partial, first, whole - left * QUERIES))
+            begin = tl.where(behind, cease - (left + full) * QUERIES, tl.where(partial, 0, whole - left * QUERIES))
             stop = tl.where(behind, last, tl.where(partial, whole, cease))
             dk, dv = _keys_step(
-                dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr, start, end, q_t, q_h, g_t, g_h,
-                begin + j * QUERIES, stop, partial, head, head_exists, H, inner, outer,
-                D, DV, BLOCK_D, BLOCK_DV, BM, HEADS, CAPPED, WIDE, UPCAST,
+                dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr + first, start, end, q_t, q_h, g_t, g_h,
+                begin + j * QUERIES, stop, partial, head, last_head, H, inner, outer,
+                D, DV, BLOCK_D, BLOCK_DV, BM, GROUP, HEADS, CAPPED, WIDE, UPCAST,
             )  # fmt: skip
     store_tile(dk_ptr + (b * S * K + own) * D, at, K * D, dk * scale, rows, BN, D, BLOCK_D, UPCAST)
     store_tile(dv_ptr + (b * S * K + own) * DV, at, K * DV, dv, rows, BN, DV, BLOCK_DV, UPCAST)
