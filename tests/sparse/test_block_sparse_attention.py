@@ -34,7 +34,7 @@ def assert_close(actual, expected, times=8):
 @pytest.mark.parametrize(("groups", "compiled"), [(2, True), (4, False)])
 def test_many_steps_give_what_the_reference_gives_and_the_same_bits_again(groups, compiled, monkeypatch):
     """The last steps are shorter; documents and a window cut blocks; the gradient of lse counts."""
-    monkeypatch.setattr(cpu, "SCORES_AT_ONCE", 1 << 13)
+    monkeypatch.setattr(cpu, "SCORE_BYTES", 1 << 15)
     if not compiled:
         monkeypatch.setattr(cpu, "FEW_STEPS", 10**6)
     tensors, selected, size = call(groups=groups)

@@ -17,8 +17,8 @@ from kernel_index.sparse.block_sparse_attention.contract import scale_of, sizes_
 from kernel_index.sparse.block_sparse_attention.tiles import Tiles, tiles_of
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 
-SCORES_AT_ONCE = 1 << 20
-"""Scores of a step, 4 MiB of float32: much larger ones leave the caches, smaller ones wait for Python."""
+SCORE_BYTES = 1 << 22
+"""Bytes of a step's scores: much larger ones leave the caches, smaller ones wait for Python."""
 
 FEW_STEPS = 4
 """Up to this many steps run the plain formulas: too few for a compiled region to pay."""
@@ -102,7 +102,8 @@ class _Call:
         self.dtype = q.dtype if q.dtype == torch.bfloat16 else torch.promote_types(q.dtype, torch.float32)
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.q, self.k = self.by_rows(q), self.by_blocks(k)
-        per_step = max(1, SCORES_AT_ONCE // (tiles.rows.shape[1] * self.heads * block_size))
+        tile_bytes = tiles.rows.shape[1] * self.heads * block_size * self.dtype.itemsize
+        per_step = max(1, SCORE_BYTES // tile_bytes)
         self.compiled = tiles.rows.shape[0] > FEW_STEPS * per_step and inductor.why_not(q) is None
         self.starts = [
             *range(0, tiles.opening, per_step),
