@@ -41,3 +41,41 @@ def score_of(key: Tensor) -> Tensor:
     """The float32 score of each key that was not forced; whatever stands for ``NOTHING``."""
     rank = (key >> 31).clamp(-PLACES, PLACES - 1).to(torch.int32)
     return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def best_keys(scores: Tensor, allowed: Tensor, place: Tensor, kept: int) -> Tensor:
+    """The keys of the ``kept`` best allowed places along the last dimension, in any order; ``NOTHING`` behind them.
+
+    On a host the scores themselves decide where no tie does, which is several times cheaper; the choice is the same.
+    ``place`` broadcasts with the scores; ``kept`` is at most their number.
+    """
+    found = _by_value(scores, allowed, place, kept) if _may_look(scores) else None
+    if found is not None:
+        return found
+    return torch.topk(torch.where(allowed, pack(rank_of(scores), place), NOTHING), kept, dim=-1, sorted=False).values
+
+
+def _may_look(scores: Tensor) -> bool:
+    """Whether values can be read without waiting for a device or breaking a trace."""
+    if torch.compiler.is_compiling() or scores.device.type != "cpu" or type(scores) is not Tensor:
+        return False
+    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _by_value(scores: Tensor, allowed: Tensor, place: Tensor, kept: int) -> Tensor | None:
+    """None where the values alone do not decide.
+
+    One more than needed is asked for: a tie between the last one taken and the first one left, a NaN among those left,
+    or an allowed score of −∞ leaves the choice to the keys.
+    """
+    columns = scores.shape[-1]
+    values, at = torch.topk(torch.where(allowed, scores.to(torch.float32), -torch.inf), min(kept + 1, columns), dim=-1)
+    best = values[..., :kept]
+    taken = best != -torch.inf
+    if not bool(taken.all()) and not torch.equal(taken.sum(-1), allowed.sum(-1).clamp(max=kept)):
+        return None
+    if 0 < kept < columns:
+        left = values[..., kept]
+        if bool((((best[..., -1] == left) & (left != -torch.inf)) | left.isnan()).any()):
+            return None
+    return torch.where(taken, pack(rank_of(best), place.expand_as(scores).gather(-1, at[..., :kept])), NOTHING)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernel_index import gpu
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.attention.exact_token_sparse.selection import TokenSelection, replayed
-from kernel_index.sparse.ordered import NOTHING, pack, place_of, rank_of, score_of
+from kernel_index.sparse.ordered import NOTHING, best_keys, place_of, score_of
 
 CHUNK = 64
 """Queries of a chunk."""
@@ -59,8 +59,7 @@ def _run_topk(
             z = torch.einsum("btjd,bsd->btjs", _wide(q[:, t]), k[:, s0 : s0 + place.shape[0]]).relu_()
             tile_scores = torch.einsum("btjs,btj->bts", z, _wide(weights[:, t]))
             allowed = (place >= start[:, t, None]) & (place < end[:, t, None])
-            found = torch.where(allowed, pack(rank_of(tile_scores), place), NOTHING)
-            best = torch.cat([best, found], -1)
+            best = torch.cat([best, best_keys(tile_scores, allowed, place, min(kept, place.shape[0]))], -1)
             best = torch.topk(best, min(kept, best.shape[-1]), sorted=False).values
         best = best.sort(-1, descending=True).values
         some = best > NOTHING

@@ -1,11 +1,12 @@
 """Coarse groups first, then the children of the best: the two steps, chunk by chunk of queries."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernel_index.sparse.ordered import FORCED, NOTHING, pack, place_of, rank_of
+from kernel_index.sparse.ordered import FORCED, NOTHING, best_keys, pack, place_of
 from kernel_index.sparse.routing import LegalBlocks, TopBlocks
 
 SCORES_AT_ONCE = 1 << 22
@@ -57,53 +58,52 @@ def expanded(chunk: Chunk, block_keys: Tensor, ratio: int, topc: int, topk: int)
     blocks = block_keys.shape[1]
     groups = -(-blocks // ratio)
     padded = torch.nn.functional.pad(block_keys, (0, 0, 0, 0, 0, groups * ratio - blocks))
+    by_group = padded.unflatten(1, (groups, ratio)).movedim(3, 2)  # [B, groups, K, ratio, D]
     if groups > ALL_CHILDREN * topc:
-        by_group = padded.unflatten(1, (groups, ratio)).movedim(3, 2)  # [B, groups, K, ratio, D]
-        picked, taken = _best_groups(chunk, _group_scores(chunk, by_group, ratio), ratio, topc)
-        scores = _children(chunk, by_group, picked)
+        coarse = torch.einsum("btkd,bmkd->btkm", chunk.q, by_group.mean(3))
+
+        def children(at: Tensor) -> Tensor:
+            return _fetched(chunk, by_group, at)
     else:
         every = torch.einsum("btkd,bnkd->btkn", chunk.q, padded).unflatten(3, (groups, ratio))
-        block = torch.arange(groups * ratio, device=every.device).view(groups, ratio)
-        picked, taken = _best_groups(chunk, _legal_mean(every, block, chunk), ratio, topc)
-        scores = every.gather(3, picked[..., None].expand(*picked.shape, ratio))
+        coarse = every.mean(-1)  # the score of a mean is the mean of the scores
+
+        def children(at: Tensor) -> Tensor:
+            return every.gather(3, at[..., None].expand(*every.shape[:3], at.shape[3], ratio))
+
+    picked, taken = _best_groups(chunk, _with_ends(coarse, children, ratio, chunk), ratio, topc)
+    scores = children(picked)
     block = picked[..., None] * ratio + torch.arange(ratio, device=picked.device)
     block = torch.where(taken[..., None], block, -1)
     return _take(scores.flatten(3), block.flatten(3), chunk, topk)
 
 
-def _children(chunk: Chunk, by_group: Tensor, picked: Tensor) -> Tensor:
-    """The scores of the children of [rows, T', 1 or K, n] groups, fetched for each query: [B, T', K, n, ratio]."""
+def _fetched(chunk: Chunk, by_group: Tensor, at: Tensor) -> Tensor:
+    """The scores of the children of the groups ``at`` [rows, T', 1 or K, n], read for each query: one more dimension."""
     batch, _, heads, _, _ = by_group.shape
-    picked = picked.expand(batch, -1, heads, -1)
-    rows = torch.arange(batch, device=picked.device)[:, None, None, None]
-    head = torch.arange(heads, device=picked.device)[:, None]
-    return torch.einsum("btkd,btkcrd->btkcr", chunk.q, by_group[rows, picked, head])
+    at = at.expand(batch, -1, heads, -1)
+    rows = torch.arange(batch, device=at.device)[:, None, None, None]
+    head = torch.arange(heads, device=at.device)[:, None]
+    return torch.einsum("btkd,btkcrd->btkcr", chunk.q, by_group[rows, at, head])
 
 
-def _group_scores(chunk: Chunk, by_group: Tensor, ratio: int) -> Tensor:
-    """[B, T', K, groups]; the two groups at the ends of a query's range from their legal children alone."""
-    scores = torch.einsum("btkd,bmkd->btkm", chunk.q, by_group.mean(3))
-    group = torch.arange(by_group.shape[1], device=scores.device)
+def _with_ends(coarse: Tensor, children: Callable[[Tensor], Tensor], ratio: int, chunk: Chunk) -> Tensor:
+    """Scores of the groups, of which those at the two ends of a query's range count their legal children alone."""
+    group = torch.arange(coarse.shape[-1], device=coarse.device)
+    child = torch.arange(ratio, device=coarse.device)
     for end in (chunk.first // ratio, (chunk.current - 1).clamp(min=0) // ratio):
-        end = end[..., None]
-        block = end[..., None] * ratio + torch.arange(ratio, device=scores.device)
-        own = _legal_mean(_children(chunk, by_group, end), block, chunk)
-        scores = torch.where(group == end, own, scores)
-    return scores
-
-
-def _legal_mean(scores: Tensor, block: Tensor, chunk: Chunk) -> Tensor:
-    """The score of a mean is the mean of the scores; what is not legal for a query is not looked at."""
-    legal = (block >= chunk.first[..., None, None]) & (block < chunk.current[..., None, None])
-    return torch.where(legal, scores, 0.0).sum(-1) / legal.sum(-1).clamp(min=1)
+        block = end[..., None, None] * ratio + child
+        legal = (block >= chunk.first[..., None, None]) & (block < chunk.current[..., None, None])
+        own = torch.where(legal, children(end[..., None]), 0.0).sum(-1) / legal.sum(-1).clamp(min=1)
+        coarse = torch.where(group == end[..., None], own, coarse)
+    return coarse
 
 
 def _best_groups(chunk: Chunk, scores: Tensor, ratio: int, topc: int) -> tuple[Tensor, Tensor]:
     """The ``topc`` best of the groups with a legal child, and which of them exist."""
     group = torch.arange(scores.shape[-1], device=scores.device)
     legal = (group >= (chunk.first // ratio)[..., None]) & (group * ratio < chunk.current[..., None])
-    key = torch.where(legal, pack(rank_of(scores), group), NOTHING)
-    best = torch.topk(key, topc, dim=-1, sorted=False).values
+    best = best_keys(scores, legal, group, topc)
     taken = best > NOTHING
     return torch.where(taken, place_of(best), 0), taken
 
@@ -114,7 +114,7 @@ def _take(scores: Tensor, block: Tensor, chunk: Chunk, topk: int) -> TopBlocks:
     legal = (block >= first) & (block < current)
     for i in range(chunk.forced.shape[-1]):
         legal = legal & (block != chunk.forced[..., i : i + 1])
-    key = torch.where(legal, pack(rank_of(scores), block), NOTHING)
+    key = best_keys(scores, legal, block, min(topk, scores.shape[-1]))
     forced = chunk.forced.expand(*key.shape[:-1], -1)
     key = torch.cat([key, torch.where(forced >= 0, pack(torch.full_like(forced, FORCED), forced), NOTHING)], -1)
     best = torch.topk(key, min(topk, key.shape[-1]), dim=-1, sorted=False).values
