@@ -96,3 +96,5 @@ def test_queries_without_heads_are_refused():
         ki.moba_decode(x[:, :, :0], cache, k=x, v=x, block_size=2, topk=1)
     with pytest.raises(ValueError, match="q must be of at least one head"):
         ki.moba_attention(x[:, :, :0], x, x, block_size=2, topk=1)
+    with pytest.raises(ValueError, match="q must be of at least one head"):
+        ki.clustered_sparse_attention(x[:, :, :0], x, x, config=ki.ClusteredSparseConfig(block_size=2, topk=1))

@@ -30,6 +30,8 @@ def check(
     maps: Any,
 ) -> None:
     dense.check(q, k, v, mask, scale, softcap, None)
+    if q.shape[2] < 1:
+        raise ValueError(f"q must be of at least one head, got shape {tuple(q.shape)}")
     checks.is_int("block_size", block_size, minimum=1)
     checks.is_int("query_tile_size", query_tile_size, minimum=1)
     check_selection(q, k.shape[2], selected, selected_valid)

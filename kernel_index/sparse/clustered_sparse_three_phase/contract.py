@@ -32,6 +32,8 @@ class Routed(NamedTuple):
 
 def check(q: Tensor, k: Tensor, v: Tensor, config: Any, mask: Any, scale: Any, softcap: Any) -> None:
     dense.check(q, k, v, mask, scale, softcap, None)
+    if q.shape[2] < 1:
+        raise ValueError(f"q must be of at least one head, got shape {tuple(q.shape)}")
     if not isinstance(config, ClusteredSparseConfig):
         raise TypeError(f"config must be a ClusteredSparseConfig, got {type(config).__name__}")
     check_causal(mask)
