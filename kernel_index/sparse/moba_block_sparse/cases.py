@@ -174,7 +174,7 @@ def decode_oracle(
 
 
 def sized(m: Maker, n: int) -> dict[str, Any]:
-    return call(m, n, topk=2, mask=MaskContract(window=(7, 0)))
+    return {**qkv(m, 2, n, n, 2, 1, 8), "block_size": 4, "topk": 2}
 
 
 def real_decode(m: Maker) -> dict[str, Any]:
