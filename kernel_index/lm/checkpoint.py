@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +92,9 @@ def _read_parts(folder: Path, step: int, state: dict[str, Any]) -> Checkpoint:
 
     found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in found.items()}  # type: ignore[union-attr]
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, rest = name.split("/", 1)

@@ -18,6 +18,7 @@ import kernel_index as ki
 from kernel_index.lm.checkpoint import CheckpointError
 from kernel_index.lm.config import PRESETS
 from kernel_index.lm.data import DataError
+from kernel_index.lm.distributed import processes
 from kernel_index.lm.generate import generate, load_model
 from kernel_index.lm.model import active_parameters
 from kernel_index.lm.report import LN2, receipt_rows, write_report
@@ -81,6 +82,8 @@ def train_command(
         else:
             name = own.pop("preset") or "tiny"
             config = RunConfig.from_preset(name, steps=steps, checkpoint_every=checkpoint_every, **own)
+            if out is None and processes() > 1:
+                raise ValueError("--out must be given where several processes train, got none")
             folder = out or _fresh_folder(name)
             trainer = Trainer.start(config, folder)
         if trainer.group.rank:  # of several processes one speaks
@@ -178,7 +181,7 @@ def _run(trainer: Trainer) -> bool:
             for report in trainer.steps():
                 progress.update(task, completed=report.step, status=_status(report))
                 _print_line(report, trainer.config)
-                if stop:
+                if trainer.group.sum(len(stop)):  # all processes stop after the same step
                     break
     finally:
         for number, handler in previous.items():

@@ -31,9 +31,14 @@ class Group:
         return float(total)
 
 
+def processes() -> int:
+    """How many ``torchrun`` started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join(device: torch.device) -> Group:
     """The group that ``torchrun`` describes in the environment."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = processes()
     if size == 1:
         return Group()
     if not torch.distributed.is_initialized():
