@@ -79,7 +79,7 @@ def expanded(chunk: Chunk, block_keys: Tensor, ratio: int, topc: int, topk: int)
 
 
 def _fetched(chunk: Chunk, by_group: Tensor, at: Tensor) -> Tensor:
-    """The scores of the children of the groups ``at`` [rows, T', 1 or K, n], read for each query: one more dimension."""
+    """The scores of the children of groups ``at`` [rows, T', 1 or K, n], read for each query; one dimension more."""
     batch, _, heads, _, _ = by_group.shape
     at = at.expand(batch, -1, heads, -1)
     rows = torch.arange(batch, device=at.device)[:, None, None, None]
