@@ -110,9 +110,11 @@ def group_queries(q: Tensor, groups: int) -> Tensor:
     Scores are linear in the query, so the mean of a group's scores is the score of its mean query.
     """
     with torch.no_grad():
-        wide = q.detach().to(torch.promote_types(q.dtype, torch.float32))
+        wide = torch.promote_types(q.dtype, torch.float32)
         heads = q.shape[2] // groups
-        return wide if heads == 1 else wide.unflatten(2, (groups, heads)).mean(3)
+        if heads == 1:
+            return q.detach().to(wide)
+        return q.detach().unflatten(2, (groups, heads)).sum(3, dtype=wide) / heads  # no wide copy of q
 
 
 def top_blocks(scores: Tensor, legal: LegalBlocks, topk: int, *, first_block: int = 0) -> TopBlocks:
@@ -168,7 +170,8 @@ def _top_by_value(scores: Tensor, legal: LegalBlocks, topk: int, first_block: in
     open_.scatter_(-1, own, torch.where(here, torch.inf, open_.gather(-1, own)))
     values, places = torch.topk(open_, min(kept + 1, columns), dim=-1)
     taken = values[..., :kept] > -torch.inf
-    takeable = routable.sum(-1, keepdim=True) + here
+    past = current.clamp(max=first_block + columns) - first.clamp(min=first_block)
+    takeable = past.clamp(min=0) + here
     undecided = (taken.sum(-1, keepdim=True) != takeable.clamp(max=kept)).any()
     if kept < columns:
         undecided |= ((values[..., kept - 1] == values[..., kept]) & (values[..., kept] > -torch.inf)).any()
