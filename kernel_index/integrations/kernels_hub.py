@@ -6,9 +6,9 @@ under the build's own name.
 """
 
 import ast
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,11 +77,13 @@ def closure(*start: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _imported(source: str) -> Iterator[str]:
+@functools.cache  # modules share most of what they import
+def _imported(source: str) -> tuple[str, ...]:
+    found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(found)
 
 
 def _file_of(dotted: str) -> Path | None:
@@ -92,6 +94,12 @@ def _file_of(dotted: str) -> Path | None:
 
 def standing_alone(source: str, dotted: str, identity: str) -> str:
     """The source of one module with its imports made relative and its operators in a namespace of their own."""
+    text = _with_relative_imports(source, dotted)
+    return text.replace(f"{PACKAGE}::", f"{identity}::").replace(f"torch.ops.{PACKAGE}", f"torch.ops.{identity}")
+
+
+@functools.cache
+def _with_relative_imports(source: str, dotted: str) -> str:
     depth = len(dotted.split(".")) - 1
     is_package = _file_of(dotted) == ROOT.joinpath(*dotted.split(".")[1:]) / "__init__.py"
     dots = "." * (depth + is_package)
@@ -104,8 +112,7 @@ def standing_alone(source: str, dotted: str, identity: str) -> str:
             name = node.names[0].asname or PACKAGE
             whole = ast.get_source_segment(source, node) or ""
             _replace(lines, node, whole, f'{name} = __import__(__name__.partition(".")[0])')
-    text = "".join(lines)
-    return text.replace(f"{PACKAGE}::", f"{identity}::").replace(f"torch.ops.{PACKAGE}", f"torch.ops.{identity}")
+    return "".join(lines)
 
 
 def _replace(lines: list[str], node: ast.stmt, old: str, new: str) -> None:
