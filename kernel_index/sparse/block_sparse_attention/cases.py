@@ -94,6 +94,11 @@ def sized(m: Maker, n: int) -> dict[str, Any]:
     return {**call, "mask": MaskContract(window=(5, 0), doc_ids=packed(n))}
 
 
+def real(m: Maker) -> dict[str, Any]:
+    """16 of 128 blocks for each key head; its bytes depend on the picks, so no compulsory ones are stated."""
+    return {**qkv(m, 1, 8192, 8192, 32, 4, 128), "selected": m.integers(0, 128, 1, 8192, 4, 16), "block_size": 64}
+
+
 SUITES = (
     Suite(
         op="block_sparse_attention",
@@ -106,5 +111,6 @@ SUITES = (
         scales=SCALES,
         rounding=("triton", "cpu"),
         units=UNITS,
+        real=real,
     ),
 )

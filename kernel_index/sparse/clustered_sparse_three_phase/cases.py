@@ -70,6 +70,11 @@ def oracle(
     return out
 
 
+def real(m: Maker) -> dict[str, Any]:
+    """A layer of production size, with its router; of another head size than the core's own."""
+    return {**qkv(m, 1, 8192, 8192, 16, 4, 64), "config": ClusteredSparseConfig(block_size=64, topk=16)}
+
+
 SUITES = (
     Suite(
         op="clustered_sparse_attention",
@@ -82,5 +87,6 @@ SUITES = (
         scales=(1e-3, 1.0, 16.0),
         rounding=("triton", "cpu"),
         units=UNITS,
+        real=real,
     ),
 )
