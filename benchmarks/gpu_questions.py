@@ -71,8 +71,7 @@ def questions(dry: bool) -> list[Question]:
     more = [
         rope_question(dry, device, backend),
         *streams_questions(dry, device, backend),
-        *attention_questions(dry, device),
-        *sparse_questions(dry, device),
+        *(*attention_questions(dry, device), *sparse_questions(dry, device)),
     ]
     return [*found, *more, cross_entropy(dry, device, backend)]
 

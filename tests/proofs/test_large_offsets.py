@@ -155,74 +155,46 @@ def test_loss(late):
     holds(seen, z, row * vocab, (row + 1) * vocab - 1)
 
 
-def test_block_sparse_attention(late):
-    """The last tile of queries forward and for dQ, the last block of keys; 256 heads of 16, as many tokens as ROWS."""
-    heads, size, tile = WIDTH // 16, 16, ROWS // 16 - 1
-    q, k, v, out, d_out, dq, dk, dv = tensors(8)
+SPARSE = {
+    "D": 16, "DV": 16, "BLOCK_D": 16, "BLOCK_DV": 16, "BM": 16, "BN": 16, "BLOCK": 16, "QUERIES": 16, "HEADS": 1,
+    "GROUP": 1, "GROUPS": 1, "CAPPED": False, "UPCAST": True,
+}  # fmt: skip
+SPARSE_HEADS = WIDTH // 16
+SPARSE_STRIDES = (0, WIDTH, 16)
+SPARSE_TILE = ROWS // 16 - 1
+SPARSE_ENDS = LAST * WIDTH + WIDTH - 16, LAST * WIDTH + WIDTH - 1  # the last head of the last token
+
+
+def test_block_sparse_attention_by_queries(late):
+    """The last tile of queries, forward and for dQ; a grid of one program counts down from 0."""
+    q, k, v, out, d_out, dq = tensors(6)
     lse, delta = tensors(2, torch.float32)
-    blocks, sizes, start, end, bounds = tensors(5, torch.int32)
-    geometry = {"D": size, "DV": size, "BLOCK_D": size, "BLOCK_DV": size, "BM": 16, "BN": 16, "BLOCK": 16}
-    shared = {"QUERIES": 16, "HEADS": 1, "GROUP": 1, "GROUPS": 1, "CAPPED": False, "UPCAST": True}
-    strides, last = (0, WIDTH, size), heads - 1
-    lists = (ROWS, ROWS, heads, ROWS // 16, 1)
-    call = (q, k, v, blocks, blocks, sizes, start, end, out, lse, *strides * 3, 0, *lists, 0.0, 1.0)
-    index = (-tile, last)  # a grid of one program counts down from 0
-    seen = late(block_sparse._forward_kernel, index, *call, **geometry, **shared)
-    ends = LAST * WIDTH + last * size, LAST * WIDTH + last * size + size - 1
+    blocks, sizes, start, end = tensors(4, torch.int32)
+    index, lists = (-SPARSE_TILE, SPARSE_HEADS - 1), (ROWS, ROWS, SPARSE_HEADS, ROWS // 16, 1)
+    call = (q, k, v, blocks, blocks, sizes, start, end, out, lse, *SPARSE_STRIDES * 3, 0, *lists, 0.0, 1.0)
+    seen = late(block_sparse._forward_kernel, index, *call, **SPARSE)
     for tensor in (q, out):
-        touches(seen, tensor, *ends)
-    touches(seen, lse, LAST * heads + last)
-    call = (
-        d_out,
-        None,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        blocks,
-        blocks,
-        sizes,
-        start,
-        end,
-        dq,
-        delta,
-        *strides,
-        0,
-        0,
-        0,
-        *strides * 3,
-    )
-    seen = late(
-        block_sparse_backward._queries_kernel, index, *call, 0, *lists, 1.0, 0.0, 1.0,
-        HAS_D_LSE=False, **geometry, **shared,
-    )  # fmt: skip
+        touches(seen, tensor, *SPARSE_ENDS)
+    touches(seen, lse, ROWS * SPARSE_HEADS - 1)
+    call = (d_out, None, q, k, v, out, lse, blocks, blocks, sizes, start, end, dq, delta, *SPARSE_STRIDES, 0, 0, 0)
+    call = (*call, *SPARSE_STRIDES * 3, 0, *lists, 1.0, 0.0, 1.0)
+    seen = late(block_sparse_backward._queries_kernel, index, *call, HAS_D_LSE=False, **SPARSE)
     for tensor in (d_out, q, out, dq):
-        touches(seen, tensor, *ends)
-    touches(seen, delta, LAST * heads + last)
-    call = (
-        d_out,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        blocks,
-        bounds,
-        start,
-        end,
-        dk,
-        dv,
-        *strides * 4,
-        0,
-        ROWS,
-        ROWS,
-        heads,
-        ROWS // 16,
-    )
-    seen = late(block_sparse_backward._keys_kernel, (tile, last), *call, 1.0, 0.0, 1.0, WIDE=True, **geometry, **shared)
+        touches(seen, tensor, *SPARSE_ENDS)
+    touches(seen, delta, ROWS * SPARSE_HEADS - 1)
+
+
+def test_block_sparse_attention_by_keys(late):
+    """The last block of keys of the last head."""
+    d_out, q, k, v, dk, dv = tensors(6)
+    lse, delta = tensors(2, torch.float32)
+    lists, bounds, start, end = tensors(4, torch.int32)
+    call = (d_out, q, k, v, lse, delta, lists, bounds, start, end, dk, dv, *SPARSE_STRIDES * 4, 0)
+    call = (*call, ROWS, ROWS, SPARSE_HEADS, ROWS // 16, 1.0, 0.0, 1.0)
+    index = (SPARSE_TILE, SPARSE_HEADS - 1)
+    seen = late(block_sparse_backward._keys_kernel, index, *call, WIDE=True, **SPARSE)
     for tensor in (k, v, dk, dv):
-        touches(seen, tensor, *ends)
+        touches(seen, tensor, *SPARSE_ENDS)
 
 
 def touches(addresses, tensor, *elements):
