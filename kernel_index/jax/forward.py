@@ -27,6 +27,9 @@ from kernel_index.jax.tiles import (
 )
 from kernel_index.jax.walk import Steps, Walk
 
+PIECE = 512
+"""Columns whose softmax is computed while the next ones are multiplied: written out, or the two would take turns."""
+
 
 def _forward_kernel(refs: Any, setup: Setup, width: int) -> None:
     o_ref, lse_ref, k_buffer, v_buffer, m_ref, l_ref, acc_ref, sems, slot_ref = refs.rest
@@ -34,6 +37,7 @@ def _forward_kernel(refs: Any, setup: Setup, width: int) -> None:
     copies = key_copies(refs.k, refs.v, k_buffer, v_buffer, sems, size)
     steps = Steps(refs.spans, refs.lists, width, copies, slot_ref)
     q, bounds = refs.q[0, 0, 0], refs.bounds[0, 0]
+    columns = q.shape[0]
     m_ref[...] = jnp.full_like(m_ref, NOTHING)
     l_ref[...] = jnp.zeros_like(l_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
@@ -41,16 +45,18 @@ def _forward_kernel(refs: Any, setup: Setup, width: int) -> None:
     def attend(slot: Any, at: Any, blocks: list[Any]) -> None:
         rows = pl.ds(at, len(blocks) * size)
         k, v = k_buffer[slot, rows], v_buffer[slot, rows]
-        s = scores(k, q, setup)
-        s = jnp.where(allowed(bounds, refs.word(), blocks, size), s, NOTHING)
-        before = m_ref[...]
-        m = jnp.maximum(before, jnp.max(s, 0, keepdims=True))
-        # A query that has seen nothing yet has m = NOTHING and p = 1 here; its first real score sets that to 0.
-        p = jnp.exp2((s - m) * setup.base2)
-        fading = jnp.exp2((before - m) * setup.base2)
-        m_ref[...] = m
-        l_ref[...] = l_ref[...] * fading + jnp.sum(p, 0, keepdims=True)
-        acc_ref[...] = acc_ref[...] * fading + dot(v, p.astype(v.dtype), TN)
+        pieces = [slice(c, min(c + PIECE, columns)) for c in range(0, columns, PIECE)]
+        every = [scores(k, q[c], setup) for c in pieces]
+        for c, s in zip(pieces, every, strict=True):
+            s = jnp.where(allowed(bounds[:, c], refs.word(c), blocks, size), s, NOTHING)
+            before = m_ref[:, c]
+            m = jnp.maximum(before, jnp.max(s, 0, keepdims=True))
+            # A query that has seen nothing yet has m = NOTHING, p = 1 here; its first real score sets that to 0.
+            p = jnp.exp2((s - m) * setup.base2)
+            fading = jnp.exp2((before - m) * setup.base2)
+            m_ref[:, c] = m
+            l_ref[:, c] = l_ref[:, c] * fading + jnp.sum(p, 0, keepdims=True)
+            acc_ref[:, c] = acc_ref[:, c] * fading + dot(v, p.astype(v.dtype), TN)
 
     steps.run(visit(steps, size, attend))
     empty = m_ref[...] <= NOTHING / 2

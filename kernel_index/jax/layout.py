@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from kernel_index.jax.mask import Intervals
 
-COLUMNS = 512
-"""Queries × heads of a tile, and keys of a block, for interval attention: larger ones spill, smaller ones wait."""
+COLUMNS, QUERIES, KEYS = 1024, 512, 512
+"""Queries × heads of a tile, queries of it, and keys of a block, for interval attention.  More columns read keys less
+often; more queries or keys compute more scores that a mask discards.
+"""
 SMALLEST = 16
 """Rows of a bfloat16 vector register."""
 
@@ -33,9 +35,9 @@ def pick_sizes(queries: int, keys: int, groups: int, block_sizes: tuple[int, int
     """The geometry for a call, or the one that the caller wants."""
     if block_sizes is not None:
         return Sizes(*block_sizes, groups)
-    tile = max(SMALLEST, next_power_of_2(COLUMNS // groups + 1) // 2)
+    tile = min(QUERIES, max(SMALLEST, next_power_of_2(COLUMNS // groups + 1) // 2))
     tile = min(tile, max(SMALLEST, next_power_of_2(queries)))
-    return Sizes(tile, min(COLUMNS, max(SMALLEST, next_power_of_2(keys))), groups)
+    return Sizes(tile, min(KEYS, max(SMALLEST, next_power_of_2(keys))), groups)
 
 
 def to_tiles(x: jax.Array, kv_heads: int, tile: int) -> jax.Array:

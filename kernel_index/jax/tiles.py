@@ -136,9 +136,9 @@ class Refs(NamedTuple):
     v: Any
     rest: tuple
 
-    def word(self) -> Any:
+    def word(self, columns: slice = slice(None)) -> Any:
         """For ``allowed``, where the members of this tile are in VMEM."""
-        return None if self.members is None else lambda block: self.members[0, 0, 0, block >> 5]
+        return None if self.members is None else lambda block: self.members[0, 0, 0, block >> 5, :, columns]
 
 
 def _sorted_refs(refs: tuple, has_lists: bool, has_members: bool) -> Refs:

@@ -110,7 +110,7 @@ def drifting_picks(tokens: int, seed: int = 0, change: float = 1 / 32) -> np.nda
 
 
 def document_ids(tokens: int, documents: int) -> np.ndarray:
-    """Ids [1, T] of documents of unequal lengths: a geometric spread around the mean."""
+    """Ids [1, T] of documents whose lengths grow from half to one and a half times the mean."""
     weights = np.linspace(0.5, 1.5, documents)
     ends = np.cumsum(weights / weights.sum() * tokens).astype(int)
     return np.searchsorted(ends[:-1], np.arange(tokens), side="right").astype(np.int32)[None]
@@ -137,7 +137,8 @@ def compare(case: str, compiled: Any, peer: Any, tokens: int) -> list[dict[str, 
     if case == "attention":
         sizes = pick_sizes(tokens, tokens, GROUP, None)
         masks = {"causal": kij.MaskContract()}
-        masks["16 documents"] = kij.MaskContract(doc_ids=jnp.asarray(document_ids(tokens, 16)))
+        masks["16 documents"] = kij.MaskContract(doc_ids=jnp.repeat(jnp.arange(16), tokens // 16)[None])
+        masks["16 documents, uneven"] = kij.MaskContract(doc_ids=jnp.asarray(document_ids(tokens, 16)))
         return [
             _row(
                 work,
