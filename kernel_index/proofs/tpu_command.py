@@ -27,7 +27,7 @@ def tpu(
     """Compile every Pallas kernel, forward and backward, for TPUs that need not be here; compare with Splash."""
     reason = proof.why_not()
     if reason is not None:
-        console.print(f"[red]{reason}[/]", highlight=False)
+        console.print(f"[red]{reason}[/]".replace("[tpu]", "\\[tpu]"), highlight=False)
         raise typer.Exit(2)
     generations = _chosen("--generation", generation, tuple(proof.GENERATIONS))
     cases = _chosen("--case", case, proof.CASES)
@@ -110,7 +110,7 @@ def _compare(found: list[proof.Compiled]) -> list[dict[str, Any]]:
         )
         for r in rows:
             ratios = (f"{r[k]:.3f}" for k in ("tiles_ratio", "bundles_ratio", "bytes_ratio"))
-            table.add_row(r["work"], r["generation"], str(r["tokens"]), f"{r['tiles']:,.0f}", *ratios)
+            table.add_row(str(r["work"]), str(r["generation"]), str(r["tokens"]), f"{r['tiles']:,.0f}", *ratios)
         console.print(table)
         console.print(
             r"tiles: 512 × 512 scores of a head; ÷: Kernel Index over Splash, less is better", highlight=False

@@ -151,7 +151,7 @@ def compare(case: str, compiled: Any, peer: Any, tokens: int) -> list[dict[str, 
     sizes = Sizes(TILE, BLOCK, GROUP)
     bounds = kij.MaskContract().intervals(1, tokens, tokens)
     plan = pallas.union_plan(picks, bounds, tokens, sizes, pallas.step_blocks(BLOCK, False))
-    ours = union_work(forward, plan.walk, tokens, plan.tiles.members.shape[3])
+    ours = union_work(forward, plan.walk, tokens, -(-tokens // BLOCK // 32))
     scoring = picks_work(compiled.kernel("clustered_picks"), tokens, pallas.SCORED_QUERIES, pallas.SCORED_BLOCKS)
     least = union_bytes(plan.walk) + query_bytes(tokens)
     union = float(np.asarray(plan.walk.spans)[0, :, 0].mean())
