@@ -23,6 +23,17 @@ from kernel_index.lm.data import Batch
 from kernel_index.lm.model import LanguageModel
 from kernel_index.lm.train import forced_backend
 
+OPS = (
+    "attention",
+    "clustered_sparse_attention",
+    "fa4_kvcache_decode",
+    "fused_bias_dropout_add",
+    "fused_linear_cross_entropy",
+    "fused_residual_add_rms_norm",
+    "fused_relu_squared",
+    "fused_rope_qk",
+)  # what the models call
+
 TINY = PRESETS["tiny"].model
 LONG = ModelConfig(
     pattern="AAAA", windows=(None,) * 4, dim=256, heads=4, kv_heads=2, head_dim=64, hidden=1024, context=4096,

@@ -20,6 +20,7 @@ from benchmarks.harness import Comparison, Row, console
 from kernel_index.attention.dense_attention.pallas import interval_walk
 from kernel_index.jax.interval_attention import KERNELS
 
+OPS = ()  # plans, which have no backends
 TOKENS, BLOCK, WINDOW = 32768, 512, 1024
 
 

@@ -9,12 +9,14 @@ import platform
 import re
 import time
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kernel_index import gpu
+from kernel_index.target import has_package
 
 if TYPE_CHECKING:
     from kernel_index.proofs.aot import Compiled
@@ -39,7 +41,10 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
 
 
 def _versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    if has_package("triton"):
+        found["triton"] = metadata.version("triton")
+    return found | {"date": time.strftime("%Y-%m-%d")}
 
 
 def of_numerics(verdicts: "Iterable[Verdict]", device: str) -> Counts:
@@ -65,10 +70,6 @@ def of_aot(found: "Iterable[Compiled]") -> Counts:
 def write(path: Path, proof: str, counts: Counts, device: str = "cpu") -> None:
     """Write a record; what a file of the same proof, machine, versions and day has of other functions is kept."""
     content: dict[str, Any] = {"proof": proof, "machine": machine(device), "counts": counts}
-    if proof == "aot":
-        import triton
-
-        content["machine"]["triton"] = triton.__version__
     if path.exists():
         before = json.loads(path.read_text())
         if (before.get("proof"), before.get("machine")) == (proof, content["machine"]):
