@@ -170,7 +170,7 @@ PRESETS = {
             state_space=StateSpace(heads=4, head_dim=64, state=32),
             experts=ExpertLayer(count=8, topk=2, hidden=512),
         ),
-        steps=180, batch_rows=4, learning_rate=4e-3, about="about 3 minutes on 2 CPU cores",
+        steps=180, batch_rows=4, learning_rate=4e-3, about="a few minutes on 2 CPU cores",
     ),
     "nano": Preset(
         ModelConfig(
