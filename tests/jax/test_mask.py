@@ -70,7 +70,9 @@ def test_a_mask_of_other_sizes_is_refused():
         kij.attention(q, q, q, "causal")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("packed", "window", "prefix", "both_sides")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("packed", "window", "prefix", "both_sides")], ids=lambda c: c.name
+)
 def test_a_walk_visits_the_blocks_that_the_mask_touches_and_no_other(case):
     tile, block, tokens = 4, 3, 26
     mask = case.build(tokens, tokens)
