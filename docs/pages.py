@@ -247,7 +247,7 @@ def measured() -> str:
         "such tables, the README sums them up.\n",
     ]
     for name, content in states.contents():
-        if "lines" in content or "comparisons" in content:
+        if "lines" in content or "verified" in content:
             figures = dataclasses.replace(saved.load(states.RESULTS / name), verified={}, peers={})
             parts += [f"## {Path(name).stem}\n", f"[All figures](results/{name})\n", show.markdown(figures)]
     return "\n".join(parts)

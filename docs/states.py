@@ -11,6 +11,9 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 KINDS = ("run", "interpreted", "compiled")
 """On the hardware it is for; through an interpreter on a CPU; to machine code without the hardware."""
 
+TPU_CASES = {"attention": "attention", "clustered": "clustered_sparse_attention"}
+"""Cases of ``prove tpu`` that are kernels of ours, and the function that each belongs to."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -63,6 +66,12 @@ def _of_file(source: str, content: dict[str, Any]) -> Iterator[State]:
                     kind, where = (place, _where(machine)) if place in KINDS else ("compiled", place)
                     passed = row.get("passed", row.get("compiled", 0))
                     yield State(op, backend, kind, where, _versions(machine), passed, row["failed"], source)
+    elif content.get("proof") == "tpu":  # of prove tpu
+        for row in content["rows"]:
+            if row["case"] in TPU_CASES:
+                op, bad = TPU_CASES[row["case"]], int(bool(row["error"]))
+                versions = _versions(content["versions"])
+                yield State(op, "pallas", "compiled", row["generation"], versions, len(row["kernels"]), bad, source)
     elif "verified" in content:  # of kernel-index bench --save
         machine = content["machine"]
         for op, backends in content["verified"].items():

@@ -127,7 +127,7 @@ REFUSALS = {
     "training must be True or False, got int": {"training": 1},
     "seed must be an integer, got float": {"seed": 1.0},
     "seed must be an integer, got bool": {"seed": True},
-    "seed must be a 64-bit signed integer, got 9223372036854775808": {"seed": 2**63},
+    "seed must fit into 64 bits, got 9223372036854775808": {"seed": 2**63},
     "seed must be torch.int64 or a Python integer, got torch.int32": {"seed": torch.tensor(1, dtype=torch.int32)},
     "seed must be one number, got shape (2,)": {"seed": torch.tensor([1, 2])},
     "seed must be on the device of x (cpu), got meta": {"seed": torch.ones((), dtype=torch.int64, device="meta")},

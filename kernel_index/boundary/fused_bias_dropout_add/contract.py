@@ -41,8 +41,6 @@ def _check_seed(seed: Any, x: Tensor) -> None:
         checks.on_device("seed", seed, x, "x")
         return
     checks.is_int("seed", seed)
-    if not torch.compiler.is_compiling() and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be a 64-bit signed integer, got {seed}")
 
 
 def compute_dtype(*values: Tensor | None) -> torch.dtype:
