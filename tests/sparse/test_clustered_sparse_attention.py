@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index import dispatch
 from kernel_index.proofs.errors import floor, relative_error
 
 CONFIG = ki.ClusteredSparseConfig(block_size=8, topk=3, query_tile_size=16)
@@ -170,3 +171,15 @@ def test_bad_calls_say_what_is_wrong():
         ki.clustered_sparse_attention(q, k, v, config={})
     with pytest.raises(ValueError, match="mask must be causal"):
         ki.clustered_sparse_attention(q, k, v, config=CONFIG, mask=ki.MaskContract(causal=False))
+
+
+def test_what_was_chosen_is_not_chosen_again(monkeypatch):
+    """A variable that forces the core's own function must not change what runs behind another function's receipt."""
+    monkeypatch.setenv("KERNEL_INDEX_BACKEND_BLOCK_SPARSE_ATTENTION", "reference")
+    dispatch.reload_environment()
+    x = torch.randn(1, 32, 2, 8)
+    with ki.receipts() as log:
+        ki.clustered_sparse_attention(x, x, x, config=ki.ClusteredSparseConfig(block_size=4, topk=2), backend="cpu")
+        ki.moba_attention(x, x, x, block_size=4, topk=2, backend="cpu")
+    seen = [(r.op, r.ran, r.forced_by) for r in log]
+    assert seen == [("clustered_sparse_attention", "cpu", None), ("moba_attention", "cpu", None)]

@@ -22,7 +22,7 @@ def _on_core(core: Backend) -> Backend:
     return Backend(
         core.name,
         contract.as_core(core.why_not),
-        functools.partial(run_sparse, core.name),
+        functools.partial(run_sparse, core),
         None if core.not_worth is None else contract.as_core(core.not_worth),
         functools.partial(contract.details, core.name),
     )

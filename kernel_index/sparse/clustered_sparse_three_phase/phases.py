@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kernel_index.attention.dense_attention.api import attention, attention_with_lse
 from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
+from kernel_index.dispatch import Backend
 from kernel_index.sparse.block_sparse_attention.contract import sizes_of
 from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.sparse.clustered_sparse_three_phase.contract import Routed
@@ -35,7 +35,7 @@ def routed(q: Tensor, k: Tensor, config: ClusteredSparseConfig, mask: MaskContra
 
 
 def run_sparse(
-    backend: str,
+    core: Backend,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -45,25 +45,13 @@ def run_sparse(
     softcap: float,
     known: Routed | None,
 ) -> tuple[Tensor, Tensor]:
-    """``backend`` is the core's, chosen before."""
+    """``core`` was chosen before and is not chosen again, so that the receipt tells what ran."""
     if known is None:  # a backend joins picks by its own tiles, if it does
         picks, maps = pick_blocks(q, k, config, mask, sizes_of(q, k, mask)), None
     else:
         picks, maps = known.picks, known.maps
-    return block_sparse_attention(
-        q,
-        k,
-        v,
-        picks.indices,
-        selected_valid=picks.valid,
-        block_size=config.block_size,
-        mask=mask,
-        scale=scale,
-        softcap=softcap,
-        query_tile_size=config.query_tile_size,
-        maps=maps,
-        backend=backend,
-    )
+    call = (picks.indices, picks.valid, config.block_size, mask, scale, softcap, config.query_tile_size, maps)
+    return core.run(q, k, v, *call)
 
 
 def run_dense(

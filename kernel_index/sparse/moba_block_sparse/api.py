@@ -30,7 +30,7 @@ def _on_core(core: Backend) -> Backend:
     return Backend(
         core.name,
         functools.partial(contract.core_why_not, core.why_not),
-        functools.partial(attend, core.name),
+        functools.partial(attend, core),
         not_worth,
         contract.details,
     )
