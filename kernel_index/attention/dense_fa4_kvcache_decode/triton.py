@@ -12,37 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.attention.splits import join_kernel
+from kernel_index.attention.tiles import LOG2E, dot, narrow, tanh
 from kernel_index.gpu import ceil_div, interpreting, next_power_of_2, on_device, processors
-
-LOG2E = 1.4426950408889634
-
-
-@triton.jit
-def _tanh(x):
-    size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
-    large = (1.0 - e) / (1.0 + e)
-    s = x * x
-    small = x * (1.0 - s * (0.33333333 - s * (0.13333333 - s * (0.053968254 - s * 0.021869488))))
-    return tl.where(size < 0.25, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def _dot(a, b, UPCAST: tl.constexpr):
-    """The interpreter's bfloat16 arithmetic is wrong: there, float32."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """Round to nearest, ties to even, as GPUs do; the interpreter would cut bfloat16 off."""
-    if UPCAST and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -83,16 +54,16 @@ def _part_kernel(
         exists = held[:, None] & (column < D)[None, :]
         k_at = k_ptr + (block * k_outer + place.to(tl.int64) * k_inner + h * k_h)[:, None] + column[None, :]
         v_at = v_ptr + (block * v_outer + place.to(tl.int64) * v_inner + h * v_h)[:, None] + column[None, :]
-        z = _dot(q, tl.trans(tl.load(k_at, mask=exists, other=0.0)), UPCAST)
+        z = dot(q, tl.trans(tl.load(k_at, mask=exists, other=0.0)), UPCAST)
         if CAPPED:
-            z = _tanh(z * inner)
+            z = tanh(z * inner)
         z = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), z * outer, float("-inf"))
         new_m = tl.maximum(m, tl.max(z, 1))
         safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
         p = tl.exp2(z - safe_m[:, None])
         shrink = tl.exp2(m - safe_m)
         v = tl.load(v_at, mask=exists, other=0.0)
-        acc = acc * shrink[:, None] + _dot(_narrow(p, v.dtype, UPCAST), v, UPCAST)
+        acc = acc * shrink[:, None] + dot(narrow(p, v.dtype, UPCAST), v, UPCAST)
         sums = sums * shrink + tl.sum(p, 1)
         m = new_m
     place_of = (split * tl.num_programs(1) + tl.program_id(1)) * ROWS + row
@@ -147,7 +118,7 @@ def decode(
     acc = torch.empty((splits, pairs, rows, width), dtype=torch.float32, device=q.device)
     maxima, sums = torch.empty((2, splits, pairs, rows), dtype=torch.float32, device=q.device)
     scale = width**-0.5
-    inner, outer = (scale / softcap, softcap * LOG2E) if softcap else (1.0, scale * LOG2E)
+    inner, outer = (scale / softcap, softcap * LOG2E.value) if softcap else (1.0, scale * LOG2E.value)
     block_d, upcast = max(16, next_power_of_2(width)), interpreting()
     table_strides = (0, 0) if table is None else table.stride()
     with on_device(q):
