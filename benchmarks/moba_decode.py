@@ -53,7 +53,7 @@ def step(rows: int, dtype: torch.dtype, decode: Callable[..., object]) -> Callab
 
 def routed(per: str) -> Callable[..., object]:
     return lambda q, layer, k, v: ki.moba_decode(
-        q, layer, k=k, v=v, block_size=BLOCK, topk=PICKED, route_per=per, backend="cpu"
+        q, layer, k=k, v=v, block_size=BLOCK, topk=PICKED, route_per=per, backend="native"
     )
 
 

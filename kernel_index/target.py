@@ -77,6 +77,7 @@ def machine_rules() -> dict[str, str | None]:
     return {
         "reference": None,
         "sdpa": None,
+        "native": None if has_cxx_compiler() else "no C++ compiler (g++ or clang++) found",
         "cpu": None,
         "chunked": None,
         "sharded": None

@@ -8,6 +8,8 @@ from kernel_index.proofs.errors import floor, relative_error
 from kernel_index.sparse.block_sparse_attention import cpu
 from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
 
+BACKENDS = pytest.mark.parametrize("backend", ["native", "cpu"])
+
 
 def call(t=300, h=4, k=2, groups=2, d=16, n=5, size=16, dtype=torch.float32, key_scale=1.0, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -61,38 +63,65 @@ def test_scores_far_above_the_last_block_start_again_with_exact_shifts(softcap, 
     assert all(torch.isfinite(g).all() for g in actual[2:])
 
 
-def test_every_block_picked_is_dense_attention():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_native_chunks_give_what_the_reference_gives_and_the_same_bits_with_any_number_of_threads(groups, dtype):
+    """Several chunks and lanes, tiles that are not full, a softcap; documents and a window cut blocks."""
+    tensors, selected, size = call(t=4500, groups=groups, size=50, dtype=dtype)
+    options = {"mask": ki.MaskContract(doc_ids=torch.arange(4500) // 1100, window=(900, 0)), "softcap": 5.0}
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(gradients(tensors, selected, size, "native", **options))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    wide = gradients([x.double() for x in tensors], selected, size, "reference", **options)
+    plain = gradients(tensors, selected, size, "reference", **options)
+    for actual, exact, eager in zip(results[0], wide, plain, strict=True):
+        assert torch.equal(actual.isinf(), exact.isinf())
+        actual, exact, eager = (torch.where(x.isinf(), 0.0, x) for x in (actual, exact, eager))
+        assert relative_error(actual, exact) <= 2 * relative_error(eager, exact) + 4 * floor(actual.dtype)
+
+
+@BACKENDS
+def test_every_block_picked_is_dense_attention(backend):
     tensors, _, size = call(t=130)
     every = torch.arange(9).expand(1, 130, 2, 9)
     mask = ki.MaskContract(window=(50, 0))
     dense = ki.attention_with_lse(*tensors, mask, backend="reference")
-    assert_close(block_sparse_attention(*tensors, every, block_size=size, mask=mask, backend="cpu"), dense)
+    assert_close(block_sparse_attention(*tensors, every, block_size=size, mask=mask, backend=backend), dense)
 
 
-def test_order_and_repetition_of_picks_do_not_matter():
+@BACKENDS
+def test_order_and_repetition_of_picks_do_not_matter(backend):
     tensors, selected, size = call()
-    plain = gradients(tensors, selected, size, "cpu")
+    plain = gradients(tensors, selected, size, backend)
     shuffled = torch.cat([selected.flip(-1), selected, torch.full_like(selected, -1)], -1)
-    assert_close(gradients(tensors, shuffled, size, "cpu"), plain, times=2)
+    assert_close(gradients(tensors, shuffled, size, backend), plain, times=2)
 
 
-def test_neighbours_do_not_share_their_picks():
+@BACKENDS
+def test_neighbours_do_not_share_their_picks(backend):
     """Adversarial: every query of a tile picks another block, and a value that only one of them may see is huge."""
     tensors, _, size = call(t=64, n=1, size=4)
     selected = (torch.arange(64) % 16).view(1, 64, 1, 1).expand(1, 64, 2, 1)
     mask = ki.MaskContract(causal=False)
-    before = block_sparse_attention(*tensors, selected, block_size=size, mask=mask, backend="cpu").out
+    before = block_sparse_attention(*tensors, selected, block_size=size, mask=mask, backend=backend).out
     tensors[2][:, 20:24] = 1e6  # block 5
-    after = block_sparse_attention(*tensors, selected, block_size=size, mask=mask, backend="cpu").out
+    after = block_sparse_attention(*tensors, selected, block_size=size, mask=mask, backend=backend).out
     changed = (before != after).any(-1).any(-1)[0]
     assert torch.equal(changed, torch.arange(64) % 16 == 5)
 
 
-def test_empty_queries_give_zero_and_send_nothing_back():
+@BACKENDS
+def test_empty_queries_give_zero_and_send_nothing_back(backend):
     tensors, selected, size = call(t=40)
     selected[:, 10:20] = -1
     selected[:, 3] = 2  # the future only
-    out, lse, d_q, d_k, d_v = gradients(tensors, selected, size, "cpu")
+    out, lse, d_q, d_k, d_v = gradients(tensors, selected, size, backend)
     for rows in (slice(10, 20), slice(3, 4)):
         assert not out[:, rows].any()
         assert lse[:, :, rows].isneginf().all()

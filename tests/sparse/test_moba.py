@@ -9,7 +9,7 @@ from kernel_index.sparse.moba_block_sparse import contract, flash, router
 from kernel_index.sparse.moba_block_sparse.cases import documents, oracle
 
 B, H, K, D, BLOCK = 2, 4, 2, 8, 4
-BACKENDS = ["cpu", "reference"]
+BACKENDS = ["native", "cpu", "reference"]
 
 
 def qkv(tokens, seed=0, scale=1.0):
@@ -185,7 +185,9 @@ def test_names_and_what_they_stand_for():
     assert ki.resolve_block_sparse_backend("cpu").actual == "cpu"
     if not torch.cuda.is_available():
         assert ki.resolve_block_sparse_backend("Flash") == ("Flash", "triton", "flash_cute_runtime_unavailable")
-    with pytest.raises(ValueError, match="requested must be auto or one of triton, flash, cpu, reference, got 'dense'"):
+    with pytest.raises(
+        ValueError, match="requested must be auto or one of triton, flash, native, cpu, reference, got 'dense'"
+    ):
         ki.resolve_block_sparse_backend("dense")
     with pytest.raises(TypeError, match="must be a string or None, got int"):
         ki.resolve_block_sparse_backend(3)
@@ -295,7 +297,7 @@ def test_a_refused_step_writes_nothing_and_keeps_its_turn():
     with pytest.raises(TypeError, match="cache must be a KVCache or what its layer"):
         ki.moba_decode(q, {"k_cache": cache.k[0]}, k=k, v=v, block_size=BLOCK, topk=2)
     assert not cache.k.any()
-    assert ki.explain(ki.moba_decode, q, cache, k=k, v=v, block_size=BLOCK, topk=2).would_run == "cpu"
+    assert ki.explain(ki.moba_decode, q, cache, k=k, v=v, block_size=BLOCK, topk=2).would_run == "native"
     ki.moba_decode(q, cache, k=k, v=v, block_size=BLOCK, topk=2)
     with pytest.raises(ValueError, match="not yet served"):
         ki.moba_decode(q, cache, k=k, v=v, block_size=BLOCK, topk=2)

@@ -8,12 +8,14 @@ from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.dispatch import Backend, always, choose
 from kernel_index.sparse.block_sparse_attention import contract
 from kernel_index.sparse.block_sparse_attention.cpu import block_sparse_cpu
+from kernel_index.sparse.block_sparse_attention.native import block_sparse_native
 from kernel_index.sparse.block_sparse_attention.reference import block_sparse_reference
 from kernel_index.sparse.block_sparse_attention.torch_op import block_sparse_triton
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, block_sparse_triton, contract.triton_not_worth),
+    Backend("native", contract.native_why_not, block_sparse_native, contract.cpu_not_worth),
     Backend("cpu", contract.cpu_why_not, block_sparse_cpu, contract.cpu_not_worth),
     Backend("reference", always, block_sparse_reference),
 )

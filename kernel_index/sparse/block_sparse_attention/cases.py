@@ -110,7 +110,7 @@ SUITES = (
         oracle=oracle,
         sized=sized,
         scales=SCALES,
-        rounding=("triton", "cpu"),
+        rounding=("triton", "native", "cpu"),
         units=UNITS,
         real=real,
     ),

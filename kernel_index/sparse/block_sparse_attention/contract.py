@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks, gpu
+from kernel_index import checks, gpu, native
 from kernel_index.attention.dense_attention import contract as dense
 from kernel_index.sparse.routing import num_blocks
 from kernel_index.sparse.union_selection_query_mask.contract import check_picks, check_valid
@@ -76,6 +76,14 @@ def triton_why_not(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, *_: Any) -
 
 def triton_not_worth(q: Tensor, *_: Any) -> str | None:
     return gpu.not_worth(q)
+
+
+def native_why_not(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, *rest: Any) -> str | None:
+    if (rule := cpu_why_not(q)) is not None:
+        return rule
+    if q.shape[3] % 2 or v.shape[3] % 2 or not q.shape[3] or not v.shape[3]:
+        return "needs even head sizes: bfloat16 is multiplied in pairs"
+    return native.why_not(q, k, v, selected)
 
 
 SMALL = 256 * 256

@@ -85,7 +85,7 @@ SUITES = (
         oracle=oracle,
         sized=lambda m, n: _call(m, n, MaskContract(window=(9, 0), doc_ids=packed(n))),
         scales=(1e-3, 1.0, 16.0),
-        rounding=("triton", "cpu"),
+        rounding=("triton", "native", "cpu"),
         units=UNITS,
         real=real,
     ),

@@ -16,6 +16,7 @@ from kernel_index.sparse.moba_block_sparse.attend import attend
 from kernel_index.sparse.moba_block_sparse.cpu import decode_cpu
 from kernel_index.sparse.moba_block_sparse.flash import attend_flash
 from kernel_index.sparse.moba_block_sparse.names import pick, resolve_block_sparse_backend
+from kernel_index.sparse.moba_block_sparse.native import decode_native
 from kernel_index.sparse.moba_block_sparse.reference import decode_reference
 from kernel_index.sparse.moba_block_sparse.router import route
 from kernel_index.sparse.moba_block_sparse.torch_op import decode_triton
@@ -41,6 +42,7 @@ BACKENDS = tuple(_on_core(core) for core in CORE_BACKENDS)
 
 DECODE_BACKENDS = (
     Backend("triton", contract.decode_triton_why_not, decode_triton, gpu.not_worth, contract.decode_details),
+    Backend("native", contract.decode_native_why_not, decode_native, details=contract.decode_details),
     Backend("cpu", contract.decode_cpu_why_not, decode_cpu, details=contract.decode_details),
     Backend("reference", contract.decode_reference_why_not, decode_reference, details=contract.decode_details),
 )

@@ -198,7 +198,7 @@ SUITES = (
         oracle=oracle,
         sized=sized,
         scales=SCALES,
-        rounding=("cpu",),
+        rounding=("native", "cpu"),
     ),
     Suite(
         op="moba_decode",
@@ -209,8 +209,8 @@ SUITES = (
         oracle=decode_oracle,
         sized=lambda m, n: decode_call(m, (n, n - 2), 2),
         scales=SCALES,
-        rounding=("triton", "cpu"),
-        without_gradient=("cpu", "triton"),
+        rounding=("triton", "native", "cpu"),
+        without_gradient=("native", "cpu", "triton"),
         real=real_decode,
     ),
 )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks, gpu
+from kernel_index import checks, gpu, native
 from kernel_index.attention.dense_attention import contract as dense
 from kernel_index.attention.dense_fa4_kvcache_decode import contract as cached
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
@@ -68,6 +68,12 @@ def decode_cpu_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor
     if cached.wants_gradient(q, k, v):
         return "keeps no graph: gradients are the reference's"
     return None
+
+
+def decode_native_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
+    if (rule := decode_cpu_why_not(q, cache, k, v)) is not None:
+        return rule
+    return native.why_not(q, cache["k_cache"], cache["v_cache"])
 
 
 def decode_triton_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:

@@ -36,7 +36,7 @@ def decode_cpu(
 ) -> Tensor:
     routed = route(q, cache, k, v, block_size, topk, window, groups)
     if q.shape[1] > PROMPT:
-        return _prompt(q, cache, routed, block_size, window, scale, softcap)
+        return prompt(q, cache, routed, block_size, window, scale, softcap)
     out = torch.empty(q.shape, dtype=q.dtype)
     if out.numel():
         _step(out, q, cache, routed, block_size, groups, scale_of(q, scale), softcap)
@@ -91,7 +91,7 @@ def _attend(q: Tensor, k_MD: Tensor, v_MD: Tensor, allowed: Tensor, scale: float
     )
 
 
-def _prompt(
+def prompt(
     q: Tensor,
     cache: CacheLayer,
     routed: Routed,

@@ -10,7 +10,7 @@ from kernel_index.gpu import interpreting
 from kernel_index.target import has_package, target_of
 
 FLASH_UNAVAILABLE = "flash_cute_runtime_unavailable"
-NAMES = ("triton", "flash", "cpu", "reference")
+NAMES = ("triton", "flash", "native", "cpu", "reference")
 
 
 class BlockSparseBackend(NamedTuple):

@@ -1,0 +1,58 @@
+"""C++ kernels for the CPU: the ``native`` backend of what no composition of PyTorch's own kernels makes fast enough.
+
+Inductor's builder compiles the sources of this folder on first use (about 10 s) and keeps the library in its cache.
+Matrix products are oneDNN's, through the function that PyTorch's own attention calls, so they use the machine's matrix
+units; a kernel's own code is what stands between two products.  See docs/decisions/0013-native-kernels.md.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.inductor import PLAIN
+from kernel_index.target import has_cxx_compiler
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def why_not(*tensors: Tensor) -> str | None:
+    """The rules that every native kernel shares, beside those of its op's ``cpu`` backend."""
+    if not has_cxx_compiler():
+        return "needs a C++ compiler (g++ or clang++)"
+    if not _has_vectors():
+        return "needs a CPU with AVX-512 and PyTorch's oneDNN"
+    if any(type(t) not in PLAIN for t in tensors):
+        return "needs plain tensors, not a tensor subclass"
+    if tensors[0].dtype not in DTYPES:
+        return "needs float32 or bfloat16"
+    return None
+
+
+def _has_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.enabled
+
+
+@functools.cache
+def library(source: str) -> ctypes.CDLL:
+    """A source of this folder, compiled for this machine and loaded."""
+    from torch._inductor.codecache import CppCodeCache
+
+    folder = Path(__file__).parent
+    code = "".join((folder / name).read_text() for name in ("common.h", source))
+    return CppCodeCache.load(code, extra_flags=("-w",))  # the warnings are those of PyTorch's headers
+
+
+def call(source: str, function: str, sizes: tuple[int, ...], numbers: tuple[float, ...], *tensors: Tensor) -> None:
+    """Run one function of a source: sizes as one array, then numbers, then where the dense tensors' elements are."""
+    arguments: list[Any] = [(ctypes.c_int64 * len(sizes))(*sizes), *map(ctypes.c_float, numbers)]
+    arguments += [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+    getattr(library(source), function)(*arguments)
+
+
+def suffix(dtype: torch.dtype) -> str:
+    """How the functions for a dtype end."""
+    return str(dtype).removeprefix("torch.")

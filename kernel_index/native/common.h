@@ -1,0 +1,86 @@
+// What the native kernels share: rows of a product, operands packed for it, and the exponential of each dtype.
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+namespace {
+
+using at::BFloat16;
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t LANES = Vec::size();
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory that nothing clears: a page that is never written costs nothing.
+template <typename T>
+struct Buffer {
+  std::unique_ptr<T[]> data;
+  explicit Buffer(int64_t n) : data(new T[std::max<int64_t>(n, 1)]) {}
+  T* at(int64_t i) const { return data.get() + i; }
+};
+
+// C [M, N] = or += A [M, R] B [R, N]; B is packed by `packed_at`.  M is rounded up: rows behind the last are scratch.
+template <typename T>
+inline void product(int64_t M, int64_t N, int64_t R, const T* A, const T* B, float* C, bool add = false) {
+  at::native::cpublas::brgemm(M, N, R, R, N, N, add, A, B, C, std::is_same_v<T, BFloat16>);
+}
+
+// Where element (r, j) of a right operand [R, N] stands: by rows, or by pairs of rows in bfloat16.
+template <typename T>
+inline int64_t packed_at(int64_t r, int64_t j, int64_t N) {
+  if constexpr (std::is_same_v<T, BFloat16>) return (r / 2) * N * 2 + j * 2 + r % 2;
+  return r * N + j;
+}
+
+// Blocks of x [B, S, K, W] as right operands: [B, K, blocks] of [padded, W], or of their transposes [W, padded].
+template <typename T>
+void pack_blocks(const T* x, T* into, int64_t B, int64_t S, int64_t K, int64_t W, int64_t block, int64_t padded,
+                 bool transposed, int64_t threads) {
+  const int64_t blocks = (S + block - 1) / block;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < B * K * blocks; ++i) {
+    const int64_t j = i % blocks, h = i / blocks % K, b = i / blocks / K;
+    T* to = into + i * padded * W;
+    for (int64_t s = 0; s < padded; ++s) {
+      const bool exists = s < block && j * block + s < S;
+      const T* from = x + ((b * S + j * block + s) * K + h) * W;
+      for (int64_t d = 0; d < W; ++d)
+        to[transposed ? packed_at<T>(d, s, padded) : packed_at<T>(s, d, W)] = exists ? from[d] : T(0);
+    }
+  }
+}
+
+inline Vec exponential(Vec x, float) { return x.exp(); }
+inline Vec exponential(Vec x, BFloat16) { return x.exp_u20(); }  // right to more digits than bfloat16 keeps
+
+inline void store(float* to, Vec x) { x.store(to); }
+inline void store(BFloat16* to, Vec x) { at::vec::convert<BFloat16>(x).store(to, LANES); }
+
+inline float sum_of(Vec x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+inline float max_of(Vec x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
+}
+
+// Scores of a row in place, times scale and capped; keys outside [low, high) become −∞.
+inline void finish_scores(float* z, int64_t width, int64_t low, int64_t high, float scale, float softcap) {
+  for (int64_t i = 0; i < width; i += LANES) {
+    Vec x = Vec::loadu(z + i) * Vec(scale);
+    if (softcap != 0) x = Vec(softcap) * (x / Vec(softcap)).tanh();
+    x.store(z + i);
+  }
+  for (int64_t i = 0; i < low; ++i) z[i] = -INF;
+  for (int64_t i = std::max<int64_t>(high, 0); i < width; ++i) z[i] = -INF;
+}
+
+}  // namespace
