@@ -83,4 +83,20 @@ inline void finish_scores(float* z, int64_t width, int64_t low, int64_t high, fl
   for (int64_t i = std::max<int64_t>(high, 0); i < width; ++i) z[i] = -INF;
 }
 
+// A score and its block as one integer: a larger score is larger, among equals the smaller block.  As sparse/ordered.py.
+inline int64_t key_of(float score, int64_t j) {
+  const float plus = score + 0.f;  // −0 and 0 are a tie
+  int32_t bits;
+  std::memcpy(&bits, &plus, sizeof bits);
+  return (static_cast<int64_t>(bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | (0x7FFFFFFF - j);
+}
+inline int64_t block_of(int64_t key) { return 0x7FFFFFFF - (key & 0x7FFFFFFF); }
+inline float score_of(int64_t key) {
+  int32_t bits = static_cast<int32_t>(key >> 32);
+  bits ^= (bits >> 31) & 0x7FFFFFFF;
+  float score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
+}
+
 }  // namespace

@@ -27,14 +27,6 @@ inline float dot(const float* a, const T* b, int64_t n) {
   return sum_of(sum);
 }
 
-// A score and its block as one integer: a larger score is larger, among equals the smaller block.  As sparse/ordered.py.
-inline int64_t key_of(float score, int64_t j) {
-  const float plus = score + 0.f;  // −0 and 0 are a tie
-  int32_t bits;
-  std::memcpy(&bits, &plus, sizeof bits);
-  return (static_cast<int64_t>(bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32) | (0x7FFFFFFF - j);
-}
-
 // The blocks of a query in ascending order: its own, and the best of those before it.
 void pick(const Step& c, const float* means, const float* mean_query, int64_t h, int64_t first, int64_t own,
           std::vector<int64_t>& keys, std::vector<int64_t>& picked) {
@@ -44,7 +36,7 @@ void pick(const Step& c, const float* means, const float* mean_query, int64_t h,
   const int64_t kept = std::min<int64_t>(c.topk - 1, keys.size());
   std::nth_element(keys.begin(), keys.begin() + kept, keys.end(), std::greater<>());
   picked.clear();
-  for (int64_t i = 0; i < kept; ++i) picked.push_back(0x7FFFFFFF - (keys[i] & 0x7FFFFFFF));
+  for (int64_t i = 0; i < kept; ++i) picked.push_back(block_of(keys[i]));
   std::sort(picked.begin(), picked.end());
   picked.push_back(own);
 }

@@ -6,6 +6,7 @@ import torch
 import kernel_index as ki
 from kernel_index import gpu
 from kernel_index.proofs.traffic import counted
+from kernel_index.sparse.fused_routing.native import native_top_blocks, native_why_not
 from kernel_index.sparse.fused_routing.torch_op import fused_top_blocks, fused_why_not
 from kernel_index.sparse.moba_block_sparse.router import scored
 from kernel_index.sparse.routing import block_means, legal_blocks, num_blocks, top_blocks
@@ -42,6 +43,29 @@ def test_picks_are_those_of_top_blocks(name):
     assert torch.equal(actual.indices, expected.indices)
     assert torch.equal(actual.valid, expected.valid)
     assert expected.valid.any()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_native_picks_are_those_of_top_blocks(name, special):
+    """Also where scores are equal or not numbers: of 0 only the sign differs between some of them."""
+    sizes, mask = CALLS[name]
+    q, means, legal = draw(sizes, mask)
+    q[:, ::3], means[:, ::4, :, 0] = -0.0, special
+    groups, topk = sizes[4], sizes[8]
+    expected = top_blocks(scored(q, means, groups), legal, topk)
+    actual = native_top_blocks(q, means, legal, topk, groups)
+    assert torch.equal(actual.indices, expected.indices)
+    assert torch.equal(actual.valid, expected.valid)
+
+
+def test_native_picks_over_several_steps_of_blocks():
+    sizes, mask = (2, 200, 1400, 4, 4, 2, 16, 4, 9), ki.MaskContract(window=(1100, 0))
+    q, means, legal = draw(sizes, mask)
+    assert native_why_not(q, means.shape[1], 4) is None
+    assert torch.equal(
+        native_top_blocks(q, means, legal, 9, 4).indices, top_blocks(scored(q, means, 4), legal, 9).indices
+    )
 
 
 @interpreted

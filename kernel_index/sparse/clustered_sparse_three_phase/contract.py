@@ -12,6 +12,7 @@ from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSpa
 from kernel_index.sparse.clustered_sparse_three_phase.scoring import chunks_of
 from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
+from kernel_index.sparse.fused_routing.native import native_why_not
 from kernel_index.sparse.fused_routing.torch_op import fused_why_not
 from kernel_index.sparse.routing import TopBlocks, check_causal, num_blocks
 from kernel_index.sparse.union_selection_query_mask.api import resolve_mode
@@ -71,7 +72,7 @@ def details(
         ("phase_order", PHASES),
         ("routing_is_stop_gradient", True),
         ("attention_is_differentiable", True),
-        ("scoring_backend", _scoring_name(q, config)),
+        ("scoring_backend", _scoring_name(q, k, config)),
         ("attention_backend", "dense_attention" if rerouted else backend),
     )
     if torch.compiler.is_compiling():  # sizes are symbols there
@@ -93,12 +94,15 @@ OWN_UNION = "sort, by the tiles of the kernels"
 NO_UNION = "none: this backend goes by key block and needs no union"
 
 
-def _scoring_name(q: Tensor, config: ClusteredSparseConfig) -> str:
+def _scoring_name(q: Tensor, k: Tensor, config: ClusteredSparseConfig) -> str:
     if config.hierarchy is not None:
         return "hierarchical"
     if not config.fused_scoring:
         return "exhaustive"
-    return "exhaustive, fused" if fused_why_not(q, config.topk) else "exhaustive, fused by triton"
+    if fused_why_not(q, config.topk) is None:
+        return "exhaustive, fused by triton"
+    by_native = native_why_not(q, num_blocks(k.shape[1], config.block_size), k.shape[2]) is None
+    return "exhaustive, fused by native" if by_native else "exhaustive, fused"
 
 
 def _windowing(q: Tensor, k: Tensor, config: ClusteredSparseConfig, mask: MaskContract) -> tuple[tuple[str, int], ...]:

@@ -9,6 +9,7 @@ from kernel_index.attention.causal_windowing_predicate.api import WindowingPlan,
 from kernel_index.attention.doc_window_mask.intervals import Sizes
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
+from kernel_index.sparse.fused_routing.native import native_top_blocks, native_why_not
 from kernel_index.sparse.fused_routing.torch_op import fused_top_blocks, fused_why_not
 from kernel_index.sparse.hierarchical_block_expansion.api import hierarchical_block_select
 from kernel_index.sparse.routing import (
@@ -78,6 +79,8 @@ def pick_blocks(q: Tensor, k: Tensor, config: ClusteredSparseConfig, mask: MaskC
         legal = legal_blocks(mask, sizes, config.block_size)
         if config.fused_scoring and fused_why_not(q, config.topk) is None:
             return fused_top_blocks(q, means, legal, topk, k.shape[2])
+        if config.fused_scoring and native_why_not(q, means.shape[1], k.shape[2]) is None:
+            return native_top_blocks(q, means, legal, topk, k.shape[2])
         queries, keys = group_queries(q, k.shape[2]).transpose(1, 2), means.permute(0, 2, 3, 1)
         if torch.compiler.is_compiling() or sizes.queries == 0:  # a trace serves every length: no loop over chunks
             return top_blocks((queries @ keys).transpose(1, 2), legal, topk)

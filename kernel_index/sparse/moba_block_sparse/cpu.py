@@ -10,16 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernel_index.attention.dense_attention.contract import scale_of
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 from kernel_index.attention.doc_window_mask.contract import Window
-from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
-from kernel_index.sparse.moba_block_sparse.decoding import Routed, attend_to, places, route
-from kernel_index.sparse.routing import TopBlocks
+from kernel_index.sparse.moba_block_sparse.decoding import PROMPT, Routed, attend_to, places, prompt, route
 
 ELEMENTS_AT_ONCE = 1 << 18
 """Of keys, and of values, that are copied at a time: 1 MiB of float32."""
-
-PROMPT = 32
-"""A step of more queries than this is a prompt's: then most keys are picked by several queries."""
 
 
 def decode_cpu(
@@ -89,26 +83,3 @@ def _attend(q: Tensor, k_MD: Tensor, v_MD: Tensor, allowed: Tensor, scale: float
     return scaled_dot_product_attention(
         q[:, None], keys[:, None], values[:, None], attn_mask=allowed[:, None], scale=scale
     )
-
-
-def prompt(
-    q: Tensor,
-    cache: CacheLayer,
-    routed: Routed,
-    block_size: int,
-    window: Window,
-    scale: float | None,
-    softcap: float,
-) -> Tensor:
-    """Each row through the block-sparse core, over the keys that it holds."""
-    outs = []
-    for b, total in enumerate(cache.lengths_after):
-        k, v = cache.prefix(b)
-        picks = TopBlocks(*(x[b : b + 1] for x in routed.picks))
-        mask = MaskContract(window=(window[0], 0), q_offset=total - q.shape[1])
-        result = block_sparse_attention(
-            q[b : b + 1], k, v, picks.indices, selected_valid=picks.valid, block_size=block_size, mask=mask,
-            scale=scale, softcap=softcap,
-        )  # fmt: skip
-        outs.append(result.out)
-    return torch.cat(outs)

@@ -8,8 +8,13 @@ from torch import Tensor
 from kernel_index.attention.dense_fa4_kvcache_decode.append import append
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 from kernel_index.attention.doc_window_mask.contract import Window
+from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.sparse.moba_block_sparse.router import scored
 from kernel_index.sparse.routing import LegalBlocks, TopBlocks, num_blocks, top_blocks
+
+PROMPT = 32
+"""A step of more queries than this is a prompt's: then most keys are picked by several queries."""
 
 
 class Routed(NamedTuple):
@@ -85,3 +90,26 @@ def attend_to(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, softcap:
     empty = ~allowed.any(-1, keepdim=True)
     scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
     return torch.softmax(scores, -1).masked_fill(empty, 0.0) @ values
+
+
+def prompt(
+    q: Tensor,
+    cache: CacheLayer,
+    routed: Routed,
+    block_size: int,
+    window: Window,
+    scale: float | None,
+    softcap: float,
+) -> Tensor:
+    """Each row through the block-sparse core, over the keys that it holds."""
+    outs = []
+    for b, total in enumerate(cache.lengths_after):
+        k, v = cache.prefix(b)
+        picks = TopBlocks(*(x[b : b + 1] for x in routed.picks))
+        mask = MaskContract(window=(window[0], 0), q_offset=total - q.shape[1])
+        result = block_sparse_attention(
+            q[b : b + 1], k, v, picks.indices, selected_valid=picks.valid, block_size=block_size, mask=mask,
+            scale=scale, softcap=softcap,
+        )  # fmt: skip
+        outs.append(result.out)
+    return torch.cat(outs)

@@ -11,8 +11,7 @@ from kernel_index.attention.dense_attention.contract import scale_of
 from kernel_index.attention.dense_fa4_kvcache_decode.append import append
 from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer
 from kernel_index.attention.doc_window_mask.contract import Window
-from kernel_index.sparse.moba_block_sparse.cpu import PROMPT, prompt
-from kernel_index.sparse.moba_block_sparse.decoding import route
+from kernel_index.sparse.moba_block_sparse.decoding import PROMPT, prompt, route
 from kernel_index.sparse.routing import num_blocks
 
 SOURCE = "moba_decode.cpp"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.sparse.fused_routing.native import native_top_blocks, native_why_not
 from kernel_index.sparse.fused_routing.torch_op import fused_top_blocks, fused_why_not
 from kernel_index.sparse.routing import (
     LegalBlocks,
@@ -54,6 +55,8 @@ def route(q: Tensor, k: Tensor, block_size: int, topk: int, mask: MaskContract, 
         means = block_means(k, block_size, mask)
         if fused_why_not(q, topk) is None:
             return fused_top_blocks(q, means, legal, topk, groups)
+        if native_why_not(q, blocks, groups) is None:
+            return native_top_blocks(q, means, legal, topk, groups)
         grouped = group_queries(q, groups)
         step = max(1, SCORES_AT_ONCE // max(1, q.shape[0] * groups * blocks))
         if torch.compiler.is_compiling() or step >= sizes.queries:
