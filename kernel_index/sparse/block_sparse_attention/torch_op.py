@@ -9,9 +9,11 @@ from torch import Tensor
 from kernel_index import gpu
 from kernel_index.attention.doc_window_mask.lowerings import KernelIntervals
 from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.sparse.block_sparse_attention import lists, torch_op_lists
 from kernel_index.sparse.block_sparse_attention.contract import sizes_of
 from kernel_index.sparse.block_sparse_attention.geometry import Cut, cut_of, launch_of
 from kernel_index.sparse.block_sparse_attention.plan import KeyPlan, Plan, forward_plan, key_plan
+from kernel_index.sparse.block_sparse_attention.torch_op_lists import dense_heads
 from kernel_index.sparse.routing import num_blocks
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 
@@ -37,7 +39,7 @@ def _launch(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, sc
     from kernel_index.sparse.block_sparse_attention import triton
 
     outputs = _allocate(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap)
-    q, k, v = map(_dense_heads, (q, k, v))
+    q, k, v = map(dense_heads, (q, k, v))
     plan, bounds = Plan(blocks, members, sizes, blocks), (k_start, k_end)
     how = launch_of("forward", q, k, v, block_size, Cut(*cut), scale, softcap)
     return triton.forward(q, k, v, plan, bounds, how, outputs)
@@ -58,7 +60,7 @@ def _launch_queries(
     outputs = _allocate_queries(
         d_out, d_lse, q, k, v, out, log2_sum, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap
     )
-    d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
+    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
     plan, bounds = Plan(blocks, members, sizes, blocks), (k_start, k_end)
     how = launch_of("queries", q, k, v, block_size, Cut(*cut), scale, softcap)
     return triton_backward.backward_queries(d_out, d_lse, q, k, v, out, log2_sum, plan, bounds, how, outputs)
@@ -74,15 +76,10 @@ def _launch_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end,
     outputs = _allocate_keys(
         d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap
     )
-    d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
+    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
     how = launch_of("keys", q, k, v, block_size, Cut(*cut), scale, softcap)
     plan, seen = KeyPlan(lists, bounds), (q_start, q_end)
     return triton_backward.backward_keys(d_out, q, k, v, log2_sum, delta, plan, seen, how, outputs)
-
-
-def _dense_heads(x: Tensor) -> Tensor:
-    """The kernels take any stride but the last dimension's."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 _plan_op = gpu.register(
@@ -172,7 +169,14 @@ def block_sparse_triton(
     if selected.shape[3] == 0:
         selected, selected_valid = selected.new_full((*selected.shape[:3], 1), -1), None
     cut = cut_of(q.shape[2] // selected.shape[2], q.element_size(), query_tile_size)
+    blocks, bounds = num_blocks(k.shape[1], block_size), mask.row_kernel_intervals(sizes_of(q, k, mask))
+    head_bytes = max(q.shape[3], v.shape[3]) * q.element_size()
+    if lists.use_lists(cut, head_bytes, block_size, blocks, selected.shape[3]):
+        selected, selected_valid, block_size = lists.split(selected, selected_valid, block_size)
+        blocks = num_blocks(k.shape[1], block_size)
+        return torch_op_lists.attend(
+            q, k, v, selected, selected_valid, blocks, (bounds[0], bounds[1]), block_size, scale, softcap
+        )
     with torch.no_grad():
-        plan = _plan_op(selected, selected_valid, num_blocks(k.shape[1], block_size), cut.queries)
-    bounds = mask.row_kernel_intervals(sizes_of(q, k, mask))
+        plan = _plan_op(selected, selected_valid, blocks, cut.queries)
     return _BlockSparseAttention.apply(q, k, v, *plan, *bounds, block_size, list(cut), scale, softcap)
