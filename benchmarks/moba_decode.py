@@ -8,10 +8,9 @@ A model has a cache for every layer, which no processor's caches hold: a call go
 layer of 4 rows, 268 MB of keys and values in float32 either way.
 
 Predicted: dense decoding reads 2 · 65536 · 2 · 64 elements of a row, 67 MB in float32.  Routing reads 1024 means of
-each key head, 0.5 MB, and picks for each query head; 8 heads then read 16 · 64 keys and values, 4 MB, which are copied
-once into a buffer that stays in cache.  That is 1/14 of the bytes, in pieces of 256: 1/10 to 1/14 of the time for 4
-rows; less for one, where some 80 small operations (0.3 ms) are 1/20 of the dense step.  With one selection for the
-heads of a key head (``kv_group``) it is 1/45 of the bytes, and mostly those operations: 1/15 to 1/30.
+each key head, 0.5 MB, and picks for each query head; 8 heads then read 16 · 64 keys and values, 4 MB.  That is 1/14 of
+the bytes in one call of a native kernel, between some 20 small operations (0.1 ms) that write and keep the books: 1/12.
+With one selection for the heads of a key head (``kv_group``) it is 1/45 of the bytes: 1/20 to 1/30.
 """
 
 from collections.abc import Callable
