@@ -85,7 +85,11 @@ class Receipt:
 
 
 class ReceiptLog(list[Receipt]):
-    """The receipts of a ``with receipts()`` block, in order, from every thread."""
+    """The receipts of a ``with receipts()`` block, in order; ``thread`` is the only one it listens to, if any."""
+
+    def __init__(self, thread: int | None = None):
+        super().__init__()
+        self.thread = thread
 
     def counts(self) -> Counter[Receipt]:
         """How often each distinct receipt occurs."""
@@ -101,7 +105,8 @@ class ReceiptLog(list[Receipt]):
         return versions | {name: module.__version__ for name, module in loaded.items() if module is not None}
 
 
-_LOGS: list[ReceiptLog] = []
+_LOGS: list[ReceiptLog] = []  # replaced and never changed, so that a thread may go through it while others enter
+_BLOCKS = threading.Lock()  # entering and leaving a block: read, change and write back, by one thread at a time
 _STRICT = [0]  # how many strict() blocks are open; a list so that Dynamo guards on its content
 _EXPLAINING: set[int] = set()  # idents of the threads inside explain()
 _FORCED: dict[str, tuple[str, str]] = {}  # op, or "" for every op -> (backend, the variable that says so)
@@ -121,8 +126,11 @@ reload_environment()
 
 
 @contextlib.contextmanager
-def receipts() -> Iterator[ReceiptLog]:
+def receipts(*, every_thread: bool = True) -> Iterator[ReceiptLog]:
     """Collect a receipt for every dispatched call inside the block.
+
+    Autograd recomputes checkpoints of a GPU in threads of its own, so the calls of every thread are collected.  Where
+    several threads serve requests, ``every_thread=False`` collects those of the thread that opened the block.
 
     >>> import torch, kernel_index as ki
     >>> with ki.receipts() as log:
@@ -130,12 +138,15 @@ def receipts() -> Iterator[ReceiptLog]:
     >>> log[0].op, log[0].requested, log[0].ran
     ('fused_relu_squared', 'auto', 'reference')
     """
-    log = ReceiptLog()
-    _LOGS.append(log)
+    log = ReceiptLog(None if every_thread else threading.get_ident())
+    global _LOGS
+    with _BLOCKS:
+        _LOGS = [*_LOGS, log]
     try:
         yield log
     finally:
-        _LOGS[:] = [other for other in _LOGS if other is not log]
+        with _BLOCKS:
+            _LOGS = [other for other in _LOGS if other is not log]
 
 
 @contextlib.contextmanager
@@ -150,11 +161,13 @@ def strict() -> Iterator[None]:
     ...     ki.fused_relu_squared(torch.ones(2))  # a CPU is no accelerator
     tensor([1., 1.])
     """
-    _STRICT[0] += 1
+    with _BLOCKS:
+        _STRICT[0] += 1
     try:
         yield
     finally:
-        _STRICT[0] -= 1
+        with _BLOCKS:
+            _STRICT[0] -= 1
 
 
 def _write(
@@ -165,7 +178,8 @@ def _write(
         receipt = Receipt(op, requested, ran, declined, forced_by, tried, error, dict(details))
         _take_back_restarted(receipt)
         for log in _LOGS:
-            log.append(receipt)
+            if log.thread is None or log.thread == threading.get_ident():
+                log.append(receipt)
     return True
 
 
@@ -204,8 +218,9 @@ class Choice:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         decision = (self.op, self.requested, self.backend.name, self.declined, self.forced_by, self.details)
         if torch.compiler.is_compiling():
-            _write(*decision)
-            return self.backend.run(*args, **kwargs)
+            out = self.backend.run(*args, **kwargs)
+            _write(*decision)  # after it: a launch that cannot be traced is not said to have run
+            return out
         try:
             out = self.backend.run(*args, **kwargs)
         except BaseException as error:  # re-raised: a failed launch is the caller's to see, and the receipt's to tell

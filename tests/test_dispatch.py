@@ -139,6 +139,46 @@ def test_a_log_holds_the_calls_of_every_thread():
     assert [r.ran for r in log] == ["even"] * 4
 
 
+def test_a_log_of_one_thread_holds_its_own_calls_alone():
+    """Blocks are opened and closed, and calls made, in six threads at once; none sees another's, none loses one."""
+    logs, others = {}, []
+
+    def work(width):
+        logs[width] = []
+        for _ in range(200):
+            with ki.receipts(every_thread=False) as log:
+                toy(torch.ones(4, width))
+                toy(torch.ones(1, width))
+            logs[width].append([r.ran for r in log])
+
+    with ki.receipts() as everything, ki.receipts(every_thread=False) as own:
+        threads = [threading.Thread(target=work, args=(width,)) for width in range(7, 13)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        others.extend(own)
+    assert others == []
+    assert len(everything) == 6 * 400
+    for width, found in logs.items():
+        assert found == [["even", "even"] if width % 2 == 0 else ["large", "reference"]] * 200
+    assert dispatch._LOGS == []
+
+
+def test_strict_blocks_of_many_threads_leave_nothing_behind():
+    def work():
+        for _ in range(2000):
+            with ki.strict():
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert dispatch._STRICT == [0]
+
+
 def test_counts():
     with ki.receipts() as log:
         for width in (8, 8, 7, 8):

@@ -116,7 +116,9 @@ def test_a_predicate_that_raises_surfaces(call):
 
 def test_a_launch_that_fails_raises():
     error = toy_op.LaunchError("out of shared memory")
-    assert "out of shared memory" in raised_by(compiled(lambda x: toy_op.failing(x, error)), torch.ones(2, 2))
+    with ki.receipts() as log:
+        assert "out of shared memory" in raised_by(compiled(lambda x: toy_op.failing(x, error)), torch.ones(2, 2))
+    assert [r.ran for r in log if r.ran] == [], "what failed to be traced is not on record as having run"
 
 
 def test_strict_is_seen_by_code_compiled_before(monkeypatch):

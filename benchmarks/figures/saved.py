@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Comparison, Row
+from kernel_index.files import write_whole
 from kernel_index.proofs.record import machine
 
 
@@ -20,8 +21,7 @@ class Figures:
 
 
 def save(figures: Figures, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(figures), indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(asdict(figures), indent=1, ensure_ascii=False) + "\n")
 
 
 def load(path: Path) -> Figures:
@@ -32,14 +32,14 @@ def load(path: Path) -> Figures:
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"FILE must hold saved figures, got {path}: {error}") from error
     try:
         if "lines" in content:
             return Figures(_from_gpu(content["lines"]), dict(content["environment"]))
         comparisons = [Comparison(**c | {"rows": [Row(**r) for r in c["rows"]]}) for c in content["comparisons"]]
         return Figures(comparisons, content["machine"], content.get("verified", {}), content.get("peers", {}))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"FILE must hold saved figures, got {path}, which lacks or misnames {error}") from error
 
 

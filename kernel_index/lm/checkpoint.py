@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from kernel_index.lm import parts
 from kernel_index.lm.distributed import Group, is_sharded
 
 KEEP = 2
 """Checkpoints kept in a run folder: the newest, and the one before it in case the disk holds a surprise."""
+
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW keeps of a parameter."""
 
 
 class CheckpointError(ValueError):
@@ -35,71 +39,69 @@ def write(run: Path, checkpoint: Checkpoint, group: Group | None = None) -> Path
     """Write ``run/checkpoint-<step>``: complete under its final name, or not there at all.
 
     Of a sharded model every process of the group writes its own part; such a checkpoint, too, can be read by any
-    number of processes.
+    number of processes.  Raises ``CheckpointError`` in every process when it cannot be written by one of them.
     """
+    group = group or Group()
     final = run / f"checkpoint-{checkpoint.step:08d}"
     draft = run / f".{final.name}.draft"
-    if group is not None and group.size > 1:
-        return _write_parts(draft, final, checkpoint, group)
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _write_file(draft / "model.safetensors", save(_contiguous(checkpoint.model)))
-        _write_file(draft / "optimizer.safetensors", save(_contiguous(checkpoint.optimizer)))
-        _finish(draft, final, checkpoint)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        kept = newest(run)
-        rest = f"the last good checkpoint is {kept}" if kept else "there is no earlier checkpoint"
-        raise CheckpointError(f"cannot write {final}: {error.strerror or error}; {rest}") from error
+    _together(group, run, final, lambda: _empty_draft(draft) if group.rank == 0 else None)
+    _together(group, run, final, lambda: _write_tensors(draft, checkpoint, group))
+    _together(group, run, final, lambda: _finish(draft, final, checkpoint) if group.rank == 0 else None)
     return final
+
+
+def _together(group: Group, run: Path, final: Path, step: Callable[[], None]) -> None:
+    """One step of writing, in all processes; a full disk of one stops them all, without a draft left behind."""
+    failed: OSError | None = None
+    try:
+        step()
+    except OSError as error:
+        failed = error
+    if not group.sum(float(failed is not None)):
+        return
+    shutil.rmtree(run / f".{final.name}.draft", ignore_errors=True)
+    kept = newest(run)
+    rest = f"the last good checkpoint is {kept}" if kept else "there is no earlier checkpoint"
+    why = "another process failed" if failed is None else failed.strerror or failed
+    raise CheckpointError(f"cannot write {final}: {why}; {rest}") from failed
+
+
+def _empty_draft(draft: Path) -> None:
+    for folder in (*draft.parent.glob(".checkpoint-*.draft"), *draft.parent.glob("checkpoint-*")):
+        if folder.suffix == ".draft" or not (folder / "state.json").is_file():  # a process was killed in the middle
+            shutil.rmtree(folder, ignore_errors=True)
+    draft.mkdir(parents=True)
+
+
+def _write_tensors(draft: Path, checkpoint: Checkpoint, group: Group) -> None:
+    if group.size > 1:
+        part = {f"model/{n}": t for n, t in checkpoint.model.items()}
+        part |= {f"optimizer/{n}": t for n, t in checkpoint.optimizer.items()}
+        _write_file(draft / parts.file_name(group.rank, group.size), parts.content_of(part, group))
+        return
+    _write_file(draft / "model.safetensors", save(_contiguous(checkpoint.model)))
+    _write_file(draft / "optimizer.safetensors", save(_contiguous(checkpoint.optimizer)))
 
 
 def _finish(draft: Path, final: Path, checkpoint: Checkpoint) -> None:
     """Give a complete draft its name, and drop the oldest checkpoints."""
     _write_file(draft / "state.json", json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1).encode())
     _sync_folder(draft)
-    if final.exists():  # the same step of the same run, written again after a resume
-        shutil.rmtree(final)
+    before = final.with_name(final.name + ".before")
+    if final.exists():  # the same step of the same run, written again after a resume: kept until the new one is there
+        _drop(before)
+        os.rename(final, before)
     os.rename(draft, final)
     _sync_folder(final.parent)
+    _drop(before)
     for old in _all(final.parent)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+        _drop(old)
 
 
-def _write_parts(draft: Path, final: Path, checkpoint: Checkpoint, group: Group) -> Path:
-    import torch.distributed.checkpoint as dcp
-
-    if group.rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    group.wait()
-    dcp.save(_named_parts(checkpoint), checkpoint_id=draft)
-    if group.rank == 0:
-        _finish(draft, final, checkpoint)
-    group.wait()
-    return final
-
-
-def _named_parts(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    model = {f"model/{n}": t.detach() for n, t in checkpoint.model.items()}
-    return model | {f"optimizer/{n}": t for n, t in checkpoint.optimizer.items()}
-
-
-def _read_parts(folder: Path, step: int, state: dict[str, Any]) -> Checkpoint:
-    """All tensors in full, whatever the number of processes that wrote them."""
-    import torch.distributed.checkpoint as dcp
-
-    found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in found.items()}  # type: ignore[union-attr]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    for name, tensor in tensors.items():
-        part, rest = name.split("/", 1)
-        parts[part][rest] = tensor
-    return Checkpoint(step, parts["model"], parts["optimizer"], state)
+def _drop(folder: Path) -> None:
+    """Remove a checkpoint; one that is removed in part is no longer taken for a checkpoint."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest(run: Path) -> Path | None:
@@ -115,30 +117,45 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} must be a checkpoint or a run folder that holds one")
     try:
         state = json.loads((folder / "state.json").read_text())
-        if (folder / ".metadata").is_file():
-            return _read_parts(folder, state.pop("step"), state)
-        model = load((folder / "model.safetensors").read_bytes())
-        optimizer = load((folder / "optimizer.safetensors").read_bytes())
-        return Checkpoint(state.pop("step"), model, optimizer, state)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        step = state.pop("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step must be a count, got {step!r}")
+        return Checkpoint(step, *_read_tensors(folder), state)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
         others = [p.name for p in _all(folder.parent) if p != folder]
         rest = f"; also there: {', '.join(others)}" if others else ""
         raise CheckpointError(f"cannot read {folder}: {error}{rest}") from error
 
 
-def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Fill a model; a checkpoint of another model is refused before anything is changed."""
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All tensors in full, whatever the number of processes that wrote them."""
+    if not parts.are_in(folder):
+        return load((folder / "model.safetensors").read_bytes()), load((folder / "optimizer.safetensors").read_bytes())
+    found: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    for name, tensor in parts.read(folder).items():
+        kind, rest = name.split("/", 1)
+        found[kind][rest] = tensor
+    return found["model"], found["optimizer"]
+
+
+def check_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise ``CheckpointError`` unless the checkpoint's tensors are this model's; it may be on the meta device."""
     own = model.state_dict()
     problems = [f"{n} is missing" for n in own if n not in checkpoint.model]
     problems += [f"{n} is unknown" for n in checkpoint.model if n not in own]
     problems += [
-        f"{n} is {tuple(t.shape)}, not {tuple(own[n].shape)}"
+        f"{n} is {t.dtype} {tuple(t.shape)}, not {own[n].dtype} {tuple(own[n].shape)}"
         for n, t in checkpoint.model.items()
-        if n in own and t.shape != own[n].shape
+        if n in own and (t.shape, t.dtype.is_floating_point) != (own[n].shape, own[n].dtype.is_floating_point)
     ]
     if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise CheckpointError(f"the checkpoint is of another model: {shown}")
+        raise CheckpointError(f"the checkpoint is of another model: {_first(problems)}")
+
+
+def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Fill a model; a checkpoint of another model is refused before anything is changed."""
+    check_model(model, checkpoint)
+    own = model.state_dict()
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(_like(checkpoint.model[name], tensor))
@@ -156,14 +173,43 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of ``optimizer_tensors``, the random generator included."""
+    """The inverse of ``optimizer_tensors``, the random generator included; refused before anything is changed."""
     parameters = dict(model.named_parameters())
+    found: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        parameter, key = name.rsplit(":", 1)
+        parameter, _, key = name.rpartition(":")
         if parameter:
-            like = parameters[parameter]
-            optimizer.state[like][key] = _like(value, like) if value.ndim else value
-    torch.set_rng_state(tensors[":rng"])
+            found.setdefault(parameter, {})[key] = value
+    problems = [f"{n} is unknown" for n in found if n not in parameters]
+    problems += [
+        f"{n} has {', '.join(sorted(state))}, not {', '.join(sorted(MOMENTS))}"
+        for n, state in found.items()
+        if set(state) != MOMENTS
+    ]
+    problems += [
+        f"{key} of {n} is {value.dtype} {tuple(value.shape)}"
+        for n, state in found.items()
+        for key, value in state.items()
+        if n in parameters and not (value.is_floating_point() and value.shape in ((), parameters[n].shape))
+    ]
+    if problems:
+        raise CheckpointError(f"the optimizer's state is of another model: {_first(problems)}")
+    _set_rng_state(tensors.get(":rng"))
+    for name, state in found.items():
+        like = parameters[name]
+        optimizer.state[like].update({key: _like(value, like) if value.ndim else value for key, value in state.items()})
+
+
+def _set_rng_state(state: Tensor | None) -> None:
+    try:
+        torch.Generator().set_state(torch.empty(0) if state is None else state)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"the random generator's state cannot be read: {error}") from error
+    torch.set_rng_state(state)  # type: ignore[arg-type]
+
+
+def _first(problems: list[str]) -> str:
+    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
 def _like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -177,7 +223,10 @@ def _like(value: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _all(run: Path) -> list[Path]:
-    return sorted(p for p in run.glob("checkpoint-*") if (p / "state.json").is_file())
+    """Oldest first; one that a newer one of its step has just replaced comes before that."""
+    return sorted(
+        (p for p in run.glob("checkpoint-*") if (p / "state.json").is_file()), key=lambda p: (p.stem, -len(p.name))
+    )
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

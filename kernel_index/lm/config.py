@@ -1,7 +1,7 @@
 """What a model is made of, and the presets."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from kernel_index.nn.mlp import MLPS
 
@@ -142,7 +142,18 @@ def _read(kind: type[Config], values: dict[str, Any]) -> Config:
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise ValueError(f"model configuration must have the fields of {kind.__name__}, got {', '.join(unknown)}")
+    for name, hint in get_type_hints(kind).items():
+        if hint in (int, float, str, bool) and name in values:
+            _check_type(name, values[name], hint)
     return kind(**values)
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    """A configuration may come from anybody's file."""
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    if kind in (int, float) and not 0 <= value < 2**63:
+        raise ValueError(f"{name} must be at least 0 and of 63 bits, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,11 @@ def load_model(path: Path) -> LanguageModel:
     saved = ckpt.read(path)
     try:
         config = ModelConfig.from_json(saved.state["config"]["model"])
-    except (KeyError, TypeError, ValueError) as error:
+        with torch.device("meta"):  # what the file claims is compared with its tensors before it costs any memory
+            claimed = LanguageModel(config)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ckpt.CheckpointError(f"{path} must hold a model configuration: {error}") from error
+    ckpt.check_model(claimed, saved)
     model = LanguageModel(config)
     ckpt.load_model(model, saved)
     return model.eval()

@@ -107,11 +107,17 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "config.json"
     try:
         return RunConfig.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"cannot read the run's configuration {path}: {error}") from error
 
 
 def read_metrics(folder: Path) -> list[StepReport]:
-    """Every step of a run so far."""
+    """Every step of a run so far.  A last line that a kill or a full disk has cut off is left out."""
     path = folder / "metrics.jsonl"
-    return [StepReport(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        *lines, _ = path.read_text().split("\n")
+        return [StepReport(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from kernel_index.dispatch import reload_environment
+from kernel_index.files import write_whole
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import distributed
 from kernel_index.lm.data import IGNORED, Batch, PackedRows, load_documents, unigram_bits_per_byte
@@ -71,8 +72,7 @@ class Trainer:
         trainer = cls(config, folder)
         trainer.group.wait()  # until every process has looked at the folder
         if trainer.group.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(config.to_json(), indent=1))
+            write_whole(folder / "config.json", json.dumps(config.to_json(), indent=1))
         return trainer
 
     @classmethod
@@ -85,9 +85,9 @@ class Trainer:
         saved = ckpt.read(folder)
         trainer = cls(config, folder)
         ckpt.load_model(trainer.model, saved)
-        if saved.state["rows"] != len(trainer.rows):
+        if saved.state.get("rows") != len(trainer.rows):
             raise ckpt.CheckpointError(
-                f"the data has changed since the checkpoint: {saved.state['rows']} packed rows then, "
+                f"the data has changed since the checkpoint: {saved.state.get('rows')} packed rows then, "
                 f"{len(trainer.rows)} now"
             )
         ckpt.load_optimizer(trainer.model, trainer.optimizer, saved.optimizer)
@@ -222,10 +222,8 @@ class Trainer:
         """Drop what was logged after the checkpoint: those steps are about to be done again."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            draft = path.with_suffix(".draft")
-            draft.write_text("".join(f"{line}\n" for line in kept))
-            draft.replace(path)
+            kept = [json.dumps(asdict(m)) for m in read_metrics(self.folder) if m.step <= self.step]
+            write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 class _Log:

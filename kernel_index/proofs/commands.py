@@ -20,6 +20,7 @@ from rich.table import Table
 
 import kernel_index
 from kernel_index.cases import suites
+from kernel_index.files import write_whole
 from kernel_index.proofs import record
 from kernel_index.proofs.fa4 import fa4, verify
 from kernel_index.proofs.tpu_command import tpu
@@ -60,6 +61,7 @@ def numerics(
     recorded: Record = None,
 ) -> None:
     """Every entry × backend that runs here, forward and backward, against float64 within derived budgets."""
+    _check_record(recorded)
     _interpret(device)
     from kernel_index.proofs.numerics import Verdict
     from kernel_index.proofs.numerics import prove as verdicts
@@ -92,6 +94,7 @@ def aot(
     recorded: Record = None,
 ) -> None:
     """Compile every Triton kernel for GPUs that need not be here; spills on sm90 and sm100 fail the proof."""
+    _check_record(recorded)
     if os.environ.get("TRITON_INTERPRET") == "1":  # an interpreted kernel cannot be compiled: a process of its own
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         done = subprocess.run([sys.executable, "-m", "kernel_index.cli", *sys.argv[1:]], env=environment, check=False)
@@ -140,6 +143,15 @@ def traffic(op: Ops = None, out: Out = None) -> None:
     _finish(out, "traffic", rows, bool(mine) and all(r.affine and r.atomics == 0 for r in mine))
 
 
+def _check_record(path: Path | None) -> None:
+    """Before the work, whose result could not be kept."""
+    try:
+        if path is not None:
+            record.earlier(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def _interpret(device: str) -> None:
     """Triton's interpreter, where there is no GPU; before Triton is imported."""
     if device == "cpu" and not torch.cuda.is_available():
@@ -173,7 +185,7 @@ def _finish(out: Path | None, proof: str, rows: list[dict[str, Any]], passed: bo
         versions["triton"] = triton.__version__
     if out is not None:
         content = {"proof": proof, "passed": passed, "versions": versions, "rows": rows}
-        out.write_text(json.dumps(content, indent=1, default=str))
+        write_whole(out, json.dumps(content, indent=1, default=str))
         console.print(f"wrote {out}", highlight=False)
     console.print(f"{proof}: {'[green]passed' if passed else '[red]failed'}[/]")
     if not passed:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import kernel_index
 from kernel_index import gpu
+from kernel_index.files import write_whole
 from kernel_index.target import has_package
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__, "python": platform.python_version()}
+    found = {"kernel-index": kernel_index.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if has_package("triton"):
         found["triton"] = metadata.version("triton")
     return found | {"date": time.strftime("%Y-%m-%d")}
@@ -67,12 +69,23 @@ def of_aot(found: "Iterable[Compiled]") -> Counts:
     return counts
 
 
+def earlier(path: Path) -> dict[str, Any] | None:
+    """The record that is there; ``ValueError`` for a file that is none, which is not overwritten."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found["counts"], dict):
+            raise TypeError("counts is no object")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"record must be a new file or one that prove --record wrote, got {path}: {error}") from error
+    return found
+
+
 def write(path: Path, proof: str, counts: Counts, device: str = "cpu") -> None:
     """Write a record; what a file of the same proof, machine, versions and day has of other functions is kept."""
     content: dict[str, Any] = {"proof": proof, "machine": machine(device), "counts": counts}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if (before.get("proof"), before.get("machine")) == (proof, content["machine"]):
-            content["counts"] = dict(sorted((before["counts"] | counts).items()))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    before = earlier(path)
+    if before is not None and (before.get("proof"), before.get("machine")) == (proof, content["machine"]):
+        content["counts"] = dict(sorted((before["counts"] | counts).items()))
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

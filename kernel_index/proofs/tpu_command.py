@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kernel_index.files import write_whole
 from kernel_index.proofs import tpu as proof
 from kernel_index.proofs.tpu_dumps import KernelFigures, believable
 
@@ -51,7 +52,7 @@ def tpu(
         versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
         rows = [asdict(c) for c in found]
         content = {"proof": "tpu", "state": "compiled", "passed": passed, "versions": versions, "rows": rows}
-        out.write_text(json.dumps(content | {"comparisons": comparisons}, indent=1, default=str))
+        write_whole(out, json.dumps(content | {"comparisons": comparisons}, indent=1, default=str))
         console.print(f"wrote {out}", highlight=False)
     console.print(f"tpu: {'[green]compiled' if passed else '[red]failed'}[/]; nothing was executed")
     if not passed:

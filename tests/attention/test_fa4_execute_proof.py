@@ -281,7 +281,9 @@ def test_a_sealed_lie_is_refused_by_the_conditions_themselves(good, path, value)
     assert "digest does not fit the content" not in found
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"digest": NaN}', '{"runs": 3, "request": 4}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "null", '{"digest": NaN}', '{"runs": 3, "request": 4}', "[" * 50_000]
+)
 def test_rubbish_is_refused(tmp_path, content):
     path = tmp_path / "receipt.json"
     path.write_text(content)

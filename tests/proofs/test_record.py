@@ -1,12 +1,15 @@
 """Records of proofs: what was run, interpreted or compiled, and how often it passed."""
 
+import errno
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
-from kernel_index import commands, gpu
+import kernel_index as ki
+from kernel_index import commands, files, gpu
 from kernel_index.proofs import record
 from kernel_index.proofs.errors import Finding
 from kernel_index.proofs.numerics import Verdict
@@ -45,6 +48,38 @@ def test_prove_writes_a_record(tmp_path):
     assert content["proof"] == "numerics"
     assert content["machine"]["torch"] == torch.__version__
     assert content["counts"] == {"fused_relu_squared": {"reference": {"run": PASSED | {"passed": 3}}}}
+
+
+@pytest.mark.parametrize("content", ["", '{"counts": {"a"', "[]", "{}", '{"counts": 3}', "[" * 50_000])
+def test_a_file_that_is_no_record_is_refused_before_the_work_and_kept(tmp_path, content):
+    out = tmp_path / "record.json"
+    out.write_text(content)
+    for command in ("numerics", "aot"):
+        result = CliRunner().invoke(commands.app, ["prove", command, "--record", str(out)])
+        assert result.exit_code == 2
+        assert "record must be a new file or one that" in " ".join(result.output.split())
+    with pytest.raises(ValueError, match="record must be a new file"):
+        record.write(out, "numerics", {})
+    assert out.read_text() == content
+
+
+def test_a_full_disk_leaves_the_old_record(tmp_path, monkeypatch):
+    out = tmp_path / "record.json"
+    record.write(out, "numerics", {"a": {}})
+    before = out.read_text()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        record.write(out, "numerics", {"b": {}})
+    assert out.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_record_names_the_version_of_the_index():
+    assert record.machine()["kernel-index"] == ki.__version__
 
 
 def test_a_record_grows_function_by_function_on_one_machine(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any
 from kernel_index.attention.dense_fa4_execute_proof.emit import SCHEMA, emit
 from kernel_index.attention.dense_fa4_execute_proof.request import ProofRequest
 from kernel_index.attention.dense_fa4_execute_proof.verify import digest, unmet
+from kernel_index.files import write_whole
 
 TARGETS = {
     "sm_90a": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"},
@@ -69,12 +70,8 @@ def prove(
 def write(receipt: dict[str, Any], out: Path | None) -> None:
     """Seal the receipt and put it into its place in one move."""
     receipt["digest"] = digest(receipt)
-    if out is None:
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".part")
-    partial.write_text(json.dumps(receipt, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, out)
+    if out is not None:
+        write_whole(out, json.dumps(receipt, indent=1, allow_nan=False) + "\n")
 
 
 def run_program(program: str, time_limit: float, variables: dict[str, str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def problems(receipt: Any) -> list[str]:
         return ["the receipt is not a JSON object"]
     try:
         found = [] if receipt.get("digest") == digest(receipt) else ["digest does not fit the content"]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return [f"malformed: {error}"]
     if receipt.get("execute_proof_passed") is not True:
         found.append("execute_proof_passed is not true")
@@ -130,6 +130,6 @@ def verify_file(path: Path) -> list[str]:
     """``problems`` of a receipt file; one that cannot be read is no proof either."""
     try:
         receipt = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"cannot be read as JSON: {error}"]
     return problems(receipt)

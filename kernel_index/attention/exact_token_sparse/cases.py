@@ -52,14 +52,16 @@ def oracle(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    indices: Tensor,
+    indices: Tensor | None,
     indices_valid: Tensor | None = None,
     mask: MaskContract | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """One query and one head at a time, over a Python set of keys."""
+    """One query and one head at a time, over a Python set of keys; without picks every key is one."""
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
+    if indices is None:
+        indices = torch.arange(keys).expand(batch, queries, keys)
     allowed = dense_oracle(mask or MaskContract(), batch, queries, keys)
     outs = []
     for b in range(batch):
