@@ -195,9 +195,10 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ten
     if problems:
         raise CheckpointError(f"the optimizer's state is of another model: {_first(problems)}")
     _set_rng_state(tensors.get(":rng"))
-    for name, state in found.items():
-        like = parameters[name]
-        optimizer.state[like].update({key: _like(value, like) if value.ndim else value for key, value in state.items()})
+    for name, like in parameters.items():  # in the same order in every process: each sharded tensor is dealt out
+        for key in sorted(found.get(name, ())):
+            value = found[name][key]
+            optimizer.state[like][key] = _like(value, like) if value.ndim else value
 
 
 def _set_rng_state(state: Tensor | None) -> None:

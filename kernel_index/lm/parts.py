@@ -56,7 +56,7 @@ def read(folder: Path) -> dict[str, Tensor]:
         shapes |= _shapes(content)
         for key, tensor in load(content).items():
             pieces.setdefault(key, []).append(tensor)
-    return {key: _joined(key, found, shapes.get(key)) for key, found in pieces.items()}
+    return {key: _joined(key, pieces[key], shapes.get(key)) for key in sorted(pieces)}  # alike in every process
 
 
 def _shapes(content: bytes) -> dict[str, Any]:
