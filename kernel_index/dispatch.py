@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kernel_index.locks import ThreadLock
 from kernel_index.target import target_of
 
 
@@ -106,7 +107,7 @@ class ReceiptLog(list[Receipt]):
 
 
 _LOGS: list[ReceiptLog] = []  # replaced and never changed, so that a thread may go through it while others enter
-_BLOCKS = threading.Lock()  # entering and leaving a block: read, change and write back, by one thread at a time
+_BLOCKS = ThreadLock()  # entering and leaving a block: read, change and write back, by one thread at a time
 _STRICT = [0]  # how many strict() blocks are open; a list so that Dynamo guards on its content
 _EXPLAINING: set[int] = set()  # idents of the threads inside explain()
 _FORCED: dict[str, tuple[str, str]] = {}  # op, or "" for every op -> (backend, the variable that says so)
@@ -140,12 +141,12 @@ def receipts(*, every_thread: bool = True) -> Iterator[ReceiptLog]:
     """
     log = ReceiptLog(None if every_thread else threading.get_ident())
     global _LOGS
-    with _BLOCKS:
+    with _BLOCKS.held():
         _LOGS = [*_LOGS, log]
     try:
         yield log
     finally:
-        with _BLOCKS:
+        with _BLOCKS.held():
             _LOGS = [other for other in _LOGS if other is not log]
 
 
@@ -161,12 +162,12 @@ def strict() -> Iterator[None]:
     ...     ki.fused_relu_squared(torch.ones(2))  # a CPU is no accelerator
     tensor([1., 1.])
     """
-    with _BLOCKS:
+    with _BLOCKS.held():
         _STRICT[0] += 1
     try:
         yield
     finally:
-        with _BLOCKS:
+        with _BLOCKS.held():
             _STRICT[0] -= 1
 
 

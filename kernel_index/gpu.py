@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.inductor import PLAIN, inside_functorch
+from kernel_index.locks import ThreadLock
 from kernel_index.target import Target, has_package, target_of
 
 MIN_ARCH = 80
@@ -86,9 +87,24 @@ def register(
     qualified = f"kernel_index::{name}"
     LAUNCHERS[qualified] = launch
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, keys, launch)  # ROCm's key is CUDA
+    for key in keys:  # ROCm's key is CUDA
+        torch.library.impl(qualified, key, launch if key == "CUDA" else _one_at_a_time(launch))
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.kernel_index, name).default
+
+
+_INTERPRETER = ThreadLock()
+
+
+def _one_at_a_time(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """On a CPU: Triton's interpreter keeps the place of the running program in globals, which threads would share."""
+
+    @functools.wraps(launch)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _INTERPRETER.held() if interpreting() else contextlib.nullcontext():
+            return launch(*args, **kwargs)
+
+    return alone
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

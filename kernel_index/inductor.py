@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kernel_index.locks import ThreadLock
 from kernel_index.target import has_cxx_compiler, target_of
 
 logger = logging.getLogger("kernel_index")
@@ -79,6 +80,8 @@ def not_worth_or_traced(x: Tensor, *_: Any) -> str | None:
     return None if torch.compiler.is_compiling() else not_worth(x)
 
 
+_COMPILING = ThreadLock()
+
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types without an overridden behaviour that a kernel would bypass."""
 
@@ -117,7 +120,13 @@ class Region:
             return self.function(*args)
         args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
         key = (torch.get_num_threads(), *map(_static_part, args, self.dynamic))
-        variant = self.variants.get(key) or self._compile(key)
+        variant = self.variants.get(key)
+        if variant is None:
+            with _COMPILING.held():  # one thread compiles a variant; others that want it wait and take it
+                return self._run(self.variants.get(key) or self._compile(key), args)
+        return self._run(variant, args)
+
+    def _run(self, variant: Callable[..., Any], args: tuple) -> Any:
         # A backward pass may run inside a mode (a FLOP counter, a checkpoint) that its forward did not see, and Dynamo
         # would refuse there.  A compiled kernel is opaque to a mode in any case.
         with torch.no_grad(), _outside_modes():

@@ -176,14 +176,17 @@ def test_the_number_of_threads_is_part_of_the_variant():
     assert len(r.variants) == 2
 
 
-def test_threads_may_share_a_region():
+def test_threads_may_share_a_region_and_compile_it_once(caplog):
     r = region()
     inputs, outputs = [torch.randn(n, 8) for n in range(2, 6)], {}
     threads = [threading.Thread(target=lambda i=i: outputs.update({i: r(inputs[i], 2.0)})) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with caplog.at_level(logging.INFO, "kernel_index"):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(r.variants) == 1
+    assert sum("compiled scaled_softplus in" in m.getMessage() for m in caplog.records) == 1, "the others waited"
     for i, x in enumerate(inputs):
         torch.testing.assert_close(outputs[i], scaled_softplus(x, 2.0))
 

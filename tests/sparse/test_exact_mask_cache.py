@@ -1,6 +1,7 @@
 """Keys of compiled mask kernels: static semantics only, and no way to lose a document."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import pytest
@@ -197,6 +198,50 @@ def test_threads_build_a_key_once():
     for thread in threads:
         thread.join()
     assert (len(built), cache.misses, cache.hits) == (1, 1, 3)
+
+
+def test_of_threads_whose_builds_fail_each_tries_and_none_leaves_anything():
+    """The first two builds fail: their callers see that, a third builds the kernel, and the rest are served it."""
+    cache, key, tries = ki.MaskKernelCache(2), ki.exact_mask_key({}), []
+    ready = threading.Barrier(6)
+
+    def build(_):
+        tries.append(1)
+        if len(tries) <= 2:
+            raise RuntimeError("no compiler")
+        return "kernel"
+
+    def work():
+        ready.wait()
+        try:
+            return cache.get(key, build)
+        except RuntimeError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(6) as pool:
+        found = sorted(f.result() for f in [pool.submit(work) for _ in range(6)])
+    assert found == ["kernel"] * 4 + ["no compiler"] * 2
+    assert (len(tries), cache.misses, cache.hits, len(cache)) == (3, 3, 3, 1)
+
+
+def test_a_build_that_fails_evicts_nobody():
+    cache, kept, other = ki.MaskKernelCache(1), ki.exact_mask_key({}), ki.exact_mask_key({"causal": False})
+    cache.get(kept, lambda _: "kept")
+    with pytest.raises(KeyboardInterrupt):
+        cache.get(other, lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert (kept in cache, other in cache, cache.evictions) == (True, False, 0)
+
+
+def test_a_build_may_ask_for_another_kernel_and_itself_fail():
+    cache, inner, outer = ki.MaskKernelCache(2), ki.exact_mask_key({}), ki.exact_mask_key({"causal": False})
+
+    def build(_):
+        cache.get(inner, lambda _: "inner")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        cache.get(outer, build)
+    assert (inner in cache, outer in cache, cache.misses) == (True, False, 2)
 
 
 def test_a_cache_takes_keys_alone_and_at_least_one():

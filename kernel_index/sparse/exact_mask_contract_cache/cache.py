@@ -1,11 +1,11 @@
 """Compiled kernels by the static part of their mask."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from kernel_index import checks
+from kernel_index.locks import ThreadLock
 from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
 
 
@@ -33,7 +33,7 @@ class MaskKernelCache:
         self.maxsize = maxsize
         self.hits = self.misses = self.evictions = 0
         self._kernels: OrderedDict[ExactMaskKey, Any] = OrderedDict()
-        self._lock = threading.RLock()  # a build may ask for another kernel
+        self._lock = ThreadLock()  # a build may ask for another kernel
 
     def get(self, key: ExactMaskKey, build: Callable[[ExactMaskKey], Any]) -> Any:
         """The kernel of a key, from ``build(key)`` the first time.  A build that raises leaves nothing behind.
@@ -42,7 +42,7 @@ class MaskKernelCache:
         """
         if not isinstance(key, ExactMaskKey):
             raise TypeError(f"key must be made by exact_mask_key, got {type(key).__name__}")
-        with self._lock:
+        with self._lock.held():
             if key in self._kernels:
                 self.hits += 1
                 self._kernels.move_to_end(key)
@@ -56,7 +56,7 @@ class MaskKernelCache:
 
     def clear(self) -> None:
         """Forget the kernels and start counting anew."""
-        with self._lock:
+        with self._lock.held():
             self._kernels.clear()
             self.hits = self.misses = self.evictions = 0
 
