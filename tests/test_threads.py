@@ -136,4 +136,4 @@ def test_forked_workers_of_a_data_loader_call_kernels():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) > 40
+    assert int(done.stdout.split()[-1]) > 35
