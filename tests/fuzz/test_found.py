@@ -98,3 +98,12 @@ def test_queries_without_heads_are_refused():
         ki.moba_attention(x[:, :, :0], x, x, block_size=2, topk=1)
     with pytest.raises(ValueError, match="q must be of at least one head"):
         ki.clustered_sparse_attention(x[:, :, :0], x, x, config=ki.ClusteredSparseConfig(block_size=2, topk=1))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_exact_token_attention_of_no_query_heads_has_gradients_of_zero(backend):
+    q, k = torch.randn(1, 3, 0, 4, requires_grad=True), torch.randn(1, 5, 2, 4, requires_grad=True)
+    out = ki.exact_token_attention(q, k, k, torch.zeros(1, 3, 2, 1, dtype=torch.int64), backend=backend)
+    out.sum().backward()
+    assert out.shape == q.shape == q.grad.shape
+    assert not k.grad.any()

@@ -142,7 +142,7 @@ def _run_backward(
             of_rows = of_part.reshape(1, heads, -1)
             grads = _flash_backward(up, own, *staged, result, of_rows, 0.0, False, attn_mask=bias, scale=scale)
             d_rows = [g[0].transpose(0, 1) for g in grads]
-            d_rows[0] = grads[0][0].unflatten(1, (group, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+            d_rows[0] = grads[0][0].unflatten(1, (group, q_part.shape[0])).permute(2, 0, 1, 3).flatten(1, 2)
         else:
             d_rows = _gradients(up, q_part, s.k, s.v, result, of_part, s.bias, scale, softcap)
         d_q[s.b, s.t, s.h] = d_rows[0].to(q.dtype)
