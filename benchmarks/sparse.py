@@ -1,19 +1,19 @@
 """Is attention to picked blocks faster than dense attention, with everything that picking costs?
 
 B = 1, H = 8 on K = 2 key heads, D = 64, blocks of 64, 16 of them for each query: ``clustered_sparse_attention``, and
-MoBA that picks by query head, with routing and planning, against PyTorch's scaled_dot_product_attention, causal, of the same length.  *Random*: queries
-are independent, so neighbours share nothing but by chance.  *Shared*: queries drift, so that a query shares 85 % of its
-picks with the one before it.
+MoBA that picks by query head, with routing and planning, against PyTorch's scaled_dot_product_attention, causal, of
+the same length. *Random*: queries are independent, so neighbours share nothing but by chance. *Shared*: queries
+drift, so that a query shares 85 % of its picks with the one before it.
 
 Targets, as times of ours ÷ theirs: random at T = 16384 1/2.5 in float32 and 1/1.3 in bfloat16, shared 1/3 in both,
-random at T = 65536 1/6 and 1/3; at T = 6144 (float32) and 12288 (bfloat16) not slower.  Memory beyond inputs and
+random at T = 65536 1/6 and 1/3; at T = 6144 (float32) and 12288 (bfloat16) not slower. Memory beyond inputs and
 outputs grows like T.
 
-Predicted, of the native kernels: 16 of 256 blocks are 34 GFLOP of dense attention's 275 forward, at half its rate, since a
-product has 64 rows and what lies between two products costs as much as they do; the router is a tenth.  So forward 4
-times faster, wherever the dense kernel runs at the rate of its products; less in bfloat16 where those are so fast (AMX)
-that exponentials and added rows are most of the time.  With backward about the same.  Sharing changes nothing: the
-work goes by pick, not by union.
+Predicted, of the native kernels: 16 of 256 blocks are 34 GFLOP of dense attention's 275 forward, at half its rate,
+since a product has 64 rows and what lies between two products costs as much as they do; the router is a tenth. So
+forward 4 times faster, wherever the dense kernel runs at the rate of its products; less in bfloat16 where those are
+so fast (AMX) that exponentials and added rows are most of the time. With backward about the same. Sharing changes
+nothing: the work goes by pick, not by union.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,8 @@ def question(
     call = (length, dtype, shared, backward)
     contenders = [contender("kernel_index", attend, *call), contender(DENSE, dense, *call)]
     routing, passes = "shared 85 %" if shared else "random", "forward + backward" if backward else "forward"
-    title = f"{'MoBA' if attend is moba else 'clustered'}, {routing} picks, {str(dtype).removeprefix('torch.')}, T={length}, {passes}"
+    kind = "MoBA" if attend is moba else "clustered"
+    title = f"{kind}, {routing} picks, {str(dtype).removeprefix('torch.')}, T={length}, {passes}"
     targets = {} if target is None else {DENSE: target}
     return compare(title, contenders, rounds=rounds, targets=targets, memory_targets={} if memory else None)
 

@@ -95,6 +95,13 @@ def test_every_block_picked_is_dense_attention(backend):
     assert_close(block_sparse_attention(*tensors, every, block_size=size, mask=mask, backend=backend), dense)
 
 
+def test_a_block_longer_than_everything_costs_what_there_is():
+    tensors, _, _ = call(t=300)
+    first = torch.zeros(1, 300, 2, 1, dtype=torch.int64)
+    actual = gradients(tensors, first, 10**9, "native")
+    assert_close(actual, gradients(tensors, first, 10**9, "reference"))
+
+
 @BACKENDS
 def test_order_and_repetition_of_picks_do_not_matter(backend):
     tensors, selected, size = call()

@@ -59,6 +59,29 @@ def test_native_picks_are_those_of_top_blocks(name, special):
     assert torch.equal(actual.valid, expected.valid)
 
 
+@pytest.mark.parametrize("kind", ["clustered", "moba", "moba by key head"])
+def test_a_future_token_changes_no_pick_output_or_gradient_of_the_native_kernels(kind):
+    """Long enough for the native router and core to be what ``auto`` takes."""
+
+    def attend(q, k, v):
+        if kind == "clustered":
+            return ki.clustered_sparse_attention(q, k, v, config=ki.ClusteredSparseConfig(block_size=8, topk=4))
+        per = "kv_group" if kind.endswith("key head") else "query_head"
+        return ki.moba_attention(q, k, v, block_size=8, topk=4, route_per=per)
+
+    g, cut = torch.Generator().manual_seed(0), 700
+    before = [torch.randn(1, 1024, heads, 16, generator=g) for heads in (4, 2, 2)]
+    after = [torch.cat([x[:, :cut], 100 * torch.randn(1, 1024 - cut, *x.shape[2:], generator=g)], 1) for x in before]
+    results = []
+    for tensors in (before, after):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        with ki.receipts() as log:
+            out = attend(*leaves)
+        assert log[0].ran == "native"
+        results.append([out[:, :cut], *(x[:, :cut] for x in torch.autograd.grad(out[:, :cut].square().sum(), leaves))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_native_picks_over_several_steps_of_blocks():
     sizes, mask = (2, 200, 1400, 4, 4, 2, 16, 4, 9), ki.MaskContract(window=(1100, 0))
     q, means, legal = draw(sizes, mask)

@@ -67,6 +67,7 @@ def _call(
 ) -> None:
     q, k, v = qkv
     (batch, queries, heads, width), (keys, kv_heads) = q.shape, k.shape[1:3]
+    block_size = min(block_size, max(keys, 1))  # one block that holds all is as long as they are
     sizes = (batch, queries, keys, heads, kv_heads, selected.shape[2], width, v.shape[3], selected.shape[3], block_size)
     sizes = (*sizes, bounds.start.shape[0], torch.get_num_threads())
     function = f"block_sparse_{what}_{native.suffix(q.dtype)}"
