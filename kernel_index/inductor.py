@@ -146,7 +146,7 @@ class Region:
             raise RuntimeError(f"torch.compile is switched off: it left {self.function.__name__} uncompiled")
 
         def first_call(*args: Any) -> Any:
-            _announce(self.function.__name__)
+            announce(self.function.__name__)
             start = time.perf_counter()
             out = mark_and_run(*args)
             logger.info("compiled %s in %.1f s", self.function.__name__, time.perf_counter() - start)
@@ -199,7 +199,7 @@ def _marked(value: Any, dynamic: tuple[int, ...]) -> Any:
 _announced = False
 
 
-def _announce(name: str) -> None:
+def announce(name: str) -> None:
     """The compiler's start-up is the one long wait of the library, so it is never silent."""
     global _announced
     if not _announced:

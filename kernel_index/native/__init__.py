@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.inductor import PLAIN
+from kernel_index.inductor import PLAIN, announce
 from kernel_index.target import has_cxx_compiler
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,12 +33,14 @@ def why_not(*tensors: Tensor) -> str | None:
 
 
 def _has_vectors() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.enabled
+    onednn = torch.backends.mkldnn
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and onednn.is_available() and bool(onednn.enabled)
 
 
 @functools.cache
 def library(source: str) -> ctypes.CDLL:
     """A source of this folder, compiled for this machine and loaded."""
+    announce(source)
     from torch._inductor.codecache import CppCodeCache
 
     folder = Path(__file__).parent
