@@ -65,16 +65,24 @@ void gather(const T* x, T* into, const int32_t* queries, int64_t count, int64_t 
     std::memcpy(into + i * size, x + ((b * c.T + queries[i]) * c.H + g * c.heads()) * width, size * sizeof(T));
 }
 
-// One row's weights from its scores, and what its sums so far must be multiplied by.
+// One row's weights from its products z, and what its sums so far must be multiplied by.
 template <typename T>
-inline float online_softmax(float* z, T* p, int64_t width, float& peak, float& total) {
+inline float online_softmax(const Call& c, float* z, T* p, int64_t width, int64_t low, int64_t high, float& peak,
+                            float& total) {
+  float scale = c.scale;  // left to the exponential's argument where nothing stands in the way
+  if (c.softcap != 0 || !(scale > 0)) {
+    finish_scores(z, width, scale, c.softcap);
+    scale = 1;
+  }
+  for (int64_t i = 0; i < std::min(low, width); ++i) z[i] = -INF;
+  for (int64_t i = std::max<int64_t>(high, 0); i < width; ++i) z[i] = -INF;
   Vec top(-INF);
   for (int64_t i = 0; i < width; i += LANES) top = at::vec::maximum(top, Vec::loadu(z + i));
-  const float next = std::max(peak, max_of(top)), shift = next == -INF ? 0.f : next;
-  const float factor = peak == -INF ? 0.f : std::exp(peak - shift);
+  const float next = std::max(peak, max_of(top) * scale), shift = next == -INF ? 0.f : next;
+  const float factor = peak == next ? 1.f : peak == -INF ? 0.f : std::exp(peak - shift);
   Vec sum(0.f);
   for (int64_t i = 0; i < width; i += LANES) {
-    const Vec e = exponential(Vec::loadu(z + i) - Vec(shift), T());
+    const Vec e = exponential(at::vec::fmsub(Vec::loadu(z + i), Vec(scale), Vec(shift)), T());
     sum = sum + e;
     store(p + i, e);
   }
@@ -122,8 +130,8 @@ void forward(const Call& c, const T* q, const T* k, const T* v, T* out, float* l
           for (int64_t r = 0; r < count * heads; ++r) {
             const int64_t row = (picked[r / heads] - first) * heads + r % heads;
             const auto [low, high] = limits(c, b, picked[r / heads], j);
-            finish_scores(z.at(r * padded), padded, low, high, c.scale, c.softcap);
-            factor[r] = online_softmax(z.at(r * padded), p.at(r * padded), padded, peak[row], total[row]);
+            factor[r] =
+                online_softmax(c, z.at(r * padded), p.at(r * padded), padded, low, high, peak[row], total[row]);
           }
           product(m, c.Dv, padded, p.at(0), values.at((group * blocks + j) * padded * c.Dv), o.at(0));
           for (int64_t r = 0; r < count * heads; ++r) {

@@ -72,15 +72,13 @@ inline float max_of(Vec x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
 }
 
-// Scores of a row in place, times scale and capped; keys outside [low, high) become −∞.
-inline void finish_scores(float* z, int64_t width, int64_t low, int64_t high, float scale, float softcap) {
+// A row of products in place: times scale, and capped.
+inline void finish_scores(float* z, int64_t width, float scale, float softcap) {
   for (int64_t i = 0; i < width; i += LANES) {
     Vec x = Vec::loadu(z + i) * Vec(scale);
     if (softcap != 0) x = Vec(softcap) * (x / Vec(softcap)).tanh();
     x.store(z + i);
   }
-  for (int64_t i = 0; i < low; ++i) z[i] = -INF;
-  for (int64_t i = std::max<int64_t>(high, 0); i < width; ++i) z[i] = -INF;
 }
 
 // A score and its block as one integer: a larger score is larger, among equals the smaller block.  As sparse/ordered.py.
