@@ -21,6 +21,7 @@ import torch
 import typer
 from rich.table import Table
 
+from benchmarks.gpu_large import LARGE, large
 from benchmarks.harness import console
 from kernel_index.proofs.numerics import launch_errors
 
@@ -220,6 +221,8 @@ def main(
     console.print(result["environment"])
     if numerics:
         result["numerics"] = prove(dry_run, tuple(op) if op else None)
+        if not op:
+            result["large"] = [large(check, dry_run) for check in LARGE]
     with contextlib.nullcontext() if dry_run else torch.cuda.stream(torch.cuda.Stream()):
         result |= compare(dry_run, only, questions)
     out.mkdir(parents=True, exist_ok=True)

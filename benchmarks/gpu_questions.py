@@ -187,7 +187,8 @@ def sparse_questions(dry: bool, device: str) -> list[Question]:
     """16 blocks of 64 keys for each query of 65536, against flash attention over everything before it.
 
     *Random*: queries are independent, the worst case for unions.  *Shared*: neighbours share 85 % of their picks.
-    ``kernel_index`` routes, plans and attends; the attention alone, given picks, shows what routing costs.
+    ``kernel_index``, which is clustered, routes, plans and attends, as MoBA does; the attention alone, given picks,
+    shows what routing costs.
     """
     tokens, heads, kv_heads, size = (32, 4, 2, 16) if dry else (65536, 32, 4, 128)
     config = ki.ClusteredSparseConfig(block_size=8, topk=3) if dry else ki.ClusteredSparseConfig(block_size=64, topk=16)
@@ -204,6 +205,13 @@ def sparse_questions(dry: bool, device: str) -> list[Question]:
     def clustered(q, k, v):
         return ki.clustered_sparse_attention(q, k, v, config=config, backend="triton")
 
+    def moba(per):
+        def attend(q, k, v):
+            size, picked = config.block_size, config.topk
+            return ki.moba_attention(q, k, v, block_size=size, topk=picked, route_per=per, backend="triton")
+
+        return attend
+
     def attend_only(picks):
         def attend(q, k, v):
             if not picks:  # the inputs of every contender's first call
@@ -218,7 +226,13 @@ def sparse_questions(dry: bool, device: str) -> list[Question]:
     return [
         Question(
             f"{config.topk} of {tokens // config.block_size} blocks, {name}, T = {tokens}",
-            {"kernel_index": clustered, "picks given": attend_only([]), "SDPA over all": flash},
+            {
+                "kernel_index": clustered,
+                "picks given": attend_only([]),
+                "MoBA": moba("query_head"),
+                "MoBA, kv_group": moba("kv_group"),
+                "SDPA over all": flash,
+            },
             inputs(name == "shared"),
             memory=True,
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernel_index import gpu
 from kernel_index.inductor import Region
+from kernel_index.loss.fused_linear_cross_entropy_chunked import sliced
 from kernel_index.loss.fused_linear_cross_entropy_chunked.chunk_pass import (
     gradient_pass,
     loss_pass,
@@ -70,20 +71,10 @@ class _Chunks(NamedTuple):
         return self[:4]
 
     def losses(self, z: Tensor, targets: Tensor, out: Tensor) -> None:
-        if self.passes == "triton" and not self.group:
-            from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
-
-            triton.chunk(z, targets, None, out, self.constants)
-        else:
-            out.copy_(self._statistics(z, targets)[0])
+        out.copy_(self._statistics(z, targets)[0])
 
     def gradient(self, z: Tensor, targets: Tensor, rows: Tensor, losses: Tensor) -> None:
         """Fill losses; z becomes the gradient of Σ rows·loss with respect to the logits."""
-        if self.passes == "triton" and not self.group:
-            from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
-
-            triton.chunk(z, targets, rows, losses, self.constants)
-            return
         loss, *saved = self._statistics(z, targets)
         losses.copy_(loss)
         vectors: Any = (targets - self.first_class, rows, *saved)
@@ -275,8 +266,10 @@ def run(
     if reduction == "mean":
         factor = 1 / rows.sum().clamp(min=1)
     first, here, group = shard or (0, options.vocab, "")
-    constants = (*options[1:-1], here, chunk_size, passes, first, options.vocab, group)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if passes == "triton":
+        return sliced.run(hidden, weight, bias, targets, rows, factor, needs, (*options[1:], chunk_size), reduction)
+    constants = (*options[1:-1], here, chunk_size, passes, first, options.vocab, group)
     if reduction == "none" or not any(needs):
         losses = _PerToken.apply(hidden, weight, bias, targets, rows, factor.new_ones(()), needs, constants)
         return losses if reduction == "none" else losses.sum() * factor

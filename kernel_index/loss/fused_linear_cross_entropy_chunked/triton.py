@@ -1,14 +1,13 @@
-"""Loss, log-sum-exp and gradient of a chunk of logits in one launch, in place over the chunk.
+"""Loss and log-sum-exp of whole rows of logits, and the gradient of any columns of them, in place.
 
-A program takes one row and goes over it twice: maximum and sum of exponentials online, then the gradient.  The second
-read comes from the L2 cache: the rows in flight are far smaller than it.  The formulas are ``chunk_pass``'s.
+The first reads a row once, maximum and sum of exponentials online.  The formulas are ``chunk_pass``'s.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_index.gpu import next_power_of_2, on_device
+from kernel_index.gpu import ceil_div, next_power_of_2, on_device
 
 BLOCK = 2048
 """Columns of a step."""
@@ -29,9 +28,9 @@ def _capped(z_ptr, at, mask, softcap, scale, CAP: tl.constexpr):
 
 
 @triton.jit
-def _chunk_kernel(
-    z_ptr, targets_ptr, rows_ptr, losses_ptr, stride, vocab, softcap, scale, smoothing, z_loss,
-    CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+def _losses_kernel(
+    z_ptr, targets_ptr, losses_ptr, lse_ptr, missing_ptr, stride, vocab, softcap, scale, smoothing, z_loss,
+    CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride
@@ -70,38 +69,71 @@ def _chunk_kernel(
     if Z_LOSS:
         loss += z_loss * lse * lse
     tl.store(losses_ptr + row, loss)
-    if GRADIENT:
-        factor = tl.load(rows_ptr + row)
-        missing = row_others / row_total  # 1 − p of the target, without cancellation
-        for start in range(0, vocab, BLOCK):
-            at = start + columns
-            mask = at < vocab
-            x, t = _capped(z_ptr, at, mask, softcap, scale, CAP)
-            p = tl.exp(x - lse)
-            d = tl.where(at == target, smoothing - missing, p)
-            if SMOOTH:
-                d -= smoothing / vocab
-            if Z_LOSS:
-                d += 2.0 * z_loss * lse * p
-            if CAP:
-                d *= 1.0 - t * t
-            d = tl.where(factor == 0.0, 0.0, d * (factor * scale))  # an ignored row may hold NaN
-            tl.store(z_ptr + at, d.to(z_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + row, lse)
+    tl.store(missing_ptr + row, row_others / row_total)  # 1 − p of the target, without cancellation
 
 
-def chunk(
-    z: Tensor, targets: Tensor, rows: Tensor | None, losses: Tensor, constants: tuple[float, float, float, float]
+@triton.jit
+def _gradient_kernel(
+    z_ptr, targets_ptr, rows_ptr, lse_ptr, missing_ptr, stride, first, width, classes, softcap, scale, smoothing,
+    z_loss, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    factor, lse, missing = tl.load(rows_ptr + row), tl.load(lse_ptr + row), tl.load(missing_ptr + row)
+    x, t = _capped(z_ptr, at, mask, softcap, scale, CAP)
+    p = tl.exp(x - lse)
+    d = tl.where(at + first == tl.load(targets_ptr + row), smoothing - missing, p)
+    if SMOOTH:
+        d -= smoothing / classes
+    if Z_LOSS:
+        d += 2.0 * z_loss * lse * p
+    if CAP:
+        d *= 1.0 - t * t
+    d = tl.where(factor == 0.0, 0.0, d * (factor * scale))  # an ignored row may hold NaN
+    tl.store(z_ptr + at, d.to(z_ptr.dtype.element_ty), mask=mask)
+
+
+Constants = tuple[float, float, float, float]
+"""Softcap (0 is none), scale, smoothing, z-loss."""
+
+
+def _flags(constants: Constants) -> dict[str, bool]:
+    return {"CAP": constants[0] != 0.0, "SMOOTH": constants[2] != 0.0, "Z_LOSS": constants[3] != 0.0}
+
+
+def _geometry(columns: int) -> dict[str, int]:
+    block = min(BLOCK, next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 128))}
+
+
+def losses(z: Tensor, targets: Tensor, outputs: tuple[Tensor, Tensor, Tensor], constants: Constants) -> None:
+    """Fill loss, log-sum-exp and 1 − p of the target of each row."""
+    if z.shape[0]:
+        with on_device(z):
+            _losses_kernel[(z.shape[0],)](
+                z, targets.contiguous(), *outputs, z.stride(0), z.shape[1], *constants,
+                **_flags(constants), **_geometry(z.shape[1]),
+            )  # fmt: skip
+
+
+def gradient(
+    z: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    lse: Tensor,
+    missing: Tensor,
+    first: int,
+    classes: int,
+    constants: Constants,
 ) -> None:
-    """Fill ``losses``; with ``rows``, the upstream factor of each token, also turn z into its gradient."""
-    softcap, scale, smoothing, z_loss = constants
-    vocab = z.shape[1]
-    if z.shape[0] == 0:
-        return
-    targets = targets.contiguous()
-    block = min(BLOCK, next_power_of_2(vocab))
-    with on_device(z):
-        _chunk_kernel[(z.shape[0],)](
-            z, targets, rows, losses, z.stride(0), vocab, softcap, scale, smoothing, z_loss,
-            CAP=softcap != 0.0, SMOOTH=smoothing != 0.0, Z_LOSS=z_loss != 0.0, GRADIENT=rows is not None,
-            BLOCK=block, num_warps=max(1, min(16, block // 128)),
-        )  # fmt: skip
+    """Turn the columns of logits that begin with class ``first`` into the gradient of Σ rows · loss."""
+    if z.numel():
+        how = _geometry(z.shape[1])
+        with on_device(z):
+            _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], how["BLOCK"]))](
+                z, targets.contiguous(), rows.contiguous(), lse, missing, z.stride(0), first, z.shape[1], classes,
+                *constants, **_flags(constants), **how,
+            )  # fmt: skip
