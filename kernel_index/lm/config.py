@@ -23,7 +23,8 @@ class Sparse:
     """What the S blocks select: ``kinds`` has one entry per S block, used in turn where there are more blocks.
 
     ``block`` tokens make a block, of which ``topk`` are chosen, the query's own included; ``tokens`` is the number that
-    exact-token attention picks with an indexer of ``index_heads`` heads of ``index_dim`` channels.
+    exact-token attention picks with an indexer of ``index_heads`` heads of ``index_dim`` channels.  ``hierarchy`` and
+    ``report_unions`` are those of the clustered blocks: see ``nn.SparseAttention``.
     """
 
     kinds: tuple[str, ...] = ("clustered",)
@@ -32,6 +33,8 @@ class Sparse:
     tokens: int = 64
     index_heads: int = 2
     index_dim: int = 32
+    hierarchy: tuple[int, int] | None = None
+    report_unions: bool = False
 
     def __post_init__(self):
         if not self.kinds or set(self.kinds) - set(SPARSE_KINDS):
@@ -128,7 +131,8 @@ class ModelConfig:
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
         values = {**values, "windows": tuple(values["windows"])}
         if "sparse" in values:
-            values["sparse"] = _read(Sparse, {**values["sparse"], "kinds": tuple(values["sparse"]["kinds"])})
+            lists = {k: tuple(v) for k, v in values["sparse"].items() if isinstance(v, list)}
+            values["sparse"] = _read(Sparse, {**values["sparse"], **lists})
         for name, part in (("latent", Latent), ("state_space", StateSpace), ("experts", ExpertLayer)):
             if name in values:
                 values[name] = _read(part, values[name])
@@ -176,7 +180,9 @@ PRESETS = {
         ModelConfig(
             pattern="MASLMSSE", windows=(None, 128, None, None, None, None, None, None), dim=192, heads=3, kv_heads=1,
             head_dim=64, hidden=512, context=512, residual="mhc",
-            sparse=Sparse(("exact_token", "moba", "clustered"), block=32, topk=4, tokens=48),
+            sparse=Sparse(
+                ("exact_token", "moba", "clustered"), block=32, topk=4, tokens=48, hierarchy=(4, 2), report_unions=True
+            ),
             latent=Latent(latent=64, rope=32, fused=True),
             state_space=StateSpace(heads=4, head_dim=64, state=32),
             experts=ExpertLayer(count=8, topk=2, hidden=512),

@@ -50,6 +50,7 @@ def make_block(config: ModelConfig, index: int) -> HybridBlock:
         options = {"block": p.block, "topk": p.topk, "tokens": p.tokens, "index_heads": p.index_heads}
         options |= {"index_dim": p.index_dim, "window": c.windows[index], "kind": c.sparse_kind(index)}
         mixer = SparseAttention(c.dim, c.heads, c.kv_heads, c.head_dim, **options)
+        mixer.hierarchy, mixer.report_unions = p.hierarchy, p.report_unions
     if letter in "ASL" and c.hidden:
         mlp = MLPS[c.activation](c.dim, c.hidden)
     return HybridBlock(c.dim, mixer=mixer, mlp=mlp, dropout=c.dropout, fp32_residual=c.residual != "plain")
@@ -65,6 +66,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.padded_vocab, config.dim)
         blocks = [make_block(config, i) for i in range(len(config.pattern))]
+        self._in_order = tuple(blocks)  # a tuple registers nothing a second time, and saves a walk for every token
         if config.residual == "mhc":
             self.blocks = HyperConnectedBlocks(BlockBranch(b) for b in blocks)
         else:
@@ -74,12 +76,12 @@ class LanguageModel(nn.Module):
         self.after_next = AfterNext(config) if config.ahead else None
         self.reset_parameters()
 
-    def hybrid_blocks(self) -> list[HybridBlock]:
+    def hybrid_blocks(self) -> tuple[HybridBlock, ...]:
         """The blocks in the order of the pattern."""
-        return [m for m in self.blocks.modules() if isinstance(m, HybridBlock)]
+        return self._in_order
 
     def mixers(self) -> list[Mixer | None]:
-        return [block.mixer for block in self.hybrid_blocks()]
+        return [block.mixer for block in self._in_order]
 
     def routers(self) -> list[Router]:
         return [m for m in self.modules() if isinstance(m, Router)]

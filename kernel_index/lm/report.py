@@ -3,7 +3,7 @@
 import io
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +27,14 @@ class ReceiptRow(NamedTuple):
 
 
 def receipt_rows(receipts: Counter[ki.Receipt]) -> list[ReceiptRow]:
-    """Op × backend × count × reason, by op; the reason is why each earlier backend did not run."""
+    """Op × backend × count × reason, by op; the reason is why each earlier backend did not run.
+
+    What ran as a phase of another op has a line of its own, taken from that op's receipt.
+    """
     merged: Counter[tuple[str, str, str]] = Counter()
     for receipt, count in receipts.items():
+        for op, backend, reason in _phases(receipt):
+            merged[op, backend, reason] += count
         reasons = [f"{name}: {rule}" for name, rule in receipt.declined]
         if receipt.forced_by:
             reasons.insert(0, f"forced by {receipt.forced_by}")
@@ -37,6 +42,14 @@ def receipt_rows(receipts: Counter[ki.Receipt]) -> list[ReceiptRow]:
             reasons.append(f"{receipt.tried} failed: {receipt.error}")
         merged[receipt.op, receipt.ran or "nothing", "; ".join(reasons) or "first choice"] += count
     return [ReceiptRow(op, ran, count, reason) for (op, ran, reason), count in sorted(merged.items())]
+
+
+def _phases(receipt: ki.Receipt) -> Iterator[tuple[str, str, str]]:
+    """The entries of the index that an op called inside, by what its receipt's details say."""
+    if receipt.details.get("scoring_backend") == "hierarchical":
+        yield "hierarchical_block_select", "torch", f"phase 1 of {receipt.op}"
+    if "mean_union_over_picks" in receipt.details:
+        yield "union_selection", str(receipt.details["union_backend"]), f"phase 2 of {receipt.op}"
 
 
 def loss_curve(metrics: list[StepReport], unigram: float) -> str:

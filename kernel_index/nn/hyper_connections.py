@@ -59,15 +59,19 @@ class HyperConnections(nn.Module):
 class HyperConnectedBlocks(nn.Module):
     """Blocks in a row over shared streams, each merge fused with the next block's input: [B, T, C] to [B, T, C].
 
-    The streams begin as copies of the input, and their mean is the output.
+    The streams begin as copies of the input, and their mean is the output.  The mixing matrices of all layers are
+    formed together: Sinkhorn's 40 tiny steps are paid once, not once per layer.
 
     Args:
         blocks: what ``HyperConnections`` takes, first to last.
-        options: those of ``HyperConnections``.
+        iters: Sinkhorn iterations.
+        options: the others of ``HyperConnections``.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], **options: Any):
+    def __init__(self, blocks: Iterable[nn.Module], *, iters: int = 20, **options: Any):
         super().__init__()
+        self.iters = iters
+        options["iters"] = iters
         self.layers = nn.ModuleList(HyperConnections(b, i, **options) for i, b in enumerate(blocks))
 
     def forward(self, x_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,11 +85,11 @@ class HyperConnectedBlocks(nn.Module):
             return x_BTC
         hidden = x_BTC.unsqueeze(-2).repeat_interleave(layers[0].streams, -2)
         branch_input = ki.mhc_branch_input(hidden, layers[0].h_pre)
-        for (layer, following), (args, kwargs) in zip(itertools.pairwise(layers), arguments, strict=False):
+        *mixing, last_mixing = ki.sinkhorn(torch.stack([x.h_res_logits for x in layers]), self.iters, eps=0.0).unbind()
+        between = zip(itertools.pairwise(layers), mixing, arguments, strict=False)
+        for (layer, following), h_res, (args, kwargs) in between:
             out = layer.run_block(branch_input, *args, **kwargs)
-            hidden, branch_input = ki.mhc_merge_and_branch_input(
-                hidden, out, layer.h_post, layer.h_res(), following.h_pre
-            )
+            hidden, branch_input = ki.mhc_merge_and_branch_input(hidden, out, layer.h_post, h_res, following.h_pre)
         last, (args, kwargs) = layers[-1], arguments[-1]
-        hidden = ki.mhc_merge(hidden, last.run_block(branch_input, *args, **kwargs), last.h_post, last.h_res())
+        hidden = ki.mhc_merge(hidden, last.run_block(branch_input, *args, **kwargs), last.h_post, last_mixing)
         return hidden.mean(-2)

@@ -34,6 +34,8 @@ class SparseAttention(Mixer):
     gradient at this layer's result and reaches nothing but the indexer: ``ki.lightning_indexer_loss``.
 
     ``dense = True`` attends to everything instead, for a dense warm-up, and so that the two can be compared.
+    ``hierarchy = (ratio, topc)`` lets ``"clustered"`` score groups of blocks first; ``report_unions = True`` joins the
+    picks of a tile by ``ki.union_selection`` before anything else, so that its receipt tells how much they share.
 
     Args:
         dim, heads, kv_heads, head_dim, window, bias: as of ``Attention``.
@@ -46,6 +48,8 @@ class SparseAttention(Mixer):
     """
 
     dense = False
+    hierarchy: tuple[int, int] | None = None
+    report_unions = False
 
     def __init__(
         self,
@@ -109,7 +113,12 @@ class SparseAttention(Mixer):
             return ki.attention(q, k, v, mask)
         if self.kind == "moba":
             return ki.moba_attention(q, k, v, block_size=self.block, topk=self.topk, mask=mask)
-        config = ki.ClusteredSparseConfig(block_size=self.block, topk=self.topk)
+        config = ki.ClusteredSparseConfig(
+            block_size=self.block,
+            topk=self.topk,
+            hierarchy=self.hierarchy,
+            report_unions=self.report_unions and not torch.compiler.is_compiling(),  # a trace has no values to report
+        )
         return ki.clustered_sparse_attention(q, k, v, config=config, mask=mask)
 
     def _decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
@@ -118,10 +127,60 @@ class SparseAttention(Mixer):
             return self._decode_tokens(x, q, k, v, cache)
         if self.dense:
             return ki.fa4_kvcache_decode(q, k=k, v=v, window_size=window, **cache)
+        if self.kind == "clustered" and self.hierarchy is not None:
+            return self._decode_by_groups(q, k, v, cache, self.hierarchy)
         # A selection by key head is what the clustered kernel makes; the union only says what is loaded together.
         per = "query_head" if self.kind == "moba" else "kv_group"
         options = {"block_size": self.block, "topk": self.topk, "window_size": window}
         return ki.moba_decode(q, cache, k=k, v=v, route_per=per, **options)
+
+    def _decode_by_groups(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: "ki.CacheLayer", hierarchy: tuple[int, int]
+    ) -> Tensor:
+        """Groups of cached block means, then their children; of keys and values only the picked blocks are read."""
+        kept.write(k, v)
+        means, T = kept.block_means(self.block), q.shape[1]
+        rows = []
+        for b, total in enumerate(kept.lengths_after):
+            whole = means[b : b + 1, : total // self.block]
+            if total % self.block:  # the block that is still growing is every later query's own: it needs no mean
+                whole = torch.cat([whole, means.new_zeros(1, 1, *means.shape[2:])], 1)
+            picked = ki.hierarchical_block_select(
+                q[b : b + 1],
+                whole,
+                coarse_ratio=hierarchy[0],
+                coarse_topc=hierarchy[1],
+                final_topk=min(self.topk, whole.shape[1]),
+                mask=ki.MaskContract(window=(self.window, 0), q_offset=total - T),
+                block_size=self.block,
+                kv_len=total,
+            )
+            at = torch.arange(total - T, total, device=q.device)
+            for t in range(0, T, QUERIES_AT_ONCE):
+                now = slice(t, t + QUERIES_AT_ONCE)
+                rows.append(self._attend_blocks(q[b, now], kept, b, picked.indices[0, now], at[now]))
+        return torch.cat(rows).view(q.shape)
+
+    def _attend_blocks(
+        self, q_THD: Tensor, kept: "ki.CacheLayer", row: int, blocks_TKn: Tensor, at_T: Tensor
+    ) -> Tensor:
+        """Every query of every key head is a batch row of its own, with the keys of the blocks picked for it."""
+        (T, H, D), K = q_THD.shape, self.k.out_features // self.head_dim
+        token = blocks_TKn.long()[..., None] * self.block + torch.arange(self.block, device=at_T.device)
+        now = at_T[:, None, None, None]
+        seen = (blocks_TKn >= 0)[..., None] & (token <= now)
+        if self.window is not None:
+            seen = seen & (token >= now - self.window)
+        token = torch.where(seen, token, now)
+        page = kept["k_cache"].shape[1]
+        place = kept["block_table"][row].long()[token // page] * page + token % page
+        head = torch.arange(K, device=place.device)[:, None, None]
+        pools = (kept["k_cache"].view(-1, 1, D), kept["v_cache"].view(-1, 1, D))
+        k, v = (x.view(T * K, -1, 1, D) for x in ki.gather_rows_pair(*pools, (place * K + head).flatten()))
+        count = k.shape[1]
+        every = torch.where(seen.view(T * K, 1, count), torch.arange(count, device=seen.device), -1)
+        mask = ki.MaskContract(causal=False)
+        return ki.exact_token_attention(q_THD.reshape(T * K, 1, H // K, D), k, v, every, mask=mask).view(T, H, D)
 
     def _decode_tokens(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: ExactTokenCache) -> Tensor:
         """The indexer scores all cached tokens; of keys and values only the picked rows are read."""

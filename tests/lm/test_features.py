@@ -20,7 +20,7 @@ EPS = torch.finfo(torch.float32).eps
 HYBRID = replace(
     PRESETS["tiny"].model, pattern="MASLSSE", windows=(None, 16, None, None, None, None, None), dim=32, heads=2,
     head_dim=16, hidden=32, context=64,
-    sparse=Sparse(("exact_token", "moba", "clustered"), block=8, topk=2, tokens=8, index_dim=8),
+    sparse=Sparse(("exact_token", "moba", "clustered"), 8, 2, 8, index_dim=8, hierarchy=(2, 2), report_unions=True),
     latent=Latent(16, 8, fused=True), state_space=StateSpace(2, 16, 8, 16), experts=ExpertLayer(4, 2, 32),
 )  # fmt: skip
 
@@ -85,8 +85,9 @@ def test_receipts_name_every_computing_entry(plain):
     assert {row.op for row in receipt_rows(trainer.receipts)} >= {
         "attention", "clustered_sparse_attention", "exact_token_attention", "fa4_kvcache_decode",
         "fused_bias_dropout_add", "fused_linear_cross_entropy", "fused_mla_projection", "fused_relu_squared",
-        "fused_residual_add_rms_norm", "fused_rope_qk", "gather_rows", "gather_rows_pair", "lightning_indexer",
-        "mhc_branch_input", "mhc_merge", "mhc_merge_and_branch_input", "moba_attention", "moba_decode", "sinkhorn",
+        "fused_residual_add_rms_norm", "fused_rope_qk", "gather_rows", "gather_rows_pair", "hierarchical_block_select",
+        "lightning_indexer", "mhc_branch_input", "mhc_merge", "mhc_merge_and_branch_input", "moba_attention",
+        "moba_decode", "sinkhorn", "union_selection",
     }  # fmt: skip
 
 
@@ -94,6 +95,8 @@ def test_tiny_has_every_letter_of_the_hybrid_above():
     tiny = PRESETS["tiny"].model
     assert set(tiny.pattern) == set(HYBRID.pattern) == set("ASLME")
     assert tiny.sparse.kinds == HYBRID.sparse.kinds
+    assert tiny.sparse.hierarchy is not None
+    assert tiny.sparse.report_unions == HYBRID.sparse.report_unions
     assert tiny.pattern.count("S") == 3
     assert (tiny.residual, tiny.latent.fused) == ("mhc", True)
     assert any(window is not None for window in tiny.windows)

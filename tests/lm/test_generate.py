@@ -45,8 +45,13 @@ KINDS = {
     "L": make("L", (None,), **PARTS),
     "M": make("M", (None,), **PARTS),
     "AE": make("AE", (7, None), **PARTS),
+    "S by groups": make("AS", (None, 9), sparse=Sparse(("clustered",), **SPARSE, hierarchy=(2, 1))),
+    "MASLSSE": make(
+        "MASLSSE", (None, 9, *5 * (None,)), residual="mhc", **PARTS,
+        sparse=Sparse(("exact_token", "moba", "clustered"), **SPARSE, hierarchy=(2, 1)),
+    ),
     "MALEM": make("MALEM", (None, 9, None, None, None), residual="mhc", **PARTS),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,6 +82,7 @@ def test_one_launch_between_two_blocks():
         model(torch.randn(1, 3, 8))
     ops = [r.op for r in log if r.op.startswith("mhc")]
     assert ops == ["mhc_branch_input", "mhc_merge_and_branch_input", "mhc_merge_and_branch_input", "mhc_merge"]
+    assert [r.op for r in log].count("sinkhorn") == 1, "for all layers together"
 
 
 def test_layer_by_layer_is_the_same_model():

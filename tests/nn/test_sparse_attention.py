@@ -8,13 +8,16 @@ from kernel_index.lm.cache import ModelCache
 from kernel_index.nn import SparseAttention
 
 B, T, C, H, K, D, BLOCK = 2, 44, 12, 4, 2, 8, 4
-KINDS = ["moba", "clustered", "exact_token"]
+KINDS = ["moba", "clustered", "clustered by groups", "exact_token"]
 
 
 def layer(kind, **options):
     torch.manual_seed(0)
     options = {"block": BLOCK, "topk": 3, "tokens": 9, "index_heads": 2, "index_dim": 4} | options
-    return SparseAttention(C, H, K, D, kind=kind, **options)
+    mixer = SparseAttention(C, H, K, D, kind=kind.removesuffix(" by groups"), **options)
+    if kind != mixer.kind:
+        mixer.hierarchy, mixer.report_unions = (3, 1), True
+    return mixer
 
 
 def stream(seed=1):
@@ -47,8 +50,11 @@ def picks(mixer, x, mask=None, positions=None):
     else:
         q, k = (p(x).unflatten(2, (-1, D)) for p in (mixer.q, mixer.k))
         q, k = ki.fused_rope_qk(q, k, *rope(at))
-        per = "query_head" if mixer.kind == "moba" else "kv_group"
-        indices = ki.moba_route(q, k, block_size=BLOCK, topk=3, mask=mask, route_per=per).indices
+        if mixer.kind == "moba":
+            indices = ki.moba_route(q, k, block_size=BLOCK, topk=3, mask=mask).indices
+        else:
+            config = ki.ClusteredSparseConfig(block_size=BLOCK, topk=3, hierarchy=mixer.hierarchy)
+            indices = ki.clustered_route(q, k, config=config, mask=mask).indices
         width = -(-x.shape[1] // BLOCK)
     table = torch.zeros((*indices.shape[:3], width + 1), dtype=torch.bool)
     return table.scatter_(-1, torch.where(indices >= 0, indices, width).long(), True)[..., :width]
@@ -75,8 +81,8 @@ def test_a_changed_future_changes_no_output_gradient_or_pick(kind, window):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_documents_equal_each_alone(kind):
-    """Documents that begin at a block: then alone they have the same blocks."""
-    mixer, x, cut = layer(kind), stream(), 5 * BLOCK
+    """Documents that begin at a block, and at a group of three: then alone they have the same blocks and groups."""
+    mixer, x, cut = layer(kind), stream(), 6 * BLOCK
     mixer.eval()
     packed = ki.MaskContract(doc_ids=(torch.arange(T) >= cut).long())
     positions = torch.cat([torch.arange(cut), torch.arange(T - cut)])[None]
@@ -129,6 +135,17 @@ def test_decoding_with_a_cache_equals_recomputation(kind, window):
         out = mixer(x[torch.arange(B), at][:, None], None, rope(at[:, None]), cache.layer(0))[0]
         cache.advance()
         assert_same(out[:, 0], expected[torch.arange(B), at])
+
+
+def test_groups_are_picked_from_and_the_unions_told():
+    mixer, x = layer("clustered by groups").eval(), stream()
+    with ki.receipts() as log:
+        by_groups = run(mixer, x)
+    details = next(r.details for r in log if r.op == "clustered_sparse_attention")
+    assert details["scoring_backend"] == "hierarchical"
+    assert details["mean_union_over_picks"] >= 1
+    mixer.hierarchy = None
+    assert not torch.allclose(run(mixer, x), by_groups), "one group of three blocks leaves most blocks out"
 
 
 def test_a_shared_prompt_shares_what_the_indexer_keeps():

@@ -110,7 +110,9 @@ def test_padding_behind_a_shorter_prompt_leaves_no_trace():
         layer(x, cache=batch)
         layer(x[1:, :2], cache=alone)
     torch.testing.assert_close(batch.scan[1:], alone.scan, rtol=1e-5, atol=1e-6)
-    assert torch.equal(batch.conv[1:], alone.conv)
+    # A product's bits may depend on how many rows it has, so the inputs kept are close, and those of no token zero.
+    torch.testing.assert_close(batch.conv[1:], alone.conv, rtol=1e-5, atol=1e-6)
+    assert not batch.conv[1, 0].any()
 
 
 def test_groups_must_divide_heads():
