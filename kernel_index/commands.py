@@ -25,6 +25,7 @@ from kernel_index.target import has_cxx_compiler, machine_rules
 ELSEWHERE = {
     "train": "kernel_index.lm.commands:train_command",
     "generate": "kernel_index.lm.commands:generate_command",
+    "presets": "kernel_index.lm.commands:presets_command",
     "prove": "kernel_index.proofs.commands:app",
     "new": "kernel_index.scaffold:new_command",
     "bench": "kernel_index.proofs.bench:bench_command",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -20,7 +21,7 @@ from kernel_index.lm.config import PRESETS
 from kernel_index.lm.data import DataError
 from kernel_index.lm.distributed import processes
 from kernel_index.lm.generate import generate, load_model
-from kernel_index.lm.model import active_parameters
+from kernel_index.lm.model import LanguageModel, active_parameters, flops_per_token
 from kernel_index.lm.report import LN2, receipt_rows, write_report
 from kernel_index.lm.train import (
     RunConfig,
@@ -61,6 +62,12 @@ def train_command(
     compiled: Annotated[
         bool | None, typer.Option("--compile", help="Put the whole model through torch.compile.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="NAME=VALUE of RunConfig, as accumulate=2, recompute=true, batch_rows=8; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Train a small language model on real text with the kernels of the index."""
     own: dict[str, Any] = {
@@ -74,6 +81,7 @@ def train_command(
         "sparse_from_step": sparse_from_step,
     }
     with _clear_errors():
+        own |= RunConfig.read_settings(settings or ())
         if resume:
             folder = out or _newest_run()
             _refuse_changes(folder, own)
@@ -102,16 +110,32 @@ def generate_command(
     tokens: Annotated[int, typer.Option(min=0, help="Bytes to generate at most.")] = SAMPLE_TOKENS,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Sample among this many likeliest bytes.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Sample among the bytes that hold this share of probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt with a trained model."""
     with _clear_errors():
         model = load_model(checkpoint)
         sys.stdout.write(prompt)
-        for text in generate(model, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed):
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        for text in generate(model, prompt, tokens, **options):
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+def presets_command() -> None:
+    """The models that `train --preset` knows: blocks, parameters, and the arithmetic of a training step."""
+    table = Table("preset", "blocks", "parameters", "for one token", "MFLOP a token", "GFLOP a step", "trains in, on")
+    for name, preset in PRESETS.items():
+        with torch.device("meta"):
+            model = LanguageModel(preset.model)
+        flops = flops_per_token(preset.model)
+        tokens = preset.batch_rows * preset.accumulate * preset.model.context
+        sizes = (f"{model.parameter_count():,}", f"{active_parameters(model):,}")
+        work = (f"{flops / 1e6:,.1f}", f"{flops * tokens / 1e9:,.1f}")
+        table.add_row(name, preset.model.pattern, *sizes, *work, f"{preset.dtype}, {preset.about}")
+    console.print(table)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ PHASES = ("step", "data", "evaluate", "checkpoint", "compile")
 
 class Goodput:
     """Seconds by phase.  The first step of a process also compiles: what it takes beyond the median of the later ones
-    counts as ``compile``.
+    counts as ``compile``.  ``earlier`` holds the seconds of the processes that a resumed run has behind it.
 
     >>> clock = iter([0.0, 10.0, 10.0, 11.0, 11.0, 12.0]).__next__
     >>> goodput = Goodput(clock)
@@ -25,6 +25,7 @@ class Goodput:
         self.clock = clock
         self.steps: list[float] = []
         self.others = dict.fromkeys(PHASES[1:], 0.0)
+        self.earlier = dict.fromkeys(PHASES, 0.0)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -42,7 +43,8 @@ class Goodput:
         """By phase; all of the first step counts as a step as long as there is no other to compare it with."""
         later = self.steps[1:]
         extra = max(0.0, self.steps[0] - statistics.median(later)) if later else 0.0
-        return {"step": sum(self.steps) - extra, **self.others, "compile": extra}
+        own = {"step": sum(self.steps) - extra, **self.others, "compile": extra}
+        return {name: value + self.earlier[name] for name, value in own.items()}
 
     def shares(self) -> dict[str, float]:
         """By phase, of the time that was measured."""

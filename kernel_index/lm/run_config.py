@@ -1,6 +1,7 @@
 """Everything that determines a run."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,34 @@ class RunConfig:
             raise ValueError(f"device must be one of cpu, cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu where PyTorch sees no GPU, got 'cuda'")
+
+    @classmethod
+    def read_settings(cls, given: Sequence[str]) -> dict[str, Any]:
+        """``["accumulate=2", "recompute=true"]`` as values of fields.
+
+        Raises:
+            ValueError: no such field, or a value of another type.
+
+        >>> RunConfig.read_settings(["accumulate=2", "recompute=true"])
+        {'accumulate': 2, 'recompute': True}
+        """
+        kinds = {f.name: f.type for f in fields(cls) if f.type in (int, float, bool, str)}
+        found: dict[str, Any] = {}
+        for setting in given:
+            name, _, value = setting.partition("=")
+            if name not in kinds:
+                raise ValueError(f"--set must be NAME=VALUE with a name of {', '.join(kinds)}, got {setting!r}")
+            kind = kinds[name]
+            try:
+                read = value if kind is str else json.loads(value)
+            except json.JSONDecodeError:
+                read = value
+            if kind is float and type(read) is int:
+                read = float(read)
+            if type(read) is not kind:
+                raise ValueError(f"--set {name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
+            found[name] = read
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

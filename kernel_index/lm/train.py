@@ -92,6 +92,7 @@ class Trainer:
             )
         ckpt.load_optimizer(trainer.model, trainer.optimizer, saved.optimizer)
         trainer.step = saved.step
+        trainer.goodput.earlier = saved.state["seconds"]
         if trainer.group.rank == 0:
             trainer._trim_metrics()
         return trainer

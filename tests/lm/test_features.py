@@ -189,9 +189,80 @@ def test_flops_count_every_weight_that_a_token_meets():
     assert active_parameters(model) == model.parameter_count() - (experts.up.numel() + experts.down.numel()) // 2
 
 
-def test_a_model_compiles_into_one_graph(plain):
-    model = LanguageModel(replace(HYBRID, pattern="MS", windows=(None,) * 2, residual="fp32"))
-    batch = plain[0].rows.at_step(0, 2, 0)
-    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(batch)
-    loss.backward()
-    torch.testing.assert_close(loss, model(batch))
+def test_every_letter_compiles_into_one_graph(plain):
+    """``fullgraph=True`` refuses a graph break."""
+    torch.manual_seed(0)
+    model, batch = LanguageModel(HYBRID), plain[0].rows.at_step(0, 2, 0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    compiled, eager = torch.compile(model, fullgraph=True, backend="aot_eager")(batch), model(batch)
+    torch.testing.assert_close(compiled, eager)
+    named = [(n, p) for n, p in model.named_parameters() if not n.endswith("h_res_logits")]  # those cancel to nothing
+    for (name, _), a, b in zip(named, *(torch.autograd.grad(y, [p for _, p in named]) for y in (compiled, eager))):
+        assert (a - b).abs().max() <= 256 * EPS * b.abs().max(), name
+
+
+def test_a_compiled_run_takes_the_steps_of_an_eager_one(corpus, tmp_path):
+    model = replace(PRESETS["nano"].model, pattern="A", windows=(16,), dropout=0.0, context=64)
+    runs = [run(corpus, tmp_path / str(c), model=model, backend="auto", compile=c)[1] for c in (True, False)]
+    for (loss, norm), (expected, expected_norm) in zip(*runs, strict=True):
+        assert loss == pytest.approx(expected, rel=64 * EPS)
+        assert norm == pytest.approx(expected_norm, rel=1024 * EPS)
+
+
+def test_mixed_precision_keeps_float32_weights_and_a_close_loss(plain, corpus, tmp_path):
+    trainer, losses = run(corpus, tmp_path / "run", dtype="bfloat16")
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses != plain[1]
+    for (loss, _), (expected, _) in zip(losses, plain[1], strict=True):
+        assert loss == pytest.approx(expected, rel=2**-7)  # the weights and activations have 8 bits
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path):
+    """Rows of very different length: a mean of the halves' means would be far off."""
+    found = []
+    for rows, parts in ((4, 1), (2, 2), (1, 4)):
+        c = config(corpus, batch_rows=rows, accumulate=parts)
+        trainer = Trainer.start(
+            replace(c, model=replace(c.model, pattern="AM", windows=(16, None))), tmp_path / f"{rows}"
+        )
+        with torch.no_grad():
+            trainer.model.head.weight.copy_(
+                torch.randn(trainer.model.head.weight.shape, generator=torch.manual_seed(1))
+            )
+        batch = trainer.rows.batch([0, 1, len(trainer.rows) - 2, len(trainer.rows) - 1])
+        assert batch.valid_counts.max() > 1.5 * batch.valid_counts.min()
+        pieces = [type(batch)(*(t[i : i + rows] for t in batch)) for i in range(0, 4, rows)]
+        found.append((trainer._gradients(pieces), {n: p.grad for n, p in trainer.model.named_parameters()}))
+    for loss, grads in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=16 * EPS)
+        for name, whole in found[0][1].items():
+            if whole is not None:
+                assert (grads[name] - whole).abs().max() <= 256 * EPS * whole.abs().max(), name
+
+
+def test_the_learning_rate_warms_up_and_decays_and_gradients_are_clipped(corpus, tmp_path):
+    trainer = Trainer.start(config(corpus, clip=1e-3), tmp_path / "run")
+    trainer.config = replace(trainer.config, steps=100)
+    rates = [trainer.learning_rate(step) / trainer.config.learning_rate for step in range(100)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert rates[52] == pytest.approx(0.55, abs=0.01)
+    assert rates[-1] == pytest.approx(0.1, abs=0.001)
+    trainer._gradients([trainer.rows.at_step(0, 4, 0)])
+    assert trainer._clip() > 1e-3
+    norm = torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_resumed_run_reports_the_time_of_both(corpus, tmp_path):
+    trainer = Trainer.start(config(corpus), tmp_path / "run")
+    next(trainer.steps())
+    trainer.save()
+    before = trainer.goodput.seconds()["step"]
+    resumed = Trainer.resume(tmp_path / "run")
+    assert resumed.goodput.seconds()["step"] == before
+    list(resumed.steps())
+    assert resumed.goodput.seconds()["step"] > before
+    assert sum(resumed.goodput.shares().values()) == pytest.approx(1)

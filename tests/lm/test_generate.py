@@ -162,6 +162,21 @@ def test_a_step_feeds_one_token_and_every_layer_decodes(model):
     assert not [r for r in log if r.op == "attention"]
 
 
+def test_text_streams_token_by_token(model):
+    """Each piece is handed out before the next token is computed, and never half a character."""
+    stream = generate(model, "abc", 6)
+    for seen in (1, 2, 3):
+        with ki.receipts() as log:
+            next(stream)
+        assert len([r for r in log if r.op == "fa4_kvcache_decode"]) == 3, f"one step for token {seen}"
+
+
+def test_bytes_of_one_character_wait_for_one_another(model, monkeypatch):
+    written = iter("é€x".encode())
+    monkeypatch.setattr(Sampling, "draw", lambda *_: next(written))
+    assert list(generate(model, "", 6)) == ["", "é", "", "", "€", "x", ""]
+
+
 def test_rows_share_their_prompt_and_part_ways(model):
     """Two continuations of one prompt in one batch: shared pages, copied when the first token is written."""
     prompt = torch.randint(0, 256, (1, 6))

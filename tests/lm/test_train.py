@@ -201,12 +201,12 @@ def wait_for_checkpoint(out: Path, process) -> None:
         time.sleep(0.05)
 
 
-def test_ctrl_c_saves_and_resume_finishes_with_the_same_bits(corpus, tmp_path):
-    whole = cli("train", "--preset", "nano", "--data", corpus, "--out", tmp_path / "whole", "--steps", 60)
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    assert "Which kernels ran" in whole.stdout
-    assert "unigram baseline" in whole.stdout
-    assert (tmp_path / "whole" / "report.html").read_text().count("<svg") == 1
+def test_ctrl_c_saves_and_resume_finishes_with_the_same_bits(whole_run, corpus, tmp_path):
+    folder, printed = whole_run
+    assert "Which kernels ran" in printed
+    assert "unigram baseline" in printed
+    assert "Goodput" in printed
+    assert (folder / "report.html").read_text().count("<svg") == 1
     out = tmp_path / "cut"
     process = start_run(corpus, out, 60)
     wait_for_checkpoint(out, process)
@@ -217,10 +217,19 @@ def test_ctrl_c_saves_and_resume_finishes_with_the_same_bits(corpus, tmp_path):
     assert "--resume" in printed
     again = cli("train", "--resume", "--out", out)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert losses(out) == losses(tmp_path / "whole")
+    assert losses(out) == losses(folder)
 
 
-def test_kill_loses_nothing_that_was_saved(corpus, tmp_path):
+@pytest.fixture(scope="module")
+def whole_run(corpus, tmp_path_factory):
+    """60 steps by the command line, never interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "sixty"
+    done = cli("train", "--preset", "nano", "--data", corpus, "--out", folder, "--steps", 60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_kill_loses_nothing_and_the_curve_is_the_same_bit_for_bit(whole_run, corpus, tmp_path):
     out = tmp_path / "killed"
     process = start_run(corpus, out, 60)
     wait_for_checkpoint(out, process)
@@ -229,7 +238,13 @@ def test_kill_loses_nothing_that_was_saved(corpus, tmp_path):
     process.stdout.close()
     again = cli("train", "--resume", "--out", out)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "Resuming" in again.stdout
     assert [m.step for m in read_metrics(out)] == list(range(1, 61))
+    assert losses(out) == losses(whole_run[0])
+    ours, whole = ckpt.read(out), ckpt.read(whole_run[0])
+    for part in ("model", "optimizer"):
+        for name, tensor in getattr(whole, part).items():
+            assert torch.equal(tensor, getattr(ours, part)[name]), name
 
 
 def test_full_disk_stops_clearly_and_keeps_the_last_checkpoint(corpus, tmp_path):
@@ -274,6 +289,33 @@ def test_resume_refuses_another_seed(finished):
     result = cli("train", "--resume", "--out", finished.folder, "--seed", 9)
     assert result.returncode == 1
     assert "--seed must stay 3" in " ".join(result.stderr.split())
+
+
+def test_settings_reach_the_run_and_wrong_ones_are_named(corpus, tmp_path):
+    out = tmp_path / "run"
+    args = ("train", "--preset", "nano", "--data", corpus, "--out", out, "--steps", 1)
+    done = cli(*args, "--set", "accumulate=2", "--set", "recompute=true", "--set", "clip=2", "--backend", "reference")
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((out / "config.json").read_text())
+    assert (saved["accumulate"], saved["recompute"], saved["clip"]) == (2, True, 2.0)
+    for bad, message in (
+        ("depth=3", "--set must be NAME=VALUE with a name of "),
+        ("accumulate=true", "--set accumulate must be of type int, got 'true'"),
+        ("recompute=yes", "--set recompute must be of type bool, got 'yes'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RunConfig.read_settings([bad])
+    refused = cli("train", "--resume", "--out", out, "--set", "accumulate=3")
+    assert refused.returncode == 1
+    assert "--accumulate must stay 2" in " ".join(refused.stderr.split())
+
+
+def test_presets_are_listed_with_parameters_and_flops():
+    printed = cli("presets", env={**os.environ, "COLUMNS": "200"}).stdout
+    for name, parameters in (("tiny", "3,554,776"), ("small", "63,289,952"), ("base", "635,960,128")):
+        (line,) = (x for x in printed.splitlines() if f" {name} " in x)
+        assert parameters in line
+    assert "MFLOP" in printed
 
 
 def test_forced_reference_trains_to_the_same_loss(finished, corpus, tmp_path, monkeypatch):
