@@ -189,18 +189,26 @@ def test_flops_count_every_weight_that_a_token_meets():
     assert active_parameters(model) == model.parameter_count() - (experts.up.numel() + experts.down.numel()) // 2
 
 
+def assert_same_gradients(ours, theirs):
+    """But for rounding, of which some gradients are all: a norm cancels the scale of what it reads."""
+    largest = max(g.abs().max() for g in theirs)
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert (a - b).abs().max() <= 256 * EPS * b.abs().max() + EPS * largest, number
+
+
 def test_every_letter_compiles_into_one_graph(plain):
     """``fullgraph=True`` refuses a graph break."""
     torch.manual_seed(0)
-    model, batch = LanguageModel(HYBRID), plain[0].rows.at_step(0, 2, 0)
+    sparse = replace(HYBRID.sparse, kinds=("exact_token", "clustered"))
+    model = LanguageModel(replace(HYBRID, pattern="MASLSE", windows=(None, 16, *4 * (None,)), sparse=sparse))
+    batch = plain[0].rows.at_step(0, 2, 0)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
     compiled, eager = torch.compile(model, fullgraph=True, backend="aot_eager")(batch), model(batch)
     torch.testing.assert_close(compiled, eager)
-    named = [(n, p) for n, p in model.named_parameters() if not n.endswith("h_res_logits")]  # those cancel to nothing
-    for (name, _), a, b in zip(named, *(torch.autograd.grad(y, [p for _, p in named]) for y in (compiled, eager))):
-        assert (a - b).abs().max() <= 256 * EPS * b.abs().max(), name
+    weights = list(model.parameters())
+    assert_same_gradients(*(torch.autograd.grad(y, weights) for y in (compiled, eager)))
 
 
 def test_a_compiled_run_takes_the_steps_of_an_eager_one(corpus, tmp_path):
@@ -234,12 +242,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path):
         batch = trainer.rows.batch([0, 1, len(trainer.rows) - 2, len(trainer.rows) - 1])
         assert batch.valid_counts.max() > 1.5 * batch.valid_counts.min()
         pieces = [type(batch)(*(t[i : i + rows] for t in batch)) for i in range(0, 4, rows)]
-        found.append((trainer._gradients(pieces), {n: p.grad for n, p in trainer.model.named_parameters()}))
+        loss = trainer._gradients(pieces)
+        found.append((loss, [p.grad for p in trainer.model.parameters() if p.grad is not None]))
     for loss, grads in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=16 * EPS)
-        for name, whole in found[0][1].items():
-            if whole is not None:
-                assert (grads[name] - whole).abs().max() <= 256 * EPS * whole.abs().max(), name
+        assert_same_gradients(grads, found[0][1])
 
 
 def test_the_learning_rate_warms_up_and_decays_and_gradients_are_clipped(corpus, tmp_path):
@@ -247,7 +254,7 @@ def test_the_learning_rate_warms_up_and_decays_and_gradients_are_clipped(corpus,
     trainer.config = replace(trainer.config, steps=100)
     rates = [trainer.learning_rate(step) / trainer.config.learning_rate for step in range(100)]
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[52] == pytest.approx(0.55, abs=0.01)
     assert rates[-1] == pytest.approx(0.1, abs=0.001)
     trainer._gradients([trainer.rows.at_step(0, 4, 0)])
