@@ -214,13 +214,17 @@ def _first(problems: list[str]) -> str:
 
 
 def _like(value: Tensor, tensor: Tensor) -> Tensor:
-    """A full tensor on the device of another, and sharded as that is."""
+    """A full tensor on the device of another, and sharded as that is.
+
+    Every process has read all of it and keeps its own share: nothing is sent, so the order of a file's tensors, which
+    differs from process to process, does not matter.
+    """
     if not is_sharded(tensor):
         return value.to(tensor.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(tensor, DTensor)
-    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def _all(run: Path) -> list[Path]:

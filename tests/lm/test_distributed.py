@@ -1,5 +1,6 @@
 """Two processes compute what one computes, and what two have saved one can continue."""
 
+import json
 import os
 import shutil
 import socket
@@ -81,6 +82,17 @@ def test_one_process_continues_what_two_have_saved(together, tmp_path):
     assert len(losses) == 2
     assert abs(losses[0] - third) <= 64 * EPS * third, "the same weights on the same rows"
     assert "".join(generate(load_model(together), "def ", 5)), "a sharded checkpoint also generates"
+
+
+def test_two_processes_continue_what_one_has_saved(corpus, tmp_path):
+    whole = alone(corpus, tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "checkpoint-00000004")
+    both("resume", tmp_path / "one", **PLAIN)
+    found = json.loads((tmp_path / "one" / "resumed.json").read_text())
+    assert found["processes"] == 2
+    assert len(found["losses"]) == 2
+    assert abs(found["losses"][0] - whole[2]) <= 64 * EPS * whole[2], "the same weights on the same rows"
+    assert ckpt.read(tmp_path / "one").step == 4
 
 
 def test_tensor_parallel_loss_and_gradients(tmp_path):

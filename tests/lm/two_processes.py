@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import kernel_index as ki
-from kernel_index.lm.config import PRESETS, ExpertLayer, StateSpace
+from kernel_index.lm.config import PRESETS, ExpertLayer, Latent, Sparse, StateSpace
 from kernel_index.lm.data import Batch
 from kernel_index.lm.distributed import join, split_heads, whole
 from kernel_index.lm.model import LanguageModel
@@ -19,7 +19,8 @@ STEPS = 4
 
 def run_config(corpus: str, **changes) -> RunConfig:
     model = replace(
-        PRESETS["nano"].model, pattern="AME", windows=(32, None, None), dropout=0.0, context=64, hidden=64,
+        PRESETS["nano"].model, pattern="AMLSE", windows=(32, *4 * (None,)), dropout=0.0, context=64, hidden=64,
+        residual="mhc", ahead=0.2, latent=Latent(16, 8, fused=True), sparse=Sparse(("clustered",), block=8, topk=3),
         state_space=StateSpace(heads=2, head_dim=16, state=8, chunk=16),
         experts=ExpertLayer(count=4, topk=2, hidden=32),
     )  # fmt: skip
@@ -37,6 +38,14 @@ def train(folder: Path, corpus: str) -> None:
     if trainer.group.rank == 0:
         own = sum(getattr(p, "_local_tensor", p).numel() for p in trainer.model.parameters())
         (folder / "share.json").write_text(json.dumps(own / trainer.parameters))
+
+
+def resume(folder: Path) -> None:
+    """Go on from what another number of processes has saved."""
+    trainer = Trainer.resume(folder)
+    losses = [report.loss for report in trainer.steps()]
+    if trainer.group.rank == 0:
+        (folder / "resumed.json").write_text(json.dumps({"processes": trainer.group.size, "losses": losses}))
 
 
 def small_model() -> tuple[LanguageModel, Batch]:
@@ -71,5 +80,5 @@ def tensor_parallel(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, place, *rest = sys.argv[1:]
-    {"train": train, "tensor_parallel": tensor_parallel}[what](Path(place), *rest)
+    {"train": train, "resume": resume, "tensor_parallel": tensor_parallel}[what](Path(place), *rest)
     torch.distributed.destroy_process_group()
