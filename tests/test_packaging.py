@@ -31,7 +31,7 @@ def test_every_file_of_the_package_is_python_or_said_to_be_shipped():
     if listed.returncode:
         pytest.skip("not a checkout")
     kinds = {Path(name).suffix for name in listed.stdout.split()}
-    assert kinds <= {".py", ".md", ".j2", ".typed", ".json"}
+    assert kinds <= {".py", ".md", ".j2", ".typed", ".json", ".cpp", ".h"}
 
 
 def test_a_rule_about_a_missing_package_holds_the_command():
@@ -89,6 +89,15 @@ for folder in sys.argv[1:]:
         assert (y.tolist(), x.grad.tolist(), log[0].ran) == ([0.0, 4.0], [0.0, 4.0], "triton")
         assert hasattr(torch.ops, identity)
         assert module.explain("fused_relu_squared", x).op == "fused_relu_squared"
+        assert log.versions["torch"] == torch.__version__
+    if hasattr(module, "clustered_sparse_attention"):
+        q, k = torch.randn(1, 64, 4, 16), torch.randn(1, 64, 2, 16)
+        attend = module.clustered_sparse_attention
+        call = {"config": module.ClusteredSparseConfig(block_size=16, topk=2), "mask": module.MaskContract()}
+        expected = attend(q, k, k, **call, backend="reference")
+        for backend, rule in module.explain(attend, q, k, k, **call).verdicts.items():
+            if rule is None:  # the C++ sources of a native kernel come along
+                torch.testing.assert_close(attend(q, k, k, **call, backend=backend), expected)
 print("loaded")
 """
 

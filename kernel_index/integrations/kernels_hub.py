@@ -8,7 +8,9 @@ under the build's own name.
 import ast
 import functools
 import hashlib
+import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +47,9 @@ def export(name: str, folder: Path, version: int = 1) -> list[Path]:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder must be empty or new, got {folder}")
     modules = closure(f"{PACKAGE}.dispatch", ".".join((PACKAGE, *Path(entry.folder).parts, "api")))
-    digest = hashlib.sha256("".join(path.read_text() for path in modules.values()).encode()).hexdigest()[:8]
+    sources = [p for m in modules.values() for suffix in ("*.cpp", "*.h") for p in sorted(m.parent.glob(suffix))]
+    texts = (path.read_text() for path in (*modules.values(), *dict.fromkeys(sources)))
+    digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
     builds = []
     for backend in BACKENDS:
         build = folder / "build" / f"torch-{backend}"
@@ -54,6 +58,8 @@ def export(name: str, folder: Path, version: int = 1) -> list[Path]:
             target = build / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(standing_alone(path.read_text(), dotted, identity))
+        for path in dict.fromkeys(sources):  # what the modules compile
+            shutil.copyfile(path, build / path.relative_to(ROOT))
         (build / "__init__.py").write_text(_front(entry))
         (build / "metadata.json").write_text(json.dumps(_metadata(entry, backend, identity, version), indent=2) + "\n")
         builds.append(build)
@@ -125,14 +131,21 @@ def _replace(lines: list[str], node: ast.stmt, old: str, new: str) -> None:
 
 def _front(entry: Entry) -> str:
     api = ".".join(Path(entry.folder).parts)
-    names = sorted((*entry.functions, *SHARED))
+    own = (*entry.functions, *_types(f"{PACKAGE}.{api}.api"))
+    names = sorted((*own, *SHARED))
     exported = "".join(f'    "{n}",\n' for n in names)
     return (
         f'"""{entry.purpose}\n\nOne entry of Kernel Index {kernel_index.__version__}.\n"""\n\n'
-        f"from .{api}.api import {', '.join(entry.functions)}\n"
+        f"from .{api}.api import {', '.join(own)}\n"
         f"from .dispatch import {', '.join(SHARED)}\n\n"
         f'__version__ = "{kernel_index.__version__}"\n\n__all__ = [\n{exported}]\n'
     )
+
+
+def _types(api: str) -> list[str]:
+    """Public classes that the functions take or give: a caller has to make or name them."""
+    known = vars(importlib.import_module(api))
+    return [n for n in kernel_index.__all__ if n not in SHARED and isinstance(known.get(n), type)]
 
 
 def _metadata(entry: Entry, backend: str, identity: str, version: int) -> dict[str, Any]:
