@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
@@ -107,3 +108,27 @@ def test_exact_token_attention_of_no_query_heads_has_gradients_of_zero(backend):
     out.sum().backward()
     assert out.shape == q.shape == q.grad.shape
     assert not k.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "triton", "reference"])
+def test_a_loss_over_no_classes_is_refused(backend):
+    """Chunks of no logits divided by zero."""
+    hidden, weight, targets = torch.randn(2, 4), torch.empty(0, 4), torch.tensor([-100, -100])
+    for function in (ki.fused_linear_cross_entropy, ki.token_log_probs):
+        with pytest.raises(ValueError, match="weight must have a row for at least one class, got shape \\(0, 4\\)"):
+            function(hidden, weight, targets, backend=backend)
+
+
+@pytest.mark.parametrize("width", [0, 3])
+def test_block_sparse_attention_over_values_without_channels(width):
+    """A reshape to -1 of no elements, inside the CPU's backend, which says now that it needs some."""
+    q, k = torch.randn(1, 4, 2, width), torch.randn(1, 4, 1, width)
+    selected, empty = torch.zeros(1, 4, 1, 1, dtype=torch.int64), torch.randn(1, 4, 1, 0)
+    assert block_sparse_attention(q, k, empty, selected, block_size=2).shape == (1, 4, 2, 0)
+    config = ki.ClusteredSparseConfig(block_size=2, topk=1)
+    assert ki.clustered_sparse_attention(q, k, empty, config=config).shape == (1, 4, 2, 0)
+    assert ki.moba_attention(q, k, empty, block_size=2, topk=1).shape == (1, 4, 2, 0)
+    for function, more in ((block_sparse_attention, {"selected": selected, "block_size": 2}),
+                           (ki.clustered_sparse_attention, {"config": config})):  # fmt: skip
+        with pytest.raises(ki.Ineligible, match="cpu: needs head sizes of at least 1"):
+            function(q, k, empty, **more, backend="cpu")

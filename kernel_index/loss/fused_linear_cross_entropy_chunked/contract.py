@@ -35,6 +35,8 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     checks.has_rank("weight", weight, 2, "[V, C]")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must be [V, C] with C = {hidden.shape[-1]}, got shape {tuple(weight.shape)}")
+    if not weight.shape[0]:
+        raise ValueError(f"weight must have a row for at least one class, got shape {tuple(weight.shape)}")
     checks.has_shape("targets", targets, tuple(hidden.shape[:-1]), "shaped like hidden without its last dimension")
     checks.on_device("weight", weight, hidden, "hidden")
     checks.on_device("targets", targets, hidden, "hidden")

@@ -13,7 +13,6 @@ from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
 
 scale_of = dense.scale_of
 sizes_of = dense.sizes_of
-cpu_why_not = dense.cpu_why_not
 
 
 def check(
@@ -78,10 +77,16 @@ def triton_not_worth(q: Tensor, *_: Any) -> str | None:
     return gpu.not_worth(q)
 
 
+def cpu_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
+    if not q.shape[3] or not v.shape[3]:
+        return "needs head sizes of at least 1"
+    return dense.cpu_why_not(q)
+
+
 def native_why_not(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, *rest: Any) -> str | None:
-    if (rule := cpu_why_not(q)) is not None:
+    if (rule := cpu_why_not(q, k, v)) is not None:
         return rule
-    if q.shape[3] % 2 or v.shape[3] % 2 or not q.shape[3] or not v.shape[3]:
+    if q.shape[3] % 2 or v.shape[3] % 2:
         return "needs even head sizes: bfloat16 is multiplied in pairs"
     return native.why_not(q, k, v, selected)
 
