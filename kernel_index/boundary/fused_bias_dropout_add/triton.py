@@ -16,8 +16,11 @@ from kernel_index.triton_sums import sum_parts
 BLOCK = 4096
 """Elements of a program of the pass over flat memory."""
 
-COLUMNS, ROWS = 2048, 2
-"""The tile of the pass that sums over rows: of those tried on an H100 the fastest with a mask; without, 2 % slower."""
+COLUMNS, ROWS, RUNS = 2048, 2, 3
+"""The tile of the pass that sums over rows, and its programs for each processor: the fastest tried on an H100."""
+
+PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 2
+"""The same without a mask."""
 
 STAGES = 3
 """Tiles of it in flight."""
@@ -146,9 +149,14 @@ def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, ou
     return out
 
 
-def runs_of(rows: int, width: int, like: Tensor) -> int:
-    """Runs of rows, and rows of the partial sums: three programs for each processor, the sums 5 % of the traffic."""
-    return max(1, min(ceil_div(rows, ROWS), 256, ceil_div(3 * processors(like), ceil_div(width, COLUMNS))))
+def _tile(dropped: bool) -> tuple[int, int, int]:
+    return (COLUMNS, ROWS, RUNS) if dropped else (PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS)
+
+
+def runs_of(rows: int, width: int, like: Tensor, dropped: bool = True) -> int:
+    """Runs of rows, and rows of the partial sums, which are 3 to 5 % of the traffic."""
+    columns, at_once, each = _tile(dropped)
+    return max(1, min(ceil_div(rows, at_once), 256, ceil_div(each * processors(like), ceil_div(width, columns))))
 
 
 def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -156,12 +164,14 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
     rows, width = g.shape
     if rows == 0 or width == 0:
         return dx, dbias.zero_()
-    runs = runs_of(rows, width, g)
+    dropped = mask[0] is not None
+    tile_columns, tile_rows, _ = _tile(dropped)
+    runs = runs_of(rows, width, g, dropped)
     parts = torch.empty((runs, width), dtype=torch.float32, device=g.device)
     with on_device(g):
-        _column_kernel[(runs, ceil_div(width, COLUMNS))](
-            g, dx, parts, *mask, rows, width, ROWS * ceil_div(rows, ROWS * runs),
-            DX=dx is not None, DROP=mask[0] is not None, WHOLE_GROUPS=width % 64 == 0,
-            ROWS=ROWS, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=4,
+        _column_kernel[(runs, ceil_div(width, tile_columns))](
+            g, dx, parts, *mask, rows, width, tile_rows * ceil_div(rows, tile_rows * runs),
+            DX=dx is not None, DROP=dropped, WHOLE_GROUPS=width % 64 == 0,
+            ROWS=tile_rows, COLUMNS=tile_columns, STAGES=STAGES, num_warps=4,
         )  # fmt: skip
     return dx, sum_parts(parts, dbias)
