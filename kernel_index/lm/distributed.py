@@ -60,6 +60,22 @@ def shard(model: LanguageModel, group: Group) -> None:
     register_fsdp_forward_method(model, "loss")
 
 
+def split(model: LanguageModel, group: Group) -> None:
+    """``split_heads`` over all processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    split_heads(model, init_device_mesh(model.head.weight.device.type, (group.size,)))
+
+
+def clip_each(model: nn.Module, limit: float) -> float:
+    """``clip_grad_norm_`` for a model of which some parameters are sharded and some not; returns the norm before."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(torch.stack([whole(g.norm()) for g in grads]).norm())
+    for g in grads:
+        g.mul_(min(1.0, limit / (norm + 1e-6)))
+    return norm
+
+
 def split_heads(model: LanguageModel, mesh: Any) -> None:
     """Tensor parallelism of A blocks and of the loss: heads, hidden channels and vocabulary are dealt out.
 

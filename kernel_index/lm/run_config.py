@@ -13,6 +13,7 @@ from kernel_index.lm.config import PRESETS, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("auto", "reference")
+PARALLEL = ("fsdp", "tensor")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class RunConfig:
     A step takes ``accumulate`` micro-batches of ``batch_rows`` rows.  ``recompute`` keeps only what enters a block and
     computes the rest again in backward.  ``compile`` puts the whole model through ``torch.compile``.  The S blocks
     attend to everything before step ``sparse_from_step``.  ``backend="reference"`` runs the plain formula of every op.
+    Several processes deal out rows and parameters (``parallel="fsdp"``), or heads, hidden channels and vocabulary
+    (``"tensor"``: A blocks only, every process sees all rows).
     """
 
     preset: str
@@ -44,6 +47,7 @@ class RunConfig:
     sparse_from_step: int = 0
     backend: str = "auto"
     device: str = "cpu"
+    parallel: str = "fsdp"
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "RunConfig":
@@ -60,7 +64,7 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sparse_from_step < 0:
             raise ValueError(f"sparse_from_step must be at least 0, got {self.sparse_from_step}")
-        for name, known in (("dtype", DTYPES), ("backend", BACKENDS)):
+        for name, known in (("dtype", DTYPES), ("backend", BACKENDS), ("parallel", PARALLEL)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.device not in ("cpu", "cuda"):

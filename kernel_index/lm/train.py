@@ -43,10 +43,9 @@ class Trainer:
         self.config, self.folder = config, folder
         self.device = torch.device(config.device)
         self.group = distributed.join(self.device)
-        if config.batch_rows % self.group.size:
-            raise ValueError(
-                f"batch_rows must be a multiple of the {self.group.size} processes, got {config.batch_rows}"
-            )
+        self.dealt = 1 if config.parallel == "tensor" else self.group.size  # how many processes share a step's rows
+        if config.batch_rows % self.dealt:
+            raise ValueError(f"batch_rows must be a multiple of the {self.dealt} processes, got {config.batch_rows}")
         torch.manual_seed(config.seed)
         train, held_out = load_documents(Path(config.data) if config.data else None, config.glob)
         self.model = LanguageModel(config.model).to(self.device)
@@ -54,7 +53,7 @@ class Trainer:
             block.recompute = config.recompute
         self.parameters = self.model.parameter_count()
         if self.group.size > 1:
-            distributed.shard(self.model, self.group)
+            {"fsdp": distributed.shard, "tensor": distributed.split}[config.parallel](self.model, self.group)
         self.forward = torch.compile(self.model, fullgraph=True) if config.compile else self.model
         self.rows = PackedRows(train, config.model.context)
         self.validation = self._validation_batches(held_out)
@@ -180,19 +179,21 @@ class Trainer:
         counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
         total, loss = max(1, sum(counts)), 0.0
         for batch in batches:
-            own = self._here(Batch(*(t[self.group.rank :: self.group.size] for t in batch)))
+            own = self._here(Batch(*(t[self.group.rank % self.dealt :: self.dealt] for t in batch)))
             share = int((own.targets != IGNORED).sum()) / total
             with ki.receipts() as log:
                 with self._autocast():
                     part = self.forward(own) * share
-                (part * self.group.size).backward()  # sharding averages the processes' gradients
+                (part * self.dealt).backward()  # sharding averages the processes' gradients
             self.receipts += log.counts()
             loss += float(part.detach())
             for router in self.model.routers():
                 router.count()
-        return self.group.sum(loss)
+        return self.group.sum(loss) if self.dealt > 1 else loss
 
     def _clip(self) -> float:
+        if self.config.parallel == "tensor":
+            return distributed.clip_each(self.model, self.config.clip)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         return float(distributed.whole(norm))
 
@@ -211,7 +212,9 @@ class Trainer:
             {"params": [p for n, p in named if decays(n, p)], "weight_decay": self.config.weight_decay},
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), fused=self.group.size == 1)
+        # Of several processes some parameters may be sharded and some not, which the kernels for lists do not take.
+        one_by_one: dict[str, Any] = {"fused": True} if self.group.size == 1 else {"foreach": False}
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), **one_by_one)
 
     def _validation_batches(self, held_out: list) -> list[Batch]:
         rows = PackedRows(held_out, self.config.model.context)

@@ -15,7 +15,7 @@ from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm.distributed import split_heads
 from kernel_index.lm.generate import generate, load_model
 from kernel_index.lm.train import Trainer, read_metrics
-from tests.lm.two_processes import run_config, small_model
+from tests.lm.two_processes import run_config, small_model, split_run
 
 EPS = torch.finfo(torch.float32).eps
 PLAIN = {"KERNEL_INDEX_BACKEND": "reference"}  # the arithmetic is at stake here, not the compiler
@@ -113,6 +113,19 @@ def test_tensor_parallel_loss_and_gradients(tmp_path):
         right = doubles[name].grad
         allowed = 2 * (parameter.grad - right).abs().max() + 64 * EPS * right.abs().max()
         assert (found[name] - right).abs().max() <= allowed, name
+
+
+def test_a_tensor_parallel_run_takes_the_steps_of_one_process(corpus, tmp_path):
+    """Dropout included: every process draws the same masks.  One process then continues it."""
+    both("train_split", tmp_path / "two", corpus)
+    trainer = Trainer.start(split_run(corpus), tmp_path / "one")
+    alone = [(r.loss, r.gradient_norm, r.validation) for r in trainer.steps()]
+    found = [(m.loss, m.gradient_norm, m.validation) for m in read_metrics(tmp_path / "two")]
+    for (loss, norm, validation), (expected, expected_norm, expected_validation) in zip(found, alone, strict=True):
+        assert loss == pytest.approx(expected, rel=256 * EPS)
+        assert norm == pytest.approx(expected_norm, rel=2**14 * EPS)
+        assert (validation is None) == (expected_validation is None)
+    assert Trainer.resume(tmp_path / "two").step == 4
 
 
 def test_tensor_parallelism_names_what_it_cannot_split():

@@ -40,6 +40,16 @@ def train(folder: Path, corpus: str) -> None:
         (folder / "share.json").write_text(json.dumps(own / trainer.parameters))
 
 
+def split_run(corpus: str) -> RunConfig:
+    base = RunConfig.from_preset("nano", data=corpus, seed=3, steps=STEPS, checkpoint_every=2, parallel="tensor")
+    return replace(base, model=replace(base.model, kv_heads=2), evaluate_every=4, validation_rows=4)
+
+
+def train_split(folder: Path, corpus: str) -> None:
+    """A run with heads, hidden channels and vocabulary dealt out."""
+    list(Trainer.start(split_run(corpus), folder).steps())
+
+
 def resume(folder: Path) -> None:
     """Go on from what another number of processes has saved."""
     trainer = Trainer.resume(folder)
@@ -80,5 +90,6 @@ def tensor_parallel(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, place, *rest = sys.argv[1:]
-    {"train": train, "resume": resume, "tensor_parallel": tensor_parallel}[what](Path(place), *rest)
+    tasks = {"train": train, "train_split": train_split, "resume": resume, "tensor_parallel": tensor_parallel}
+    tasks[what](Path(place), *rest)
     torch.distributed.destroy_process_group()
