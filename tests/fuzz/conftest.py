@@ -6,7 +6,7 @@ from tests.fuzz.outcome import COUNTS
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 common = {"deadline": None, "database": None, "suppress_health_check": SLOW, "phases": [Phase.generate]}
-settings.register_profile("ci", max_examples=25, derandomize=True, **common)
+settings.register_profile("ci", max_examples=100, derandomize=True, **common)
 settings.register_profile("nightly", max_examples=600, **common)
 settings.load_profile("ci")
 
