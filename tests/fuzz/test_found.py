@@ -131,3 +131,18 @@ def test_block_sparse_attention_over_values_without_channels():
                            (ki.clustered_sparse_attention, {"config": config})):  # fmt: skip
         with pytest.raises(ki.Ineligible, match="cpu: needs head sizes of at least 1"):
             function(q, k, empty, **more, backend="cpu")
+
+
+@pytest.mark.parametrize("missing", ["branch_out", "h_post", "h_res", "h_pre"])
+def test_a_coefficient_of_none_is_refused(missing):
+    """``h_post=None`` meant within that nothing is merged, and an index was out of range."""
+    call = {"hidden": torch.randn(1, 2, 4, 3), "branch_out": torch.randn(1, 2, 3)}
+    call |= {"h_post": torch.ones(4), "h_res": torch.eye(4), "h_pre": torch.ones(4)}
+    for function, names in (
+        (ki.mhc_branch_input, ("hidden", "h_pre")),
+        (ki.mhc_merge, ("hidden", "branch_out", "h_post", "h_res")),
+        (ki.mhc_merge_and_branch_input, tuple(call)),
+    ):
+        if missing in names:
+            with pytest.raises(TypeError, match=f"{missing} must be"):
+                function(**{n: None if n == missing else call[n] for n in names})

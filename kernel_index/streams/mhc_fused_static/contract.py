@@ -11,12 +11,14 @@ STREAMS = 4
 """What the fused backends are written for."""
 
 
-def check(hidden: Any, branch_out: Any, h_post: Any, h_res: Any, h_pre: Any) -> None:
-    """branch_out, h_post and h_res are None for a call that does not merge, h_pre for one that does not read."""
+def check(
+    hidden: Any, branch_out: Any, h_post: Any, h_res: Any, h_pre: Any, *, merges: bool = True, reads: bool = True
+) -> None:
+    """branch_out, h_post and h_res are None for a call that does not merge alone, h_pre for one that does not read."""
     checks.is_floating("hidden", hidden)
     if hidden.ndim < 2:
         raise ValueError(f"hidden must be [..., streams, C], got shape {tuple(hidden.shape)}")
-    if h_post is not None:
+    if merges:
         checks.is_floating("branch_out", branch_out)
         checks.has_shape(
             "branch_out", branch_out, (*hidden.shape[:-2], hidden.shape[-1]), "hidden without its streams,"
@@ -24,7 +26,7 @@ def check(hidden: Any, branch_out: Any, h_post: Any, h_res: Any, h_pre: Any) -> 
         checks.on_device("branch_out", branch_out, hidden, "hidden")
         _check_coefficient("h_post", h_post, hidden, 1)
         _check_coefficient("h_res", h_res, hidden, 2)
-    if h_pre is not None:
+    if reads:
         _check_coefficient("h_pre", h_pre, hidden, 1)
 
 
