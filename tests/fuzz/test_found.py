@@ -146,3 +146,12 @@ def test_a_coefficient_of_none_is_refused(missing):
         if missing in names:
             with pytest.raises(TypeError, match=f"{missing} must be"):
                 function(**{n: None if n == missing else call[n] for n in names})
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_rows_are_declined_by_the_kernel():
+    """The registered operator has no kernel for them: PyTorch's ``NotImplementedError``."""
+    rows = torch.quantize_per_tensor(torch.randn(3, 2, 4), 0.1, 0, torch.qint8)
+    for function, sources in ((ki.gather_rows, (rows,)), (ki.gather_rows_pair, (torch.randn(3, 2, 4), rows))):
+        with pytest.raises(ki.Ineligible, match="triton: needs numbers that are not quantised"):
+            function(*sources, torch.tensor([1]), backend="triton")

@@ -42,6 +42,8 @@ def triton_why_not(a: Tensor, b: Tensor | None, idx: Tensor) -> str | None:
         return "needs contiguous sources"
     if any(t is not None and t.is_complex() for t in (a, b)):
         return "needs real numbers"
+    if any(t is not None and t.is_quantized for t in (a, b)):
+        return "needs numbers that are not quantised"
     return gpu.why_not(a, b, idx)
 
 
