@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernel_index import gpu
 from kernel_index.inductor import Region
-from kernel_index.loss.fused_linear_cross_entropy_chunked import sliced
+from kernel_index.loss.fused_linear_cross_entropy_chunked import torch_op_sliced
 from kernel_index.loss.fused_linear_cross_entropy_chunked.chunk_pass import (
     gradient_pass,
     loss_pass,
@@ -268,7 +268,9 @@ def run(
     first, here, group = shard or (0, options.vocab, "")
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if passes == "triton":
-        return sliced.run(hidden, weight, bias, targets, rows, factor, needs, (*options[1:], chunk_size), reduction)
+        return torch_op_sliced.run(
+            hidden, weight, bias, targets, rows, factor, needs, (*options[1:], chunk_size), reduction
+        )
     constants = (*options[1:-1], here, chunk_size, passes, first, options.vocab, group)
     if reduction == "none" or not any(needs):
         losses = _PerToken.apply(hidden, weight, bias, targets, rows, factor.new_ones(()), needs, constants)
