@@ -99,7 +99,7 @@ inline void scale_add(float* sums, const float* more, int64_t width, float facto
 }
 
 template <typename T>
-void forward(const Call& c, const T* q, const T* k, const T* v, T* out, float* lse) {
+void forward(const Call& c, const T* q, const T* k, const T* v, T* out, float* lse, float* peaks, float* shares) {
   const int64_t blocks = c.blocks(), padded = c.padded(), heads = c.heads(), chunk = c.chunk(c.Dv);
   Buffer<T> keys(c.B * c.K * blocks * padded * c.D), values(c.B * c.K * blocks * padded * c.Dv);
   pack_blocks(k, keys.at(0), c.B, c.S, c.K, c.D, c.block, padded, true, c.threads);
@@ -145,7 +145,10 @@ void forward(const Call& c, const T* q, const T* k, const T* v, T* out, float* l
           const bool nothing = peak[row] == -INF && total[row] == 0.f;
           const float inverse = nothing ? 0.f : 1.f / total[row];
           for (int64_t d = 0; d < c.Dv; ++d) out[((b * c.T + t) * c.H + head) * c.Dv + d] = sums.at(row * c.Dv)[d] * inverse;
-          lse[(b * c.H + head) * c.T + t] = nothing ? -INF : peak[row] + std::log(total[row]);
+          const int64_t at = (b * c.H + head) * c.T + t;
+          lse[at] = nothing ? -INF : peak[row] + std::log(total[row]);
+          peaks[at] = peak[row];
+          shares[at] = inverse;
         }
     }
   }
@@ -174,18 +177,19 @@ void transpose(const float* from, T* to, int64_t rows, int64_t width) {
     }
 }
 
-// One row's weights p into z, and the gradient of its scores into dp; both 0 outside [low, high).
+// One row's weights p into z, and the gradient of its scores into dp; both 0 outside [low, high).  p is the forward's
+// own: from the peak and the sum, since their log-sum-exp has lost what digits a large peak leaves it.
 template <typename T>
-inline void score_gradients(float* z, float* dp, T* d_z, int64_t width, int64_t low, int64_t high, float lse,
-                            float delta, float scale, float softcap) {
+inline void score_gradients(float* z, float* dp, T* d_z, int64_t width, int64_t low, int64_t high, float peak,
+                            float share, float delta, float scale, float softcap) {
   for (int64_t i = 0; i < width; i += LANES) {
-    Vec s = Vec::loadu(z + i) * Vec(scale), slope(scale);
+    Vec above = at::vec::fmsub(Vec::loadu(z + i), Vec(scale), Vec(peak)), slope(scale);
     if (softcap != 0) {
-      const Vec t = (s / Vec(softcap)).tanh();
-      s = Vec(softcap) * t;
+      const Vec t = (Vec::loadu(z + i) * Vec(scale) / Vec(softcap)).tanh();
+      above = Vec(softcap) * t - Vec(peak);
       slope = slope * (Vec(1.f) - t * t);
     }
-    const Vec p = exponential(s - Vec(lse), T());
+    const Vec p = exponential(above, T()) * Vec(share);
     p.store(z + i);
     (p * (Vec::loadu(dp + i) - Vec(delta)) * slope).store(dp + i);
   }
@@ -211,7 +215,7 @@ struct Scratch {
 template <typename T>
 struct Operands {
   const T *q, *d_out;
-  const float *lse, *delta;
+  const float *peaks, *shares, *delta;
   Buffer<T> keys_across, values_across, keys;
 };
 
@@ -231,7 +235,8 @@ void backward_tile(const Call& c, const Operands<T>& x, Scratch<T>& my, const in
     const int64_t t = picked[r / heads], head = g * heads + r % heads;
     const auto [low, high] = limits(c, b, t, j);
     score_gradients(my.z.at(r * padded), my.dp.at(r * padded), my.d_z.at(r * padded), padded, low, high,
-                    x.lse[(b * c.H + head) * c.T + t], x.delta[(b * c.T + t) * c.H + head], c.scale, c.softcap);
+                    x.peaks[(b * c.H + head) * c.T + t], x.shares[(b * c.H + head) * c.T + t],
+                    x.delta[(b * c.T + t) * c.H + head], c.scale, c.softcap);
   }
   std::fill_n(my.z.at(used * padded), (m - used) * padded, 0.f);
   std::fill_n(my.dp.at(used * padded), (m - used) * padded, 0.f);
@@ -267,13 +272,13 @@ void sum_lanes(const Call& c, const Buffer<float>& parts, int64_t lanes, int64_t
 // Queries are dealt out to a fixed number of lanes; each has sums of its own for keys and values, so that results do
 // not depend on the number of threads.
 template <typename T>
-void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v, const float* lse, const float* delta,
-              T* d_q, T* d_k, T* d_v) {
+void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v, const float* peaks, const float* shares,
+              const float* delta, T* d_q, T* d_k, T* d_v) {
   const int64_t blocks = c.blocks(), padded = c.padded(), heads = c.heads(), chunk = c.chunk(c.D);
   const int64_t key_blocks = c.B * c.K * blocks, chunks = (c.T + chunk - 1) / chunk;
   const int64_t lanes = std::clamp<int64_t>(8 / std::max<int64_t>(c.B * c.K, 1), 1, std::max<int64_t>(chunks, 1));
   const int64_t size = key_blocks * padded;
-  Operands<T> x{q, d_out, lse, delta, Buffer<T>(size * c.D), Buffer<T>(size * c.Dv), Buffer<T>(size * c.D)};
+  Operands<T> x{q, d_out, peaks, shares, delta, Buffer<T>(size * c.D), Buffer<T>(size * c.Dv), Buffer<T>(size * c.D)};
   pack_blocks(k, x.keys_across.at(0), c.B, c.S, c.K, c.D, c.block, padded, true, c.threads);
   pack_blocks(v, x.values_across.at(0), c.B, c.S, c.K, c.Dv, c.block, padded, true, c.threads);
   pack_blocks(k, x.keys.at(0), c.B, c.S, c.K, c.D, c.block, padded, false, c.threads);
@@ -312,13 +317,14 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
 #define CALL const int64_t *n, float scale, float softcap, const int32_t *selected, const int32_t *start, const int32_t *end
 #define MADE \
   Call { n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], scale, softcap, selected, start, end }
-#define EXPORT(NAME, T)                                                                                         \
-  void block_sparse_forward_##NAME(CALL, const T* q, const T* k, const T* v, T* out, float* lse) {              \
-    forward<T>(MADE, q, k, v, out, lse);                                                                        \
-  }                                                                                                             \
-  void block_sparse_backward_##NAME(CALL, const T* d_out, const T* q, const T* k, const T* v, const float* lse, \
-                                    const float* delta, T* d_q, T* d_k, T* d_v) {                               \
-    backward<T>(MADE, d_out, q, k, v, lse, delta, d_q, d_k, d_v);                                               \
+#define EXPORT(NAME, T)                                                                                           \
+  void block_sparse_forward_##NAME(CALL, const T* q, const T* k, const T* v, T* out, float* lse, float* peaks,    \
+                                   float* shares) {                                                               \
+    forward<T>(MADE, q, k, v, out, lse, peaks, shares);                                                           \
+  }                                                                                                               \
+  void block_sparse_backward_##NAME(CALL, const T* d_out, const T* q, const T* k, const T* v, const float* peaks, \
+                                    const float* shares, const float* delta, T* d_q, T* d_k, T* d_v) {            \
+    backward<T>(MADE, d_out, q, k, v, peaks, shares, delta, d_q, d_k, d_v);                                       \
   }
 
 extern "C" {

@@ -70,15 +70,20 @@ def test_our_kernels_move_what_they_must(op):
         assert traffic.sectors <= 1.07 * compulsory, "at so few rows the partial sums still weigh"
 
 
-def test_the_pass_over_a_chunk_of_logits_reads_and_writes_it_once():
+def test_a_chunk_of_logits_is_read_once_forward_and_a_slice_read_and_written_once_backward():
     from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
 
     z, targets = torch.randn(6, 5000).bfloat16(), torch.arange(6)
-    rows, losses = torch.ones(6), torch.empty(6)
+    logits, constants = z.numel() * z.element_size(), (30.0, 1.0, 0.1, 1e-4)
+    rows, (losses, lse, missing) = torch.ones(6), torch.empty(3, 6)
     with counted() as traffic:
-        triton.chunk(z, targets, rows, losses, (30.0, 1.0, 0.1, 1e-4))
+        triton.losses(z, targets, (losses, lse, missing), constants)
     assert traffic.launches == 1
-    assert traffic.sectors <= 1.05 * 2 * z.numel() * z.element_size()
+    assert traffic.sectors <= 1.05 * logits
+    with counted() as traffic:
+        triton.gradient(z, targets, rows, lse, missing, 0, 5000, constants)
+    assert traffic.launches == 1
+    assert traffic.sectors <= 1.05 * 2 * logits
 
 
 def test_an_output_that_is_not_used_costs_nothing_in_backward():

@@ -34,9 +34,9 @@ class _BlockSparse(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         q, k, v = (x.contiguous() for x in (q, k, v))
         out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-        _call("forward", (q, k, v), selected, bounds, block_size, scoring, q, k, v, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse, selected, *bounds)
+        lse, peaks, shares = (torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) for _ in range(3))
+        _call("forward", (q, k, v), selected, bounds, block_size, scoring, q, k, v, out, lse, peaks, shares)
+        ctx.save_for_backward(q, k, v, out, peaks, shares, selected, *bounds)
         ctx.statics = block_size, scoring
         return out, lse
 
@@ -46,12 +46,12 @@ class _BlockSparse(torch.autograd.Function):
             raise RuntimeError(
                 "the native backend of block_sparse_attention cannot differentiate twice: use backend='reference'"
             )
-        q, k, v, out, lse, selected, *bounds = ctx.saved_tensors
+        q, k, v, out, peaks, shares, selected, *bounds = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
         delta = (d_out.to(torch.float32) * out).sum(-1)
         delta = delta if d_lse is None else delta - d_lse.transpose(1, 2)
         d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        tensors = (d_out, q, k, v, lse, delta.contiguous(), d_q, d_k, d_v)
+        tensors = (d_out, q, k, v, peaks, shares, delta.contiguous(), d_q, d_k, d_v)
         _call("backward", (q, k, v), selected, Intervals(*bounds), *ctx.statics, *tensors)
         return d_q, d_k, d_v, None, None, None, None
 
