@@ -21,7 +21,7 @@ import torch
 import typer
 from rich.table import Table
 
-from benchmarks.gpu_large import LARGE, large
+from benchmarks.gpu_large import LARGE, large, large_dropout
 from benchmarks.harness import console
 from kernel_index.proofs.numerics import launch_errors
 
@@ -222,7 +222,7 @@ def main(
     if numerics:
         result["numerics"] = prove(dry_run, tuple(op) if op else None)
         if not op:
-            result["large"] = [large(check, dry_run) for check in LARGE]
+            result["large"] = [*(large(check, dry_run) for check in LARGE), large_dropout(dry_run)]
     with contextlib.nullcontext() if dry_run else torch.cuda.stream(torch.cuda.Stream()):
         result |= compare(dry_run, only, questions)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Tensors of more than 2³¹ elements: the last rows of a call, forward and backward, against a call of those rows alone.
 
-Everything here works by rows, so the last rows do not depend on how many come before them; offsets do.
+Everything here works by rows, so the last rows do not depend on how many come before them; offsets do.  A dropout mask
+does depend on the place: parts of it are held against the definition's.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from benchmarks.harness import console
+from kernel_index.boundary.fused_bias_dropout_add import philox
 
 WIDTH = 4096
 ROWS = 2**31 // WIDTH + 64
@@ -72,3 +74,39 @@ def large(check: Check, dry: bool) -> dict[str, Any]:
         torch.cuda.empty_cache()
     console.print(f"{name}, {rows * width:,} elements: {'as a small call' if not wrong else f'{wrong} WRONG'}")
     return {"name": name, "elements": rows * width, "wrong": wrong}
+
+
+P, SEED, SLICE = 0.1, 7 << 40 | 5, 4096
+
+
+def _kept(first: int, device: str) -> Tensor:
+    """The definition's mask of the elements ``first`` to ``first + SLICE``, both multiples of a group."""
+    group = torch.arange(first // philox.BLOCK, (first + SLICE) // philox.BLOCK, device=device)[:, None]
+    call, zero = group * philox.LANES + torch.arange(philox.LANES, device=device), torch.zeros_like(group)
+    key = (torch.tensor(half, device=device) for half in (SEED & 0xFFFFFFFF, SEED >> 32))
+    words = philox.philox_words((call & 0xFFFFFFFF, call >> 32, zero, zero), tuple(key))
+    threshold, _ = philox.threshold_and_scale(P, torch.device(device))
+    return torch.stack([word >= threshold for word in words], 1).view(-1)
+
+
+def large_dropout(dry: bool) -> dict[str, Any]:
+    """Results and gradients with p > 0 at the beginning, in the middle, across 2³¹ elements and at the end."""
+    rows, width, device = (TAIL + 8, 256, "cpu") if dry else (ROWS, WIDTH, "cuda")
+    x, g = (torch.rand(rows, width, dtype=torch.bfloat16, device=device).add_(1) for _ in range(2))  # nowhere zero
+    leaves = (x.requires_grad_(), torch.zeros(width, dtype=x.dtype, device=device).requires_grad_())
+    out = ki.fused_bias_dropout_add(x, torch.zeros_like(g), bias=leaves[1], p=P, seed=SEED, backend="triton")
+    dx, _ = torch.autograd.grad(out, leaves, g)
+    size, wrong = rows * width, 0
+    scale = philox.threshold_and_scale(P, x.device)[1].float()[None]  # of one element: the product is float32's
+    middle = size // 2 // philox.BLOCK * philox.BLOCK
+    for first in {0, middle, max(0, min(2**31 - SLICE // 2, size - SLICE)), size - SLICE}:
+        keep = _kept(first, device)
+        for found, source in ((out, x), (dx, g)):
+            part, whole = (t.detach().view(-1)[first : first + SLICE] for t in (found, source))
+            wrong += not torch.equal(part != 0, keep)
+            right = torch.where(keep, whole * scale, 0.0)
+            wrong += not torch.allclose(
+                part.float(), right, rtol=2**-7, atol=0
+            )  # the interpreter truncates to bfloat16
+    console.print(f"bias + dropout {P} + add, {size:,} elements: {'as defined' if not wrong else f'{wrong} WRONG'}")
+    return {"name": f"bias + dropout {P} + add", "elements": size, "wrong": wrong}
