@@ -6,7 +6,7 @@ from typing import Any
 
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.cases import Maker, Suite, suites
-from kernel_index.dispatch import explain
+from kernel_index.dispatch import Ineligible, explain
 from kernel_index.proofs.errors import Finding, assess
 from kernel_index.target import has_package
 
@@ -68,6 +68,8 @@ def _prove_backend(suite: Suite, backend: str, device: str, every: bool) -> Iter
                     verdict = Verdict(*place, refused=rule)
                 else:
                     verdict = Verdict(*place, findings=tuple(assess(suite, backend, kwargs)))
+            except Ineligible as error:  # a rule of the gradients' alone
+                verdict = Verdict(*place, refused=str(error))
             except launch_errors() as error:
                 verdict = Verdict(*place, raised=f"{type(error).__name__}: {error}"[:500])
             yield verdict

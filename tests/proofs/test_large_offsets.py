@@ -122,8 +122,8 @@ def test_dropout(late):
     (parts,) = tensors(1, torch.float32)
     runs = ROWS // dropout.ROWS
     seen = late(
-        dropout._column_kernel, runs - 1, x, out, parts, seed, 2**31, 2.0, ROWS, WIDTH, dropout.ROWS,
-        DX=True, DROP=True, WHOLE_GROUPS=True, ROWS=dropout.ROWS, COLUMNS=dropout.COLUMNS, STAGES=1,
+        dropout._column_kernel, runs - 1, x, out, parts, seed, 2**31, 2.0, ROWS, WIDTH, dropout.ROWS, DX=True,
+        DROP=True, WHOLE_GROUPS=True, ROWS=dropout.ROWS, COLUMNS=dropout.COLUMNS, STAGES=1, DEPENDENT=False,
     )  # fmt: skip
     for tensor in (x, out):
         holds(seen, tensor, LAST * WIDTH, LAST * WIDTH + dropout.COLUMNS - 1)

@@ -32,7 +32,8 @@ def attend_flash(
         return softcap * torch.tanh(score / softcap)
 
     picks = route(q, k, block_size, topk, mask, groups)
-    attend = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention)
+    # Sizes that vary would become symbols, which those kernels cannot take from a mask's predicate.
+    attend = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention, dynamic=False)
     out = attend(
         *(x.transpose(1, 2) for x in (q, k, v)),
         score_mod=cap if softcap else None,
@@ -66,9 +67,12 @@ def block_mask(picks: TopBlocks, q: Tensor, k: Tensor, block_size: int, mask: Ma
     visited = counts[..., last + 1] > counts[..., first]  # [B, tiles, G, key tiles]
     visited = visited.transpose(1, 2).repeat_interleave(group, 1)
     order = torch.argsort(visited.to(torch.int8), dim=-1, descending=True, stable=True)
+    count, order = visited.sum(-1, dtype=torch.int32), order.to(torch.int32)
     return BlockMask.from_kv_blocks(
-        visited.sum(-1, dtype=torch.int32),
-        order.to(torch.int32),
+        count,
+        order,
+        torch.zeros_like(count),  # no tile skips the predicate; those kernels want the list all the same
+        torch.zeros_like(order),
         BLOCK_SIZE=TILE,
         mask_mod=allowed,
         seq_lengths=(sizes.queries, keys),
