@@ -21,9 +21,13 @@ import torch
 import typer
 from rich.table import Table
 
+import kernel_index as ki
 from benchmarks.gpu_large import LARGE, large, large_dropout
 from benchmarks.harness import console
 from kernel_index.proofs.numerics import launch_errors
+
+SLOW = 0.02
+"""Seconds from which on a call is measured ten times alone, instead of twenty times five in a row."""
 
 
 @dataclass
@@ -63,24 +67,28 @@ def device_seconds(call: Callable[[], object], dry: bool) -> tuple[float, str]:
         call()
         torch.cuda.synchronize()
     graph, repeats, how, replay = torch.cuda.CUDAGraph(), 1, "events", call
+    slow = elapsed(call) > SLOW
+    many = 1 if slow else 5
     try:
         # On the current stream: autograd runs a backward pass on the stream of its forward.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for _ in range(5):
+            for _ in range(many):
                 call()
-        repeats, how, replay = 5, "graph", graph.replay
+        repeats, how, replay = many, "graph", graph.replay
     except RuntimeError as error:  # the call synchronises, which cannot be captured
         console.print(f"not captured: {str(error)[:120]}", highlight=False)
         torch.cuda.synchronize()
-    times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / repeats)
-    return statistics.median(times), how
+    return statistics.median(elapsed(replay) / repeats for _ in range(10 if slow else 20)), how
+
+
+def elapsed(call: Callable[[], object]) -> float:
+    """Seconds on the device, between two events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def copy_bandwidth(dry: bool) -> float:
@@ -89,15 +97,7 @@ def copy_bandwidth(dry: bool) -> float:
         return 1e9
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * source.numel() * 4 / statistics.median(times)
+    return 2 * source.numel() * 4 / statistics.median(elapsed(lambda: target.copy_(source)) for _ in range(20))
 
 
 def flatten(result: Any) -> list[torch.Tensor]:
@@ -170,25 +170,45 @@ def show(question: Question, lines: list[Line]) -> None:
     console.print(table)
 
 
-def prove(dry: bool, ops: tuple[str, ...] | None) -> dict[str, Any]:
+def prove(dry: bool, ops: tuple[str, ...] | None, backend: str = "triton") -> dict[str, Any]:
     from kernel_index.proofs.numerics import prove as verdicts
 
     counts: dict[str, dict[str, int]] = {}
     failures = []
     if dry:
         ops = ("fused_relu_squared",)
-    for v in verdicts("cpu" if dry else "cuda", backends=("triton",), ops=ops, every=not dry):
+    for v in verdicts("cpu" if dry else "cuda", backends=(backend,), ops=ops, every=not dry):
         row = counts.setdefault(v.op, {"passed": 0, "refused": 0, "failed": 0})
         row["refused" if v.refused else "passed" if v.passes else "failed"] += 1
         if not v.passes:
             failures.append(asdict(v))
             worst = max(v.findings, key=lambda f: f.error, default=None)
             console.print(f"[red]{v.op} {v.case} {v.dtype}: {v.raised or worst}[/]", highlight=False)
-    table = Table("op (triton)", "passed", "refused", "failed", title="numerics against float64")
+    table = Table(f"op ({backend})", "passed", "refused", "failed", title="numerics against float64")
     for op, row in counts.items():
         table.add_row(op, *map(str, row.values()))
     console.print(table)
     return {"counts": counts, "failures": failures}
+
+
+FA4_PROOFS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("fa4-gqa64", {}),
+    ("fa4-mha128", {"shape": (2, 2048, 16, 16, 128), "dtype": "float16"}),
+    ("fa4-noncausal", {"shape": (2, 1024, 8, 8, 128), "causal": False}),
+)
+
+
+def execute_proofs() -> list[dict[str, Any]]:
+    """``prove fa4`` for three calls."""
+    found = []
+    for name, call in FA4_PROOFS:
+        proof = ki.fa4_execute_proof(**call, time_limit=120.0)
+        report = proof.receipt["runs"][0]["report"] if proof.receipt["runs"] else {}
+        facts = {key: report.get(key) for key in ("median_milliseconds", "numerics", "versions")}
+        console.print(f"{name}: {proof.state}, {'passed' if proof.passed else proof.problems}", highlight=False)
+        request = proof.receipt["request"]
+        found.append({"name": name, "state": proof.state, "passed": proof.passed, "request": request, **facts})
+    return found
 
 
 def environment(dry: bool) -> dict[str, Any]:
@@ -199,6 +219,7 @@ def environment(dry: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "liger_kernel": importlib.util.find_spec("liger_kernel") is not None,
+        "flash_attn": importlib.util.find_spec("flash_attn") is not None,
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -223,6 +244,10 @@ def main(
         result["numerics"] = prove(dry_run, tuple(op) if op else None)
         if not op:
             result["large"] = [*(large(check, dry_run) for check in LARGE), large_dropout(dry_run)]
+        if result["environment"]["flash_attn"] and not dry_run:
+            result["numerics_fa4"] = prove(dry_run, tuple(op) if op else None, "fa4")
+            if not op:
+                result["fa4_execute_proofs"] = execute_proofs()
     with contextlib.nullcontext() if dry_run else torch.cuda.stream(torch.cuda.Stream()):
         result |= compare(dry_run, only, questions)
     out.mkdir(parents=True, exist_ok=True)

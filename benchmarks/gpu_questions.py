@@ -157,8 +157,10 @@ def attention_questions(dry: bool, device: str) -> list[Question]:
 
         return make
 
-    def ours(mask):
-        return lambda q, k, v: ki.attention(q, k, v, mask, backend="triton")
+    def ours(mask, backend="triton"):
+        return lambda q, k, v: ki.attention(q, k, v, mask, backend=backend)
+
+    fa4 = {"fa4": ours(causal, "fa4")} if has_flash() else {}  # it declines gradients of packed documents
 
     return [
         Question(
@@ -168,7 +170,7 @@ def attention_questions(dry: bool, device: str) -> list[Question]:
         ),
         Question(
             f"causal attention over {tokens // 4} tokens",
-            {"kernel_index": ours(causal), "SDPA": flash},
+            {"kernel_index": ours(causal), **fa4, "SDPA": flash},
             inputs(tokens // 4),
         ),
     ]
@@ -205,10 +207,10 @@ def sparse_questions(dry: bool, device: str) -> list[Question]:
     def clustered(q, k, v):
         return ki.clustered_sparse_attention(q, k, v, config=config, backend="triton")
 
-    def moba(per):
+    def moba(per, backend="triton"):
         def attend(q, k, v):
             size, picked = config.block_size, config.topk
-            return ki.moba_attention(q, k, v, block_size=size, topk=picked, route_per=per, backend="triton")
+            return ki.moba_attention(q, k, v, block_size=size, topk=picked, route_per=per, backend=backend)
 
         return attend
 
@@ -231,6 +233,7 @@ def sparse_questions(dry: bool, device: str) -> list[Question]:
                 "picks given": attend_only([]),
                 "MoBA": moba("query_head"),
                 "MoBA, kv_group": moba("kv_group"),
+                **({"MoBA, kv_group, flash": moba("kv_group", "flash")} if has_flash() else {}),
                 "SDPA over all": flash,
             },
             inputs(name == "shared"),
@@ -238,6 +241,10 @@ def sparse_questions(dry: bool, device: str) -> list[Question]:
         )
         for name in ("random", "shared")
     ]
+
+
+def has_flash() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
 
 
 def has_liger() -> bool:

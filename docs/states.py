@@ -84,8 +84,9 @@ def _of_file(source: str, content: dict[str, Any]) -> Iterator[State]:
 def _of_gpu(source: str, content: dict[str, Any]) -> Iterator[State]:
     machine = content["environment"]
     place = (_where(machine), _versions(machine))
-    for op, row in content.get("numerics", {}).get("counts", {}).items():
-        yield State(op, "triton", "run", *place, row["passed"], row.get("failed", 0), source)
+    for backend, key in (("triton", "numerics"), ("fa4", "numerics_fa4")):
+        for op, row in content.get(key, {}).get("counts", {}).items():
+            yield State(op, backend, "run", *place, row["passed"], row.get("failed", 0), source)
     proofs = [p for p in content.get("fa4_execute_proofs", ()) if p["state"] == "executed"]
     passed = sum(p["passed"] for p in proofs)
     yield State("fa4_execute_proof", "fa4", "run", *place, passed, len(proofs) - passed, source)
