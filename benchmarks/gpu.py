@@ -248,15 +248,17 @@ def main(
             result["numerics_fa4"] = prove(dry_run, tuple(op) if op else None, "fa4")
             if not op:
                 result["fa4_execute_proofs"] = execute_proofs()
-    with contextlib.nullcontext() if dry_run else torch.cuda.stream(torch.cuda.Stream()):
-        result |= compare(dry_run, only, questions)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu.json").write_text(json.dumps(result, indent=1, default=str))
+    try:
+        with contextlib.nullcontext() if dry_run else torch.cuda.stream(torch.cuda.Stream()):
+            compare(result, dry_run, only, questions)
+    finally:  # what was measured before an interruption is kept
+        (out / "gpu.json").write_text(json.dumps(result, indent=1, default=str))
 
 
-def compare(dry_run: bool, only: str, questions: Callable[[bool], list[Question]]) -> dict[str, Any]:
+def compare(result: dict[str, Any], dry_run: bool, only: str, questions: Callable[[bool], list[Question]]) -> None:
     bandwidth = copy_bandwidth(dry_run)
-    result: dict[str, Any] = {"lines": []}
+    result["lines"] = []
     result["copy_bytes_per_second"] = bandwidth
     console.print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     for question in questions(dry_run):
@@ -265,7 +267,6 @@ def compare(dry_run: bool, only: str, questions: Callable[[bool], list[Question]
             show(question, lines)
             result["lines"] += [asdict(line) for line in lines]
             torch._dynamo.reset()
-    return result
 
 
 if __name__ == "__main__":
