@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
+from torch._functorch import config as functorch
 
 import kernel_index as ki
 from benchmarks.gpu_large import LARGE, large, large_dropout
@@ -238,6 +239,7 @@ def main(
         raise typer.BadParameter("needs a CUDA device; --dry-run does without")
     from benchmarks.gpu_questions import questions
 
+    functorch.donated_buffer = False  # a backward pass is timed again and again on one graph
     result: dict[str, Any] = {"environment": environment(dry_run)}
     console.print(result["environment"])
     if numerics:
