@@ -107,6 +107,7 @@ void forward(const Call& c, const T* q, const T* k, const T* v, T* out, float* l
   const int64_t chunks = (c.T + chunk - 1) / chunk, units = c.B * c.G * chunks, rows = c.tile_rows();
 #pragma omp parallel num_threads(c.threads)
   {
+    MatrixUnits held;
     Buffer<T> queries(rows * c.D), p(rows * padded);
     Buffer<float> z(rows * padded), o(rows * c.Dv), sums(chunk * heads * c.Dv);
     std::vector<float> peak(chunk * heads), total(chunk * heads), factor(rows);
@@ -285,6 +286,7 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
   Buffer<float> key_sums(lanes * size * c.D), value_sums(lanes * size * c.Dv);
 #pragma omp parallel num_threads(c.threads)
   {
+    MatrixUnits held;
     Scratch<T> my(c, c.tile_rows(), padded, chunk);
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < c.B * c.K * lanes; ++unit) {

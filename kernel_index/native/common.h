@@ -29,10 +29,20 @@ struct Buffer {
 };
 
 // C [M, N] = or += A [M, R] B [R, N]; B is packed by `packed_at`.  M is rounded up: rows behind the last are scratch.
+// Rows of A stand `stride` apart, R where it is 0.
 template <typename T>
-inline void product(int64_t M, int64_t N, int64_t R, const T* A, const T* B, float* C, bool add = false) {
-  at::native::cpublas::brgemm(M, N, R, R, N, N, add, A, B, C, std::is_same_v<T, BFloat16>);
+inline void product(int64_t M, int64_t N, int64_t R, const T* A, const T* B, float* C, bool add = false,
+                    int64_t stride = 0) {
+  at::native::cpublas::brgemm(M, N, R, stride ? stride : R, N, N, add, A, B, C, std::is_same_v<T, BFloat16>);
 }
+
+// A thread that multiplies holds one of these.  On a machine with AMX the first product of a shape configures the tiles;
+// PyTorch believes them configured until they are given back, while any other library may reset them in between.
+struct MatrixUnits {
+  MatrixUnits() = default;
+  MatrixUnits(const MatrixUnits&) = delete;
+  ~MatrixUnits() { at::native::cpublas::brgemm_release(); }
+};
 
 // Where element (r, j) of a right operand [R, N] stands: by rows, or by pairs of rows in bfloat16.
 template <typename T>

@@ -41,6 +41,7 @@ void route(const Router& c, const T* q, const float* means, int32_t* indices) {
   pack_blocks(means, across.at(0), c.B, c.blocks, c.K, c.D, QUERIES, QUERIES, true, c.threads);
 #pragma omp parallel num_threads(c.threads)
   {
+    MatrixUnits held;
     Buffer<float> query(QUERIES * c.D), z(QUERIES * QUERIES);
     std::vector<Best> best(QUERIES);
     std::vector<int64_t> picked;

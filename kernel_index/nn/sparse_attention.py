@@ -177,10 +177,7 @@ class SparseAttention(Mixer):
         head = torch.arange(K, device=place.device)[:, None, None]
         pools = (kept["k_cache"].view(-1, 1, D), kept["v_cache"].view(-1, 1, D))
         k, v = (x.view(T * K, -1, 1, D) for x in ki.gather_rows_pair(*pools, (place * K + head).flatten()))
-        count = k.shape[1]
-        every = torch.where(seen.view(T * K, 1, count), torch.arange(count, device=seen.device), -1)
-        mask = ki.MaskContract(causal=False)
-        return ki.exact_token_attention(q_THD.reshape(T * K, 1, H // K, D), k, v, every, mask=mask).view(T, H, D)
+        return attend_each(q_THD.reshape(T * K, H // K, D), k, v, seen.view(T * K, -1)).view(T, H, D)
 
     def _decode_tokens(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: ExactTokenCache) -> Tensor:
         """The indexer scores all cached tokens; of keys and values only the picked rows are read."""
@@ -209,10 +206,18 @@ class SparseAttention(Mixer):
         B, T, n = picks_BTn.shape
         at = places_BS.gather(1, picks_BTn.clamp_min(0).flatten(1)).clamp_min(0)
         k, v = ki.gather_rows_pair(*pools, at.flatten())
-        every = torch.where(picks_BTn >= 0, torch.arange(n, device=at.device), -1).view(B * T, 1, n)
         k, v = (t.view(B * T, n, *t.shape[1:]) for t in (k, v))
-        out = ki.exact_token_attention(q_BTHD.flatten(0, 1)[:, None], k, v, every, mask=ki.MaskContract(causal=False))
-        return out.view(q_BTHD.shape)
+        seen = picks_BTn >= 0  # the best first: only a query of padding has none, and what it reads goes nowhere
+        seen[..., 0] = True
+        return attend_each(q_BTHD.flatten(0, 1), k, v, seen.view(B * T, n)).view(q_BTHD.shape)
+
+
+def attend_each(q_NHD: Tensor, k_NnKD: Tensor, v_NnKD: Tensor, seen_Nn: Tensor) -> Tensor:
+    """Queries with keys of their own, those that ``seen`` allows; the heads of a key head are rows of one product."""
+    N, H, D = q_NHD.shape
+    k, v = (x.transpose(1, 2) for x in (k_NnKD, v_NnKD))
+    q = q_NHD.view(N, k.shape[1], H // k.shape[1], D)
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen_Nn[:, None, None]).reshape(N, H, D)
 
 
 class Indexer(nn.Module):
@@ -265,6 +270,8 @@ def right_aligned(layer: "ki.CacheLayer", window: int | None) -> tuple[Tensor, "
     token = torch.arange(longest, device=device) - (longest - torch.tensor(lengths, device=device)[:, None])
     page, table = layer["k_cache"].shape[1], layer["block_table"].long()
     slot = table.gather(1, token.clamp_min(0) // page) * page + token % page
+    if min(lengths) == longest:
+        return slot, ki.MaskContract(window=(window, 0))
     inside = token >= 0
     mask = ki.MaskContract(doc_ids=torch.where(inside, 0, -1), window=(window, 0))
     return torch.where(inside, slot, -1), mask

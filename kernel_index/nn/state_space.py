@@ -72,6 +72,22 @@ def chunked_scan(
         return Scanned(y.transpose(2, 3).flatten(1, 2)[:, :T], last)
 
 
+def scan_step(x_BHP: Tensor, log_a_BH: Tensor, b_BGN: Tensor, c_BGN: Tensor, state_BHPN: Tensor) -> Scanned:
+    """One token of the recurrence, as ``chunked_scan`` computes it; y is [B, H, P].
+
+    >>> import torch
+    >>> one = torch.ones(1, 1, 1)
+    >>> scan_step(one, torch.full((1, 1), 0.5).log(), one, one, torch.ones(1, 1, 1, 1)).y.flatten()
+    tensor([1.5000])
+    """
+    with torch.autocast(x_BHP.device.type, enabled=False):
+        wide = torch.promote_types(x_BHP.dtype, torch.float32)
+        x, log_a, b, c = (t.to(wide) for t in (x_BHP, log_a_BH, b_BGN, c_BGN))
+        b, c = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (b, c))
+        state = log_a.exp()[..., None, None] * state_BHPN.to(wide) + x[..., None] * b[:, :, None]
+        return Scanned((state @ c[..., None]).squeeze(-1), state)
+
+
 def _chunks(t: Tensor, size: int, pad: int) -> Tensor:
     """[B, T, H(, D)] to [B, chunks, H, size, D]."""
     t = t if t.ndim == 4 else t.unsqueeze(-1)
@@ -203,18 +219,15 @@ class Mamba2(Mixer):
         if counts is not None:  # padding behind a shorter prompt leaves the state as it is
             dt_BTH = dt_BTH * (torch.arange(x.shape[1], device=x.device) < counts[:, None])[..., None]
         log_a_BTH = -dt_BTH * self.log_decay.exp()
-        scanned = chunked_scan(
-            x_BTHP * dt_BTH[..., None],
-            log_a_BTH,
-            b_BTGN,
-            c_BTGN,
-            segments=segments,
-            state=None if cache is None else cache.scan,
-            chunk=self.chunk,
-        )
+        operands = x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN
+        if cache is not None and x.shape[1] == 1:
+            scanned = scan_step(*(t[:, 0] for t in operands), cache.scan)
+        else:
+            state = None if cache is None else cache.scan
+            scanned = chunked_scan(*operands, segments=segments, state=state, chunk=self.chunk)
         if cache is not None:
             self._remember(cache, joined, scanned.state)
-        y = (scanned.y + self.skip[:, None] * x_BTHP).flatten(2) * nn.functional.silu(gate.float())
+        y = (scanned.y.view(x_BTHP.shape) + self.skip[:, None] * x_BTHP).flatten(2) * nn.functional.silu(gate.float())
         normed = nn.functional.rms_norm(y, self.norm.shape, self.norm, 1e-6)
         return self.out(normed.to(x_BTC.dtype)), None
 

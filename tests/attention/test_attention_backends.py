@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernel_index as ki
+from kernel_index import native
 from kernel_index.attention.dense_attention import contract, pieces
 from kernel_index.attention.dense_attention.api import BACKENDS, LSE_BACKENDS
 from kernel_index.attention.dense_attention.cases import oracle_with_lse, qkv
@@ -22,11 +23,11 @@ def gradients(outputs, inputs):
     return torch.autograd.grad(outputs, inputs, [torch.randn_like(o) for o in outputs])
 
 
-def check_against_oracle(call, heads, softcap, with_sink, dtype, backend, tolerance):
+def check_against_oracle(call, heads, softcap, with_sink, dtype, backend, tolerance, widths=(4, 3)):
     """Outputs, log-sum-exp and gradients of a drawn contract; what belongs to an empty row is exactly 0 or −∞."""
     mask, rows, queries, keys = call
     m = Maker(torch.float64, seed=queries)
-    inputs = qkv(m, rows, queries, keys, *heads, 4, 3)
+    inputs = qkv(m, rows, queries, keys, *heads, *widths)
     if with_sink:
         inputs["sink"] = m.normal(heads[0])
     exact = [x.clone().requires_grad_() for x in inputs.values()]
@@ -149,23 +150,34 @@ def test_a_long_packed_batch_stays_small(monkeypatch):
     torch.testing.assert_close(out[:, 512:1024], alone)
 
 
-def test_auto_skips_where_it_pays_and_calls_torch_where_it_does_not():
+def test_auto_skips_where_it_pays_and_calls_torch_where_it_does_not(monkeypatch):
     def ran(length, mask, function=ki.attention, **extra):
         q = torch.empty(1, length, 2, 16)
         return ki.explain(function, q, q, q, mask, **extra).would_run
 
     local = ki.MaskContract(window=(63, 0))
+    assert {ran(n, mask) for n in (128, 1024, 20_000) for mask in (local, ki.MaskContract())} == {"native"}
+    assert ran(1024, ki.MaskContract(), ki.attention_with_lse, softcap=5.0) == "native"
+    assert ran(64, local) == ran(64, ki.MaskContract()) == "sdpa"
+    assert ran(64, ki.MaskContract(), ki.attention_with_lse) == "reference"
+    monkeypatch.setattr(native, "has_cxx_compiler", lambda: False)
     assert ran(1024, local) == "cpu"
     assert ran(20_000, local) == "cpu"
     assert ran(128, local) == "sdpa"
     assert ran(1024, ki.MaskContract()) == "sdpa"
     assert ran(1024, ki.MaskContract(), softcap=5.0) == "cpu"
     assert ran(1024, ki.MaskContract(), ki.attention_with_lse) == "cpu"
-    assert ran(64, ki.MaskContract(), ki.attention_with_lse) == "reference"
+
+
+def test_few_queries_are_left_to_kernels_without_tiles():
+    q, k = torch.empty(1, 63, 2, 16), torch.empty(1, 4096, 2, 16)
+    explained = ki.explain("attention", q, k, k)
+    assert (explained.would_run, explained.verdicts["native"]) == ("cpu", contract.TOO_FEW)
+    assert ki.explain("attention", q[:, :1], k, k).would_run == "sdpa"
 
 
 def test_the_order_of_the_backends():
-    order = ["fa4", "triton", "flex", "varlen", "cpu", "sdpa", "reference"]
+    order = ["fa4", "triton", "flex", "varlen", "native", "cpu", "sdpa", "reference"]
     assert [b.name for b in BACKENDS] == [b.name for b in LSE_BACKENDS] == order
 
 
@@ -207,7 +219,7 @@ def test_the_lengths_that_packing_takes_are_those_of_the_contract():
     torch.testing.assert_close(actual, ki.attention(**x, mask=mask, backend="reference"))
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
+@pytest.mark.parametrize("backend", ["triton", "native", "cpu"])
 def test_a_second_derivative_is_refused(backend):
     x = {n: t.requires_grad_() for n, t in qkv(Maker(torch.float32), 1, 4, 4, 2, 2, 8).items()}
     out = ki.attention(**x, backend=backend)

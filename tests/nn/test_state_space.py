@@ -5,6 +5,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.nn import Mamba2, chunked_scan
+from kernel_index.nn.state_space import scan_step
 from tests.nn.close import assert_as_exact_as_float32
 
 
@@ -44,6 +45,15 @@ def test_scan_equals_the_recurrence_and_its_gradients(T, chunk, documents, conti
     ours = torch.autograd.grad(got, args, upstream)
     for a, b in zip(ours, torch.autograd.grad(expected, args, upstream), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_one_step_equals_a_scan_of_one_token():
+    x, log_a, b, c = operands(1)
+    state = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    one = scan_step(x[:, 0], log_a[:, 0], b[:, 0], c[:, 0], state)
+    scanned = chunked_scan(x, log_a, b, c, state=state)
+    torch.testing.assert_close(one.y[:, None], scanned.y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.state, scanned.state, rtol=1e-12, atol=1e-12)
 
 
 def mixer(**changes):

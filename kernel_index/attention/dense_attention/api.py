@@ -8,6 +8,7 @@ from kernel_index import gpu
 from kernel_index.attention.dense_attention import contract
 from kernel_index.attention.dense_attention.cpu import attention_cpu, attention_with_lse_cpu
 from kernel_index.attention.dense_attention.flex import attention_flex, attention_with_lse_flex
+from kernel_index.attention.dense_attention.native import attention_native, attention_with_lse_native
 from kernel_index.attention.dense_attention.reference import attention_reference, attention_with_lse_reference
 from kernel_index.attention.dense_attention.sdpa import attention_sdpa
 from kernel_index.attention.dense_attention.torch_op import attention_triton, attention_with_lse_triton
@@ -31,6 +32,7 @@ BACKENDS = (
     Backend("triton", contract.triton_why_not, attention_triton, contract.triton_not_worth),
     Backend("flex", contract.flex_why_not, attention_flex, contract.flex_not_worth),
     Backend("varlen", contract.varlen_why_not, attention_varlen, contract.varlen_not_worth),
+    Backend("native", contract.native_why_not, attention_native, contract.native_not_worth),
     Backend("cpu", contract.cpu_why_not, attention_cpu, contract.cpu_not_worth),
     Backend("sdpa", contract.sdpa_why_not, attention_sdpa, details=contract.sdpa_details),
     Backend("reference", always, attention_reference),
@@ -41,6 +43,7 @@ LSE_BACKENDS = (
     Backend("triton", contract.triton_why_not, attention_with_lse_triton, gpu.not_worth),
     Backend("flex", contract.flex_why_not, attention_with_lse_flex),
     Backend("varlen", contract.lse_of_varlen, attention_varlen),
+    Backend("native", contract.native_why_not, attention_with_lse_native, contract.native_not_worth),
     Backend("cpu", contract.cpu_why_not, attention_with_lse_cpu, contract.cpu_lse_not_worth),
     Backend("sdpa", contract.sdpa_no_lse, attention_sdpa),
     Backend("reference", always, attention_with_lse_reference),

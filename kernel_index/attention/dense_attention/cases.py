@@ -111,7 +111,7 @@ SCALES = (1e-3, 1.0, 16.0)
 
 # Backward takes δ from the rounded output and dp from v, and p·(dp − δ) cancels: the two dot products of D = 8 terms
 # are rounded apart, each by 1 + log2(D) units, where the plain formula has exactly 0 for a single key.
-UNITS = {"triton": 2.0 * (1 + 3)}
+UNITS = dict.fromkeys(("triton", "native"), 2.0 * (1 + 3))
 
 SUITES = (
     Suite(
@@ -123,7 +123,7 @@ SUITES = (
         oracle=oracle,
         sized=sized,
         scales=SCALES,
-        rounding=("fa4", "triton", "flex", "varlen", "cpu", "sdpa"),
+        rounding=("fa4", "triton", "flex", "varlen", "native", "cpu", "sdpa"),
         real=lambda m: real(m, 128),
         units=UNITS,
     ),
@@ -138,7 +138,7 @@ SUITES = (
         oracle=oracle_with_lse,
         sized=sized,
         scales=SCALES,
-        rounding=("fa4", "triton", "flex", "cpu"),
+        rounding=("fa4", "triton", "flex", "native", "cpu"),
         real=lambda m: real(m, 64),
         units=UNITS,
     ),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks, gpu
+from kernel_index import checks, gpu, native
 from kernel_index.attention.dense_fa4_kvcache_decode.capability import support_of
 from kernel_index.attention.doc_window_mask import lowerings
 from kernel_index.attention.doc_window_mask.contract import DENSE_LIMIT
@@ -220,6 +220,23 @@ def cpu_why_not(q: Tensor, *_: Any) -> str | None:
     if torch._C._len_torch_dispatch_stack() != 0:
         return "inside a dispatch mode: the pieces are read on the host"
     return None
+
+
+def native_why_not(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
+    if (rule := cpu_why_not(q)) is not None:
+        return rule
+    if q.shape[3] % 2 or v.shape[3] % 2 or v.shape[3] == 0:
+        return "needs even head sizes: bfloat16 is multiplied in pairs"
+    return native.why_not(q, k, v)
+
+
+FEW_QUERIES, FEW_SCORES = 64, 128 * 128
+TOO_FEW = "too few scores for tiles of 64 queries to pay"
+
+
+def native_not_worth(q: Tensor, k: Tensor, *_: Any) -> str | None:
+    few = q.shape[1] < FEW_QUERIES or q.shape[1] * k.shape[1] < FEW_SCORES
+    return TOO_FEW if few else None
 
 
 SMALL = 256 * 256

@@ -38,8 +38,9 @@ def sinkhorn_reference(logits: Tensor, iters: int, temperature: float, eps: floa
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     for _ in range(iters):
         for dim in (-1, -2):  # rows, then columns
+            if not eps:
+                scaled = scaled.log_softmax(dim)  # the same in one step
+                continue
             total = scaled.logsumexp(dim, keepdim=True)
-            if eps:
-                total = torch.logaddexp(total, total.new_tensor(math.log(eps)))
-            scaled = scaled - total
+            scaled = scaled - torch.logaddexp(total, total.new_tensor(math.log(eps)))
     return scaled.exp()
