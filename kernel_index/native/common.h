@@ -82,6 +82,20 @@ inline float max_of(Vec x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
 }
 
+// Up to LANES elements of a row, n of them there.
+inline Vec load(const float* x, int64_t n) { return n >= LANES ? Vec::loadu(x) : Vec::loadu(x, n); }
+inline Vec load(const BFloat16* x, int64_t n) {
+  using Half = at::vec::Vectorized<BFloat16>;
+  return at::vec::convert<float>(Half::loadu(x, std::min(n, LANES)));
+}
+
+template <typename T>
+inline float dot(const float* a, const T* b, int64_t n) {
+  Vec sum(0.f);
+  for (int64_t i = 0; i < n; i += LANES) sum = at::vec::fmadd(Vec::loadu(a + i), load(b + i, n - i), sum);
+  return sum_of(sum);
+}
+
 // A row of products in place: times scale, and capped.
 inline void finish_scores(float* z, int64_t width, float scale, float softcap) {
   for (int64_t i = 0; i < width; i += LANES) {

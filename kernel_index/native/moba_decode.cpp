@@ -14,19 +14,6 @@ struct Step {
   }
 };
 
-inline Vec load(const float* x, int64_t n) { return n >= LANES ? Vec::loadu(x) : Vec::loadu(x, n); }
-inline Vec load(const BFloat16* x, int64_t n) {
-  using Half = at::vec::Vectorized<BFloat16>;
-  return at::vec::convert<float>(Half::loadu(x, std::min(n, LANES)));
-}
-
-template <typename T>
-inline float dot(const float* a, const T* b, int64_t n) {
-  Vec sum(0.f);
-  for (int64_t i = 0; i < n; i += LANES) sum = at::vec::fmadd(Vec::loadu(a + i), load(b + i, n - i), sum);
-  return sum_of(sum);
-}
-
 // The blocks of a query in ascending order: its own, and the best of those before it.
 void pick(const Step& c, const float* means, const float* mean_query, int64_t h, int64_t first, int64_t own,
           std::vector<int64_t>& keys, std::vector<int64_t>& picked) {

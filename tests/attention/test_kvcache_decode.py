@@ -31,7 +31,7 @@ def a_call(**changes):
     return call | changes
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 @pytest.mark.parametrize("chunks", [[1] * 11, [4, 1, 1, 3, 2], [11]], ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": (3, 0)}, {"softcap": 1.5}], ids=["plain", "window", "softcap"])
@@ -60,7 +60,7 @@ def test_token_by_token_equals_full_recomputation(backend, kind, chunks, options
     torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
 def test_ragged_rows_equal_each_row_alone(backend):
     q, k, v = stream(9)
     lengths = [8, 2, 5]
@@ -99,6 +99,52 @@ def triton_config(capacity):
     return tuple(triton.pick_config(pairs=1, rows=2, capacity=capacity, width=D, programs=4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window_size": (300, 0)}, {"window_size": (20, 3), "causal": False}], ids=str)
+@pytest.mark.parametrize("length", [0, 255, 256, 530, 597])
+def test_native_joins_its_parts(length, options, dtype):
+    """Parts of 256 keys; lengths at their ends, windows that leave whole parts empty; any number of threads."""
+    q, k, v = (x.to(dtype) for x in stream(2, rows=1))
+    cache = [torch.randn(1, 600, K, D).to(dtype) for _ in range(2)]
+    cache[1][:, length + 2 :] = float("nan")
+    call = {"cache_seqlens": length, "k": k, "v": v, **options}
+    wide = [x.clone().float() for x in cache]
+    expected = ki.fa4_kvcache_decode(
+        q.float(), *wide, **call | {"k": k.float(), "v": v.float()}, backend="reference"
+    )  # fmt: skip
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            outs.append(ki.fa4_kvcache_decode(q, *cache, **call, backend="native"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outs)
+    tolerance = 2e-5 if dtype == torch.float32 else 4e-3  # the result's own rounding
+    torch.testing.assert_close(outs[0].float(), expected, rtol=tolerance, atol=tolerance)
+    for a, e in zip(cache, wide, strict=True):
+        assert torch.equal(a.float()[:, : length + 2], e[:, : length + 2])
+
+
+def test_native_tells_autograd_what_it_wrote():
+    call = a_call()
+    saved = call["k_cache"].clone().requires_grad_().exp()  # exp keeps its result for backward
+    kept = saved.detach()  # shares its memory and its version
+    ki.fa4_kvcache_decode(**call | {"k_cache": kept}, backend="native")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+def test_native_wants_a_cache_that_it_can_write_in_place():
+    call = a_call()
+    call["k_cache"] = call["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ki.Ineligible, match="needs a contiguous cache"):
+        ki.fa4_kvcache_decode(**call, backend="native")
+    with ki.receipts() as log:
+        ki.fa4_kvcache_decode(**call)
+    assert log[0].ran == "sdpa"
+
+
 def test_a_long_window_prompt_is_taken_in_chunks():
     q, k, v = stream(700, rows=1)
     cache = ki.ContiguousKVCache(1, 1, 700, K, D)
@@ -108,7 +154,7 @@ def test_a_long_window_prompt_is_taken_in_chunks():
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
 def test_what_lies_beyond_a_row_reaches_nothing(backend):
     q, k, v = stream(1)
     lengths = torch.tensor([5, 0, 3], dtype=torch.int32)
@@ -172,8 +218,8 @@ def test_auto_serves_what_fa4_refuses_and_the_receipt_says_why():
         ki.fa4_kvcache_decode(**a_call(window_size=(2, 0)))
         ki.fa4_kvcache_decode(**a_call(softcap=2.0))
     assert [(r.ran, dict(r.declined)["fa4"]) for r in log] == [
-        ("sdpa", "dense_fa4_kvcache_no_sliding_window"),
-        ("reference", "dense_fa4_kvcache_cuda_only"),
+        ("native", "dense_fa4_kvcache_no_sliding_window"),
+        ("native", "dense_fa4_kvcache_cuda_only"),
     ]
 
 
@@ -211,7 +257,7 @@ BAD = (
 )
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "sdpa", "reference"])
 @pytest.mark.parametrize(("changes", "error", "message"), BAD, ids=range(len(BAD)))
 def test_bad_calls_raise_before_anything_is_written(changes, error, message, backend):
     call = a_call(**changes)
@@ -243,7 +289,7 @@ def test_gradients_reach_q_and_the_new_tokens_and_the_cache_keeps_no_graph():
         ki.fa4_kvcache_decode(**a_call(q=call["q"]), backend="sdpa")
     with torch.no_grad(), ki.receipts() as log:
         ki.fa4_kvcache_decode(**call)
-    assert log[0].ran == "sdpa"
+    assert log[0].ran == "native"
 
 
 def test_a_length_may_be_one_number():

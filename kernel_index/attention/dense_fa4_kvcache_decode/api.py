@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernel_index import checks, gpu
 from kernel_index.attention.dense_fa4_kvcache_decode import contract
+from kernel_index.attention.dense_fa4_kvcache_decode.native import decode_native
 from kernel_index.attention.dense_fa4_kvcache_decode.reference import decode_reference
 from kernel_index.attention.dense_fa4_kvcache_decode.sdpa import decode_sdpa
 from kernel_index.attention.dense_fa4_kvcache_decode.torch_op import decode_triton
@@ -23,6 +24,7 @@ def _run_fa4(*call: Any) -> Tensor:
 BACKENDS = (
     Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
     Backend("triton", contract.triton_why_not, decode_triton, not_worth=gpu.not_worth),
+    Backend("native", contract.native_why_not, decode_native, contract.native_not_worth),
     Backend("sdpa", contract.sdpa_why_not, decode_sdpa),
     Backend("reference", contract.reference_why_not, decode_reference),
 )

@@ -138,8 +138,8 @@ SUITES = (
         oracle=oracle,
         sized=sized,
         scales=SCALES,
-        rounding=("sdpa", "triton"),
+        rounding=("native", "sdpa", "triton"),
         real=real,
-        without_gradient=("fa4", "sdpa", "triton"),
+        without_gradient=("fa4", "native", "sdpa", "triton"),
     ),
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks, gpu
+from kernel_index import checks, gpu, native
 from kernel_index.attention.dense_fa4_kvcache_decode.capability import Support, support_of
 from kernel_index.attention.doc_window_mask.contract import Window
 from kernel_index.inductor import PLAIN, inside_functorch
@@ -227,6 +227,32 @@ def triton_why_not(
     if q.shape[-1] > 256:
         return "takes head sizes up to 256"
     return None
+
+
+def native_why_not(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    causal: bool,
+    window: Window,
+    softcap: float,
+    table: Tensor | None,
+) -> str | None:
+    if (rule := sdpa_why_not(q, k_cache, v_cache, lengths, k, v, causal, window, 0.0, table)) is not None:
+        return rule
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        return "needs a contiguous cache: it is read and written in place"
+    return native.why_not(q, k_cache, v_cache)
+
+
+MANY_QUERIES = 16
+
+
+def native_not_worth(q: Tensor, *_: Any) -> str | None:
+    return "many queries: products of matrices pay" if q.shape[1] > MANY_QUERIES else None
 
 
 def sdpa_why_not(
