@@ -257,24 +257,24 @@ void score_gradients(const Call& c, const Tile& t, const Queries<T>& x, const Sp
   }
 }
 
-// Sums over lanes, in their order, [B, K, blocks · block, W] as [B, S, K, W].
+// Sums over lanes, in their order, of the keys [first, last) of one key head, into x [B, S, K, W].
 template <typename T>
-void sum_lanes(const Call& c, const Buffer<float>& parts, int64_t lanes, int64_t W, T* into) {
-  const int64_t padded = c.blocks() * c.block(), lane = c.B * c.K * padded * W;
-#pragma omp parallel for num_threads(c.threads)
-  for (int64_t i = 0; i < c.B * c.S; ++i)
-    for (int64_t h = 0; h < c.K; ++h) {
-      const float* from = parts.at(((i / c.S * c.K + h) * padded + i % c.S) * W);
-      for (int64_t d = 0; d < W; ++d) {
-        float sum = from[d];
-        for (int64_t l = 1; l < lanes; ++l) sum += from[l * lane + d];
-        into[(i * c.K + h) * W + d] = T(sum);
-      }
+void sum_lanes(const Call& c, int64_t group, int64_t first, int64_t last, const float* parts, int64_t lanes, int64_t W,
+               T* x) {
+  const int64_t lane = c.B * c.K * c.blocks() * c.block() * W;
+  for (int64_t s = first; s < last; ++s) {
+    T* to = x + ((group / c.K * c.S + s) * c.K + group % c.K) * W;
+    for (int64_t d = 0; d < W; ++d) {
+      float sum = parts[s * W + d];
+      for (int64_t l = 1; l < lanes; ++l) sum += parts[l * lane + s * W + d];
+      to[d] = T(sum);
     }
+  }
 }
 
 // Chunks of queries are dealt out to a fixed number of lanes; each has sums of its own for keys and values, so that
-// results do not depend on the number of threads.
+// results do not depend on the number of threads.  Where one lane is all, a thread's own sums serve one key head after
+// the other.
 template <typename T>
 void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v, const float* peaks, const float* shares,
               const float* delta, T* d_q, T* d_k, T* d_v) {
@@ -285,7 +285,8 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
   const Rows<T> keys(k, c, c.D), values(v, c, c.Dv);
   Buffer<T> keys_across(groups * size * c.D);
   across(k, keys_across.at(0), c, c.D);
-  Buffer<float> key_sums(lanes * groups * size * c.D), value_sums(lanes * groups * size * c.Dv);
+  const int64_t kept = lanes == 1 ? c.threads : lanes * groups;
+  Buffer<float> key_sums(kept * size * c.D), value_sums(kept * size * c.Dv);
   const std::vector<float> one(ROWS, 1.f);
 #pragma omp parallel num_threads(c.threads)
   {
@@ -299,8 +300,8 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < groups * lanes; ++unit) {
       const int64_t lane = unit % lanes, group = unit / lanes, b = group / c.K, head = group % c.K * c.heads();
-      float* own_keys = key_sums.at((lane * groups + group) * size * c.D);
-      float* own_values = value_sums.at((lane * groups + group) * size * c.Dv);
+      const int64_t own = lanes == 1 ? omp_get_thread_num() : lane * groups + group;
+      float *own_keys = key_sums.at(own * size * c.D), *own_values = value_sums.at(own * size * c.Dv);
       std::fill_n(own_keys, size * c.D, 0.f);
       std::fill_n(own_values, size * c.Dv, 0.f);
       for (int64_t nth = lane; nth < chunks; nth += lanes) {
@@ -330,10 +331,19 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
         for (int64_t i = 0; i < static_cast<int64_t>(found.size()) * c.heads(); ++i)
           unpack_rows(mine[i].d_over.at(0), one.data(), c, found[i / c.heads()], head + i % c.heads(), c.D, d_q);
       }
+      if (lanes == 1) {
+        sum_lanes(c, group, 0, c.S, own_keys, 1, c.D, d_k);
+        sum_lanes(c, group, 0, c.S, own_values, 1, c.Dv, d_v);
+      }
     }
   }
-  sum_lanes(c, key_sums, lanes, c.D, d_k);
-  sum_lanes(c, value_sums, lanes, c.Dv, d_v);
+  if (lanes == 1) return;
+#pragma omp parallel for num_threads(c.threads)
+  for (int64_t i = 0; i < groups * blocks; ++i) {
+    const int64_t group = i / blocks, first = i % blocks * block, last = std::min(first + block, c.S);
+    sum_lanes(c, group, first, last, key_sums.at(group * size * c.D), lanes, c.D, d_k);
+    sum_lanes(c, group, first, last, value_sums.at(group * size * c.Dv), lanes, c.Dv, d_v);
+  }
 }
 
 }  // namespace
