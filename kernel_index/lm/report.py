@@ -46,8 +46,10 @@ def receipt_rows(receipts: Counter[ki.Receipt]) -> list[ReceiptRow]:
 
 def _phases(receipt: ki.Receipt) -> Iterator[tuple[str, str, str]]:
     """The entries of the index that an op called inside, by what its receipt's details say."""
-    if receipt.details.get("scoring_backend") == "hierarchical":
-        yield "hierarchical_block_select", "torch", f"phase 1 of {receipt.op}"
+    scoring = str(receipt.details.get("scoring_backend"))
+    if scoring.startswith("hierarchical"):
+        by = "native" if scoring.endswith("native") else "torch"
+        yield "hierarchical_block_select", by, f"phase 1 of {receipt.op}"
     if "mean_union_over_picks" in receipt.details:
         yield "union_selection", str(receipt.details["union_backend"]), f"phase 2 of {receipt.op}"
 

@@ -29,11 +29,11 @@ struct Buffer {
 };
 
 // C [M, N] = or += A [M, R] B [R, N]; B is packed by `packed_at`.  M is rounded up: rows behind the last are scratch.
-// Rows of A stand `stride` apart, R where it is 0.
+// Rows of A stand `stride` apart, R where it is 0; those of C `row`, N where it is 0.
 template <typename T>
 inline void product(int64_t M, int64_t N, int64_t R, const T* A, const T* B, float* C, bool add = false,
-                    int64_t stride = 0) {
-  at::native::cpublas::brgemm(M, N, R, stride ? stride : R, N, N, add, A, B, C, std::is_same_v<T, BFloat16>);
+                    int64_t stride = 0, int64_t row = 0) {
+  at::native::cpublas::brgemm(M, N, R, stride ? stride : R, N, row ? row : N, add, A, B, C, std::is_same_v<T, BFloat16>);
 }
 
 // A thread that multiplies holds one of these.  On a machine with AMX the first product of a shape configures the tiles;
@@ -89,6 +89,7 @@ inline Vec load(const BFloat16* x, int64_t n) {
   return at::vec::convert<float>(Half::loadu(x, std::min(n, LANES)));
 }
 
+// The product of two rows of n; `a` is readable up to whole vectors.
 template <typename T>
 inline float dot(const float* a, const T* b, int64_t n) {
   Vec sum(0.f);
@@ -120,5 +121,47 @@ inline float score_of(int64_t key) {
   std::memcpy(&score, &bits, sizeof score);
   return score;
 }
+
+// The best `most` of a row's scores, offered by ascending place.  Keys are collected and cut to the best now and then, so
+// that a score costs the same however many are kept; once there are enough, whatever is not above the least is skipped.
+// NaN is above +∞, whatever its sign.
+struct TopScores {
+  std::vector<int64_t> keys;
+  int64_t most = 0;
+  float least = -INF;
+  bool full = false;
+
+  void begin(int64_t kept) {
+    keys.clear();
+    most = kept;
+    least = -INF;
+    full = false;
+  }
+
+  void offer(float score, int64_t place) {
+    keys.push_back(key_of(std::isnan(score) ? std::numeric_limits<float>::quiet_NaN() : score, place));
+    if (int64_t(keys.size()) >= 2 * most + 64) cut();
+  }
+
+  // Scores z[low .. high) of the places from `first` on; whole vectors around them are readable.
+  void scan(const float* z, int64_t low, int64_t high, int64_t first) {
+    if (most == 0) return;
+    for (int64_t i = low / LANES * LANES; i < high; i += LANES) {
+      // Places ascend, so a score that only equals the least one has the larger place and loses.
+      if (full && (Vec::loadu(z + i) <= Vec(least)).zero_mask() == 0) continue;
+      for (int64_t x = std::max(i, low); x < std::min(i + LANES, high); ++x)
+        if (!full || !(z[x] <= least)) offer(z[x], first + x);
+    }
+  }
+
+  // Afterwards `keys` are the best, in any order.
+  void cut() {
+    if (int64_t(keys.size()) < std::max<int64_t>(most, 1)) return;
+    if (most > 0) std::nth_element(keys.begin(), keys.begin() + most - 1, keys.end(), std::greater<>());
+    keys.resize(most);
+    full = true;
+    if (most > 0) least = score_of(keys[most - 1]);
+  }
+};
 
 }  // namespace

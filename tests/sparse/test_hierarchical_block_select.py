@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.sparse.hierarchical_block_expansion import select
+from kernel_index.sparse.hierarchical_block_expansion import api, select
 from kernel_index.sparse.routing import block_means
 
 SIZE = 4
@@ -24,6 +24,16 @@ MASKS = {
     "prefix": lambda: ki.MaskContract(validity=ki.attention_validity(valid_token_counts=[31, 0])),
     "offset": lambda: ki.MaskContract(window=(26, 0), q_offset=5),
 }
+
+
+FORMS = ("native", "products", "fetched")  # in C++, all scores by one product, and for very many blocks
+
+
+def force(form, monkeypatch):
+    if form != "native":
+        monkeypatch.setattr(api, "native_why_not", lambda *_: "off")
+    if form == "fetched":
+        monkeypatch.setattr(select, "ALL_CHILDREN", 0)
 
 
 def inputs(queries=45, keys=45, heads=4, groups=2, width=8, seed=0):
@@ -66,12 +76,11 @@ def by_loops(q, keys, mask, kv_len, ratio, topc, topk, forced):
     return out
 
 
-@pytest.mark.parametrize("fetched", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("forced", [("current",), ("sink", "local", "current"), ()], ids=str)
 @pytest.mark.parametrize("name", MASKS)
-def test_against_loops(name, forced, fetched, monkeypatch):
-    if fetched:  # the form for very many blocks
-        monkeypatch.setattr(select, "ALL_CHILDREN", 0)
+def test_against_loops(name, forced, form, monkeypatch):
+    force(form, monkeypatch)
     q, k = inputs(queries=20 if name == "offset" else 45)
     mask = MASKS[name]()
     keys = block_means(k, SIZE, mask)
@@ -85,8 +94,10 @@ def test_against_loops(name, forced, fetched, monkeypatch):
     assert set(got.plan.forced) == set(forced)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MASKS)
-def test_all_groups_are_the_exhaustive_selection(name):
+def test_all_groups_are_the_exhaustive_selection(name, form, monkeypatch):
+    force(form, monkeypatch)
     q, k = inputs(queries=20 if name == "offset" else 45)
     mask = MASKS[name]()
     call = {"mask": mask, "block_size": SIZE, "kv_len": 45, "final_topk": 4, "recall": True}
@@ -104,12 +115,11 @@ def test_all_groups_are_the_exhaustive_selection(name):
     assert 0 < cut.plan.recall <= 1
 
 
-@pytest.mark.parametrize("fetched", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["causal", "documents", "window"])
-def test_neither_the_future_nor_another_document_chooses(name, fetched, monkeypatch):
+def test_neither_the_future_nor_another_document_chooses(name, form, monkeypatch):
     """Large changes to tokens that query t may not see leave the bits of its selection alone."""
-    if fetched:
-        monkeypatch.setattr(select, "ALL_CHILDREN", 0)
+    force(form, monkeypatch)
     mask = MASKS[name]()
     q, k = inputs()
     call = {"coarse_ratio": 3, "coarse_topc": 2, "final_topk": 3, "mask": mask, "block_size": SIZE}
@@ -125,7 +135,9 @@ def test_neither_the_future_nor_another_document_chooses(name, fetched, monkeypa
         assert torch.equal(after[:, t], before[:, t]), t
 
 
-def test_ties_go_to_the_smallest_index_and_nan_is_no_trap():
+@pytest.mark.parametrize("form", FORMS)
+def test_ties_go_to_the_smallest_index_and_nan_is_no_trap(form, monkeypatch):
+    force(form, monkeypatch)
     q, keys = torch.ones(1, 32, 1, 4), torch.zeros(1, 8, 1, 4)
     picked = ki.hierarchical_block_select(q, keys, coarse_ratio=2, coarse_topc=2, final_topk=3, block_size=SIZE)
     assert picked.indices[0, -1, 0].tolist() == [0, 1, 7]
@@ -144,13 +156,17 @@ def test_more_wanted_than_there_is():
     assert not picked.indices.requires_grad
 
 
-def test_chunks_of_queries_agree_with_the_whole(monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_chunks_of_queries_agree_with_the_whole(form, monkeypatch):
+    force(form, monkeypatch)
     q, k = inputs()
     keys = block_means(k, SIZE, ki.MaskContract())
-    call = {"coarse_ratio": 3, "coarse_topc": 2, "final_topk": 4, "block_size": SIZE}
+    call = {"coarse_ratio": 3, "coarse_topc": 2, "final_topk": 4, "block_size": SIZE, "recall": True}
     whole = ki.hierarchical_block_select(q.requires_grad_(), keys, **call)
     monkeypatch.setattr(select, "SCORES_AT_ONCE", 7 * 2 * 2 * 12)
-    assert torch.equal(ki.hierarchical_block_select(q, keys, **call).indices, whole.indices)
+    parts = ki.hierarchical_block_select(q, keys, **call)
+    assert torch.equal(parts.indices, whole.indices)
+    assert parts.plan == whole.plan
 
 
 def test_one_graph():

@@ -14,6 +14,7 @@ from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.sparse.fused_routing.native import native_why_not
 from kernel_index.sparse.fused_routing.torch_op import fused_why_not
+from kernel_index.sparse.hierarchical_block_expansion.native import native_why_not as search_why_not
 from kernel_index.sparse.routing import TopBlocks, check_causal, num_blocks
 from kernel_index.sparse.union_selection_query_mask.api import resolve_mode
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps, UnionTelemetry
@@ -96,7 +97,7 @@ NO_UNION = "none: this backend goes by key block and needs no union"
 
 def _scoring_name(q: Tensor, k: Tensor, config: ClusteredSparseConfig) -> str:
     if config.hierarchy is not None:
-        return "hierarchical"
+        return "hierarchical" if search_why_not(q, k) is not None else "hierarchical, by native"
     if not config.fused_scoring:
         return "exhaustive"
     if fused_why_not(q, config.topk) is None:

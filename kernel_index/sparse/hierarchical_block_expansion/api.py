@@ -1,5 +1,6 @@
 """Pick key blocks in two steps: the best coarse groups first, then the best of their children."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from kernel_index.attention.doc_window_mask.intervals import Sizes
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.sparse.hierarchical_block_expansion import contract, select
-from kernel_index.sparse.routing import TopBlocks, group_queries, legal_blocks
+from kernel_index.sparse.hierarchical_block_expansion.native import native_select, native_why_not
+from kernel_index.sparse.routing import LegalBlocks, TopBlocks, group_queries, legal_blocks
 
 FEW_BLOCKS = "blocks ≤ coarse_topc × coarse_ratio: every block would be a candidate"
 EVERYTHING_BEFORE = MaskContract()
@@ -144,27 +146,49 @@ def _select(
 ) -> tuple[TopBlocks, float | None]:
     blocks, groups = block_keys.shape[1:3]
     legal = legal_blocks(mask, sizes, block_size)
-    forced = select.forced_blocks(legal, blocks, plan.forced)
     queries = group_queries(q, groups)
     keys = block_keys.detach().to(queries.dtype)
-    first, current = (x.to(torch.int64)[..., None] for x in legal)
+    by_native = native_why_not(q, block_keys) is None
+    pick = (_native_picks if by_native else _picks)(queries, keys, legal, plan, topk)
     step = max(1, select.SCORES_AT_ONCE // max(1, q.shape[0] * groups * blocks))
-    if torch.compiler.is_compiling() or step >= q.shape[1]:
+    if torch.compiler.is_compiling() or step >= q.shape[1] or (by_native and not recall):
         at_once = [slice(None)]
     else:
         at_once = [slice(t, t + step) for t in range(0, q.shape[1], step)]
     parts, found, all_of_them = [], 0, 0
     for at in at_once:
-        chunk = select.Chunk(queries[:, at], first[:, at], current[:, at], forced[:, at])
-        if plan.exhaustive:
-            part = select.exhaustive(chunk, keys, topk)
-        else:
-            part = select.expanded(chunk, keys, plan.coarse_ratio, plan.coarse_topc, topk)
+        part = pick(at, plan.exhaustive)
         parts.append(part)
         if recall:
-            best = part if plan.exhaustive else select.exhaustive(chunk, keys, topk)
+            best = part if plan.exhaustive else pick(at, True)
             same = (best.indices[..., None] == part.indices[..., None, :]).any(-1) & best.valid
             found, all_of_them = found + int(same.sum()), all_of_them + int(best.valid.sum())
     chosen = parts[0] if len(parts) == 1 else TopBlocks(*(torch.cat(x, 1) for x in zip(*parts, strict=True)))
     share = (found / all_of_them if all_of_them else 1.0) if recall else None
     return chosen, share
+
+
+def _picks(
+    queries: Tensor, keys: Tensor, legal: LegalBlocks, plan: HierarchyPlan, topk: int
+) -> Callable[[slice, bool], TopBlocks]:
+    """What picks for some of the queries, in two steps or exhaustively."""
+    forced = select.forced_blocks(legal, keys.shape[1], plan.forced)
+    first, current = (x.to(torch.int64)[..., None] for x in legal)
+
+    def pick(at: slice, exhaustive: bool) -> TopBlocks:
+        chunk = select.Chunk(queries[:, at], first[:, at], current[:, at], forced[:, at])
+        if exhaustive:
+            return select.exhaustive(chunk, keys, topk)
+        return select.expanded(chunk, keys, plan.coarse_ratio, plan.coarse_topc, topk)
+
+    return pick
+
+
+def _native_picks(
+    queries: Tensor, keys: Tensor, legal: LegalBlocks, plan: HierarchyPlan, topk: int
+) -> Callable[[slice, bool], TopBlocks]:
+    def pick(at: slice, exhaustive: bool) -> TopBlocks:
+        own, opened = LegalBlocks(*(x[:, at] for x in legal)), plan.metas if exhaustive else plan.coarse_topc
+        return native_select(queries[:, at], keys, own, plan.forced, plan.coarse_ratio, opened, topk)
+
+    return pick
