@@ -221,7 +221,8 @@ class Mamba2(Mixer):
         log_a_BTH = -dt_BTH * self.log_decay.exp()
         operands = x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN
         if cache is not None and x.shape[1] == 1:
-            scanned = scan_step(*(t[:, 0] for t in operands), cache.scan)
+            x_BHP, log_a_BH, b_BGN, c_BGN = (t[:, 0] for t in operands)
+            scanned = scan_step(x_BHP, log_a_BH, b_BGN, c_BGN, cache.scan)
         else:
             state = None if cache is None else cache.scan
             scanned = chunked_scan(*operands, segments=segments, state=state, chunk=self.chunk)
