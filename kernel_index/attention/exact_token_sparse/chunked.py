@@ -2,6 +2,7 @@
 
 Nothing of size T·S is ever stored.  Scores travel packed with their places (``sparse/ordered.py``), so the carried
 top-k is exact whatever the tiles, and ties have one winner.  Backward fetches the picked keys chunk by chunk.
+``native.py`` makes the same choice in C++, where it serves the call.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kernel_index import gpu
 from kernel_index.attention.doc_window_mask.mask import MaskContract
+from kernel_index.attention.exact_token_sparse.native import native_topk, native_why_not
 from kernel_index.attention.exact_token_sparse.selection import TokenSelection, replayed
 from kernel_index.sparse.ordered import NOTHING, best_keys, place_of, score_of
 
@@ -43,6 +45,8 @@ def _run_topk(
     q: Tensor, k: Tensor, weights: Tensor, start: Tensor, end: Tensor, topk: int, offset: int, left: int, right: int
 ) -> tuple[Tensor, Tensor]:
     """Indices int64 and scores float32 [B, T, topk], best first."""
+    if native_why_not(q, k, weights) is None:
+        return native_topk(q, k, weights, start, end, topk)
     batch, queries, heads, _ = q.shape
     keys, kept = k.shape[1], min(topk, k.shape[1])
     indices, scores = _allocate_topk(q, k, weights, start, end, topk)
