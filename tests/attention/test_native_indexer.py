@@ -9,7 +9,7 @@ import torch
 import kernel_index as ki
 from kernel_index import native
 from kernel_index.attention.exact_token_sparse import chunked
-from kernel_index.attention.exact_token_sparse import native as module
+from kernel_index.attention.exact_token_sparse import indexer as module
 
 
 @pytest.fixture

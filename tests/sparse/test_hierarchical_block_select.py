@@ -31,7 +31,7 @@ FORMS = ("native", "products", "fetched")  # in C++, all scores by one product, 
 
 def force(form, monkeypatch):
     if form != "native":
-        monkeypatch.setattr(api, "native_why_not", lambda *_: "off")
+        monkeypatch.setattr(api.contract, "native_why_not", lambda *_: "off")
     if form == "fetched":
         monkeypatch.setattr(select, "ALL_CHILDREN", 0)
 

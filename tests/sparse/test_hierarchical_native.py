@@ -65,7 +65,7 @@ def both(q, block_keys, call, monkeypatch):
     """The selection by C++ and by PyTorch."""
     found = ki.hierarchical_block_select(q, block_keys, **call)
     with monkeypatch.context() as patch:
-        patch.setattr(api, "native_why_not", lambda *_: "off")
+        patch.setattr(api.contract, "native_why_not", lambda *_: "off")
         return found, ki.hierarchical_block_select(q, block_keys, **call)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernel_index import gpu
 from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.attention.exact_token_sparse.native import native_topk, native_why_not
+from kernel_index.attention.exact_token_sparse.indexer import native_topk, native_why_not
 from kernel_index.attention.exact_token_sparse.selection import TokenSelection, replayed
 from kernel_index.sparse.ordered import NOTHING, best_keys, place_of, score_of
 

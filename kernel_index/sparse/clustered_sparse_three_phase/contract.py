@@ -14,7 +14,7 @@ from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.sparse.fused_routing.native import native_why_not
 from kernel_index.sparse.fused_routing.torch_op import fused_why_not
-from kernel_index.sparse.hierarchical_block_expansion.native import native_why_not as search_why_not
+from kernel_index.sparse.hierarchical_block_expansion.contract import native_why_not as search_why_not
 from kernel_index.sparse.routing import TopBlocks, check_causal, num_blocks
 from kernel_index.sparse.union_selection_query_mask.api import resolve_mode
 from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps, UnionTelemetry

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernel_index.attention.doc_window_mask.intervals import Sizes
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.sparse.hierarchical_block_expansion import contract, select
-from kernel_index.sparse.hierarchical_block_expansion.native import native_select, native_why_not
+from kernel_index.sparse.hierarchical_block_expansion.native import native_select
 from kernel_index.sparse.routing import LegalBlocks, TopBlocks, group_queries, legal_blocks
 
 FEW_BLOCKS = "blocks ≤ coarse_topc × coarse_ratio: every block would be a candidate"
@@ -148,7 +148,7 @@ def _select(
     legal = legal_blocks(mask, sizes, block_size)
     queries = group_queries(q, groups)
     keys = block_keys.detach().to(queries.dtype)
-    by_native = native_why_not(q, block_keys) is None
+    by_native = contract.native_why_not(q, block_keys) is None
     pick = (_native_picks if by_native else _picks)(queries, keys, legal, plan, topk)
     step = max(1, select.SCORES_AT_ONCE // max(1, q.shape[0] * groups * blocks))
     if torch.compiler.is_compiling() or step >= q.shape[1] or (by_native and not recall):

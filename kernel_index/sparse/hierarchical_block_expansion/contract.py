@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernel_index import checks
+from kernel_index import checks, native
+from kernel_index.attention.dense_attention.contract import cpu_why_not
 from kernel_index.attention.doc_window_mask.intervals import Sizes
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.sparse.routing import check_causal, num_blocks
@@ -52,3 +53,10 @@ def sizes_of(q: Tensor, block_keys: Tensor, mask: MaskContract, block_size: int,
         rule = f"[B, {num_blocks(sizes.keys, block_size)}, K, D], the blocks of {sizes.keys} keys,"
         raise ValueError(f"block_keys must be {rule} got shape {tuple(block_keys.shape)}")
     return sizes
+
+
+def native_why_not(q: Tensor, block_keys: Tensor) -> str | None:
+    """Why the native search does not serve this call, or None; a rule reads metadata only."""
+    if (rule := cpu_why_not(q) or native.why_not(q, block_keys)) is not None:
+        return rule
+    return "nothing to score" if q.numel() == 0 or block_keys.numel() == 0 else None

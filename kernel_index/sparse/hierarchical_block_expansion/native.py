@@ -4,20 +4,12 @@ import torch
 from torch import Tensor
 
 from kernel_index import native
-from kernel_index.attention.dense_attention.contract import cpu_why_not
 from kernel_index.sparse.routing import LegalBlocks, TopBlocks
 
 SOURCE = "hierarchy.cpp"
 
 ONE_THREAD = 1 << 20
 """Up to this many multiplications one thread is done before a second one has begun."""
-
-
-def native_why_not(q: Tensor, block_keys: Tensor) -> str | None:
-    """Why the native search does not serve this call, or None; a rule reads metadata only."""
-    if (rule := cpu_why_not(q) or native.why_not(q, block_keys)) is not None:
-        return rule
-    return "nothing to score" if q.numel() == 0 or block_keys.numel() == 0 else None
 
 
 def native_select(
