@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kernel_index.locks import ThreadLock
-from kernel_index.target import has_cxx_compiler, target_of
+from kernel_index.target import has_cxx_compiler
 
 logger = logging.getLogger("kernel_index")
 
@@ -46,7 +46,7 @@ def why_not(*tensors: Any) -> str | None:
             continue
         if type(tensor) not in PLAIN:
             return "needs plain tensors, not a tensor subclass"
-        if target_of(tensor.device).kind != "cpu":
+        if tensor.device.type != "cpu":
             return "needs CPU tensors"
     return None
 

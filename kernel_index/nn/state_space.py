@@ -82,10 +82,11 @@ def scan_step(x_BHP: Tensor, log_a_BH: Tensor, b_BGN: Tensor, c_BGN: Tensor, sta
     """
     with torch.autocast(x_BHP.device.type, enabled=False):
         wide = torch.promote_types(x_BHP.dtype, torch.float32)
-        x, log_a, b, c = (t.to(wide) for t in (x_BHP, log_a_BH, b_BGN, c_BGN))
-        b, c = (t.repeat_interleave(x.shape[1] // t.shape[1], 1) for t in (b, c))
-        state = log_a.exp()[..., None, None] * state_BHPN.to(wide) + x[..., None] * b[:, :, None]
-        return Scanned((state @ c[..., None]).squeeze(-1), state)
+        groups = b_BGN.shape[1]  # heads of a group broadcast against its b and c
+        x, log_a, state = (t.to(wide).unflatten(1, (groups, -1)) for t in (x_BHP, log_a_BH, state_BHPN))
+        b, c = (t.to(wide)[:, :, None] for t in (b_BGN, c_BGN))
+        state = log_a.exp()[..., None, None] * state + x[..., None] * b[..., None, :]
+        return Scanned((state @ c[..., None]).squeeze(-1).flatten(1, 2), state.flatten(1, 2))
 
 
 def _chunks(t: Tensor, size: int, pad: int) -> Tensor:
@@ -235,6 +236,8 @@ class Mamba2(Mixer):
     def _convolve(self, joined: Tensor, segments: Tensor | None) -> Tensor:
         """``Σ_j w[j]·input[t − (width − 1) + j]`` over the inputs of t's own segment; a product for each j."""
         T = joined.shape[1] - self.width + 1
+        if T == 1:
+            return (self.conv * joined).sum(1, keepdim=True)
         out = self.conv[-1] * joined[:, self.width - 1 :]
         for j in range(self.width - 1):
             back = self.width - 1 - j

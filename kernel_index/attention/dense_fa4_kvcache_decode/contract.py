@@ -1,5 +1,6 @@
 """Who may call ``fa4_kvcache_decode``, and who may answer."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -93,22 +94,19 @@ def check_values(k_cache: Tensor, lengths: Tensor, new: int, table: Tensor | Non
 
 
 def _check_pages(pages: int, page: int, lengths: Tensor, new: int, table: Tensor) -> None:
-    slot = torch.arange(table.shape[1])
-    used = slot < ((lengths + (new + page - 1)) // page)[:, None]
-    ids = table[used].to(torch.int64)
-    if ids.numel() == 0:
-        return
-    low, high = (int(x) for x in ids.aminmax())
-    if low < 0 or high >= pages:
+    """In plain Python: a step has tens of pages a row, and a dozen calls of torch would cost more than the step."""
+    rows = [ids[: -(-(n + new) // page)] for ids, n in zip(table.tolist(), lengths.tolist(), strict=True)]
+    used = [i for ids in rows for i in ids]
+    low, high = min(used, default=0), max(used, default=0)
+    if low < 0 or high >= max(pages, 1):
         raise ValueError(f"block_table must hold page ids below {pages}, got {low if low < 0 else high}")
     if new == 0:
         return
-    users = torch.bincount(ids, minlength=pages)
-    written = table[used & (slot >= (lengths // page)[:, None])].to(torch.int64)
-    shared = written[users[written] > 1]
-    if shared.numel():
-        page_id = int(shared[0])
-        raise ValueError(f"block_table must give a written page to one row alone, got page {page_id} in several places")
+    users = Counter(used)
+    written = (i for ids, n in zip(rows, lengths.tolist(), strict=True) for i in ids[n // page :])
+    shared = next((i for i in written if users[i] > 1), None)
+    if shared is not None:
+        raise ValueError(f"block_table must give a written page to one row alone, got page {shared} in several places")
 
 
 def readable(tensor: Tensor) -> bool:

@@ -71,8 +71,7 @@ def interval_of(
     keys = sizes.keys
     position = (queries + sizes.offset)[None]  # of each query among the keys
     low, high = torch.zeros_like(position), torch.full_like(position, keys)
-    outside = torch.zeros_like(position, dtype=torch.bool)
-    behind = torch.full_like(position, keys)
+    outside, behind = None, torch.full_like(position, keys)
     if doc_ids is not None and keys > 0:
         own = position[0].clamp(0, keys - 1)
         low, high = (bound.index_select(1, own) for bound in segments(doc_ids))
@@ -82,11 +81,13 @@ def interval_of(
     if counts is not None:
         limit = counts[:, None]
         high = torch.minimum(high, limit)
-        outside = outside | (position < 0) | (position >= limit)
+        beyond = (position < 0) | (position >= limit)
+        outside = beyond if outside is None else outside | beyond
         behind = torch.minimum(behind, limit)
-    # A query before the first key sees nothing at 0; one behind the last valid key sees nothing at that key's end.
-    nothing = torch.where(position < 0, 0, behind)
-    low, high = torch.where(outside, nothing, low), torch.where(outside, nothing, high)
+    if outside is not None:
+        # A query before the first key sees nothing at 0; one behind the last valid key sees nothing at that key's end.
+        nothing = torch.where(position < 0, 0, behind)
+        low, high = torch.where(outside, nothing, low), torch.where(outside, nothing, high)
     end = high if right is None else torch.minimum(high, position + (right + 1))
     end = end.clamp(min=0)
     start = low if left is None else torch.maximum(low, position - left)

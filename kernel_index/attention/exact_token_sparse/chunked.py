@@ -179,4 +179,6 @@ def lightning_indexer_chunked(
         known = found if q.dtype != torch.float64 else None
     else:
         indices = replayed(replay, start, end)
-    return TokenSelection(indices, indices >= 0, _Scores.apply(q, k, weights, indices, known))
+    if known is None or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, weights))):
+        known = _Scores.apply(q, k, weights, indices, known)
+    return TokenSelection(indices, indices >= 0, known)
