@@ -5,8 +5,8 @@ the loss patched 1.05× the time and 0.5× the memory of the model as it is; wit
 and its loss are most of such a step, so the layers below them are also timed by themselves.
 
 How much there is to win without the loss depends on the CPU.  On the Xeon of 2026-11-24 the step took 0.80×.  On an
-EPYC without AMX, 7.3 of 7.6 seconds are products of weights and the loss over V, which no other patch touches; attention
-is 0.55 seconds, of which 0.3 are its products at this machine's best rate.  So 0.96× is the least possible there.
+EPYC without AMX, 7.2 of 7.9 profiled seconds are products of weights and the loss over V, which no other patch touches;
+attention is 0.55, of which 0.3 are its products at this machine's best rate.  So 0.96× is the least possible there.
 """
 
 from collections.abc import Callable
