@@ -97,6 +97,11 @@ inline float dot(const float* a, const T* b, int64_t n) {
   return sum_of(sum);
 }
 
+// Which slot of a paged cache holds token s of row b; without a table row b's tokens lie one after the other.
+inline int64_t slot_of(const int32_t* table, int64_t table_width, int64_t page, int64_t b, int64_t s) {
+  return table_width ? table[b * table_width + s / page] * page + s % page : b * page + s;
+}
+
 // A row of products in place: times scale, and capped.
 inline void finish_scores(float* z, int64_t width, float scale, float softcap) {
   for (int64_t i = 0; i < width; i += LANES) {

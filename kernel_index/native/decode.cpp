@@ -11,8 +11,7 @@ struct Step {
   int64_t heads() const { return H / K; }
   // Where token s of row b starts, counted in elements of the cache [.., page, K, D].
   int64_t at(int64_t b, int64_t s, int64_t h) const {
-    const int64_t row = table_width ? table[b * table_width + s / page] * page + s % page : b * page + s;
-    return (row * K + h) * D;
+    return (slot_of(table, table_width, page, b, s) * K + h) * D;
   }
   // The keys [first, second) of query t; the last query stands at the last key.
   std::pair<int64_t, int64_t> seen(int64_t b, int64_t t) const {

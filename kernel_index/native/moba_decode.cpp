@@ -9,8 +9,7 @@ struct Step {
   int64_t heads() const { return H / G; }
   // Where token s of row b starts, counted in elements of the cache [.., page, K, D].
   int64_t at(int64_t b, int64_t s, int64_t h) const {
-    const int64_t row = table_width ? table[b * table_width + s / page] * page + s % page : b * page + s;
-    return (row * K + h) * D;
+    return (slot_of(table, table_width, page, b, s) * K + h) * D;
   }
 };
 

@@ -145,6 +145,24 @@ def test_native_wants_a_cache_that_it_can_write_in_place():
     assert log[0].ran == "sdpa"
 
 
+def test_native_writes_through_no_table_that_was_not_checked():
+    class Other(torch.Tensor):
+        pass
+
+    call = a_call()
+    call["block_table"] = call["block_table"].as_subclass(Other)
+    with pytest.raises(ki.Ineligible, match="needs a block table of plain values"):
+        ki.fa4_kvcache_decode(**call, backend="native")
+
+
+def test_a_page_of_an_empty_pool_is_out_of_range():
+    empty = torch.zeros(0, PAGE, K, D)
+    with pytest.raises(ValueError, match="block_table must hold page ids below 0, got 0"):
+        ki.fa4_kvcache_decode(
+            **a_call(k_cache=empty, v_cache=empty.clone(), block_table=torch.zeros(3, 2, dtype=torch.int32))
+        )
+
+
 def test_a_long_window_prompt_is_taken_in_chunks():
     q, k, v = stream(700, rows=1)
     cache = ki.ContiguousKVCache(1, 1, 700, K, D)

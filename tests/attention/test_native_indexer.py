@@ -132,3 +132,13 @@ def test_a_compiled_caller_gets_it(ran):
     compiled = torch.compile(lambda *x: ki.lightning_indexer(*x, **call).indices, backend="eager", fullgraph=True)
     assert torch.equal(compiled(q, k, w), expected)
     assert len(ran) == 2
+
+
+def test_the_receipt_says_what_chose(ran, monkeypatch):
+    q, k, w = torch.randn(1, 3, 2, 8), torch.randn(1, 40, 8), torch.randn(1, 3, 2)
+    with ki.receipts() as log:
+        ki.lightning_indexer(q, k, w, topk=4)
+        monkeypatch.setattr(native, "has_cxx_compiler", lambda: False)
+        ki.lightning_indexer(q, k, w, topk=4)
+    assert [r.details["choice"] for r in log] == ["native", "torch"]
+    assert len(ran) == 1

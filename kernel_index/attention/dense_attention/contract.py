@@ -222,12 +222,14 @@ def cpu_why_not(q: Tensor, *_: Any) -> str | None:
     return None
 
 
-def native_why_not(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
+def native_why_not(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
+) -> str | None:
     if (rule := cpu_why_not(q)) is not None:
         return rule
     if q.shape[3] % 2 or v.shape[3] % 2 or v.shape[3] == 0:
         return "needs even head sizes: bfloat16 is multiplied in pairs"
-    return native.why_not(q, k, v)
+    return native.why_not(*(t for t in (q, k, v, sink) if t is not None))
 
 
 FEW_QUERIES, FEW_SCORES = 64, 128 * 128

@@ -90,20 +90,22 @@ def check_values(k_cache: Tensor, lengths: Tensor, new: int, table: Tensor | Non
         room = f"{capacity - new}, so that {new} new tokens fit into {capacity}"
         raise ValueError(f"cache_seqlens must be at most {room}, got {longest}")
     if table is not None:
-        _check_pages(k_cache.shape[0], k_cache.shape[1], lengths, new, table)
+        _check_pages(k_cache.shape[0], k_cache.shape[1], lengths.tolist(), new, table)
 
 
-def _check_pages(pages: int, page: int, lengths: Tensor, new: int, table: Tensor) -> None:
+def _check_pages(pages: int, page: int, lengths: list[int], new: int, table: Tensor) -> None:
     """In plain Python: a step has tens of pages a row, and a dozen calls of torch would cost more than the step."""
-    rows = [ids[: -(-(n + new) // page)] for ids, n in zip(table.tolist(), lengths.tolist(), strict=True)]
-    used = [i for ids in rows for i in ids]
-    low, high = min(used, default=0), max(used, default=0)
-    if low < 0 or high >= max(pages, 1):
+    ends = [-(-(n + new) // page) for n in lengths]  # of what is read
+    rows = [ids[:end] for ids, end in zip(table[:, : max(ends)].tolist(), ends, strict=True)]
+    users = Counter(i for ids in rows for i in ids)
+    if not users:
+        return
+    low, high = min(users), max(users)
+    if low < 0 or high >= pages:
         raise ValueError(f"block_table must hold page ids below {pages}, got {low if low < 0 else high}")
     if new == 0:
         return
-    users = Counter(used)
-    written = (i for ids, n in zip(rows, lengths.tolist(), strict=True) for i in ids[n // page :])
+    written = (i for ids, n in zip(rows, lengths, strict=True) for i in ids[n // page :])
     shared = next((i for i in written if users[i] > 1), None)
     if shared is not None:
         raise ValueError(f"block_table must give a written page to one row alone, got page {shared} in several places")
@@ -228,22 +230,16 @@ def triton_why_not(
 
 
 def native_why_not(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    causal: bool,
-    window: Window,
-    softcap: float,
-    table: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
 ) -> str | None:
-    if (rule := sdpa_why_not(q, k_cache, v_cache, lengths, k, v, causal, window, 0.0, table)) is not None:
+    table = rest[-1]
+    if (rule := host_why_not(q, lengths, k, v, table)) is not None:
         return rule
+    if table is not None and not readable(table):
+        return "needs a block table of plain values: it writes where they say"
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         return "needs a contiguous cache: it is read and written in place"
-    return native.why_not(q, k_cache, v_cache)
+    return native.why_not(*(t for t in (q, k_cache, v_cache, k, v) if t is not None))
 
 
 MANY_QUERIES = 16
@@ -254,21 +250,18 @@ def native_not_worth(q: Tensor, *_: Any) -> str | None:
 
 
 def sdpa_why_not(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    causal: bool,
-    window: Window,
-    softcap: float,
-    table: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
 ) -> str | None:
+    _, _, softcap, table = rest
+    if (rule := host_why_not(q, lengths, k, v, table)) is not None:
+        return rule
+    return "scaled_dot_product_attention has no softcap" if softcap != 0 else None
+
+
+def host_why_not(q: Tensor, lengths: Tensor, k: Tensor | None, v: Tensor | None, table: Tensor | None) -> str | None:
+    """What every backend asks that reads the lengths on the host."""
     if (rule := table_rule(q, table)) is not None:
         return rule
-    if softcap != 0:
-        return "scaled_dot_product_attention has no softcap"
     if wants_gradient(q, k, v):
         return "keeps no graph: gradients are the reference's"
     if torch.compiler.is_compiling():

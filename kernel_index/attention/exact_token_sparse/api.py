@@ -9,7 +9,7 @@ from torch import Tensor
 from kernel_index.attention.dense_attention.api import BACKENDS as DENSE
 from kernel_index.attention.doc_window_mask.mask import MaskContract
 from kernel_index.attention.exact_token_sparse import contract
-from kernel_index.attention.exact_token_sparse.chunked import lightning_indexer_chunked
+from kernel_index.attention.exact_token_sparse.chunked import lightning_details, lightning_indexer_chunked
 from kernel_index.attention.exact_token_sparse.contract import Asked
 from kernel_index.attention.exact_token_sparse.cpu import exact_token_cpu
 from kernel_index.attention.exact_token_sparse.reference import exact_token_reference, lightning_indexer_reference
@@ -176,7 +176,7 @@ def exact_token_attention(
 
 
 INDEXER_BACKENDS = (
-    Backend("chunked", contract.chunked_why_not, lightning_indexer_chunked),
+    Backend("chunked", contract.chunked_why_not, lightning_indexer_chunked, details=lightning_details),
     Backend("reference", always, lightning_indexer_reference),
 )
 

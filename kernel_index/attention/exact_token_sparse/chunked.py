@@ -2,7 +2,7 @@
 
 Nothing of size T·S is ever stored.  Scores travel packed with their places (``sparse/ordered.py``), so the carried
 top-k is exact whatever the tiles, and ties have one winner.  Backward fetches the picked keys chunk by chunk.
-``native.py`` makes the same choice in C++, where it serves the call.
+``indexer.py`` makes the same choice in C++, where it serves the call; the receipt's ``choice`` says so.
 """
 
 from typing import Any
@@ -164,6 +164,13 @@ class _Scores(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the chunked indexer cannot differentiate twice: use backend='reference'")
         return *_backward_op(g, *ctx.saved_tensors), None, None
+
+
+def lightning_details(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: MaskContract, replay: Any) -> tuple:
+    """What makes the choice; a trace is run later, by what its machine then has."""
+    if torch.compiler.is_compiling() or replay is not None:
+        return ()
+    return (("choice", "torch" if native_why_not(q, k, weights) is not None else "native"),)
 
 
 def lightning_indexer_chunked(

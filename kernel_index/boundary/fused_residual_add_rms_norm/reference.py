@@ -16,9 +16,7 @@ def residual_add_rms_norm_reference(
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(residual, delta, weight, scale)
-    step = delta.to(dtype)
-    if isinstance(scale, Tensor) or scale != 1:
-        step = step * (scale.to(dtype) if isinstance(scale, Tensor) else scale)
+    step = delta.to(dtype) * (scale.to(dtype) if isinstance(scale, Tensor) else scale)
     new_residual = (residual.to(dtype) + step).to(stream_dtype(residual, fp32_residual)).contiguous()
     x = new_residual.to(dtype)
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
