@@ -5,6 +5,9 @@ is made beforehand and not timed, and forward against FlexAttention with its blo
 1/8 of the time and 0.1× the memory for 16 documents, 1/8 of the time for a window of 512, 1.05× for plain causal
 attention; 1/200 of ``create_block_mask``'s time for a block plan.
 
+Rows of everyday length follow: causal ones against the same call, masked ones against our own ``cpu`` backend, which is
+PyTorch's kernel piece by piece.
+
 Predicted: documents need 1/32 of the dense scores and the kernel is the same one, so 1/20 to 1/30; a window of 512 with
 pieces of 256 queries needs 1/21 of them, so about 1/16; plain causal is the same call, 1.00; a plan of 64 blocks from
 8192 ids is a dozen small operations, against 67 million evaluations of a predicate: 1/1000 or less.  Memory counts
@@ -47,7 +50,9 @@ def flex(mask: ki.MaskContract) -> Attend:
 
 
 def causal() -> Attend:
-    return lambda q, k, v: scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    return lambda q, k, v: scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+    )
 
 
 def contender(name: str, make: Callable[[], Attend], dtype: torch.dtype, backward: bool) -> Contender:
@@ -67,6 +72,33 @@ def contender(name: str, make: Callable[[], Attend], dtype: torch.dtype, backwar
         return call
 
     return Contender(name, prepare, ours=name == "kernel_index")
+
+
+EVERYDAY = ((1, 2048, 8, 4, 64), (1, 2048, 4, 4, 128), (1, 4096, 8, 4, 64), (4, 512, 3, 1, 64), (8, 128, 8, 8, 64))
+"""B, T, H, K, D."""
+
+
+def everyday(rounds: int, dtype: torch.dtype) -> list[Comparison]:
+    """Forward + backward."""
+    found = []
+    for batch, length, heads, kv_heads, width in EVERYDAY:
+        packed = ki.MaskContract(doc_ids=documents(length, DOCUMENTS)[0])
+        for kind, mask in (("causal", ki.MaskContract()), (f"{DOCUMENTS} documents", packed)):
+            theirs = causal() if kind == "causal" else lambda q, k, v, m=mask: ki.attention(q, k, v, m, backend="cpu")
+            name = "SDPA, is_causal" if kind == "causal" else "backend='cpu'"
+
+            def prepare(attend: Attend, sizes=(batch, length, heads, kv_heads, width)) -> Callable[[], object]:
+                b, t, h, k, d = sizes
+                leaves = [torch.randn(b, t, n, d).to(dtype).requires_grad_() for n in (h, k, k)]
+                return lambda: torch.autograd.grad(attend(*leaves).sum(), leaves)
+
+            pair = [
+                Contender("kernel_index", lambda m=mask, p=prepare: p(ours(m)), ours=True),
+                Contender(name, lambda a=theirs, p=prepare: p(a)),
+            ]
+            title = f"{kind}, {str(dtype).removeprefix('torch.')}, {batch} × {length}, {heads} on {kv_heads} of {width}"
+            found.append(compare(title, pair, rounds=rounds))
+    return found
 
 
 def plans(rounds: int) -> Comparison:
@@ -115,4 +147,5 @@ def main(rounds: int = 9) -> list[Comparison]:
             ]
             few = max(1, rounds // 2)
             results.append(compare(f"causal, {tail}", contenders, rounds=few, targets={"SDPA, is_causal": 1.05}))
+        results += everyday(rounds, dtype)
     return results
