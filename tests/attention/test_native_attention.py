@@ -96,3 +96,13 @@ def test_the_matrix_units_are_given_back():
     for _ in range(3):
         torch.mm(a, a.T)
         assert torch.equal(ki.attention(*x, backend="native"), first)
+
+
+def test_lanes_of_a_long_row_are_all_added():
+    """Few key heads and many tiles: sums for keys and values come from several lanes."""
+    x = qkv(Maker(torch.float32), 1, 700, 700, 4, 2, 16)
+    leaves, exact = ([t.to(d).requires_grad_() for t in x.values()] for d in (torch.float32, torch.float64))
+    expected, _ = oracle_with_lse(**dict(zip(x, exact, strict=True)), mask=ki.MaskContract())
+    out = ki.attention(*leaves, backend="native")
+    for a, e in zip(gradients([out], leaves), gradients([expected.float()], exact), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2e-5, atol=2e-5)
