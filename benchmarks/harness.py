@@ -73,10 +73,10 @@ class Comparison:
             memory = "" if r.memory is None else f"{r.memory / 2**20:,.0f} MiB"
             ratio, target = "", ""
             if r.contender != self.ours:
-                ratio = f"{self.ratio(r.contender):.2f}×"
+                ratio = f"{_short(self.ratio(r.contender))}×"
                 target = _judge(self.ratio(r.contender), self.targets.get(r.contender))
                 if (m := self.memory_ratio(r.contender)) is not None:
-                    ratio += f" time, {m:.2f}× memory"
+                    ratio += f" time, {_short(m)}× memory"
                     target += " " + _judge(m, self.memory_targets.get(r.contender))
             first = "" if r.first is None else duration(r.first)
             times = (duration(r.median), duration(min(r.seconds)), first)
@@ -92,10 +92,15 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
+def _short(ratio: float) -> str:
+    """Two digits that say something: 0.05 would be as good as 0.045."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+
+
 def _judge(ratio: float, target: float | None) -> str:
     if target is None:
         return ""
-    return f"≤ {target:.2f} [{'green]met' if ratio <= target else 'red]missed'}[/]"
+    return f"≤ {_short(target)} [{'green]met' if ratio <= target else 'red]missed'}[/]"
 
 
 def compare(

@@ -110,7 +110,7 @@ def main(rounds: int = 5) -> list[Comparison]:
     ]
     title = "one block at T=32768, forward + backward"
     results.append(compare(title, pair, rounds=min(rounds, 3), targets={"full attention": 1 / 2.5}))
-    with torch.no_grad():
+    with torch.inference_mode():  # as `generate` runs
         pair = [Contender("caches", next_tokens(True), ours=True), Contender("all anew", next_tokens(False))]
         results.append(compare(f"{TOKENS} tokens after 2048, tiny", pair, rounds=rounds, targets={"all anew": 1 / 20}))
     return results

@@ -205,7 +205,7 @@ def _take_back_restarted(receipt: Receipt) -> None:
 _write._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every call, and freezing makes that four times as slow
 class Choice:
     """A decision of ``choose``; ``run`` carries it out and writes the receipt."""
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.nn import MLA, Attention, ExactTokenCache, Mamba2, MixerState, PagedLatentCache, SparseAttention
@@ -13,7 +13,8 @@ from kernel_index.nn import MLA, Attention, ExactTokenCache, Mamba2, MixerState,
 class ModelCache:
     """One set of sequences over the caches of all blocks: ``pools`` of pages by kind, and states.
 
-    A step is ``begin``, then ``layer`` for each block, then ``advance``.
+    A step is ``begin``, then ``layer`` for each block, then ``advance``.  ``mixing`` is what the
+    hyper-connections of the latest prompt mixed their streams by.
 
     Args:
         mixers: the mixer of every block, None for blocks without one.
@@ -23,6 +24,7 @@ class ModelCache:
 
     def __init__(self, mixers: Sequence[nn.Module | None], tokens: int, page_size: int = 16):
         self.mixers, pages = list(mixers), -(-tokens // page_size)
+        self.mixing: Tensor | None = None
         self.pools: dict[str, ki.PagedKVCache] = {}
         for name in dict.fromkeys(pool for mixer in mixers for pool in _pools_of(mixer)):
             users = [m for m in mixers if name in _pools_of(m)]

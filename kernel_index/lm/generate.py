@@ -89,7 +89,7 @@ def generate(
     return (text for (text,) in generate_batch(model, [prompt], tokens, sampling, seed=seed, use_cache=use_cache))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_batch(
     model: LanguageModel,
     prompts: Sequence[str],

@@ -120,13 +120,13 @@ class LanguageModel(nn.Module):
         widths = dict.fromkeys(m.rope_dim for m in self.mixers() if m is not None and m.rope_dim is not None)
         return {width: ki.rope_tables(positions, width, self.config.rope_base) for width in widths}
 
-    def _run(self, tokens: Tensor, arguments: list[tuple[Any, ...]]) -> Tensor:
+    def _run(self, tokens: Tensor, arguments: list[tuple[Any, ...]], mixing: Tensor | None = None) -> Tensor:
         stream = self.embed(tokens)
         if self.config.residual == "plain" and torch.is_autocast_enabled(stream.device.type):
             stream = stream.to(torch.get_autocast_dtype(stream.device.type))
         branch = None
         if isinstance(self.blocks, HyperConnectedBlocks):
-            stream = self.blocks.run(stream, [(own, {}) for own in arguments])
+            stream = self.blocks.run(stream, [(own, {}) for own in arguments], mixing)
         else:
             for block, own in zip(self.blocks, arguments, strict=True):
                 stream, branch = block(stream, branch, *own)
@@ -171,7 +171,8 @@ class LanguageModel(nn.Module):
         at = (start[:, None] if isinstance(start, Tensor) else start) + new[None]
         ropes = self._rope_tables(at)
         rotated = [None if m is None else ropes.get(m.rope_dim or 0) for m in self.mixers()]
-        hidden = self._run(tokens, [(None, tables, cache.layer(i)) for i, tables in enumerate(rotated)])
+        arguments = [(None, tables, cache.layer(i)) for i, tables in enumerate(rotated)]
+        hidden = self._run(tokens, arguments, self._mixing(cache))
         if counts is None:
             return self._logits(hidden[:, -1])
         return self._logits(hidden[torch.arange(len(hidden), device=hidden.device), counts - 1])
@@ -179,6 +180,14 @@ class LanguageModel(nn.Module):
     def new_cache(self, tokens: int, page_size: int = 16) -> ModelCache:
         """Empty caches for every block, with room for so many tokens in all."""
         return ModelCache(self.mixers(), tokens, page_size)
+
+    def _mixing(self, cache: ModelCache) -> Tensor | None:
+        """How the streams mix, formed anew whenever a sequence begins: what follows has the weights of its keys."""
+        if not isinstance(self.blocks, HyperConnectedBlocks) or torch.is_grad_enabled():
+            return None
+        if cache.mixing is None or 0 in cache.lengths():
+            cache.mixing = self.blocks.mixing()
+        return cache.mixing
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return (hidden.float() @ self.head.weight.float().T)[..., : self.config.vocab]

@@ -47,4 +47,6 @@ def grouped_product(x_SC: Tensor, weight_EFC: Tensor, offsets_E: Tensor) -> Tens
     >>> grouped_product(torch.ones(3, 4), weight, torch.tensor([1, 3], dtype=torch.int32))[:, 0]
     tensor([ 4., 12., 12.])
     """
-    return _Grouped.apply(x_SC, weight_EFC, offsets_E)
+    if torch.is_grad_enabled():
+        return _Grouped.apply(x_SC, weight_EFC, offsets_E)
+    return _op(x_SC, weight_EFC.transpose(1, 2), offsets_E)

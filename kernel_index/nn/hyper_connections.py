@@ -78,18 +78,33 @@ class HyperConnectedBlocks(nn.Module):
         """Every block gets the same further arguments."""
         return self.run(x_BTC, [(args, kwargs)] * len(self.layers))
 
-    def run(self, x_BTC: Tensor, arguments: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> Tensor:
-        """``forward`` with further arguments ``(args, kwargs)`` of its own for every block."""
-        layers = [layer for layer in self.layers if isinstance(layer, HyperConnections)]
+    def mixing(self) -> Tensor:
+        """``h_res`` of every layer, [layers, streams, streams]."""
+        return ki.sinkhorn(torch.stack([layer.h_res_logits for layer in self._layers()]), self.iters, eps=0.0)
+
+    def run(
+        self,
+        x_BTC: Tensor,
+        arguments: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+        mixing: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` with further arguments ``(args, kwargs)`` of its own for every block.
+
+        ``mixing`` is what ``mixing()`` returns, for who runs the same weights many times; else it is formed here.
+        """
+        layers = self._layers()
         if not layers:
             return x_BTC
         hidden = x_BTC.unsqueeze(-2).repeat_interleave(layers[0].streams, -2)
         branch_input = ki.mhc_branch_input(hidden, layers[0].h_pre)
-        *mixing, last_mixing = ki.sinkhorn(torch.stack([x.h_res_logits for x in layers]), self.iters, eps=0.0).unbind()
-        between = zip(itertools.pairwise(layers), mixing, arguments, strict=False)
+        *inner, last_mixing = (self.mixing() if mixing is None else mixing).unbind()
+        between = zip(itertools.pairwise(layers), inner, arguments, strict=False)
         for (layer, following), h_res, (args, kwargs) in between:
             out = layer.run_block(branch_input, *args, **kwargs)
             hidden, branch_input = ki.mhc_merge_and_branch_input(hidden, out, layer.h_post, h_res, following.h_pre)
         last, (args, kwargs) = layers[-1], arguments[-1]
         hidden = ki.mhc_merge(hidden, last.run_block(branch_input, *args, **kwargs), last.h_post, last_mixing)
         return hidden.mean(-2)
+
+    def _layers(self) -> list[HyperConnections]:
+        return [layer for layer in self.layers if isinstance(layer, HyperConnections)]

@@ -88,6 +88,39 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone():
         assert together[row] == "".join(generate(model, prompt, CONTEXT + 5, seed=7 + row))
 
 
+def decoded(model, cache, prompt):
+    """Logits behind a new sequence of a cache: its prompt, then one token."""
+    row = cache.allocate()
+    for start, tokens in ((0, prompt[:-1]), (len(prompt) - 1, prompt[-1:])):
+        cache.begin([row], len(tokens))
+        logits = model.decode(tokens[None], start, cache)
+        cache.advance()
+    return logits[0]
+
+
+def test_a_cache_that_outlives_a_change_of_the_weights_serves_new_sequences_with_the_new_ones():
+    """Streams mix by a matrix of weights alone, which a step takes from the cache: it must be that of the prompt."""
+    model, prompt = make("MAA", (None, None, 9), residual="mhc", **PARTS), torch.randint(0, 256, (6,))
+    cache = model.new_cache(2 * CONTEXT, page_size=4)
+    with torch.no_grad():
+        before = decoded(model, cache, prompt)
+        for layer in model.blocks.layers:
+            layer.h_res_logits.normal_()
+        after = decoded(model, cache, prompt)
+        torch.testing.assert_close(after, model.next_logits(prompt), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, after, rtol=1e-2)
+
+
+def test_decoding_with_gradients_reaches_the_mixing_of_the_streams():
+    model, prompt = make("AAA", (None, 9, None), residual="mhc"), torch.randint(0, 256, (6,))
+    cache = model.new_cache(CONTEXT, page_size=4)
+    with torch.no_grad():
+        decoded(model, cache, prompt)
+    cache.begin([0], 1)
+    model.decode(prompt[None, :1], 6, cache).sum().backward()
+    assert model.blocks.layers[1].h_res_logits.grad.any()  # the first mixes copies, the last is averaged away
+
+
 def test_a_shared_sequence_parts_ways_with_its_states():
     model, prompt = KINDS["MALEM"], torch.randint(0, 256, (1, 6))
     cache = model.new_cache(2 * CONTEXT, page_size=4)

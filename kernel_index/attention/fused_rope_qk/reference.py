@@ -13,7 +13,8 @@ def _rotate(x_BTHD: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor, interleaved: boo
     cos, sin = cos_BT1R.to(dtype), sin_BT1R.to(dtype)
     n = 2 * cos.shape[-1]
     first, second = (slice(0, n, 2), slice(1, n, 2)) if interleaved else (slice(n // 2), slice(n // 2, n))
-    x1, x2 = x_BTHD[..., first].to(dtype), x_BTHD[..., second].to(dtype)
-    y1, y2 = (x1 * cos - x2 * sin).to(x_BTHD.dtype), (x2 * cos + x1 * sin).to(x_BTHD.dtype)
+    x = x_BTHD.to(dtype)
+    x1, x2 = x[..., first], x[..., second]
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     rotated = (torch.stack((y1, y2), -1).flatten(-2),) if interleaved else (y1, y2)
-    return torch.cat((*rotated, x_BTHD[..., n:]), -1)
+    return torch.cat((*rotated, x[..., n:]), -1).to(x_BTHD.dtype)

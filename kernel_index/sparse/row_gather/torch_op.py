@@ -55,16 +55,20 @@ def _add_up(g: Tensor | None, idx: Tensor, rows: int) -> Tensor | None:
     return sums.index_put((idx,), g.to(wide), accumulate=True).to(g.dtype)  # sorted on a GPU, where index_add is not
 
 
+def _gather(a: Tensor, b: Tensor | None, idx: Tensor, backend: str) -> tuple[Tensor, ...]:
+    if backend == "triton":
+        outputs = _gather_op(a, b, idx)
+        return outputs[:1] if b is None else outputs
+    return tuple(t.index_select(0, idx) for t in (a, b) if t is not None)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor | None, idx: Tensor, backend: str) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(idx)
         ctx.rows, ctx.backend = a.shape[0], backend
-        if backend == "triton":
-            outputs = _gather_op(a, b, idx)
-            return outputs[:1] if b is None else outputs
-        return tuple(t.index_select(0, idx) for t in (a, b) if t is not None)
+        return _gather(a, b, idx, backend)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -85,4 +89,6 @@ def gather_triton(a: Tensor, b: Tensor | None, idx: Tensor) -> tuple[Tensor, ...
 
 
 def gather_eager(a: Tensor, b: Tensor | None, idx: Tensor) -> tuple[Tensor, ...]:
-    return _Gather.apply(a, b, idx, "eager")
+    if torch.is_grad_enabled():
+        return _Gather.apply(a, b, idx, "eager")
+    return _gather(a, b, idx, "eager")
