@@ -160,6 +160,7 @@ class LanguageModel(nn.Module):
         batch = Batch(*(t.to(self.head.weight.device) for t in batch))
         return self._logits(self.hidden(batch)[0, tokens.numel() - 1])
 
+    @torch.no_grad()  # some caches hand out what they hold, which has no gradient: rather none than a part of it
     def decode(self, tokens: Tensor, start: int | Tensor, cache: ModelCache, counts: Tensor | None = None) -> Tensor:
         """Logits [B, V] of what follows tokens [B, T] at positions ``start …``, the new ones of the cache's step.
 
@@ -183,9 +184,7 @@ class LanguageModel(nn.Module):
 
     def _mixing(self, cache: ModelCache) -> Tensor | None:
         """How the streams mix, formed anew whenever a sequence begins: what follows has the weights of its keys."""
-        if not isinstance(self.blocks, HyperConnectedBlocks) or torch.is_grad_enabled():
-            return None
-        if cache.mixing is None or 0 in cache.lengths():
+        if isinstance(self.blocks, HyperConnectedBlocks) and (cache.mixing is None or 0 in cache.lengths()):
             cache.mixing = self.blocks.mixing()
         return cache.mixing
 

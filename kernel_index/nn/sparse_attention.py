@@ -124,11 +124,11 @@ class SparseAttention(Mixer):
     def _decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
         window = (self.window, 0)
         if self.kind == "exact_token":
-            return self._decode_tokens(x, q, k, v, cache)
+            return _NoGradient.apply(self._decode_tokens(x, q, k, v, cache))
         if self.dense:
             return ki.fa4_kvcache_decode(q, k=k, v=v, window_size=window, **cache)
         if self.kind == "clustered" and self.hierarchy is not None:
-            return self._decode_by_groups(q, k, v, cache, self.hierarchy)
+            return _NoGradient.apply(self._decode_by_groups(q, k, v, cache, self.hierarchy))
         # A selection by key head is what the clustered kernel makes; the union only says what is loaded together.
         per = "query_head" if self.kind == "moba" else "kv_group"
         options = {"block_size": self.block, "topk": self.topk, "window_size": window}
@@ -258,6 +258,18 @@ class _JoinLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         dtype, device = ctx.like
         return grad, torch.ones((), dtype=dtype, device=device)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Keys and values that are read from a cache are constants: a backward pass would leave out their part."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("cache must be None where gradients are wanted: this kind reads new keys back as constants")
 
 
 def right_aligned(layer: "ki.CacheLayer", window: int | None) -> tuple[Tensor, "ki.MaskContract"]:

@@ -59,15 +59,14 @@ def chunked_scan(
         # A padding token neither fades the state (log_a 0) nor adds to it (x 0), and stands in the last segment.
         x, log_a, b, c = (_chunks(t.to(wide), size, pad) for t in (x_BTHP, log_a_BTH, b_BTGN, c_BTGN))
         b, c = (t.repeat_interleave(heads // t.shape[2], 2) for t in (b, c))  # all [B, chunks, H, size, ·]
-        sums = log_a.squeeze(-1).cumsum(-1)
+        log_a = log_a.squeeze(-1)
         same = None if segments is None else _Same(_segment_chunks(segments, size, pad))
-        within = _decays(sums[..., :, None] - sums[..., None, :], None if same is None else same.tokens)
+        within = _decays(log_a, None if same is None else same.tokens)
         y = ((c @ b.transpose(-1, -2)) * within) @ x
-        left = (sums[..., -1:] - sums).exp()
-        left = left if same is None else left * same.to_end
+        left = within[..., -1, :]
         added = (x * left[..., None]).transpose(-1, -2) @ b  # what each chunk leaves behind, [B, chunks, H, P, N]
-        before, last = _carry(added, sums[..., -1], state, same)
-        reach = sums.exp() if same is None else sums.exp() * same.from_start
+        totals, reach = _from_start(log_a, None if same is None else same.from_start)
+        before, last = _carry(added, totals, state, same)
         y = y + (c * reach[..., None]) @ before.transpose(-1, -2)
         return Scanned(y.transpose(2, 3).flatten(1, 2)[:, :T], last)
 
@@ -108,28 +107,39 @@ class _Same:
         ends = at_BcQ[..., -1]
         starts = torch.cat([at_BcQ[:, :1, 0], ends[:, :-1]], 1)  # the segment that reaches each chunk from before
         self.tokens = (at_BcQ[..., :, None] == at_BcQ[..., None, :])[:, :, None]
-        self.to_end = (at_BcQ == ends[..., None])[:, :, None]
         self.from_start = (at_BcQ == starts[..., None])[:, :, None]
         self.chunks = (ends[:, :, None] == ends[:, None, :])[:, None]
         self.from_first = (ends == at_BcQ[:, :1, 0])[:, None]
 
 
-def _decays(differences: Tensor, same: Tensor | None) -> Tensor:
-    """``exp`` of the lower triangle of [..., i, j]; exactly 0 above it and between segments."""
-    size = differences.shape[-1]
-    keep = torch.ones(size, size, dtype=torch.bool, device=differences.device).tril()
+def _decays(log_a: Tensor, same: Tensor | None) -> Tensor:
+    """``exp(Σ_{j<r≤i} log_a_r)`` [..., i, j]; exactly 0 above the diagonal and between segments.
+
+    Each sum is made of its own terms: a difference of two running sums would have the digits of the larger one, of
+    what decayed before j, and in other documents.
+    """
+    size = log_a.shape[-1]
+    keep = torch.ones(size, size, dtype=torch.bool, device=log_a.device).tril()
     keep = keep if same is None else keep & same
-    return differences.masked_fill(~keep, -torch.inf).exp()
+    sums = torch.where(keep.tril(-1), log_a[..., :, None], 0.0).cumsum(-2)
+    return sums.masked_fill(~keep, -torch.inf).exp()
+
+
+def _from_start(log_a: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over the last dimension, all of it and up to each place as ``exp``, where the segment from before reaches."""
+    own = log_a if same is None else torch.where(same, log_a, 0.0)
+    sums = own.cumsum(-1)
+    return sums[..., -1], sums.exp() if same is None else sums.exp() * same
 
 
 def _carry(added: Tensor, totals_BcH: Tensor, state: Tensor | None, same: _Same | None) -> tuple[Tensor, Tensor]:
     """The state before each chunk [B, chunks, H, P, N], and the one after the last."""
-    sums_BHc = totals_BcH.transpose(1, 2).cumsum(-1)
-    between = _decays(sums_BHc[..., :, None] - sums_BHc[..., None, :], None if same is None else same.chunks)
+    totals_BHc = totals_BcH.transpose(1, 2)
+    between = _decays(totals_BHc, None if same is None else same.chunks)
     after = torch.einsum("bhij,bjhpn->bihpn", between, added)
     first = torch.zeros_like(after[:, :1]) if state is None else state.to(after.dtype)[:, None]
     if state is not None:
-        fade = sums_BHc.exp() if same is None else sums_BHc.exp() * same.from_first
+        _, fade = _from_start(totals_BHc, None if same is None else same.from_first)
         after = after + fade.transpose(1, 2)[..., None, None] * first
     return torch.cat([first, after[:, :-1]], 1), after[:, -1]
 
@@ -144,7 +154,7 @@ def segments_of(mask: "ki.MaskContract | None") -> Tensor | None:
 
 @dataclass
 class MixerState:
-    """What a ``Mamba2`` layer remembers of its rows: overwritten by every forward.
+    """What a ``Mamba2`` layer remembers of its rows: replaced by every forward.
 
     ``conv``: [B, width − 1, channels], the latest inputs of the convolution.  ``scan``: [B, H, P, N], float32.
     ``counts``: int64 [B], how many tokens of the step are real; None for all.
@@ -255,8 +265,8 @@ class Mamba2(Mixer):
         else:
             at = cache.counts[:, None] + torch.arange(keep, device=joined.device)
             latest = joined.gather(1, at[..., None].expand(-1, -1, joined.shape[-1]))
-        cache.conv.copy_(latest)
-        cache.scan.copy_(state)
+        # Replaced, not written to: a backward pass may have kept what this step read.  Like cached keys, without a graph.
+        cache.conv, cache.scan = latest.detach().to(cache.conv.dtype), state.detach()
 
     def new_state(self, rows: int) -> MixerState:
         """The state before any token."""

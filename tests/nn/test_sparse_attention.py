@@ -137,6 +137,16 @@ def test_decoding_with_a_cache_equals_recomputation(kind, window):
         assert_same(out[:, 0], expected[torch.arange(B), at])
 
 
+@pytest.mark.parametrize("kind", ["exact_token", "clustered by groups"])
+def test_decoding_that_would_lose_a_gradient_says_so(kind):
+    mixer, x = layer(kind).eval(), stream()[:1]
+    cache = ModelCache([mixer], 240, page_size=6)
+    cache.begin([cache.allocate()], 20)
+    out = mixer(x[:, :20], None, rope(torch.arange(20)[None]), cache.layer(0))[0]
+    with pytest.raises(RuntimeError, match="cache must be None where gradients are wanted"):
+        out.sum().backward()
+
+
 def test_groups_are_picked_from_and_the_unions_told():
     mixer, x = layer("clustered by groups").eval(), stream()
     with ki.receipts() as log:

@@ -47,6 +47,27 @@ def test_scan_equals_the_recurrence_and_its_gradients(T, chunk, documents, conti
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("T", "fast"), [(300, 1.6), (1000, 16.0)])
+def test_what_decays_fast_costs_later_tokens_no_digits(T, fast, documents):
+    """Decays of a slow half behind a fast one: sums over both would leave them the digits of the larger."""
+    torch.manual_seed(T)
+    half = T // 2
+    x, b, c = torch.randn(1, T, 1, 3), torch.randn(1, T, 1, 4), torch.randn(1, T, 1, 4)
+    log_a = torch.cat([torch.full((1, half, 1), -fast), torch.full((1, T - half, 1), -0.0005)], 1)
+    segments = (torch.arange(T) >= half).long()[None] if documents else None
+    args = [t.requires_grad_() for t in (x, log_a, b, c)]
+    wide = [t.detach().double().requires_grad_() for t in args]
+    upstream = torch.randn(1, T - half, 1, 3)
+
+    def run(scan, args):
+        y = scan(*args, segments=segments)[0][:, half:]
+        return y, *torch.autograd.grad(y, args, upstream.to(y.dtype))
+
+    for ours, plain, exact in zip(run(chunked_scan, args), run(one_by_one, args), run(one_by_one, wide), strict=True):
+        assert_as_exact_as_float32(ours, plain, exact)
+
+
 def test_one_step_equals_a_scan_of_one_token():
     x, log_a, b, c = operands(1)
     state = torch.randn(2, 4, 3, 5, dtype=torch.float64)
@@ -82,6 +103,16 @@ def test_nothing_leaks_from_document_to_document():
     assert g[:, 3:8].abs().min() > 0
 
 
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_a_long_document_leaks_nothing_into_the_next(chunk):
+    """Sums that ran on from document to document would round differently."""
+    layer, ids = mixer(chunk=chunk), (torch.arange(256) >= 100).long()[None]
+    x = torch.randn(1, 256, 12)
+    changed = torch.cat([3 * torch.randn(1, 100, 12), x[:, 100:]], 1)
+    ours, theirs = (layer(t, ki.MaskContract(doc_ids=ids))[0][:, 100:] for t in (x, changed))
+    assert torch.equal(ours, theirs)
+
+
 def test_packed_documents_equal_each_alone():
     layer = mixer().double()
     x = torch.randn(2, 11, 12, dtype=torch.float64)
@@ -109,6 +140,20 @@ def test_decoding_continues_the_prefill(steps):
             assert_as_exact_as_float32(y, whole[:, at : at + n], layer.double()(x.double())[0][:, at : at + n])
             layer.float()
             at += n
+
+
+def test_a_step_of_decoding_has_its_gradient_and_its_state_has_no_graph():
+    layer, x = mixer(), torch.randn(1, 5, 12)
+    state = layer.new_state(1)
+    with torch.no_grad():
+        layer(x[:, :4], cache=state)
+    upstream = torch.randn(1, 1, 12)
+    ours = torch.autograd.grad(layer(x[:, 4:], cache=state)[0], layer.out.weight, upstream)[0]
+    expected = torch.autograd.grad(layer(x)[0][:, 4:], layer.out.weight, upstream)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    layer(x[:, 4:], cache=state)[0].sum().backward()
+    assert not state.conv.requires_grad
+    assert not state.scan.requires_grad
 
 
 def test_padding_behind_a_shorter_prompt_leaves_no_trace():
