@@ -162,24 +162,22 @@ def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, with the random generator's state."""
+    """The optimizer's state by parameter name."""
     names = {id(p): n for n, p in model.named_parameters()}
-    out = {
+    return {
         f"{names[id(p)]}:{key}": value if isinstance(value, Tensor) else torch.tensor(value)
         for p, state in optimizer.state.items()
         for key, value in state.items()
     }
-    return {**out, ":rng": torch.get_rng_state()}
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of ``optimizer_tensors``, the random generator included; refused before anything is changed."""
+    """The inverse of ``optimizer_tensors``; refused before anything is changed."""
     parameters = dict(model.named_parameters())
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition(":")
-        if parameter:
-            found.setdefault(parameter, {})[key] = value
+        found.setdefault(parameter, {})[key] = value
     problems = [f"{n} is unknown" for n in found if n not in parameters]
     problems += [
         f"{n} has {', '.join(sorted(state))}, not {', '.join(sorted(MOMENTS))}"
@@ -194,19 +192,10 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ten
     ]
     if problems:
         raise CheckpointError(f"the optimizer's state is of another model: {_first(problems)}")
-    _set_rng_state(tensors.get(":rng"))
     for name, like in parameters.items():  # in the same order in every process: each sharded tensor is dealt out
         for key in sorted(found.get(name, ())):
             value = found[name][key]
             optimizer.state[like][key] = _like(value, like) if value.ndim else value
-
-
-def _set_rng_state(state: Tensor | None) -> None:
-    try:
-        torch.Generator().set_state(torch.empty(0) if state is None else state)
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"the random generator's state cannot be read: {error}") from error
-    torch.set_rng_state(state)  # type: ignore[arg-type]
 
 
 def _first(problems: list[str]) -> str:

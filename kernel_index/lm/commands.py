@@ -70,26 +70,20 @@ def train_command(
     ] = None,
 ) -> None:
     """Train a small language model on real text with the kernels of the index."""
-    own: dict[str, Any] = {
-        "preset": preset,
-        "seed": seed,
-        "data": data and str(data.resolve()),
-        "glob": glob,
-        "dtype": dtype,
-        "backend": backend,
-        "compile": compiled,
-        "sparse_from_step": sparse_from_step,
-    }
+    own: dict[str, Any] = {"preset": preset, "steps": steps, "checkpoint_every": checkpoint_every, "seed": seed}
+    own |= {"data": data and str(data.resolve()), "glob": glob, "dtype": dtype, "backend": backend}
+    own |= {"compile": compiled, "sparse_from_step": sparse_from_step}
     with _clear_errors():
-        own |= RunConfig.read_settings(settings or ())
+        own = _merged(own, RunConfig.read_settings(settings or ()))
         if resume:
             folder = out or _newest_run()
+            longer = {name: own.pop(name) for name in ("steps", "checkpoint_every")}
             _refuse_changes(folder, own)
-            trainer = Trainer.resume(folder, steps=steps, checkpoint_every=checkpoint_every)
-            console.print(f"Resuming {folder} after step {trainer.step}.", highlight=False)
+            trainer = Trainer.resume(folder, **longer)
+            console.print(f"Resuming {folder} after step {trainer.step} of {trainer.config.steps}.", highlight=False)
         else:
             name = own.pop("preset") or "tiny"
-            config = RunConfig.from_preset(name, steps=steps, checkpoint_every=checkpoint_every, **own)
+            config = RunConfig.from_preset(name, **own)
             if out is None and processes() > 1:
                 raise ValueError("--out must be given where several processes train, got none")
             folder = out or _fresh_folder(name)
@@ -160,6 +154,15 @@ def _newest_run() -> Path:
     if not runs:
         raise CheckpointError("there is no run to resume under runs/: name one with --out")
     return runs[-1].parent
+
+
+def _merged(options: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Options and what ``--set`` says; nothing may be said twice."""
+    for name, value in settings.items():
+        if options.get(name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--set {name} must not repeat {option}, got {value!r} beside {options[name]!r}")
+    return options | settings
 
 
 def _refuse_changes(folder: Path, given: Mapping[str, object]) -> None:

@@ -63,9 +63,11 @@ def find_files(folder: Path | None, pattern: str) -> tuple[Path, list[Path]]:
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     if not root.is_dir():
         raise DataError(f"--data must be a folder, got {root}")
-    found = sorted(
-        path for path in root.glob(pattern) if path.is_file() and "site-packages" not in path.relative_to(root).parts
-    )
+    try:
+        matching = sorted(root.glob(pattern))
+    except (NotImplementedError, ValueError) as error:
+        raise DataError(f"--glob must be a pattern of paths below the folder, got {pattern!r}: {error}") from error
+    found = [path for path in matching if path.is_file() and "site-packages" not in path.relative_to(root).parts]
     if not found:
         raise DataError(f"--glob must match at least one file in {root}, got {pattern!r}")
     return root, found
@@ -95,6 +97,15 @@ def load_documents(folder: Path | None, pattern: str) -> tuple[list[np.ndarray],
             f"got {len(train)} and {len(held_out)} non-empty files in {root}"
         )
     return train, held_out
+
+
+def digest(documents: list[np.ndarray]) -> str:
+    """Of every document, in order: what a resumed run must find unchanged."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(len(document).to_bytes(8))
+        found.update(document.tobytes())
+    return found.hexdigest()
 
 
 def cut(documents: list[np.ndarray], row: int) -> list[Piece]:

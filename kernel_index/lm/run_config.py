@@ -1,6 +1,7 @@
 """Everything that determines a run."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -64,6 +65,14 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sparse_from_step < 0:
             raise ValueError(f"sparse_from_step must be at least 0, got {self.sparse_from_step}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, got {self.seed}")
+        for name in ("learning_rate", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if self.clip == 0:
+            raise ValueError(f"clip must be above 0, got {self.clip}")
         for name, known in (("dtype", DTYPES), ("backend", BACKENDS), ("parallel", PARALLEL)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

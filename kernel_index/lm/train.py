@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,9 @@ from kernel_index.dispatch import reload_environment
 from kernel_index.files import write_whole
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import distributed
-from kernel_index.lm.data import IGNORED, Batch, PackedRows, load_documents, unigram_bits_per_byte
-from kernel_index.lm.goodput import Goodput
+from kernel_index.lm.data import IGNORED, Batch, PackedRows, digest, load_documents, unigram_bits_per_byte
+from kernel_index.lm.distributed import is_sharded
+from kernel_index.lm.goodput import PHASES, Goodput
 from kernel_index.lm.model import LanguageModel, flops_per_token
 from kernel_index.lm.run_config import DTYPES, RunConfig, StepReport, read_config, read_metrics
 from kernel_index.lm.tensorboard import EventFile
@@ -55,6 +57,7 @@ class Trainer:
         if self.group.size > 1:
             {"fsdp": distributed.shard, "tensor": distributed.split}[config.parallel](self.model, self.group)
         self.forward = torch.compile(self.model, fullgraph=True) if config.compile else self.model
+        self.digest = digest([*train, *held_out])
         self.rows = PackedRows(train, config.model.context)
         self.validation = self._validation_batches(held_out)
         self.unigram = unigram_bits_per_byte(train, self.validation)
@@ -76,32 +79,44 @@ class Trainer:
 
     @classmethod
     def resume(cls, folder: Path, *, steps: int | None = None, checkpoint_every: int | None = None) -> "Trainer":
-        """Continue the newest checkpoint of a run.  With the run's own ``steps`` the numbers are those of one run."""
-        config = read_config(folder)
-        config = replace(
-            config, steps=steps or config.steps, checkpoint_every=checkpoint_every or config.checkpoint_every
-        )
-        saved = ckpt.read(folder)
+        """Continue the newest checkpoint of a run, or its start where a kill came before the first.
+
+        With the run's own ``steps`` the numbers are those of one run; other ``steps`` become the run's own.
+        """
+        before = read_config(folder)
+        given: dict[str, Any] = {"steps": steps, "checkpoint_every": checkpoint_every}
+        config = replace(before, **{name: value for name, value in given.items() if value is not None})
+        saved = ckpt.read(folder) if ckpt.newest(folder) else None
+        if saved is not None and steps is not None and steps < saved.step:
+            raise ValueError(f"steps must be at least the {saved.step} that the run has behind it, got {steps}")
         trainer = cls(config, folder)
-        ckpt.load_model(trainer.model, saved)
-        if saved.state.get("rows") != len(trainer.rows):
-            raise ckpt.CheckpointError(
-                f"the data has changed since the checkpoint: {saved.state.get('rows')} packed rows then, "
-                f"{len(trainer.rows)} now"
-            )
-        ckpt.load_optimizer(trainer.model, trainer.optimizer, saved.optimizer)
-        trainer.step = saved.step
-        trainer.goodput.earlier = saved.state["seconds"]
+        if saved is not None:
+            trainer._load(saved)
         if trainer.group.rank == 0:
+            if config != before:  # a later resume, or one after a kill, must go on to the same end
+                write_whole(folder / "config.json", json.dumps(config.to_json(), indent=1))
             trainer._trim_metrics()
         return trainer
+
+    def _load(self, saved: ckpt.Checkpoint) -> None:
+        ckpt.load_model(self.model, saved)
+        for what, then, now in (
+            ("packed rows", saved.state.get("rows"), len(self.rows)),
+            ("a digest of", saved.state.get("data"), self.digest),
+        ):
+            if then != now:
+                raise ckpt.CheckpointError(f"the data has changed since the checkpoint: {what} {then} then, {now} now")
+        ckpt.load_optimizer(self.model, self.optimizer, saved.optimizer)
+        self.step = saved.step
+        try:
+            self.goodput.earlier = {name: float(saved.state["seconds"][name]) for name in PHASES}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ckpt.CheckpointError(f"the checkpoint must hold the seconds of every phase: {error!r}") from error
 
     def steps(self) -> Iterator[StepReport]:
         """Train to the end of the run, one report per optimizer step; saves as configured and at the end."""
         c = self.config
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(forced_backend(c.backend))
-            log = stack.enter_context(_Log(self.folder)) if self.group.rank == 0 else None
+        with _Log(self.folder) if self.group.rank == 0 else contextlib.nullcontext() as log:
             while self.step < c.steps:
                 report = self._one_step()
                 if log is not None:
@@ -111,12 +126,29 @@ class Trainer:
                 yield report
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step; refused where a weight is not finite."""
         with self.goodput.phase("checkpoint"):
-            state = {"config": self.config.to_json(), "rows": len(self.rows), "seconds": self.goodput.seconds()}
+            state = {
+                "config": self.config.to_json(),
+                "rows": len(self.rows),
+                "data": self.digest,
+                "seconds": self.goodput.seconds(),
+            }
+            self._check_weights()
             optimizer = ckpt.optimizer_tensors(self.model, self.optimizer)
             found = ckpt.Checkpoint(self.step, self.model.state_dict(), optimizer, state)
             return ckpt.write(self.folder, found, self.group)
+
+    def _check_weights(self) -> None:
+        """A checkpoint that a loss may have ruined must not take the place of a good one."""
+        own = {n: t.to_local() if is_sharded(t) else t for n, t in self.model.state_dict().items()}
+        bad = [n for n, t in own.items() if t.is_floating_point() and not t.isfinite().all()]
+        if self.group.sum(len(bad)):
+            names = ", ".join(bad[:3]) or "those of another process"
+            raise TrainingError(
+                f"the weights are not finite after step {self.step}: {names}; nothing was saved; "
+                f"the last good checkpoint is {ckpt.newest(self.folder) or 'none yet'}"
+            )
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -124,7 +156,7 @@ class Trainer:
         self.model.eval()
         nats, count = 0.0, 0
         for batch in self.validation:
-            with self._autocast():
+            with self._autocast(), forced_backend(self.config.backend):
                 nats += float(self.model.loss(self._here(batch), reduction="sum", z_loss=0.0))
             count += int((batch.targets != IGNORED).sum())
         self.model.train()
@@ -153,7 +185,9 @@ class Trainer:
             rate = self.learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss = self._gradients(batches)
+            torch.manual_seed(self._seed_of_step())
+            with forced_backend(c.backend):  # not around a yield: the caller's own calls are not forced
+                loss = self._gradients(batches)
             norm = self._clip()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise TrainingError(
@@ -173,6 +207,14 @@ class Trainer:
                 validation = self.evaluate()
         tokens = sum(int(batch.valid_counts.sum()) for batch in batches)
         return StepReport(self.step, loss, rate, norm, tokens, seconds, validation)
+
+    def _seed_of_step(self) -> int:
+        """Dropout masks are those of the run's seed, the step, and which of the dealt-out rows these are.
+
+        So a resumed run draws what an uninterrupted one draws, on any device, whatever was drawn in between.
+        """
+        words = np.random.SeedSequence([self.config.seed, self.step, self.group.rank % self.dealt])
+        return int(words.generate_state(1, np.uint64)[0])
 
     def _gradients(self, batches: list[Batch]) -> float:
         """Forward and backward of every micro-batch; the mean loss over all their targets."""

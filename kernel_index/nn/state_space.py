@@ -126,7 +126,7 @@ def _decays(log_a: Tensor, same: Tensor | None) -> Tensor:
 
 
 def _from_start(log_a: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over the last dimension, all of it and up to each place as ``exp``, where the segment from before reaches."""
+    """Sums over the last dimension: all of it, and ``exp`` of those up to each place that the first segment reaches."""
     own = log_a if same is None else torch.where(same, log_a, 0.0)
     sums = own.cumsum(-1)
     return sums[..., -1], sums.exp() if same is None else sums.exp() * same
@@ -265,7 +265,7 @@ class Mamba2(Mixer):
         else:
             at = cache.counts[:, None] + torch.arange(keep, device=joined.device)
             latest = joined.gather(1, at[..., None].expand(-1, -1, joined.shape[-1]))
-        # Replaced, not written to: a backward pass may have kept what this step read.  Like cached keys, without a graph.
+        # Replaced, not written to: a backward pass may have kept what this step read.  Without a graph, like keys.
         cache.conv, cache.scan = latest.detach().to(cache.conv.dtype), state.detach()
 
     def new_state(self, rows: int) -> MixerState:

@@ -214,9 +214,6 @@ OPTIMIZERS = {
     "a moment too few": {"head.weight:exp_avg": None},
     "a moment of another shape": {"head.weight:exp_avg": torch.ones(3)},
     "integers": {"head.weight:step": torch.ones((), dtype=torch.int64)},
-    "no random state": {":rng": None},
-    "a random state that is none": {":rng": torch.zeros(7)},
-    "a random state of another size": {":rng": torch.zeros(7, dtype=torch.uint8)},
 }
 
 
@@ -225,10 +222,8 @@ def test_a_hostile_optimizer_is_refused(copy, change):
     saved = ckpt.read(copy)
     merged = saved.optimizer | OPTIMIZERS[change]
     save_file({n: t for n, t in merged.items() if t is not None}, ckpt.newest(copy) / "optimizer.safetensors")
-    before = torch.get_rng_state()
-    with pytest.raises(ckpt.CheckpointError, match=r"state (is of another model|cannot be read)"):
+    with pytest.raises(ckpt.CheckpointError, match="state is of another model"):
         Trainer.resume(copy)
-    torch.set_rng_state(before)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +245,15 @@ def test_a_state_without_a_configuration(copy, state):
     with pytest.raises(ckpt.CheckpointError, match="must hold a model configuration"):
         load_model(copy)
     with pytest.raises(ckpt.CheckpointError, match="the data has changed"):
+        Trainer.resume(copy)
+
+
+@pytest.mark.parametrize("seconds", [None, 3, {}, {"step": 1.0}, {"step": "one"}])
+def test_a_state_without_the_time_of_every_phase(copy, seconds):
+    path = ckpt.newest(copy) / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "seconds": seconds}))
+    with pytest.raises(ckpt.CheckpointError, match="must hold the seconds of every phase"):
         Trainer.resume(copy)
 
 

@@ -19,33 +19,7 @@ from kernel_index.lm import commands
 from kernel_index.lm.generate import generate, load_model
 from kernel_index.lm.report import receipt_rows
 from kernel_index.lm.train import RunConfig, Trainer, TrainingError, read_metrics
-
-SOURCE = "def function_{0}(value):\n    return value + {0}\n\n\nclass Thing{0}:\n    name = 'thing {0}'\n"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(80):
-        (folder / f"module_{i}.py").write_text(SOURCE.format(i) * (1 + i % 4))
-    return folder
-
-
-def config(corpus, **changes) -> RunConfig:
-    base = RunConfig.from_preset("nano", data=str(corpus), checkpoint_every=4, seed=3)
-    return replace(base, **{"steps": 12, "evaluate_every": 6, **changes})
-
-
-def losses(folder):
-    return [(m.step, m.loss, m.validation, m.gradient_norm) for m in read_metrics(folder)]
-
-
-@pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    trainer = Trainer.start(config(corpus), folder)
-    list(trainer.steps())
-    return trainer
+from tests.lm.runs import config, losses
 
 
 def test_it_learns(corpus, tmp_path):
@@ -61,23 +35,6 @@ def test_same_seed_same_bits(finished, corpus, tmp_path):
     other = Trainer.start(config(corpus, seed=4), tmp_path / "other")
     next(other.steps())
     assert losses(other.folder)[0] != losses(finished.folder)[0]
-
-
-@pytest.mark.parametrize("stop_after", [4, 7])
-def test_resume_continues_bit_for_bit(finished, corpus, tmp_path, stop_after):
-    """Stopping at a checkpoint or between two: steps after the checkpoint are done again, with the same bits."""
-    folder = tmp_path / "run"
-    trainer = Trainer.start(config(corpus), folder)
-    for report in trainer.steps():
-        if report.step == stop_after:
-            break
-    del trainer
-    resumed = Trainer.resume(folder)
-    assert resumed.step == 4
-    list(resumed.steps())
-    assert losses(folder) == losses(finished.folder)
-    for name, tensor in finished.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
 def test_only_the_newest_checkpoints_are_kept(finished):
@@ -131,20 +88,6 @@ def test_checkpoint_of_another_model_is_refused(finished, corpus, tmp_path):
     with pytest.raises(ckpt.CheckpointError, match=r"of another model: .*up\.weight"):
         ckpt.load_model(other.model, ckpt.read(finished.folder))
     assert all(torch.equal(before[n], t) for n, t in other.model.state_dict().items())
-
-
-def test_changed_data_is_refused(finished, corpus, tmp_path):
-    folder = tmp_path / "run"
-    trainer = Trainer.start(config(corpus), folder)
-    trainer.save()
-    settings = json.loads((folder / "config.json").read_text())
-    smaller = tmp_path / "smaller"
-    smaller.mkdir()
-    for path in sorted(corpus.iterdir())[:50]:
-        (smaller / path.name).write_bytes(path.read_bytes())
-    (folder / "config.json").write_text(json.dumps({**settings, "data": str(smaller)}))
-    with pytest.raises(ckpt.CheckpointError, match="the data has changed"):
-        Trainer.resume(folder)
 
 
 def test_packed_documents_cost_what_they_cost_alone(finished, corpus):
@@ -276,6 +219,8 @@ def test_full_disk_stops_clearly_and_keeps_the_last_checkpoint(corpus, tmp_path)
         (("train", "--data", "/nowhere/at/all"), "--data must be a folder"),
         (("train", "--resume", "--out", "/nowhere/at/all"), "cannot read the run's configuration"),
         (("train", "--dtype", "int8"), "dtype must be one of"),
+        (("train", "--glob", "/etc/*"), "--glob must be a pattern of paths below the folder"),
+        (("train", "--steps", "3", "--set", "steps=4"), "--set steps must not repeat --steps, got 4 beside 3"),
         (("generate", "--checkpoint", "/nowhere/at/all"), "must be a checkpoint"),
     ],
 )
@@ -295,11 +240,11 @@ def test_resume_refuses_another_seed(finished):
 
 def test_settings_reach_the_run_and_wrong_ones_are_named(corpus, tmp_path):
     out = tmp_path / "run"
-    args = ("train", "--preset", "nano", "--data", corpus, "--out", out, "--steps", 1)
+    args = ("train", "--preset", "nano", "--data", corpus, "--out", out, "--set", "steps=1")
     done = cli(*args, "--set", "accumulate=2", "--set", "recompute=true", "--set", "clip=2", "--backend", "reference")
     assert done.returncode == 0, done.stderr
     saved = json.loads((out / "config.json").read_text())
-    assert (saved["accumulate"], saved["recompute"], saved["clip"]) == (2, True, 2.0)
+    assert (saved["steps"], saved["accumulate"], saved["recompute"], saved["clip"]) == (1, 2, True, 2.0)
     for bad, message in (
         ("depth=3", "--set must be NAME=VALUE with a name of "),
         ("accumulate=true", "--set accumulate must be of type int, got 'true'"),
