@@ -33,7 +33,8 @@ class SparseAttention(Mixer):
     The routers of blocks have no parameters.  While it trains, the indexer learns by a loss of its own, which joins the
     gradient at this layer's result and reaches nothing but the indexer: ``ki.lightning_indexer_loss``.
 
-    ``dense = True`` attends to everything instead, for a dense warm-up, and so that the two can be compared.
+    ``dense = True`` attends to everything instead, for a dense warm-up, and so that the two can be compared.  The
+    indexer learns meanwhile, from what it would have picked.
     ``hierarchy = (ratio, topc)`` lets ``"clustered"`` score groups of blocks first; ``report_unions = True`` joins the
     picks of a tile by ``ki.union_selection`` before anything else, so that its receipt tells how much they share.
 
@@ -104,9 +105,10 @@ class SparseAttention(Mixer):
     def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: "ki.MaskContract") -> Tensor:
         if self.kind == "exact_token":
             assert self.index is not None
-            picked = None if self.dense else self.index.pick(x, self.index.keys(x), self.tokens, mask)
-            out = ki.exact_token_attention(q, k, v, picked, mask=mask)
-            if picked is None or not (self.index_loss and self.training and torch.is_grad_enabled()):
+            learns = bool(self.index_loss) and self.training and torch.is_grad_enabled()
+            picked = self.index.pick(x, self.index.keys(x), self.tokens, mask) if learns or not self.dense else None
+            out = ki.exact_token_attention(q, k, v, None if self.dense else picked, mask=mask)
+            if picked is None or not learns:
                 return out
             return _JoinLoss.apply(out, self.index_loss * ki.lightning_indexer_loss(picked, q, k))
         if self.dense:

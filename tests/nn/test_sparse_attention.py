@@ -191,6 +191,18 @@ def test_the_indexer_learns_by_its_own_loss_alone():
             assert torch.equal(grad, grads[0.0][name]), name
 
 
+def test_the_indexer_learns_while_attention_is_still_dense():
+    """Else the first sparse step would read what a random indexer picks; the result itself is that of everything."""
+    mixer, x = layer("exact_token"), stream()
+    mixer.dense = True
+    out = run(mixer, x)
+    out.square().sum().backward()
+    assert all(p.grad.any() for p in mixer.index.parameters())
+    with torch.no_grad(), ki.receipts() as log:
+        assert torch.equal(run(mixer, x), out)
+    assert "lightning_indexer" not in {r.op for r in log}
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be one of 'exact_token', 'moba', 'clustered', got 'dense'"):
         layer("dense")

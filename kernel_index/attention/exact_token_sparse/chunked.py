@@ -17,7 +17,7 @@ from kernel_index.attention.exact_token_sparse.selection import TokenSelection, 
 from kernel_index.sparse.ordered import NOTHING, best_keys, place_of, score_of
 
 CHUNK = 64
-"""Queries of a chunk."""
+"""Queries of a chunk; on a GPU, where a launch costs what a chunk of few keys does, as many as make a tile."""
 
 ELEMENTS = 1 << 22
 """Products of a tile, or fetched numbers of a chunk, at once; 16 times as many on a GPU."""
@@ -52,10 +52,11 @@ def _run_topk(
     indices, scores = _allocate_topk(q, k, weights, start, end, topk)
     indices.fill_(-1)
     scores.fill_(-torch.inf)
-    tile = max(256, _at_once(q) // max(1, batch * CHUNK * heads))
+    chunk = CHUNK if q.device.type == "cpu" else max(CHUNK, _at_once(q) // max(1, batch * heads * keys))
+    tile = max(256, _at_once(q) // max(1, batch * chunk * heads))
     k = _wide(k)
-    for t0 in range(0, queries, CHUNK):
-        t = slice(t0, min(t0 + CHUNK, queries))
+    for t0 in range(0, queries, chunk):
+        t = slice(t0, min(t0 + chunk, queries))
         low, high = _visible(start, end, t, keys, (offset, left, right))
         best = torch.empty((batch, t.stop - t.start, 0), dtype=torch.int64, device=q.device)
         for s0 in range(low, high, tile):
@@ -111,7 +112,8 @@ def _run_backward(g: Tensor, q: Tensor, k: Tensor, weights: Tensor, indices: Ten
         if d_k.device.type == "cpu":
             d_k.index_add_(0, rows, d_rows)
         else:
-            d_k.index_put_((rows,), d_rows, accumulate=True)  # sorted, where index_add_ is not
+            # Sorted, where index_add_ is not, and a key that many picked is summed by many threads.
+            d_k += torch.ops.aten.embedding_dense_backward(d_rows, rows, len(d_k), -1, False)
     return d_q, d_k.view(k.shape).to(k.dtype), d_w
 
 

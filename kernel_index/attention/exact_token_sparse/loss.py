@@ -8,7 +8,7 @@ from kernel_index.attention.dense_attention.contract import scale_of
 from kernel_index.attention.exact_token_sparse.selection import TokenSelection
 
 ELEMENTS = 1 << 22
-"""Fetched numbers of a chunk of queries at once."""
+"""Fetched numbers of a chunk of queries at once; 16 times as many on a GPU."""
 
 
 def lightning_indexer_loss(
@@ -64,14 +64,19 @@ def attention_shares(selection: TokenSelection, q: Tensor, k: Tensor, scale: flo
     shares = torch.zeros(selection.indices.shape, dtype=dtype, device=q.device)
     if keys == 0:
         return shares
-    rows = torch.arange(batch, device=q.device)[:, None, None]
-    step = max(1, ELEMENTS // max(1, batch * selection.indices.shape[2] * kv_heads * width))
+    # A pick of a key head is a row of its own, so that the products need no other order.
+    vectors = k.reshape(batch * keys * kv_heads, width)
+    first = torch.arange(batch, device=q.device)[:, None, None] * keys
+    head = torch.arange(kv_heads, device=q.device)[:, None]
+    at_once = ELEMENTS if q.device.type == "cpu" else 16 * ELEMENTS
+    step = max(1, at_once // max(1, batch * selection.indices.shape[2] * kv_heads * width))
     for t in range(0, queries, step):
         at = slice(t, t + step)
         valid = selection.valid[:, at, None, None]
-        fetched = k[rows, selection.indices[:, at].long().clamp(min=0)].to(dtype)
+        row = ((selection.indices[:, at].long().clamp(min=0) + first) * kv_heads).unsqueeze(2) + head
+        fetched = vectors.index_select(0, row.flatten()).view(*row.shape, width).to(dtype)
         own = q[:, at].to(dtype).unflatten(2, (kv_heads, heads // kv_heads))
-        z = torch.einsum("btkgd,btnkd->btkgn", own, fetched) * scale
+        z = own @ fetched.transpose(-1, -2) * scale
         z = softcap * torch.tanh(z / softcap) if softcap else z
         z = z.masked_fill(~valid, -torch.inf).masked_fill(~valid.any(-1, keepdim=True), 0.0)
         shares[:, at] = z.softmax(-1).masked_fill(~valid, 0.0).mean((2, 3))
