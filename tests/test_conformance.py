@@ -179,13 +179,13 @@ def test_one_graph_over_several_sizes_then_inductor(suite, backend):
     def call(kwargs):
         return suite.function(**kwargs, backend=backend)
 
-    traced: list[str] = []
+    traced: list[str] = []  # which backend each trace took
 
     def trial(compiled, size):
         kwargs = suite.sized(Maker(torch.float32), size)
         with ki.receipts() as log:
             actual = run(lambda **kw: compiled(kw), kwargs, names)
-        traced.extend(r.op for r in log if r.op == suite.op)
+        traced.extend(r.ran for r in log if r.op == suite.op)
         expected = run(suite.function, kwargs, names, backend="reference")
         for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
             assert relative_error(a, e) <= 8 * floor(torch.float32)
@@ -203,9 +203,9 @@ def test_one_graph_over_several_sizes_then_inductor(suite, backend):
     for size in (13, 21, 9):
         trial(compiled, size)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert traced == [suite.op], "one receipt for one trace"
+    assert len(traced) == 1, "one receipt for one trace"
     torch._dynamo.reset()
-    if backend == "reference":  # plain PyTorch: what Inductor makes of it is Inductor's, and takes longest to compile
+    if traced == ["reference"]:  # plain PyTorch: what Inductor makes of it is Inductor's, and takes longest to compile
         return
     with fresh_inductor_cache():
         trial(torch.compile(call, fullgraph=True, dynamic=True), 9)
