@@ -274,17 +274,31 @@ def test_changing_the_counts_in_place_changes_the_result():
     assert not mask.dense(seq_len=4).any()
 
 
-def test_a_result_that_somebody_wrote_to_is_not_given_out_again():
-    mask = ki.MaskContract(window=(2, 0))
-    mask.dense(1, 4).zero_()
-    assert mask.dense(1, 4).any()
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("ids", [None, [[4, 4, 7, 7]]])
+def test_a_result_that_somebody_wrote_to_is_not_given_out_again(inference, ids):
+    with torch.inference_mode(inference):
+        mask = ki.MaskContract(window=(2, 0), doc_ids=None if ids is None else torch.tensor(ids))
+        mask.dense(1, 4).zero_()
+        assert mask.dense(1, 4).any()
+        mask.row_intervals(mask.sizes(1, 4)).end.zero_()
+        assert mask.intervals(1, 4).end.any()
 
 
-def test_a_mask_kept_in_inference_mode_is_not_given_to_training():
+def test_a_mask_kept_in_inference_mode_serves_training(built):
     mask = ki.MaskContract(window=(2, 0))
     with torch.inference_mode():
-        mask.dense(1, 4)
-    assert not mask.dense(1, 4).is_inference()
+        kept = mask.dense(1, 4)
+    assert mask.dense(1, 4) is kept
+    assert len(built) == 1
+    assert not kept.is_inference()
+
+
+def test_inference_shares_a_mask_among_layers(built):
+    with torch.inference_mode():
+        mask = ki.MaskContract(window=(4, 0), doc_ids=packed(13).clone())
+        assert mask.dense() is mask.dense()
+        assert len(built) == 1
 
 
 def test_nothing_fake_outlives_its_mode():

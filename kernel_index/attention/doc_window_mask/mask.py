@@ -278,10 +278,10 @@ class MaskContract:
         """
         blocks = (block_size, block_size) if isinstance(block_size, int) else block_size
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
-        bounds = self.intervals(batch_size, seq_len, kv_len, device=device)
-        plan = self.block_plan(*blocks, batch_size, seq_len, kv_len, device=device)
 
         def build() -> tuple[Any]:
+            bounds = self.intervals(batch_size, seq_len, kv_len, device=device)
+            plan = self.block_plan(*blocks, batch_size, seq_len, kv_len, device=device)
             return (lowerings.flex_block_mask(plan, bounds, sizes, blocks),)
 
         return self.remember("flex_block_mask", (blocks, sizes), build)[0]

@@ -18,14 +18,17 @@ def recall(
     """
     if not _keepable(sources):
         return build()
-    key = (*key, torch.is_inference_mode_enabled())  # a tensor of inference mode cannot be saved for a backward
     if name in kept:
         old_key, states, value, versions = kept[name]
         if old_key == key and _versions(value) == versions and all(map(_unchanged, sources, states)):
             return value
     states = tuple(map(_state, sources))
-    value = build()
-    kept[name] = (key, states, value, _versions(value))
+    with torch.inference_mode(False), torch.no_grad():  # a tensor of that mode counts no versions and has no backward
+        value = build()
+    if any(t.is_inference() for t in _tensors(value)):  # a view of a source that was made in the mode
+        kept.pop(name, None)
+    else:
+        kept[name] = (key, states, value, _versions(value))
     return value
 
 
@@ -50,6 +53,10 @@ def _unchanged(source: Tensor | None, state: Any) -> bool:
     return state == (source._version, source.data_ptr())
 
 
-def _versions(value: Any) -> tuple[int | None, ...]:
+def _versions(value: Any) -> tuple[int, ...]:
+    return tuple(t._version for t in _tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
     parts = (value,) if isinstance(value, Tensor) else value
-    return tuple(t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in parts)
+    return [t for t in parts if isinstance(t, Tensor)]
