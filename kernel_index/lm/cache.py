@@ -1,20 +1,34 @@
 """What a model remembers while it generates: pages for attention of every kind, states for the mixers."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index import checks
 from kernel_index.nn import MLA, Attention, ExactTokenCache, Mamba2, MixerState, PagedLatentCache, SparseAttention
+
+
+@dataclass
+class _Step:
+    """A step under way: of what sequences, how many tokens of each, how many of those are real, and who was served."""
+
+    sequences: list[int]
+    tokens: int
+    counts: list[int]
+    states: list[MixerState]
+    served: set[int] = field(default_factory=set)
 
 
 class ModelCache:
     """One set of sequences over the caches of all blocks: ``pools`` of pages by kind, and states.
 
-    A step is ``begin``, then ``layer`` for each block, then ``advance``.  ``mixing`` is what the
-    hyper-connections of the latest prompt mixed their streams by.
+    A step is ``begin``, then ``layer`` for each block, then ``advance``; ``begin`` abandons a step that was not
+    advanced.  ``mixing`` is what the hyper-connections of the latest prompt mixed their streams by.
 
     Args:
         mixers: the mixer of every block, None for blocks without one.
@@ -23,87 +37,126 @@ class ModelCache:
     """
 
     def __init__(self, mixers: Sequence[nn.Module | None], tokens: int, page_size: int = 16):
-        self.mixers, pages = list(mixers), -(-tokens // page_size)
+        checks.is_int("tokens", tokens, minimum=1)
+        checks.is_int("page_size", page_size, minimum=1)
+        self.mixers, self.tokens, pages = list(mixers), tokens, -(-tokens // page_size)
         self.mixing: Tensor | None = None
+        self._places = _places(self.mixers)
         self.pools: dict[str, ki.PagedKVCache] = {}
-        for name in dict.fromkeys(pool for mixer in mixers for pool in _pools_of(mixer)):
-            users = [m for m in mixers if name in _pools_of(m)]
+        for name in dict.fromkeys(kind for place in self._places for kind, _ in place if kind != "state"):
+            users = [m for m in mixers if name in _kinds_of(m)]
             self.pools[name] = _new_pool(name, users[0], (len(users), pages, page_size))
         self._next = 0
         self._lengths: dict[int, int] = {}
         self._states: dict[int, list[MixerState]] = {}
-        self._step: tuple[list[int], list[int]] = ([], [])
-        self._stepping: list[MixerState] = []
-        self._served = dict.fromkeys((*self.pools, "state"), 0)
+        self._step: _Step | None = None
+        self._latest: list[int] = []
 
     def allocate(self) -> int:
         """A new, empty sequence."""
         for pool in self.pools.values():
             pool.allocate()
-        return self._add(0, [m.new_state(1) for m in self._state_mixers()])
+        with torch.inference_mode(False):  # states outlive the mode that they are made in, as pages do
+            states = [m.new_state(1) for m in self.mixers if isinstance(m, Mamba2)]
+        return self._add(0, states)
 
     def share(self, sequence: int) -> int:
         """A new sequence with the same tokens: pages are shared until one of the two writes, states are copied."""
+        length = self.length(sequence)
         for pool in self.pools.values():
             pool.share(sequence)
-        states = [MixerState(s.conv.clone(), s.scan.clone()) for s in self._states[sequence]]
-        return self._add(self._lengths[sequence], states)
+        with torch.inference_mode(False):
+            states = [_row(state, 0) for state in self._states[sequence]]
+        return self._add(length, states)
 
     def free(self, sequence: int) -> None:
-        """Forget a sequence."""
+        """Forget a sequence.  Abandons a step that it is part of."""
+        self.length(sequence)
         for pool in self.pools.values():
             pool.free(sequence)
         del self._lengths[sequence], self._states[sequence]
+        if self._step is not None and sequence in self._step.sequences:
+            self._step = None
 
     def length(self, sequence: int) -> int:
         """Tokens of a sequence."""
+        if sequence not in self._lengths:
+            raise ValueError(f"sequence must be one that was allocated and not freed, got {sequence!r}")
         return self._lengths[sequence]
 
     def begin(self, sequences: Sequence[int], tokens: int, counts: Sequence[int] | None = None) -> None:
-        """Open a step of so many tokens in each sequence, of which only the first ``counts`` are real."""
+        """Open a step of so many tokens in each sequence, of which only the first ``counts`` are real.
+
+        Raises:
+            ValueError: a sequence is not there or named twice, a count is not from 0 to ``tokens``, or there is no room
+                (``OutOfPages`` where the model has pages).  Nothing was changed.
+        """
         chosen = list(sequences)
-        for pool in self.pools.values():
+        self._check_step(chosen, tokens, counts)
+        for pool in self.pools.values():  # all of the same pages: the first refuses what the others would
             pool.begin(chosen, tokens)
         kept = [tokens] * len(chosen) if counts is None else list(counts)
-        self._step = chosen, kept
-        self._served = dict.fromkeys(self._served, 0)
-        self._stepping = []
-        for layer in range(len(self._state_mixers())):
-            rows = [self._states[s][layer] for s in chosen]
-            real = None if counts is None else torch.tensor(kept, device=rows[0].conv.device)
-            joined = MixerState(torch.cat([r.conv for r in rows]), torch.cat([r.scan for r in rows]), real)
-            self._stepping.append(joined)
+        states: list[MixerState] = []
+        with torch.inference_mode(False):
+            for rows in zip(*(self._states[s] for s in chosen), strict=True):
+                real = None if counts is None else torch.tensor(kept, device=rows[0].conv.device)
+                joined = MixerState(torch.cat([r.conv for r in rows]), torch.cat([r.scan for r in rows]), real)
+                states.append(joined)
+        self._step, self._latest = _Step(chosen, tokens, kept, states), chosen
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse tokens that are not those of the step: what it was begun for has its places already."""
+        step = self._open()
+        checks.has_shape("tokens", tokens, (len(step.sequences), step.tokens), "[B, T] of the step")
 
     def layer(self, block: int) -> Any:
-        """What the mixer of a block takes as its cache in this step; blocks are asked for in order."""
-        mixer = self.mixers[block]
-        if mixer is None:
-            return None
-        if isinstance(mixer, Mamba2):
-            return self._stepping[self._turn("state")]
-        layers = [self.pools[pool].layer(self._turn(pool)) for pool in _pools_of(mixer)]
-        return layers[0] if len(layers) == 1 else ExactTokenCache(*layers)
+        """What the mixer of a block takes as its cache in this step, once for each block."""
+        step = self._open()
+        if block in step.served:
+            raise ValueError(f"block must be one not yet served in this step, got {block}")
+        step.served.add(block)
+        parts = [step.states[n] if kind == "state" else self.pools[kind].layer(n) for kind, n in self._places[block]]
+        if len(parts) > 1:
+            return ExactTokenCache(*parts)
+        return parts[0] if parts else None
 
     def advance(self) -> None:
         """Count the real tokens of the step as seen."""
-        chosen, kept = self._step
+        step = self._open()
+        missing = [i for i, place in enumerate(self._places) if place and i not in step.served]
+        if missing:
+            raise ValueError(f"advance must be called after every block of the step, got none for {missing}")
         for pool in self.pools.values():
-            pool.advance(kept)
-        for row, sequence in enumerate(chosen):
-            self._lengths[sequence] += kept[row]
-            at = slice(row, row + 1)
-            self._states[sequence] = [MixerState(s.conv[at].clone(), s.scan[at].clone()) for s in self._stepping]
+            pool.advance(step.counts)
+        with torch.inference_mode(False):
+            for row, sequence in enumerate(step.sequences):
+                self._lengths[sequence] += step.counts[row]
+                self._states[sequence] = [_row(state, row) for state in step.states]
+        self._step = None
 
     def lengths(self) -> list[int]:
-        """Tokens of the step's sequences before it."""
-        return [self._lengths[s] for s in self._step[0]]
+        """Tokens of the sequences of the latest step, which counts once it has advanced."""
+        return [self._lengths[s] for s in self._latest]
 
-    def _turn(self, kind: str) -> int:
-        self._served[kind] += 1
-        return self._served[kind] - 1
+    def _check_step(self, chosen: list[int], tokens: int, counts: Sequence[int] | None) -> None:
+        checks.is_int("tokens", tokens, minimum=1)
+        if not chosen:
+            raise ValueError("sequences must be at least one, got none")
+        unknown = [s for s in chosen if s not in self._lengths]
+        if unknown:
+            raise ValueError(f"sequences must be allocated and not freed, got {unknown[0]!r}")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"sequences must be different from each other, got {chosen}")
+        n = len(chosen)
+        if counts is not None and not (len(counts) == n and all(isinstance(c, int) and 0 <= c <= tokens for c in counts)):
+            raise ValueError(f"counts must be {n} numbers from 0 to {tokens}, got {list(counts)}")
+        if not self.pools and (room := self.tokens - sum(self._lengths.values())) < n * tokens:
+            raise ValueError(f"tokens must be at most {room} in all, the room left, got {n * tokens}")
 
-    def _state_mixers(self) -> list[Mamba2]:
-        return [m for m in self.mixers if isinstance(m, Mamba2)]
+    def _open(self) -> _Step:
+        if self._step is None:
+            raise ValueError("begin must be called before a step's layers, got no step under way")
+        return self._step
 
     def _add(self, length: int, states: list[MixerState]) -> int:
         self._next += 1  # pools see the same calls, so that they give a sequence the same number
@@ -111,8 +164,26 @@ class ModelCache:
         return self._next - 1
 
 
-def _pools_of(mixer: nn.Module | None) -> tuple[str, ...]:
-    """The pools that a mixer keeps its pages in."""
+def _row(state: MixerState, row: int) -> MixerState:
+    """A copy of one row, a constant to whatever comes later."""
+    conv, scan = (t.detach()[row : row + 1].clone() for t in (state.conv, state.scan))
+    return MixerState(conv, scan)
+
+
+def _places(mixers: Sequence[nn.Module | None]) -> list[list[tuple[str, int]]]:
+    """For each block the kinds of memory that it has, and its number among the blocks that have it too."""
+    seen: Counter[str] = Counter()
+    places: list[list[tuple[str, int]]] = []
+    for mixer in mixers:
+        places.append([(kind, seen[kind]) for kind in _kinds_of(mixer)])
+        seen.update(_kinds_of(mixer))
+    return places
+
+
+def _kinds_of(mixer: nn.Module | None) -> tuple[str, ...]:
+    """The pools that a mixer keeps its pages in, or ``"state"``."""
+    if isinstance(mixer, Mamba2):
+        return ("state",)
     if isinstance(mixer, Attention):
         return ("attention",)
     if isinstance(mixer, SparseAttention):  # apart from the others: block means are kept for all layers of a pool
@@ -123,10 +194,15 @@ def _pools_of(mixer: nn.Module | None) -> tuple[str, ...]:
 def _new_pool(name: str, mixer: nn.Module | None, sizes: tuple[int, int, int]) -> ki.PagedKVCache:
     """A pool for mixers like this one; ``sizes`` are layers, pages and tokens of a page."""
     if isinstance(mixer, MLA):
-        like, width = mixer.norm, mixer.latent + mixer.rope_dim
-        return PagedLatentCache(*sizes, width, dtype=like.dtype, device=like.device)
+        return PagedLatentCache(*sizes, mixer.latent + mixer.rope_dim, **_like(mixer.norm))
     assert isinstance(mixer, Attention | SparseAttention)
-    like = mixer.k.weight
+    options = _like(mixer.k.weight)
     if name == "index" and isinstance(mixer, SparseAttention) and mixer.index is not None:
-        return PagedLatentCache(*sizes, mixer.index.k.out_features, dtype=like.dtype, device=like.device)
-    return ki.PagedKVCache(*sizes, mixer.kv_heads, mixer.head_dim, dtype=like.dtype, device=like.device)
+        return PagedLatentCache(*sizes, mixer.index.k.out_features, **options)
+    return ki.PagedKVCache(*sizes, mixer.kv_heads, mixer.head_dim, **options)
+
+
+def _like(weight: Tensor) -> dict[str, Any]:
+    """Where keys are made, and in what precision: that of autocast where it is on."""
+    on = checks.is_autocast(weight.device)
+    return {"dtype": torch.get_autocast_dtype(weight.device.type) if on else weight.dtype, "device": weight.device}

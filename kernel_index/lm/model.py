@@ -168,6 +168,7 @@ class LanguageModel(nn.Module):
         are padded to one length, ``counts`` [B] says how many of their tokens are real.  The caller begins and advances
         the step.
         """
+        cache.check_tokens(tokens)
         new = torch.arange(tokens.shape[1], device=tokens.device)
         at = (start[:, None] if isinstance(start, Tensor) else start) + new[None]
         ropes = self._rope_tables(at)

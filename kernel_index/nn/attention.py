@@ -50,7 +50,9 @@ class Attention(Mixer):
         v_BTKD = self.v(x_BTC).view(B, T, -1, self.head_dim)
         q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
         if cache is not None:
-            out_BTHD = ki.fa4_kvcache_decode(q_BTHD, k=k_BTKD, v=v_BTKD, window_size=(self.window, 0), **cache)
+            dtype = cache["k_cache"].dtype  # autocast may be on now and not where the cache was made, or the reverse
+            new = {"k": k_BTKD.to(dtype), "v": v_BTKD.to(dtype), "window_size": (self.window, 0)}
+            out_BTHD = ki.fa4_kvcache_decode(q_BTHD.to(dtype), **new, **cache).to(q_BTHD.dtype)
         elif mask is not None:
             out_BTHD = ki.attention(q_BTHD, k_BTKD, v_BTKD, mask)
         else:

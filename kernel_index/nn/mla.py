@@ -92,8 +92,10 @@ class MLA(Mixer):
         q_BTHL = torch.einsum("bthn,hnl->bthl", q_BTHN, k_HNL)
         scale = (row_BT1W.shape[-1] / (self.rope_dim + self.head_dim)) ** 0.5  # undoes the decode's 1/√(L + R)
         q_BTHW = torch.cat([q_BTHL, q_rope.to(q_BTHL.dtype)], -1) * scale
+        dtype = cache["k_cache"].dtype  # autocast may be on now and not where the cache was made, or the reverse
+        q_BTHW, row_BT1W = q_BTHW.to(dtype), row_BT1W.to(dtype)
         out_BTHL = ki.fa4_kvcache_decode(q_BTHW, k=row_BT1W, v=row_BT1W, **cache)[..., : self.latent]
-        return torch.einsum("bthl,hdl->bthd", out_BTHL, v_HDL)
+        return torch.einsum("bthl,hdl->bthd", out_BTHL.to(q_BTHL.dtype), v_HDL)
 
 
 class PagedLatentCache(ki.PagedKVCache):

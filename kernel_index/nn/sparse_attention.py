@@ -95,7 +95,10 @@ class SparseAttention(Mixer):
         v_BTKD = self.v(x_BTC).view(B, T, -1, self.head_dim)
         q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
         if cache is not None:
-            out_BTHD = self._decode(x_BTC, q_BTHD, k_BTKD, v_BTKD, cache)
+            kept = cache.attention if isinstance(cache, ExactTokenCache) else cache
+            dtype = kept["k_cache"].dtype  # autocast may be on now and not where the cache was made, or the reverse
+            new = (t.to(dtype) for t in (q_BTHD, k_BTKD, v_BTKD))
+            out_BTHD = self._decode(x_BTC, *new, cache).to(q_BTHD.dtype)
         elif mask is not None:
             out_BTHD = self._attend(x_BTC, q_BTHD, k_BTKD, v_BTKD, mask)
         else:
@@ -237,13 +240,13 @@ class Indexer(nn.Module):
 
     def pick(self, x_BTC: Tensor, keys_BSI: Tensor, topk: int, mask: "ki.MaskContract") -> "ki.TokenSelection":
         """The ``topk`` tokens, of those whose keys these are, for each query."""
-        x = x_BTC.detach()
-        q_BTJI = self.q(x).unflatten(-1, (self.heads, -1))
-        return ki.lightning_indexer(q_BTJI, keys_BSI, self.w(x), topk=topk, mask=mask)
+        x, dtype = x_BTC.detach(), keys_BSI.dtype
+        q_BTJI = self.q(x).to(dtype).unflatten(-1, (self.heads, -1))
+        return ki.lightning_indexer(q_BTJI, keys_BSI, self.w(x).to(dtype), topk=topk, mask=mask)
 
     def remember(self, x_BTC: Tensor, cache: "ki.CacheLayer") -> Tensor:
         """Write the keys of new tokens; all cached keys, one row for each slot of the pool."""
-        new = self.keys(x_BTC)[:, :, None]
+        new = self.keys(x_BTC)[:, :, None].to(cache["k_cache"].dtype)
         cache.write(new, new)
         return cache["k_cache"].flatten(0, 2)
 

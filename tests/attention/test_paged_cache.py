@@ -242,3 +242,15 @@ def test_contiguous_cache_refuses_what_does_not_fit():
     assert cache.lengths == [0, 1]
     assert not cache.k[:, 0].any()
     assert cache.k[0, 1, 0].all()
+
+
+@pytest.mark.parametrize("make", [ki.PagedKVCache, ki.ContiguousKVCache])
+def test_a_cache_made_in_inference_mode_is_written_outside(make):
+    x = torch.ones(1, 2, HEADS, WIDTH, requires_grad=True)
+    with torch.inference_mode():
+        cache = make(LAYERS, 1, PAGE, HEADS, WIDTH)
+        cache.begin(*([cache.allocate()],) if make is ki.PagedKVCache else (), 2)
+    for layer in range(LAYERS):
+        ki.fa4_kvcache_decode(x, k=x, v=x, **cache.layer(layer)).sum().backward()
+    cache.advance()
+    assert x.grad.any()

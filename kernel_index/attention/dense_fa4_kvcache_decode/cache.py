@@ -39,12 +39,13 @@ class KVCache(ABC):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
         checks.is_device("device", device)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a cache outlives the mode that it is made in
+            self.k = torch.zeros(shape, dtype=dtype, device=device)
+            self.v = torch.zeros(shape, dtype=dtype, device=device)
+            self._scratch = torch.empty(0, dtype=dtype, device=device)
         self.counters = CacheCounters()
         self._step: _Step | None = None
         self._means: dict[int, BlockMeans] = {}  # by block size, from the first time that somebody asks
-        self._scratch = torch.empty(0, dtype=dtype, device=device)
 
     @property
     def layers(self) -> int:
@@ -99,8 +100,9 @@ class KVCache(ABC):
 
     def _begin(self, names: list[int], lengths: list[int], tokens: int, table: list[list[int]] | None) -> None:
         device = self.k.device
-        ids = None if table is None else torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
-        at = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+        with torch.inference_mode(False):
+            ids = None if table is None else torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
+            at = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
         pages = [None] * len(names) if table is None else table
         rows = [Row(name, n, n + tokens, p) for name, n, p in zip(names, lengths, pages, strict=True)]
         self._step = _Step(tokens, at, ids, set(), rows)

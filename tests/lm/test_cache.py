@@ -1,0 +1,196 @@
+"""A model's cache refuses a step that nobody can fulfil, and serves every mode that PyTorch computes in."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+
+from tests.lm.test_generate import CONTEXT, KINDS
+
+MODES = {"gradients": torch.enable_grad, "none": torch.no_grad, "inference": torch.inference_mode}
+MIXED = {"off": contextlib.nullcontext, "on": lambda: torch.autocast("cpu", torch.bfloat16)}
+
+
+def prompt(tokens=8):
+    return torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(0))
+
+
+def step(model, cache, sequence, tokens):
+    """Logits behind these tokens of one sequence."""
+    start = cache.length(sequence)
+    cache.begin([sequence], len(tokens))
+    logits = model.decode(tokens[None], start, cache)
+    cache.advance()
+    return logits[0]
+
+
+@pytest.mark.parametrize("modes", list(itertools.product(MODES, MODES, MODES)), ids="-".join)
+@pytest.mark.parametrize("kind", ["MASLSSE", "AE", "M"])
+def test_a_cache_made_in_one_mode_is_used_in_any_other(kind, modes):
+    """Made, filled and shared, then read from, each in a mode of its own."""
+    model, tokens = KINDS[kind], prompt()
+    with torch.no_grad():
+        expected = model.next_logits(tokens)
+    with MODES[modes[0]]():
+        cache = model.new_cache(2 * CONTEXT, page_size=4)
+        first = cache.allocate()
+    with MODES[modes[1]]():
+        step(model, cache, first, tokens[:5])
+        second = cache.share(first)
+    for sequence in (first, second):
+        with MODES[modes[2]]():
+            logits = step(model, cache, sequence, tokens[5:])
+        torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-4)
+        assert logits.requires_grad == (modes[2] == "gradients")
+
+
+@pytest.mark.parametrize("kind", ["M", "MASLSSE"])
+def test_a_step_begun_in_inference_mode_is_decoded_outside(kind):
+    model, tokens = KINDS[kind], prompt()
+    cache = model.new_cache(CONTEXT, page_size=4)
+    sequence = cache.allocate()
+    with torch.inference_mode():
+        cache.begin([sequence], 8, [8])
+    assert model.decode(tokens[None], 0, cache).requires_grad
+    cache.advance()
+
+
+@pytest.mark.parametrize("kind", ["L", "AE", "moba"])
+def test_gradients_of_one_step_after_another(kind):
+    model, tokens = KINDS[kind], prompt()
+    cache = model.new_cache(CONTEXT, page_size=4)
+    sequence = cache.allocate()
+    for at in range(2):
+        step(model, cache, sequence, tokens[at : at + 1]).sum().backward()
+    model.zero_grad()
+
+
+def test_states_are_constants_to_later_steps():
+    """As the pages of attention are: or every token would keep the graphs of all before it."""
+    cache = KINDS["M"].new_cache(CONTEXT, page_size=4)
+    sequence = cache.allocate()
+    assert step(KINDS["M"], cache, sequence, prompt()).requires_grad
+    (state,) = cache._states[sequence]
+    assert not state.scan.requires_grad
+    assert not state.conv.requires_grad
+
+
+@pytest.mark.parametrize("made", MIXED)
+@pytest.mark.parametrize("read", MIXED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_under_autocast(kind, made, read):
+    """A cache serves the other kind too: what it holds is rounded to the precision that it was made in."""
+    model, tokens = KINDS[kind], prompt()
+    with torch.no_grad():
+        exact = model.next_logits(tokens)
+        with MIXED[made]():
+            cache = model.new_cache(CONTEXT, page_size=4)
+        with MIXED[read]():
+            anew = model.next_logits(tokens)
+            sequence = cache.allocate()
+            for part in (tokens[:6], tokens[6:7], tokens[7:]):
+                logits = step(model, cache, sequence, part)
+    assert logits.dtype == anew.dtype
+    rounding = 1e-4 if made == read == "off" else 0.04 * float(exact.abs().max())
+    torch.testing.assert_close(logits, anew, rtol=0, atol=rounding)
+
+
+def test_pages_have_the_precision_of_autocast():
+    """So that kernels of that precision can read them, and memory is half."""
+    with MIXED["on"]():
+        cache = KINDS["MASLSSE"].new_cache(CONTEXT)
+    assert set(cache.pools) == {"attention", "latent", "sparse", "tokens", "index"}
+    assert {pool.k.dtype for pool in cache.pools.values()} == {torch.bfloat16}
+
+
+BEGINS = {
+    "none": (([], 1), "sequences must be at least one, got none"),
+    "unknown": (([5], 1), r"sequences must be allocated and not freed, got 5"),
+    "twice": (([0, 0], 1), r"sequences must be different from each other, got \[0, 0\]"),
+    "no tokens": (([0], 0), "tokens must be at least 1, got 0"),
+    "negative": (([0], 2, [-1]), r"counts must be 1 numbers from 0 to 2, got \[-1\]"),
+    "above": (([0], 2, [3]), r"counts must be 1 numbers from 0 to 2, got \[3\]"),
+    "too few": (([0, 1], 2, [1]), r"counts must be 2 numbers from 0 to 2, got \[1\]"),
+    "fraction": (([0], 2, [0.5]), r"counts must be 1 numbers from 0 to 2, got \[0.5\]"),
+    "no room": (([0], 1000), "tokens must "),
+}
+
+
+@pytest.mark.parametrize("bad", BEGINS)
+@pytest.mark.parametrize("kind", ["M", "AE", "MALEM"])
+def test_a_step_that_cannot_be_is_refused_and_changes_nothing(kind, bad):
+    model, tokens = KINDS[kind], prompt()
+    cache = model.new_cache(CONTEXT, page_size=4)
+    first, _ = cache.allocate(), cache.allocate()
+    arguments, message = BEGINS[bad]
+    with torch.no_grad():
+        step(model, cache, first, tokens[:5])
+        with pytest.raises(ValueError, match=message):
+            cache.begin(*arguments)
+        with pytest.raises(ValueError, match="begin must be called"):
+            model.decode(tokens[None, :1], 5, cache)
+        expected = model.next_logits(tokens)
+        torch.testing.assert_close(step(model, cache, first, tokens[5:]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["M", "AE", "MALEM"])
+def test_the_order_of_a_step(kind):
+    model, tokens = KINDS[kind], prompt()[None]
+    cache = model.new_cache(CONTEXT, page_size=4)
+    sequence = cache.allocate()
+    with pytest.raises(ValueError, match="begin must be called before a step's layers, got no step under way"):
+        model.decode(tokens, 0, cache)
+    with pytest.raises(ValueError, match="begin must be called before"):
+        cache.advance()
+    cache.begin([sequence], 2)
+    with pytest.raises(ValueError, match=r"advance must be called after every block of the step, got none for \[0"):
+        cache.advance()
+    for wrong in (tokens, tokens[:, :1], tokens[:, :2].expand(2, -1), tokens[0, :2]):
+        with pytest.raises(ValueError, match=r"tokens must be \[B, T\] of the step \(1, 2\), got shape"):
+            model.decode(wrong, 0, cache)
+    with torch.no_grad():
+        model.decode(tokens[:, :2], 0, cache)
+        with pytest.raises(ValueError, match="block must be one not yet served in this step, got 0"):
+            model.decode(tokens[:, :2], 0, cache)
+    cache.advance()
+    assert cache.length(sequence) == 2
+    with pytest.raises(ValueError, match="begin must be called before"):
+        cache.advance()
+
+
+@pytest.mark.parametrize("kind", ["M", "AE"])
+def test_sequences_that_are_gone(kind):
+    cache = KINDS[kind].new_cache(CONTEXT, page_size=4)
+    sequence = cache.allocate()
+    cache.begin([sequence], 1)
+    cache.free(sequence)
+    with pytest.raises(ValueError, match="begin must be called before"):
+        KINDS[kind].decode(prompt(1)[None], 0, cache)
+    for call in (cache.free, cache.share, cache.length):
+        for gone in (sequence, -1, None):
+            with pytest.raises(ValueError, match=f"sequence must be one that was allocated and not freed, got {gone}"):
+                call(gone)
+    assert cache.allocate() == sequence + 1
+
+
+@pytest.mark.parametrize("kind", ["M", "AE"])
+@pytest.mark.parametrize(("sizes", "message"), [((0, 4), "tokens must be at"), ((5, 0), "page_size must be at")])
+def test_the_sizes_of_a_cache(kind, sizes, message):
+    with pytest.raises(ValueError, match=f"{message} least 1, got 0"):
+        KINDS[kind].new_cache(*sizes)
+    with pytest.raises(TypeError, match="tokens must be an integer, got float"):
+        KINDS[kind].new_cache(2.5)
+
+
+def test_states_alone_have_room_for_what_they_were_made_for():
+    """As pages have: so that a model's blocks do not decide how far a caller gets."""
+    cache = KINDS["M"].new_cache(8, page_size=4)
+    first, second = cache.allocate(), cache.allocate()
+    with torch.no_grad():
+        step(KINDS["M"], cache, first, prompt(5))
+        with pytest.raises(ValueError, match="tokens must be at most 3 in all, the room left, got 4"):
+            cache.begin([first, second], 2)
+        step(KINDS["M"], cache, second, prompt(3))
+        cache.free(first)
+        step(KINDS["M"], cache, second, prompt(5))
