@@ -2,12 +2,14 @@
 
 import codecs
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kernel_index import checks
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm.config import ModelConfig
 from kernel_index.lm.data import START
@@ -42,10 +44,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
+        checks.is_real("temperature", self.temperature)
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        checks.is_int("top_k", self.top_k, minimum=1)
+        checks.is_real("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
@@ -54,7 +57,8 @@ class Sampling:
         if self.temperature == 0:
             return int(logits.argmax())
         best = torch.topk(logits.cpu(), min(self.top_k, logits.numel()))
-        p = torch.softmax(best.values / self.temperature, -1)
+        behind = best.values.double() - best.values[0]  # 0 for the best: no temperature is too small to divide that by
+        p = torch.softmax(behind / self.temperature, -1).float()
         if self.top_p < 1:
             p = torch.where(p.cumsum(-1) - p < self.top_p, p, 0.0)
         return int(best.indices[torch.multinomial(p, 1, generator=generator)])
@@ -74,6 +78,7 @@ def generate(
     """Yield the continuation of ``prompt`` as text, as soon as its bytes form characters.
 
     The model sees the latest tokens, ``context`` of them at most: when they are that many, the older half is dropped.
+    One that is in training computes each token as in evaluation, and is as it was between two of them.
 
     Args:
         model: a trained model.
@@ -89,7 +94,6 @@ def generate(
     return (text for (text,) in generate_batch(model, [prompt], tokens, sampling, seed=seed, use_cache=use_cache))
 
 
-@torch.inference_mode()
 def generate_batch(
     model: LanguageModel,
     prompts: Sequence[str],
@@ -103,19 +107,37 @@ def generate_batch(
 
     Row i draws from ``seed + i``: what it gets does not depend on the rows beside it, up to rounding.
     """
-    if tokens < 0:
-        raise ValueError(f"tokens must be at least 0, got {tokens}")
+    checks.is_int("tokens", tokens, minimum=0)
+    checks.is_int("seed", seed)
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a sequence of texts, got one text {prompts!r}")
     if not prompts:
         raise ValueError("prompts must hold at least one text, got none")
-    sampling = sampling or Sampling()
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts must be texts, got one of type {type(prompt).__name__}")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     histories = [[START, *prompt.encode()] for prompt in prompts]
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
-    reader = _CachedReader(model, len(prompts)) if use_cache else _PlainReader(model)
-    live = set(range(len(prompts)))
+    return _continued(model, histories, tokens, sampling or Sampling(), generators, use_cache)
+
+
+@torch.inference_mode()
+def _continued(
+    model: LanguageModel,
+    histories: list[list[int]],
+    tokens: int,
+    sampling: Sampling,
+    generators: list[torch.Generator],
+    use_cache: bool,
+) -> Iterator[list[str]]:
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in histories]
+    reader = _CachedReader(model, len(histories)) if use_cache else _PlainReader(model)
+    live = set(range(len(histories)))
     for _ in range(tokens):
-        texts = [""] * len(prompts)
-        for row, logits in reader.next_logits({row: histories[row] for row in sorted(live)}).items():
+        texts = [""] * len(histories)
+        with _evaluating(model):
+            found = reader.next_logits({row: histories[row] for row in sorted(live)})
+        for row, logits in found.items():
             token = sampling.draw(logits, generators[row])
             if token == START:
                 live.discard(row)
@@ -126,7 +148,20 @@ def generate_batch(
         yield texts
         if not live:
             return
-    yield [decoders[row].decode(b"", final=True) if row in live else "" for row in range(len(prompts))]
+    yield [decoders[row].decode(b"", final=True) if row in live else "" for row in range(len(histories))]
+
+
+@contextmanager
+def _evaluating(model: LanguageModel) -> Iterator[None]:
+    """A model in training computes as in evaluation, and has every module's own mode back afterwards."""
+    training = [m for m in model.modules() if m.training] if model.training else []  # a walk for them alone
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def window_start(count: int, context: int) -> int:
