@@ -1,8 +1,11 @@
 """What a model is made of, and the presets."""
 
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
+from kernel_index import checks
+from kernel_index.lm.data import START
 from kernel_index.nn.mlp import MLPS
 
 LAYERS = {
@@ -16,6 +19,28 @@ LAYERS = {
 
 SPARSE_KINDS = ("exact_token", "moba", "clustered")
 RESIDUALS = ("fp32", "plain", "mhc")
+SCORES = ("sigmoid", "softmax")
+
+
+def _check_fields(part: Any, **least: int) -> None:
+    """Each field is of its type; integers are at least 1 and other numbers at least 0, where ``least`` says no other."""
+    for name, kind in get_type_hints(type(part)).items():
+        value = getattr(part, name)
+        if kind is int:
+            checks.is_int(name, value, minimum=least.get(name, 1))
+        elif kind is float:
+            checks.is_real(name, value)
+            if value < least.get(name, 0):
+                raise ValueError(f"{name} must be at least {least.get(name, 0)}, got {value}")
+        elif kind is bool:
+            checks.is_bool(name, value)
+        elif (kind is str or is_dataclass(kind)) and not isinstance(value, kind):
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
+
+
+def _one_of(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -37,8 +62,14 @@ class Sparse:
     report_unions: bool = False
 
     def __post_init__(self):
-        if not self.kinds or set(self.kinds) - set(SPARSE_KINDS):
+        _check_fields(self)
+        if not isinstance(self.kinds, tuple) or not self.kinds or any(k not in SPARSE_KINDS for k in self.kinds):
             raise ValueError(f"kinds must be made of {', '.join(SPARSE_KINDS)}, got {self.kinds}")
+        if self.hierarchy is not None:
+            if not isinstance(self.hierarchy, tuple) or len(self.hierarchy) != 2:
+                raise TypeError(f"hierarchy must be a pair or None, got {self.hierarchy!r}")
+            for number in self.hierarchy:
+                checks.is_int("hierarchy", number, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -49,6 +80,11 @@ class Latent:
     rope: int = 32
     fused: bool = False
 
+    def __post_init__(self):
+        _check_fields(self, rope=2)
+        if self.rope % 2:
+            raise ValueError(f"rope must be even, got {self.rope}")
+
 
 @dataclass(frozen=True)
 class StateSpace:
@@ -58,6 +94,9 @@ class StateSpace:
     head_dim: int = 64
     state: int = 32
     chunk: int = 64
+
+    def __post_init__(self):
+        _check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -70,6 +109,10 @@ class ExpertLayer:
     shared: int = 0
     scores: str = "sigmoid"
     balance: float = 1e-3
+
+    def __post_init__(self):
+        _check_fields(self, shared=0)
+        _one_of("scores", self.scores, SCORES)
 
 
 @dataclass(frozen=True)
@@ -105,20 +148,32 @@ class ModelConfig:
     experts: ExpertLayer = field(default_factory=ExpertLayer)
 
     def __post_init__(self):
+        _check_fields(self, hidden=0, vocab=START + 1)
+        self._check_blocks()
+        if self.vocab > self.padded_vocab:
+            raise ValueError(f"padded_vocab must be at least vocab ({self.vocab}), got {self.padded_vocab}")
+        if self.dropout > 1:
+            raise ValueError(f"dropout must be at most 1, got {self.dropout}")
+        if self.rope_base == 0:
+            raise ValueError(f"rope_base must be above 0, got {self.rope_base}")
+        _one_of("residual", self.residual, RESIDUALS)
+        _one_of("activation", self.activation, MLPS)
+
+    def _check_blocks(self) -> None:
         unknown = sorted(set(self.pattern) - set(LAYERS))
         if unknown or not self.pattern:
             known = ", ".join(f"{k} ({v})" for k, v in LAYERS.items())
             raise ValueError(f"pattern must be made of the letters {known}, got {self.pattern!r}")
+        if not isinstance(self.windows, tuple):
+            raise TypeError(f"windows must be a tuple, got {self.windows!r}")
         if len(self.windows) != len(self.pattern):
             raise ValueError(f"windows must have one entry per block ({len(self.pattern)}), got {len(self.windows)}")
-        useless = [i for i, letter in enumerate(self.pattern) if letter not in "AS" and self.windows[i] is not None]
-        if useless:
-            raise ValueError(f"windows must be None but for A and S blocks, got one for block {useless[0]}")
-        if self.vocab > self.padded_vocab:
-            raise ValueError(f"padded_vocab must be at least vocab ({self.vocab}), got {self.padded_vocab}")
-        for name, value, known in (("residual", self.residual, RESIDUALS), ("activation", self.activation, MLPS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for i, (letter, window) in enumerate(zip(self.pattern, self.windows, strict=True)):
+            if window is None:
+                continue
+            if letter not in "AS":
+                raise ValueError(f"windows must be None but for A and S blocks, got one for block {i}")
+            checks.is_int("windows", window, minimum=0)
 
     def sparse_kind(self, block: int) -> str:
         """The kind of the S block at this place of the pattern."""
@@ -129,35 +184,23 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
-        values = {**values, "windows": tuple(values["windows"])}
-        if "sparse" in values:
-            lists = {k: tuple(v) for k, v in values["sparse"].items() if isinstance(v, list)}
-            values["sparse"] = _read(Sparse, {**values["sparse"], **lists})
-        for name, part in (("latent", Latent), ("state_space", StateSpace), ("experts", ExpertLayer)):
-            if name in values:
-                values[name] = _read(part, values[name])
-        return _read(cls, values)
+        parts = {name: _read(part, values[name]) for name, part in PARTS.items() if name in values}
+        return _read(cls, {**values, **parts})
 
+
+PARTS = {"sparse": Sparse, "latent": Latent, "state_space": StateSpace, "experts": ExpertLayer}
 
 Config = TypeVar("Config")
 
 
-def _read(kind: type[Config], values: dict[str, Any]) -> Config:
+def _read(kind: type[Config], values: Any) -> Config:
+    """From what JSON makes of it, which knows no tuples; a configuration may come from anybody's file."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{kind.__name__} must be an object with its fields, got {values!r}")
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known):
         raise ValueError(f"model configuration must have the fields of {kind.__name__}, got {', '.join(unknown)}")
-    for name, hint in get_type_hints(kind).items():
-        if hint in (int, float, str, bool) and name in values:
-            _check_type(name, values[name], hint)
-    return kind(**values)
-
-
-def _check_type(name: str, value: Any, kind: type) -> None:
-    """A configuration may come from anybody's file."""
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
-    if kind in (int, float) and not 0 <= value < 2**63:
-        raise ValueError(f"{name} must be at least 0 and of 63 bits, got {value!r}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 @dataclass(frozen=True)
