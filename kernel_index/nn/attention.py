@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index import checks
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
@@ -26,6 +27,8 @@ class Attention(Mixer):
         self, dim: int, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None, bias: bool = True
     ):
         super().__init__()
+        for name, size in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            checks.is_int(name, size, minimum=1)
         if heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}), got {heads}")
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window

@@ -109,6 +109,8 @@ class Experts(nn.Module):
     ):
         super().__init__()
         checks.one_of("activation", activation, tuple(MLPS))
+        for name, size, least in (("dim", dim, 1), ("hidden", hidden, 1), ("shared", shared, 0)):
+            checks.is_int(name, size, minimum=least)
         if dim % 8 or hidden % 8:
             raise ValueError(f"dim and hidden must be multiples of 8 for the grouped product, got {dim} and {hidden}")
         self.activation, self.recompute = activation, recompute
@@ -119,9 +121,10 @@ class Experts(nn.Module):
         self.shared = MLPS[activation](dim, shared) if shared else None
 
     def forward(self, x_BTC: Tensor) -> Branch:
+        dtype = torch.get_autocast_dtype(x_BTC.device.type) if checks.is_autocast(x_BTC.device) else x_BTC.dtype
+        self._check(x_BTC, dtype)
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         routing = self.router(x_NC)
-        dtype = torch.get_autocast_dtype(x_NC.device.type) if checks.is_autocast(x_NC.device) else x_NC.dtype
         order_S = routing.experts.flatten().argsort(stable=True)  # slot s of the grouped product serves pick order[s]
         offsets_E = routing.load.cumsum(0).to(torch.int32)
         picked = ki.gather_rows(x_NC.to(dtype)[:, None], order_S // self.router.topk)[:, 0]
@@ -131,10 +134,17 @@ class Experts(nn.Module):
         else:
             out_SC = self._second_half(h_SF, offsets_E)
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        out_NkC = ki.gather_rows(out_SC[:, None], back_S).view(*routing.experts.shape, -1)
+        out_NkC = ki.gather_rows(out_SC[:, None], back_S).view(*routing.experts.shape, x_NC.shape[-1])
         out_NC = (out_NkC * routing.weights[..., None]).sum(1).to(dtype)
-        out_BTC = out_NC.view(*x_BTC.shape[:-1], -1)
+        out_BTC = out_NC.view(x_BTC.shape)
         return (out_BTC if self.shared is None else out_BTC + self.shared(x_BTC)[0]), None
+
+    def _check(self, x_BTC: Tensor, dtype: torch.dtype) -> None:
+        width = self.router.weight.shape[1]
+        if x_BTC.shape[-1] != width:
+            raise ValueError(f"x must be [..., C] with C = {width}, got shape {tuple(x_BTC.shape)}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"x must be of float32, bfloat16 or float16 for the grouped product, got {dtype}")
 
     def _second_half(self, h_SF: Tensor, offsets_E: Tensor) -> Tensor:
         active = ki.fused_relu_squared(h_SF) if self.activation == "relu2" else swiglu(h_SF)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index import checks
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
@@ -43,6 +44,8 @@ class MLA(Mixer):
         eps: float = 1e-6,
     ):
         super().__init__()
+        for name, size in (("dim", dim), ("heads", heads), ("head_dim", head_dim), ("latent", latent)):
+            checks.is_int(name, size, minimum=1)
         if rope < 2 or rope % 2:
             raise ValueError(f"rope must be a positive even number of channels, got {rope}")
         self.heads, self.head_dim, self.rope_dim, self.latent = heads, head_dim, rope, latent

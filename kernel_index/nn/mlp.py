@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
+from kernel_index import checks
 from kernel_index.nn.residual import Branch
 
 
@@ -21,6 +22,7 @@ class SquaredReLUMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, *, recompute: bool = True):
         super().__init__()
+        _check_sizes(dim, hidden)
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         self.recompute = recompute
@@ -45,11 +47,17 @@ class SwiGLUMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
+        _check_sizes(dim, hidden)
         self.up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Branch:
         return self.down(swiglu(self.up(x_BTC))), None
+
+
+def _check_sizes(dim: int, hidden: int) -> None:
+    checks.is_int("dim", dim, minimum=1)
+    checks.is_int("hidden", hidden, minimum=1)
 
 
 def swiglu(h_F: Tensor) -> Tensor:

@@ -70,6 +70,10 @@ class SparseAttention(Mixer):
     ):
         super().__init__()
         checks.one_of("kind", kind, KINDS)
+        sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block": block, "topk": topk}
+        sizes |= {"tokens": tokens, "index_heads": index_heads, "index_dim": index_dim}
+        for name, size in sizes.items():
+            checks.is_int(name, size, minimum=1)
         if heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}), got {heads}")
         self.kind, self.heads, self.kv_heads, self.head_dim, self.window = kind, heads, kv_heads, head_dim, window

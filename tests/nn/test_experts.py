@@ -116,11 +116,37 @@ def test_a_recomputed_forward_counts_once():
         ({"hidden": 12}, "dim and hidden must be multiples of 8 for the grouped product, got 8 and 12"),
         ({"scores": "tanh"}, "scores must be one of"),
         ({"topk": 6}, r"topk must be at most the number of experts \(5\), got 6"),
+        ({"hidden": 0}, "hidden must be at least 1, got 0"),
+        ({"hidden": -8}, "hidden must be at least 1, got -8"),
+        ({"shared": -2}, "shared must be at least 0, got -2"),
+        ({"experts": 0}, "experts must be at least 1, got 0"),
     ],
 )
 def test_unknown_choices_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         layer(**changes)
+
+
+@pytest.mark.parametrize("shared", [0, 4])
+def test_no_tokens_are_no_error(shared):
+    """As where a process of several has none."""
+    module, x = layer(shared=shared), torch.zeros(0, 3, 8, requires_grad=True)
+    with torch.no_grad():
+        assert module(x)[0].shape == x.shape
+    out = module(x)[0]
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not module.up.grad.any()
+    assert not module.down.grad.any()
+    assert not module.router.load.any()
+
+
+def test_what_the_grouped_product_cannot_take_is_named():
+    message = "x must be of float32, bfloat16 or float16 for the grouped product, got torch.float64"
+    with pytest.raises(TypeError, match=message):
+        layer().double()(torch.zeros(1, 3, 8).double())
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., C\] with C = 8, got shape \(1, 3, 24\)"):
+        layer()(torch.zeros(1, 3, 24))
 
 
 def test_one_expert_is_the_dense_layer():

@@ -7,7 +7,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_index as ki
-from kernel_index.nn import Attention, ResidualRMSNorm, SquaredReLUMLP, TransformerBlock
+from kernel_index.nn import (
+    MLA,
+    Attention,
+    ResidualRMSNorm,
+    SparseAttention,
+    SquaredReLUMLP,
+    SwiGLUMLP,
+    TransformerBlock,
+)
 
 
 def rope(T, D):
@@ -136,3 +144,25 @@ def test_explain_says_what_recomputing_saves():
     x = torch.randn(512, 16, requires_grad=True)
     details = ki.explain(SquaredReLUMLP(16, 256), x).details
     assert details["recompute_saves_bytes"] == details["kept_bytes"] == 512 * 256 * 4
+
+
+SIZES = {
+    lambda **c: Attention(**{"dim": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, **c}): ("heads", "kv_heads"),
+    lambda **c: SparseAttention(**{"dim": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "kind": "exact_token", **c}): (
+        *("heads", "kv_heads", "block", "topk", "tokens", "index_heads", "index_dim"),
+    ),
+    lambda **c: MLA(**{"dim": 8, "heads": 2, "head_dim": 4, "rope": 2, "latent": 4, **c}): ("heads", "latent"),
+    lambda **c: SquaredReLUMLP(**{"dim": 8, "hidden": 8, **c}): ("hidden",),
+    lambda **c: SwiGLUMLP(**{"dim": 8, "hidden": 8, **c}): ("hidden",),
+}
+
+
+@pytest.mark.parametrize("make", SIZES)
+def test_a_layer_names_a_size_that_it_cannot_have(make):
+    sizes = ("dim", *SIZES[make], *(("head_dim",) if "heads" in SIZES[make] else ()))
+    for name in sizes:
+        for value in (0, -8):
+            with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {value}$"):
+                make(**{name: value})
+        with pytest.raises(TypeError, match=f"^{name} must be an integer, got float$"):
+            make(**{name: 8.0})
