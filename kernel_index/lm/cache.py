@@ -115,7 +115,8 @@ class ModelCache:
         if block in step.served:
             raise ValueError(f"block must be one not yet served in this step, got {block}")
         step.served.add(block)
-        parts = [step.states[n] if kind == "state" else self.pools[kind].layer(n) for kind, n in self._places[block]]
+        places = self._places[block]
+        parts: list[Any] = [step.states[n] if kind == "state" else self.pools[kind].layer(n) for kind, n in places]
         if len(parts) > 1:
             return ExactTokenCache(*parts)
         return parts[0] if parts else None
@@ -147,9 +148,9 @@ class ModelCache:
             raise ValueError(f"sequences must be allocated and not freed, got {unknown[0]!r}")
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"sequences must be different from each other, got {chosen}")
-        n = len(chosen)
-        if counts is not None and not (len(counts) == n and all(isinstance(c, int) and 0 <= c <= tokens for c in counts)):
-            raise ValueError(f"counts must be {n} numbers from 0 to {tokens}, got {list(counts)}")
+        n, kept = len(chosen), [] if counts is None else list(counts)
+        if counts is not None and not (len(kept) == n and all(isinstance(c, int) and 0 <= c <= tokens for c in kept)):
+            raise ValueError(f"counts must be {n} numbers from 0 to {tokens}, got {kept}")
         if not self.pools and (room := self.tokens - sum(self._lengths.values())) < n * tokens:
             raise ValueError(f"tokens must be at most {room} in all, the room left, got {n * tokens}")
 

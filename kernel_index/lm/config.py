@@ -23,7 +23,7 @@ SCORES = ("sigmoid", "softmax")
 
 
 def _check_fields(part: Any, **least: int) -> None:
-    """Each field is of its type; integers are at least 1 and other numbers at least 0, where ``least`` says no other."""
+    """Each field is of its type; integers are at least 1 and other numbers at least 0, but for those in ``least``."""
     for name, kind in get_type_hints(type(part)).items():
         value = getattr(part, name)
         if kind is int:

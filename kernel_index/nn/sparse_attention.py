@@ -101,7 +101,7 @@ class SparseAttention(Mixer):
         if cache is not None:
             kept = cache.attention if isinstance(cache, ExactTokenCache) else cache
             dtype = kept["k_cache"].dtype  # autocast may be on now and not where the cache was made, or the reverse
-            new = (t.to(dtype) for t in (q_BTHD, k_BTKD, v_BTKD))
+            new = (q_BTHD.to(dtype), k_BTKD.to(dtype), v_BTKD.to(dtype))
             out_BTHD = self._decode(x_BTC, *new, cache).to(q_BTHD.dtype)
         elif mask is not None:
             out_BTHD = self._attend(x_BTC, q_BTHD, k_BTKD, v_BTKD, mask)

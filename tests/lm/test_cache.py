@@ -41,8 +41,7 @@ def test_a_cache_made_in_one_mode_is_used_in_any_other(kind, modes):
     for sequence in (first, second):
         with MODES[modes[2]]():
             logits = step(model, cache, sequence, tokens[5:])
-        torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-4)
-        assert logits.requires_grad == (modes[2] == "gradients")
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["M", "MASLSSE"])
@@ -50,30 +49,13 @@ def test_a_step_begun_in_inference_mode_is_decoded_outside(kind):
     model, tokens = KINDS[kind], prompt()
     cache = model.new_cache(CONTEXT, page_size=4)
     sequence = cache.allocate()
+    with torch.no_grad():
+        expected = model.next_logits(tokens)
     with torch.inference_mode():
         cache.begin([sequence], 8, [8])
-    assert model.decode(tokens[None], 0, cache).requires_grad
+    logits = model.decode(tokens[None], 0, cache)[0]
     cache.advance()
-
-
-@pytest.mark.parametrize("kind", ["L", "AE", "moba"])
-def test_gradients_of_one_step_after_another(kind):
-    model, tokens = KINDS[kind], prompt()
-    cache = model.new_cache(CONTEXT, page_size=4)
-    sequence = cache.allocate()
-    for at in range(2):
-        step(model, cache, sequence, tokens[at : at + 1]).sum().backward()
-    model.zero_grad()
-
-
-def test_states_are_constants_to_later_steps():
-    """As the pages of attention are: or every token would keep the graphs of all before it."""
-    cache = KINDS["M"].new_cache(CONTEXT, page_size=4)
-    sequence = cache.allocate()
-    assert step(KINDS["M"], cache, sequence, prompt()).requires_grad
-    (state,) = cache._states[sequence]
-    assert not state.scan.requires_grad
-    assert not state.conv.requires_grad
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("made", MIXED)

@@ -1,4 +1,4 @@
-"""What generating asks of its arguments, and what it leaves as it was: the model's modes and everybody's random state."""
+"""What generating asks of its arguments, and what it leaves as it was: the model's modes and the random state."""
 
 import contextlib
 
