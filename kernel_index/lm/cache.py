@@ -96,12 +96,7 @@ class ModelCache:
         for pool in self.pools.values():  # all of the same pages: the first refuses what the others would
             pool.begin(chosen, tokens)
         kept = [tokens] * len(chosen) if counts is None else list(counts)
-        states: list[MixerState] = []
-        with torch.inference_mode(False):
-            for rows in zip(*(self._states[s] for s in chosen), strict=True):
-                real = None if counts is None else torch.tensor(kept, device=rows[0].conv.device)
-                joined = MixerState(torch.cat([r.conv for r in rows]), torch.cat([r.scan for r in rows]), real)
-                states.append(joined)
+        states = [] if not self._states[chosen[0]] else self._joined(chosen, None if counts is None else kept)
         self._step, self._latest = _Step(chosen, tokens, kept, states), chosen
 
     def check_tokens(self, tokens: Tensor) -> None:
@@ -129,10 +124,12 @@ class ModelCache:
             raise ValueError(f"advance must be called after every block of the step, got none for {missing}")
         for pool in self.pools.values():
             pool.advance(step.counts)
-        with torch.inference_mode(False):
-            for row, sequence in enumerate(step.sequences):
-                self._lengths[sequence] += step.counts[row]
-                self._states[sequence] = [_row(state, row) for state in step.states]
+        for sequence, count in zip(step.sequences, step.counts, strict=True):
+            self._lengths[sequence] += count
+        if step.states:
+            with torch.inference_mode(False):
+                for row, sequence in enumerate(step.sequences):
+                    self._states[sequence] = [_row(state, row) for state in step.states]
         self._step = None
 
     def lengths(self) -> list[int]:
@@ -153,6 +150,16 @@ class ModelCache:
             raise ValueError(f"counts must be {n} numbers from 0 to {tokens}, got {kept}")
         if not self.pools and (room := self.tokens - sum(self._lengths.values())) < n * tokens:
             raise ValueError(f"tokens must be at most {room} in all, the room left, got {n * tokens}")
+
+    def _joined(self, chosen: list[int], counts: list[int] | None) -> list[MixerState]:
+        """The states of these sequences, one for each layer, their rows in this order."""
+        joined: list[MixerState] = []
+        with torch.inference_mode(False):
+            for rows in zip(*(self._states[s] for s in chosen), strict=True):
+                conv, scan = torch.cat([r.conv for r in rows]), torch.cat([r.scan for r in rows])
+                real = None if counts is None else torch.tensor(counts, device=conv.device)
+                joined.append(MixerState(conv, scan, real))
+        return joined
 
     def _open(self) -> _Step:
         if self._step is None:
