@@ -7,13 +7,14 @@ units; a kernel's own code is what stands between two products.  See docs/decisi
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernel_index.inductor import PLAIN, announce
+from kernel_index.inductor import MIN_ELEMENTS, PLAIN, announce, inside_functorch
 from kernel_index.target import has_cxx_compiler
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -27,9 +28,41 @@ def why_not(*tensors: Tensor) -> str | None:
         return "needs a CPU with AVX-512 and PyTorch's oneDNN"
     if any(type(t) not in PLAIN for t in tensors):
         return "needs plain tensors, not a tensor subclass"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation: it would lose the tangents"
     if tensors[0].dtype not in DTYPES:
         return "needs float32 or bfloat16"
     return None
+
+
+def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
+    """The rules of the kernels of ``rows.cpp``: ``rows`` are what they read and write, the others become float32."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: the plain formula is traced into the caller's graph"
+    if any(t.device.type != "cpu" for t in rows):
+        return "needs CPU tensors"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *others)):
+        return "keeps no graph: gradients are another backend's"
+    if inside_functorch():
+        return "inside a torch.func transform"
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return "inside a TorchDispatchMode or torch.jit.trace"
+    if any(t.dtype not in DTYPES for t in rows):
+        return "needs float32 or bfloat16"
+    if any(t.dtype == torch.float64 for t in others):
+        return "computes in float32: float64 is the reference's"
+    return why_not(*rows, *others)
+
+
+def rows_not_worth(x: Tensor, *_: Any) -> str | None:
+    """``auto`` takes them for steps of inference: who tries an op for the first time should not wait for a compiler."""
+    if torch.is_grad_enabled():
+        return "gradients are on: it is for few rows under no_grad() or inference_mode()"
+    return None if x.numel() < MIN_ELEMENTS else "large enough for a compiled region to pay"
+
+
+def rows_threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= MIN_ELEMENTS else 1
 
 
 def _has_vectors() -> bool:

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernel_index.attention.fused_rope_qk import contract, tables
+from kernel_index.attention.fused_rope_qk.native import rope_qk_native
 from kernel_index.attention.fused_rope_qk.reference import rope_qk_reference
 from kernel_index.attention.fused_rope_qk.torch_op import rope_qk_inductor, rope_qk_triton
 from kernel_index.dispatch import Backend, always, choose
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, rope_qk_triton, contract.triton_not_worth),
+    Backend("native", contract.native_why_not, rope_qk_native, contract.native_not_worth),
     Backend("inductor", contract.inductor_why_not, rope_qk_inductor, contract.inductor_not_worth),
     Backend("reference", always, rope_qk_reference),
 )

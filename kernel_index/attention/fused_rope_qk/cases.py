@@ -97,5 +97,6 @@ SUITES = (
         compulsory=lambda call: (2 * size_of(call["q"], call["k"]) + size_of(call["cos"], call["sin"]),) * 2,
         double_backward=True,
         nonfinite=("q", "k"),
+        without_gradient=("native",),
     ),
 )

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks, gpu, inductor
+from kernel_index import checks, gpu, inductor, native
 from kernel_index.attention.fused_rope_qk import tables
 
 triton_not_worth = gpu.not_worth
+native_not_worth = native.rows_not_worth
 inductor_not_worth = inductor.not_worth
 
 
@@ -61,6 +62,10 @@ def check_tables(positions: Tensor, dim: int, base: float, scaling: Mapping[str,
 
 def inductor_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
     return inductor.why_not(q, k, cos, sin) or _tables_rule(cos, sin)
+
+
+def native_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    return native.rows_why_not((q, k), cos, sin)
 
 
 def triton_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernel_index.boundary.fused_residual_add_rms_norm import contract
+from kernel_index.boundary.fused_residual_add_rms_norm.native import residual_add_rms_norm_native
 from kernel_index.boundary.fused_residual_add_rms_norm.reference import residual_add_rms_norm_reference
 from kernel_index.boundary.fused_residual_add_rms_norm.torch_op import (
     residual_add_rms_norm_inductor,
@@ -14,6 +15,7 @@ from kernel_index.dispatch import Backend, always, choose
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, residual_add_rms_norm_triton, contract.triton_not_worth),
+    Backend("native", contract.native_why_not, residual_add_rms_norm_native, contract.native_not_worth),
     Backend("inductor", contract.inductor_why_not, residual_add_rms_norm_inductor, contract.inductor_not_worth),
     Backend("reference", always, residual_add_rms_norm_reference),
 )

@@ -73,5 +73,6 @@ SUITES = (
         compulsory=compulsory,
         double_backward=True,
         nonfinite=("residual", "delta", "weight"),
+        without_gradient=("native",),
     ),
 )

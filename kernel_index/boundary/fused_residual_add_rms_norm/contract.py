@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks, gpu, inductor
+from kernel_index import checks, gpu, inductor, native
 
 triton_why_not = gpu.why_not
 triton_not_worth = gpu.not_worth
 inductor_why_not = inductor.why_not_or_traced
 inductor_not_worth = inductor.not_worth_or_traced
+native_not_worth = native.rows_not_worth
 
 
 def check(residual: Any, delta: Any, weight: Any, scale: Any, eps: Any, fp32_residual: Any, weight_offset: Any) -> None:
@@ -28,6 +29,12 @@ def check(residual: Any, delta: Any, weight: Any, scale: Any, eps: Any, fp32_res
         raise ValueError(f"eps must be at least 0, got {eps}")
     checks.is_bool("fp32_residual", fp32_residual)
     checks.is_real("weight_offset", weight_offset)
+
+
+def native_why_not(residual: Tensor, delta: Tensor, weight: Tensor, scale: Any, *_: Any) -> str | None:
+    if isinstance(scale, Tensor):
+        return "takes a number as scale, not a tensor"
+    return native.rows_why_not((residual, delta), weight)
 
 
 def _check_scale(scale: Any, residual: Tensor) -> None:

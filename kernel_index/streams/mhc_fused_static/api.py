@@ -6,11 +6,13 @@ from torch import Tensor
 
 from kernel_index.dispatch import Backend, always, choose
 from kernel_index.streams.mhc_fused_static import contract
+from kernel_index.streams.mhc_fused_static.native import mix_native
 from kernel_index.streams.mhc_fused_static.reference import mix_reference, sinkhorn_reference
 from kernel_index.streams.mhc_fused_static.torch_op import mix_inductor, mix_triton
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, mix_triton, contract.triton_not_worth),
+    Backend("native", contract.native_why_not, mix_native, contract.native_not_worth),
     Backend("inductor", contract.inductor_why_not, mix_inductor, contract.inductor_not_worth),
     Backend("reference", always, mix_reference),
 )

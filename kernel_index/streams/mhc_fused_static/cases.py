@@ -137,6 +137,7 @@ def suite(function: Any, build: Any, oracle: Any, more: tuple[Case, ...], nonfin
         sized=lambda m, n: build(m, 2, n, 4, 12),
         double_backward=True,
         nonfinite=nonfinite,
+        without_gradient=("native",),
         real=lambda m, rows=65536: build(m, 1, rows // 8, 4, 4096),  # a row: 512 channels, the item of backward
         compulsory=compulsory,
         units=UNITS,

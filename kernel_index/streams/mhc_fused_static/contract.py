@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index import checks, gpu, inductor
+from kernel_index import checks, gpu, inductor, native
 
 STREAMS = 4
 """What the fused backends are written for."""
@@ -71,7 +71,15 @@ def inductor_why_not(hidden: Tensor, branch_out: Tensor | None, *coefficients: T
     return _form_why_not(hidden, coefficients) or inductor.why_not_or_traced(hidden, branch_out, *coefficients)
 
 
+def native_why_not(hidden: Tensor, branch_out: Tensor | None, *coefficients: Tensor | None) -> str | None:
+    if (rule := _form_why_not(hidden, coefficients)) is not None:
+        return rule
+    rows = (hidden,) if branch_out is None else (hidden, branch_out)
+    return native.rows_why_not(rows, *(c for c in coefficients if c is not None))
+
+
 triton_not_worth = gpu.not_worth
+native_not_worth = native.rows_not_worth
 inductor_not_worth = inductor.not_worth_or_traced
 
 
