@@ -72,7 +72,9 @@ class HybridBlock(nn.Module):
             stream, normed = self.before_mlp(stream, branch)
             branch = self.mlp(normed)
         assert branch is not None
-        return stream, branch
+        out, bias = branch
+        # Whoever adds the bias does so behind this block, where a sharded block has given up its parameters.
+        return stream, (out, None if bias is None else bias.clone())
 
 
 class TransformerBlock(HybridBlock):

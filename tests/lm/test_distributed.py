@@ -15,7 +15,7 @@ from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm.distributed import split_heads
 from kernel_index.lm.generate import generate, load_model
 from kernel_index.lm.train import Trainer, read_metrics
-from tests.lm.two_processes import run_config, small_model, split_run
+from tests.lm.two_processes import RESIDUALS, run_config, small_model, split_run
 
 EPS = torch.finfo(torch.float32).eps
 PLAIN = {"KERNEL_INDEX_BACKEND": "reference"}  # the arithmetic is at stake here, not the compiler
@@ -66,6 +66,21 @@ def test_sharded_training_gives_the_losses_of_one_process(together, corpus, tmp_
     for ours, expected in zip(losses, whole, strict=True):
         assert abs(ours - expected) <= 8 * moved + 64 * EPS * expected
     assert float((together / "share.json").read_text()) < 0.6, "each process keeps half of the parameters"
+
+
+def test_sharded_blocks_without_a_feed_forward_layer(tmp_path):
+    """The bias of such a block is added behind it, where its own parameters are gathered no more."""
+    both("sharded", tmp_path, **PLAIN)
+    for residual in RESIDUALS:
+        model, batch = small_model(residual=residual, hidden=0)
+        loss = model.loss(batch)
+        loss.backward()
+        parts = [torch.load(tmp_path / f"{residual}-{rank}.pt") for rank in range(2)]
+        torch.testing.assert_close(sum(p["loss"] for p in parts) / 2, loss.detach(), rtol=1e-5, atol=0)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                parts[0][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_one_process_continues_what_two_have_saved(together, tmp_path):

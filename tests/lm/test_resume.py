@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections import defaultdict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +147,14 @@ def test_weights_that_are_not_finite_take_no_checkpoints_place(corpus, tmp_path)
 def test_numbers_that_would_ruin_a_run_are_refused(corpus, changes, message):
     with pytest.raises(ValueError, match=message):
         config(corpus, **changes)
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_a_fused_optimizer_counts_its_steps_where_its_parameters_are(fused, device):
+    """On a GPU it refuses a count on the host, where the others want it; the meta device stands for the GPU."""
+    model = torch.nn.Linear(2, 3, bias=False, device="meta")
+    optimizer = SimpleNamespace(defaults={"fused": fused}, state=defaultdict(dict))
+    saved = {"step": torch.tensor(4.0), "exp_avg": torch.ones(3, 2), "exp_avg_sq": torch.ones(3, 2)}
+    ckpt.load_optimizer(model, optimizer, {f"weight:{key}": value for key, value in saved.items()})
+    assert optimizer.state[model.weight]["step"].device.type == device
+    assert optimizer.state[model.weight]["exp_avg"].device.type == "meta"

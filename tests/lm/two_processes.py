@@ -10,7 +10,7 @@ import torch
 import kernel_index as ki
 from kernel_index.lm.config import PRESETS, ExpertLayer, Latent, Sparse, StateSpace
 from kernel_index.lm.data import Batch
-from kernel_index.lm.distributed import join, split_heads, whole
+from kernel_index.lm.distributed import join, shard, split_heads, whole
 from kernel_index.lm.model import LanguageModel
 from kernel_index.lm.train import RunConfig, Trainer
 
@@ -58,10 +58,10 @@ def resume(folder: Path) -> None:
         (folder / "resumed.json").write_text(json.dumps({"processes": trainer.group.size, "losses": losses}))
 
 
-def small_model() -> tuple[LanguageModel, Batch]:
+def small_model(**changes) -> tuple[LanguageModel, Batch]:
     """One with weights that all matter, and two packed rows; the same in every process."""
     torch.manual_seed(0)
-    model = LanguageModel(replace(PRESETS["nano"].model, kv_heads=2, dropout=0.0, context=32))
+    model = LanguageModel(replace(PRESETS["nano"].model, kv_heads=2, dropout=0.0, context=32, **changes))
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight) * (weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.3))
@@ -87,9 +87,25 @@ def tensor_parallel(folder: Path) -> None:
         torch.save(found, folder / "gradients.pt")
 
 
+RESIDUALS = ("mhc", "fp32")
+
+
+def sharded(folder: Path) -> None:
+    """Loss and gradients of blocks that are a mixer alone, whose bias is added behind them, one row a process."""
+    group = join(torch.device("cpu"))
+    for residual in RESIDUALS:
+        model, batch = small_model(residual=residual, hidden=0)
+        shard(model, group)
+        loss = model.loss(Batch(*(t[group.rank : group.rank + 1] for t in batch)))
+        loss.backward()
+        found = {name: whole(p.grad) for name, p in model.named_parameters()}
+        torch.save({**found, "loss": loss.detach()}, folder / f"{residual}-{group.rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, place, *rest = sys.argv[1:]
     tasks = {"train": train, "train_split": train_split, "resume": resume, "tensor_parallel": tensor_parallel}
+    tasks["sharded"] = sharded
     tasks[what](Path(place), *rest)
     torch.distributed.destroy_process_group()
