@@ -195,8 +195,8 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ten
     for name, like in parameters.items():  # in the same order in every process: each sharded tensor is dealt out
         for key in sorted(found.get(name, ())):
             value = found[name][key]
-            counts_here = value.ndim == 0 and not optimizer.defaults.get("fused")  # a fused optimizer counts on a device
-            optimizer.state[like][key] = value if counts_here else _like(value, like)
+            on_host = value.ndim == 0 and not optimizer.defaults.get("fused")  # a fused one counts on the device
+            optimizer.state[like][key] = value if on_host else _like(value, like)
 
 
 def _first(problems: list[str]) -> str:
