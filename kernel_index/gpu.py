@@ -20,6 +20,8 @@ from kernel_index.target import Target, has_package, target_of
 
 MIN_ARCH = 80
 
+ON_A_CPU = "needs CUDA or ROCm tensors (or TRITON_INTERPRET=1)"
+
 
 @functools.cache  # Triton, too, decides once, when a kernel is decorated
 def _interpreting() -> bool:
@@ -45,6 +47,8 @@ def why_not(*tensors: Any) -> str | None:
             continue
         if type(tensor) not in PLAIN:
             return "needs plain tensors, not a tensor subclass"
+        if tensor.is_cpu and not interpreting():  # most calls on a CPU end here, before anything is looked up
+            return ON_A_CPU
         rule = _device_rule(target_of(tensor.device))
         if rule is not None:
             return rule
@@ -55,9 +59,9 @@ def why_not(*tensors: Any) -> str | None:
 
 def _device_rule(target: Target) -> str | None:
     if target.kind == "cpu":
-        return None if interpreting() else "needs CUDA or ROCm tensors (or TRITON_INTERPRET=1)"
+        return None if interpreting() else ON_A_CPU
     if target.kind not in ("cuda", "hip"):
-        return "needs CUDA or ROCm tensors (or TRITON_INTERPRET=1)"
+        return ON_A_CPU
     if interpreting():
         return "TRITON_INTERPRET=1 interprets on the CPU"
     if isinstance(target.arch, int) and target.arch < MIN_ARCH:

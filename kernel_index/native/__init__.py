@@ -7,6 +7,7 @@ units; a kernel's own code is what stands between two products.  See docs/decisi
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,18 +40,22 @@ def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
     """The rules of the kernels of ``rows.cpp``: ``rows`` are what they read and write, the others become float32."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing: the plain formula is traced into the caller's graph"
-    if any(t.device.type != "cpu" for t in rows):
-        return "needs CPU tensors"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *others)):
-        return "keeps no graph: gradients are another backend's"
+    graph = torch.is_grad_enabled()
+    for tensor in (*rows, *others):
+        if not tensor.is_cpu:
+            return "needs CPU tensors"
+        if graph and tensor.requires_grad:
+            return "keeps no graph: gradients are another backend's"
     if inside_functorch():
         return "inside a torch.func transform"
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return "inside a TorchDispatchMode or torch.jit.trace"
-    if any(t.dtype not in DTYPES for t in rows):
-        return "needs float32 or bfloat16"
-    if any(t.dtype == torch.float64 for t in others):
-        return "computes in float32: float64 is the reference's"
+    for tensor in rows:
+        if tensor.dtype not in DTYPES:
+            return "needs float32 or bfloat16"
+    for tensor in others:
+        if tensor.dtype == torch.float64:
+            return "computes in float32: float64 is the reference's"
     return why_not(*rows, *others)
 
 
@@ -66,8 +71,12 @@ def rows_threads(x: Tensor) -> int:
 
 
 def _has_vectors() -> bool:
-    onednn = torch.backends.mkldnn
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and onednn.is_available() and bool(onednn.enabled)
+    return _machine_has_vectors() and torch._C._get_mkldnn_enabled()
+
+
+@functools.cache
+def _machine_has_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
 
 @functools.cache
@@ -83,9 +92,22 @@ def library(source: str) -> ctypes.CDLL:
 
 def call(source: str, function: str, sizes: tuple[int, ...], numbers: tuple[float, ...], *tensors: Tensor) -> None:
     """Run one function of a source: sizes as one array, then numbers, then where the dense tensors' elements are."""
-    arguments: list[Any] = [(ctypes.c_int64 * len(sizes))(*sizes), *map(ctypes.c_float, numbers)]
-    arguments += [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    getattr(library(source), function)(*arguments)
+    run = _function(source, function, len(numbers), len(tensors))
+    run(struct.pack(f"{len(sizes)}q", *sizes), *numbers, *[t.data_ptr() for t in tensors])
+
+
+@functools.cache
+def _function(source: str, name: str, numbers: int, tensors: int) -> Any:
+    """With the types of its arguments, so that a call need not wrap each: a decoded token makes some twenty."""
+    found = getattr(library(source), name)
+    found.argtypes = [ctypes.c_char_p, *[ctypes.c_float] * numbers, *[ctypes.c_void_p] * tensors]
+    found.restype = None
+    return found
+
+
+def floats(x: Tensor) -> Tensor:
+    """Dense float32; the tensor itself where it is that."""
+    return (x if x.dtype == torch.float32 else x.to(torch.float32)).contiguous()
 
 
 def suffix(dtype: torch.dtype) -> str:

@@ -2,26 +2,26 @@
 // float32 whatever they are stored in, computed, and rounded once when they are stored.
 namespace {
 
-// Elements of rows of one tensor, float32 or bfloat16.
+// Elements of rows of one tensor, float32 or bfloat16.  Behind the n of a row a buffer holds zeros up to a whole vector.
 struct Rows {
   char* data;
   bool half;
 
   void read(int64_t at, int64_t n, float* to) const {
-    if (!half) {
-      std::copy_n(reinterpret_cast<const float*>(data) + at, n, to);
-      return;
-    }
-    const auto* from = reinterpret_cast<const BFloat16*>(data) + at;
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    for (int64_t i = 0; i < n; i += LANES)
+      (half ? load(reinterpret_cast<const BFloat16*>(data) + at + i, n - i)
+            : load(reinterpret_cast<const float*>(data) + at + i, n - i))
+          .store(to + i);
   }
   void write(int64_t at, int64_t n, const float* from) const {
-    if (!half) {
-      std::copy_n(from, n, reinterpret_cast<float*>(data) + at);
-      return;
+    for (int64_t i = 0; i < n; i += LANES) {
+      const int64_t count = std::min(n - i, LANES);
+      const Vec x = Vec::loadu(from + i);
+      if (half)
+        at::vec::convert<BFloat16>(x).store(reinterpret_cast<BFloat16*>(data) + at + i, count);
+      else
+        x.store(reinterpret_cast<float*>(data) + at + i, count);
     }
-    auto* to = reinterpret_cast<BFloat16*>(data) + at;
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   }
 };
 
@@ -42,20 +42,19 @@ extern "C" void residual_rms_norm(const int64_t* n, float scale, float eps, floa
   const Rows in{residual, n[2] != 0}, added{delta, n[3] != 0}, kept{stream, n[4] != 0}, out{normed, n[3] != 0};
 #pragma omp parallel num_threads(threads)
   {
-    Buffer<float> x(C), y(C);
+    Buffer<float> x(round_up(C, LANES)), y(round_up(C, LANES));
 #pragma omp for
     for (int64_t r = 0; r < rows; ++r) {
       in.read(r * C, C, x.at(0));
       added.read(r * C, C, y.at(0));
-      for (int64_t i = 0; i < C; ++i) *x.at(i) += scale * *y.at(i);
+      for (int64_t i = 0; i < C; i += LANES) (Vec::loadu(x.at(i)) + Vec(scale) * Vec::loadu(y.at(i))).store(x.at(i));
       kept.write(r * C, C, x.at(0));
       kept.read(r * C, C, x.at(0));  // what is normalised is the stream as it is stored
-      float lanes[LANES] = {};
-      for (int64_t i = 0; i < C; ++i) lanes[i % LANES] += *x.at(i) * *x.at(i);
-      float sum = 0;
-      for (const float lane : lanes) sum += lane;
-      const float by = 1 / std::sqrt(sum / C + eps);
-      for (int64_t i = 0; i < C; ++i) *y.at(i) = *x.at(i) * by * (weight[i] + offset);
+      Vec squares(0.f);
+      for (int64_t i = 0; i < C; i += LANES) squares = squares + Vec::loadu(x.at(i)) * Vec::loadu(x.at(i));
+      const Vec by(1 / std::sqrt(sum_of(squares) / C + eps));
+      for (int64_t i = 0; i < C; i += LANES)
+        (Vec::loadu(x.at(i)) * by * (load(weight + i, C - i) + Vec(offset))).store(y.at(i));
       out.write(r * C, C, y.at(0));
     }
   }
@@ -69,29 +68,30 @@ extern "C" void mix_streams(const int64_t* n, char* hidden, char* branch_out, co
   const Coefficients post{h_post, STREAMS, n[7]}, res{h_res, STREAMS * STREAMS, n[8]}, pre{h_pre, STREAMS, n[9]};
 #pragma omp parallel num_threads(threads)
   {
-    Buffer<float> x(STREAMS * C), y(STREAMS * C), z(C);
+    const int64_t width = round_up(C, LANES);
+    Buffer<float> x(STREAMS * width), y(STREAMS * width), z(width);
 #pragma omp for
     for (int64_t i = 0; i < B * T; ++i) {
       const int64_t b = i / T;
-      in.read(i * STREAMS * C, STREAMS * C, x.at(0));
+      for (int64_t s = 0; s < STREAMS; ++s) in.read((i * STREAMS + s) * C, C, x.at(s * width));
       if (merges) {
         branch.read(i * C, C, z.at(0));
         for (int64_t o = 0; o < STREAMS; ++o) {
-          const float *by = res.of(b) + o * STREAMS, own = post.of(b)[o];
-          for (int64_t c = 0; c < C; ++c) {
-            float sum = own * *z.at(c);
-            for (int64_t s = 0; s < STREAMS; ++s) sum += by[s] * *x.at(s * C + c);
-            *y.at(o * C + c) = sum;
+          for (int64_t c = 0; c < C; c += LANES) {
+            Vec sum = Vec(post.of(b)[o]) * Vec::loadu(z.at(c));
+            for (int64_t s = 0; s < STREAMS; ++s)
+              sum = sum + Vec(res.of(b)[o * STREAMS + s]) * Vec::loadu(x.at(s * width + c));
+            sum.store(y.at(o * width + c));
           }
+          kept.write((i * STREAMS + o) * C, C, y.at(o * width));
         }
-        kept.write(i * STREAMS * C, STREAMS * C, y.at(0));
       }
       if (!reads) continue;
-      const float *from = merges ? y.at(0) : x.at(0), *by = pre.of(b);
-      for (int64_t c = 0; c < C; ++c) {
-        float sum = 0;
-        for (int64_t s = 0; s < STREAMS; ++s) sum += by[s] * from[s * C + c];
-        *z.at(c) = sum;
+      const float* from = merges ? y.at(0) : x.at(0);
+      for (int64_t c = 0; c < C; c += LANES) {
+        Vec sum(0.f);
+        for (int64_t s = 0; s < STREAMS; ++s) sum = sum + Vec(pre.of(b)[s]) * Vec::loadu(from + s * width + c);
+        sum.store(z.at(c));
       }
       out.write(i * C, C, z.at(0));
     }
@@ -100,14 +100,22 @@ extern "C" void mix_streams(const int64_t* n, char* hidden, char* branch_out, co
 
 namespace {
 
-// Pairs of one head's row: channels i and i + half, or 2i and 2i + 1.
-void rotate_row(float* x, const float* cos, const float* sin, int64_t half, bool interleaved) {
-  const int64_t step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+// Channels i and i + half of one head's row.
+void rotate_halves(float* x, const float* cos, const float* sin, int64_t half) {
+  for (int64_t i = 0; i < half; i += LANES) {
+    const int64_t count = std::min(half - i, LANES);
+    const Vec a = load(x + i, count), b = load(x + half + i, count), c = load(cos + i, count), s = load(sin + i, count);
+    (a * c - b * s).store(x + i, count);
+    (b * c + a * s).store(x + half + i, count);
+  }
+}
+
+// Channels 2i and 2i + 1.
+void rotate_neighbours(float* x, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; ++i) {
-    float &a = x[i * step], &b = x[i * step + apart];
-    const float turned = a * cos[i] - b * sin[i];
-    b = b * cos[i] + a * sin[i];
-    a = turned;
+    const float a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * cos[i] - b * sin[i];
+    x[2 * i + 1] = b * cos[i] + a * sin[i];
   }
 }
 
@@ -118,7 +126,7 @@ extern "C" void rotate(const int64_t* n, char* q, char* k, const float* cos, con
   const bool interleaved = n[6] != 0, low = n[8] != 0;
 #pragma omp parallel num_threads(threads)
   {
-    Buffer<float> x(D);
+    Buffer<float> x(round_up(D, LANES));
 #pragma omp for
     for (int64_t i = 0; i < B * T; ++i) {
       const int64_t at = (table_rows > 1 ? i : i % T) * half;
@@ -126,7 +134,7 @@ extern "C" void rotate(const int64_t* n, char* q, char* k, const float* cos, con
         const Rows from{h < H ? q : k, low}, to{h < H ? q_out : k_out, low};
         const int64_t row = (h < H ? i * H + h : i * K + h - H) * D;
         from.read(row, D, x.at(0));
-        rotate_row(x.at(0), cos + at, sin + at, half, interleaved);
+        (interleaved ? rotate_neighbours : rotate_halves)(x.at(0), cos + at, sin + at, half);
         to.write(row, D, x.at(0));
       }
     }

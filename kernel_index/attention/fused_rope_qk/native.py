@@ -8,8 +8,8 @@ from kernel_index import native
 
 def rope_qk_native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     q, k = q.contiguous(), k.contiguous()
-    cos, sin = (t.to(torch.float32).contiguous() for t in (cos, sin))
-    turned = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    cos, sin = native.floats(cos), native.floats(sin)
+    turned = torch.empty_like(q), torch.empty_like(k)
     (batch, tokens, heads, width), kv_heads, half = q.shape, k.shape[2], cos.shape[-1]
     low = q.dtype == torch.bfloat16
     sizes = (batch, tokens, heads, kv_heads, width, half, interleaved, cos.shape[0], low, native.rows_threads(q))

@@ -16,9 +16,9 @@ def residual_add_rms_norm_native(
     fp32_residual: bool,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor]:
-    residual, delta, weight = residual.contiguous(), delta.contiguous(), weight.to(torch.float32).contiguous()
-    stored = torch.empty(residual.shape, dtype=stream_dtype(residual, fp32_residual))
-    normed = torch.empty(delta.shape, dtype=delta.dtype)
+    residual, delta, weight = residual.contiguous(), delta.contiguous(), native.floats(weight)
+    stored = torch.empty_like(residual, dtype=stream_dtype(residual, fp32_residual))
+    normed = torch.empty_like(delta)
     channels = residual.shape[-1]
     low = (t.dtype == torch.bfloat16 for t in (residual, delta, stored))
     sizes = (residual.numel() // max(1, channels), channels, *low, native.rows_threads(residual))

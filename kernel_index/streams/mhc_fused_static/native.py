@@ -12,10 +12,10 @@ def mix_native(
 ) -> tuple[Tensor, ...]:
     hidden = hidden.contiguous()
     batch, tokens, _, channels = hidden.shape
-    merged = None if branch_out is None else torch.empty(hidden.shape, dtype=hidden.dtype)
+    merged = None if branch_out is None else torch.empty_like(hidden)
     read = None if h_pre is None else torch.empty(batch, tokens, channels, dtype=hidden.dtype)
     branch = hidden if branch_out is None else branch_out.contiguous()
-    coefficients = [c if c is None else c.contiguous() for c in (h_post, h_res, h_pre)]
+    coefficients = [c if c is None else native.floats(c) for c in (h_post, h_res, h_pre)]
     low = (t.dtype == torch.bfloat16 for t in (hidden, branch))
     rows = (batch if is_per_row(c, rank) else 1 for c, rank in zip(coefficients, (1, 2, 1), strict=True))
     sizes = (batch, tokens, channels, merged is not None, read is not None, *low, *rows, native.rows_threads(hidden))
