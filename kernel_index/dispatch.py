@@ -108,7 +108,10 @@ class ReceiptLog(list[Receipt]):
 
 _LOGS: list[ReceiptLog] = []  # replaced and never changed, so that a thread may go through it while others enter
 _BLOCKS = ThreadLock()  # entering and leaving a block: read, change and write back, by one thread at a time
-_STRICT = [0]  # how many strict() blocks are open; a list so that Dynamo guards on its content
+_STRICT = [
+    0,
+    0,
+]  # how many strict() blocks are open, and the environment's; a list so that Dynamo guards on its content
 _EXPLAINING: set[int] = set()  # idents of the threads inside explain()
 _FORCED: dict[str, tuple[str, str]] = {}  # op, or "" for every op -> (backend, the variable that says so)
 
@@ -120,7 +123,7 @@ def reload_environment() -> None:
     for name, backend in sorted(os.environ.items()):
         if backend and (name == prefix or name.startswith(prefix + "_")):
             _FORCED[name[len(prefix) + 1 :].lower()] = (backend, name)
-    _STRICT[0] = int(os.environ.get("KERNEL_INDEX_STRICT", "") not in ("", "0"))
+    _STRICT[1] = int(os.environ.get("KERNEL_INDEX_STRICT", "") not in ("", "0"))
 
 
 reload_environment()
@@ -317,7 +320,7 @@ def _verdict(backend: Backend, wanted: str, call: tuple) -> str | None:
     if rule is None and wanted == "auto":
         if backend.not_worth is not None:
             rule = backend.not_worth(*call)
-        if rule is None and _STRICT[0] > 0 and backend.name in REFERENCES and _on_accelerator(call):
+        if rule is None and (_STRICT[0] or _STRICT[1]) and backend.name in REFERENCES and _on_accelerator(call):
             rule = "strict mode: a fallback to the reference on an accelerator is an error"
     return rule
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.inductor import PLAIN, inside_functorch
+from kernel_index.inductor import NEGATED, PLAIN, inside_functorch
 from kernel_index.locks import ThreadLock
 from kernel_index.target import Target, has_package, target_of
 
@@ -47,6 +47,8 @@ def why_not(*tensors: Any) -> str | None:
             continue
         if type(tensor) not in PLAIN:
             return "needs plain tensors, not a tensor subclass"
+        if not torch.compiler.is_compiling() and tensor.is_neg():
+            return NEGATED
         if tensor.is_cpu and not interpreting():  # most calls on a CPU end here, before anything is looked up
             return ON_A_CPU
         rule = _device_rule(target_of(tensor.device))

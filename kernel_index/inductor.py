@@ -26,7 +26,7 @@ from kernel_index.target import has_cxx_compiler
 logger = logging.getLogger("kernel_index")
 
 MIN_ELEMENTS = 1 << 16
-"""Below this many elements ``auto`` takes the plain formula: a call is then bound by overhead, not by memory."""
+"""Below this many elements ``auto`` compiles no region: a call is then bound by overhead, not by memory."""
 
 
 def why_not(*tensors: Any) -> str | None:
@@ -48,6 +48,8 @@ def why_not(*tensors: Any) -> str | None:
             return "needs plain tensors, not a tensor subclass"
         if tensor.device.type != "cpu":
             return "needs CPU tensors"
+        if tensor.is_neg():
+            return NEGATED
     return None
 
 
@@ -81,6 +83,9 @@ def not_worth_or_traced(x: Tensor, *_: Any) -> str | None:
 
 
 _COMPILING = ThreadLock()
+
+NEGATED = "needs tensors without the negative bit: call resolve_neg() first"
+"""Views that are to be read with their sign changed, as ``z.conj().imag``: memory does not show it."""
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 """Types without an overridden behaviour that a kernel would bypass."""

@@ -129,6 +129,27 @@ def test_same_call_same_bits(suite, backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("suite", "backend"), PAIRS)
+def test_default_device_and_dtype_change_nothing(suite, backend):
+    """Where the arguments say what is computed, a process's defaults say nothing."""
+    kwargs = build(suite, suite.cases[0], torch.float32, backend)
+    names = differentiable(suite, kwargs, backend)
+    plain = run(suite.function, kwargs, names, backend=backend)
+
+    def under_other_defaults(**call):
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                return suite.function(**call)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    there = run(under_other_defaults, kwargs, names, backend=backend)
+    for a, b in zip(plain[0] + plain[1], there[0] + there[1], strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
 @pytest.mark.parametrize(("suite", "backend"), PAIRS)
 def test_nonfinite_inputs_come_out_where_the_oracle_has_them(suite, backend, value):

@@ -176,7 +176,7 @@ def test_strict_blocks_of_many_threads_leave_nothing_behind():
         thread.start()
     for thread in threads:
         thread.join()
-    assert dispatch._STRICT == [0]
+    assert dispatch._STRICT[0] == 0
 
 
 def test_counts():

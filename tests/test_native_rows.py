@@ -86,6 +86,19 @@ def test_transforms_and_traces_are_not_its(op):
             function(**op(torch.float16)[1], backend="native")
 
 
+@pytest.mark.parametrize("backend", ["native", "inductor", "triton"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_view_whose_sign_is_not_in_memory_is_not_theirs(op, backend):
+    function, call = op()
+    first = next(iter(call))
+    negative = call | {first: torch._neg_view(call[first])}
+    with torch.no_grad():
+        with pytest.raises(ki.Ineligible, match=f"{backend}: needs tensors without the negative bit"):
+            function(**negative, backend=backend)
+        for actual, expected in zip(function(**negative), function(**call | {first: -call[first]}), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_of_the_callers_is_written_and_the_bits_do_not_depend_on_threads(op, dtype):

@@ -32,14 +32,14 @@ class ModelCache:
 
     Args:
         mixers: the mixer of every block, None for blocks without one.
-        tokens: room in all sequences together.
+        tokens: room in all sequences together; states alone, as of ``M`` blocks, need none and have no limit.
         page_size: tokens of a page.
     """
 
     def __init__(self, mixers: Sequence[nn.Module | None], tokens: int, page_size: int = 16):
         checks.is_int("tokens", tokens, minimum=1)
         checks.is_int("page_size", page_size, minimum=1)
-        self.mixers, self.tokens, pages = list(mixers), tokens, -(-tokens // page_size)
+        self.mixers, pages = list(mixers), -(-tokens // page_size)
         self.mixing: Tensor | None = None
         self._places = _places(self.mixers)
         self.pools: dict[str, ki.PagedKVCache] = {}
@@ -75,6 +75,7 @@ class ModelCache:
         for pool in self.pools.values():
             pool.free(sequence)
         del self._lengths[sequence], self._states[sequence]
+        self._latest = [s for s in self._latest if s != sequence]
         if self._step is not None and sequence in self._step.sequences:
             self._step = None
 
@@ -148,8 +149,6 @@ class ModelCache:
         n, kept = len(chosen), [] if counts is None else list(counts)
         if counts is not None and not (len(kept) == n and all(isinstance(c, int) and 0 <= c <= tokens for c in kept)):
             raise ValueError(f"counts must be {n} numbers from 0 to {tokens}, got {kept}")
-        if not self.pools and (room := self.tokens - sum(self._lengths.values())) < n * tokens:
-            raise ValueError(f"tokens must be at most {room} in all, the room left, got {n * tokens}")
 
     def _joined(self, chosen: list[int], counts: list[int] | None) -> list[MixerState]:
         """The states of these sequences, one for each layer, their rows in this order."""

@@ -177,7 +177,8 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ten
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition(":")
-        found.setdefault(parameter, {})[key] = value
+        if parameter:  # older checkpoints hold a random generator's state beside them
+            found.setdefault(parameter, {})[key] = value
     problems = [f"{n} is unknown" for n in found if n not in parameters]
     problems += [
         f"{n} has {', '.join(sorted(state))}, not {', '.join(sorted(MOMENTS))}"

@@ -78,7 +78,8 @@ def generate(
     """Yield the continuation of ``prompt`` as text, as soon as its bytes form characters.
 
     The model sees the latest tokens, ``context`` of them at most: when they are that many, the older half is dropped.
-    One that is in training computes each token as in evaluation, and is as it was between two of them.
+    One that is in training computes each token as in evaluation, and is as it was between two of them; only then, one
+    thread at a time may generate from it.
 
     Args:
         model: a trained model.

@@ -38,7 +38,8 @@ class Trainer:
     """A run in a folder: ``metrics.jsonl``, TensorBoard's events, ``config.json`` and checkpoints.
 
     Iterate over ``steps()``; call ``save()`` whenever; ``Trainer.resume(folder)`` continues the newest checkpoint.
-    Under ``torchrun`` every process makes one, the parameters are sharded, and each step's rows are dealt out.
+    Under ``torchrun`` every process makes one, the parameters are sharded, and each step's rows are dealt out.  Every
+    step seeds PyTorch's global generator.
     """
 
     def __init__(self, config: RunConfig, folder: Path):
@@ -81,7 +82,8 @@ class Trainer:
     def resume(cls, folder: Path, *, steps: int | None = None, checkpoint_every: int | None = None) -> "Trainer":
         """Continue the newest checkpoint of a run, or its start where a kill came before the first.
 
-        With the run's own ``steps`` the numbers are those of one run; other ``steps`` become the run's own.
+        With the run's own ``steps`` the numbers are those of one run; others, and another ``checkpoint_every``, become
+        the run's own.
         """
         before = read_config(folder)
         given: dict[str, Any] = {"steps": steps, "checkpoint_every": checkpoint_every}
@@ -102,7 +104,7 @@ class Trainer:
         ckpt.load_model(self.model, saved)
         for what, then, now in (
             ("packed rows", saved.state.get("rows"), len(self.rows)),
-            ("a digest of", saved.state.get("data"), self.digest),
+            ("a digest of", saved.state.get("data", self.digest), self.digest),  # older ones have none
         ):
             if then != now:
                 raise ckpt.CheckpointError(f"the data has changed since the checkpoint: {what} {then} then, {now} now")

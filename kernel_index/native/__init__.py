@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.inductor import MIN_ELEMENTS, PLAIN, announce, inside_functorch
+from kernel_index.inductor import MIN_ELEMENTS, NEGATED, PLAIN, announce, inside_functorch
 from kernel_index.target import has_cxx_compiler
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -27,8 +27,11 @@ def why_not(*tensors: Tensor) -> str | None:
         return "needs a C++ compiler (g++ or clang++)"
     if not _has_vectors():
         return "needs a CPU with AVX-512 and PyTorch's oneDNN"
-    if any(type(t) not in PLAIN for t in tensors):
-        return "needs plain tensors, not a tensor subclass"
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return "needs plain tensors, not a tensor subclass"
+        if tensor.is_neg():
+            return NEGATED
     if torch.autograd.forward_ad._current_level >= 0:
         return "inside forward-mode differentiation: it would lose the tangents"
     if tensors[0].dtype not in DTYPES:
@@ -92,6 +95,7 @@ def library(source: str) -> ctypes.CDLL:
 
 def call(source: str, function: str, sizes: tuple[int, ...], numbers: tuple[float, ...], *tensors: Tensor) -> None:
     """Run one function of a source: sizes as one array, then numbers, then where the dense tensors' elements are."""
+    assert all(t.is_cpu for t in tensors), "what a kernel writes to must be on the CPU, whatever the default device"
     run = _function(source, function, len(numbers), len(tensors))
     run(struct.pack(f"{len(sizes)}q", *sizes), *numbers, *[t.data_ptr() for t in tensors])
 
@@ -99,7 +103,7 @@ def call(source: str, function: str, sizes: tuple[int, ...], numbers: tuple[floa
 @functools.cache
 def _function(source: str, name: str, numbers: int, tensors: int) -> Any:
     """With the types of its arguments, so that a call need not wrap each: a decoded token makes some twenty."""
-    found = getattr(library(source), name)
+    found = library(source)[name]  # an object of its own, where an attribute would be shared
     found.argtypes = [ctypes.c_char_p, *[ctypes.c_float] * numbers, *[ctypes.c_void_p] * tensors]
     found.restype = None
     return found

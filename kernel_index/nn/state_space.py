@@ -156,7 +156,7 @@ def segments_of(mask: "ki.MaskContract | None") -> Tensor | None:
 class MixerState:
     """What a ``Mamba2`` layer remembers of its rows: replaced by every forward.
 
-    ``conv``: [B, width − 1, channels], the latest inputs of the convolution.  ``scan``: [B, H, P, N], float32.
+    ``conv``: [B, width − 1, channels], the latest inputs of the convolution.  ``scan``: [B, H, P, N], float32 at least.
     ``counts``: int64 [B], how many tokens of the step are real; None for all.
     """
 
@@ -265,8 +265,10 @@ class Mamba2(Mixer):
         else:
             at = cache.counts[:, None] + torch.arange(keep, device=joined.device)
             latest = joined.gather(1, at[..., None].expand(-1, -1, joined.shape[-1]))
-        # Replaced, not written to: a backward pass may have kept what this step read.  Without a graph, like keys.
-        cache.conv, cache.scan = latest.detach().to(cache.conv.dtype), state.detach()
+        # Replaced, not written to: a backward pass may have kept what this step read.  Without a graph, like keys; and
+        # copied, so that nothing else of the prompt is kept and a state outlives the mode that it was computed in.
+        with torch.inference_mode(False):
+            cache.conv, cache.scan = latest.detach().to(cache.conv.dtype, copy=True), state.detach().clone()
 
     def new_state(self, rows: int) -> MixerState:
         """The state before any token."""

@@ -160,7 +160,7 @@ def _top_by_value(scores: Tensor, legal: LegalBlocks, topk: int, first_block: in
     kept = min(topk, columns)
     if columns == 0:
         return None
-    block = torch.arange(first_block, first_block + columns, dtype=torch.int32)
+    block = torch.arange(first_block, first_block + columns, dtype=torch.int32, device=scores.device)
     first, current = (x[:, :, None, None] for x in legal)
     routable = (block >= first) & (block < current)
     open_ = scores.to(torch.float32) + routable.to(torch.float32).log()  # log 0 = −∞; faster than a select

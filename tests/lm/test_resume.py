@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import kernel_index as ki
 from kernel_index.lm import checkpoint as ckpt
-from kernel_index.lm.train import Trainer, TrainingError, read_metrics
+from kernel_index.lm.train import Trainer, TrainingError, forced_backend, read_metrics
 from tests.lm.runs import config, losses
 
 
@@ -53,6 +54,17 @@ def test_other_bytes_in_as_many_rows_are_changed_data(corpus, tmp_path):
         path.write_bytes(path.read_bytes()[::-1])
     with pytest.raises(ckpt.CheckpointError, match="the data has changed"):
         Trainer.resume(tmp_path / "run")
+
+
+def test_a_checkpoint_from_before_the_digest_is_read(corpus, tmp_path):
+    """It holds a random generator's state, which nothing needs any more, and no digest of the data."""
+    Trainer.start(config(corpus, steps=4), tmp_path / "run").save()
+    folder = ckpt.newest(tmp_path / "run")
+    state = json.loads((folder / "state.json").read_text())
+    del state["data"]
+    (folder / "state.json").write_text(json.dumps(state))
+    save_file({":rng": torch.get_rng_state()}, folder / "optimizer.safetensors")
+    assert len(list(Trainer.resume(tmp_path / "run").steps())) == 4
 
 
 def test_a_run_that_was_made_longer_goes_on_to_its_new_end(finished, corpus, tmp_path):
@@ -118,6 +130,14 @@ def test_two_runs_side_by_side_each_have_their_backend(corpus, tmp_path):
     with ki.receipts() as log:
         runs[0].evaluate()
     assert {r.ran for r in log} == {"reference"}
+
+
+def test_a_forced_backend_leaves_an_open_strict_block_strict():
+    with ki.strict():
+        with forced_backend("reference"):
+            assert ki.dispatch._STRICT[0] == 1
+        assert ki.dispatch._STRICT[0] == 1
+    assert ki.dispatch._STRICT[0] == 0
 
 
 def test_weights_that_are_not_finite_take_no_checkpoints_place(corpus, tmp_path):

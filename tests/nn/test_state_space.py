@@ -156,6 +156,17 @@ def test_a_step_of_decoding_has_its_gradient_and_its_state_has_no_graph():
     assert not state.scan.requires_grad
 
 
+def test_a_state_keeps_nothing_of_the_prompt_and_outlives_the_mode_of_a_step():
+    layer, x = mixer(), torch.randn(1, 100, 12)
+    state = layer.new_state(1)
+    with torch.inference_mode():
+        layer(x, cache=state)
+    for kept, fresh in zip((state.conv, state.scan), (layer.new_state(1).conv, layer.new_state(1).scan), strict=True):
+        assert kept.untyped_storage().nbytes() == fresh.untyped_storage().nbytes()
+    layer(x[:, :1], cache=state)[0].sum().backward()
+    assert layer.proj.weight.grad.any()
+
+
 def test_padding_behind_a_shorter_prompt_leaves_no_trace():
     layer, x = mixer(), torch.randn(2, 6, 12)
     x[1, 2:] = 1e3  # padding of the second row

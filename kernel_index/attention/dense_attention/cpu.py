@@ -102,7 +102,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _zeros(x: Tensor, wide: bool) -> Tensor:
-    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32) if wide else x.dtype)
+    return torch.zeros_like(
+        x, dtype=torch.promote_types(x.dtype, torch.float32) if wide else x.dtype, memory_format=torch.contiguous_format
+    )
 
 
 def _share_no_key(pieces: tuple[Piece, ...]) -> bool:
@@ -123,7 +125,7 @@ def _bias(piece: Piece, bounds: Intervals, q: Tensor) -> dict[str, Tensor]:
     if piece.kind != "masked":
         return {}
     allowed = allowed_within(bounds, piece)[:, None]
-    return {"attn_mask": torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)}
+    return {"attn_mask": q.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)}
 
 
 def _by_key_head(x: Tensor, heads: int) -> Tensor:

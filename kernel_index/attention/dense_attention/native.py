@@ -31,9 +31,10 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         q, k, v = (x.contiguous() for x in (q, k, v))
         heads = q.shape[2]
-        joins = torch.full((heads,), -torch.inf) if sink is None else sink.detach().to(torch.float32).contiguous()
-        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-        lse, peaks, shares = (torch.empty(q.shape[0], heads, q.shape[1], dtype=torch.float32) for _ in range(3))
+        single = q.new_empty(0, dtype=torch.float32)
+        joins = single.new_full((heads,), -torch.inf) if sink is None else native.floats(sink.detach())
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        lse, peaks, shares = (single.new_empty(q.shape[0], heads, q.shape[1]) for _ in range(3))
         _call("forward", (q, k, v), bounds, scoring, q, k, v, joins, out, lse, peaks, shares)
         ctx.save_for_backward(q, k, v, sink, out, peaks, shares, *bounds)
         ctx.scoring = scoring

@@ -101,8 +101,8 @@ class KVCache(ABC):
     def _begin(self, names: list[int], lengths: list[int], tokens: int, table: list[list[int]] | None) -> None:
         device = self.k.device
         with torch.inference_mode(False):
-            ids = None if table is None else torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True)
-            at = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+            ids = None if table is None else _sent(table, device)
+            at = _sent(lengths, device)
         pages = [None] * len(names) if table is None else table
         rows = [Row(name, n, n + tokens, p) for name, n, p in zip(names, lengths, pages, strict=True)]
         self._step = _Step(tokens, at, ids, set(), rows)
@@ -122,6 +122,11 @@ class KVCache(ABC):
         checks.is_int("index", index, minimum=0)
         if index >= self.layers or index in step.served:
             raise ValueError(f"index must be a layer below {self.layers} not yet served in this step, got {index}")
+
+
+def _sent(numbers: list[Any], device: torch.device) -> Tensor:
+    """Numbers of the host, int32 on a device."""
+    return torch.tensor(numbers, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class BlockMeans:
         step = max(1, TOKENS_AT_ONCE // size)
         for first in range(have, complete, step):
             end = min(first + step, complete)
-            outer, inner = self._places(row, torch.arange(first * size, end * size).view(-1, size))
+            outer, inner = self._places(row, torch.arange(first * size, end * size, device="cpu").view(-1, size))
             means = self.keys[layer][outer, inner].to(self.values.dtype).mean(1)
             self.values[layer].index_put_((outer[:, -1], inner[:, -1] // self.unit), means)
 
@@ -88,5 +88,5 @@ class BlockMeans:
             outer, inner = torch.full_like(token, row.name), token
         else:
             page = self.keys.shape[2]
-            outer, inner = torch.tensor(row.pages)[token // page], token % page
+            outer, inner = torch.tensor(row.pages, device="cpu")[token // page], token % page
         return outer.to(self.keys.device, non_blocking=True), inner.to(self.keys.device, non_blocking=True)

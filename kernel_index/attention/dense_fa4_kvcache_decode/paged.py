@@ -198,7 +198,7 @@ class PagedKVCache(KVCache):
     def _zero(self, pages: list[int]) -> None:
         dirty = [page for page in pages if self._dirty[page]]
         if dirty:
-            ids = torch.tensor(dirty, dtype=torch.int64).to(self.k.device, non_blocking=True)
+            ids = torch.tensor(dirty, dtype=torch.int64, device="cpu").to(self.k.device, non_blocking=True)
             self.k.index_fill_(1, ids, 0)
             self.v.index_fill_(1, ids, 0)
             self.counters.zeroed += len(dirty)

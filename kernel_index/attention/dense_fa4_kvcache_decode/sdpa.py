@@ -28,7 +28,7 @@ def decode_sdpa(
     new = 0 if k is None else k.shape[1]
     totals = [n + new for n in lengths.tolist()]
     reach = reach_of(causal, window)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     if table is None and len(set(totals)) == 1:
         _attend(out, q, k_cache[:, : totals[0]], v_cache[:, : totals[0]], reach)
         return out
@@ -78,7 +78,7 @@ def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window)
     left, right = reach
     for t in range(0, queries, QUERIES_AT_ONCE):
         chunk = slice(t, min(t + QUERIES_AT_ONCE, queries))
-        position = total - queries + torch.arange(chunk.start, chunk.stop)
+        position = total - queries + torch.arange(chunk.start, chunk.stop, device=q.device)
         low = 0 if left is None else max(0, total - queries + chunk.start - left)
         high = total if right is None else min(total, total - queries + chunk.stop + right)
         if high <= low:
@@ -87,8 +87,8 @@ def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window)
         if chunk.stop - chunk.start == 1:  # one query sees every key that is left
             out[:, chunk] = _call(q[:, chunk], keys[:, low:high], values[:, low:high], None)
             continue
-        key = torch.arange(low, high)
-        allowed = torch.ones(position.shape[0], high - low, dtype=torch.bool)
+        key = torch.arange(low, high, device=q.device)
+        allowed = q.new_ones(position.shape[0], high - low, dtype=torch.bool)
         if left is not None:
             allowed &= key >= position[:, None] - left
         if right is not None:

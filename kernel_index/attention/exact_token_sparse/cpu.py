@@ -75,12 +75,12 @@ def _union(indices: Tensor, is_pick: Tensor, first: int, last: int, dtype: torch
     """The keys in ``first … last − 1`` that some query picked, and the bias; costs O(picks + keys)."""
     no_pick = last - first  # one place more, for what is none
     place = torch.where(is_pick, indices.long() - first, no_pick)
-    picked = torch.zeros(no_pick + 1, dtype=torch.bool).index_fill_(0, place.flatten(), True)
+    picked = place.new_zeros(no_pick + 1, dtype=torch.bool).index_fill_(0, place.flatten(), True)
     picked[no_pick] = False
     union = picked.nonzero()[:, 0]
-    column = torch.full((no_pick + 1,), union.shape[0], dtype=torch.int64)
-    column[union] = torch.arange(union.shape[0])
-    bias = torch.full((place.shape[0], union.shape[0] + 1), -torch.inf, dtype=dtype)
+    column = place.new_full((no_pick + 1,), union.shape[0])
+    column[union] = torch.arange(union.shape[0], device=place.device)
+    bias = place.new_full((place.shape[0], union.shape[0] + 1), -torch.inf, dtype=dtype)
     return union + first, bias.scatter_(1, column[place], 0.0)[:, :-1]
 
 
@@ -126,8 +126,8 @@ def _run_backward(
     start: Tensor, end: Tensor, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dK and dV are added up chunk by chunk in float32 at least: the same order, and so the same bits, every time."""
-    d_q = torch.zeros(q.shape, dtype=q.dtype)
-    d_k, d_v = (torch.zeros(x.shape, dtype=_wide(x[:0]).dtype) for x in (k, v))
+    d_q = q.new_zeros(q.shape)
+    d_k, d_v = (x.new_zeros(x.shape, dtype=_wide(x[:0]).dtype) for x in (k, v))
     q = q if q.stride(-1) == 1 else q.contiguous()
     lse = lse.masked_fill(lse.isneginf(), torch.inf)  # exp(z − ∞) = 0: what a query without keys sends backward
     kernel_takes = softcap == 0 and q.shape[3] == v.shape[3]

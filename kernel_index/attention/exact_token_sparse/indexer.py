@@ -28,8 +28,8 @@ def native_topk(q: Tensor, k: Tensor, weights: Tensor, start: Tensor, end: Tenso
     q, k, weights = (x.to(torch.float32).contiguous() for x in (q, k, weights))
     start, end = start.contiguous(), end.contiguous()
     indices, scores = (
-        torch.empty(batch, queries, topk, dtype=torch.int64),
-        torch.empty(batch, queries, topk, dtype=torch.float32),
+        q.new_empty(batch, queries, topk, dtype=torch.int64),
+        q.new_empty(batch, queries, topk, dtype=torch.float32),
     )
     threads = torch.get_num_threads() if q.numel() * keys > ONE_THREAD else 1
     sizes = (batch, queries, keys, heads, width, topk, start.shape[0], threads)

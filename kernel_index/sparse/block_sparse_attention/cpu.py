@@ -38,7 +38,7 @@ def _capped(z: Tensor, scale: float, softcap: float) -> Tensor:
 
 
 def _allowed(z: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    key = torch.arange(z.shape[-1], dtype=torch.int32)
+    key = torch.arange(z.shape[-1], dtype=torch.int32, device=z.device)
     return (key >= low[:, None, None]) & (key < high[:, None, None])
 
 
@@ -151,7 +151,7 @@ class _Call:
 
 def _shifts(call: _Call, stop: int) -> Tensor:
     """For each row the largest log-sum-exp among the blocks of the first tiles, [B·T·G, heads]."""
-    shift = torch.full(call.q.shape[:2], -torch.inf, dtype=call.wide)
+    shift = call.q.new_full(call.q.shape[:2], -torch.inf, dtype=call.wide)
     kept = call.tiles.kept.flatten()
     for step in call.steps(stop):
         z = call.scores(call.gather(call.q, step), call.k.index_select(0, step.block))
@@ -162,7 +162,7 @@ def _shifts(call: _Call, stop: int) -> Tensor:
 
 def _sums(call: _Call, v: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of exponentials and of weighted values, each exponential shifted."""
-    weighted = torch.zeros(*call.q.shape[:2], v.shape[-1], dtype=call.wide)
+    weighted = v.new_zeros(*call.q.shape[:2], v.shape[-1], dtype=call.wide)
     own = call.of_picks(shift, torch.inf)
     parts = torch.empty_like(own)
     for step in call.steps(call.tiles.rows.shape[0]):
@@ -185,8 +185,7 @@ def _forward(call: _Call, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward(call: _Call, d_out: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    d_q = torch.zeros(call.q.shape, dtype=call.wide)
-    d_k, d_v = (torch.zeros(x.shape, dtype=call.wide) for x in (call.k, v))
+    d_q, d_k, d_v = (x.new_zeros(x.shape, dtype=call.wide) for x in (call.q, call.k, v))
     lse, delta = call.of_picks(lse, torch.inf), call.of_picks(delta, 0.0)
     for step in call.steps(call.tiles.rows.shape[0]):
         keys = call.k.index_select(0, step.block)

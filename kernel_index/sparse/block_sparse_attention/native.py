@@ -33,8 +33,8 @@ class _BlockSparse(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         q, k, v = (x.contiguous() for x in (q, k, v))
-        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-        lse, peaks, shares = (torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32) for _ in range(3))
+        out, rows = q.new_empty(*q.shape[:3], v.shape[3]), (q.shape[0], q.shape[2], q.shape[1])
+        lse, peaks, shares = (q.new_empty(rows, dtype=torch.float32) for _ in range(3))
         _call("forward", (q, k, v), selected, bounds, block_size, scoring, q, k, v, out, lse, peaks, shares)
         ctx.save_for_backward(q, k, v, out, peaks, shares, selected, *bounds)
         ctx.statics = block_size, scoring

@@ -48,15 +48,16 @@ def tiles_of(
     last = reached.amax(-1, keepdim=True) if picks else reached
     whole = (begin >= start) & (stop <= end) & (reached != last)
     lists = batch * groups * blocks
-    place = torch.arange(batch * groups).view(batch, groups)[:, None, :, None] * blocks
+    device = selected.device
+    place = torch.arange(batch * groups, device=device).view(batch, groups)[:, None, :, None] * blocks
     listed = torch.where(legal, place + selected + whole * lists, 2 * lists)
     which, origin = torch.sort(listed.flatten(), stable=True)
     lengths = torch.bincount(which, minlength=2 * lists + 1)[: 2 * lists]
     begins = lengths.cumsum(0) - lengths
     tiles = (lengths + per_tile - 1) // per_tile
-    owner = torch.repeat_interleave(torch.arange(2 * lists), tiles)
-    nth = torch.arange(owner.shape[0]) - (tiles.cumsum(0) - tiles)[owner]
-    at = (begins[owner] + nth * per_tile)[:, None] + torch.arange(per_tile)
+    owner = torch.repeat_interleave(torch.arange(2 * lists, device=device), tiles)
+    nth = torch.arange(owner.shape[0], device=device) - (tiles.cumsum(0) - tiles)[owner]
+    at = (begins[owner] + nth * per_tile)[:, None] + torch.arange(per_tile, device=device)
     kept = at < (begins + lengths)[owner][:, None]
     at = torch.where(kept, at, at[:, :1])
     query = origin // max(1, picks)

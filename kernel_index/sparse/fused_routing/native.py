@@ -24,7 +24,7 @@ def native_top_blocks(q: Tensor, means: Tensor, legal: LegalBlocks, topk: int, g
     """``top_blocks`` of every query's scores; arguments as ``fused_top_blocks``."""
     (batch, queries, heads, width), (blocks, kv_heads) = q.shape, means.shape[1:3]
     first, current = (x.contiguous() for x in legal)
-    indices = torch.empty(batch, queries, groups, topk, dtype=torch.int32)
+    indices = q.new_empty(batch, queries, groups, topk, dtype=torch.int32)
     sizes = (batch, queries, heads, kv_heads, groups, width, blocks, topk, first.shape[0], torch.get_num_threads())
     tensors = (first, current, q.detach().contiguous(), means.contiguous(), indices)
     native.call(SOURCE, f"route_{native.suffix(q.dtype)}", sizes, (), *tensors)

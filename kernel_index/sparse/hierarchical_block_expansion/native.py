@@ -18,7 +18,7 @@ def native_select(
     """Queries [B, T, K, D] and what stands for the blocks [B, blocks, K, D], both float32."""
     (batch, queries, groups, width), blocks = q.shape, block_keys.shape[1]
     first, current = (x.contiguous() for x in legal)
-    indices = torch.empty(batch, queries, groups, topk, dtype=torch.int32)
+    indices = q.new_empty(batch, queries, groups, topk, dtype=torch.int32)
     threads = torch.get_num_threads() if q.numel() * blocks > ONE_THREAD else 1
     wanted = (name in forced for name in ("current", "sink", "local"))
     sizes = (batch, queries, groups, width, blocks, ratio, topc, topk, first.shape[0], *wanted, threads)

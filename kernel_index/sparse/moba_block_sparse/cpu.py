@@ -31,7 +31,7 @@ def decode_cpu(
     routed = route(q, cache, k, v, block_size, topk, window, groups)
     if q.shape[1] > PROMPT:
         return prompt(q, cache, routed, block_size, window, scale, softcap)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     if out.numel():
         _step(out, q, cache, routed, block_size, groups, scale_of(q, scale), softcap)
     return out
@@ -52,7 +52,7 @@ def _step(
     flat_k, flat_v = (cache[name].view(-1, width) for name in ("k_cache", "v_cache"))
     # [B, K, Lq · G/K, …]: everything of one key head together.
     rows, allowed = (x.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3) for x in (rows, allowed))
-    rows = rows * kv_heads + torch.arange(kv_heads)[:, None, None]
+    rows = rows * kv_heads + torch.arange(kv_heads, device=rows.device)[:, None, None]
     split = (kv_heads, groups // kv_heads, heads // groups)
     q_BKXHD = q.unflatten(2, split).transpose(1, 2).flatten(2, 3)
     out_BKTGHD = out.view(batch, queries, *split, width).transpose(1, 2)

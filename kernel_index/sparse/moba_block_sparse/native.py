@@ -44,7 +44,8 @@ def decode_native(
     pages = 0 if table is None else table.shape[1]
     sizes = (batch, queries, heads, kv_heads, groups, width, block_size, topk, page, pages, means.stride(0))
     sizes = (*sizes, means.shape[1], cache.new_tokens, left, torch.get_num_threads())
-    q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype)
+    q = q.contiguous()
+    out = torch.empty_like(q)
     some_table = lengths if table is None else table.contiguous()
     function = f"moba_decode_{native.suffix(q.dtype)}"
     tensors = (lengths, some_table, q, k_cache, v_cache, means, out)

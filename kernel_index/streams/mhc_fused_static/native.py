@@ -13,7 +13,7 @@ def mix_native(
     hidden = hidden.contiguous()
     batch, tokens, _, channels = hidden.shape
     merged = None if branch_out is None else torch.empty_like(hidden)
-    read = None if h_pre is None else torch.empty(batch, tokens, channels, dtype=hidden.dtype)
+    read = None if h_pre is None else hidden.new_empty(batch, tokens, channels)
     branch = hidden if branch_out is None else branch_out.contiguous()
     coefficients = [c if c is None else native.floats(c) for c in (h_post, h_res, h_pre)]
     low = (t.dtype == torch.bfloat16 for t in (hidden, branch))
