@@ -1,6 +1,7 @@
 """``kernel-index bench``: nothing wrong is reported, files say what they hold, and regressions have names."""
 
 import importlib
+import inspect
 import json
 from dataclasses import replace
 from functools import partial
@@ -182,6 +183,7 @@ def test_every_question_says_what_it_measures(name):
         "a question calls ki.<function with backends>, or says in OPS what it measures"
     )
     assert set(ops) <= {suite.op for suite in verify.suites()}
+    assert "rounds" in inspect.signature(module.main).parameters
 
 
 def test_the_reason_of_a_peer(monkeypatch):
