@@ -4,6 +4,7 @@ Forward and backward at 4096 × 4096.  Targets: 0.6× the time of eager PyTorch,
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,12 +101,25 @@ def main(rounds: int = 9) -> list[Comparison]:
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         for name, (ours, plain, inputs) in questions(dtype).items():
-            contenders = [
-                Contender("kernel_index", forward_backward(ours, inputs), ours=True),
-                Contender("eager", forward_backward(plain, inputs)),
-                Contender("torch.compile", forward_backward(torch.compile(plain), inputs)),
-            ]
             title = f"{name}, {str(dtype).removeprefix('torch.')}, {N} × {N}, forward + backward"
-            results.append(compare(title, contenders, rounds=rounds, targets=TARGETS))
-            torch._dynamo.reset()
+            calls = (ours, plain, lambda function, inputs=inputs: forward_backward(function, inputs))
+            results.append(against_plain(title, *calls, rounds=rounds, targets=TARGETS))
     return results
+
+
+def against_plain(
+    title: str,
+    ours: Callable,
+    plain: Callable,
+    prepare: Callable[[Callable], Callable[[], Callable[[], object]]],
+    **options: Any,
+) -> Comparison:
+    """Ours, the plain formula, and that formula compiled, each as ``prepare`` calls it."""
+    contenders = [
+        Contender("kernel_index", prepare(ours), ours=True),
+        Contender("eager", prepare(plain)),
+        Contender("torch.compile", prepare(torch.compile(plain))),
+    ]
+    found = compare(title, contenders, **options)
+    torch._dynamo.reset()
+    return found

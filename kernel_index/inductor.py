@@ -31,22 +31,27 @@ MIN_ELEMENTS = 1 << 16
 
 def why_not(*tensors: Any) -> str | None:
     """The rules that every compiled region shares; arguments that are not tensors are ignored."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing: the plain formula is traced into the caller's graph"
+    if (rule := opaque_why_not(*tensors)) is not None:
+        return rule
     if not has_cxx_compiler():
         return "needs a C++ compiler (g++ or clang++)"
-    if _compile_is_off():
-        return "torch.compile is switched off"
+    return "torch.compile is switched off" if _compile_is_off() else None
+
+
+def opaque_why_not(*tensors: Any) -> str | None:
+    """The rules of all compiled code for the CPU: it reads memory itself, so nothing may stand between it and that."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: the plain formula is traced into the caller's graph"
     if inside_functorch():
         return "inside a torch.func transform"
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
-        return "inside a TorchDispatchMode or torch.jit.trace, which torch.compile refuses"
+        return "inside a TorchDispatchMode or torch.jit.trace, which compiled code does not see"
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             continue
         if type(tensor) not in PLAIN:
             return "needs plain tensors, not a tensor subclass"
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return "needs CPU tensors"
         if tensor.is_neg():
             return NEGATED

@@ -18,7 +18,7 @@ from kernel_index import inductor
 from kernel_index.inductor import Region
 
 SWITCHED_OFF = "torch.compile is switched off"
-IN_A_MODE = "inside a TorchDispatchMode or torch.jit.trace, which torch.compile refuses"
+IN_A_MODE = "inside a TorchDispatchMode or torch.jit.trace, which compiled code does not see"
 
 
 def scaled_softplus(x, scale):

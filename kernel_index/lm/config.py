@@ -1,12 +1,13 @@
 """What a model is made of, and the presets."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from kernel_index import checks
 from kernel_index.lm.data import START
+from kernel_index.nn.experts import SCORES
 from kernel_index.nn.mlp import MLPS
+from kernel_index.nn.sparse_attention import KINDS
 
 LAYERS = {
     "A": "attention, then a feed-forward layer",
@@ -17,9 +18,7 @@ LAYERS = {
 }
 """Letters of the pattern string."""
 
-SPARSE_KINDS = ("exact_token", "moba", "clustered")
 RESIDUALS = ("fp32", "plain", "mhc")
-SCORES = ("sigmoid", "softmax")
 
 
 def _check_fields(part: Any, **least: int) -> None:
@@ -36,11 +35,6 @@ def _check_fields(part: Any, **least: int) -> None:
             checks.is_bool(name, value)
         elif (kind is str or is_dataclass(kind)) and not isinstance(value, kind):
             raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
-
-
-def _one_of(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -63,8 +57,8 @@ class Sparse:
 
     def __post_init__(self):
         _check_fields(self)
-        if not isinstance(self.kinds, tuple) or not self.kinds or any(k not in SPARSE_KINDS for k in self.kinds):
-            raise ValueError(f"kinds must be made of {', '.join(SPARSE_KINDS)}, got {self.kinds}")
+        if not isinstance(self.kinds, tuple) or not self.kinds or any(k not in KINDS for k in self.kinds):
+            raise ValueError(f"kinds must be made of {', '.join(KINDS)}, got {self.kinds}")
         if self.hierarchy is not None:
             if not isinstance(self.hierarchy, tuple) or len(self.hierarchy) != 2:
                 raise TypeError(f"hierarchy must be a pair or None, got {self.hierarchy!r}")
@@ -112,7 +106,7 @@ class ExpertLayer:
 
     def __post_init__(self):
         _check_fields(self, shared=0)
-        _one_of("scores", self.scores, SCORES)
+        checks.one_of("scores", self.scores, SCORES)
 
 
 @dataclass(frozen=True)
@@ -156,8 +150,8 @@ class ModelConfig:
             raise ValueError(f"dropout must be at most 1, got {self.dropout}")
         if self.rope_base == 0:
             raise ValueError(f"rope_base must be above 0, got {self.rope_base}")
-        _one_of("residual", self.residual, RESIDUALS)
-        _one_of("activation", self.activation, MLPS)
+        checks.one_of("residual", self.residual, RESIDUALS)
+        checks.one_of("activation", self.activation, tuple(MLPS))
 
     def _check_blocks(self) -> None:
         unknown = sorted(set(self.pattern) - set(LAYERS))

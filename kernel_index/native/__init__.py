@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.inductor import MIN_ELEMENTS, NEGATED, PLAIN, announce, inside_functorch
+from kernel_index.inductor import MIN_ELEMENTS, NEGATED, PLAIN, announce, opaque_why_not
 from kernel_index.target import has_cxx_compiler
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -41,18 +41,10 @@ def why_not(*tensors: Tensor) -> str | None:
 
 def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
     """The rules of the kernels of ``rows.cpp``: ``rows`` are what they read and write, the others become float32."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing: the plain formula is traced into the caller's graph"
-    graph = torch.is_grad_enabled()
-    for tensor in (*rows, *others):
-        if not tensor.is_cpu:
-            return "needs CPU tensors"
-        if graph and tensor.requires_grad:
-            return "keeps no graph: gradients are another backend's"
-    if inside_functorch():
-        return "inside a torch.func transform"
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
-        return "inside a TorchDispatchMode or torch.jit.trace"
+    if (rule := opaque_why_not(*rows, *others)) is not None:
+        return rule
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *others)):
+        return "keeps no graph: gradients are another backend's"
     for tensor in rows:
         if tensor.dtype not in DTYPES:
             return "needs float32 or bfloat16"

@@ -13,6 +13,8 @@ from kernel_index.nn.grouped import grouped_product
 from kernel_index.nn.mlp import MLPS, swiglu
 from kernel_index.nn.residual import Branch
 
+SCORES = ("sigmoid", "softmax")
+
 
 class Routing(NamedTuple):
     """``experts`` [N, k] int64 by falling preference, ``weights`` [N, k] float32, ``load`` [E] int64 tokens each."""
@@ -41,7 +43,7 @@ class Router(nn.Module):
         checks.is_int("topk", topk, minimum=1)
         if topk > experts:
             raise ValueError(f"topk must be at most the number of experts ({experts}), got {topk}")
-        checks.one_of("scores", scores, ("sigmoid", "softmax"))
+        checks.one_of("scores", scores, SCORES)
         self.topk, self.scores = topk, scores
         self.weight = nn.Parameter(torch.randn(experts, dim) / math.sqrt(dim))
         self.register_buffer("bias", torch.zeros(experts))

@@ -66,7 +66,7 @@ PART_REFUSED = [
     ("sparse", {"hierarchy": (0, 1)}, "hierarchy must be at least 1, got 0"),
     ("sparse", {"report_unions": 1}, "report_unions must be True or False, got int"),
     ("latent", {"rope": 3}, "rope must be even, got 3"),
-    ("experts", {"scores": "x"}, "scores must be one of sigmoid, softmax, got 'x'"),
+    ("experts", {"scores": "x"}, "scores must be one of 'sigmoid', 'softmax', got 'x'"),
     ("experts", {"balance": -1.0}, "balance must be at least 0, got -1.0"),
 ]
 

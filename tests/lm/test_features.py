@@ -146,8 +146,8 @@ def test_a_configuration_survives_json():
     [
         ({"pattern": "MAR"}, "pattern must be made of the letters A "),
         ({"windows": (3,) * 7}, "windows must be None but for A and S blocks, got one for block 0"),
-        ({"residual": "none"}, "residual must be one of fp32, plain, mhc, got 'none'"),
-        ({"activation": "gelu"}, "activation must be one of relu2, swiglu, got 'gelu'"),
+        ({"residual": "none"}, "residual must be one of 'fp32', 'plain', 'mhc', got 'none'"),
+        ({"activation": "gelu"}, "activation must be one of 'relu2', 'swiglu', got 'gelu'"),
     ],
 )
 def test_unknown_parts_are_errors(changes, message):
