@@ -2,7 +2,7 @@
 
 import typer
 
-from kernel_index.proofs.bench import bench_command
+from benchmarks.command import bench_command
 
 if __name__ == "__main__":
     typer.run(bench_command)

@@ -6,8 +6,8 @@ import torch
 
 import kernel_index as ki
 from benchmarks.harness import Comparison, Row, console
-from kernel_index.dispatch import choose
-from kernel_index.experts.fused_relu_squared.api import BACKENDS
+from kernel_index.core.dispatch import choose
+from kernel_index.kernels.experts.fused_relu_squared.api import BACKENDS
 
 
 def microseconds(call, number: int = 20_000) -> list[float]:

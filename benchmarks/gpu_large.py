@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from benchmarks.harness import console
-from kernel_index.boundary.fused_bias_dropout_add import philox
+from kernel_index.kernels.boundary.fused_bias_dropout_add import philox
 
 WIDTH = 4096
 ROWS = 2**31 // WIDTH + 64

@@ -14,7 +14,7 @@ import torch
 
 import kernel_index as ki
 from benchmarks.harness import Comparison, Contender, compare
-from kernel_index import native
+from kernel_index.core import native
 
 OPS = ("lightning_indexer",)  # the other is no dispatched function
 BLOCKS = ((1, 256), (9, 4096), (4096, 256), (1024, 16384))

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 import kernel_index.jax as kij
 from benchmarks.harness import Comparison, Row, console
-from kernel_index.attention.dense_attention.pallas import interval_walk
+from kernel_index.jax.attention_pallas import interval_walk
 from kernel_index.jax.interval_attention import KERNELS
 
 OPS = ()  # plans, which have no backends

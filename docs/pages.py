@@ -11,15 +11,15 @@ from pathlib import Path
 import kernel_index
 from benchmarks.figures import saved, show
 from docs import states, text
-from kernel_index.cases import suites
-from kernel_index.index import ENTRIES, FAMILIES, ROOT, Entry, entry
+from kernel_index.cli.index import ENTRIES, FAMILIES, ROOT, Entry, entry
+from kernel_index.core.testing import suites
 
 REPOSITORY = ROOT.parent
 SHARED = (
     entry(
         "dense_attention",
         "Attention",
-        "attention/dense_attention",
+        "kernels/attention/dense_attention",
         "attention attention_with_lse",
         "Attend under one mask contract, by whatever backend serves the call: what dense and local attention share.",
         "nn.Attention",

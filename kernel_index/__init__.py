@@ -4,61 +4,62 @@ One contract, several backends, a correct gradient, and a receipt of what really
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-from kernel_index.attention.attention_validity_prefix.api import attention_validity
-from kernel_index.attention.attention_validity_prefix.validity import AttentionValidity
-from kernel_index.attention.causal_windowing_predicate.api import WindowingPlan, can_score_tile, causal_windowing_plan
-from kernel_index.attention.dense_attention.api import AttentionOutput, attention, attention_with_lse
-from kernel_index.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
-from kernel_index.attention.dense_fa4_execute_proof.request import ProofShape
-from kernel_index.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
-from kernel_index.attention.dense_fa4_kvcache_decode.cache import CacheLayer, ContiguousKVCache
-from kernel_index.attention.dense_fa4_kvcache_decode.paged import OutOfPages, PagedKVCache
-from kernel_index.attention.doc_window_mask.api import doc_window_mask
-from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.attention.exact_token_sparse.api import exact_token_attention, lightning_indexer
-from kernel_index.attention.exact_token_sparse.loss import lightning_indexer_loss
-from kernel_index.attention.exact_token_sparse.selection import TokenSelection
-from kernel_index.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
-from kernel_index.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
-from kernel_index.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
-from kernel_index.dispatch import Explanation, Ineligible, Receipt, explain, receipts, strict
-from kernel_index.experts.fused_relu_squared.api import fused_relu_squared
-from kernel_index.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
-from kernel_index.mla.fused_mla_projection.api import fused_mla_projection
-from kernel_index.sparse.clustered_sparse_three_phase.api import (
+from kernel_index.core.dispatch import Explanation, Ineligible, Receipt, explain, receipts, strict
+from kernel_index.core.force import PUBLIC, force
+from kernel_index.core.version import __version__ as __version__
+from kernel_index.kernels.attention.dense_attention.api import AttentionOutput, attention, attention_with_lse
+from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
+from kernel_index.kernels.attention.dense_fa4_execute_proof.request import ProofShape
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
+from kernel_index.kernels.attention.exact_token_sparse.api import exact_token_attention, lightning_indexer
+from kernel_index.kernels.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
+from kernel_index.kernels.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
+from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
+from kernel_index.kernels.mla.fused_mla_projection.api import fused_mla_projection
+from kernel_index.kernels.sparse.clustered_sparse_three_phase.api import (
     clustered_route,
     clustered_sparse_attention,
     clustered_sparse_attention_with_lse,
 )
-from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
-from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
-from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
-from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
-from kernel_index.sparse.hierarchical_block_expansion.api import (
-    BlockSelection,
-    HierarchyPlan,
-    hierarchical_block_select,
-)
-from kernel_index.sparse.moba_block_sparse.api import (
+from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
+from kernel_index.kernels.sparse.moba_block_sparse.api import (
     moba_attention,
     moba_decode,
     moba_route,
     resolve_block_sparse_backend,
 )
-from kernel_index.sparse.moba_block_sparse.names import BlockSparseBackend
-from kernel_index.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
-from kernel_index.sparse.union_selection_query_mask.api import materialize_query_union_mask, union_selection
-from kernel_index.sparse.union_selection_query_mask.maps import UnionMaps
-from kernel_index.streams.mhc_fused_static.api import (
+from kernel_index.kernels.sparse.moba_block_sparse.names import BlockSparseBackend
+from kernel_index.kernels.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
+from kernel_index.kernels.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,
     mhc_branch_input,
     mhc_merge,
     mhc_merge_and_branch_input,
     sinkhorn,
 )
-
-__version__ = "0.1.0"
+from kernel_index.kvcache.cache import CacheLayer, ContiguousKVCache
+from kernel_index.kvcache.paged import OutOfPages, PagedKVCache
+from kernel_index.masks.attention_validity_prefix.api import attention_validity
+from kernel_index.masks.attention_validity_prefix.validity import AttentionValidity
+from kernel_index.masks.causal_windowing_predicate.api import WindowingPlan, can_score_tile, causal_windowing_plan
+from kernel_index.masks.doc_window_mask.api import doc_window_mask
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.masks.exact_mask_contract_cache.api import exact_mask_key
+from kernel_index.masks.exact_mask_contract_cache.cache import MaskKernelCache
+from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
+from kernel_index.routing.hierarchical_block_expansion.api import (
+    BlockSelection,
+    HierarchyPlan,
+    hierarchical_block_select,
+)
+from kernel_index.routing.lightning_indexer.loss import lightning_indexer_loss
+from kernel_index.routing.lightning_indexer.selection import TokenSelection
+from kernel_index.routing.union_selection_query_mask.api import materialize_query_union_mask, union_selection
+from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
 
 __all__ = [
     "AttentionOutput",
@@ -101,6 +102,7 @@ __all__ = [
     "explain",
     "fa4_execute_proof",
     "fa4_kvcache_decode",
+    "force",
     "fused_bias_dropout_add",
     "fused_linear_cross_entropy",
     "fused_mla_projection",
@@ -129,8 +131,22 @@ __all__ = [
 ]
 
 
+PUBLIC.update({name: value for name in __all__ if callable(value := globals()[name])})
+
+if TYPE_CHECKING:
+    from kernel_index import jax as jax
+    from kernel_index import nn as nn
+    from kernel_index.integrations import transformers as transformers
+
+_LATER = {
+    "jax": "kernel_index.jax",
+    "nn": "kernel_index.nn",
+    "transformers": "kernel_index.integrations.transformers",
+}
+
+
 def __getattr__(name: str) -> object:
-    """``ki.transformers``: the integration, imported when it is first named; importing the index imports none."""
-    if name == "transformers":
-        return importlib.import_module("kernel_index.integrations.transformers")
+    """``ki.transformers``, ``ki.nn`` and ``ki.jax`` are imported when they are first named."""
+    if name in _LATER:
+        return importlib.import_module(_LATER[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

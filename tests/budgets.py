@@ -16,7 +16,7 @@ FUNCTION_LINES, KERNEL_LINES, FILE_LINES, PARAMETERS = 60, 150, 400, 12
 UNCOUNTED = ("self", "cls", "ctx", "backend")  # every function with backends has the last
 BROAD = ("Exception", "BaseException")
 RERAISES = (
-    "kernel_index/dispatch.py",
+    "kernel_index/core/dispatch.py",
     "run",
 )  # the one place that may catch everything: it writes a receipt and raises
 HOSTS = re.compile(

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from kernel_index import dispatch
+from kernel_index.core.force import reload_environment
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +20,8 @@ def _clean(monkeypatch):
     for name in list(os.environ):
         if name.startswith("KERNEL_INDEX_"):
             monkeypatch.delenv(name)
-    dispatch.reload_environment()
+    reload_environment()
     torch.manual_seed(0)
     yield
     monkeypatch.undo()
-    dispatch.reload_environment()
+    reload_environment()

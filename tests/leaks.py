@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import kernel_index as ki
-from kernel_index.inductor import Region
+from kernel_index.core.inductor import Region
 from tests.mixed_calls import Mixed, mixed_calls
 
 SIZES = (8, 13, 5, 21, 16, 3, 34)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
-from kernel_index.cases import Maker, Suite, suites
+from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.proofs.errors import differentiable, run
 
 

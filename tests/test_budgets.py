@@ -12,7 +12,7 @@ def test_the_project_keeps_its_budgets():
     assert budgets.problems() == []
 
 
-def found(source: str, name: str = "kernel_index/loss/module.py") -> list[str]:
+def found(source: str, name: str = "kernel_index/kernels/loss/module.py") -> list[str]:
     return [what for _, what in budgets.check_python(name, source)]
 
 
@@ -42,7 +42,7 @@ def test_files():
     assert found("x = 1\n" * 400) == []
     assert found("x = 1\n" * 401) == ["401 lines, at most 400 in a file"]
     assert found("x = 1\n" * 400 + "x = 1") == ["401 lines, at most 400 in a file"]
-    assert found("", "kernel_index/loss/utils.py") == ["name the file after what it holds, not utils.py"]
+    assert found("", "kernel_index/kernels/loss/utils.py") == ["name the file after what it holds, not utils.py"]
 
 
 def test_parameters():
@@ -75,11 +75,11 @@ def test_narrow_handlers():
 
 def test_the_one_handler_that_may_catch_everything_raises_again():
     source = "def {}(self):\n    try:\n        x = 1\n    except BaseException:\n        {}\n"
-    assert found(source.format("run", "raise"), "kernel_index/dispatch.py") == []
-    assert found(source.format("run", "pass"), "kernel_index/dispatch.py")
-    assert found(source.format("run", "raise ValueError"), "kernel_index/dispatch.py")
-    assert found(source.format("other", "raise"), "kernel_index/dispatch.py")
-    assert found(source.format("run", "raise"), "kernel_index/target.py")
+    assert found(source.format("run", "raise"), "kernel_index/core/dispatch.py") == []
+    assert found(source.format("run", "pass"), "kernel_index/core/dispatch.py")
+    assert found(source.format("run", "raise ValueError"), "kernel_index/core/dispatch.py")
+    assert found(source.format("other", "raise"), "kernel_index/core/dispatch.py")
+    assert found(source.format("run", "raise"), "kernel_index/core/target.py")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from torch._inductor.utils import fresh_inductor_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_index as ki
-from kernel_index.cases import Maker, Suite, suites
+from kernel_index.core.target import machine_why_not
+from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.proofs.errors import (
     assess,
     clone_inputs,
@@ -18,7 +19,6 @@ from kernel_index.proofs.errors import (
     tensors_of,
     upstream_like,
 )
-from kernel_index.target import machine_why_not
 
 SUITES = suites()
 PAIRS = [pytest.param(s, b.name, id=f"{s.op}-{b.name}") for s in SUITES for b in s.backends]

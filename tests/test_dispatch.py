@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index import dispatch
-from kernel_index.dispatch import Ineligible, Receipt, choose
-from kernel_index.target import Target
+from kernel_index.core import dispatch, force
+from kernel_index.core.dispatch import Ineligible, Receipt, choose
+from kernel_index.core.force import reload_environment
+from kernel_index.core.target import Target
 from tests import toy_op
 from tests.toy_op import LaunchError, PredicateError, toy
 
@@ -176,7 +177,7 @@ def test_strict_blocks_of_many_threads_leave_nothing_behind():
         thread.start()
     for thread in threads:
         thread.join()
-    assert dispatch._STRICT[0] == 0
+    assert force.STRICT[0] == 0
 
 
 def test_counts():
@@ -246,7 +247,7 @@ def test_strict_takes_any_device_but_the_cpu_for_an_accelerator():
 @pytest.mark.parametrize(("value", "refused"), [("1", True), ("0", False), ("", False)])
 def test_strict_by_the_environment(monkeypatch, value, refused):
     monkeypatch.setenv("KERNEL_INDEX_STRICT", value)
-    dispatch.reload_environment()
+    reload_environment()
     with pytest.raises(Ineligible) if refused else contextlib.nullcontext():
         toy(torch.ones(1, 7))
 
@@ -257,7 +258,7 @@ def test_strict_by_the_environment(monkeypatch, value, refused):
 def force(monkeypatch, **variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    dispatch.reload_environment()
+    reload_environment()
 
 
 def test_the_environment_overrules_the_request_and_the_receipt_says_so(monkeypatch):
@@ -272,7 +273,7 @@ def test_the_environment_overrules_the_request_and_the_receipt_says_so(monkeypat
     assert ki.explain(toy, torch.ones(4, 8)).forced_by == "KERNEL_INDEX_BACKEND"
     monkeypatch.delenv("KERNEL_INDEX_BACKEND")
     assert toy(torch.ones(4, 8))[0, 0] == 30, "read once, not at every call"
-    dispatch.reload_environment()
+    reload_environment()
     assert toy(torch.ones(4, 8))[0, 0] == 10
 
 

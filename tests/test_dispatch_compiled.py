@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index import dispatch
-from kernel_index.target import Target
+from kernel_index.core import dispatch
+from kernel_index.core.force import reload_environment
+from kernel_index.core.target import Target
 from tests import toy_op
 from tests.toy_op import toy
 
@@ -140,7 +141,7 @@ def test_the_environment_is_seen_by_code_compiled_before(monkeypatch):
     call = compiled(toy)
     assert call(torch.ones(9, 8))[0, 0] == 10
     monkeypatch.setenv("KERNEL_INDEX_BACKEND_TOY", "reference")
-    dispatch.reload_environment()
+    reload_environment()
     with ki.receipts() as log:
         for n in SIZES:
             assert call(torch.ones(n, 8))[0, 0] == 30

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import kernel_index
-from kernel_index.target import machine_rules
+from kernel_index.core.target import machine_rules
 
 ROOT = Path(kernel_index.__file__).parent
-FOLDERS = sorted(p.parent for p in ROOT.glob("*/*/api.py"))
+FOLDERS = sorted(p.parent for p in ROOT.rglob("api.py"))
 KERNELS = {".".join(("kernel_index", *f.relative_to(ROOT).parts)) for f in FOLDERS}
 BACKENDS = set(machine_rules())
 FRAMEWORK = {"triton": "triton", "fa4": "flash_attn", "pallas": "jax"}  # module of a backend -> what it may import
@@ -83,7 +83,7 @@ def test_directions_inside_a_kernel(path):
     assert breaches(path.stem, path.read_text(), folder) == []
 
 
-RELU = "kernel_index.experts.fused_relu_squared"
+RELU = "kernel_index.kernels.experts.fused_relu_squared"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ RELU = "kernel_index.experts.fused_relu_squared"
         ("torch_op", f"def f():\n    from {RELU} import triton", None),
         ("torch_op", f"from {RELU} import inductor", None),
         ("reference", f"from {RELU}.api import fused_relu_squared", "api.py is the top of its folder"),
-        ("reference", "from kernel_index.sparse.row_gather.api import gather_rows", None),
+        ("reference", "from kernel_index.kernels.sparse.row_gather.api import gather_rows", None),
         ("api", f"from {RELU}.api import fused_relu_squared", None),
         ("contract", f"from {RELU}.cases import CASES", "cases are for tests"),
         ("api", "from kernel_index.nn import TransformerBlock", "a kernel knows nothing of kernel_index.nn"),
@@ -178,8 +178,14 @@ def test_the_import_stays_light():
     assert not loaded & {"torch._dynamo", "torch._inductor", "torch._inductor.config", "torch._functorch.aot_autograd"}
     heavy = {"sympy", "triton", "jax", "flash_attn", "typer", "rich", "matplotlib", "jinja2", "safetensors", "pytest"}
     assert not {m.split(".")[0] for m in report["added"]} & heavy
-    packages = ("kernel_index.nn", "kernel_index.lm", "kernel_index.cli", "kernel_index.commands", "kernel_index.index")
-    assert not loaded & {*packages, "kernel_index.cases"}
+    packages = (
+        "kernel_index.nn",
+        "kernel_index.lm",
+        "kernel_index.cli",
+        "kernel_index.cli.commands",
+        "kernel_index.cli.index",
+    )
+    assert not loaded & {*packages, "kernel_index.core.testing"}
     assert not [
         m for m in loaded if m.startswith("kernel_index.") and m.endswith((".cases", ".triton", ".fa4", ".pallas"))
     ]
@@ -187,8 +193,8 @@ def test_the_import_stays_light():
 
 def test_importing_the_index_imports_no_further_kernel():
     code = (
-        "import sys, kernel_index; before = set(sys.modules); import kernel_index.index;"
-        "print([m for m in set(sys.modules) - before if m.startswith('kernel_index') and m != 'kernel_index.index'])"
+        "import sys, kernel_index; before = set(sys.modules); import kernel_index.cli.index;"
+        "print([m for m in set(sys.modules) - before if m.startswith('kernel_index') and '.cli' not in m])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -207,7 +213,8 @@ def test_all_is_sorted_and_complete():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == set(names), "everything that is re-exported is named, and nothing else"
+    imported -= {"PUBLIC", "TYPE_CHECKING"}
+    assert imported == set(names) | {"__version__"}, "everything that is re-exported is named, and nothing else"
 
 
 @pytest.mark.parametrize("name", kernel_index.__all__)

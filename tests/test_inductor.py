@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_index as ki
-from kernel_index import inductor
-from kernel_index.inductor import Region
+from kernel_index.core import inductor
+from kernel_index.core.inductor import Region
 
 SWITCHED_OFF = "torch.compile is switched off"
 IN_A_MODE = "inside a TorchDispatchMode or torch.jit.trace, which compiled code does not see"

@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import kernel_index as ki
-from kernel_index.index import ENTRIES, ROOT
+from kernel_index.cli.index import ENTRIES, ROOT
+from kernel_index.core.target import has_package, machine_rules
 from kernel_index.integrations.kernels_hub import BACKENDS, export
-from kernel_index.target import has_package, machine_rules
 
 PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
 
@@ -152,7 +152,7 @@ def test_wrong_requests_write_nothing(tmp_path, name, version, message):
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("")
-    from kernel_index.commands import app
+    from kernel_index.cli.commands import app
 
     result = CliRunner().invoke(app, ["export", "fused_rope_qk", str(tmp_path)])
     assert result.exit_code == 2
@@ -169,7 +169,7 @@ def test_versions_are_recorded(tmp_path):
         ki.fused_relu_squared(torch.ones(1))
     assert log.versions["kernel-index"] == ki.__version__
     assert log.versions["torch"] == torch.__version__
-    from kernel_index.commands import app
+    from kernel_index.cli.commands import app
 
     arguments = ["prove", "numerics", "--op", "fused_relu_squared", "--backend", "reference", "--quick", "--json"]
     result = CliRunner().invoke(app, [*arguments, str(tmp_path / "proof.json")])

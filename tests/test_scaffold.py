@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kernel_index import commands, scaffold
-from kernel_index.index import ROOT
+from kernel_index.cli import commands
+from kernel_index.cli.index import ROOT
+from tools import scaffold
 
 NAME = "fused_swish"
 IGNORED = shutil.ignore_patterns("__pycache__", "runs", "*.pyc")
@@ -37,7 +38,11 @@ def run(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def made(tree: Path) -> list[str]:
-    names = [*tree.glob(f"kernel_index/*/{NAME}_*"), tree / "kernel_index/__init__.py", tree / "kernel_index/index.py"]
+    names = [
+        *tree.glob(f"kernel_index/*/{NAME}_*"),
+        tree / "kernel_index/__init__.py",
+        tree / "kernel_index/cli/index.py",
+    ]
     return [str(path.relative_to(tree)) for path in names]
 
 
@@ -53,7 +58,7 @@ def test_what_it_makes_keeps_the_budgets_and_the_types(tree):
 
     for path in tree.glob(f"kernel_index/*/{NAME}_*/*.py"):
         assert list(check_python(path.name, path.read_text())) == []
-    files = [str(path) for path in tree.glob(f"kernel_index/experts/{NAME}_*/*.py")]
+    files = [str(path) for path in tree.glob(f"kernel_index/kernels/experts/{NAME}_*/*.py")]
     done = run(tree, "pyrefly", "check", "--python-interpreter-path", sys.executable, *files)
     assert done.returncode == 0, done.stdout
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import kernel_index as ki
-from kernel_index.locks import ThreadLock
+from kernel_index.core.locks import ThreadLock
 from tests.mixed_calls import mixed_calls, same
 
 THREADS = 4

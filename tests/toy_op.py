@@ -2,8 +2,8 @@
 
 import torch
 
-from kernel_index import checks
-from kernel_index.dispatch import Backend, always, choose
+from kernel_index.core import checks
+from kernel_index.core.dispatch import Backend, always, choose
 
 asked: list[str] = []  # backends whose rule was read, in eager mode
 ran: list[str] = []  # backends that ran, in eager mode

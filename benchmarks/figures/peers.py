@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernel_index.target import has_package
+from kernel_index.core.target import has_package
 
 
 @dataclass(frozen=True)

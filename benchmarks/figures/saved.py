@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Comparison, Row
-from kernel_index.files import write_whole
+from kernel_index.core.atomic_write import write_whole
 from kernel_index.proofs.record import machine
 
 

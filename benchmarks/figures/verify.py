@@ -4,7 +4,7 @@ import ast
 import inspect
 from types import ModuleType
 
-from kernel_index.cases import suites
+from kernel_index.core.testing import suites
 from kernel_index.proofs.numerics import Verdict, prove
 
 

@@ -1,6 +1,6 @@
 """Optional packages: a missing one is a typed error that holds the command to install it."""
 
-from kernel_index.target import has_package
+from kernel_index.core.target import has_package
 
 
 class MissingExtra(ImportError):

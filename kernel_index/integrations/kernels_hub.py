@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 import kernel_index
-from kernel_index.index import ROOT, Entry, find
+from kernel_index.cli.index import ROOT, Entry, find
 
 PACKAGE = "kernel_index"
 BACKENDS = ("cpu", "cuda", "rocm")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from kernel_index import checks
+from kernel_index.core import checks
 from kernel_index.integrations.extras import require
 from kernel_index.integrations.hugging_face import activation, attention, loss, norms, rope
 from kernel_index.integrations.hugging_face.change import Change, Plan

@@ -1,14 +1,24 @@
 """Kernel Index for JAX arrays: the same names, the same contracts, Pallas kernels for TPUs.
 
-Needs the ``tpu`` extra; ``import kernel_index`` never imports it.
+Needs the ``tpu`` extra.  ``import kernel_index`` never imports JAX, and this package imports it when a name is first
+used, so that its tables of backends can be read without JAX.
 """
 
-from kernel_index.dispatch import Ineligible, Receipt, explain, receipts, strict
-from kernel_index.jax.clustered import clustered_route, clustered_sparse_attention, clustered_sparse_attention_with_lse
-from kernel_index.jax.interval_attention import AttentionOutput, attention, attention_with_lse
-from kernel_index.jax.mask import AttentionValidity, MaskContract, attention_validity
-from kernel_index.jax.routing import UnionMaps, union_selection
-from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
+import importlib
+from typing import TYPE_CHECKING
+
+from kernel_index.core.dispatch import Ineligible, Receipt, explain, receipts, strict
+from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
+
+if TYPE_CHECKING:
+    from kernel_index.jax.clustered import (
+        clustered_route,
+        clustered_sparse_attention,
+        clustered_sparse_attention_with_lse,
+    )
+    from kernel_index.jax.interval_attention import AttentionOutput, attention, attention_with_lse
+    from kernel_index.jax.mask import AttentionValidity, MaskContract, attention_validity
+    from kernel_index.jax.routing import UnionMaps, union_selection
 
 __all__ = [
     "AttentionOutput",
@@ -29,3 +39,17 @@ __all__ = [
     "strict",
     "union_selection",
 ]
+
+_HOME = {
+    "clustered": ("clustered_route", "clustered_sparse_attention", "clustered_sparse_attention_with_lse"),
+    "interval_attention": ("AttentionOutput", "attention", "attention_with_lse"),
+    "mask": ("AttentionValidity", "MaskContract", "attention_validity"),
+    "routing": ("UnionMaps", "union_selection"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"kernel_index.jax.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

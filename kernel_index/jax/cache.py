@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from kernel_index.jax.mask import MaskContract
-from kernel_index.sparse.exact_mask_contract_cache.api import exact_mask_key
-from kernel_index.sparse.exact_mask_contract_cache.cache import MaskKernelCache
-from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
+from kernel_index.masks.exact_mask_contract_cache.api import exact_mask_key
+from kernel_index.masks.exact_mask_contract_cache.cache import MaskKernelCache
+from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 
 def key_of(mask: MaskContract, dtype: Any, backend: str, block_sizes: tuple[int, int] | None) -> ExactMaskKey:

@@ -1,11 +1,11 @@
-"""The argument checks for JAX arrays, in the words of ``kernel_index.checks``."""
+"""The argument checks for JAX arrays, in the words of ``kernel_index.core.checks``."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernel_index import checks as host
+from kernel_index.core import checks as host
 
 __all__ = ["has_dtype", "has_rank", "has_shape", "host", "is_array", "is_floating", "is_integer_array", "is_traced"]
 

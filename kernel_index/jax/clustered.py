@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernel_index.attention.dense_attention.jax_backends import mode_of
-from kernel_index.attention.dense_attention.pallas import attention_with_lse_pallas
-from kernel_index.dispatch import choose
+from kernel_index.core.dispatch import choose
+from kernel_index.jax import clustered_pallas as pallas
 from kernel_index.jax import interval_attention, routing
+from kernel_index.jax.attention_backends import mode_of
+from kernel_index.jax.attention_pallas import attention_with_lse_pallas
 from kernel_index.jax.cache import MaskKernels
+from kernel_index.jax.clustered_backends import JAX_BACKENDS, reroute_of
 from kernel_index.jax.mask import MaskContract, as_contract
 from kernel_index.jax.reference import attention_with_lse_xla
-from kernel_index.sparse.clustered_sparse_three_phase import pallas
-from kernel_index.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
-from kernel_index.sparse.clustered_sparse_three_phase.jax_backends import JAX_BACKENDS, reroute_of
-from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
+from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
+from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 
 def check(q: Any, k: Any, v: Any, config: Any, mask: MaskContract, scale: Any, softcap: Any) -> None:

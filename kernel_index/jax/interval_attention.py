@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernel_index import checks as host
-from kernel_index.attention.dense_attention.jax_backends import JAX_BACKENDS, mode_of
-from kernel_index.attention.dense_attention.pallas import attention_with_lse_pallas
-from kernel_index.dispatch import choose
+from kernel_index.core import checks as host
+from kernel_index.core.dispatch import choose
 from kernel_index.jax import checks
+from kernel_index.jax.attention_backends import JAX_BACKENDS, mode_of
+from kernel_index.jax.attention_pallas import attention_with_lse_pallas
 from kernel_index.jax.cache import MaskKernels
 from kernel_index.jax.mask import MaskContract, as_contract
 from kernel_index.jax.reference import attention_with_lse_xla
-from kernel_index.sparse.exact_mask_contract_cache.key import ExactMaskKey
+from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 EVERYTHING_BEFORE = MaskContract()
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernel_index import checks as host
-from kernel_index.attention.attention_validity_prefix import api as torch_validity
-from kernel_index.attention.doc_window_mask import contract
-from kernel_index.attention.doc_window_mask import mask as torch_mask
+from kernel_index.core import checks as host
 from kernel_index.jax import checks
+from kernel_index.masks.attention_validity_prefix import api as torch_validity
+from kernel_index.masks.doc_window_mask import contract
+from kernel_index.masks.doc_window_mask import mask as torch_mask
 
 
 @dataclass(frozen=True, eq=False)

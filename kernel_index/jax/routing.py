@@ -1,6 +1,6 @@
 """Which key blocks a query may pick, what stands for a block, which are picked, and the union of a tile: inside jit.
 
-The semantics are those of ``kernel_index.sparse.routing``, ``hierarchical_block_expansion`` and
+The semantics are those of ``kernel_index.routing.legal_blocks``, ``hierarchical_block_expansion`` and
 ``union_selection_query_mask``, to the bit on indices; shapes are static and nothing is differentiated.
 """
 
@@ -13,7 +13,7 @@ from jax import lax
 from kernel_index.jax import checks
 from kernel_index.jax.attend import ascending
 from kernel_index.jax.mask import MaskContract, segments
-from kernel_index.sparse.union_selection_query_mask.contract import MODES
+from kernel_index.routing.union_selection_query_mask.contract import MODES
 
 LOWEST, HIGHEST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from kernel_index.core.dispatch import ACCELERATORS
 from kernel_index.jax.checks import is_traced
 
 _PRETENDED: list[str] = []
@@ -35,3 +36,6 @@ def on_accelerator(call: tuple) -> bool:
     """Whether the first array of a call lies on an accelerator: what ``strict`` asks."""
     arrays = (value for value in call if isinstance(value, jax.Array))
     return any(platform_of(value) != "cpu" for value in itertools.islice(arrays, 1))
+
+
+ACCELERATORS.append(on_accelerator)

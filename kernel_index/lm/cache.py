@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index import checks
+from kernel_index.core import checks
 from kernel_index.nn import MLA, Attention, ExactTokenCache, Mamba2, MixerState, PagedLatentCache, SparseAttention
 
 

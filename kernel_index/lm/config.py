@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from kernel_index import checks
+from kernel_index.core import checks
 from kernel_index.lm.data import START
 from kernel_index.nn.experts import SCORES
 from kernel_index.nn.mlp import MLPS

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernel_index import checks
+from kernel_index.core import checks
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm.config import ModelConfig
 from kernel_index.lm.data import START

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
-from kernel_index.dispatch import reload_environment
-from kernel_index.files import write_whole
+from kernel_index.core.atomic_write import write_whole
+from kernel_index.core.force import reload_environment
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import distributed
 from kernel_index.lm.data import IGNORED, Batch, PackedRows, digest, load_documents, unigram_bits_per_byte

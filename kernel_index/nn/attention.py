@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index import checks
+from kernel_index.core import checks
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 

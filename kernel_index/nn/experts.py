@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
-from kernel_index import checks
+from kernel_index.core import checks
 from kernel_index.nn.grouped import grouped_product
 from kernel_index.nn.mlp import MLPS, swiglu
 from kernel_index.nn.residual import Branch

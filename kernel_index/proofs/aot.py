@@ -21,10 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernel_index import gpu
-from kernel_index.cases import Maker, Suite, suites
+from kernel_index.core import ops
+from kernel_index.core.target import Target, pretend
+from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.proofs.errors import differentiable, run
-from kernel_index.target import Target, pretend
 
 TARGETS = {
     "sm80": Target("cuda", 80),
@@ -109,7 +109,7 @@ class _Launchers(TorchDispatchMode):
     """Calls the launcher of a registered op, where the meta device would call its fake."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        launcher = gpu.LAUNCHERS.get(op.name())
+        launcher = ops.LAUNCHERS.get(op.name())
         return (launcher or op)(*args, **(kwargs or {}))
 
 

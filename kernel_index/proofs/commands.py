@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kernel_index
-from kernel_index.cases import suites
-from kernel_index.files import write_whole
+from kernel_index.core.atomic_write import write_whole
+from kernel_index.core.testing import suites
 from kernel_index.proofs import record
 from kernel_index.proofs.fa4 import fa4, verify
 from kernel_index.proofs.tpu_command import tpu

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.cases import Maker, Suite
+from kernel_index.core.testing import Maker, Suite
 
 
 def clone_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:

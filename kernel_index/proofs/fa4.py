@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kernel_index.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
-from kernel_index.attention.dense_fa4_execute_proof.request import DTYPES, ProofShape
-from kernel_index.attention.dense_fa4_execute_proof.verify import verify_file
+from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
+from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DTYPES, ProofShape
+from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import verify_file
 
 FAILED, COMPILED, REFUSED = 1, 3, 4
 """Exit statuses beside 0, which only an executed and verified proof gets; 2 is a mistake in the command line."""

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kernel_index.attention.doc_window_mask.mask import MaskContract
-from kernel_index.cases import Maker, Suite, suites
-from kernel_index.dispatch import Ineligible, explain
+from kernel_index.core.dispatch import Ineligible, explain
+from kernel_index.core.target import has_package
+from kernel_index.core.testing import Maker, Suite, suites
+from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.proofs.errors import Finding, assess
-from kernel_index.target import has_package
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from kernel_index import gpu
-from kernel_index.cases import Maker, Suite, suites
+from kernel_index.core.testing import Maker, Suite, suites
+from kernel_index.core.triton import launch
 from kernel_index.proofs import peers
 from kernel_index.proofs.errors import differentiable, tensors_of
 from kernel_index.proofs.traffic import Traffic, counted
@@ -48,13 +48,13 @@ def _along(values: tuple[int, ...]) -> float:
 
 def prove(ops: tuple[str, ...] | None = None) -> Iterator[Ratio]:
     """Count every suite that states its compulsory bytes, in bfloat16, as on a GPU of 132 processors."""
-    before, gpu.INTERPRETED[0] = gpu.INTERPRETED[0], gpu.PROCESSORS[90]
+    before, launch.INTERPRETED[0] = launch.INTERPRETED[0], launch.PROCESSORS[90]
     try:
         for suite in suites():
             if suite.real is not None and suite.compulsory is not None and (ops is None or suite.op in ops):
                 yield from _directions(suite.op, [_count(suite, rows) for rows in ROWS])
     finally:
-        gpu.INTERPRETED[0] = before
+        launch.INTERPRETED[0] = before
 
 
 def prove_peers(ops: tuple[str, ...] | None = None) -> Iterator[Ratio]:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kernel_index
-from kernel_index import gpu
-from kernel_index.files import write_whole
-from kernel_index.target import has_package
+from kernel_index.core.atomic_write import write_whole
+from kernel_index.core.target import has_package
+from kernel_index.core.triton import launch
 
 if TYPE_CHECKING:
     from kernel_index.proofs.aot import Compiled
@@ -53,7 +53,7 @@ def of_numerics(verdicts: "Iterable[Verdict]", device: str) -> Counts:
     """A Triton kernel on CPU tensors is interpreted; anything else that gave a verdict has run."""
     counts: Counts = {}
     for v in verdicts:
-        state = "interpreted" if v.backend == "triton" and device == "cpu" and gpu.interpreting() else "run"
+        state = "interpreted" if v.backend == "triton" and device == "cpu" and launch.interpreting() else "run"
         row = counts.setdefault(v.op, {}).setdefault(v.backend, {})
         row = row.setdefault(state, dict.fromkeys(("passed", "refused", "failed"), 0))
         row["refused" if v.refused else "passed" if v.passes else "failed"] += 1

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kernel_index.files import write_whole
+from kernel_index.core.atomic_write import write_whole
 from kernel_index.proofs import tpu as proof
 from kernel_index.proofs.tpu_dumps import KernelFigures, believable
 

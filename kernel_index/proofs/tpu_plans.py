@@ -128,9 +128,9 @@ def compare(case: str, compiled: Any, peer: Any, tokens: int) -> list[dict[str, 
     import jax.numpy as jnp
 
     import kernel_index.jax as kij
-    from kernel_index.attention.dense_attention.pallas import interval_walk
+    from kernel_index.jax import clustered_pallas as pallas
+    from kernel_index.jax.attention_pallas import interval_walk
     from kernel_index.jax.layout import Sizes, pick_sizes
-    from kernel_index.sparse.clustered_sparse_three_phase import pallas
 
     theirs = splash_work(peer.kernel("splash_mqa_fwd"), tokens)
     forward = compiled.kernel("attention_forward")

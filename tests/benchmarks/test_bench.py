@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.command import need_checkout
 from benchmarks.figures import change, collect, peers, saved, verify
 from benchmarks.harness import Comparison, Row
-from kernel_index import commands
-from kernel_index.index import ROOT
-from kernel_index.proofs.bench import need_checkout
+from kernel_index.cli import commands
+from kernel_index.cli.index import ROOT
 from kernel_index.proofs.errors import Finding
 from kernel_index.proofs.numerics import Verdict
 

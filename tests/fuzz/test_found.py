@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
+from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])

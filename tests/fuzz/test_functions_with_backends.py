@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernel_index as ki
-from kernel_index.cases import Maker, Suite, suites
+from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.proofs.errors import in_float64, run, tensors_of, upstream_like
 from tests.fuzz.mutate import mutated
 from tests.fuzz.outcome import Refused, nothing_written, outcome_of

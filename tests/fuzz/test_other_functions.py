@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernel_index as ki
-from kernel_index.cases import suites
+from kernel_index.core.testing import suites
 from tests.fuzz.calls import CALLS
 from tests.fuzz.mutate import mutated
 from tests.fuzz.outcome import Refused, nothing_written, outcome_of

@@ -13,6 +13,7 @@ import jax.numpy as jnp  # noqa: E402
 
 import kernel_index as ki  # noqa: E402
 import kernel_index.jax as kij  # noqa: E402
+from kernel_index.core.force import reload_environment  # noqa: E402
 from kernel_index.jax import interval_attention  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
 from tests.jax.arrays import DTYPES, docs, draw, to_jax, with_gradients, within_budget  # noqa: E402
@@ -129,15 +130,14 @@ def test_receipts_and_explain():
 
 
 def test_the_reference_is_xla_and_strict_refuses_it_on_a_tpu(monkeypatch):
-    from kernel_index import dispatch
     from kernel_index.jax.target import pretend
 
     q = jnp.ones((1, 4, 1, 8), jnp.float16)  # which pallas declines
     monkeypatch.setenv("KERNEL_INDEX_BACKEND", "reference")
-    dispatch.reload_environment()
+    reload_environment()
     assert ki.explain(kij.attention, q, q, q).would_run == "xla"
     monkeypatch.delenv("KERNEL_INDEX_BACKEND")
-    dispatch.reload_environment()
+    reload_environment()
     with pretend("tpu"):
         assert ki.explain(kij.attention, q, q, q).would_run == "xla"
         with ki.strict():

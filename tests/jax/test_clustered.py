@@ -10,10 +10,10 @@ import jax.numpy as jnp  # noqa: E402
 
 import kernel_index as ki  # noqa: E402
 import kernel_index.jax as kij  # noqa: E402
+from kernel_index.jax import clustered_pallas as pallas  # noqa: E402
 from kernel_index.jax import routing  # noqa: E402
 from kernel_index.jax.clustered import select  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
-from kernel_index.sparse.clustered_sparse_three_phase import pallas  # noqa: E402
 from tests.jax.arrays import docs, draw, to_jax, with_gradients, within_budget  # noqa: E402
 
 T = 45
@@ -81,7 +81,7 @@ def test_pallas_is_right_forward_and_backward():
     bounds = as_contract(PACKED).intervals(2, T, T)
 
     def attend(q, k, v):
-        from kernel_index.sparse.block_sparse_attention.api import block_sparse_attention
+        from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 
         return block_sparse_attention(q, k, v, picks, block_size=8, mask=PACKED, softcap=3.0, backend="reference").out
 

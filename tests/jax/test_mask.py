@@ -10,10 +10,10 @@ import jax.numpy as jnp  # noqa: E402
 
 import kernel_index as ki  # noqa: E402
 import kernel_index.jax as kij  # noqa: E402
-from kernel_index.attention.dense_attention.pallas import interval_walk  # noqa: E402
-from kernel_index.attention.doc_window_mask.cases import CASES  # noqa: E402
 from kernel_index.jax.attend import transposed  # noqa: E402
+from kernel_index.jax.attention_pallas import interval_walk  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
+from kernel_index.masks.doc_window_mask.cases import CASES  # noqa: E402
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

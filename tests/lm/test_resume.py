@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import kernel_index as ki
+from kernel_index.core.force import STRICT
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm.train import Trainer, TrainingError, forced_backend, read_metrics
 from tests.lm.runs import config, losses
@@ -135,9 +136,9 @@ def test_two_runs_side_by_side_each_have_their_backend(corpus, tmp_path):
 def test_a_forced_backend_leaves_an_open_strict_block_strict():
     with ki.strict():
         with forced_backend("reference"):
-            assert ki.dispatch._STRICT[0] == 1
-        assert ki.dispatch._STRICT[0] == 1
-    assert ki.dispatch._STRICT[0] == 0
+            assert STRICT[0] == 1
+        assert STRICT[0] == 1
+    assert STRICT[0] == 0
 
 
 def test_weights_that_are_not_finite_take_no_checkpoints_place(corpus, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-import kernel_index as ki
+from kernel_index.core.force import reload_environment
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import commands
 from kernel_index.lm.generate import generate, load_model
@@ -269,7 +269,7 @@ def test_presets_are_listed_with_parameters_and_flops(monkeypatch, capsys):
 def test_forced_reference_trains_to_the_same_loss(finished, corpus, tmp_path, monkeypatch):
     """The plain path is one environment variable away, and its receipts say so."""
     monkeypatch.setenv("KERNEL_INDEX_BACKEND", "reference")
-    ki.dispatch.reload_environment()
+    reload_environment()
     trainer = Trainer.start(config(corpus, steps=3), tmp_path / "plain")
     list(trainer.steps())
     assert {r.ran for r in trainer.receipts} == {"reference"}

@@ -10,16 +10,16 @@ import pytest
 import torch
 import triton.runtime.interpreter as interpreter
 
-from kernel_index import gpu
-from kernel_index.attention.fused_rope_qk import triton as rope
-from kernel_index.boundary.fused_bias_dropout_add import triton as dropout
-from kernel_index.boundary.fused_residual_add_rms_norm import triton as norm
-from kernel_index.experts.fused_relu_squared import triton as relu
-from kernel_index.loss.fused_linear_cross_entropy_chunked import triton as loss
-from kernel_index.sparse.block_sparse_attention import triton as block_sparse
-from kernel_index.sparse.block_sparse_attention import triton_backward as block_sparse_backward
+from kernel_index.core.triton import launch
+from kernel_index.kernels.attention.fused_rope_qk import triton as rope
+from kernel_index.kernels.boundary.fused_bias_dropout_add import triton as dropout
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm import triton as norm
+from kernel_index.kernels.experts.fused_relu_squared import triton as relu
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton as loss
+from kernel_index.kernels.sparse.block_sparse_attention import triton as block_sparse
+from kernel_index.kernels.sparse.block_sparse_attention import triton_backward as block_sparse_backward
 
-pytestmark = pytest.mark.skipif(not gpu.interpreting(), reason="records addresses in Triton's interpreter")
+pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="records addresses in Triton's interpreter")
 
 WIDTH = 4096
 ROWS = 3 * 2**31 // WIDTH  # 6.4 billion elements: also past the range of an unsigned 32-bit offset

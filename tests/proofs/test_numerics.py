@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kernel_index.cases import Maker, suites
-from kernel_index.dispatch import Backend, always
+from kernel_index.core.dispatch import Backend, always
+from kernel_index.core.testing import Maker, suites
 from kernel_index.proofs import numerics
 from kernel_index.proofs.commands import app
 from kernel_index.proofs.errors import assess

@@ -9,7 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import kernel_index as ki
-from kernel_index import commands, files, gpu
+from kernel_index.cli import commands
+from kernel_index.core import atomic_write as files
+from kernel_index.core.triton import launch
 from kernel_index.proofs import record
 from kernel_index.proofs.errors import Finding
 from kernel_index.proofs.numerics import Verdict
@@ -19,7 +21,7 @@ PASSED = {"passed": 1, "refused": 0, "failed": 0}
 
 def test_a_triton_kernel_on_the_cpu_is_interpreted_and_elsewhere_run(monkeypatch):
     verdicts = [Verdict("op", backend, "case", "float32") for backend in ("triton", "reference")]
-    monkeypatch.setattr(gpu, "interpreting", lambda: True)
+    monkeypatch.setattr(launch, "interpreting", lambda: True)
     assert record.of_numerics(verdicts, "cpu")["op"] == {
         "triton": {"interpreted": PASSED},
         "reference": {"run": PASSED},

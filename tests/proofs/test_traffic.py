@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index import gpu
-from kernel_index.cases import Maker, suites
+from kernel_index.core.testing import Maker, suites
+from kernel_index.core.triton import launch
 from kernel_index.proofs.ratios import both_ways
 from kernel_index.proofs.traffic import counted
 from tests.proofs import kernels
 
-needs_interpreter = pytest.mark.skipif(not gpu.interpreting(), reason="counts in Triton's interpreter, on a CPU")
+needs_interpreter = pytest.mark.skipif(not launch.interpreting(), reason="counts in Triton's interpreter, on a CPU")
 pytestmark = needs_interpreter
 
 
@@ -71,7 +71,7 @@ def test_our_kernels_move_what_they_must(op):
 
 
 def test_a_chunk_of_logits_is_read_once_forward_and_a_slice_read_and_written_once_backward():
-    from kernel_index.loss.fused_linear_cross_entropy_chunked import triton
+    from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
 
     z, targets = torch.randn(6, 5000).bfloat16(), torch.arange(6)
     logits, constants = z.numel() * z.element_size(), (30.0, 1.0, 0.1, 1e-4)

@@ -1,0 +1,233 @@
+"""``kernel-index list | show | doctor``, and the names of the commands that other folders bring."""
+
+import difflib
+import importlib
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import typer.core
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import kernel_index
+from kernel_index.cli.index import ENTRIES, FAMILIES, Entry, find
+from kernel_index.core.target import has_cxx_compiler, machine_rules
+
+ELSEWHERE = {
+    "train": "kernel_index.lm.commands:train_command",
+    "generate": "kernel_index.lm.commands:generate_command",
+    "presets": "kernel_index.lm.commands:presets_command",
+    "prove": "kernel_index.proofs.commands:app",
+    "new": "tools.scaffold:new_command",
+    "bench": "benchmarks.command:bench_command",
+    "export": "kernel_index.integrations.kernels_hub:export_command",
+}
+"""Commands that live with what they run: name -> ``module:function`` or a group, imported when it is called."""
+
+NOT_FOUND = 2
+VARIABLES = (
+    "KERNEL_INDEX_",
+    "TORCHINDUCTOR_",
+    "TORCH_COMPILE_DISABLE",
+    "TORCHDYNAMO_DISABLE",
+    "TRITON_INTERPRET",
+    "CXX",
+)
+PACKAGES = ("triton", "flash-attn-4", "nvidia-cutlass-dsl", "jax", "jaxlib", "libtpu", "transformers")
+
+console = Console()
+errors = Console(stderr=True)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+class _Commands(typer.core.TyperGroup):
+    """A group that imports a command of ``ELSEWHERE`` only when it is asked for."""
+
+    def list_commands(self, ctx):
+        return [*super().list_commands(ctx), *ELSEWHERE]
+
+    def get_command(self, ctx, cmd_name):
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, name = ELSEWHERE[cmd_name].split(":")
+        found = getattr(importlib.import_module(module), name)
+        if isinstance(found, typer.Typer):
+            return typer.main.get_command(found)
+        single = typer.Typer(add_completion=False)
+        single.command(cmd_name)(found)
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Kernels for language models: what each promises, what this machine can run, and a model that uses them."""
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _as_json(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "family": entry.family,
+        "folder": f"kernel_index/{entry.folder}",
+        "functions": list(entry.functions),
+        "purpose": entry.purpose,
+        "implemented": entry.implemented,
+        "backends": [
+            {"name": b.name, "available": b.machine is None, "reason": b.machine or ""} for b in entry.backends()
+        ],
+        "used_by": [{"name": name, "present": present} for name, present in entry.users().items()],
+    }
+
+
+@app.command("list")
+def list_command(as_json: Json = False) -> None:
+    """The 20 entries by family, and the backends of each on this machine."""
+    if as_json:
+        _print_json([_as_json(e) for e in ENTRIES])
+        return
+    notes: dict[str, str] = {}
+    for family in FAMILIES:
+        console.print(f"\n[bold]{family}[/]")
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(no_wrap=True, width=max(len(e.name) for e in ENTRIES) + 2)
+        for e in (e for e in ENTRIES if e.family == family):
+            table.add_row(f"{'✓' if e.implemented else '–'} {e.name}", _backend_line(e, notes))
+        console.print(table)
+    done = sum(e.implemented for e in ENTRIES)
+    console.print(
+        f"\n{done} of {len(ENTRIES)} entries implemented; `kernel-index show ENTRY` says more.", highlight=False
+    )
+    for name, reason in notes.items():
+        console.print(f"✗ {name}: {reason}", markup=False, highlight=False)
+
+
+def _backend_line(e: Entry, notes: dict[str, str]) -> str:
+    if not e.implemented:
+        return "not implemented"
+    states = e.backends()
+    notes.update({b.name: b.machine for b in states if b.machine})
+    return "  ".join(f"{b.name} {'✗' if b.machine else '✓'}" for b in states) or "metadata: no backend"
+
+
+@app.command("show")
+def show_command(
+    name: Annotated[str, typer.Argument(metavar="ENTRY", help="An entry, or one of its public functions.")],
+    as_json: Json = False,
+) -> None:
+    """One entry: its contract, the rules of each backend, and where it is used."""
+    e = find(name)
+    if e is None:
+        errors.print(_no_entry(name), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(NOT_FOUND)
+    if as_json:
+        rules = {b.name: {"declines": list(b.rules), "auto_declines": list(b.advice)} for b in e.backends()}
+        _print_json(_as_json(e) | {"signatures": e.signatures(), "contract": e.docstrings(), "rules": rules})
+        return
+    console.print(f"[bold]{e.name}[/]  ({e.family}, kernel_index/{e.folder})", highlight=False)
+    console.print(e.purpose, markup=False, highlight=False)
+    if not e.implemented:
+        console.print(f"\nNot implemented yet: {', '.join(e.missing())}", highlight=False)
+    for function, text in e.docstrings().items():
+        console.print(f"\n[bold]ki.{e.signatures()[function]}[/]", highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    _show_backends(e)
+    console.print("\n[bold]Where it is used[/]")
+    for user, present in e.users().items():
+        console.print(f"  kernel_index.{user}{'' if present else ' (not yet)'}", highlight=False)
+
+
+def _show_backends(e: Entry) -> None:
+    states = e.backends()
+    if not states:
+        return
+    console.print('\n[bold]Backends[/], in the order in which backend="auto" tries them')
+    for b in states:
+        console.print(
+            f"  {b.name}: {'available here' if b.machine is None else b.machine}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        for rule in b.rules:
+            console.print(f"    declines: {rule}", markup=False, highlight=False, soft_wrap=True)
+        for rule in b.advice:
+            console.print(f"    auto passes over it: {rule}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _no_entry(name: str) -> str:
+    known = [n for e in ENTRIES for n in (e.name, *e.functions)]
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`kernel-index list` names them all"
+    return f"error: no entry is called {name!r}: {hint}"
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """What this machine can run, and why it cannot run the rest."""
+    facts, rules = _facts(), machine_rules()
+    if as_json:
+        backends = [{"name": n, "available": r is None, "reason": r or ""} for n, r in rules.items()]
+        _print_json({"facts": facts, "backends": backends})
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        lines = [f"{k} {v or 'not installed'}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
+        table.add_row(f"[bold]{name}[/]", Text("\n".join(lines) or "none"))
+    console.print(table)
+    console.print("\n[bold]Backends[/]")
+    for name, reason in rules.items():
+        console.print(
+            f"  {'✗' if reason else '✓'} {name}{': ' + reason if reason else ''}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _facts() -> dict[str, Any]:
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or "")
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    return {
+        "kernel-index": kernel_index.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "C++ compiler": compiler if has_cxx_compiler() else "not found",
+        "CUDA": torch.version.cuda or "PyTorch is built without it",
+        "ROCm": torch.version.hip or "PyTorch is built without it",
+        "devices": _devices(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cache": f"{folder} ({'in use' if folder.is_dir() else 'empty'})" if folder.name else "PyTorch's own",
+        "variables": {n: v for n, v in sorted(os.environ.items()) if v and n.startswith(VARIABLES)},
+    }
+
+
+def _devices() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {}
+    properties = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return {f"cuda:{i}": f"{p.name}, {p.major}.{p.minor}, {p.total_memory >> 30} GiB" for i, p in enumerate(properties)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,185 @@
+"""Regions of plain PyTorch that Inductor compiles for the CPU: the ``inductor`` backend of every elementwise op.
+
+A kernel writes its forward and its backward as plain functions and wraps each in a ``Region``.  The first region of a
+process costs about 15 s (2 s from the disk cache), each further one about 1 s, so regions are few and one is compiled
+per dtype and width, never per token count.  See docs/decisions/0002-inductor-on-the-cpu.md.
+"""
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from kernel_index.core.locks import ThreadLock
+from kernel_index.core.rules import INSIDE_FUNCTORCH, NEEDS_PLAIN, PLAIN, inside_functorch, opaque_why_not
+from kernel_index.core.target import has_cxx_compiler
+
+logger = logging.getLogger("kernel_index")
+
+MIN_ELEMENTS = 1 << 16
+"""Below this many elements ``auto`` compiles no region: a call is then bound by overhead, not by memory."""
+
+
+def why_not(*tensors: Any) -> str | None:
+    """The rules that every compiled region shares; arguments that are not tensors are ignored."""
+    if (rule := opaque_why_not(*tensors)) is not None:
+        return rule
+    if not has_cxx_compiler():
+        return "needs a C++ compiler (g++ or clang++)"
+    return "torch.compile is switched off" if _compile_is_off() else None
+
+
+def not_worth(x: Tensor, *_: Any) -> str | None:
+    """The size below which ``auto`` does not pick a compiled region."""
+    return "too small for a compiled region to pay" if x.numel() < MIN_ELEMENTS else None
+
+
+@functools.cache  # Dynamo, too, reads these once, when it is imported
+def _compile_is_disabled() -> bool:
+    return os.environ.get("TORCH_COMPILE_DISABLE") == "1" or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+
+
+def why_not_or_traced(*tensors: Any) -> str | None:
+    """The same for an op whose own backward formula beats autograd's, so that the caller's torch.compile gets it too.
+
+    While that traces, on any device, each region is inlined into the caller's graph: see ``Region.__call__``.
+    """
+    if not torch.compiler.is_compiling():
+        return why_not(*tensors)
+    if inside_functorch():
+        return INSIDE_FUNCTORCH
+    if any(isinstance(t, Tensor) and type(t) not in PLAIN for t in tensors):
+        return NEEDS_PLAIN
+    return None
+
+
+def not_worth_or_traced(x: Tensor, *_: Any) -> str | None:
+    """``not_worth`` for the same ops; a trace serves every size."""
+    return None if torch.compiler.is_compiling() else not_worth(x)
+
+
+_COMPILING = ThreadLock()
+
+
+def _compile_is_off() -> bool:
+    if _compile_is_disabled():
+        return True
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # only once it is loaded can anyone have switched it off
+    return eval_frame is not None and (torch._dynamo.config.disable or eval_frame._stance.stance != "default")
+
+
+class Region:
+    """A plain function of tensors and constants, compiled by Inductor on first use.
+
+    ``dynamic`` maps a tensor parameter to the dimensions whose size may change from call to call; every other size,
+    every dtype and every constant selects a compiled variant.  Results therefore depend
+    on the call alone, not on which shapes were seen before it.
+    """
+
+    def __init__(self, function: Callable[..., Any], **dynamic: tuple[int, ...]):
+        self.function = function
+        self.parameters = tuple(inspect.signature(function).parameters)
+        self.dynamic = tuple(dynamic.get(name, ()) for name in self.parameters)
+        self.variants: dict[tuple, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.function(*args)
+        args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+        key = (torch.get_num_threads(), *map(_static_part, args, self.dynamic))
+        variant = self.variants.get(key)
+        if variant is None:
+            with _COMPILING.held():  # one thread compiles a variant; others that want it wait and take it
+                return self._run(self.variants.get(key) or self._compile(key), args)
+        return self._run(variant, args)
+
+    def _run(self, variant: Callable[..., Any], args: tuple) -> Any:
+        # A backward pass may run inside a mode (a FLOP counter, a checkpoint) that its forward did not see, and Dynamo
+        # would refuse there.  A compiled kernel is opaque to a mode in any case.
+        with torch.no_grad(), _outside_modes():
+            return variant(*args)
+
+    def _compile(self, key: tuple) -> Callable[..., Any]:
+        # A code object of its own for each variant: Dynamo counts recompilations by code object and refuses the ninth,
+        # and it would widen a static size to a dynamic one after the second variant.
+        own = types.FunctionType(
+            self.function.__code__.replace(),
+            self.function.__globals__,
+            self.function.__name__,
+            self.function.__defaults__,
+        )
+        compiled = torch.compile(own, fullgraph=True, dynamic=False)
+        if compiled is own:  # a way of switching it off that why_not() does not know
+            raise RuntimeError(f"torch.compile is switched off: it left {self.function.__name__} uncompiled")
+
+        def first_call(*args: Any) -> Any:
+            announce(self.function.__name__)
+            start = time.perf_counter()
+            out = mark_and_run(*args)
+            logger.info("compiled %s in %.1f s", self.function.__name__, time.perf_counter() - start)
+            self.variants[key] = mark_and_run  # only now: after a failure or an interrupt the next call compiles afresh
+            return out
+
+        def mark_and_run(*args: Any) -> Any:
+            return compiled(*(_marked(a, dims) for a, dims in zip(args, self.dynamic, strict=True)))
+
+        return first_call
+
+
+def sum_rows(values: Tensor) -> Tensor:
+    """``values.sum(0)`` for use inside a region: the reduction of a weight's gradient over tokens.
+
+    Summing down whole columns strides through memory; sums of 16 rows, added up in a second step, stay in cache
+    (4 times faster at 4096 × 4096 in float32), round less, and do not depend on the number of threads.
+    """
+    if values.device.type != "cpu":
+        return values.sum(0)
+    rows = values.shape[0]
+    chunks = rows // 16 + 2  # never 1, which Inductor would compile apart; the last ones are padding
+    padded = torch.nn.functional.pad(values, (0, 0) * (values.ndim - 1) + (0, 16 * chunks - rows))
+    return padded.view(chunks, 16, *values.shape[1:]).sum(1).sum(0)
+
+
+def _outside_modes() -> contextlib.AbstractContextManager[Any]:
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return contextlib.nullcontext()
+    return _disable_current_modes()
+
+
+def _static_part(value: Any, dynamic: tuple[int, ...]) -> Any:
+    if isinstance(value, Tensor):
+        # Inductor specialises sizes 0 and 1, so they are variants of their own.
+        return value.dtype, tuple(-1 if i in dynamic and n > 1 else n for i, n in enumerate(value.shape))
+    return type(value), value  # 1, 1.0 and True are equal, and compile differently
+
+
+def _marked(value: Any, dynamic: tuple[int, ...]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    fresh = value.detach().view(value.shape)  # the mark is an attribute: never put it on the caller's tensor
+    for dim in dynamic:
+        if value.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(fresh, dim)
+    return fresh
+
+
+_announced = False
+
+
+def announce(name: str) -> None:
+    """The compiler's start-up is the one long wait of the library, so it is never silent."""
+    global _announced
+    if not _announced:
+        _announced = True
+        where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "PyTorch's cache folder")
+        logger.warning("starting Inductor to compile %s for this CPU: about 15 s, or 2 s if cached in %s", name, where)

@@ -1,0 +1,113 @@
+"""C++ kernels for the CPU: the ``native`` backend of what no composition of PyTorch's own kernels makes fast enough.
+
+Inductor's builder compiles a source on first use (about 10 s) and keeps the library in its cache.
+Matrix products are oneDNN's, through the function that PyTorch's own attention calls, so they use the machine's matrix
+units; a kernel's own code is what stands between two products.  See docs/decisions/0013-native-kernels.md.
+"""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core.inductor import MIN_ELEMENTS, announce
+from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOAT32, PLAIN, opaque_why_not
+from kernel_index.core.target import has_cxx_compiler
+
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS = Path(__file__).with_name("rows.cpp")
+"""Kernels for few rows of three small ops, in one source: each source takes its first caller 10 s to compile."""
+
+
+def why_not(*tensors: Tensor) -> str | None:
+    """The rules that every native kernel shares, beside those of its op's ``cpu`` backend."""
+    if not has_cxx_compiler():
+        return "needs a C++ compiler (g++ or clang++)"
+    if not _has_vectors():
+        return "needs a CPU with AVX-512 and PyTorch's oneDNN"
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return NEEDS_PLAIN
+        if tensor.is_neg():
+            return NEGATED
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation: it would lose the tangents"
+    if tensors[0].dtype not in DTYPES:
+        return "needs float32 or bfloat16"
+    return None
+
+
+def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
+    """The rules of the kernels of ``rows.cpp``: ``rows`` are what they read and write, the others become float32."""
+    if (rule := opaque_why_not(*rows, *others)) is not None:
+        return rule
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *others)):
+        return NO_BACKWARD
+    for tensor in rows:
+        if tensor.dtype not in DTYPES:
+            return "needs float32 or bfloat16"
+    for tensor in others:
+        if tensor.dtype == torch.float64:
+            return ONLY_FLOAT32
+    return why_not(*rows, *others)
+
+
+def rows_not_worth(x: Tensor, *_: Any) -> str | None:
+    """``auto`` takes them for steps of inference: who tries an op for the first time should not wait for a compiler."""
+    if torch.is_grad_enabled():
+        return "gradients are on: it is for few rows under no_grad() or inference_mode()"
+    return None if x.numel() < MIN_ELEMENTS else "large enough for a compiled region to pay"
+
+
+def rows_threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= MIN_ELEMENTS else 1
+
+
+def _has_vectors() -> bool:
+    return _machine_has_vectors() and torch._C._get_mkldnn_enabled()
+
+
+@functools.cache
+def _machine_has_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL:
+    """A source, compiled for this machine behind the common header and loaded."""
+    announce(source.name)
+    from torch._inductor.codecache import CppCodeCache
+
+    code = "".join(path.read_text() for path in (Path(__file__).with_name("common.h"), source))
+    return CppCodeCache.load(code, extra_flags=("-w",))  # the warnings are those of PyTorch's headers
+
+
+def call(source: Path, function: str, sizes: tuple[int, ...], numbers: tuple[float, ...], *tensors: Tensor) -> None:
+    """Run one function of a source: sizes as one array, then numbers, then where the dense tensors' elements are."""
+    assert all(t.is_cpu for t in tensors), "what a kernel writes to must be on the CPU, whatever the default device"
+    run = _function(source, function, len(numbers), len(tensors))
+    run(struct.pack(f"{len(sizes)}q", *sizes), *numbers, *[t.data_ptr() for t in tensors])
+
+
+@functools.cache
+def _function(source: Path, name: str, numbers: int, tensors: int) -> Any:
+    """With the types of its arguments, so that a call need not wrap each: a decoded token makes some twenty."""
+    found = library(source)[name]  # an object of its own, where an attribute would be shared
+    found.argtypes = [ctypes.c_char_p, *[ctypes.c_float] * numbers, *[ctypes.c_void_p] * tensors]
+    found.restype = None
+    return found
+
+
+def floats(x: Tensor) -> Tensor:
+    """Dense float32; the tensor itself where it is that."""
+    return (x if x.dtype == torch.float32 else x.to(torch.float32)).contiguous()
+
+
+def suffix(dtype: torch.dtype) -> str:
+    """How the functions for a dtype end."""
+    return str(dtype).removeprefix("torch.")

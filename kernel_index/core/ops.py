@@ -1,0 +1,46 @@
+"""Registers operators under ``kernel_index::``: a launcher and a fake that take their outputs from one function."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kernel_index.core.locks import ThreadLock
+from kernel_index.core.triton.launch import interpreting
+
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+"""Qualified name of each registered op -> what it launches on a device."""
+
+
+def register(
+    schema: str, launch: Callable[..., Any], fake: Callable[..., Any], keys: tuple[str, ...] = ("CPU", "CUDA")
+) -> torch._ops.OpOverload:
+    """Define ``kernel_index::<schema>`` with a launcher and a fake, and return the op to call.
+
+    ``define`` + ``impl`` rather than ``triton_op``: the latter neither traces nor passes ``opcheck`` under the
+    interpreter.  Launcher and fake take their outputs from one ``allocate`` function, so that they cannot disagree.
+    """
+    name = schema.partition("(")[0]
+    qualified = f"kernel_index::{name}"
+    LAUNCHERS[qualified] = launch
+    torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
+    for key in keys:  # ROCm's key is CUDA
+        torch.library.impl(qualified, key, launch if key == "CUDA" else _one_at_a_time(launch))
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.kernel_index, name).default
+
+
+_INTERPRETER = ThreadLock()
+
+
+def _one_at_a_time(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """On a CPU: Triton's interpreter keeps the state of the running program in globals, which threads would share."""
+
+    @functools.wraps(launch)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _INTERPRETER.held() if interpreting() else contextlib.nullcontext():
+            return launch(*args, **kwargs)
+
+    return alone

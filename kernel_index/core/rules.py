@@ -1,0 +1,114 @@
+"""Eligibility rules that several kernels share, each said once: what kind of tensor, mode or device a backend needs.
+
+A rule reads metadata only (type, dtype, device, strides, grad mode, what is installed), never a value.  It returns
+None, or the broken rule as a fixed sentence.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core.target import Target, has_package, target_of
+from kernel_index.core.triton.launch import interpreting
+
+HALF = (torch.float16, torch.bfloat16)
+WIDEST_HEAD = 256
+"""Largest head size of the Triton attention kernels: a row of it fits into registers."""
+
+MIN_ARCH = 80
+
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Types without an overridden behaviour that a kernel would bypass."""
+
+INSIDE_FUNCTORCH = "inside a torch.func transform"
+NEEDS_PLAIN = "needs plain tensors, not a tensor subclass"
+NEEDS_CPU = "needs CPU tensors"
+NEEDS_CUDA = "needs CUDA tensors"
+ON_A_CPU = "needs CUDA or ROCm tensors (or TRITON_INTERPRET=1)"
+NO_BACKWARD = "has no backward; use backend='reference' when gradients are needed"
+ONLY_FLOAT32 = "computes in float32: float64 is the reference's"
+
+NEGATED = "needs tensors without the negative bit: call resolve_neg() first"
+"""Views that are to be read with their sign changed, as ``z.conj().imag``: memory does not show it."""
+
+
+def inside_functorch() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp) is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+inside_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
+
+
+def host_readable(*tensors: Tensor | None) -> bool:
+    """Whether the tensors' values can be read here and now: on the host, and outside traces, modes and transforms."""
+    if torch.compiler.is_compiling() or inside_functorch() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(t is None or (t.device.type == "cpu" and type(t) in PLAIN) for t in tensors)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of one of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def opaque_why_not(*tensors: Any) -> str | None:
+    """The rules of all compiled code for the CPU: it reads memory itself, so nothing may stand between it and that."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: the plain formula is traced into the caller's graph"
+    if inside_functorch():
+        return INSIDE_FUNCTORCH
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return "inside a TorchDispatchMode or torch.jit.trace, which compiled code does not see"
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        if type(tensor) not in PLAIN:
+            return NEEDS_PLAIN
+        if not tensor.is_cpu:
+            return NEEDS_CPU
+        if tensor.is_neg():
+            return NEGATED
+    return None
+
+
+def triton_why_not(*tensors: Any) -> str | None:
+    """The rules that every Triton backend shares; arguments that are not tensors are ignored."""
+    if not has_package("triton"):
+        return "needs the triton package (pip install triton)"
+    if inside_functorch():
+        return INSIDE_FUNCTORCH
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        if type(tensor) not in PLAIN:
+            return NEEDS_PLAIN
+        if not torch.compiler.is_compiling() and tensor.is_neg():
+            return NEGATED
+        if tensor.is_cpu and not interpreting():  # most calls on a CPU end here, before anything is looked up
+            return ON_A_CPU
+        rule = _device_rule(target_of(tensor.device))
+        if rule is not None:
+            return rule
+        if tensor.dtype == torch.float64:
+            return ONLY_FLOAT32
+    return None
+
+
+def _device_rule(target: Target) -> str | None:
+    if target.kind == "cpu":
+        return None if interpreting() else ON_A_CPU
+    if target.kind not in ("cuda", "hip"):
+        return ON_A_CPU
+    if interpreting():
+        return "TRITON_INTERPRET=1 interprets on the CPU"
+    if isinstance(target.arch, int) and target.arch < MIN_ARCH:
+        return "needs compute capability 8.0 or newer"
+    return None
+
+
+def triton_not_worth(*tensors: Any) -> str | None:
+    """``auto`` leaves the interpreter alone."""
+    on_cpu = any(isinstance(t, Tensor) and target_of(t.device).kind == "cpu" for t in tensors)
+    return "interpreted on a CPU: only when asked for by name" if on_cpu else None

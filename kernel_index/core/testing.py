@@ -1,0 +1,97 @@
+"""What a kernel's ``cases.py`` is made of: named inputs, an independent oracle, facts for the conformance test.
+
+One ``Suite`` for each public function with backends.  Tests, proofs, benchmarks and docs all read the same suites.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOW_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Maker:
+    """Draws a case's tensors: the same values for the same seed, whatever the dtype."""
+
+    def __init__(self, dtype: torch.dtype, *, seed: int = 0, scale: float = 1.0, device: str = "cpu"):
+        self.dtype, self.scale, self.device = dtype, scale, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float | None = None) -> Tensor:
+        """Normal values times ``scale`` (the maker's own by default)."""
+        if self.device == "meta":  # sizes without values: what a proof compiles for
+            return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device="meta")
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        values = values * (self.scale if scale is None else scale)
+        return values.to(device=self.device, dtype=self.dtype if dtype is None else dtype)
+
+    def uniform(self, low: float, high: float, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device="meta")
+        values = low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return values.to(device=self.device, dtype=self.dtype if dtype is None else dtype)
+
+    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Integers in [low, high)."""
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.randint(low, high, shape, generator=self.generator).to(device=self.device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: ``build(maker)`` returns the keyword arguments of the public function, ``backend`` left out."""
+
+    name: str
+    why: str
+    build: Callable[[Maker], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Everything the conformance test asks of one public function.
+
+    ``oracle`` is the mathematics once more, in plain differentiable PyTorch, written without looking at
+    ``reference.py``; it takes the public function's keywords.  Run in float64 it is the truth; run in the inputs' own
+    dtype it is the plain formula whose error bounds the reference's.
+    """
+
+    op: str
+    function: Callable[..., Any]
+    backends: tuple[Any, ...]
+    cases: tuple[Case, ...]
+    differentiable: tuple[str, ...]
+    oracle: Callable[..., Any]
+    sized: Callable[[Maker, int], dict[str, Any]]  # one call for each size of the dimension that varies in practice
+    dtypes: tuple[torch.dtype, ...] = LOW_AND_FULL
+    scales: tuple[float, ...] = (1e-3, 1.0, 16.0, 300.0)
+    double_backward: bool = False
+    nonfinite: tuple[str, ...] = ()  # arguments into which inf and NaN are put
+    without_gradient: tuple[str, ...] = ()  # backends that decline a call whose result needs a graph
+    rounding: tuple[str, ...] = ()  # backends that call a kernel or matmul which rounds within to the inputs' dtype
+    units: Mapping[str, float] = field(default_factory=dict)  # float32 units that a backend's algorithm adds, derived
+    real: Callable[..., dict[str, Any]] | None = None  # (maker[, rows]) -> a call of production size, for proofs
+    compulsory: Callable[[dict[str, Any]], tuple[int, int]] | None = None  # bytes that any kernel must move, each way
+
+    def __str__(self) -> str:
+        return self.op
+
+
+def size_of(*tensors: Tensor | None) -> int:
+    """Bytes of the tensors together; None has none."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def suites() -> tuple[Suite, ...]:
+    """The suites of every kernel folder that has a ``cases.py``."""
+    root = Path(__file__).parent.parent
+    found: list[Suite] = []
+    for path in sorted(root.rglob("cases.py")):
+        name = ".".join(("kernel_index", *path.relative_to(root).with_suffix("").parts))
+        found.extend(importlib.import_module(name).SUITES)
+    return tuple(found)

@@ -1,0 +1,152 @@
+"""Softmax attention under one mask contract."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kernel_index.core import rules
+from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.kernels.attention.dense_attention import contract
+from kernel_index.kernels.attention.dense_attention.cpu import attention_cpu, attention_with_lse_cpu
+from kernel_index.kernels.attention.dense_attention.flex import attention_flex, attention_with_lse_flex
+from kernel_index.kernels.attention.dense_attention.native import attention_native, attention_with_lse_native
+from kernel_index.kernels.attention.dense_attention.reference import attention_reference, attention_with_lse_reference
+from kernel_index.kernels.attention.dense_attention.sdpa import attention_sdpa
+from kernel_index.kernels.attention.dense_attention.torch_op import attention_triton, attention_with_lse_triton
+from kernel_index.kernels.attention.dense_attention.varlen import attention_varlen
+from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE, check_attention
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+
+
+def _run_fa4_with_lse(*call: Any) -> tuple[Tensor, Tensor]:
+    from kernel_index.kernels.attention.dense_attention.fa4 import attention_with_lse_fa4
+
+    return attention_with_lse_fa4(*call)
+
+
+def _run_fa4(*call: Any) -> Tensor:
+    return _run_fa4_with_lse(*call)[0]
+
+
+BACKENDS = (
+    Backend("fa4", contract.fa4_why_not, _run_fa4, contract.fa4_not_worth),
+    Backend("triton", contract.triton_why_not, attention_triton, contract.triton_not_worth),
+    Backend("flex", contract.flex_why_not, attention_flex, contract.flex_not_worth),
+    Backend("varlen", contract.varlen_why_not, attention_varlen, contract.varlen_not_worth),
+    Backend("native", contract.native_why_not, attention_native, contract.native_not_worth),
+    Backend("cpu", contract.cpu_why_not, attention_cpu, contract.cpu_not_worth),
+    Backend("sdpa", contract.sdpa_why_not, attention_sdpa, details=contract.sdpa_details),
+    Backend("reference", always, attention_reference),
+)
+
+LSE_BACKENDS = (
+    Backend("fa4", contract.fa4_why_not, _run_fa4_with_lse, contract.fa4_not_worth),
+    Backend("triton", contract.triton_why_not, attention_with_lse_triton, rules.triton_not_worth),
+    Backend("flex", contract.flex_why_not, attention_with_lse_flex),
+    Backend("varlen", contract.lse_of_varlen, attention_varlen),
+    Backend("native", contract.native_why_not, attention_with_lse_native, contract.native_not_worth),
+    Backend("cpu", contract.cpu_why_not, attention_with_lse_cpu, contract.cpu_lse_not_worth),
+    Backend("sdpa", contract.sdpa_no_lse, attention_sdpa),
+    Backend("reference", always, attention_with_lse_reference),
+)
+
+
+class AttentionOutput(NamedTuple):
+    """``out`` [B, T, H, Dv] in q's dtype; ``lse`` [B, H, T], natural logarithm, float32 (float64 for float64).
+
+    >>> import torch, kernel_index as ki
+    >>> q = torch.zeros(1, 2, 1, 4)
+    >>> ki.attention_with_lse(q, q, q).lse
+    tensor([[[0.0000, 0.6931]]])
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MaskContract = EVERYTHING_BEFORE,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention over the keys that the mask allows.
+
+    With G = H / K query heads for each key head, ``z = scale · q[t, h]·k[s, h // G]``, and
+    ``z = softcap · tanh(z / softcap)`` where a softcap is given::
+
+        out[t, h] = Σ_s exp(z[t, s]) · v[s, h // G] / (exp(sink[h]) + Σ_s exp(z[t, s]))      over allowed s
+
+    Softmax and sums are in float32 at least.  A query that may attend to nothing gives exactly 0 and gradient 0.
+
+    Args:
+        q: [B, T, H, D], any floating dtype.
+        k: [B, S, K, D], q's dtype; H is a multiple of K, and nothing is repeated in memory.
+        v: [B, S, K, Dv], q's dtype.
+        mask: who may attend to whom; causal by default, aligned with the last key where T ≠ S.
+        scale: factor of the scores; ``D ** -0.5`` by default.
+        softcap: bound of the scores; 0 is off.
+        sink: [H], learnable logits that join the denominator and have no value; None for no such term.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
+
+    Returns:
+        [B, T, H, Dv], contiguous, q's dtype.
+
+    Raises:
+        TypeError: a tensor is not floating, dtypes differ, or ``mask`` is not a ``MaskContract``.
+        ValueError: shapes, heads, devices or the mask's sizes do not fit, or softcap is negative.
+        Ineligible: the named backend cannot run this call.
+
+    Source: Vaswani et al., 2017; grouped heads: Ainslie et al., 2023; softcap: Gemma 2; sink: gpt-oss.
+
+    >>> import torch, kernel_index as ki
+    >>> q, k = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 2, 8)
+    >>> v = k * torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
+    >>> ki.attention(q, k, v)[0, :, 0, 0]
+    tensor([1., 2.])
+    """
+    check_attention(q, k, v, mask, scale, softcap, sink)
+    call = (q, k, v, mask, scale, softcap, sink)
+    return choose("attention", BACKENDS, backend, *call).run(*call)
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MaskContract = EVERYTHING_BEFORE,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """``attention`` together with the logarithm of its denominator.
+
+    ``lse[h, t] = log(exp(sink[h]) + Σ_s exp(z[t, s]))`` with the natural logarithm: the sink is included, as in
+    FlashAttention 4.  A query that may attend to nothing gives −inf, also where there is a sink, and gradient 0.
+
+    Args:
+        q: as in ``attention``, and so are the others.
+
+    Returns:
+        ``AttentionOutput(out [B, T, H, Dv], lse [B, H, T])``; both carry gradients, an unused one costs nothing.
+
+    Raises:
+        TypeError, ValueError, Ineligible: as ``attention``.
+
+    Source: as ``attention``.
+
+    >>> import torch, kernel_index as ki
+    >>> q = torch.zeros(1, 3, 1, 8)
+    >>> ki.attention_with_lse(q, q, q).lse.exp()
+    tensor([[[1., 2., 3.]]])
+    """
+    check_attention(q, k, v, mask, scale, softcap, sink)
+    call = (q, k, v, mask, scale, softcap, sink)
+    return AttentionOutput(*choose("attention_with_lse", LSE_BACKENDS, backend, *call).run(*call))

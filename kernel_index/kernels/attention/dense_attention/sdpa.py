@@ -1,0 +1,45 @@
+"""PyTorch's scaled_dot_product_attention, with the mask in the cheapest form that it understands."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kernel_index.kernels.attention.dense_attention.contract import lowering
+from kernel_index.masks.attention_arguments import sizes_of
+from kernel_index.masks.doc_window_mask.intervals import Sizes
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+
+
+def attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
+) -> Tensor:
+    sizes = sizes_of(q, k, mask)
+    form = lowering(sizes, mask)
+    grouped = False
+    if q.shape[2] != k.shape[2]:  # a branch, so that it is a bool while sizes are symbols
+        grouped = True
+    # A last dimension that is not dense sends torch to its O(T·S) formula without notice.
+    q_BHTD, k_BKSD, v_BKSD = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v))
+    if form != "dense":
+        out = scaled_dot_product_attention(
+            q_BHTD, k_BKSD, v_BKSD, is_causal=form == "is_causal", scale=scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2).contiguous()
+    allowed, empty = mask.remember("sdpa", sizes, lambda: _open_mask(mask, sizes))
+    out = scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=allowed, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).masked_fill(empty[:, :, None, None], 0.0).contiguous()
+
+
+def _open_mask(mask: MaskContract, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """The dense mask with its empty rows opened, and which rows those are.
+
+    What torch's kernels make of a row without a key differs between devices and versions (zeros, NaN, an average).  So
+    such a row attends to everything and its output is then replaced by 0, which also zeroes what it sends backward.
+    """
+    start, end = mask.row_intervals(sizes)
+    empty = start == end
+    key = torch.arange(sizes.keys, device=sizes.device, dtype=torch.int32)
+    allowed = key >= start[:, None, :, None]
+    allowed &= key < end[:, None, :, None]
+    allowed |= empty[:, None, :, None]
+    return allowed, empty

@@ -1,0 +1,236 @@
+"""Attention to exactly the picked tokens, with a receipt that says whether it stayed sparse."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.kernels.attention.dense_attention.api import BACKENDS as DENSE
+from kernel_index.kernels.attention.exact_token_sparse import contract
+from kernel_index.kernels.attention.exact_token_sparse.contract import Asked
+from kernel_index.kernels.attention.exact_token_sparse.cpu import exact_token_cpu
+from kernel_index.kernels.attention.exact_token_sparse.reference import (
+    exact_token_reference,
+    lightning_indexer_reference,
+)
+from kernel_index.kernels.attention.exact_token_sparse.torch_op import exact_token_triton
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.lightning_indexer.chunked import lightning_details, lightning_indexer_chunked
+from kernel_index.routing.lightning_indexer.selection import TokenSelection
+
+EVERYTHING_BEFORE = MaskContract()
+
+
+def _telemetry(
+    name: str, earlier: tuple[Backend, ...], path: str, staging: str
+) -> Callable[..., tuple[tuple[str, Any], ...]]:
+    """The one schema of both branches.  The call's first argument is q, its last an ``Asked``."""
+    rerouted = path == "reroute_to_full"
+
+    def details(*call: Any) -> tuple[tuple[str, Any], ...]:
+        asked: Asked = call[-1]
+        return (
+            ("path", path),
+            ("reason", contract.INDEXER_RETURNED_NONE if rerouted else ""),
+            ("indexer", asked.indexer),
+            ("seq_len", None if torch.compiler.is_compiling() else call[0].shape[1]),  # a symbol while traced
+            ("requested_backend", asked.backend),
+            ("actual_backend", name),
+            ("runtime_mode", contract.runtime_mode(name)),
+            ("fallback_reason", _why_not_earlier(earlier, call) if asked.backend == "auto" else ""),
+            ("staging", staging),
+        )
+
+    return details
+
+
+def _why_not_earlier(earlier: tuple[Backend, ...], call: tuple) -> str:
+    """What speaks against every backend that "auto" would have preferred."""
+    found = []
+    for b in earlier:
+        rule = b.why_not(*call)
+        if rule is None and b.not_worth is not None:
+            rule = b.not_worth(*call)
+        found.append(f"{b.name}: {rule}")
+    return "; ".join(found)
+
+
+def _with_telemetry(table: tuple[Backend, ...], path: str, staging: dict[str, str]) -> tuple[Backend, ...]:
+    return tuple(
+        Backend(b.name, b.why_not, b.run, b.not_worth, _telemetry(b.name, table[:i], path, staging.get(b.name, "none")))
+        for i, b in enumerate(table)
+    )
+
+
+BACKENDS = _with_telemetry(
+    (
+        Backend("triton", contract.triton_why_not, exact_token_triton, contract.triton_not_worth),
+        Backend("cpu", contract.cpu_why_not, exact_token_cpu),
+        Backend("reference", always, exact_token_reference),
+    ),
+    "exact_token",
+    {"triton": "fused", "cpu": "row_gather_pair"},
+)
+
+
+def _without_asked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Dense attention takes the same call, but for the last argument."""
+
+    def called(*call: Any) -> Any:
+        return function(*call[:-1])
+
+    return called
+
+
+REROUTED = _with_telemetry(
+    tuple(
+        Backend(
+            b.name,
+            _without_asked(b.why_not),
+            _without_asked(b.run),
+            None if b.not_worth is None else _without_asked(b.not_worth),
+        )
+        for b in DENSE
+    ),
+    "reroute_to_full",
+    {},
+)
+
+
+def exact_token_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | TokenSelection | None,
+    *,
+    indices_valid: Tensor | None = None,
+    mask: MaskContract | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of each query over exactly the tokens that were picked for it and that the mask allows.
+
+    With ``P(t)`` the picks of query t and ``A(t)`` the keys that the mask allows::
+
+        z[t, s] = scale · q[t]·k[s]          softcap · tanh(z / softcap)  with a softcap
+        out[t]  = Σ_s softmax(z[t])[s] · v[s]          over s in P(t) ∩ A(t)
+
+    A pick counts once however often it occurs, and picking everything is dense attention.  A query left without a key
+    gives exactly 0 and gradient 0.  The gradient of q, k and v is that of this formula, the same bits every time; the
+    picks have none.
+
+    Args:
+        q: [B, T, H, D], any floating dtype.
+        k: [B, S, K, D], q's dtype; H is a multiple of K.
+        v: [B, S, K, Dv], q's dtype.
+        indices: int32 or int64 [B, T, topk] for all heads, or [B, T, K, topk], each in [0, S) or −1 for no pick; or
+            what ``lightning_indexer`` returned.  None: the indexer declined, so dense attention runs, and says so.
+        indices_valid: bool of the shape of ``indices``; where it is False nothing is picked, whatever stands there.
+        mask: who may attend to whom; causal by default.
+        scale: factor of the scores; ``D ** -0.5`` by default.
+        softcap: bound of the scores; 0 is off.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
+
+    Returns:
+        [B, T, H, Dv], contiguous, q's dtype.
+
+    The receipt's details have one schema: ``path`` (``exact_token`` or ``reroute_to_full``), ``reason``
+    (``indexer_returned_none`` where rerouted), ``indexer`` (where the picks come from), ``seq_len`` (None inside
+    torch.compile), ``requested_backend``, ``actual_backend``, ``runtime_mode`` (``eager``, ``compiled``,
+    ``interpreted``), ``fallback_reason`` (what kept "auto" from the backends before) and ``staging`` (``fused`` in the
+    kernel, ``row_gather_pair``, or ``none``).
+
+    Raises:
+        TypeError, ValueError: as ``attention``; or indices that are no integers, of another shape, or, where they lie
+            on the host, neither −1 nor the place of a key.  On a device a place outside is no pick.
+        Ineligible: the named backend cannot run this call.
+
+    Source: DeepSeek-V3.2 sparse attention (DeepSeek-AI, 2025), for grouped heads.
+
+    >>> import torch, kernel_index as ki
+    >>> q = k = torch.zeros(1, 3, 1, 2)
+    >>> v = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)
+    >>> picks = torch.tensor([[[0, -1], [0, 0], [0, 2]]])
+    >>> with ki.receipts() as log:
+    ...     ki.exact_token_attention(q, k, v, picks).flatten()
+    tensor([1.0000, 1.0000, 3.5000])
+    >>> log[0].details["path"], log[0].details["actual_backend"]
+    ('exact_token', 'cpu')
+    """
+    mask = EVERYTHING_BEFORE if mask is None else mask
+    indexer = "none" if indices is None else "given"
+    if isinstance(indices, TokenSelection):
+        if indices_valid is not None:
+            raise ValueError("indices_valid must be None beside a TokenSelection, got a second one")
+        indices, indices_valid, indexer = indices.indices, indices.valid, "lightning_indexer"
+    contract.check(q, k, v, indices, indices_valid, mask, scale, softcap)
+    asked = Asked(backend, indexer)
+    if indices is None:
+        dense_call = (q, k, v, mask, scale, softcap, None, asked)
+        return choose("exact_token_attention", REROUTED, backend, *dense_call).run(*dense_call)
+    if indices.ndim == 3:
+        indices = indices.unsqueeze(2)
+        indices_valid = None if indices_valid is None else indices_valid.unsqueeze(2)
+    call = (q, k, v, indices, indices_valid, mask, scale, softcap, asked)
+    return choose("exact_token_attention", BACKENDS, backend, *call).run(*call)
+
+
+INDEXER_BACKENDS = (
+    Backend("chunked", contract.chunked_why_not, lightning_indexer_chunked, details=lightning_details),
+    Backend("reference", always, lightning_indexer_reference),
+)
+
+
+def lightning_indexer(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    weights: Tensor,
+    *,
+    topk: int,
+    mask: MaskContract | None = None,
+    replay: TokenSelection | None = None,
+    backend: str = "auto",
+) -> TokenSelection:
+    """The ``topk`` best tokens of each query by the indexer's score, exactly, and the same ones every time.
+
+    ::
+
+        I[t, s] = Σ_j weights[t, j] · relu(q_idx[t, j]·k_idx[s])          over the keys s that the mask allows
+
+    in float32; among equal scores the smallest index wins, and relu makes many of them 0.  A query with fewer than
+    ``topk`` allowed keys picks them all.  Scores are formed in tiles of keys; no more than 16 queries' are ever stored.
+
+    The picks have no gradient.  The scores have that of the formula at the picks, which is what a loss for the indexer
+    trains: see ``lightning_indexer_loss``.
+
+    Args:
+        q_idx: [B, T, J, D], any floating dtype; J is the number of the indexer's heads.
+        k_idx: [B, S, D], q_idx's dtype; one key for all heads.
+        weights: [B, T, J], q_idx's dtype or float32; any scale of the scores belongs in here.
+        topk: tokens for each query, at least 1.
+        mask: who may attend to whom; causal by default.
+        replay: a selection that was recorded: its picks are returned, less those that this mask forbids, with the
+            scores that they have now.  For recomputation, and for training on what a rollout attended to.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
+
+    Returns:
+        ``TokenSelection(indices, valid, scores)``, each [B, T, topk]; what ``exact_token_attention`` takes.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule.
+        Ineligible: the named backend cannot run this call.
+
+    Source: the lightning indexer of DeepSeek-V3.2 (DeepSeek-AI, 2025), in float32.
+
+    >>> import torch, kernel_index as ki
+    >>> q, k = torch.ones(1, 4, 1, 1), torch.tensor([2.0, 5.0, 2.0, -1.0]).view(1, 4, 1)
+    >>> ki.lightning_indexer(q, k, torch.ones(1, 4, 1), topk=2).indices[0].tolist()
+    [[0, -1], [1, 0], [1, 0], [1, 0]]
+    """
+    mask = EVERYTHING_BEFORE if mask is None else mask
+    contract.check_indexer(q_idx, k_idx, weights, topk, mask, replay)
+    call = (q_idx, k_idx, weights, topk, mask, replay)
+    return choose("lightning_indexer", INDEXER_BACKENDS, backend, *call).run(*call)

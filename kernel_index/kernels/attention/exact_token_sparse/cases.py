@@ -1,0 +1,166 @@
+"""Named calls of ``exact_token_attention`` and ``lightning_indexer``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core.testing import Case, Maker, Suite
+from kernel_index.kernels.attention.dense_attention.cases import qkv
+from kernel_index.kernels.attention.exact_token_sparse.api import (
+    BACKENDS,
+    INDEXER_BACKENDS,
+    exact_token_attention,
+    lightning_indexer,
+)
+from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+
+
+def picks(m: Maker, *shape: int, keys: int) -> Tensor:
+    """Places of keys, the future among them, with duplicates and −1 in between."""
+    return m.integers(-1, keys, *shape)
+
+
+def call(m: Maker, t: int, s: int, h: int, k: int, d: int, n: int, dv: int | None = None, **more: Any) -> dict:
+    return {**qkv(m, 2, t, s, h, k, d, dv), "indices": picks(m, 2, t, k, n, keys=s), **more}
+
+
+def _valid(m: Maker) -> dict[str, Any]:
+    """Where nothing is valid stands a place that does not exist."""
+    made = call(m, 7, 7, 4, 2, 8, 5)
+    valid = m.integers(0, 3, 2, 7, 2, 5) > 0
+    return {**made, "indices": torch.where(valid, made["indices"], 99).int(), "indices_valid": valid}
+
+
+CASES = (
+    Case("groups", "each key head its own picks", lambda m: call(m, 6, 6, 4, 2, 8, 4)),
+    Case("documents", "one selection for all heads, documents with padding, a window", lambda m: {
+        **qkv(m, 2, 9, 9, 4, 2, 8), "indices": picks(m, 2, 9, 6, keys=9),
+        "mask": MaskContract(window=(4, 0), doc_ids=packed(9))}),
+    Case("everything", "all keys picked twice: dense attention", lambda m: {
+        **qkv(m, 2, 9, 9, 2, 1, 8), "indices": torch.arange(9, device=m.device).repeat(2, 9, 2)}),
+    Case("options", "softcap, scale, values of another size, T ≠ S, odd sizes", lambda m: call(
+        m, 5, 11, 6, 3, 7, 4, 5, softcap=2.0, scale=0.7, mask=MaskContract(causal=False))),
+    Case("validity", "int32, and nothing read where a pick is not valid", _valid),
+    Case("no_picks", "a selection of no tokens: exactly 0", lambda m: call(m, 3, 3, 2, 1, 8, 0)),
+    Case("no_queries", "no query", lambda m: call(m, 0, 5, 2, 1, 8, 2)),
+)  # fmt: skip
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | None,
+    indices_valid: Tensor | None = None,
+    mask: MaskContract | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """One query and one head at a time, over a Python set of keys; without picks every key is one."""
+    (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
+    if indices is None:
+        indices = torch.arange(keys).expand(batch, queries, keys)
+    allowed = dense_oracle(mask or MaskContract(), batch, queries, keys)
+    outs = []
+    for b in range(batch):
+        for t in range(queries):
+            for h in range(heads):
+                own = h * kv_heads // heads
+                at = (b, t, own) if indices.ndim == 4 else (b, t)
+                row = indices[at] if indices_valid is None else indices[at][indices_valid[at]]
+                seen = sorted({int(s) for s in row} - {-1})
+                seen = [s for s in seen if allowed[b, t, s]]
+                z = k[b, seen, own] @ q[b, t, h] * (width**-0.5 if scale is None else scale)
+                z = softcap * (z / softcap).tanh() if softcap else z
+                outs.append(z.softmax(0) @ v[b, seen, own])
+    nothing = (q.sum() + k.sum() + v.sum()) * 0.0  # so that a call without picks has a gradient too
+    shape = (batch, queries, heads, v.shape[3])
+    return (torch.stack(outs).view(shape) if outs else nothing.expand(shape)) + nothing
+
+
+def sized(m: Maker, n: int) -> dict[str, Any]:
+    return {**qkv(m, 1, n, n, 2, 1, 8), "indices": m.integers(0, n, 1, n, 3)}
+
+
+def real(m: Maker) -> dict[str, Any]:
+    """A layer of production size; what it moves depends on the picks, so no compulsory bytes are stated."""
+    return {**qkv(m, 1, 8192, 8192, 32, 4, 128), "indices": m.integers(0, 8192, 1, 8192, 4, 512)}
+
+
+def indexer(m: Maker, t: int, s: int, heads: int, width: int, topk: int, **more: Any) -> dict[str, Any]:
+    """Scores grow with the maker's scale; weights of both signs, so that some scores are negative."""
+    return {
+        "q_idx": m.normal(2, t, heads, width),
+        "k_idx": m.normal(2, s, width, scale=1.0),
+        "weights": m.normal(2, t, heads, scale=1.0),
+        "topk": topk,
+        **more,
+    }
+
+
+INDEXER_CASES = (
+    Case("causal", "the first queries have fewer keys than topk", lambda m: indexer(m, 13, 13, 4, 8, 5)),
+    Case("documents", "documents with padding and a window", lambda m: indexer(
+        m, 13, 13, 3, 7, 3, mask=MaskContract(window=(6, 0), doc_ids=packed(13)))),
+    Case("many", "more wanted than there are, T ≠ S", lambda m: indexer(m, 4, 9, 2, 8, 12)),
+    Case("plateau", "every product negative: all scores are 0", lambda m: {
+        **indexer(m, 9, 9, 2, 4, 4), "q_idx": torch.ones_like(m.normal(2, 9, 2, 4)),
+        "k_idx": -torch.ones_like(m.normal(2, 9, 4))}),
+    Case("no_queries", "no query", lambda m: indexer(m, 0, 5, 2, 4, 3)),
+)  # fmt: skip
+
+
+def scores_of(**call: Any) -> Tensor:
+    """What has a gradient; that the picks are the right ones shows in it."""
+    return lightning_indexer(**call).scores
+
+
+def indexer_oracle(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, topk: int, mask: MaskContract | None = None
+) -> Tensor:
+    """The scores alone, one query at a time, sorted by Python."""
+    (batch, queries), keys = q_idx.shape[:2], k_idx.shape[1]
+    allowed = dense_oracle(mask or MaskContract(), batch, queries, keys)
+    rows = []
+    for b in range(batch):
+        for t in range(queries):
+            score = ((q_idx[b, t] @ k_idx[b].T).relu() * weights[b, t, :, None]).sum(0)
+            order = sorted((s for s in range(keys) if allowed[b, t, s]), key=lambda s, own=score: (-float(own[s]), s))
+            best = score[order[:topk]]
+            rows.append(torch.cat([best, best.new_full((topk - best.shape[0],), -torch.inf)]))
+    nothing = (q_idx.sum() + k_idx.sum() + weights.sum()) * 0.0
+    scores = torch.stack(rows).view(batch, queries, topk) if rows else nothing.expand(batch, queries, topk)
+    return (scores + nothing).to(torch.promote_types(q_idx.dtype, torch.float32))
+
+
+# Backward takes δ from the rounded output and dp from v, as in dense attention: two dot products of D = 8 terms, each
+# rounded by 1 + log2(D) units, where the plain formula of a single key has exactly 0.  It forms p again from the
+# log-sum-exp: both are up to 4 here and off by half a unit of themselves, in base 2 by 4·log2(e) ≈ 6 together.
+UNITS = 2.0 * (1 + 3) + 6
+
+SUITES = (
+    Suite(
+        op="exact_token_attention",
+        function=exact_token_attention,
+        backends=BACKENDS,
+        cases=CASES,
+        differentiable=("q", "k", "v"),
+        oracle=oracle,
+        sized=sized,
+        scales=(1e-3, 1.0, 16.0),  # as in dense attention
+        rounding=("triton", "cpu"),
+        real=real,
+        units={"triton": UNITS, "cpu": UNITS},
+    ),
+    Suite(
+        op="lightning_indexer",
+        function=scores_of,
+        backends=INDEXER_BACKENDS,
+        cases=INDEXER_CASES,
+        differentiable=("q_idx", "k_idx", "weights"),
+        oracle=indexer_oracle,
+        sized=lambda m, n: indexer(m, n, n, 2, 4, 3, mask=MaskContract(causal=False)),  # no score of −∞ to differ from
+    ),
+)

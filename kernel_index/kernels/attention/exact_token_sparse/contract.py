@@ -1,0 +1,136 @@
+"""Who may call ``exact_token_attention``, and who may answer."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks, rules
+from kernel_index.core.rules import PLAIN, inside_functorch
+from kernel_index.core.target import target_of
+from kernel_index.core.triton import launch
+from kernel_index.masks import attention_arguments as arguments
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.lightning_indexer.selection import TokenSelection
+
+INDEXER_RETURNED_NONE = "indexer_returned_none"
+
+
+class Asked(NamedTuple):
+    """What a receipt says of the request: the backend's name as given, and where the picks come from."""
+
+    backend: str
+    indexer: str
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, indices: Any, valid: Any, mask: MaskContract, scale: Any, softcap: Any
+) -> None:
+    arguments.check_attention(q, k, v, mask, scale, softcap)
+    if indices is None:
+        if valid is not None:
+            raise ValueError(f"indices_valid must be None where indices are, got {type(valid).__name__}")
+        return
+    batch, queries, heads, keys = q.shape[0], q.shape[1], k.shape[2], k.shape[1]
+    check_indices("indices", indices, q)
+    if indices.ndim == 4:
+        legend = "[B, T, K, topk] with q's B and T and k's K,"
+        checks.has_shape("indices", indices, (batch, queries, heads, indices.shape[3]), legend)
+    else:
+        checks.has_rank("indices", indices, 3, "[B, T, K, topk] or [B, T, topk]")
+        checks.has_shape("indices", indices, (batch, queries, indices.shape[2]), "[B, T, topk] with q's B and T,")
+    if valid is not None:
+        checks.is_tensor("indices_valid", valid)
+        checks.has_dtype("indices_valid", valid, torch.bool, "")
+        checks.has_shape("indices_valid", valid, tuple(indices.shape), "of the shape of indices,")
+        checks.on_device("indices_valid", valid, q, "q")
+    check_places("indices", indices, valid, keys)
+
+
+def check_indices(name: str, indices: Any, like: Tensor) -> None:
+    checks.is_tensor(name, indices)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {indices.dtype}")
+    checks.on_device(name, indices, like, "q")
+
+
+def check_places(name: str, indices: Tensor, valid: Tensor | None, keys: int) -> None:
+    """Values are looked at on the host alone; on a device a place outside is no pick."""
+    if (
+        indices.numel() == 0
+        or not rules.host_readable(indices)
+        or (valid is not None and not rules.host_readable(valid))
+    ):
+        return
+    looked_at = indices if valid is None else torch.where(valid, indices, -1)
+    low, high = (int(x) for x in looked_at.aminmax())
+    if low < -1 or high >= keys:
+        raise ValueError(f"{name} must be below {keys}, or -1 for no pick, got {low if low < -1 else high}")
+
+
+def runtime_mode(backend: str) -> str:
+    """``compiled`` while torch.compile traces, ``interpreted`` for Triton without a GPU, else ``eager``."""
+    if torch.compiler.is_compiling():
+        return "compiled"
+    return "interpreted" if backend == "triton" and launch.interpreting() else "eager"
+
+
+def check_indexer(q: Any, k: Any, weights: Any, topk: Any, mask: Any, replay: Any) -> None:
+    legends = ("[B, T, J, D]", "[B, S, D]", "[B, T, J]")
+    for name, value, legend in zip(("q_idx", "k_idx", "weights"), (q, k, weights), legends, strict=True):
+        checks.is_floating(name, value)
+        checks.has_rank(name, value, legend.count(",") + 1, legend)
+        checks.on_device(name, value, q, "q_idx")
+    batch, queries, heads, width = q.shape
+    checks.has_dtype("k_idx", k, q.dtype, "like q_idx")
+    if weights.dtype not in (q.dtype, torch.promote_types(q.dtype, torch.float32)):
+        raise TypeError(f"weights must be {q.dtype} like q_idx, or float32 beside less, got {weights.dtype}")
+    checks.has_shape("k_idx", k, (batch, k.shape[1], width), "[B, S, D] with q_idx's B and D,")
+    checks.has_shape("weights", weights, (batch, queries, heads), "[B, T, J] like q_idx,")
+    checks.is_int("topk", topk, minimum=1)
+    if not isinstance(mask, MaskContract):
+        raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
+    mask.sizes(batch, queries, k.shape[1], q.device)
+    if replay is None:
+        return
+    if not isinstance(replay, TokenSelection):
+        raise TypeError(f"replay must be a TokenSelection, got {type(replay).__name__}")
+    check_indices("replay.indices", replay.indices, q)
+    checks.has_shape("replay.indices", replay.indices, (batch, queries, topk), "[B, T, topk] with q_idx's B and T,")
+    checks.has_shape("replay.valid", replay.valid, (batch, queries, topk), "of the shape of replay.indices,")
+    check_places("replay.indices", replay.indices, replay.valid, k.shape[1])
+
+
+def chunked_why_not(q: Tensor, k: Tensor, weights: Tensor, *_: Any) -> str | None:
+    if inside_functorch():
+        return "inside a torch.func transform"
+    if any(type(t) not in PLAIN for t in (q, k, weights)):
+        return "needs plain tensors, not a tensor subclass"
+    return None
+
+
+WIDEST = 256
+
+
+def triton_why_not(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor | None, *rest: Any) -> str | None:
+    if q.shape[3] > WIDEST or v.shape[3] > WIDEST:
+        return "needs head sizes of at most 256"
+    if q.shape[2] > 64 * k.shape[2]:
+        return "needs at most 64 query heads for each key head"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "needs float32, bfloat16 or float16"
+    return rules.triton_why_not(q, k, v, indices, valid)
+
+
+def triton_not_worth(q: Tensor, *_: Any) -> str | None:
+    return rules.triton_not_worth(q)
+
+
+def cpu_why_not(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor | None, *_: Any) -> str | None:
+    if target_of(q.device).kind != "cpu":
+        return "needs CPU tensors: the union of a chunk's picks is read on the host"
+    if inside_functorch():
+        return "inside a torch.func transform"
+    if any(t is not None and type(t) not in PLAIN for t in (q, k, v, indices, valid)):
+        return "needs plain tensors, not a tensor subclass"
+    return None

@@ -1,0 +1,129 @@
+"""Rotary position embedding of queries and keys in one pass, and the tables that it reads."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.kernels.attention.fused_rope_qk import contract, tables
+from kernel_index.kernels.attention.fused_rope_qk.native import rope_qk_native
+from kernel_index.kernels.attention.fused_rope_qk.reference import rope_qk_reference
+from kernel_index.kernels.attention.fused_rope_qk.torch_op import rope_qk_inductor, rope_qk_triton
+
+BACKENDS = (
+    Backend("triton", contract.triton_why_not, rope_qk_triton, contract.triton_not_worth),
+    Backend("native", contract.native_why_not, rope_qk_native, contract.native_not_worth),
+    Backend("inductor", contract.inductor_why_not, rope_qk_inductor, contract.inductor_not_worth),
+    Backend("reference", always, rope_qk_reference),
+)
+
+
+class RotatedQK(NamedTuple):
+    """What ``fused_rope_qk`` returns: the rotated queries and keys.
+
+    >>> import torch, kernel_index as ki
+    >>> q, k = torch.ones(1, 3, 4, 8), torch.ones(1, 3, 2, 8)
+    >>> rotated = ki.fused_rope_qk(q, k, *ki.rope_tables(torch.arange(3), 8))
+    >>> rotated.q.shape, rotated.k.shape
+    (torch.Size([1, 3, 4, 8]), torch.Size([1, 3, 2, 8]))
+    """
+
+    q: Tensor
+    k: Tensor
+
+
+class RopeTables(NamedTuple):
+    """What ``rope_tables`` returns: the cosines and sines of every position and channel pair.
+
+    >>> import torch, kernel_index as ki
+    >>> ki.rope_tables(torch.arange(3), 8).sin.dtype
+    torch.float32
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+def fused_rope_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str = "auto"
+) -> RotatedQK:
+    """Rotate queries and keys by their positions, both in one launch.
+
+    Each pair of channels ``(x1, x2)`` becomes ``(x1·cos − x2·sin, x2·cos + x1·sin)``, computed in float32 at least.
+    The pairs are channels i and i + R/2 (the Llama and Hugging Face convention), or 2i and 2i + 1 if ``interleaved``;
+    channels from R on pass through.  ``sin → −sin`` undoes the rotation, and is what the backward pass does: it keeps
+    cos and sin only, and costs nothing for a q or k that needs no gradient.  Double backward works.
+
+    Args:
+        q: ``[B, T, H, D]``, any floating dtype.
+        k: ``[B, T, K, D]``, q's dtype; H and K are free.
+        cos: ``[1 or B, T, 1, R/2]`` with ``R <= D``, any floating dtype; nothing else broadcasts.
+        sin: cos's shape and dtype.  A cos or sin that needs a gradient gets one, from the reference.
+        interleaved: whether a pair is two neighbouring channels.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
+
+    Returns:
+        ``RotatedQK(q, k)``: new contiguous tensors of q's and k's shapes and dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        Ineligible: the named backend cannot run this call.
+
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+
+    >>> import torch, kernel_index as ki
+    >>> q = torch.tensor([1.0, 0.0]).expand(1, 2, 1, 2)
+    >>> cos, sin = ki.rope_tables(torch.arange(2), 2)
+    >>> ki.fused_rope_qk(q, q, cos, sin).q[0, :, 0]
+    tensor([[1.0000, 0.0000],
+            [0.5403, 0.8415]])
+    """
+    contract.check(q, k, cos, sin, interleaved)
+    call = (q, k, cos, sin, interleaved)
+    return RotatedQK(*choose("fused_rope_qk", BACKENDS, backend, *call).run(*call))
+
+
+def rope_tables(
+    positions: Tensor, dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None
+) -> RopeTables:
+    """The cosines and sines that ``fused_rope_qk`` reads.
+
+    ``angle[t, i] = positions[t] · f_i`` with ``f_i = base ** (-2i / dim)``, computed in float64 so that a position
+    beyond 2**24 loses nothing before the rounding to float32.  ``scaling`` changes ``f_i`` in one of three ways that
+    stretch the context of a trained model, in the keys of Hugging Face's ``rope_scaling``:
+
+    - ``{"rope_type": "linear", "factor": s}`` divides every frequency by s;
+    - ``{"rope_type": "yarn", "factor": s, "original_max_position_embeddings": n}`` divides the slow ones, keeps the
+      fast ones, blends between, and multiplies both tables by the attention factor ``0.1·ln(s) + 1``.  Optional:
+      ``attention_factor``, ``beta_fast`` (32), ``beta_slow`` (1), ``mscale``, ``mscale_all_dim``, ``truncate`` (True);
+    - ``{"rope_type": "llama3", "factor": s, "low_freq_factor": a, "high_freq_factor": b,
+      "original_max_position_embeddings": n}`` does so by wavelength.
+
+    ``type`` is read as ``rope_type``, ``"default"`` is the plain table, a value of None is an absent key, a
+    ``rope_theta`` must equal ``base``, and any other key is an error.
+
+    Args:
+        positions: integer tensor ``[T]`` or ``[B, T]``, in tokens; negative positions rotate backwards.
+        dim: R, the number of rotated channels: even, at least 2.
+        base: the wavelength in tokens of the slowest pair, over 2π; greater than 1.
+        scaling: a mapping as above, or None.
+
+    Returns:
+        ``RopeTables(cos, sin)``: float32 ``[1 or B, T, 1, dim/2]`` on the device of positions.
+
+    Raises:
+        TypeError, ValueError: an argument, a key or a value of ``scaling`` is not as above.
+
+    Source: Su et al. 2021; Chen et al. 2023 (linear); Peng et al., "YaRN", 2023; the Llama 3.1 release (llama3).
+
+    >>> import torch, kernel_index as ki
+    >>> ki.rope_tables(torch.arange(4), 2).cos.flatten()
+    tensor([ 1.0000,  0.5403, -0.4161, -0.9900])
+    """
+    contract.check_tables(positions, dim, base, scaling)
+    frequencies, amplitude = tables.frequencies(dim, base, scaling, positions.device)
+    angles = (positions.double().unsqueeze(-1) * frequencies).unsqueeze(-2)
+    if positions.ndim == 1:
+        angles = angles.unsqueeze(0)
+    return RopeTables((angles.cos() * amplitude).float(), (angles.sin() * amplitude).float())

@@ -1,0 +1,78 @@
+"""Who may call ``fused_rope_qk`` and ``rope_tables``, and who may answer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks, inductor, native, rules
+from kernel_index.kernels.attention.fused_rope_qk import tables
+
+triton_not_worth = rules.triton_not_worth
+native_not_worth = native.rows_not_worth
+inductor_not_worth = inductor.not_worth
+
+
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    for name, value in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        checks.is_floating(name, value)
+    checks.is_bool("interleaved", interleaved)
+    checks.has_rank("q", q, 4, "[B, T, H, D]")
+    checks.has_rank("k", k, 4, "[B, T, K, D]")
+    b, t, _, d = q.shape
+    if k.shape[0] != b or k.shape[1] != t or k.shape[3] != d:
+        raise ValueError(f"k must be [B, T, K, D] with q's B={b}, T={t} and D={d}, got shape {tuple(k.shape)}")
+    checks.has_dtype("k", k, q.dtype, "like q")
+    checks.on_device("k", k, q, "q")
+    _check_tables_fit(cos, sin, b, t, d)
+    checks.on_device("cos", cos, q, "q")
+    checks.on_device("sin", sin, q, "q")
+
+
+def _check_tables_fit(cos: Tensor, sin: Tensor, b: int, t: int, d: int) -> None:
+    """Every size is compared: a table of length 1 or for one head of many would broadcast to a wrong answer."""
+    checks.has_rank("cos", cos, 4, "[1 or B, T, 1, R/2]")
+    batch, length, heads, half = cos.shape
+    if batch not in (1, b):
+        raise ValueError(f"cos must be [1 or B, T, 1, R/2] with q's B={b}, got shape {tuple(cos.shape)}")
+    if length != t:
+        raise ValueError(f"cos must be [1 or B, T, 1, R/2] with q's T={t}, got shape {tuple(cos.shape)}")
+    if heads != 1:
+        raise ValueError(f"cos must be [1 or B, T, 1, R/2], the same for every head, got shape {tuple(cos.shape)}")
+    if half < 1 or 2 * half > d:
+        raise ValueError(f"cos must be [1 or B, T, 1, R/2] with 2 <= R <= D={d}, got shape {tuple(cos.shape)}")
+    checks.has_shape("sin", sin, tuple(cos.shape), "of cos's shape")
+    checks.has_dtype("sin", sin, cos.dtype, "like cos")
+
+
+def check_tables(positions: Tensor, dim: int, base: float, scaling: Mapping[str, Any] | None) -> None:
+    checks.is_integer_tensor("positions", positions)
+    if positions.ndim not in (1, 2):
+        raise ValueError(f"positions must be [T] or [B, T], got shape {tuple(positions.shape)}")
+    checks.is_int("dim", dim, minimum=2)
+    if dim % 2:
+        raise ValueError(f"dim must be even, got {dim}")
+    checks.is_real("base", base)
+    if base <= 1:
+        raise ValueError(f"base must be greater than 1, got {base}")
+    if scaling is not None:
+        tables.check_scaling(scaling, base)
+
+
+def inductor_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    return inductor.why_not(q, k, cos, sin) or _tables_rule(cos, sin)
+
+
+def native_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    return native.rows_why_not((q, k), cos, sin)
+
+
+def triton_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+    return rules.triton_why_not(q, k, cos, sin) or _tables_rule(cos, sin)
+
+
+def _tables_rule(cos: Tensor, sin: Tensor) -> str | None:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return "cos or sin needs a gradient: only the reference computes it"
+    return None

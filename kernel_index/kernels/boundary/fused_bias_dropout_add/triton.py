@@ -1,0 +1,192 @@
+"""One launch forward; backward one launch and, for the bias, one small reduction in a fixed order.
+
+The mask is never in memory: a program rebuilds it from the seed, one Philox call for four elements that lie 16 apart
+(docs/decisions/0003-dropout-mask.md).  Data is loaded and stored in runs of whole vectors; only the flags, one for each
+element, are brought from the order of the calls into the order of the elements.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernel_index.core.triton.launch import ceil_div, on_device, processors
+from kernel_index.core.triton.sums import dependent, sum_parts
+
+BLOCK, PLAIN_BLOCK = 4096, 1024
+"""Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H100."""
+
+COLUMNS, ROWS, RUNS = 2048, 2, 2
+"""The tile of the pass that sums over rows, and its programs for each processor: the fastest tried on an H100."""
+
+PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 2
+"""The same without a mask."""
+
+STAGES = 3
+"""Tiles of it in flight."""
+
+Mask = tuple[Tensor | None, int | None, float | None]
+"""(seed, threshold, factor), all None without dropout."""
+
+
+@triton.jit
+def _philox(c0, c1, seed):
+    """Four words for each call, whose number is ``c1 · 2³² + c0``: Philox-4x32-10, one widening product a factor.
+
+    What depends on ``c1`` alone is computed at its own, smaller shape.
+    """
+    c2 = c0 & 0
+    c3 = c2
+    k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(10):
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = (b & 0xFFFFFFFF).to(tl.uint32), (a & 0xFFFFFFFF).to(tl.uint32)
+        k0 = ((k0.to(tl.uint64) + 0x9E3779B9) & 0xFFFFFFFF).to(tl.uint32)
+        k1 = ((k1.to(tl.uint64) + 0xBB67AE85) & 0xFFFFFFFF).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _kept(word, threshold):
+    """``word >= threshold`` in 32 bits, though the threshold of p = 1 is 2³²; the outer test is of one scalar."""
+    return (word > ((threshold - 1) & 0xFFFFFFFF).to(tl.uint32)) | (threshold == 0)
+
+
+@triton.jit
+def _keep_groups(group, seed, threshold, GROUPS: tl.constexpr):
+    """The flags of whole groups of 64 elements, ``group`` ``[GROUPS]``, in the order of the elements.
+
+    A thread holds all of the first dimension: the eight neighbours of one group, which have the upper half of the
+    counter in common and go to one vector of elements.
+    """
+    lane = tl.arange(0, 8)[:, None, None] + 8 * tl.arange(0, 2)[None, None, :]
+    group = group[None, :, None]
+    low = ((group << 4) & 0xFFFFFFFF).to(tl.uint32) | lane.to(tl.uint32)
+    w0, w1, w2, w3 = _philox(low, ((group >> 28) & 0xFFFFFFFF).to(tl.uint32), seed)
+    k0, k1 = _kept(w0, threshold).to(tl.int8), _kept(w1, threshold).to(tl.int8)
+    k2, k3 = _kept(w2, threshold).to(tl.int8), _kept(w3, threshold).to(tl.int8)
+    words = tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), (8, GROUPS, 2, 4))  # the last index is the word's
+    return tl.reshape(tl.permute(words, (1, 3, 2, 0)), (GROUPS * 64,)) != 0
+
+
+@triton.jit
+def _keep_elements(e, seed, threshold):
+    """The flag of each element, where elements do not come in whole groups: four times the arithmetic."""
+    call = (e // 64) * 16 + e % 16
+    w0, w1, w2, w3 = _philox((call & 0xFFFFFFFF).to(tl.uint32), (call >> 32).to(tl.uint32), seed)
+    j = (e // 16) % 4
+    return _kept(tl.where(j == 0, w0, tl.where(j == 1, w1, tl.where(j == 2, w2, w3))), threshold)
+
+
+@triton.jit
+def _flat_kernel(
+    x_ptr, residual_ptr, bias_ptr, out_ptr, seed_ptr, threshold, factor, size, width,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = residual + dropout(x + bias), each of residual, bias and dropout optional, over flat memory."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = tl.arange(0, BLOCK)
+    mask = start + at < size
+    y = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        column = (start % width).to(tl.int32) + at
+        if not WHOLE_BLOCKS:
+            column = column % width
+        y += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    r = tl.zeros((BLOCK,), tl.float32)
+    if RESIDUAL:
+        r = tl.load(residual_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+    if DROP:
+        group = start // 64 + tl.arange(0, BLOCK // 64)
+        keep = _keep_groups(group, tl.load(seed_ptr), tl.full((), threshold, tl.int64), BLOCK // 64)
+        dropped = r if RESIDUAL else 0.0  # not r + 0: a dropped −0 stays −0
+        y = y * factor
+        y = tl.where(keep, r + y if RESIDUAL else y, dropped)
+    elif RESIDUAL:
+        y = r + y
+    tl.store(out_ptr + start + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _column_kernel(
+    g_ptr, dx_ptr, parts_ptr, seed_ptr, threshold, factor, rows, width, rows_per_program,
+    DX: tl.constexpr, DROP: tl.constexpr, WHOLE_GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """dx, and for each run of rows the sum of dx over them."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the sum's programs, which wait
+    run = tl.program_id(0).to(tl.int64)
+    first = run * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    first_column = tl.program_id(1) * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    if DROP:
+        seed = tl.load(seed_ptr)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        row = tl.arange(0, ROWS).to(tl.int64)[:, None] + start
+        mask = (row < last) & (column < width)
+        at = row * width + column
+        if DROP:
+            if WHOLE_GROUPS:
+                PER_ROW: tl.constexpr = COLUMNS // 64
+                n = tl.arange(0, ROWS * PER_ROW)
+                group = (start + (n // PER_ROW).to(tl.int64)) * (width // 64) + first_column // 64 + n % PER_ROW
+                flags = _keep_groups(group, seed, tl.full((), threshold, tl.int64), ROWS * PER_ROW)
+                keep = tl.reshape(flags, (ROWS, COLUMNS))
+            else:
+                keep = _keep_elements(at, seed, tl.full((), threshold, tl.int64))
+        dx = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if DROP:
+            dx = tl.where(keep, dx * factor, 0.0)
+        if DX:
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        total += dx  # 0 where nothing was loaded: the factor is finite
+    place = first_column + tl.arange(0, COLUMNS)
+    tl.store(parts_ptr + run * width + place, tl.sum(total, 0), mask=place < width)
+
+
+def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, out: Tensor) -> Tensor:
+    if out.numel():
+        width = x.shape[-1] if x.ndim else 1
+        block = PLAIN_BLOCK if mask[0] is None else BLOCK
+        with on_device(x):
+            _flat_kernel[(ceil_div(out.numel(), block),)](
+                x, residual, bias, out, *mask, out.numel(), width,
+                RESIDUAL=residual is not None, BIAS=bias is not None, DROP=mask[0] is not None,
+                WHOLE_BLOCKS=width % block == 0, BLOCK=block, num_warps=8,
+            )  # fmt: skip
+    return out
+
+
+def _tile(dropped: bool) -> tuple[int, int, int]:
+    return (COLUMNS, ROWS, RUNS) if dropped else (PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS)
+
+
+def runs_of(rows: int, width: int, like: Tensor, dropped: bool = True) -> int:
+    """Runs of rows, and rows of the partial sums, which are about 3 % of the traffic."""
+    columns, at_once, each = _tile(dropped)
+    return max(1, min(ceil_div(rows, at_once), 256, ceil_div(each * processors(like), ceil_div(width, columns))))
+
+
+def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Tensor | None, Tensor]:
+    """g ``[rows, width]``; fills dx, if wanted, and dbias, which is summed in float32 and stored in its dtype."""
+    rows, width = g.shape
+    if rows == 0 or width == 0:
+        return dx, dbias.zero_()
+    dropped = mask[0] is not None
+    tile_columns, tile_rows, _ = _tile(dropped)
+    each = tile_rows * ceil_div(rows, tile_rows * runs_of(rows, width, g, dropped))
+    runs = ceil_div(rows, each)
+    parts = torch.empty((runs, width), dtype=torch.float32, device=g.device)
+    with on_device(g):
+        _column_kernel[(runs, ceil_div(width, tile_columns))](
+            g, dx, parts, *mask, rows, width, each,
+            DX=dx is not None, DROP=dropped, WHOLE_GROUPS=width % 64 == 0,
+            ROWS=tile_rows, COLUMNS=tile_columns, STAGES=STAGES, DEPENDENT=dependent(g), num_warps=4,
+        )  # fmt: skip
+    return dx, sum_parts(parts, dbias)

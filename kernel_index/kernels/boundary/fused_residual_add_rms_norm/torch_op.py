@@ -1,0 +1,160 @@
+"""The op's autograd Function, shared by every compiled backend, and the registered ops behind ``triton``.
+
+Nothing is kept for backward but new_residual and 1/rms, and delta if scale learns.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import ops
+from kernel_index.core.triton import launch
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm import inductor
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm.contract import compute_dtype, stream_dtype
+
+
+def _allocate(residual, delta, weight, scale, eps, weight_offset, stored):
+    rows = residual.shape[0]
+    new_residual = torch.empty(residual.shape, dtype=stored, device=residual.device)
+    normed = torch.empty(delta.shape, dtype=delta.dtype, device=residual.device)
+    return new_residual, normed, torch.empty((rows,), dtype=torch.float32, device=residual.device)
+
+
+def _launch(residual, delta, weight, scale, eps, weight_offset, stored):
+    from kernel_index.kernels.boundary.fused_residual_add_rms_norm import triton
+
+    outputs = _allocate(residual, delta, weight, scale, eps, weight_offset, stored)
+    residual, delta, weight, scale = launch.dense((residual, delta, weight, scale))
+    return triton.forward(residual, delta, weight, scale, eps, weight_offset, outputs)
+
+
+def _allocate_gradients(
+    d_new, d_normed, new_residual, rstd, weight, scale, delta, offset, residual_like, delta_like, wanted
+):
+    """A gradient that is not wanted is an empty tensor: an op's outputs have a fixed number."""
+    sizes = (new_residual.shape, new_residual.shape, weight.shape, (1,) if scale is None else scale.reshape(-1).shape)
+    dtypes = residual_like, delta_like, weight.dtype, torch.float32
+    return tuple(
+        torch.empty(size if want else (0,), dtype=dtype, device=rstd.device)
+        for size, dtype, want in zip(sizes, dtypes, wanted, strict=True)
+    )
+
+
+def _launch_backward(
+    d_new, d_normed, new_residual, rstd, weight, scale, delta, offset, residual_like, delta_like, wanted
+):
+    from kernel_index.kernels.boundary.fused_residual_add_rms_norm import triton
+
+    call = (d_new, d_normed, new_residual, rstd, weight, scale, delta)
+    outputs = _allocate_gradients(*call, offset, residual_like, delta_like, wanted)
+    chosen: Any = tuple(o if w else None for o, w in zip(outputs, wanted, strict=True))
+    triton.backward(*launch.dense(call), offset=offset, outputs=chosen)
+    return outputs
+
+
+_forward_op = ops.register(
+    "residual_add_rms_norm(Tensor residual, Tensor delta, Tensor weight, Tensor? scale, float eps, "
+    "float weight_offset, ScalarType stored) -> (Tensor, Tensor, Tensor)",
+    _launch,
+    _allocate,
+)
+_backward_op = ops.register(
+    "residual_add_rms_norm_backward(Tensor? d_new, Tensor? d_normed, Tensor new_residual, Tensor rstd, Tensor weight, "
+    "Tensor? scale, Tensor? delta, float weight_offset, ScalarType residual_like, ScalarType delta_like, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _allocate_gradients,
+)
+
+
+def _triton_forward(residual, delta, weight, scale, eps, weight_offset, stored, dtype):
+    return _forward_op(residual, delta, weight, scale, eps, weight_offset, stored)
+
+
+def _triton_backward(d_new, d_normed, new_residual, rstd, weight, scale, delta, eps, weight_offset, like, wanted):
+    call = (d_new, d_normed, new_residual, rstd, weight, scale, delta)
+    gradients = _backward_op(*call, weight_offset, *like, list(wanted))
+    return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
+
+
+class _Passes(NamedTuple):
+    forward: Any
+    backward: Any
+
+
+_PASSES = {
+    "triton": _Passes(_triton_forward, _triton_backward),
+    "inductor": _Passes(inductor.forward, inductor.backward),
+}
+
+
+class _ResidualAddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: Tensor,
+        delta: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        eps: float,
+        stored: torch.dtype,
+        weight_offset: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        dtype = compute_dtype(residual, delta, weight, scale)
+        call = (_rows(residual), _rows(delta), weight, scale, eps, weight_offset, stored, dtype)
+        new_residual, normed, rstd = _PASSES[backend].forward(*call)
+        new_residual = new_residual.view(residual.shape)
+        kept_delta = delta if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(new_residual, rstd, weight, scale, kept_delta)
+        ctx.numbers, ctx.like, ctx.backend = (eps, weight_offset), (residual.dtype, delta.dtype), backend
+        return new_residual, normed.view(delta.shape)
+
+    @staticmethod
+    def backward(ctx: Any, d_new: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        new_residual, rstd, weight, scale, delta = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if d_new is None and d_normed is None:
+            return (None,) * 8
+        # d_delta = scale · d_residual: where that is the same tensor, it is computed once and given for both.  It must
+        # be one tensor object, not two views: autograd copies a gradient that has a second owner before it keeps it.
+        shared = scale is None and ctx.like[0] == ctx.like[1]
+        wanted = (needs[0] or (shared and needs[1]), needs[1] and not shared, *needs[2:4])
+        saved = _rows(new_residual), rstd, weight, scale, _rows(delta)
+        call: Any = (_rows(d_new), _rows(d_normed), *saved, *ctx.numbers, ctx.like, wanted)
+        if torch.is_grad_enabled():  # create_graph: the same formula, uncompiled, so that it is differentiable
+            d_residual, d_delta, d_weight, d_scale = inductor.gradients(*call)
+        elif d_normed is None and scale is None:  # nothing to compute: the gradient passes through the addition
+            d_residual, d_delta = (call[0].to(t) if w else None for t, w in zip(ctx.like, wanted, strict=False))
+            d_weight = d_scale = None
+        else:
+            d_residual, d_delta, d_weight, d_scale = _PASSES[ctx.backend].backward(*call)
+        d_residual = None if d_residual is None else d_residual.view(new_residual.shape)
+        d_delta = d_residual if shared else None if d_delta is None else d_delta.view(new_residual.shape)
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        d_scale = None if d_scale is None else d_scale.sum_to_size(scale.shape or (1,)).view_as(scale).to(scale.dtype)
+        return d_residual if needs[0] else None, d_delta if needs[1] else None, d_weight, d_scale, *(None,) * 4
+
+
+def _apply(residual, delta, weight, scale, eps, fp32_residual, weight_offset, backend):
+    stored = stream_dtype(residual, fp32_residual)
+    if not isinstance(scale, Tensor):
+        dtype = compute_dtype(residual, delta, weight)
+        # A tensor, so that each layer's own number is not compiled anew.
+        scale = None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=delta.device)
+    return _ResidualAddRMSNorm.apply(residual, delta, weight, scale, eps, stored, weight_offset, backend)
+
+
+def residual_add_rms_norm_inductor(*call: Any) -> tuple[Tensor, Tensor]:
+    return _apply(*call, backend="inductor")
+
+
+def residual_add_rms_norm_triton(*call: Any) -> tuple[Tensor, Tensor]:
+    return _apply(*call, backend="triton")
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

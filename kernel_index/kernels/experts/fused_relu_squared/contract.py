@@ -1,0 +1,23 @@
+"""Who may call ``fused_relu_squared``, and who may answer."""
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks, inductor, rules
+
+triton_why_not = rules.triton_why_not
+triton_not_worth = rules.triton_not_worth
+inductor_why_not = inductor.why_not
+inductor_not_worth = inductor.not_worth
+
+
+def kept_bytes(x: Tensor) -> tuple[tuple[str, int], ...]:
+    """x is kept for backward; y is not, so a layer that recomputes it saves as much again."""
+    if torch.compiler.is_compiling():  # a size is a symbol there
+        return ()
+    size = x.numel() * x.element_size()
+    return ("kept_bytes", size), ("recompute_saves_bytes", size)
+
+
+def check(x: Tensor) -> None:
+    checks.is_floating("x", x)

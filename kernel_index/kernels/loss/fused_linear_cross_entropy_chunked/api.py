@@ -1,0 +1,162 @@
+"""Linear projection and cross-entropy without the logits: memory bounded by a chunk, forward and backward."""
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks
+from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import contract
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunked import (
+    linear_cross_entropy_chunked,
+    linear_cross_entropy_inductor,
+    linear_cross_entropy_triton,
+)
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.reference import linear_cross_entropy_reference
+
+
+def _sharded(*call):
+    from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import vocab_parallel
+
+    return vocab_parallel.linear_cross_entropy_sharded(*call)
+
+
+BACKENDS = (
+    Backend("sharded", contract.sharded_why_not, _sharded),
+    Backend("triton", contract.triton_why_not, linear_cross_entropy_triton, contract.triton_not_worth),
+    Backend("inductor", contract.inductor_why_not, linear_cross_entropy_inductor, contract.inductor_not_worth),
+    Backend("chunked", contract.chunked_why_not, linear_cross_entropy_chunked),
+    Backend("reference", always, linear_cross_entropy_reference),
+)
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    valid_vocab: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T`` that never holds more than a chunk of logits, forward and backward.
+
+    Per token, with ``z = cap(logit_scale · (W·h + bias))`` and ``cap(z) = softcap · tanh(z / softcap)``::
+
+        lse  = log Σ_v exp(z_v)
+        loss = (1 − s)·(lse − z_target) + s·(lse − mean_v z_v) + z_loss·lse²        s = label_smoothing
+
+    Softmax, log-sum-exp and every sum over tokens are float32 at least.  The two matrix products run in the inputs'
+    dtype; on a CPU a bfloat16 product is rounded to bfloat16 before the softmax reads it.  ``mean`` and ``sum`` form
+    the gradients in the forward (three products per chunk) and only scale them in backward, out of place; ``none``
+    forms each chunk's logits again in backward (four products).  A second derivative raises.
+
+    Args:
+        hidden: [..., C], floating.
+        weight: [V, C] of hidden's dtype.  Under autocast both are cast as ``F.linear`` casts them.  A DTensor sharded
+            over V (``Shard(0)``) makes the loss vocabulary-parallel: every process of its mesh calls with the same
+            hidden and targets, gets the same loss and gradient of hidden, and the gradient of its own rows; only row
+            maxima and sums are exchanged.
+        targets: [...], int64 or int32, class indices or ``ignore_index``.
+        bias: [V] or None.
+        ignore_index: targets with this value cost nothing, have no gradient, and are not counted by ``mean``.
+        softcap: positive, or None for none.
+        logit_scale: factor of the logits.
+        label_smoothing: share of the target mass spread evenly over the vocabulary, 0 to 1.
+        z_loss: coefficient of the squared log-sum-exp.
+        reduction: ``"mean"`` over the tokens not ignored (0, with zero gradients, if there is none, where PyTorch gives
+            NaN), ``"sum"`` or ``"none"``.
+        chunk_size: tokens per chunk; by default what 128 MiB of logits hold, or half the weight's bytes if that is
+            more, in chunks of about equal size.
+        valid_vocab: only this many first rows of weight are classes; the rest is padding without gradient.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
+
+    Returns:
+        A scalar, or the shape of targets for ``"none"``; float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule; a target outside the vocabulary where it lies on the CPU.
+        Ineligible: the named backend cannot run this call.
+
+    Source: the chunked formulation follows Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
+
+    >>> import torch, kernel_index as ki
+    >>> hidden, weight = torch.ones(2, 3, 4), torch.eye(8, 4)
+    >>> ki.fused_linear_cross_entropy(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))
+    tensor(1.6996)
+    """
+    contract.check_tensors(hidden, weight, targets, bias)
+    options = contract.check_options(
+        weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, chunk_size, valid_vocab
+    )
+    checks.one_of("reduction", reduction, contract.REDUCTIONS)
+    contract.check_targets(targets, options)
+    call = (*_autocast(hidden, weight), targets, _autocast_bias(hidden, bias), options, reduction, chunk_size)
+    return choose("fused_linear_cross_entropy", BACKENDS, backend, *call).run(*call)
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_size: int | None = None,
+    valid_vocab: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each target under the linear head, in the memory of a chunk; differentiable.
+
+    ``log softmax(cap(logit_scale · (W·h + bias)))[target]``, and 0 where the target is ``ignore_index``.  Arguments,
+    errors and precision are those of ``fused_linear_cross_entropy``.
+
+    Args:
+        hidden: [..., C].
+        weight: [V, C].
+        targets: [...] class indices or ``ignore_index``.
+        bias: [V] or None.
+        ignore_index: targets without a log-probability.
+        softcap: positive, or None.
+        logit_scale: factor of the logits, 1 / temperature.
+        chunk_size: tokens per chunk.
+        valid_vocab: rows of weight that are classes.
+        backend: ``"auto"`` or a backend's name.
+
+    Returns:
+        The shape of targets, float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError, Ineligible: as ``fused_linear_cross_entropy``.
+
+    Source: the definition of log-softmax.
+
+    >>> import torch, kernel_index as ki
+    >>> ki.token_log_probs(torch.ones(1, 4), torch.zeros(8, 4), torch.tensor([3]))
+    tensor([-2.0794])
+    """
+    contract.check_tensors(hidden, weight, targets, bias)
+    options = contract.check_options(weight, ignore_index, softcap, logit_scale, 0.0, 0.0, chunk_size, valid_vocab)
+    contract.check_targets(targets, options)
+    call = (*_autocast(hidden, weight), targets, _autocast_bias(hidden, bias), options, "none", chunk_size)
+    losses = choose("token_log_probs", BACKENDS, backend, *call).run(*call)
+    return 0.0 - losses  # not -losses: an ignored target gives 0, not -0
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if not checks.is_autocast(hidden.device) or hidden.dtype == torch.float64:
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _autocast_bias(hidden: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else _autocast(hidden, bias)[1]

@@ -1,0 +1,129 @@
+"""Named calls of ``fused_linear_cross_entropy`` and ``token_log_probs``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core.testing import Case, Maker, Suite
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import (
+    BACKENDS,
+    fused_linear_cross_entropy,
+    token_log_probs,
+)
+
+
+def call(m: Maker, shape: tuple[int, ...], width: int, vocab: int, classes: int | None = None, **options: Any) -> dict:
+    """Inputs whose logits have about unit scale times the maker's; one target in four is ignored."""
+    targets = m.integers(0, classes or vocab, *shape)
+    ignored = m.integers(0, 4, *shape) == 0
+    return {
+        "hidden": m.normal(*shape, width),
+        "weight": m.normal(vocab, width, scale=width**-0.5),
+        "targets": torch.where(ignored, options.get("ignore_index", -100), targets),
+        **options,
+    }
+
+
+CASES = (
+    Case("batch", "a batch of rows, two chunks and a ragged one", lambda m: call(m, (4, 9), 24, 50, chunk_size=15)),
+    Case("sum", "the reduction of gradient accumulation", lambda m: call(m, (17,), 16, 33, reduction="sum")),
+    Case(
+        "per token",
+        "policy losses weigh every token on its own",
+        lambda m: call(m, (3, 11), 16, 33, reduction="none", chunk_size=7),
+    ),
+    Case(
+        "every option",
+        "bias, softcap, scale, smoothing, z-loss and a padded vocabulary at once",
+        lambda m: {
+            **call(m, (23,), 16, 40, 37, softcap=15.0, logit_scale=0.5, label_smoothing=0.1, z_loss=1e-3),
+            "bias": m.normal(40),
+            "valid_vocab": 37,
+            "chunk_size": 8,
+        },
+    ),
+    Case("one token", "a chunk of one row", lambda m: call(m, (1,), 8, 5, ignore_index=-1)),
+    Case("no tokens", "an empty microbatch", lambda m: call(m, (0,), 8, 5)),
+    Case(
+        "all ignored",
+        "a microbatch of padding",
+        lambda m: {**call(m, (5,), 8, 6), "targets": torch.full((5,), -100, device=m.device)},
+    ),
+    Case(
+        "transposed",
+        "a weight stored the other way round",
+        lambda m: {**call(m, (13,), 12, 30), "weight": m.normal(12, 30).t()},
+    ),
+)
+
+
+def oracle(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    valid_vocab: int | None = None,
+) -> Tensor:
+    """PyTorch's own cross-entropy on full logits, the z-loss beside it."""
+    z = torch.nn.functional.linear(hidden, weight, bias)[..., :valid_vocab].flatten(0, -2) * logit_scale
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = z if softcap is None else (z / softcap).tanh() * softcap
+    kept = targets.flatten() != ignore_index
+    flat = torch.nn.functional.cross_entropy(
+        z, targets.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+    )
+    flat = flat + kept * z_loss * torch.logsumexp(z, -1) ** 2
+    if reduction == "none":
+        return flat.reshape(targets.shape)
+    return flat.sum() if reduction == "sum" else flat.sum() / max(1, int(kept.sum()))
+
+
+def oracle_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    return -oracle(hidden, weight, targets, **options, reduction="none")
+
+
+SUITES = (
+    Suite(
+        op="fused_linear_cross_entropy",
+        function=fused_linear_cross_entropy,
+        backends=BACKENDS,
+        cases=CASES,
+        differentiable=("hidden", "weight", "bias"),
+        oracle=oracle,
+        sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4},
+        real=lambda m: call(m, (8192,), 4096, 128256),
+        rounding=("triton", "inductor", "chunked"),
+        scales=(1e-3, 1.0, 16.0),  # at 300 every softmax is one-hot and only overflow would be left to see
+    ),
+    Suite(
+        op="token_log_probs",
+        function=token_log_probs,
+        backends=BACKENDS,
+        cases=(
+            Case("rollout", "log-probabilities of sampled tokens", lambda m: call(m, (2, 13), 16, 40, chunk_size=9)),
+            Case(
+                "capped",
+                "a capped, scaled head with padded classes",
+                lambda m: {
+                    **call(m, (11,), 16, 40, 37, softcap=10.0, logit_scale=1.5),
+                    "bias": m.normal(40),
+                    "valid_vocab": 37,
+                },
+            ),
+        ),
+        differentiable=("hidden", "weight", "bias"),
+        oracle=oracle_log_probs,
+        sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4},
+        rounding=("triton", "inductor", "chunked"),
+        scales=(1e-3, 1.0, 16.0),
+    ),
+)

@@ -1,0 +1,39 @@
+"""The specification: full logits in at least float32, plain autograd.  It holds all logits at once."""
+
+import torch
+from torch import Tensor
+
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Options
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+    """Loss of each token, the shape of targets, 0 where the target is ignored."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(dtype) @ weight[: options.vocab].to(dtype).T
+    if bias is not None:
+        logits = logits + bias[: options.vocab].to(dtype)
+    logits = logits * options.logit_scale
+    if options.softcap:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    valid = targets != options.ignore_index
+    index = torch.where(valid, targets, 0).to(torch.int64)
+    lse = logits.logsumexp(-1)
+    likelihood = lse - logits.gather(-1, index[..., None])[..., 0]
+    smooth = lse - logits.mean(-1)
+    s = options.label_smoothing
+    loss = (1 - s) * likelihood + s * smooth + options.z_loss * lse.square()
+    return torch.where(valid, loss, 0.0)
+
+
+def reduce(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """``mean`` divides by the tokens that are not ignored; without any it is 0."""
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum().clamp(min=1)
+
+
+def linear_cross_entropy_reference(hidden, weight, targets, bias, options, reduction, chunk_size) -> Tensor:
+    if hasattr(weight, "full_tensor"):  # a shard: the specification gathers the weight
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    return reduce(token_losses(hidden, weight, targets, bias, options), targets, options.ignore_index, reduction)

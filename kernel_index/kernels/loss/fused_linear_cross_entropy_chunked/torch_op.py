@@ -1,0 +1,278 @@
+"""The chunk loops as registered ops, opaque to torch.compile: a compiled model keeps the memory bound."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import ops
+from kernel_index.core.inductor import Region
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import torch_op_sliced
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunk_pass import (
+    gradient_pass,
+    loss_pass,
+    row_losses,
+    row_sums,
+    row_top,
+)
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Options, rows_per_chunk
+
+WEIGHT_TILE = 8192
+"""Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
+
+BLOCK_BYTES = 1 << 20
+"""Float32 bytes of the rows that a plain pass works on at a time: its temporaries are of this size, not the chunk's."""
+
+_loss_region = Region(loss_pass, z=(0,), targets=(0,))
+_gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,), lse=(0,), missing=(0,))
+
+_OPTIONS = (
+    "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes, "
+    "SymInt first_class, SymInt classes, str group"
+)
+"""``vocab`` of the ``classes`` are here, from ``first_class`` on; the others are in ``group``, if named."""
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _block_rows(z: Tensor) -> int:
+    return max(1, (BLOCK_BYTES if z.device.type == "cpu" else 256 * BLOCK_BYTES) // (4 * max(1, z.shape[1])))
+
+
+def _by_blocks(function: Callable[..., Any], z: Tensor, *vectors: Tensor) -> list[Any]:
+    """A plain pass over blocks of rows, so that its temporaries stay small."""
+    rows = _block_rows(z)
+    return [function(*block) for block in zip(z.split(rows), *(v.split(rows) for v in vectors), strict=True)]
+
+
+class _Chunks(NamedTuple):
+    """What is the same for every chunk of a call; the fields of ``_OPTIONS``, in their order."""
+
+    softcap: float
+    scale: float
+    smoothing: float
+    z_loss: float
+    vocab: int
+    chunk_size: int
+    passes: str
+    first_class: int
+    classes: int
+    group: str
+
+    @property
+    def constants(self) -> Any:  # softcap, scale, smoothing, z_loss
+        return self[:4]
+
+    def losses(self, z: Tensor, targets: Tensor, out: Tensor) -> None:
+        out.copy_(self._statistics(z, targets)[0])
+
+    def gradient(self, z: Tensor, targets: Tensor, rows: Tensor, losses: Tensor) -> None:
+        """Fill losses; z becomes the gradient of Σ rows·loss with respect to the logits."""
+        loss, *saved = self._statistics(z, targets)
+        losses.copy_(loss)
+        vectors: Any = (targets - self.first_class, rows, *saved)
+        last: Any = (*self.constants, self.classes)
+        if self.passes == "inductor":
+            _gradient_region(z, *vectors, *last)
+            return
+        _by_blocks(lambda *block: gradient_pass(*block, *last), z, *vectors)
+
+    def _statistics(self, z: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Loss, log-sum-exp and 1 − p of each row; two small all-reduces where the classes are spread over a group."""
+        if self.passes == "inductor":
+            return _loss_region(z, targets, *self.constants)
+        if not self.group:
+            blocks = _by_blocks(lambda *block: loss_pass(*block, *self.constants), z, targets)
+            return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+        cap: Any = (self.softcap, self.scale)
+        top = all_reduce(torch.cat(_by_blocks(lambda block: row_top(block, *cap), z)), "max", self.group)
+        local = targets - self.first_class
+        sums = torch.cat(_by_blocks(lambda *block: row_sums(*block, *cap), z, local, top))
+        return row_losses(top, all_reduce(sums, "sum", self.group), self.smoothing, self.z_loss, self.classes)
+
+
+def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
+    """``value`` combined over the process group of that name."""
+    from torch.distributed import _functional_collectives as collectives
+
+    name: Any = group
+    return collectives.wait_tensor(collectives.all_reduce(value, how, name))
+
+
+def _all_losses(hidden, weight, targets, bias, *options):
+    chunks = _Chunks(*options)
+    weight, bias = weight[: chunks.vocab], None if bias is None else bias[: chunks.vocab]
+    losses = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+    chunk = rows_per_chunk(hidden, chunks.vocab, chunks.chunk_size)
+    for start in range(0, hidden.shape[0], chunk):
+        at = slice(start, start + chunk)
+        z = _logits(hidden[at], weight, bias)
+        chunks.losses(z, targets[at], losses[at])
+        del z  # before the next chunk is allocated
+    return losses
+
+
+def _gradients(hidden, weight, targets, bias, rows, factor, needs, *options):
+    chunks, vocab = _Chunks(*options), options[4]
+    if hidden.dtype != torch.float16:  # float16 would lose a token's share of the mean: there it is applied to the sums
+        rows, factor = rows * factor, None
+    losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
+    exact = _loss_dtype(hidden)
+    if chunks.group:  # a share of the sum over all classes: not rounded before it is complete
+        d_hidden = d_hidden.to(exact)
+    weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
+    bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
+    used, used_bias = weight[:vocab], None if bias is None else bias[:vocab]
+    chunk = rows_per_chunk(hidden, vocab, chunks.chunk_size)
+    for start in range(0, hidden.shape[0], chunk):
+        at = slice(start, start + chunk)
+        z = _logits(hidden[at], used, used_bias)
+        chunks.gradient(z, targets[at], rows[at], losses[at])
+        if needs[0]:
+            product = torch.mm(z, used)
+            d_hidden[at] = product if factor is None else product.to(exact) * factor
+        if needs[1]:
+            _add_outer(weight_sum[:vocab], z, hidden[at])
+        if needs[2]:
+            for block in z.split(_block_rows(z)):
+                bias_sum[:vocab] += block.sum(0, dtype=exact)
+        del z  # before the next chunk is allocated
+    sums = (weight_sum, bias_sum) if factor is None else (weight_sum * factor, bias_sum * factor)
+    d_weight, d_bias = (total.to(weight.dtype) for total in sums)
+    if chunks.group and needs[0]:
+        d_hidden = all_reduce(d_hidden, "sum", chunks.group)
+    return losses, d_hidden.to(hidden.dtype), d_weight, d_bias
+
+
+def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
+    """total += zᵀ·hidden, summed in total's dtype whatever the factors' own."""
+    if z.dtype == total.dtype:
+        total.addmm_(z.T, hidden)
+        return
+    if z.is_cuda:  # the product's own accumulator takes part in the sum: no rounding, no tensor between
+        torch.addmm(total, z.T, hidden, out_dtype=total.dtype, out=total)
+        return
+    for start in range(0, total.shape[0], WEIGHT_TILE):
+        at = slice(start, start + WEIGHT_TILE)
+        if z.dtype == torch.float16:  # a sum over tokens may pass 65504 before it is scaled
+            total[at].addmm_(z[:, at].T.to(total.dtype), hidden.to(total.dtype))
+        else:
+            total[at] += torch.mm(z[:, at].T, hidden)
+
+
+def _allocate(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = (0,)
+    return (
+        hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)),
+        hidden.new_empty(hidden.shape if needs[0] else nothing),
+        weight.new_empty(weight.shape if needs[1] else nothing),
+        weight.new_empty((weight.shape[0],) if needs[2] else nothing),
+    )
+
+
+def _fake_losses(hidden, *_):
+    return hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+
+
+def _fake_gradients(hidden, weight, targets, bias, rows, factor, needs, *_):
+    return _allocate(hidden, weight, needs)
+
+
+_EVERYWHERE = ("CompositeExplicitAutograd",)
+_losses_op = ops.register(
+    f"linear_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
+    _all_losses,
+    _fake_losses,
+    _EVERYWHERE,
+)
+_gradients_op = ops.register(
+    "linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, "
+    f"Tensor factor, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gradients,
+    _fake_gradients,
+    _EVERYWHERE,
+)
+
+
+def _refuse_create_graph() -> None:
+    """Grad mode is on in a backward only under create_graph=True, which would get gradients without a history."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the chunked linear cross-entropy has no double backward: create_graph=True needs backend='reference'"
+        )
+
+
+class _Reduced(torch.autograd.Function):
+    """Mean or sum: the gradients are formed with the loss, in one pass over the logits, and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, constants):
+        losses, *gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, needs, *constants)
+        ctx.save_for_backward(*gradients)
+        ctx.needs = needs
+        return torch.where(rows == 0, 0.0, losses).sum() * factor
+
+    @staticmethod
+    def backward(ctx, g):
+        _refuse_create_graph()
+        # Out of place: a second backward must find the unscaled gradients.
+        scaled = (d * g if need else None for d, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
+        return *scaled, None, None, None, None, None
+
+
+class _PerToken(torch.autograd.Function):
+    """Unreduced: upstream gradients differ by token, so backward forms the logits of each chunk once more."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, constants):
+        ctx.save_for_backward(hidden, weight, bias, targets, rows, factor)
+        ctx.needs, ctx.constants = needs, constants
+        losses = _losses_op(hidden, weight, targets, bias, *constants)
+        return torch.where(rows == 0, 0.0, losses)
+
+    @staticmethod
+    def backward(ctx, g):
+        _refuse_create_graph()
+        hidden, weight, bias, targets, rows, factor = ctx.saved_tensors
+        _, *gradients = _gradients_op(
+            hidden, weight, targets, bias, torch.where(rows == 0, 0.0, g), factor, ctx.needs, *ctx.constants
+        )
+        out = (d if need else None for d, need in zip(gradients, ctx.needs, strict=True))
+        return *out, None, None, None, None, None
+
+
+def run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    reduction: str,
+    chunk_size: int,
+    passes: str,
+    shard: tuple[int, int, str] | None = None,
+) -> Tensor:
+    """The loss of flat tokens: hidden [N, C], targets [N].  ``shard``: first class here, classes here, group."""
+    valid = targets != options.ignore_index
+    rows = valid.to(_loss_dtype(hidden))
+    factor = rows.new_ones(())
+    if reduction == "mean":
+        factor = 1 / rows.sum().clamp(min=1)
+    first, here, group = shard or (0, options.vocab, "")
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if passes == "triton":
+        return torch_op_sliced.run(
+            hidden, weight, bias, targets, rows, factor, needs, (*options[1:], chunk_size), reduction
+        )
+    constants = (*options[1:-1], here, chunk_size, passes, first, options.vocab, group)
+    if reduction == "none" or not any(needs):
+        losses = _PerToken.apply(hidden, weight, bias, targets, rows, factor.new_ones(()), needs, constants)
+        return losses if reduction == "none" else losses.sum() * factor
+    return _Reduced.apply(hidden, weight, bias, targets, rows, factor, needs, constants)

@@ -1,0 +1,122 @@
+"""The RMS norm between the two products: one launch forward; backward one launch and one small sum in a fixed order.
+
+A tile of whole rows is in registers.  Backward reads latent once for three results: normed for the gradient of w_up,
+the gradient of latent, and the weight's share of each program.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
+
+TILE = 2048
+"""Elements of a tile, if a row has no more."""
+
+WAVES = 4
+"""Programs of the backward pass for each processor."""
+
+STAGES = 3
+"""Tiles in flight in a program of the backward pass."""
+
+
+def pick_config(width: int) -> dict:
+    """Rows of about ``TILE`` elements together, 16 elements for each thread."""
+    block = next_power_of_2(width)
+    rows = max(1, TILE // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512))}
+
+
+@triton.jit
+def _weight(ptr, at, width, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    w = tl.full((1, BLOCK), 1.0, tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    return w
+
+
+@triton.jit
+def _normalise_kernel(
+    latent_ptr, weight_ptr, normed_ptr, rstd_ptr, rows, width, eps,
+    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (at < width)
+    c = tl.load(latent_ptr + row * width + at, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(c * c, 1, keep_dims=True) / width + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    normed = c * rstd * _weight(weight_ptr, at, width, HAS_WEIGHT, BLOCK)
+    tl.store(normed_ptr + row * width + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradients_kernel(
+    d_normed_ptr, latent_ptr, rstd_ptr, weight_ptr, normed_ptr, d_latent_ptr, parts_ptr, rows, width, tiles_per_program,
+    HAS_WEIGHT: tl.constexpr, NORMED: tl.constexpr, D_LATENT: tl.constexpr, D_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program takes a run of tiles and sums its part of the weight's gradient in registers."""
+    program = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)[None, :]
+    w = _weight(weight_ptr, at, width, HAS_WEIGHT, BLOCK)
+    first = program * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, tl.cdiv(rows, ROWS).to(tl.int64))
+    weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (at < width)
+        here = row * width + at
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        x_hat = tl.load(latent_ptr + here, mask=mask, other=0.0).to(tl.float32) * rstd
+        if NORMED:
+            tl.store(normed_ptr + here, (x_hat * w).to(normed_ptr.dtype.element_ty), mask=mask)
+        if D_LATENT or D_WEIGHT:
+            dy = tl.load(d_normed_ptr + here, mask=mask, other=0.0).to(tl.float32)
+            if D_LATENT:
+                g = dy * w
+                mean = tl.sum(g * x_hat, 1, keep_dims=True) / width
+                d_latent = rstd * (g - x_hat * mean)
+                tl.store(d_latent_ptr + here, d_latent.to(d_latent_ptr.dtype.element_ty), mask=mask)
+            if D_WEIGHT:
+                weight_sum += dy * x_hat
+    if D_WEIGHT:
+        part = tl.sum(weight_sum, 0, keep_dims=True)
+        tl.store(parts_ptr + program * width + at, part, mask=at < width)
+
+
+def normalise(latent: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Contiguous ``[N, L]`` in; normed of latent's dtype and 1/rms in float32 out."""
+    rows, width = latent.shape
+    normed, rstd = torch.empty_like(latent), latent.new_empty((rows,), dtype=torch.float32)
+    if rows and width:
+        config = pick_config(width)
+        weight = None if weight is None else weight.contiguous()
+        with on_device(latent):
+            _normalise_kernel[(ceil_div(rows, config["ROWS"]),)](
+                latent, weight, normed, rstd, rows, width, eps, HAS_WEIGHT=weight is not None, **config
+            )
+    return normed, rstd
+
+
+def gradients(
+    d_normed: Tensor | None, latent: Tensor, rstd: Tensor, weight: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """normed once more, the gradient of latent, the gradient of weight in float32; None where not wanted."""
+    rows, width = latent.shape
+    normed, d_latent = (torch.empty_like(latent) if want else None for want in wanted[:2])
+    if not any(wanted) or rows == 0 or width == 0:
+        return normed, d_latent, latent.new_zeros((width,), dtype=torch.float32) if wanted[2] else None
+    config = pick_config(width)
+    tiles = ceil_div(rows, config["ROWS"])
+    programs = min(tiles, WAVES * processors(latent))
+    parts = latent.new_empty((programs, width), dtype=torch.float32) if wanted[2] else None
+    weight = None if weight is None else weight.contiguous()
+    with on_device(latent):
+        _gradients_kernel[(programs,)](
+            d_normed, latent, rstd, weight, normed, d_latent, parts, rows, width, ceil_div(tiles, programs),
+            HAS_WEIGHT=weight is not None, NORMED=wanted[0], D_LATENT=wanted[1], D_WEIGHT=wanted[2], STAGES=STAGES,
+            **config,
+        )  # fmt: skip
+    return normed, d_latent, None if parts is None else parts.sum(0)

@@ -1,0 +1,172 @@
+"""The other way round: each key block goes over the list of queries that picked it, and writes one partial per pick.
+
+For picks that heads make alone.  What the kernels visit is one stable sort of all picks, of static size, made without
+waiting for the device; nothing is multiplied that was not picked, whatever neighbouring queries do.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.core.target import Target, target_of
+from kernel_index.core.triton.launch import interpreting, next_power_of_2
+from kernel_index.kernels.sparse.block_sparse_attention.geometry import SMALLEST, Cut
+
+STEP = 64
+"""Keys of a block at most: larger blocks are cut into these, each with its own partial."""
+
+PART = 1024
+"""Picks of a list that a program goes over, so that a block which everyone picks is many programs' work."""
+
+PARTIAL_BYTES = 1 << 30
+"""Partials that exist at once, unless those of a single head are more."""
+
+WASTE = 8
+"""Products of a tile's union over those of its picks, at most, from which on lists are taken."""
+
+
+WIDEST = 256
+"""Bytes of a head at most: of wider ones the sums of dK and dV do not fit the registers."""
+
+
+def use_lists(cut: Cut, head_bytes: int, block_size: int, blocks: int, picks: int) -> bool:
+    """The rule, of sizes alone: heads pick alone, and a union can waste ``WASTE`` times the products."""
+    if cut.group > 1 or head_bytes > WIDEST or (block_size > STEP and block_size % STEP):
+        return False
+    return min(cut.queries, blocks // max(1, picks)) >= WASTE
+
+
+def split(selected: Tensor, selected_valid: Tensor | None, block_size: int) -> tuple[Tensor, Tensor | None, int]:
+    """The same picks in blocks of at most ``STEP`` keys."""
+    ways = max(1, block_size // STEP)
+    if ways == 1:
+        return selected, selected_valid, block_size
+    nth = torch.arange(ways, dtype=selected.dtype, device=selected.device)
+    some = selected >= 0 if selected_valid is None else selected_valid & (selected >= 0)
+    finer = torch.where(some[..., None], selected[..., None] * ways + nth, -1)
+    return finer.flatten(-2), None, block_size // ways
+
+
+class ListPlan(NamedTuple):
+    """Lists of picks by key block, and the parts of lists that programs take.
+
+    ``order`` [B · T · G · n], int32 where that suffices: places ``((b·T + t)·G + g)·n + j`` of ``selected``, by (b, g,
+    block), each list ascending.  ``items`` int64 [B · G, M, 4]: of each part its block, where its list begins, where it
+    begins and where it ends; those that do not exist are empty.  ``parts`` int32 [B · G, blocks + 1]: a block's are
+    ``parts[j] ≤ i < parts[j + 1]``.
+    """
+
+    order: Tensor
+    items: Tensor
+    parts: Tensor
+
+
+def list_plan(selected: Tensor, selected_valid: Tensor | None, num_blocks: int) -> ListPlan:
+    batch, _, groups, _ = selected.shape
+    lists, device = batch * groups, selected.device
+    is_pick = (selected >= 0) & (selected < num_blocks)
+    if selected_valid is not None:
+        is_pick = is_pick & selected_valid
+    of_list = torch.arange(lists, dtype=torch.int32, device=device).view(batch, 1, groups, 1) * (num_blocks + 1)
+    bucket = torch.where(is_pick, selected.to(torch.int32), num_blocks) + of_list
+    bucket, order = bucket.flatten().sort(stable=True)
+    wanted = torch.arange(lists * (num_blocks + 1) + 1, dtype=torch.int32, device=device)
+    begins = torch.searchsorted(bucket, wanted)
+    first = begins[:-1].view(lists, -1)[:, :num_blocks]
+    last = begins[1:].view(lists, -1)[:, :num_blocks]
+    ends = ((last - first + (PART - 1)) // PART).cumsum(1)
+    item = torch.arange(_items(selected, num_blocks), device=device).expand(lists, -1).contiguous()
+    block = torch.searchsorted(ends, item, right=True)
+    exists, block = block < num_blocks, block.clamp(max=max(0, num_blocks - 1))
+    parts = torch.nn.functional.pad(ends, (1, 0))
+    begin = first.gather(1, block)
+    start = begin + (item - parts.gather(1, block)) * PART
+    stop = torch.minimum(start + PART, last.gather(1, block))
+    items = torch.stack([block, begin, start, torch.where(exists, stop, start)], -1)
+    return ListPlan(order.to(_index_dtype(selected)), items, parts.to(torch.int32))
+
+
+def allocate_list_plan(selected: Tensor, selected_valid: Tensor | None, num_blocks: int) -> ListPlan:
+    batch, _, groups, _ = selected.shape
+    return ListPlan(
+        selected.new_empty(selected.numel(), dtype=_index_dtype(selected)),
+        selected.new_empty((batch * groups, _items(selected, num_blocks), 4), dtype=torch.int64),
+        selected.new_empty((batch * groups, num_blocks + 1), dtype=torch.int32),
+    )
+
+
+def _items(selected: Tensor, num_blocks: int) -> int:
+    return num_blocks + selected.shape[1] * selected.shape[3] // PART
+
+
+def _index_dtype(selected: Tensor) -> torch.dtype:
+    return torch.int32 if selected.numel() < 2**31 else torch.int64
+
+
+class ListConfig(NamedTuple):
+    """Picks of a step, warps, stages of the software pipeline."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> ListConfig:
+    """The geometry for ``forward`` or ``backward``: on an H100 the fastest of those tried, at 128 columns."""
+    if interpreting():
+        return ListConfig(SMALLEST, 4, 1)
+    forward = kernel == "forward"
+    if element_bytes == 4:
+        return ListConfig(32 if forward else 16, 8, 2)
+    if target.kind == "hip":
+        return ListConfig(32, 4, 1)
+    if forward:
+        return ListConfig(128 if target.arch == 90 else 64, 4, 2)
+    return ListConfig(32, 8 if target.arch == 120 and width > 64 else 4, 2)
+
+
+class ListLaunch(NamedTuple):
+    """What the launches of a call share."""
+
+    constants: dict[str, Any]
+    scale: float
+    inner: float
+    outer: float
+
+
+def launch_of(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float | None, softcap: float
+) -> ListLaunch:
+    width, value_width = q.shape[3], v.shape[3]
+    scale = width**-0.5 if scale is None else scale
+    config = pick_config(kernel, max(width, value_width), q.element_size(), target_of(q.device))
+    inner, outer = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
+    constants = {
+        "D": width,
+        "DV": value_width,
+        "BLOCK_D": max(SMALLEST, next_power_of_2(width)),
+        "BLOCK_DV": max(SMALLEST, next_power_of_2(value_width)),
+        "BM": config.rows,
+        "BN": max(SMALLEST, next_power_of_2(block_size)),
+        "BLOCK": block_size,
+        "CAPPED": softcap > 0,
+        "UPCAST": interpreting(),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return ListLaunch(constants, scale, inner, outer / math.log(2))
+
+
+def heads_at_once(bytes_of_head: int, heads: int, kv_heads: int, batch: int) -> int:
+    """How many of the batch's query heads are treated together: whole groups of a key head, or a whole share of one."""
+    group, most = heads // kv_heads, max(1, PARTIAL_BYTES // max(1, bytes_of_head))
+    if most < group:
+        return max(n for n in range(1, most + 1) if group % n == 0)
+    return min(batch * kv_heads, most // group) * group
+
+
+def parts_of(total: int, at_once: int) -> list[tuple[int, int]]:
+    """(first, how many) of each launch."""
+    return [(first, min(at_once, total - first)) for first in range(0, total, at_once)]

@@ -1,0 +1,73 @@
+"""The specification: dense attention under (the picked blocks, expanded to tokens) ∧ (the token mask)."""
+
+import torch
+from torch import Tensor
+
+from kernel_index.kernels.sparse.block_sparse_attention.contract import scale_of, sizes_of
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.legal_blocks import num_blocks
+from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
+
+SCORES_AT_ONCE = 1 << 26
+"""Queries are taken in chunks of at most this many scores: 256 MiB of float32."""
+
+
+def membership(selected: Tensor, selected_valid: Tensor | None, blocks: int) -> Tensor:
+    """Which blocks are picked, bool [B, T, G, blocks]; a duplicate counts once."""
+    picked = selected >= 0 if selected_valid is None else (selected >= 0) & selected_valid
+    place = torch.where(picked, selected, blocks).to(torch.int64)  # one more column for what is no pick
+    member = torch.zeros((*selected.shape[:3], blocks + 1), dtype=torch.bool, device=selected.device)
+    return member.scatter(-1, place, torch.ones((), dtype=torch.bool, device=place.device).expand_as(place))[..., :-1]
+
+
+def block_sparse_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    selected_valid: Tensor | None,
+    block_size: int,
+    mask: MaskContract,
+    scale: float | None,
+    softcap: float,
+    query_tile_size: int,
+    maps: UnionMaps | None,
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    keys, kv_heads = k.shape[1:3]
+    groups = selected.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    # [B, K, G/K, H/G, T, D] against [B, K, S, D]: the heads of a group share their picks, nothing is repeated.
+    split = (kv_heads, groups // kv_heads, heads // groups)
+    q_BKGHTD = (q.to(dtype) * scale_of(q, scale)).unflatten(2, split).permute(0, 2, 3, 4, 1, 5)
+    k_BKSD, v_BKSD = (x.to(dtype).transpose(1, 2) for x in (k, v))
+    start, end = mask.row_intervals(sizes_of(q, k, mask))
+    key = torch.arange(keys, device=q.device)
+    member = membership(selected, selected_valid, num_blocks(keys, block_size))
+
+    def attend(chunk: slice) -> tuple[Tensor, Tensor]:
+        inside = (key >= start[:, chunk, None]) & (key < end[:, chunk, None])
+        allowed_BTGS = member[:, chunk].index_select(-1, key // block_size) & inside[:, :, None]
+        allowed = allowed_BTGS.unflatten(2, split[:2]).permute(0, 2, 3, 1, 4)[:, :, :, None]
+        return _attend(q_BKGHTD[:, :, :, :, chunk], k_BKSD, v_BKSD, allowed, softcap)
+
+    if torch.compiler.is_compiling() or batch * heads * queries * keys <= SCORES_AT_ONCE:
+        out, lse = attend(slice(None))
+    else:
+        step = max(1, SCORES_AT_ONCE // (batch * heads * keys))
+        parts = [attend(slice(t, t + step)) for t in range(0, queries, step)]
+        out, lse = (torch.cat(x, dim=4) for x in zip(*parts, strict=True))
+    out_BTHD = out.permute(0, 4, 1, 2, 3, 5).flatten(2, 4)
+    return out_BTHD.to(q.dtype).contiguous(), lse.flatten(1, 3).contiguous()
+
+
+def _attend(q_BKGHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    scores = torch.einsum("bkghtd,bksd->bkghts", q_BKGHTD, k_BKSD)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    empty = ~allowed.any(-1)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    scores = scores.masked_fill(empty[..., None], 0.0)  # softmax of a row of −inf would be NaN, and so its gradient
+    weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0.0)
+    lse = torch.logsumexp(scores, -1).masked_fill(empty, -torch.inf)
+    return torch.einsum("bkghts,bksd->bkghtd", weights, v_BKSD), lse

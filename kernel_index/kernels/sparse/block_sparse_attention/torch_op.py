@@ -1,0 +1,183 @@
+"""The registered ops behind ``triton`` and their autograd Function."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import ops
+from kernel_index.core.triton import launch
+from kernel_index.kernels.sparse.block_sparse_attention import lists, torch_op_lists
+from kernel_index.kernels.sparse.block_sparse_attention.contract import sizes_of
+from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut, cut_of, launch_of
+from kernel_index.kernels.sparse.block_sparse_attention.plan import KeyPlan, Plan, forward_plan, key_plan
+from kernel_index.kernels.sparse.block_sparse_attention.torch_op_lists import dense_heads
+from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.legal_blocks import num_blocks
+from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
+
+
+def _allocate_plan(selected, selected_valid, num_blocks, tile):
+    batch, queries, groups, picks = selected.shape
+    shape = (batch, groups, launch.ceil_div(queries, tile), tile * picks)
+    blocks, pairs = (torch.empty(shape, dtype=torch.int32, device=selected.device) for _ in range(2))
+    return blocks, blocks.new_empty(shape, dtype=torch.int64), blocks.new_empty(shape[:3]), pairs
+
+
+def _allocate_key_plan(pairs, tile, q_start, q_end, queries, block_size):
+    blocks = launch.ceil_div(q_start.shape[1], block_size)
+    return pairs.new_empty(pairs.numel()), pairs.new_empty((*pairs.shape[:2], blocks, 4), dtype=torch.int64)
+
+
+def _allocate(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap):
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _launch(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap):
+    from kernel_index.kernels.sparse.block_sparse_attention import triton
+
+    outputs = _allocate(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap)
+    q, k, v = map(dense_heads, (q, k, v))
+    plan, bounds = Plan(blocks, members, sizes, blocks), (k_start, k_end)
+    how = launch_of("forward", q, k, v, block_size, Cut(*cut), scale, softcap)
+    return triton.forward(q, k, v, plan, bounds, how, outputs)
+
+
+def _allocate_queries(
+    d_out, d_lse, q, k, v, out, log2_sum, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap
+):
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return d_q, torch.empty(log2_sum.shape, dtype=torch.float32, device=q.device)
+
+
+def _launch_queries(
+    d_out, d_lse, q, k, v, out, log2_sum, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap
+):
+    from kernel_index.kernels.sparse.block_sparse_attention import triton_backward
+
+    outputs = _allocate_queries(
+        d_out, d_lse, q, k, v, out, log2_sum, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap
+    )
+    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
+    plan, bounds = Plan(blocks, members, sizes, blocks), (k_start, k_end)
+    how = launch_of("queries", q, k, v, block_size, Cut(*cut), scale, softcap)
+    return triton_backward.backward_queries(d_out, d_lse, q, k, v, out, log2_sum, plan, bounds, how, outputs)
+
+
+def _allocate_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap):
+    return torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def _launch_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap):
+    from kernel_index.kernels.sparse.block_sparse_attention import triton_backward
+
+    outputs = _allocate_keys(
+        d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap
+    )
+    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
+    how = launch_of("keys", q, k, v, block_size, Cut(*cut), scale, softcap)
+    plan, seen = KeyPlan(lists, bounds), (q_start, q_end)
+    return triton_backward.backward_keys(d_out, q, k, v, log2_sum, delta, plan, seen, how, outputs)
+
+
+_plan_op = ops.register(
+    "block_sparse_plan(Tensor selected, Tensor? selected_valid, SymInt num_blocks, int tile) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    forward_plan,
+    _allocate_plan,
+)
+_key_plan_op = ops.register(
+    "block_sparse_key_plan(Tensor pairs, int tile, Tensor q_start, Tensor q_end, SymInt queries, int block_size) -> "
+    "(Tensor, Tensor)",
+    key_plan,
+    _allocate_key_plan,
+)
+_forward_op = ops.register(
+    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor blocks, Tensor members, Tensor sizes, Tensor k_start, "
+    "Tensor k_end, int block_size, int[] cut, float? scale, float softcap) -> (Tensor, Tensor)",
+    _launch,
+    _allocate,
+)
+_queries_op = ops.register(
+    "block_sparse_attention_backward_queries(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor log2_sum, Tensor blocks, Tensor members, Tensor sizes, Tensor k_start, Tensor k_end, int block_size, "
+    "int[] cut, float? scale, float softcap) -> (Tensor, Tensor)",
+    _launch_queries,
+    _allocate_queries,
+)
+_keys_op = ops.register(
+    "block_sparse_attention_backward_keys(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor log2_sum, Tensor delta, "
+    "Tensor lists, Tensor bounds, Tensor q_start, Tensor q_end, int block_size, int[] cut, float? scale, "
+    "float softcap) -> (Tensor, Tensor)",
+    _launch_keys,
+    _allocate_keys,
+)
+
+
+class _BlockSparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """``rest``: a ``Plan``, ``KernelIntervals``, then block size, cut, scale and softcap."""
+        plan, bounds, tail = Plan(*rest[:4]), KernelIntervals(*rest[4:8]), rest[8:]
+        ctx.set_materialize_grads(False)
+        out, log2_sum = _forward_op(q, k, v, *plan[:3], *bounds[:2], *tail)
+        ctx.save_for_backward(q, k, v, out, log2_sum, *plan, *bounds)
+        ctx.tail = tail
+        return out, (log2_sum * math.log(2)).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the triton backend of block-sparse attention cannot differentiate twice: use backend='reference'"
+            )
+        q, k, v, out, log2_sum, *rest = ctx.saved_tensors
+        plan, bounds = Plan(*rest[:4]), KernelIntervals(*rest[4:])
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+        d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, log2_sum, *plan[:3], *bounds[:2], *ctx.tail)
+        d_k = d_v = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            block_size, (tile, *_) = ctx.tail[:2]
+            lists = _key_plan_op(plan.pairs, tile, *bounds[2:], q.shape[1], block_size)
+            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, *lists, *bounds[2:], *ctx.tail)
+        return d_q, d_k, d_v, *[None] * 12
+
+
+def block_sparse_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    selected_valid: Tensor | None,
+    block_size: int,
+    mask: MaskContract,
+    scale: float | None,
+    softcap: float,
+    query_tile_size: int,
+    maps: UnionMaps | None,
+) -> tuple[Tensor, Tensor]:
+    """``maps`` are of another tile size than the kernels' and are left alone."""
+    if selected.shape[3] == 0:
+        selected, selected_valid = selected.new_full((*selected.shape[:3], 1), -1), None
+    cut = cut_of(q.shape[2] // selected.shape[2], q.element_size(), query_tile_size)
+    blocks, bounds = num_blocks(k.shape[1], block_size), mask.row_kernel_intervals(sizes_of(q, k, mask))
+    head_bytes = max(q.shape[3], v.shape[3]) * q.element_size()
+    if lists.use_lists(cut, head_bytes, block_size, blocks, selected.shape[3]):
+        selected, selected_valid, block_size = lists.split(selected, selected_valid, block_size)
+        blocks = num_blocks(k.shape[1], block_size)
+        return torch_op_lists.attend(
+            q, k, v, selected, selected_valid, blocks, (bounds[0], bounds[1]), block_size, scale, softcap
+        )
+    with torch.no_grad():
+        plan = _plan_op(selected, selected_valid, blocks, cut.queries)
+    return _BlockSparseAttention.apply(q, k, v, *plan, *bounds, block_size, list(cut), scale, softcap)

@@ -1,0 +1,216 @@
+"""Mixture of block attention: each query attends to the few key blocks that its router picks, and to its own."""
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from kernel_index.core import checks, rules
+from kernel_index.core.dispatch import Backend
+from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
+from kernel_index.kernels.sparse.moba_block_sparse import contract
+from kernel_index.kernels.sparse.moba_block_sparse.attend import attend
+from kernel_index.kernels.sparse.moba_block_sparse.cpu import decode_cpu
+from kernel_index.kernels.sparse.moba_block_sparse.flash import attend_flash
+from kernel_index.kernels.sparse.moba_block_sparse.names import pick, resolve_block_sparse_backend
+from kernel_index.kernels.sparse.moba_block_sparse.native import decode_native
+from kernel_index.kernels.sparse.moba_block_sparse.reference import decode_reference
+from kernel_index.kernels.sparse.moba_block_sparse.torch_op import decode_triton
+from kernel_index.kvcache.cache import CacheLayer, KVCache
+from kernel_index.masks.doc_window_mask.contract import normalize_window
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.block_router.router import route
+from kernel_index.routing.legal_blocks import TopBlocks
+
+__all__ = ["moba_attention", "moba_decode", "moba_route", "resolve_block_sparse_backend"]
+
+
+def _on_core(core: Backend) -> Backend:
+    """A backend of the block-sparse core behind MoBA's router, under the core's own rules."""
+    not_worth = None if core.not_worth is None else functools.partial(contract.core_why_not, core.not_worth)
+    return Backend(
+        core.name,
+        functools.partial(contract.core_why_not, core.why_not),
+        functools.partial(attend, core),
+        not_worth,
+        contract.details,
+    )
+
+
+FLASH = Backend("flash", contract.flash_why_not, attend_flash, details=contract.details)
+BACKENDS = tuple(_on_core(core) for core in CORE_BACKENDS)
+
+DECODE_BACKENDS = (
+    Backend("triton", contract.decode_triton_why_not, decode_triton, rules.triton_not_worth, contract.decode_details),
+    Backend("native", contract.decode_native_why_not, decode_native, details=contract.decode_details),
+    Backend("cpu", contract.decode_cpu_why_not, decode_cpu, details=contract.decode_details),
+    Backend("reference", contract.decode_reference_why_not, decode_reference, details=contract.decode_details),
+)
+
+EVERYTHING_BEFORE = MaskContract()
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    mask: MaskContract = EVERYTHING_BEFORE,
+    route_per: str = "query_head",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    query_tile_size: int = 64,
+    backend: str | None = "auto",
+) -> Tensor:
+    """Attention of each query to its own block and to the past blocks whose mean keys suit it best.
+
+    Block j holds the keys ``[j·block_size, (j + 1)·block_size)``.  For a query at position p, in block ``c = p //
+    block_size``, and with G = H / K query heads for each key head::
+
+        score[j] = q[t, h] · mean(k[s, h // G] for s in block j)     j < c, with a key that the mask allows; float32
+        picked   = {c} ∪ the topk − 1 best j, the smallest index among equals
+        out[t]   = softmax(scale · q·k over the keys of picked blocks that the mask allows) · v
+
+    So ``topk = 1`` is the own block alone, and ``topk ≥ blocks`` is ``ki.attention``.  Future blocks are never picked,
+    and a change of a future token changes no pick.  Where documents meet inside a block, its mean is over the last one
+    of them; a document that begins at a block has the picks that it has alone.  Routing is exact and without gradient;
+    attention is differentiable in q, k and v.
+
+    Receipts carry ``semantic_branch``, ``router_type``, ``requested_backend`` as written, ``requested_backend_source``,
+    ``actual_backend``, ``runtime_mode``, ``fallback_reason``, and ``blocks``, ``picks``, ``density``.
+
+    Args:
+        q: [B, T, H, D], any floating dtype.
+        k: [B, S, K, D], q's dtype; H is a multiple of K.
+        v: [B, S, K, Dv], q's dtype.
+        block_size: keys of a block; the last block may be shorter.
+        topk: blocks for each query, its own counted.
+        mask: who may attend to whom beside that; causal.  Routing honours its documents, windows and valid prefixes.
+        route_per: ``"query_head"``, or ``"kv_group"`` for one selection by the mean query of a key head's query heads.
+        scale: factor of the scores; ``D ** -0.5`` by default.
+        softcap: bound of the scores; 0 is off.
+        query_tile_size: queries that a backend treats together where it works by tiles.
+        backend: a name that ``resolve_block_sparse_backend`` takes.  ``"flash"`` falls back to what ``"auto"`` takes,
+            and the receipt says so; any other named backend runs or raises ``Ineligible``.
+
+    Returns:
+        [B, T, H, Dv], contiguous, q's dtype.  A query that may attend to nothing gives exactly 0.
+
+    Raises:
+        TypeError: a tensor or the mask is of the wrong type, or dtypes differ.
+        ValueError: shapes, heads or devices do not fit, a size is not positive, or the mask is not causal.
+        Ineligible: the backend is unknown, or cannot run this call.
+
+    Source: Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", 2025.
+
+    >>> import torch, kernel_index as ki
+    >>> k = torch.tensor([1.0, 1.0, 5.0, 5.0, 0.0, 0.0, 0.0, 0.0]).view(1, 8, 1, 1)
+    >>> v = torch.arange(8.0).view(1, 8, 1, 1)
+    >>> ki.moba_attention(torch.ones(1, 8, 1, 1), k, v, block_size=2, topk=1)[0, :, 0, 0]
+    tensor([0.0000, 0.5000, 2.0000, 2.5000, 4.0000, 4.5000, 6.0000, 6.5000])
+    >>> ki.moba_route(torch.ones(1, 8, 1, 1), k, block_size=2, topk=2).indices[0, -1, 0]
+    tensor([1, 3], dtype=torch.int32)
+    """
+    contract.check(q, k, v, block_size, topk, mask, route_per, scale, softcap)
+    checks.is_int("query_tile_size", query_tile_size, minimum=1)
+    groups = contract.groups_of(q.shape[2], k.shape[2], route_per)
+    call = (q, k, v, block_size, topk, mask, groups, scale, softcap, query_tile_size)
+    return pick("moba_attention", BACKENDS, FLASH, backend, call).run(*call)
+
+
+def moba_route(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    mask: MaskContract = EVERYTHING_BEFORE,
+    route_per: str = "query_head",
+) -> TopBlocks:
+    """The blocks that ``moba_attention`` picks: to record, to look at, or to attend to by other means.
+
+    Args:
+        q: [B, T, H, D], and the others as in ``moba_attention``.
+
+    Returns:
+        ``TopBlocks(indices, valid)``, int32 and bool [B, T, G, n] with ``n = min(topk, blocks)`` and G = H or K:
+        ascending, −1 and False where a query has fewer blocks.  Nothing waits for a device.
+
+    Raises:
+        TypeError, ValueError: as ``moba_attention``.
+
+    Source: as ``moba_attention``.
+
+    >>> import torch, kernel_index as ki
+    >>> x = torch.randn(1, 6, 1, 4)
+    >>> ki.moba_route(x, x, block_size=2, topk=1).indices.flatten()
+    tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32)
+    """
+    contract.check(q, k, k, block_size, topk, mask, route_per, None, 0.0)
+    return route(q, k, block_size, topk, mask, contract.groups_of(q.shape[2], k.shape[2], route_per))
+
+
+def moba_decode(
+    q: Tensor,
+    cache: KVCache | CacheLayer,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    block_size: int,
+    topk: int,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    route_per: str = "query_head",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    layer: int = 0,
+    backend: str | None = "auto",
+) -> Tensor:
+    """One step of decoding: append k and v to the cache, and attend to the blocks that the router picks from it.
+
+    The result is that of ``moba_attention`` over all tokens of a row, for its last Lq queries.  What is read is the
+    mean key of each complete block, which the cache averages once, in the step that completes it, and the keys and
+    values of the picked blocks, never the whole cache.  Nothing waits for a device: the books are on the host.
+
+    Args:
+        q: [B, Lq, H, D], any floating dtype.
+        cache: a ``ContiguousKVCache`` or ``PagedKVCache`` with an open step, or what its ``layer`` returned.  Its
+            lengths are advanced by ``cache.advance``, once per step.
+        k: keys [B, Ln, K, D] of the step's new tokens; None for a step of none.
+        v: values, as k.
+        block_size: tokens of a block; any, whatever the pages.
+        topk: blocks for each query, its own counted.
+        window_size: ``(left, right)`` tokens around a query; None or negative is unlimited.  Decoding is causal.
+        route_per: ``"query_head"`` or ``"kv_group"``.
+        scale: factor of the scores; ``D ** -0.5`` by default.
+        softcap: bound of the scores; 0 is off.
+        layer: which layer of a cache that is given whole.
+        backend: as in ``moba_attention``.
+
+    Returns:
+        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k and v; what was cached before is a constant.
+
+    Raises:
+        TypeError: the cache keeps no books, or a tensor is of the wrong type.
+        ValueError: shapes, heads or devices do not fit, a size is not positive, or k is not of the step's tokens.
+        Ineligible: the backend is unknown, or cannot run this call.
+
+    Source: as ``moba_attention``; its authors' own decoding attends to everything.
+
+    >>> import torch, kernel_index as ki
+    >>> cache = ki.ContiguousKVCache(1, 1, 8, 1, 1)
+    >>> k, v = torch.tensor([1.0, 1.0, 5.0, 5.0, 0.0]).view(1, 5, 1, 1), torch.arange(5.0).view(1, 5, 1, 1)
+    >>> cache.begin(5)
+    >>> ki.moba_decode(torch.zeros(1, 1, 1, 1), cache, k=k, v=v, block_size=2, topk=2)  # a tie: blocks 0 and 2
+    tensor([[[[1.6667]]]])
+    """
+    view = cache.peek(layer) if isinstance(cache, KVCache) else cache
+    contract.check_decode(q, view, k, v, block_size, topk, route_per, scale, softcap)
+    window = normalize_window(window_size)
+    groups = contract.groups_of(q.shape[2], view["k_cache"].shape[2], route_per)
+    call: tuple[Any, ...] = (q, view, k, v, block_size, topk, window, groups, scale, softcap)
+    choice = pick("moba_decode", DECODE_BACKENDS, None, backend, call)
+    if isinstance(cache, KVCache):
+        cache.layer(layer)  # its turn, counted once nothing can refuse the call any more
+    return choice.run(*call)

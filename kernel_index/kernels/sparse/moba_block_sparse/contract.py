@@ -1,0 +1,128 @@
+"""Who may call MoBA's functions, and who may answer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks, native, rules
+from kernel_index.core.rules import inside_functorch
+from kernel_index.core.target import target_of
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode import contract as cached
+from kernel_index.kernels.sparse.moba_block_sparse.names import flash_runtime_why_not
+from kernel_index.kvcache.cache import CacheLayer
+from kernel_index.masks import attention_arguments as arguments
+from kernel_index.routing.legal_blocks import check_causal, num_blocks
+
+ROUTES = ("query_head", "kv_group")
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, block_size: Any, topk: Any, mask: Any, route_per: Any, scale: Any, softcap: Any
+) -> None:
+    arguments.check_attention(q, k, v, mask, scale, softcap)
+    check_causal(mask)
+    _check_router(q, block_size, topk, route_per)
+
+
+def _check_router(q: Tensor, block_size: Any, topk: Any, route_per: Any) -> None:
+    if q.shape[2] < 1:
+        raise ValueError(f"q must be of at least one head, got shape {tuple(q.shape)}")
+    checks.is_int("block_size", block_size, minimum=1)
+    checks.is_int("topk", topk, minimum=1)
+    checks.one_of("route_per", route_per, ROUTES)
+
+
+def check_decode(
+    q: Tensor, cache: Any, k: Any, v: Any, block_size: Any, topk: Any, route_per: Any, scale: Any, softcap: Any
+) -> None:
+    if not isinstance(cache, CacheLayer):
+        kinds = "a KVCache or what its layer(index) returns"
+        raise TypeError(f"cache must be {kinds}: block means are kept there, got {type(cache).__name__}")
+    table = cache["block_table"]
+    cached.check(q, cache["k_cache"], cache["v_cache"], cache["cache_seqlens"], k, v, True, softcap, table)
+    new = 0 if k is None else k.shape[1]
+    if new != cache.new_tokens:
+        raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got {new}")
+    if scale is not None:
+        checks.is_real("scale", scale)
+    _check_router(q, block_size, topk, route_per)
+
+
+def groups_of(heads: int, kv_heads: int, route_per: str) -> int:
+    return heads if route_per == "query_head" else kv_heads
+
+
+def decode_reference_why_not(*_: Any) -> str | None:
+    return "torch.compile is tracing: the books are kept on the host" if torch.compiler.is_compiling() else None
+
+
+def decode_cpu_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
+    if (rule := decode_reference_why_not()) is not None:
+        return rule
+    if target_of(q.device).kind != "cpu":
+        return "needs CPU tensors"
+    if not rules.host_readable(q):
+        return "inside a transform or a dispatch mode"
+    if rules.wants_gradient(q, k, v):
+        return rules.NO_BACKWARD
+    return None
+
+
+def decode_native_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
+    if (rule := decode_cpu_why_not(q, cache, k, v)) is not None:
+        return rule
+    return native.why_not(q, cache["k_cache"], cache["v_cache"])
+
+
+def decode_triton_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
+    if (rule := decode_reference_why_not()) is not None:
+        return rule
+    if (rule := rules.triton_why_not(q, cache["k_cache"], cache["v_cache"])) is not None:
+        return rule
+    if rules.wants_gradient(q, k, v):
+        return rules.NO_BACKWARD
+    if q.shape[-1] > rules.WIDEST_HEAD:
+        return "takes head sizes up to 256"
+    return None
+
+
+def decode_details(
+    q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, block_size: int, topk: int, *rest: Any
+) -> tuple[tuple[str, Any], ...]:
+    """What the host's books say; density is the share of the longest row's blocks that a query attends to."""
+    blocks = num_blocks(max(cache.lengths_after, default=0), block_size)
+    picks = min(topk, blocks)
+    return ("blocks", blocks), ("picks", picks), ("density", picks / blocks if blocks else 0.0)
+
+
+def core_why_not(rule: Callable[..., str | None], q: Tensor, k: Tensor, v: Tensor, *call: Any) -> str | None:
+    """A rule of the block-sparse core, asked before there are picks: of their shape, which is all that rules read."""
+    block_size, topk, mask, groups, scale, softcap, tile = call
+    picks = min(topk, max(1, num_blocks(k.shape[1], block_size)))
+    stand_in = torch.empty((), dtype=torch.int32, device=q.device).expand(*q.shape[:2], groups, picks)
+    return rule(q, k, v, stand_in, None, block_size, mask, scale, softcap, tile, None)
+
+
+def details(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[tuple[str, Any], ...]:
+    """The share of blocks that a query picks at most; what it picks, and shares with others, only a count can tell."""
+    if torch.compiler.is_compiling():  # sizes are symbols there
+        return ()
+    blocks = num_blocks(k.shape[1], call[0])
+    picks = min(call[1], blocks)
+    return ("blocks", blocks), ("picks", picks), ("density", picks / blocks if blocks else 0.0)
+
+
+def flash_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
+    if (rule := flash_runtime_why_not(q)) is not None:
+        return rule
+    if inside_functorch():
+        return "inside a torch.func transform"
+    if q.dtype not in rules.HALF:
+        return "flash-attn-4 takes float16 and bfloat16"
+    if q.shape[3] != v.shape[3] or not 16 <= q.shape[3] <= rules.WIDEST_HEAD:
+        return "needs one head size from 16 to 256"
+    if q.shape[0] * q.shape[1] * k.shape[1] == 0:
+        return "needs at least one query and one key"
+    return None

@@ -1,0 +1,87 @@
+"""One launch gathers the rows of one tensor or of two; backward sorts the indices once and sums each row's segment."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
+
+BLOCK = 2048
+"""Elements of a program at most."""
+
+
+def pick_config(*widths: int) -> dict:
+    block = min(BLOCK, next_power_of_2(max(widths)))
+    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+
+@triton.jit
+def _gather_kernel(
+    a_ptr, b_ptr, idx_ptr, a_out_ptr, b_out_ptr, rows, a_width, b_width, PAIR: tl.constexpr, BLOCK: tl.constexpr
+):
+    out = tl.program_id(0).to(tl.int64)
+    row = tl.load(idx_ptr + out).to(tl.int64)
+    inside = (row >= 0) & (row < rows)
+    tl.device_assert(inside, "index out of range")  # as index_select: the device stops
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(a_ptr + row * a_width + at, mask=(at < a_width) & inside)
+    tl.store(a_out_ptr + out * a_width + at, values, mask=at < a_width)
+    if PAIR:
+        values = tl.load(b_ptr + row * b_width + at, mask=(at < b_width) & inside)
+        tl.store(b_out_ptr + out * b_width + at, values, mask=at < b_width)
+
+
+@triton.jit
+def _segment(g_ptr, order_ptr, first, last, out_ptr, width, at, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(first, last):
+        source = tl.load(order_ptr + i)
+        total += tl.load(g_ptr + source * width + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < width)
+
+
+@triton.jit
+def _add_up_kernel(
+    g_ptr, h_ptr, order_ptr, starts_ptr, g_out_ptr, h_out_ptr, g_width, h_width,
+    G: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every row of the gradient is written once, those that nobody picked with zeros."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(starts_ptr + row)
+    last = tl.load(starts_ptr + row + 1)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if G:
+        _segment(g_ptr, order_ptr, first, last, g_out_ptr + row * g_width, g_width, at, BLOCK)
+    if H:
+        _segment(h_ptr, order_ptr, first, last, h_out_ptr + row * h_width, h_width, at, BLOCK)
+
+
+def _width(t: Tensor | None) -> int:
+    return 0 if t is None else t.shape[1] * t.shape[2]
+
+
+def gather(a: Tensor, b: Tensor | None, idx: Tensor, a_out: Tensor, b_out: Tensor) -> None:
+    """Contiguous ``[N, H, D]`` in; ``[R, H, D]`` filled."""
+    if idx.device.type == "cpu" and bool(((idx < 0) | (idx >= a.shape[0])).any()):  # what the interpreter would read
+        raise IndexError("index out of range in self")
+    widths = _width(a), _width(b)
+    config = pick_config(*widths)
+    with on_device(a):
+        _gather_kernel[(idx.shape[0], ceil_div(max(widths), config["BLOCK"]))](
+            a, b, idx, a_out, b_out, a.shape[0], *widths, PAIR=b is not None,
+            debug=True, sanitize_overflow=False, **config,
+        )  # fmt: skip
+
+
+def add_up(g: Tensor | None, h: Tensor | None, idx: Tensor, g_out: Tensor, h_out: Tensor) -> None:
+    """Contiguous gradients ``[R, H, D]``, either None; ``[N, H, D]`` filled.  The sort is stable: a fixed order."""
+    rows = (h_out if g is None else g_out).shape[0]
+    ordered, order = torch.sort(idx, stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(rows + 1, device=idx.device, dtype=idx.dtype))
+    widths = _width(g), _width(h)
+    config = pick_config(*widths)
+    with on_device(idx):
+        _add_up_kernel[(rows, ceil_div(max(widths), config["BLOCK"]))](
+            g, h, order, starts, g_out, h_out, *widths, G=g is not None, H=h is not None, **config
+        )

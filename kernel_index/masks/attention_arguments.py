@@ -1,0 +1,71 @@
+"""The arguments that every attention of the index takes, checked in one place, and what follows from them.
+
+``q`` [B, T, H, D], ``k`` [B, S, K, D], ``v`` [B, S, K, Dv], a ``MaskContract``, ``scale``, ``softcap``, ``sink`` [H].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks, rules
+from kernel_index.core.target import target_of
+from kernel_index.masks.doc_window_mask.intervals import Sizes
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+
+EVERYTHING_BEFORE = MaskContract()
+"""The default mask: causal, aligned with the last key."""
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, softcap: Any, sink: Any = None) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what does not fit."""
+    for name, value, legend in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]"), ("v", v, "[B, S, K, Dv]")):
+        checks.is_floating(name, value)
+        checks.has_rank(name, value, 4, legend)
+        checks.has_dtype(name, value, q.dtype, "like q")
+        checks.on_device(name, value, q, "q")
+    batch, _, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    checks.has_shape("k", k, (batch, keys, kv_heads, width), "[B, S, K, D] with q's B and D,")
+    checks.has_shape("v", v, (batch, keys, kv_heads, v.shape[3]), "[B, S, K, Dv] with k's B, S and K,")
+    if width < 1:
+        raise ValueError(f"q must be of head size at least 1, got shape {tuple(q.shape)}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"q must be of a multiple of k's {kv_heads} heads, got {heads}")
+    if not isinstance(mask, MaskContract):
+        raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
+    sizes_of(q, k, mask)
+    check_scoring(scale, softcap)
+    if sink is not None:
+        checks.is_floating("sink", sink)
+        checks.has_shape("sink", sink, (heads,), "one logit for each query head, [H]")
+        checks.on_device("sink", sink, q, "q")
+
+
+def check_scoring(scale: Any, softcap: Any) -> None:
+    if scale is not None:
+        checks.is_real("scale", scale)
+    checks.is_real("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be at least 0 (0 is off), got {softcap}")
+
+
+def sizes_of(q: Tensor, k: Tensor, mask: MaskContract) -> Sizes:
+    return mask.sizes(q.shape[0], q.shape[1], k.shape[1], q.device)
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def host_plan_why_not(q: Tensor) -> str | None:
+    """The rules of CPU backends that read the mask's intervals on the host to plan their tiles."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: the mask's intervals are read on the host"
+    if target_of(q.device).kind != "cpu":
+        return rules.NEEDS_CPU
+    if rules.inside_functorch():
+        return rules.INSIDE_FUNCTORCH
+    if torch._C._len_torch_dispatch_stack() != 0:
+        return "inside a dispatch mode: the mask's intervals are read on the host"
+    return None

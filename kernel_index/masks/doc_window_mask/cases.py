@@ -1,0 +1,112 @@
+"""Named contracts, and the rule of who may attend to whom said again, one pair at a time and without intervals."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernel_index.masks.attention_validity_prefix.api import attention_validity
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+
+SUITES = ()  # a mask is metadata: it has no backends of its own
+
+PACKED = ((7, 7, 7, 4, 4, 7, 7, 7, -1, 9, 9, 9, -1), (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+
+
+def may_attend(mask: MaskContract, row: int, query: int, key: int, queries: int, keys: int) -> bool:
+    """The rule for one pair, in plain Python."""
+    here = query + (keys - queries if mask.q_offset is None else mask.q_offset)
+    left, right = mask.window
+    if mask.causal and key > here:
+        return False
+    if left is not None and key < here - left:
+        return False
+    if right is not None and key > here + right:
+        return False
+    if mask.doc_ids is not None and not _same_document(mask.doc_ids, row, here, key):
+        return False
+    valid = mask.validity
+    if valid is not None and valid.mode != "none":
+        limits = []
+        if valid.token_prefix is not None:
+            limits.append(int(valid.token_prefix[row]))
+        if valid.slot_counts is not None and valid.base_block_tokens is not None:
+            limits.append(int(valid.slot_counts[row]) * valid.base_block_tokens)
+        return 0 <= here < min(limits) and key < min(limits)
+    return True
+
+
+def _same_document(doc_ids: Tensor, row: int, here: int, key: int) -> bool:
+    ids = (doc_ids if doc_ids.ndim == 1 else doc_ids[row]).tolist()
+    if not 0 <= here < len(ids) or ids[here] < 0:
+        return False
+    low, high = sorted((here, key))
+    return all(i == ids[here] for i in ids[low : high + 1])
+
+
+def dense_oracle(mask: MaskContract, batch: int, queries: int, keys: int) -> Tensor:
+    """Bool [B, T, S] from ``may_attend``."""
+    allowed = torch.zeros(batch, queries, keys, dtype=torch.bool)
+    for b in range(batch):
+        for t in range(queries):
+            for s in range(keys):
+                allowed[b, t, s] = may_attend(mask, b, t, s, queries, keys)
+    return allowed
+
+
+@dataclass(frozen=True)
+class MaskCase:
+    """A contract for given sizes: ``build(T, S)``, for two rows."""
+
+    name: str
+    why: str
+    build: Callable[[int, int], MaskContract]
+
+
+def packed(length: int) -> Tensor:
+    """Two rows of ids: one with a document that comes back and padding inside and behind, one of a single document."""
+    repeats = -(-length // len(PACKED[0]))
+    return torch.tensor(PACKED).repeat(1, repeats)[:, :length].contiguous()
+
+
+CASES = (
+    MaskCase(
+        "packed",
+        "documents, one of which comes back; padding inside and behind",
+        lambda t, s: MaskContract(doc_ids=packed(s)),
+    ),
+    MaskCase("causal", "nothing but causality", lambda t, s: MaskContract()),
+    MaskCase("full", "nothing at all", lambda t, s: MaskContract(causal=False)),
+    MaskCase("window", "a local layer", lambda t, s: MaskContract(window=(3, 0))),
+    MaskCase("both_sides", "a window around the query, without causality", lambda t, s: MaskContract(False, (2, 3))),
+    MaskCase("ahead", "only following tokens bounded", lambda t, s: MaskContract(False, (-1, 2))),
+    MaskCase("self_only", "left=0 leaves the token itself", lambda t, s: MaskContract(window=(0, 0))),
+    MaskCase("shared_ids", "one rank-1 row of ids for every row", lambda t, s: MaskContract(doc_ids=packed(s)[0])),
+    MaskCase(
+        "prefix",
+        "a padded batch with an empty row",
+        lambda t, s: MaskContract(validity=attention_validity(valid_token_counts=[s // 2, 0])),
+    ),
+    MaskCase(
+        "slots",
+        "blocks of 4, the last one trimmed",
+        lambda t, s: MaskContract(
+            validity=attention_validity(valid_slot_counts=[2, 1], valid_token_counts=[7, 4], base_block_tokens=4)
+        ),
+    ),
+    MaskCase(
+        "all",
+        "documents, window and prefix at once",
+        lambda t, s: MaskContract(True, (4, 0), packed(s), attention_validity(valid_token_counts=[s, s - s // 3])),
+    ),
+    MaskCase("offset", "queries that stand at key 2", lambda t, s: MaskContract(q_offset=2)),
+    MaskCase(
+        "before", "queries that begin before the keys: empty rows in front", lambda t, s: MaskContract(q_offset=-3)
+    ),
+    MaskCase(
+        "behind",
+        "queries that end behind the keys, windowed: empty rows at the back",
+        lambda t, s: MaskContract(window=(4, 0), q_offset=s // 2),
+    ),
+)

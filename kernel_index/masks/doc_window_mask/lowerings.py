@@ -1,0 +1,150 @@
+"""The forms that other people's kernels ask for, each made from the intervals."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, segments
+
+VARLEN_NEEDS_SQUARE = "documents and prefixes have packed lengths only where T = S and query 0 stands at key 0"
+VARLEN_NEEDS_BOTTOM_RIGHT = "packed lengths align the last query with the last key, and this offset does not"
+
+
+class KernelIntervals(NamedTuple):
+    """What a kernel that skips by intervals takes; int32, one row only where all rows are alike.
+
+    Query t attends to the keys ``k_start[t] ≤ s < k_end[t]`` [B, T]; key s is seen by the queries
+    ``q_start[s] ≤ t < q_end[s]`` [B, S].  All four are non-decreasing.
+    """
+
+    k_start: Tensor
+    k_end: Tensor
+    q_start: Tensor
+    q_end: Tensor
+
+
+class SegmentIds(NamedTuple):
+    """int32 [B, T] and [B, S]: a query and a key are in the same document, and both valid, where the two are equal.
+
+    Padding is −1 among the queries and −2 among the keys, so that it is equal to nothing.  Causality and the window
+    come on top.
+    """
+
+    q: Tensor
+    kv: Tensor
+
+
+class Varlen(NamedTuple):
+    """Packed sequences: what a kernel with cumulative lengths takes.
+
+    ``cu_seqlens_q`` and ``cu_seqlens_k`` are int32 [n + 1] over the tokens of all rows laid end to end, of which only
+    ``kept`` (int64 indices, ascending; None for all) take part: padding belongs to no sequence.  ``window`` is
+    ``(left, right)`` with −1 for unlimited, right = 0 where causal, aligned bottom-right within each sequence.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    kept: Tensor | None
+    window: tuple[int, int]
+
+
+def transposed(bounds: Intervals, keys: int) -> Intervals:
+    """For each key the queries that see it: both ends never decrease, so two binary searches find them."""
+    key = torch.arange(keys, device=bounds.start.device, dtype=torch.int32).expand(bounds.start.shape[0], -1)
+    key = key.contiguous()
+    first = torch.searchsorted(bounds.end.contiguous(), key, right=True, out_int32=True)
+    last = torch.searchsorted(bounds.start.contiguous(), key, right=True, out_int32=True)
+    return Intervals(first, last)
+
+
+def mask_mod(bounds: Intervals) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's predicate over the intervals [B, T]."""
+    start, end = bounds
+
+    def allowed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx >= start[b, q_idx]) & (kv_idx < end[b, q_idx])
+
+    return allowed
+
+
+def flex_block_mask(plan: BlockPlan, bounds: Intervals, sizes: Sizes, blocks: tuple[int, int]) -> Any:
+    """FlexAttention's BlockMask from the plan: its index lists count up, nothing is searched for.
+
+    A block of queries that the row ends in has no full blocks, as ``create_block_mask`` has it.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    q_block, kv_block = blocks
+    first, last, first_full, last_full = plan
+    if sizes.queries % q_block:
+        ragged = torch.arange(first.shape[1], device=first.device) == first.shape[1] - 1
+        last_full = torch.where(ragged, first_full, last_full)
+    columns = -(-sizes.keys // kv_block)
+    place = torch.arange(columns, device=first.device, dtype=torch.int32)
+    before = first_full - first  # partial blocks on the left of the full ones
+    left, right = first[..., None] + place, last_full[..., None] + (place - before[..., None])
+    partial = torch.where(place < before[..., None], left, right)
+    full = first_full[..., None] + place
+    counts = (before + last - last_full, last_full - first_full)
+    (number, full_number) = (c[:, None].contiguous() for c in counts)
+    indices, full_indices = (i.clamp(max=max(columns - 1, 0))[:, None].contiguous() for i in (partial, full))
+    return BlockMask.from_kv_blocks(
+        number,
+        indices,
+        full_number,
+        full_indices,
+        BLOCK_SIZE=blocks,
+        mask_mod=mask_mod(bounds),
+        seq_lengths=(sizes.queries, sizes.keys),
+    )
+
+
+def segment_ids(sizes: Sizes, doc_ids: Tensor | None, counts: Tensor | None) -> SegmentIds:
+    """A segment's id is the position of its first token; without documents there is one segment, of id 0."""
+    key, query = torch.arange(sizes.keys, device=sizes.device), torch.arange(sizes.queries, device=sizes.device)
+    position = (query + sizes.offset)[None]
+    of_keys, of_queries = torch.zeros_like(key)[None], torch.zeros_like(position)
+    if doc_ids is not None:
+        own = position[0].clamp(0, max(sizes.keys - 1, 0))
+        of_keys = torch.where(doc_ids >= 0, segments(doc_ids)[0], -2)
+        of_queries = of_queries - 1
+        if sizes.keys > 0:
+            of_queries = torch.where(position == own, of_keys.index_select(1, own).clamp(min=-1), -1)
+    if counts is not None:
+        limit = counts[:, None]
+        of_keys = torch.where(key < limit, of_keys, -2)
+        of_queries = torch.where((position >= 0) & (position < limit), of_queries, -1)
+    return SegmentIds(*(x.to(torch.int32).expand(sizes.batch, -1).contiguous() for x in (of_queries, of_keys)))
+
+
+def varlen_why_not(sizes: Sizes, has_tensors: bool) -> str | None:
+    """Why a contract has no packed lengths, or None."""
+    if has_tensors:
+        return None if sizes.queries == sizes.keys and sizes.offset == 0 else VARLEN_NEEDS_SQUARE
+    return None if sizes.offset == sizes.keys - sizes.queries else VARLEN_NEEDS_BOTTOM_RIGHT
+
+
+def varlen(sizes: Sizes, reach: tuple[int | None, int | None], ids: Tensor | None) -> Varlen:
+    """Cumulative lengths from the keys' segment ids, or one sequence for each row where there are none."""
+    left, right = reach
+    window = (-1 if left is None else left, -1 if right is None else right)
+    if ids is None:
+        rows = torch.arange(sizes.batch + 1, device=sizes.device, dtype=torch.int32)
+        return Varlen(rows * sizes.queries, rows * sizes.keys, sizes.queries, sizes.keys, None, window)
+    row = torch.arange(sizes.batch, device=sizes.device)[:, None]
+    flat = torch.where(ids >= 0, row * sizes.keys + ids, -1).reshape(-1)  # a number for each segment of the batch
+    kept = torch.nonzero(flat >= 0).flatten()
+    of_kept = flat[kept]
+    is_new = torch.ones_like(of_kept, dtype=torch.bool)
+    is_new[1:] = of_kept[1:] != of_kept[:-1]
+    starts = torch.nonzero(is_new).flatten()
+    ends = torch.full((1,), kept.shape[0], dtype=torch.int64, device=sizes.device)
+    lengths = torch.cat([starts, ends])
+    longest = int(lengths.diff().max()) if starts.shape[0] else 0
+    cumulative = lengths.to(torch.int32) if starts.shape[0] else ends.to(torch.int32)
+    everything = kept.shape[0] == flat.shape[0]
+    return Varlen(cumulative, cumulative, longest, longest, None if everything else kept, window)

@@ -1,0 +1,360 @@
+"""Who may attend to whom, said once; every form that a kernel needs is lowered from here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks
+from kernel_index.masks.attention_validity_prefix.validity import AttentionValidity, same_values
+from kernel_index.masks.doc_window_mask import contract, lowerings
+from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, interval_of, plan_blocks
+from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals, SegmentIds, Varlen
+from kernel_index.masks.doc_window_mask.memo import recall
+
+
+@dataclass(frozen=True, eq=False)
+class MaskContract:
+    """The one statement of who may attend to whom; immutable.
+
+    With ``p(t) = t + offset`` the position of query t among the S keys, query t may attend to key s if all hold::
+
+        causal:    s ≤ p(t)
+        window:    p(t) − left ≤ s ≤ p(t) + right
+        documents: doc_ids is constant from p(t) to s, and not negative
+        validity:  0 ≤ p(t) < count and s < count
+
+    So a document is a maximal run of equal ids: an id that comes back later in the row is another document.  A query
+    that stands outside the keys is in no document.
+
+    The keys that a query may attend to are always one interval, and both its ends grow with t.  That form costs O(T),
+    is computed on the tensors' device without waiting for it, and is what every lowering is made from.
+
+    Lowerings take ``batch_size``, ``seq_len`` (T), ``kv_len`` (S) and ``device``.  What ``doc_ids`` or ``validity``
+    carry may be left out: B and S come from their shapes, S and T default to each other, B to 1 where nothing in the
+    contract depends on the row.  Lowerings are kept on the contract, the latest of each kind, and rebuilt when a tensor
+    of the contract or the kept result has been changed in place: layers that share a contract share the work.  Inside
+    torch.compile nothing is kept; the compiler sees the common subexpressions itself.
+
+    Equality compares what the contract says, the hash is made of metadata only; see ``AttentionValidity``.
+
+    Args:
+        causal: no query attends to a later position.
+        window: ``(left, right)``, tokens before and after; None or negative is unlimited, ``left=0`` is self only.
+        doc_ids: integers [B, S], or [S] for every row alike; negative ids are padding and attend to nothing.
+        validity: the valid prefix of each row, from ``attention_validity``.
+        q_offset: the position of query 0 among the keys.  None aligns the last query with the last key
+            (``offset = S − T``, bottom-right), so for T = S it is the same as 0.  Zero is not None: where T ≠ S it says
+            that query 0 stands at key 0.
+
+    >>> import torch, kernel_index as ki
+    >>> mask = ki.MaskContract(doc_ids=torch.tensor([[7, 7, 4, 4, 7, -1]]))
+    >>> mask.intervals().start.tolist(), mask.intervals().end.tolist()
+    ([[0, 0, 2, 2, 4, 5]], [[1, 2, 3, 4, 5, 5]])
+    """
+
+    causal: bool = True
+    window: contract.Window = (None, None)
+    doc_ids: Tensor | None = None
+    validity: AttentionValidity | None = None
+    q_offset: int | None = None
+    _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        checks.is_bool("causal", self.causal)
+        object.__setattr__(self, "window", contract.normalize_window(self.window))
+        contract.check_doc_ids(self.doc_ids)
+        if self.validity is not None and not isinstance(self.validity, AttentionValidity):
+            raise TypeError(f"validity must be an AttentionValidity, got {type(self.validity).__name__}")
+        if self.q_offset is not None:
+            checks.is_int("q_offset", self.q_offset)
+        self._carried_rows()
+
+    @property
+    def reach(self) -> contract.Window:
+        """How far a query sees to the left and to the right, causality included; None is unlimited."""
+        return self.window[0], 0 if self.causal else self.window[1]
+
+    @property
+    def counts(self) -> Tensor | None:
+        """The validity's own counts, or None if every token is valid."""
+        return None if self.validity is None else self.validity.counts
+
+    @property
+    def doc_rows(self) -> Tensor | None:
+        """The ids as [B, S], or [1, S] where every row has the same."""
+        return self.doc_ids[None] if self.doc_ids is not None and self.doc_ids.ndim == 1 else self.doc_ids
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether the contract says anything that depends on the contents of a row."""
+        return self.doc_ids is not None or self.counts is not None
+
+    def _carried_rows(self) -> int | None:
+        """B as far as the tensors carry it."""
+        in_docs = None if self.doc_ids is None or self.doc_ids.ndim == 1 else self.doc_ids.shape[0]
+        in_counts = None if self.counts is None else self.counts.shape[0]
+        if in_docs is not None and in_counts is not None and in_docs != in_counts:
+            raise ValueError(f"validity must be for the {in_docs} rows of doc_ids, got {in_counts} rows")
+        return in_docs if in_counts is None else in_counts
+
+    def sizes(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Sizes:
+        """Complete the sizes of a call from the contract's tensors, or say which one is missing or contradicts them."""
+        carried = self._carried_rows()
+        batch = contract.agree("batch_size", batch_size, carried, "the contract's doc_ids or validity")
+        in_docs = None if self.doc_ids is None else self.doc_ids.shape[-1]
+        if seq_len is None and kv_len is None and in_docs is None:
+            raise ValueError("seq_len must be given where the contract has no doc_ids to take it from, got None")
+        if kv_len is None and in_docs is None:
+            kv_len = seq_len
+        keys = contract.agree("kv_len", kv_len, in_docs, "doc_ids [B, S]")
+        queries = contract.agree("seq_len", seq_len, None, "") if seq_len is not None else keys
+        found = contract.device_of(device, self.doc_ids, self.counts)
+        offset = keys - queries if self.q_offset is None else self.q_offset
+        rows = 1 if carried is None else carried
+        return Sizes(1 if batch is None else batch, rows, queries, keys, offset, found)
+
+    def reach_within(self, sizes: Sizes) -> contract.Window:
+        """``reach`` with a side set to None where the sizes alone make it unlimited."""
+        left, right = self.reach
+        if left is not None and left >= sizes.offset + sizes.queries - 1:
+            left = None
+        if right is not None and sizes.offset + right >= sizes.keys - 1:
+            right = None
+        return left, right
+
+    def bounds(self, queries: Tensor, sizes: Sizes) -> Intervals:
+        """The intervals of the given query indices [n], int64 [rows, n], nothing kept."""
+        counts = None if self.validity is None else self.validity.tokens
+        return interval_of(queries, sizes, self.reach, self.doc_rows, counts)
+
+    def remember(self, name: str, key: tuple, build: Callable[[], Any]) -> Any:
+        """What ``build`` returns, or the kept result of the same call if nothing has changed since."""
+        if torch.compiler.is_compiling():
+            return build()
+        return recall(self._kept, name, key, (self.doc_ids, *self._prefixes()), build)
+
+    def _prefixes(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.validity is None else (self.validity.token_prefix, self.validity.slot_counts)
+
+    def intervals(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Intervals:
+        """The keys of each query as ``Intervals(start, end)``, int32 [B, T], both non-decreasing along T.
+
+        A query with nothing to attend to has ``start == end``, at a place that keeps the order.
+        """
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        return Intervals(*(bound.expand(sizes.batch, -1).contiguous() for bound in self.row_intervals(sizes)))
+
+    def row_intervals(self, sizes: Sizes) -> Intervals:
+        """``intervals`` with one row only where all rows are alike."""
+
+        def build() -> Intervals:
+            bounds = self.bounds(torch.arange(sizes.queries, device=sizes.device), sizes)
+            return Intervals(*(bound.to(torch.int32) for bound in bounds))
+
+        return self.remember("intervals", sizes, build)
+
+    def dense(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        allow_large: bool = False,
+    ) -> Tensor:
+        """The mask as bool [B, 1, T, S], True where query t may attend to key s; B·T·S bytes.
+
+        Raises ``ValueError`` (``dense_mask_too_large``) above T = 8192 unless ``allow_large``.
+        """
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        contract.check_dense(sizes.batch, sizes.queries, sizes.keys, allow_large)
+
+        def build() -> Tensor:
+            start, end = self.row_intervals(sizes)
+            key = torch.arange(sizes.keys, device=sizes.device, dtype=torch.int32)
+            allowed = key >= start[:, None, :, None]
+            allowed &= key < end[:, None, :, None]
+            return allowed.expand(sizes.batch, -1, -1, -1).contiguous()
+
+        return self.remember("dense", sizes, build)
+
+    def block_plan(
+        self,
+        q_block: int,
+        kv_block: int,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> BlockPlan:
+        """For each block of queries the key blocks to visit and those that need no mask, int32 [B, ceil(T/q_block)].
+
+        Costs O(T / q_block), plus O(S) where there are documents: only the first and last query of a block are looked
+        at, because the intervals of the others lie between theirs.
+        """
+        checks.is_int("q_block", q_block, minimum=1)
+        checks.is_int("kv_block", kv_block, minimum=1)
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        plan = self.row_block_plan(q_block, kv_block, sizes)
+        return BlockPlan(*(bound.expand(sizes.batch, -1).contiguous() for bound in plan))
+
+    def row_block_plan(self, q_block: int, kv_block: int, sizes: Sizes) -> BlockPlan:
+        """``block_plan`` with one row only where all rows are alike."""
+
+        def build() -> BlockPlan:
+            first = torch.arange(0, sizes.queries, q_block, device=sizes.device)
+            last = (first + (q_block - 1)).clamp(max=sizes.queries - 1)
+            blocks = first.shape[0]
+            bounds = self.bounds(torch.cat([first, last]), sizes)
+            place = torch.arange(blocks, device=sizes.device)
+            return plan_blocks(bounds, place, place + blocks, kv_block)
+
+        return self.remember("block_plan", (q_block, kv_block, sizes), build)
+
+    def kernel_intervals(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> KernelIntervals:
+        """The intervals of the queries and, for dK and dV, of the keys; int32, one row where all rows are alike.
+
+        Made on the device in O(T + S·log T), without waiting for it.
+        """
+        return self.row_kernel_intervals(self.sizes(batch_size, seq_len, kv_len, device))
+
+    def row_kernel_intervals(self, sizes: Sizes) -> KernelIntervals:
+        """``kernel_intervals`` for sizes that are known already."""
+
+        def build() -> KernelIntervals:
+            bounds = Intervals(*(bound.contiguous() for bound in self.row_intervals(sizes)))
+            return KernelIntervals(*bounds, *lowerings.transposed(bounds, sizes.keys))
+
+        return self.remember("kernel_intervals", sizes, build)
+
+    def mask_mod(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """FlexAttention's predicate ``(b, h, q_idx, kv_idx) → bool`` over these sizes: two loads, two comparisons."""
+        return lowerings.mask_mod(self.intervals(batch_size, seq_len, kv_len, device=device))
+
+    def flex_block_mask(
+        self,
+        block_size: int | tuple[int, int] = 128,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Any:
+        """FlexAttention's ``BlockMask`` from the block plan, with ``mask_mod`` inside; all heads alike.
+
+        What to visit is decided in O(T / block) and nothing of size T·S is ever made; the lists that the format holds
+        take (T / block)·(S / block) integers.  ``create_block_mask`` evaluates its predicate T·S times instead.
+        """
+        blocks = (block_size, block_size) if isinstance(block_size, int) else block_size
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+
+        def build() -> tuple[Any]:
+            bounds = self.intervals(batch_size, seq_len, kv_len, device=device)
+            plan = self.block_plan(*blocks, batch_size, seq_len, kv_len, device=device)
+            return (lowerings.flex_block_mask(plan, bounds, sizes, blocks),)
+
+        return self.remember("flex_block_mask", (blocks, sizes), build)[0]
+
+    def segment_ids(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> SegmentIds:
+        """Documents and valid prefixes as ids to compare, int32 ``q`` [B, T] and ``kv`` [B, S]; for TPU kernels."""
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        return self.remember("segment_ids", sizes, lambda: self._segment_ids(sizes))
+
+    def _segment_ids(self, sizes: Sizes) -> SegmentIds:
+        counts = None if self.validity is None else self.validity.tokens
+        return lowerings.segment_ids(sizes, self.doc_rows, counts)
+
+    def varlen_why_not(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> str | None:
+        """Why ``varlen`` refuses these sizes, or None; metadata only."""
+        return lowerings.varlen_why_not(self.sizes(batch_size, seq_len, kv_len, device), self.has_tensors)
+
+    def varlen(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Varlen:
+        """The contract as packed sequences with cumulative lengths.
+
+        With documents or a valid prefix the number of sequences and the longest length depend on the data: reading them
+        waits for the device, once for each contract.  No other lowering does.  Raises ``ValueError`` with the reason of
+        ``varlen_why_not`` where packed lengths cannot say what the contract says.
+        """
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        reason = lowerings.varlen_why_not(sizes, self.has_tensors)
+        if reason is not None:
+            raise ValueError(f"varlen must be asked of a contract that it can express ({reason}), got {sizes[2:5]}")
+
+        def build() -> Varlen:
+            ids = self._segment_ids(sizes).kv if self.has_tensors else None
+            return lowerings.varlen(sizes, self.reach, ids)
+
+        return self.remember("varlen", sizes, build)
+
+    def to(self, device: torch.device | str) -> "MaskContract":
+        """The same contract with its tensors on another device."""
+        docs = None if self.doc_ids is None else self.doc_ids.to(device)
+        validity = None if self.validity is None else self.validity.to(device)
+        return MaskContract(self.causal, self.window, docs, validity, self.q_offset)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MaskContract):
+            return NotImplemented
+        return self._statics() == other._statics() and same_values(self.doc_ids, other.doc_ids)
+
+    def __hash__(self) -> int:
+        return hash((*self._statics(), None if self.doc_ids is None else self.doc_ids.shape))
+
+    def _statics(self) -> tuple:
+        return self.reach, self.q_offset, self.validity or AttentionValidity()
+
+    def __reduce__(self) -> tuple:
+        # Copies and pickles carry what the contract says, not the lowerings kept on it.
+        return MaskContract, (self.causal, self.window, self.doc_ids, self.validity, self.q_offset)

@@ -1,0 +1,141 @@
+"""What a mask says that is the same for every batch, read from a ``MaskContract`` or from a mapping."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kernel_index.core import checks
+from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+
+RUNTIME = ("doc_ids", "validity", "q_offset")
+"""Fields whose presence is static and whose content is the batch's; ``has_…`` says the presence alone."""
+
+PRESENCE = {"doc_ids": "has_doc_ids", "validity": "has_valid_counts", "q_offset": "has_q_offset"}
+
+COUNTS = ("valid_token_counts", "valid_slot_counts")
+"""What ``doc_window_mask`` and ``attention_validity`` call them; in a mapping their presence is a validity's."""
+
+FIELDS = (
+    *("causal", "window", "local_window", "block_sizes", "base_block_tokens", "dtype", "backend"),
+    *RUNTIME,
+    *PRESENCE.values(),
+    *COUNTS,
+)
+
+
+def fields_of(contract: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a contract or mapping states, those of ``given`` that are not None on top."""
+    if isinstance(contract, MaskContract):
+        stated: dict[str, Any] = {"causal": contract.causal, "window": contract.window}
+        stated |= {name: getattr(contract, name) for name in RUNTIME}
+    elif isinstance(contract, Mapping):
+        stated = dict(contract)
+    else:
+        raise TypeError(f"contract must be a MaskContract or a mapping of its fields, got {type(contract).__name__}")
+    for name in stated:
+        if name not in FIELDS:
+            raise ValueError(f"contract must be made of the fields {', '.join(FIELDS)}, got {name!r}")
+    return _with_counts(stated) | {name: value for name, value in given.items() if value is not None}
+
+
+def _with_counts(stated: dict[str, Any]) -> dict[str, Any]:
+    """Counts given as such, in place of a validity: the size of a slot matters where slots are counted alone."""
+    tokens, slots = (stated.pop(name, None) for name in COUNTS)
+    if tokens is None and slots is None:
+        return stated
+    if stated.get("validity") is not None:
+        raise ValueError("validity must be None where counts are given, got both")
+    if stated.get("has_valid_counts") is False:
+        raise ValueError("has_valid_counts must be True for the counts that are given, got False")
+    if slots is None:
+        stated.pop("base_block_tokens", None)
+    elif stated.get("base_block_tokens") is None:
+        raise ValueError("base_block_tokens must be a positive integer where slot counts are given, got None")
+    return stated | {"has_valid_counts": True}
+
+
+def presence(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether a runtime field exists: by its value, by its ``has_…``, or by both if they agree."""
+    flag = PRESENCE[name]
+    stated, value = fields.get(flag), fields.get(name)
+    there = value is not None and (name != "validity" or mode_of(value) != "none")
+    if stated is None:
+        return there
+    checks.is_bool(flag, stated)
+    if value is not None and stated != there:
+        raise ValueError(f"{flag} must be {there} for the {name} that is given, got {stated}")
+    return stated
+
+
+def mode_of(validity: Any) -> str:
+    """``none``, ``token_prefix`` or ``slot_prefix``, of torch's ``AttentionValidity`` or of another framework's."""
+    mode = getattr(validity, "mode", None)
+    if mode not in ("none", "token_prefix", "slot_prefix"):
+        raise TypeError(f"validity must be an AttentionValidity, got {type(validity).__name__}")
+    return mode
+
+
+def slot_tokens(fields: Mapping[str, Any], has_counts: bool) -> int | None:
+    """Tokens of a slot where the counts are of slots; None where they are of tokens or absent."""
+    size, validity = fields.get("base_block_tokens"), fields.get("validity")
+    if size is not None:
+        checks.is_int("base_block_tokens", size, minimum=1)
+    if validity is not None:
+        own = validity.base_block_tokens if mode_of(validity) == "slot_prefix" else None
+        if size is not None and size != own:
+            raise ValueError(f"base_block_tokens must be {own}, as the validity has it, got {size}")
+        size = own
+    if size is not None and not has_counts:
+        raise ValueError(f"base_block_tokens must be None where there are no counts, got {size}")
+    return size
+
+
+def causal_and_window(fields: Mapping[str, Any]) -> tuple[bool, Window]:
+    """The causal flag and how far a query sees to each side; beside ``causal`` the right side says nothing more."""
+    causal = fields.get("causal", True)
+    checks.is_bool("causal", causal)
+    left, right = normalize_window(fields.get("window"))
+    return causal, (left, 0 if causal else right)
+
+
+def local_window(value: Any) -> int | None:
+    if value is None:
+        return None
+    checks.is_int("local_window", value)
+    return None if value < 0 else int(value)
+
+
+def block_sizes(value: Any) -> tuple[int, int] | None:
+    """``(q_block, kv_block)``; one number stands for both."""
+    if value is None:
+        return None
+    pair = value if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"block_sizes must be a size or a pair (q_block, kv_block), got {value!r}")
+    for name, size in zip(("block_sizes[0]", "block_sizes[1]"), pair, strict=True):
+        checks.is_int(name, size, minimum=1)
+    return int(pair[0]), int(pair[1])
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """One name for torch's, NumPy's and JAX's spelling of a dtype: ``bfloat16``."""
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", str(dtype))
+    if not isinstance(name, str) or not name.rpartition(".")[2].isidentifier():
+        raise TypeError(f"dtype must be a dtype or its name, got {dtype!r}")
+    return name.rpartition(".")[2]
+
+
+def backend_name(backend: Any) -> str:
+    if not isinstance(backend, str) or not backend:
+        raise TypeError(f"backend must be a backend's name, got {backend!r}")
+    return backend.lower()
+
+
+def check_same(name: str, expected: bool, value: Any) -> None:
+    """The rule of rebuilding: what the key says exists is given, and nothing else."""
+    if expected and value is None:
+        raise ValueError(f"{name} must be given: the key says that it exists, got None")
+    if not expected and value is not None:
+        raise ValueError(f"{name} must be None: the key says that there is none, got {type(value).__name__}")

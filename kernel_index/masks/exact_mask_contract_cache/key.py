@@ -1,0 +1,80 @@
+"""The key of a compiled mask kernel, and the way back from it to a mask."""
+
+import functools
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.masks.attention_validity_prefix.validity import AttentionValidity
+from kernel_index.masks.doc_window_mask.contract import Window
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.masks.exact_mask_contract_cache import contract
+
+LAYOUT = 1
+"""Raised when a field of the key changes its meaning."""
+
+PACKAGES = {"triton": "triton", "fa4": "flash-attn-4", "pallas": "jax"}
+"""What beside torch compiles a backend's kernels."""
+
+
+class ExactMaskKey(NamedTuple):
+    """What a mask says that holds for every batch: made by ``exact_mask_key``, compared and hashed as a tuple.
+
+    ``window`` is how far a query sees, None for unlimited.  ``local_window`` are the previous tokens that a sparse
+    kernel attends to whatever was picked.  ``has_…`` say that the batch brings documents, counts or an offset;
+    ``slot_tokens`` is the size of a slot where counts are of slots.  No field holds a tensor or depends on one's
+    content, identity or size.
+
+    >>> import torch, kernel_index as ki
+    >>> key = ki.exact_mask_key(ki.MaskContract(doc_ids=torch.tensor([[0, 0, 1]])))
+    >>> key.rebuild(doc_ids=torch.tensor([[3, 4, 4]])).intervals().start.tolist()
+    [[0, 1, 1]]
+    """
+
+    causal: bool
+    window: Window
+    local_window: int | None
+    has_doc_ids: bool
+    has_valid_counts: bool
+    slot_tokens: int | None
+    has_q_offset: bool
+    block_sizes: tuple[int, int] | None
+    dtype: str | None
+    backend: str
+    versions: tuple[tuple[str, Any], ...]
+
+    def rebuild(
+        self,
+        *,
+        doc_ids: Tensor | None = None,
+        validity: AttentionValidity | None = None,
+        q_offset: int | None = None,
+    ) -> MaskContract:
+        """The mask of this key over a batch's tensors.
+
+        Raises ``ValueError`` where the key says that one of them exists and it is missing, and the other way round: a
+        kernel that ignores documents must not serve a batch that has them.
+        """
+        contract.check_same("doc_ids", self.has_doc_ids, doc_ids)
+        has_counts = validity is not None and contract.mode_of(validity) != "none"
+        contract.check_same("validity", self.has_valid_counts, validity if has_counts else None)
+        contract.check_same("q_offset", self.has_q_offset, q_offset)
+        slots = contract.slot_tokens({"validity": validity}, has_counts)
+        if slots != self.slot_tokens:
+            raise ValueError(f"validity must be of slots of {self.slot_tokens} tokens, as the key says, got {slots}")
+        return MaskContract(self.causal, self.window, doc_ids, validity, q_offset)
+
+
+@functools.cache
+def versions_for(backend: str) -> tuple[tuple[str, Any], ...]:
+    """What a compiled kernel depends on beside the mask."""
+    found: list[tuple[str, Any]] = [("exact_mask_key", LAYOUT), ("torch", str(torch.__version__))]
+    package = PACKAGES.get(backend)
+    if package is not None:
+        try:
+            found.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            found.append((package, None))
+    return tuple(found)

@@ -1,0 +1,60 @@
+"""The exhaustive router of a GPU: means of blocks scored and the best ones kept in one launch."""
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import ops, rules
+from kernel_index.core.triton import launch
+from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks
+
+MOST = 64
+"""Blocks of a query that the kernel keeps in registers."""
+
+WIDEST = 128
+
+
+def _allocate(q, means, first, current, groups, topk):
+    return torch.empty((*q.shape[:2], groups, topk), dtype=torch.int32, device=q.device)
+
+
+def _launch(q, means, first, current, groups, topk):
+    from kernel_index.routing.block_router import triton
+
+    indices = _allocate(q, means, first, current, groups, topk)
+    q, means = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, means))
+    first, current = launch.dense((first, current))
+    return triton.route(q, means, first, current, groups, indices)
+
+
+_route_op = ops.register(
+    "route_blocks(Tensor q, Tensor means, Tensor first, Tensor current, int groups, SymInt topk) -> Tensor",
+    _launch,
+    _allocate,
+)
+
+
+def fused_why_not(q: Tensor, topk: int) -> str | None:
+    """Why the fused router does not serve this call by itself, or None; a rule reads metadata only."""
+    if topk > MOST:
+        return "keeps at most 64 blocks of a query"
+    if q.shape[3] > WIDEST:
+        return "needs head sizes of at most 128"
+    return rules.triton_why_not(q) or rules.triton_not_worth(q)
+
+
+def fused_top_blocks(q: Tensor, means: Tensor, legal: LegalBlocks, topk: int, groups: int) -> TopBlocks:
+    """``top_blocks`` of every query's scores, of which none is ever stored.
+
+    Args:
+        q: [B, T, H, D]; the heads of a group share their picks, by the mean of their queries.
+        means: [B, blocks, K, D] of ``block_means``.
+        legal: of the T queries.
+        topk: blocks of a query, the current one counted.
+        groups: G; K divides it, and it divides H.
+
+    Returns:
+        ``TopBlocks`` of [B, T, G, topk].
+    """
+    with torch.no_grad():
+        indices = _route_op(q.detach(), means, *legal, groups, topk)
+        return TopBlocks(indices, indices >= 0)

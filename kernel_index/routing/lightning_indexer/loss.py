@@ -1,0 +1,109 @@
+"""What trains the indexer: its scores should say what attention does with the tokens."""
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks
+from kernel_index.masks.attention_arguments import scale_of
+from kernel_index.routing.lightning_indexer.selection import TokenSelection
+
+ELEMENTS = 1 << 22
+"""Fetched numbers of a chunk of queries at once; 16 times as many on a GPU."""
+
+
+def lightning_indexer_loss(
+    selection: TokenSelection, q: Tensor, k: Tensor, *, scale: float | None = None, softcap: float = 0.0
+) -> Tensor:
+    """How far the indexer's scores are from what attention does with the tokens that it picked.
+
+    ::
+
+        target[t] = mean over the heads of softmax(scale · q[t, h]·k[s])          over the picks s of query t
+        loss      = mean over the queries of KL(target[t] ‖ softmax(scores[t]))
+
+    The target is without gradient: the loss trains the indexer alone, and whoever wants it to stop there gives the
+    indexer detached inputs.  Queries without a pick do not count; without any the loss is 0.
+
+    Args:
+        selection: what ``lightning_indexer`` returned, its scores with their graph.
+        q: [B, T, H, D], the queries of the attention over the picks.
+        k: [B, S, K, D], its keys.
+        scale: factor of the attention's scores; ``D ** -0.5`` by default.
+        softcap: bound of the attention's scores; 0 is off.
+
+    Returns:
+        A scalar, float32 (float64 for float64).  Memory is O(T · topk), beside a chunk of fetched keys.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule.
+
+    Source: the sparse training stage of DeepSeek-V3.2 (DeepSeek-AI, 2025).
+
+    >>> import torch, kernel_index as ki
+    >>> q_idx, k_idx = torch.ones(1, 3, 1, 2), torch.zeros(1, 3, 2)
+    >>> picked = ki.lightning_indexer(q_idx, k_idx, torch.ones(1, 3, 1), topk=2)
+    >>> ki.lightning_indexer_loss(picked, torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, 2, 8))
+    tensor(0.)
+    """
+    _check(selection, q, k, scale, softcap)
+    with torch.no_grad():
+        target = attention_shares(selection, q.detach(), k.detach(), scale_of(q, scale), softcap)
+    scores = torch.where(selection.valid, selection.scores, -torch.inf)
+    some = selection.valid.any(-1, keepdim=True)
+    log_shares = torch.where(some, scores, 0.0).log_softmax(-1)  # a row of −∞ would be NaN, and so its gradient
+    divergence = target * (target.clamp(min=torch.finfo(target.dtype).tiny).log() - log_shares)
+    rows = torch.where(selection.valid & (target > 0), divergence, 0.0).sum(-1)
+    return rows.sum() / some.sum().clamp(min=1)
+
+
+def attention_shares(selection: TokenSelection, q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    """What share of attention each pick gets on average over the heads, [B, T, topk]; 0 where there is no pick."""
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    shares = torch.zeros(selection.indices.shape, dtype=dtype, device=q.device)
+    if keys == 0:
+        return shares
+    # A pick of a key head is a row of its own, so that the products need no other order.
+    vectors = k.reshape(batch * keys * kv_heads, width)
+    first = torch.arange(batch, device=q.device)[:, None, None] * keys
+    head = torch.arange(kv_heads, device=q.device)[:, None]
+    at_once = ELEMENTS if q.device.type == "cpu" else 16 * ELEMENTS
+    step = max(1, at_once // max(1, batch * selection.indices.shape[2] * kv_heads * width))
+    for t in range(0, queries, step):
+        at = slice(t, t + step)
+        valid = selection.valid[:, at, None, None]
+        row = ((selection.indices[:, at].long().clamp(min=0) + first) * kv_heads).unsqueeze(2) + head
+        fetched = vectors.index_select(0, row.flatten()).view(*row.shape, width).to(dtype)
+        own = q[:, at].to(dtype).unflatten(2, (kv_heads, heads // kv_heads))
+        z = own @ fetched.transpose(-1, -2) * scale
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        z = z.masked_fill(~valid, -torch.inf).masked_fill(~valid.any(-1, keepdim=True), 0.0)
+        shares[:, at] = z.softmax(-1).masked_fill(~valid, 0.0).mean((2, 3))
+    return shares
+
+
+def _check(selection: TokenSelection, q: Tensor, k: Tensor, scale: float | None, softcap: float) -> None:
+    if not isinstance(selection, TokenSelection):
+        raise TypeError(f"selection must be a TokenSelection, got {type(selection).__name__}")
+    for name, value, legend in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]")):
+        checks.is_floating(name, value)
+        checks.has_rank(name, value, 4, legend)
+        checks.on_device(name, value, q, "q")
+    (batch, queries, heads, width), (keys, kv_heads) = q.shape, k.shape[1:3]
+    checks.has_dtype("k", k, q.dtype, "like q")
+    checks.has_shape("k", k, (batch, keys, kv_heads, width), "[B, S, K, D] with q's B and D,")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"q must be of a multiple of k's {kv_heads} heads, got {heads}")
+    topk = selection.indices.shape[-1]
+    checks.has_shape("selection.scores", selection.scores, (batch, queries, topk), "[B, T, topk] with q's B and T,")
+    if not torch.compiler.is_compiling() and selection.indices.device.type == "cpu" and topk > 0:
+        # Read where nothing waits for it; on a device PyTorch's own gather stops at a key that is not there.
+        picked = selection.indices.masked_fill(~selection.valid, -1)
+        if picked.numel() and int(picked.max()) >= keys:
+            raise ValueError(f"selection.indices must be below k's {keys} keys, got {int(picked.max())}")
+    if scale is not None:
+        checks.is_real("scale", scale)
+    checks.is_real("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be at least 0 (0 is off), got {softcap}")

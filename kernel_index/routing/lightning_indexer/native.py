@@ -1,0 +1,39 @@
+"""The indexer's choice on a CPU in C++: scores of a tile of keys stay in a core's cache until they were compared.
+
+Up to 16 queries go by plain dots instead, a slice of the keys for each thread, and keep one row of scores each.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import native
+from kernel_index.masks.attention_arguments import host_plan_why_not
+
+SOURCE = Path(__file__).with_name("indexer.cpp")
+
+ONE_THREAD = 1 << 20
+"""Up to this many multiplications one thread is done before a second one has begun."""
+
+
+def native_why_not(q: Tensor, k: Tensor, weights: Tensor) -> str | None:
+    """Why the native indexer does not serve this call, or None; a rule reads metadata only."""
+    if (rule := host_plan_why_not(q) or native.why_not(q, k, weights)) is not None:
+        return rule
+    return "nothing to score" if q.numel() == 0 or k.numel() == 0 else None
+
+
+def native_topk(q: Tensor, k: Tensor, weights: Tensor, start: Tensor, end: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Indices int64 and scores float32 [B, T, topk], best first; ``start`` and ``end`` int32 [B or 1, T]."""
+    (batch, queries, heads, width), keys = q.shape, k.shape[1]
+    q, k, weights = (x.to(torch.float32).contiguous() for x in (q, k, weights))
+    start, end = start.contiguous(), end.contiguous()
+    indices, scores = (
+        q.new_empty(batch, queries, topk, dtype=torch.int64),
+        q.new_empty(batch, queries, topk, dtype=torch.float32),
+    )
+    threads = torch.get_num_threads() if q.numel() * keys > ONE_THREAD else 1
+    sizes = (batch, queries, keys, heads, width, topk, start.shape[0], threads)
+    native.call(SOURCE, "index_keys", sizes, (), start, end, q, k, weights, indices, scores)
+    return indices, scores

@@ -1,0 +1,117 @@
+"""What is handed to flash-attn-4 and to varlen_attn, which need CUDA: the reference plays their contracts."""
+
+import itertools
+import sys
+import types
+
+import torch
+from hypothesis import assume, given, settings
+
+import kernel_index as ki
+from kernel_index.core.target import Target, pretend
+from kernel_index.core.testing import Maker
+from kernel_index.kernels.attention.dense_attention import contract
+from kernel_index.kernels.attention.dense_attention.cases import qkv
+from kernel_index.kernels.attention.dense_attention.contract import _packing_rule
+from kernel_index.kernels.attention.dense_attention.fa4 import attention_with_lse_fa4
+from kernel_index.kernels.attention.dense_attention.varlen import attention_varlen
+from tests.masks.contracts import calls
+
+MANY = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, return_lse):
+    """Bottom-right, None for no window; a -1 is a length of its own, as in the package."""
+    assert return_lse
+    assert all(side is None or side >= 0 for side in window_size)
+    mask = ki.MaskContract(causal, window_size)
+    return ki.attention_with_lse(q, k, v, mask, scale=softmax_scale, softcap=softcap, backend="reference")
+
+
+def by_sequence(attend, q, k, v, cu_q, cu_k):
+    assert len(cu_q) > 1, "a kernel is not asked for nothing"
+    outs = []
+    for (a, b), (c, d) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
+        out, lse = attend(q[None, a:b], k[None, c:d], v[None, c:d])
+        outs.append((out[0], lse[0]))
+    return torch.cat([o for o, _ in outs]), torch.cat([x for _, x in outs], 1)
+
+
+def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **how):
+    assert (max_seqlen_q, max_seqlen_k) == tuple(max([0, *c.diff().tolist()]) for c in (cu_seqlens_q, cu_seqlens_k))
+    return by_sequence(lambda *x: flash_attn_func(*x, **how), q, k, v, cu_seqlens_q, cu_seqlens_k)
+
+
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    mask = ki.MaskContract(False, window_size)
+
+    def attend(*x):
+        return ki.attention_with_lse(*x, mask, scale=scale, backend="reference")
+
+    return by_sequence(attend, q, k, v, cu_q, cu_k)[0]
+
+
+def drawn(call):
+    """A drawn contract that packed lengths can express, and its inputs."""
+    mask, rows, queries, keys = call
+    inputs = qkv(Maker(torch.float64, seed=queries), rows, queries, keys, 4, 2, 4)
+    assume(_packing_rule(inputs["q"], inputs["k"], mask) is None)
+    return mask, inputs
+
+
+def compare(actual, expected, leaves):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    torch.manual_seed(3)
+    up = torch.randn_like(expected)
+    for a, e in zip(*(torch.autograd.grad(o, leaves, up) for o in (actual, expected)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+def test_fa4_is_told_what_the_contract_says(monkeypatch):
+    cute = types.ModuleType("flash_attn.cute")
+    cute.flash_attn_func, cute.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+
+    @MANY
+    @given(calls(max_rows=2))
+    def check(call):
+        mask, inputs = drawn(call)
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        out, lse = attention_with_lse_fa4(*leaves, mask, None, 2.0, None)
+        expected = ki.attention_with_lse(*leaves, mask, softcap=2.0, backend="reference")
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        torch.testing.assert_close(lse, expected.lse, check_dtype=False)
+        compare(out, expected.out, leaves)
+
+    check()
+
+
+def test_varlen_is_told_what_the_contract_says(monkeypatch):
+    import torch.nn.attention.varlen as module
+
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+
+    @MANY
+    @given(calls(max_rows=2))
+    def check(call):
+        mask, inputs = drawn(call)
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        actual = attention_varlen(*leaves, mask, 0.3, 0.0, None)
+        compare(actual, ki.attention(*leaves, mask, scale=0.3, backend="reference"), leaves)
+
+    check()
+
+
+def test_fa4_is_not_asked_for_gradients_of_packed_documents(monkeypatch):
+    """On an H100 its backward over packed sequences was wrong; outputs were right, and so were dense gradients."""
+    monkeypatch.setattr(contract, "has_package", lambda name: True)
+    q, k, v = (torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+    packed = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
+    with pretend(Target("cuda", 90)):
+        assert contract.fa4_why_not(q, k, v, packed, None, 0.0, None) == contract.PACKED_BACKWARD
+        with torch.no_grad():
+            assert contract.fa4_why_not(q, k, v, packed, None, 0.0, None) != contract.PACKED_BACKWARD
+        assert contract.fa4_why_not(q, k, v, ki.MaskContract(), None, 0.0, None) is None

@@ -1,0 +1,147 @@
+"""The router in one launch, interpreted: the picks of ``top_blocks`` to the last index."""
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.core.triton import launch
+from kernel_index.proofs.traffic import counted
+from kernel_index.routing.block_router.native import native_top_blocks, native_why_not
+from kernel_index.routing.block_router.router import scored
+from kernel_index.routing.block_router.torch_op import fused_top_blocks, fused_why_not
+from kernel_index.routing.legal_blocks import block_means, legal_blocks, num_blocks, top_blocks
+
+interpreted = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
+
+CALLS = {  # (B, T, S, H, G, K, D, block, topk), mask
+    "picks of a key head": ((2, 50, 50, 4, 2, 2, 8, 2, 3), ki.MaskContract()),
+    "picks of each head, T < S, as many as are kept": ((1, 30, 70, 4, 4, 2, 7, 2, 8), ki.MaskContract()),
+    "queries in front of the keys": ((1, 40, 24, 6, 2, 1, 8, 2, 5), ki.MaskContract()),
+    "documents in a window": (
+        (2, 64, 64, 2, 1, 1, 16, 1, 6),
+        ki.MaskContract(window=(13, 0), doc_ids=torch.arange(64) // 23),
+    ),
+    "one block each": ((1, 20, 20, 2, 1, 1, 8, 4, 1), ki.MaskContract()),
+}
+
+
+def draw(sizes, mask, dtype=torch.float32):
+    b, t, s, h, _, k, d, block, _ = sizes
+    generator = torch.Generator().manual_seed(0)
+    q, key = (torch.randn(b, n, heads, d, generator=generator).to(dtype) for n, heads in ((t, h), (s, k)))
+    return q, block_means(key, block, mask), legal_blocks(mask, mask.sizes(b, t, s, q.device), block)
+
+
+@interpreted
+@pytest.mark.parametrize("name", CALLS)
+def test_picks_are_those_of_top_blocks(name):
+    sizes, mask = CALLS[name]
+    q, means, legal = draw(sizes, mask)
+    groups, topk = sizes[4], sizes[8]
+    expected = top_blocks(scored(q, means, groups), legal, topk)
+    actual = fused_top_blocks(q, means, legal, topk, groups)
+    assert torch.equal(actual.indices, expected.indices)
+    assert torch.equal(actual.valid, expected.valid)
+    assert expected.valid.any()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
+def test_native_picks_are_those_of_top_blocks(name, special):
+    """Also where scores are equal or not numbers: of 0 only the sign differs between some of them."""
+    sizes, mask = CALLS[name]
+    q, means, legal = draw(sizes, mask)
+    q[:, ::3], means[:, ::4, :, 0] = -0.0, special
+    groups, topk = sizes[4], sizes[8]
+    expected = top_blocks(scored(q, means, groups), legal, topk)
+    actual = native_top_blocks(q, means, legal, topk, groups)
+    assert torch.equal(actual.indices, expected.indices)
+    assert torch.equal(actual.valid, expected.valid)
+
+
+@pytest.mark.parametrize("kind", ["clustered", "moba", "moba by key head"])
+def test_a_future_token_changes_no_pick_output_or_gradient_of_the_native_kernels(kind):
+    """Long enough for the native router and core to be what ``auto`` takes."""
+
+    def attend(q, k, v):
+        if kind == "clustered":
+            return ki.clustered_sparse_attention(q, k, v, config=ki.ClusteredSparseConfig(block_size=8, topk=4))
+        per = "kv_group" if kind.endswith("key head") else "query_head"
+        return ki.moba_attention(q, k, v, block_size=8, topk=4, route_per=per)
+
+    g, cut = torch.Generator().manual_seed(0), 700
+    before = [torch.randn(1, 1024, heads, 16, generator=g) for heads in (4, 2, 2)]
+    after = [torch.cat([x[:, :cut], 100 * torch.randn(1, 1024 - cut, *x.shape[2:], generator=g)], 1) for x in before]
+    results = []
+    for tensors in (before, after):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        with ki.receipts() as log:
+            out = attend(*leaves)
+        assert log[0].ran == "native"
+        results.append([out[:, :cut], *(x[:, :cut] for x in torch.autograd.grad(out[:, :cut].square().sum(), leaves))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_native_picks_over_several_steps_of_blocks():
+    sizes, mask = (2, 200, 1400, 4, 4, 2, 16, 4, 9), ki.MaskContract(window=(1100, 0))
+    q, means, legal = draw(sizes, mask)
+    assert native_why_not(q, means.shape[1], 4) is None
+    assert torch.equal(
+        native_top_blocks(q, means, legal, 9, 4).indices, top_blocks(scored(q, means, 4), legal, 9).indices
+    )
+
+
+@interpreted
+def test_among_equal_scores_the_smallest_index_wins():
+    """Queries of zeros tie everywhere, also with −0.0; steps of 16 blocks are joined in this order, too."""
+    sizes, mask = (1, 40, 40, 2, 2, 1, 8, 1, 4), ki.MaskContract()
+    q, means, legal = draw(sizes, mask)
+    q[:, :, 0] = 0.0
+    q[:, 20:, 0] = -0.0
+    q[:, ::2, 1] = 0.0
+    actual = fused_top_blocks(q, means, legal, 4, 2)
+    assert torch.equal(actual.indices, top_blocks(scored(q, means, 2), legal, 4).indices)
+    assert actual.indices[0, 30, 0].tolist() == [0, 1, 2, 30]
+
+
+@interpreted
+def test_scores_are_never_stored():
+    sizes, mask = (1, 64, 64, 2, 1, 1, 16, 1, 4), ki.MaskContract()
+    q, means, legal = draw(sizes, mask, torch.bfloat16)
+    with counted() as traffic:
+        picks = fused_top_blocks(q, means, legal, 4, 1)
+    (launch,) = (c for c in traffic.counts if c.is_launch)
+    every = sum(x.numel() * x.element_size() for x in (q, means, *legal, picks.indices))
+    assert launch.sectors <= every
+    assert launch.atomics == 0
+
+
+def test_who_may_not():
+    q = torch.zeros(1, 4, 2, 8)
+    assert fused_why_not(q, 65) == "keeps at most 64 blocks of a query"
+    assert fused_why_not(torch.zeros(1, 4, 2, 129), 4) == "needs head sizes of at most 128"
+    assert fused_why_not(q, 4) is not None, "on a CPU routers take the plain formula, which is faster there"
+
+
+@interpreted
+def test_the_routers_pick_the_same_through_it(monkeypatch):
+    """What a GPU takes: the same picks for clustered and MoBA attention as by the plain formulas."""
+    from kernel_index.kernels.sparse.clustered_sparse_three_phase import scoring
+    from kernel_index.routing.block_router import router
+
+    q, k = torch.randn(1, 40, 4, 8), torch.randn(1, 40, 2, 8)
+    config = ki.ClusteredSparseConfig(block_size=4, topk=3)
+    mask = ki.MaskContract()
+    assert num_blocks(40, 4) > config.topk
+
+    def picks():
+        return ki.clustered_route(q, k, config=config, mask=mask), router.route(q, k, 4, 3, mask, 4)
+
+    expected, taken = picks(), []
+    for module in (scoring, router):
+        monkeypatch.setattr(module, "fused_why_not", lambda q, topk: taken.append(topk))
+    actual = picks()
+    assert taken == [3, 3]
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.indices, e.indices)
+        assert torch.equal(a.valid, e.valid)

@@ -1,0 +1,185 @@
+"""The indexer: exact and streamed, ties by index, nothing of the future, record and replay, its loss."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernel_index as ki
+from kernel_index.routing.lightning_indexer import chunked
+
+MASKS = {
+    "causal": ki.MaskContract(),
+    "documents": ki.MaskContract(window=(30, 0), doc_ids=torch.tensor([[0] * 40 + [1] * 57 + [-1] * 3, [5] * 100])),
+    "prefix": ki.MaskContract(validity=ki.attention_validity(valid_token_counts=[60, 0])),
+    "not causal": ki.MaskContract(causal=False),
+}
+
+
+def whole_numbers(length=100, heads=3, width=4, seed=0):
+    """Small integers: every score is exact in float32 and most of them are tied."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randint(-2, 3, shape, generator=generator).float()
+
+    return draw(2, length, heads, width), draw(2, length, width), draw(2, length, heads)
+
+
+def by_python(q, k, w, topk, mask):
+    scores = torch.einsum("btjs,btj->bts", torch.einsum("btjd,bsd->btjs", q, k).relu(), w)
+    allowed = mask.dense(q.shape[0], q.shape[1], k.shape[1])[:, 0]
+    out = torch.full((*scores.shape[:2], topk), -1)
+    for b in range(scores.shape[0]):
+        for t in range(scores.shape[1]):
+            seen = allowed[b, t].nonzero()[:, 0].tolist()
+            best = sorted(seen, key=lambda s, own=scores[b, t]: (-float(own[s]), s))[:topk]
+            out[b, t, : len(best)] = torch.tensor(best, dtype=torch.int64)
+    return out, scores
+
+
+@pytest.mark.parametrize("tile", [256, 10**9])
+@pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch):
+    monkeypatch.setattr(chunked, "ELEMENTS", tile)
+    if backend == "chunked":
+        monkeypatch.setattr(chunked, "native_why_not", lambda *_: "off")
+    backend = "chunked" if backend == "native" else backend  # which it is part of
+    q, k, w = whole_numbers(300 if mask.doc_ids is None and mask.validity is None else 100)
+    picked = ki.lightning_indexer(q, k, w, topk=7, mask=mask, backend=backend)
+    expected, scores = by_python(q, k, w, 7, mask)
+    assert torch.equal(picked.indices, expected)
+    assert torch.equal(picked.valid, expected >= 0)
+    at = scores.gather(2, expected.clamp(min=0)).masked_fill(expected < 0, -torch.inf)
+    assert torch.equal(picked.scores, at)
+    assert (picked.indices.dtype, picked.scores.dtype) == (torch.int64, torch.float32)
+
+
+class Largest(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_no_tensor_of_all_scores_is_ever_made(monkeypatch):
+    monkeypatch.setattr(chunked, "ELEMENTS", 1 << 14)
+    q, k, w = whole_numbers(1024, heads=1)
+    start, end = ki.MaskContract().intervals(2, 1024)
+    with Largest() as largest:
+        chunked._run_topk(q, k, w, start, end, 8, 0, -1, 0)
+    assert largest.elements <= 2 * chunked.CHUNK * (256 + 8)
+    assert largest.elements < 1024 * 1024 // 16
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_nothing_hidden_chooses(mask, native, monkeypatch):
+    """What query t may not see changes neither its picks nor their scores, to the bit."""
+    if not native:
+        monkeypatch.setattr(chunked, "native_why_not", lambda *_: "off")
+    generator = torch.Generator().manual_seed(3)
+    q, k, w = (torch.randn(2, 100, *n, generator=generator) for n in ((3, 8), (8,), (3,)))
+    allowed = mask.dense(2, 100)[:, 0]
+    before = ki.lightning_indexer(q, k, w, topk=6, mask=mask)
+    for t in (0, 17, 63, 64, 99):
+        changed = torch.where(allowed[:, t, :, None], k, 1e4)
+        after = ki.lightning_indexer(q, changed, w, topk=6, mask=mask)
+        assert torch.equal(after.indices[:, t], before.indices[:, t])
+        assert torch.equal(after.scores[:, t], before.scores[:, t])
+
+
+def test_a_recorded_selection_is_replayed():
+    q, k, w = whole_numbers()
+    record = ki.lightning_indexer(q, k, w, topk=5)
+    others = whole_numbers(seed=1)
+    for backend in ("chunked", "reference"):
+        replayed = ki.lightning_indexer(*others, topk=5, replay=record, backend=backend)
+        assert torch.equal(replayed.indices, record.indices)
+        scores = by_python(*others, 5, ki.MaskContract())[1]
+        expected = scores.gather(2, record.indices.clamp(min=0)).masked_fill(~record.valid, -torch.inf)
+        assert torch.equal(replayed.scores, expected)
+        narrow = ki.lightning_indexer(
+            *others, topk=5, replay=record, mask=ki.MaskContract(window=(10, 0)), backend=backend
+        )
+        position = torch.arange(100)[:, None]
+        kept = record.valid & (record.indices >= position - 10)
+        assert torch.equal(narrow.indices, torch.where(kept, record.indices, -1))
+        assert torch.equal(narrow.valid, kept)
+
+
+def test_the_loss_is_the_divergence_from_what_attention_does(monkeypatch):
+    """Against the formula over all keys, gradient included; the attention's own tensors get none."""
+    from kernel_index.kernels.attention.exact_token_sparse import loss as module
+
+    monkeypatch.setattr(module, "ELEMENTS", 2 * 4 * 2 * 8 * 7)  # chunks of 7 queries
+    generator = torch.Generator().manual_seed(5)
+    mask = ki.MaskContract(doc_ids=torch.tensor([[0] * 9 + [1] * 14 + [-1] * 2, [3] * 25]))
+    q_idx, k_idx, w, q, k = (
+        torch.randn(2, 25, *n, generator=generator, dtype=torch.float64).requires_grad_()
+        for n in ((3, 5), (5,), (3,), (4, 8), (2, 8))
+    )
+    picked = ki.lightning_indexer(q_idx, k_idx, w, topk=4, mask=mask)
+    loss = ki.lightning_indexer_loss(picked, q, k, softcap=3.0)
+    allowed = torch.zeros(2, 25, 25, dtype=torch.bool)
+    for b, t, n in picked.valid.nonzero().tolist():
+        allowed[b, t, picked.indices[b, t, n]] = True
+    z = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) * 8**-0.5
+    z = (3 * (z / 3).tanh()).masked_fill(~allowed[:, None], -torch.inf)
+    target = z.softmax(-1).mean(1).detach()
+    index = torch.einsum("btjs,btj->bts", torch.einsum("btjd,bsd->btjs", q_idx, k_idx).relu(), w)
+    index = index.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    rows = [(b, t) for b in range(2) for t in range(25) if allowed[b, t].any()]
+    terms = [(target[r] * (target[r].log() - index[r]))[allowed[r]].sum() for r in rows]
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(loss, expected)
+    leaves = (q_idx, k_idx, w)
+    for a, e in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a, e)
+    assert torch.autograd.grad(
+        ki.lightning_indexer_loss(ki.lightning_indexer(q_idx, k_idx, w, topk=4), q, k), (q, k), allow_unused=True
+    ) == (None, None)
+
+
+def test_training_the_indexer_lowers_its_loss():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 48, n, 8, generator=generator) for n in (4, 2))
+    q_idx, k_idx = (torch.randn(1, 48, *n, generator=generator).requires_grad_() for n in ((4, 8), (8,)))
+    w = torch.rand(1, 48, 4, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([q_idx, k_idx, w], lr=0.05)
+    losses = []
+    for _ in range(40):
+        loss = ki.lightning_indexer_loss(ki.lightning_indexer(q_idx, k_idx, w, topk=12), q, k)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+REFUSALS = {
+    "q_idx must be [B, T, J, D], got shape (2, 100, 4)": {"q_idx": torch.ones(2, 100, 4)},
+    "k_idx must be [B, S, D] with q_idx's B and D, (2, 100, 4), got shape (2, 100, 5)": {
+        "k_idx": torch.ones(2, 100, 5)
+    },
+    "weights must be [B, T, J] like q_idx, (2, 100, 3), got shape (2, 100, 2)": {"weights": torch.ones(2, 100, 2)},
+    "weights must be torch.float32 like q_idx, or float32 beside less, got torch.float64": {
+        "weights": torch.ones(2, 100, 3).double()
+    },
+    "topk must be at least 1, got 0": {"topk": 0},
+    "topk must be an integer, got float": {"topk": 4.0},
+    "mask must be a MaskContract, got Tensor": {"mask": torch.ones(3)},
+    "replay must be a TokenSelection, got tuple": {"replay": (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refusals(message):
+    good = dict(zip(("q_idx", "k_idx", "weights"), whole_numbers(), strict=True)) | {"topk": 4}
+    with pytest.raises((TypeError, ValueError)) as error:
+        ki.lightning_indexer(**(good | REFUSALS[message]))
+    assert str(error.value) == message
