@@ -1,7 +1,7 @@
 """The one autograd Function of attention: ``(out, lse)`` from q, k, v and a sink, by the two passes of a backend.
 
-What stands around the passes is the same for every attention: an unused output costs nothing, the other arguments have
-no gradient, and a second differentiation is refused by name.
+The Function does what is the same for every attention: an unused output costs nothing, the other arguments have no
+gradient, and a second differentiation is refused by name.
 """
 
 from collections.abc import Callable, Sequence

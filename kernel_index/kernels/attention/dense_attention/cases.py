@@ -14,7 +14,7 @@ from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
 def qkv(m: Maker, b: int, t: int, s: int, h: int, k: int, d: int, dv: int | None = None) -> dict[str, Any]:
-    """Scores grow with the square root of the maker's scale: beyond a few tens softmax only picks the largest."""
+    """Scores grow with the square root of the maker's scale: beyond a few tens softmax only selects the largest."""
     k_BSKD = m.normal(b, s, k, d, scale=m.scale**-0.5)
     return {"q": m.normal(b, t, h, d), "k": k_BSKD, "v": m.normal(b, s, k, dv or d)}
 
@@ -47,7 +47,7 @@ CASES = (
     Case("more_queries", "T > S: the first queries have no key", lambda m: qkv(m, 2, 12, 9, 4, 1, 8)),
     Case(
         "cross",
-        "not causal, T ≠ S, values of a size of their own, odd sizes",
+        "not causal, T ≠ S, values of another size, odd sizes",
         lambda m: {**qkv(m, 3, 5, 9, 6, 3, 7, 5), "mask": MaskContract(causal=False)},
     ),
     Case(
@@ -60,7 +60,7 @@ CASES = (
     Case("no_queries", "no query", lambda m: qkv(m, 2, 0, 5, 2, 1, 8)),
     Case("no_keys", "no key: every row is empty", lambda m: {**qkv(m, 2, 3, 0, 2, 1, 8), "mask": MaskContract(False)}),
     Case("transposed", "heads before tokens in memory", _transposed),
-    Case("expanded", "one key head shown as four, keys and values the same tensor", _expanded),
+    Case("expanded", "one KV head expanded to four, keys and values the same tensor", _expanded),
 )
 
 

@@ -66,7 +66,7 @@ def _backward(plan: _Plan, given: Backward) -> Gradients:
     for rectangle in rectangles:
         b, t, s = rectangle[:3]
         tiles = q[b, t], k[b, s], v[b, s]
-        if by_kernel:  # which makes its own δ
+        if by_kernel:  # it computes δ itself
             up, *heads, result = _heads_first(d_out[b, t], *tiles, out[b, t])
             causal, bias = rectangle.kind == "causal", _bias(rectangle, plan.bounds, q)
             found = _flash_backward(up, *heads, result, lse[b, :, t], 0.0, causal, **bias, scale=plan.scale)
@@ -110,7 +110,7 @@ def _allowed(rectangle: Rectangle, bounds: Intervals) -> Tensor | None:
 
 
 def _bias(rectangle: Rectangle, bounds: Intervals, q: Tensor) -> dict[str, Tensor]:
-    """The kernel's additive mask; none where its own flag says it all."""
+    """The kernel's additive mask; none where a flag of the kernel suffices."""
     if rectangle.kind != "masked":
         return {}
     allowed = allowed_within(bounds, rectangle)[:, None]

@@ -72,7 +72,7 @@ def _row_rectangles(start: Tensor, end: Tensor, whole: bool) -> list[Rectangle]:
 
 
 def _runs(start: Tensor, end: Tensor) -> list[tuple[int, int]]:
-    """Maximal runs of queries that have keys, cut where a query shares none with the one before: between documents."""
+    """Maximal runs of queries that have keys; a new run begins where a query shares no key with the one before."""
     if start.shape[0] == 0:
         return []
     some = end > start

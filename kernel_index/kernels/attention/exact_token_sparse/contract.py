@@ -90,7 +90,7 @@ def check_indices(name: str, indices: Any, like: Tensor) -> None:
 
 
 def check_places(name: str, indices: Tensor, valid: Tensor | None, keys: int) -> None:
-    """Values are looked at on the host alone; on a device a place outside is no pick."""
+    """Values are read on the host alone; on a device an index out of range selects nothing."""
     if (
         indices.numel() == 0
         or not rules.host_readable(indices)

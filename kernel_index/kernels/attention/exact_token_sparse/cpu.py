@@ -48,7 +48,7 @@ def stages(
     """The chunks with at least one selected token, in a fixed order."""
     batch, queries, heads, _ = q.shape
     kv_heads, shared = k.shape[2], indices.shape[2]
-    own, served = heads // shared, kv_heads // shared  # heads of a selection
+    q_heads, served = heads // shared, kv_heads // shared  # heads of a selection
     step = max(1, min(CHUNK, GIANT // max(1, indices.shape[3])))
     low, high = start.tolist(), end.tolist()
     for b in range(batch):
@@ -68,20 +68,20 @@ def stages(
                     continue
                 kv = slice(p * served, (p + 1) * served)
                 staged = gather_eager(k[b, :, kv], v[b, :, kv], rows)
-                yield Stage(b, t, slice(p * own, (p + 1) * own), kv, rows, bias, ~is_selected.any(1), *staged)
+                yield Stage(b, t, slice(p * q_heads, (p + 1) * q_heads), kv, rows, bias, ~is_selected.any(1), *staged)
 
 
 def _union(indices: Tensor, is_selected: Tensor, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The keys in ``first … last − 1`` that some query selected, and the bias; costs O(entries + keys)."""
     nothing = last - first  # one column more, for entries that select nothing
-    place = torch.where(is_selected, indices.long() - first, nothing)
-    picked = place.new_zeros(nothing + 1, dtype=torch.bool).index_fill_(0, place.flatten(), True)
-    picked[nothing] = False
-    union = picked.nonzero()[:, 0]
-    column = place.new_full((nothing + 1,), union.shape[0])
-    column[union] = torch.arange(union.shape[0], device=place.device)
-    bias = place.new_full((place.shape[0], union.shape[0] + 1), -torch.inf, dtype=dtype)
-    return union + first, bias.scatter_(1, column[place], 0.0)[:, :-1]
+    key = torch.where(is_selected, indices.long() - first, nothing)
+    member = key.new_zeros(nothing + 1, dtype=torch.bool).index_fill_(0, key.flatten(), True)
+    member[nothing] = False
+    union = member.nonzero()[:, 0]
+    column = key.new_full((nothing + 1,), union.shape[0])
+    column[union] = torch.arange(union.shape[0], device=key.device)
+    bias = key.new_full((key.shape[0], union.shape[0] + 1), -torch.inf, dtype=dtype)
+    return union + first, bias.scatter_(1, column[key], 0.0)[:, :-1]
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -134,13 +134,13 @@ def _run_backward(
     for s in stages(q, k, v, indices, valid, start, end):
         q_part, up, result, of_part = q[s.b, s.t, s.h], d_out[s.b, s.t, s.h], out[s.b, s.t, s.h], lse[s.b, s.h, s.t]
         if kernel_takes:
-            # One head of many rows takes half the time of many heads that share their keys, which forward does not.
+            # One head of many rows takes half the time of many heads with the same keys; in forward it does not.
             heads, group = s.k.shape[1], q_part.shape[1] // s.k.shape[1]
-            up, own, result = (_as_rows(x, heads) for x in (up, q_part, result))
+            up, rows, result = (_as_rows(x, heads) for x in (up, q_part, result))
             staged = _heads_first(s.k, s.v)
             bias = s.bias.repeat(group, 1)[None, None]
             of_rows = of_part.reshape(1, heads, -1)
-            grads = _flash_backward(up, own, *staged, result, of_rows, 0.0, False, attn_mask=bias, scale=scale)
+            grads = _flash_backward(up, rows, *staged, result, of_rows, 0.0, False, attn_mask=bias, scale=scale)
             d_rows = [g[0].transpose(0, 1) for g in grads]
             d_rows[0] = grads[0][0].unflatten(1, (group, q_part.shape[0])).permute(2, 0, 1, 3).flatten(1, 2)
         else:

@@ -42,9 +42,9 @@ def _selected(indices_BTPn: Tensor, valid_BTPn: Tensor | None, keys: int) -> Ten
     is_selected = (indices_BTPn >= 0) & (indices_BTPn < keys)
     if valid_BTPn is not None:
         is_selected = is_selected & valid_BTPn
-    place = torch.where(is_selected, indices_BTPn.long(), keys)  # one column more, for entries that select nothing
-    member = torch.zeros(*place.shape[:3], keys + 1, dtype=torch.bool, device=place.device)
-    return member.scatter(3, place, True)[..., :keys].transpose(1, 2)
+    column = torch.where(is_selected, indices_BTPn.long(), keys)  # one column more, for entries that select nothing
+    member = torch.zeros(*column.shape[:3], keys + 1, dtype=torch.bool, device=column.device)
+    return member.scatter(3, column, True)[..., :keys].transpose(1, 2)
 
 
 def _attend(q_BKGTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed_BPTS: Tensor, softcap: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""SortedTokens in the order in which kernels want them: sorted for each query, and turned round for each key."""
+"""A selection in the orders of the kernels: sorted for each query, and inverted (the queries of each key)."""
 
 from typing import NamedTuple
 
@@ -31,10 +31,10 @@ def sort_selected(indices: Tensor, valid: Tensor | None, start: Tensor, end: Ten
     legal = (indices >= start[..., None, None]) & (indices < end[..., None, None])
     if valid is not None:
         legal = legal & valid
-    places = torch.where(legal, indices, keys).to(torch.int32).sort(-1).values
-    counts = (places < keys).sum(-1, dtype=torch.int32)
-    again = torch.nn.functional.pad(places[..., 1:] == places[..., :-1], (1, 0))
-    return SortedTokens(torch.where(again | (places == keys), -1, places).contiguous(), counts.contiguous())
+    ordered = torch.where(legal, indices, keys).to(torch.int32).sort(-1).values
+    counts = (ordered < keys).sum(-1, dtype=torch.int32)
+    again = torch.nn.functional.pad(ordered[..., 1:] == ordered[..., :-1], (1, 0))
+    return SortedTokens(torch.where(again | (ordered == keys), -1, ordered).contiguous(), counts.contiguous())
 
 
 def inverse_selection(indices: Tensor, keys: int) -> InverseSelection:

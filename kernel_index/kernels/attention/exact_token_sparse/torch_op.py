@@ -21,7 +21,7 @@ def _allocate(q, k, v, indices, valid, start, end, scale, softcap):
 
 
 def _launch(q, k, v, indices, valid, start, end, scale, softcap):
-    """The sort is inside the op: compiled, it would be many small kernels around PyTorch's own."""
+    """The sort is inside the op: compiled outside, it would be many small kernels."""
     from kernel_index.kernels.attention.exact_token_sparse import triton
 
     outputs = _allocate(q, k, v, indices, valid, start, end, scale, softcap)[:2]

@@ -163,11 +163,11 @@ def _shifts(products: _Products, stop: int) -> Tensor:
 def _sums(products: _Products, v: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of exponentials and of weighted values, each exponential shifted."""
     weighted = v.new_zeros(*products.q.shape[:2], v.shape[-1], dtype=products.wide)
-    own = products.of_selected(shift, torch.inf)
-    parts = torch.empty_like(own)
+    shifts = products.of_selected(shift, torch.inf)
+    parts = torch.empty_like(shifts)
     for step in products.steps(products.tiles.rows.shape[0]):
         z = products.scores(products.gather(products.q, step), products.k.index_select(0, step.block))
-        p, parts[step.at] = products.run(_weights_region, z, own[step.at], step.low, step.high)
+        p, parts[step.at] = products.run(_weights_region, z, shifts[step.at], step.low, step.high)
         values = torch.bmm(p.view(step.block.shape[0], -1, products.block_size), v.index_select(0, step.block))
         weighted.index_add_(0, step.rows, values.view(-1, products.heads, v.shape[-1]).to(products.wide))
     return weighted, torch.zeros_like(shift).index_add_(0, products.tiles.rows.flatten(), parts)

@@ -34,7 +34,7 @@ def inverse_tiles(
     selected: Tensor, selected_valid: Tensor | None, bounds: Intervals, sizes: Sizes, heads: tuple[int, int], size: int
 ) -> InverseTiles:
     """Tiles of a selection [B, T, G, n]; ``heads`` are the KV heads and the query heads, ``size`` the block's."""
-    batch, queries, groups, picks = selected.shape
+    batch, queries, groups, count = selected.shape
     kv_heads, query_heads = heads
     blocks = num_blocks(sizes.keys, size)
     per_tile = max(1, ROWS * groups // query_heads)
@@ -45,12 +45,12 @@ def inverse_tiles(
     if selected_valid is not None:
         legal &= selected_valid
     reached = torch.where(legal, selected, -1)
-    last = reached.amax(-1, keepdim=True) if picks else reached
+    last = reached.amax(-1, keepdim=True) if count else reached
     whole = (begin >= start) & (stop <= end) & (reached != last)
     lists = batch * groups * blocks
     device = selected.device
-    place = torch.arange(batch * groups, device=device).view(batch, groups)[:, None, :, None] * blocks
-    listed = torch.where(legal, place + selected + whole * lists, 2 * lists)
+    first_list = torch.arange(batch * groups, device=device).view(batch, groups)[:, None, :, None] * blocks
+    listed = torch.where(legal, first_list + selected + whole * lists, 2 * lists)
     which, origin = torch.sort(listed.flatten(), stable=True)
     lengths = torch.bincount(which, minlength=2 * lists + 1)[: 2 * lists]
     begins = lengths.cumsum(0) - lengths
@@ -60,7 +60,7 @@ def inverse_tiles(
     at = (begins[owner] + nth * per_tile)[:, None] + torch.arange(per_tile, device=device)
     kept = at < (begins + lengths)[owner][:, None]
     at = torch.where(kept, at, at[:, :1])
-    query = origin // max(1, picks)
+    query = origin // max(1, count)
     again = torch.zeros_like(which, dtype=torch.bool)  # the sort is stable: duplicates are neighbours
     again[1:] = (which[1:] == which[:-1]) & (query[1:] == query[:-1])
     rows, kept = query[at], kept & ~again[at]

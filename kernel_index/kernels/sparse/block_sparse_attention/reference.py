@@ -1,4 +1,4 @@
-"""The specification: dense attention under (the picked blocks, expanded to tokens) ∧ (the token mask)."""
+"""The specification: dense attention under (the selected blocks, expanded to tokens) ∧ (the token mask)."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ SCORES_AT_ONCE = 1 << 26
 
 
 def membership(selected: Tensor, selected_valid: Tensor | None, blocks: int) -> Tensor:
-    """Which blocks are picked, bool [B, T, G, blocks]; a duplicate counts once."""
-    picked = selected >= 0 if selected_valid is None else (selected >= 0) & selected_valid
-    place = torch.where(picked, selected, blocks).to(torch.int64)  # one more column for what is no pick
+    """Which blocks are selected, bool [B, T, G, blocks]; a duplicate counts once."""
+    is_selected = selected >= 0 if selected_valid is None else (selected >= 0) & selected_valid
+    column = torch.where(is_selected, selected, blocks).to(torch.int64)  # one more column for invalid entries
     member = torch.zeros((*selected.shape[:3], blocks + 1), dtype=torch.bool, device=selected.device)
-    return member.scatter(-1, place, torch.ones((), dtype=torch.bool, device=place.device).expand_as(place))[..., :-1]
+    return member.scatter(-1, column, torch.ones((), dtype=torch.bool, device=column.device).expand_as(column))[
+        ..., :-1
+    ]
 
 
 def block_sparse_reference(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
@@ -24,7 +26,7 @@ def block_sparse_reference(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     keys, kv_heads = k.shape[1:3]
     groups = selected.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    # [B, K, G/K, H/G, T, D] against [B, K, S, D]: the heads of a group share their picks, nothing is repeated.
+    # [B, K, G/K, H/G, T, D] against [B, K, S, D]: the heads of a group share a selection, nothing is repeated.
     split = (kv_heads, groups // kv_heads, heads // groups)
     q_BKGHTD = (q.to(dtype) * scale_of(q, call.scale)).unflatten(2, split).permute(0, 2, 3, 4, 1, 5)
     k_BKSD, v_BKSD = (x.to(dtype).transpose(1, 2) for x in (k, v))

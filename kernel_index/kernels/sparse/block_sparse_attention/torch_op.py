@@ -18,8 +18,8 @@ from kernel_index.routing.legal_blocks import num_blocks
 
 
 def _allocate_plan(selected, selected_valid, num_blocks, tile):
-    batch, queries, groups, picks = selected.shape
-    shape = (batch, groups, launch.ceil_div(queries, tile), tile * picks)
+    batch, queries, groups, count = selected.shape
+    shape = (batch, groups, launch.ceil_div(queries, tile), tile * count)
     blocks, pairs = (torch.empty(shape, dtype=torch.int32, device=selected.device) for _ in range(2))
     return blocks, blocks.new_empty(shape, dtype=torch.int64), blocks.new_empty(shape[:3]), pairs
 
