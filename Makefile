@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 READY := .venv/.ready
 
-.PHONY: train test check prove bench list docs
+.PHONY: train test check prove bench new list docs
 
 train: $(READY)
 	$(BIN)/kernel-index train $(ARGS)
@@ -25,7 +25,10 @@ prove: $(READY)
 	$(BIN)/kernel-index prove traffic
 
 bench: $(READY)
-	$(BIN)/kernel-index bench $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+new: $(READY)  # make new FAMILY=experts NAME=fused_swish
+	$(BIN)/python -m tools.scaffold $(FAMILY) $(NAME)
 
 docs: $(READY) .venv/.docs-ready
 	$(BIN)/python -m docs

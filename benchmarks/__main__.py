@@ -1,8 +1,8 @@
-"""``python -m benchmarks``: the same as ``kernel-index bench``."""
+"""``python -m benchmarks``: what ``make bench`` runs."""
 
-import typer
-
-from benchmarks.command import bench_command
+from benchmarks.command import app
+from kernel_index.cli.main import use_cache_folder
 
 if __name__ == "__main__":
-    typer.run(bench_command)
+    use_cache_folder()
+    app(prog_name="python -m benchmarks")

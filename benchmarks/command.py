@@ -1,24 +1,24 @@
-"""``kernel-index bench``: the questions of the ``benchmarks`` folder, each kernel proved before it is timed."""
+"""``make bench``, ``python -m benchmarks``: the questions of this folder, each kernel proved before it is timed."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from kernel_index.cli.index import ROOT
-
-if TYPE_CHECKING:
-    from benchmarks.figures.saved import Figures
+from benchmarks.figures import change, collect, saved, show
+from benchmarks.figures.saved import Figures
 
 REFUSED, MISUSED = 1, 2
 console = Console(width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def bench_command(
+@app.command()
+def bench(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]…", help="Questions; all of them by default.")
     ] = None,
@@ -37,14 +37,9 @@ def bench_command(
     A question whose kernels fail their proof is not timed.  The command then ends with status 1, and so it does when
     --compare finds that something became slower.
     """
-    need_checkout()
-    from benchmarks.figures import show
-    from benchmarks.figures.collect import NAMES, collect
-    from benchmarks.figures.saved import save as write
-
     for name in names or ():
-        if name not in NAMES:
-            _misused(f"NAME must be one of {', '.join(NAMES)}, got {name!r}")
+        if name not in collect.NAMES:
+            _misused(f"NAME must be one of {', '.join(collect.NAMES)}, got {name!r}")
     if (compare or load) and (names or save):
         _misused("--compare and --load measure nothing: they take neither a NAME nor --save")
     if save and not verify:
@@ -54,13 +49,13 @@ def bench_command(
     if compare:
         _compare(*map(_load, compare))
         return
-    figures, refused = (_load(load), []) if load else collect(names or NAMES, rounds, verify)
+    figures, refused = (_load(load), []) if load else collect.collect(names or collect.NAMES, rounds, verify)
     for comparison in figures.comparisons if load else ():
         comparison.show()
     for name, reason in figures.peers.items():
         console.print(f"{name}: {reason}", highlight=False)
     if save:
-        write(figures, save)
+        saved.save(figures, save)
     if markdown:
         markdown.write_text(show.markdown(figures))
     if plot:
@@ -71,27 +66,15 @@ def bench_command(
         raise typer.Exit(REFUSED)
 
 
-def need_checkout(root: Path = ROOT.parent) -> None:
-    """Make the ``benchmarks`` package that lies beside this one importable, or end the command with a sentence."""
-    if not (root / "benchmarks" / "figures").is_dir():
-        _misused("bench needs the benchmarks folder, which is not installed: run it from a checkout of Kernel Index")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-
-
-def _load(path: Path) -> "Figures":
-    from benchmarks.figures.saved import load
-
+def _load(path: Path) -> Figures:
     try:
-        return load(path)
+        return saved.load(path)
     except ValueError as error:
         _misused(str(error))
 
 
-def _compare(old: "Figures", new: "Figures") -> None:
-    from benchmarks.figures.change import changes, missing, regressions
-
-    found = changes(old, new)
+def _compare(old: Figures, new: Figures) -> None:
+    found = change.changes(old, new)
     table = Table("question", "contender", "what", "old", "new", "new ÷ old")
     for c in found:
         scale = 2**20 if c.what == "memory" else 1
@@ -103,9 +86,9 @@ def _compare(old: "Figures", new: "Figures") -> None:
         a, b = old.machine.get(name), new.machine.get(name)
         if a != b:
             console.print(f"{name}: {a} in the old file, {b} in the new one", markup=False, highlight=False)
-    for line in missing(old, new):
+    for line in change.missing(old, new):
         console.print(line, markup=False, highlight=False)
-    worse = regressions(found)
+    worse = change.regressions(found)
     for line in worse:
         console.print(f"regression: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if not found:

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,8 @@ from torch._functorch import config as functorch
 
 import kernel_index as ki
 from benchmarks.gpu_large import LARGE, large, large_dropout
-from benchmarks.harness import console
+from benchmarks.gpu_questions import questions
+from benchmarks.harness import Question, console
 from kernel_index.proofs.numerics import launch_errors
 
 SLOW = 0.02
@@ -42,19 +43,6 @@ class Line:
     how: str
     share: float | None = None
     memory: int | None = None
-
-
-@dataclass
-class Question:
-    """Contenders that compute the same; ``inputs()`` makes fresh leaves; bytes are compulsory, forward and backward."""
-
-    name: str
-    contenders: dict[str, Callable[..., Any]]
-    inputs: Callable[[], tuple[torch.Tensor, ...]]
-    bytes: tuple[int, int] | None = None
-    memory: bool = False
-    together: bool = False  # time forward and backward as one
-    skip: dict[str, str] = field(default_factory=dict)
 
 
 def device_seconds(call: Callable[[], object], dry: bool) -> tuple[float, str]:
@@ -237,8 +225,6 @@ def main(
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         raise typer.BadParameter("needs a CUDA device; --dry-run does without")
-    from benchmarks.gpu_questions import questions
-
     functorch.donated_buffer = False  # a backward pass is timed again and again on one graph
     result: dict[str, Any] = {"environment": environment(dry_run)}
     console.print(result["environment"])
@@ -253,22 +239,21 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.nullcontext() if dry_run else torch.cuda.stream(torch.cuda.Stream()):
-            compare(result, dry_run, only, questions)
+            compare(result, dry_run, [q for q in questions(dry_run) if only in q.name])
     finally:  # what was measured before an interruption is kept
         (out / "gpu.json").write_text(json.dumps(result, indent=1, default=str))
 
 
-def compare(result: dict[str, Any], dry_run: bool, only: str, questions: Callable[[bool], list[Question]]) -> None:
+def compare(result: dict[str, Any], dry_run: bool, asked: list[Question]) -> None:
     bandwidth = copy_bandwidth(dry_run)
     result["lines"] = []
     result["copy_bytes_per_second"] = bandwidth
     console.print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    for question in questions(dry_run):
-        if only in question.name:
-            lines = measure(question, bandwidth, dry_run)
-            show(question, lines)
-            result["lines"] += [asdict(line) for line in lines]
-            torch._dynamo.reset()
+    for question in asked:
+        lines = measure(question, bandwidth, dry_run)
+        show(question, lines)
+        result["lines"] += [asdict(line) for line in lines]
+        torch._dynamo.reset()
 
 
 if __name__ == "__main__":

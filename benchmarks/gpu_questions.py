@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from benchmarks.elementwise import plain_bias_dropout_add, plain_residual_rms_norm, plain_rope
-from benchmarks.gpu import Question
+from benchmarks.harness import Question
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 
 BF16 = torch.bfloat16

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,21 @@ class Contender:
     name: str
     prepare: Callable[[], Callable[[], object]]
     ours: bool = False
+
+
+@dataclass
+class Question:
+    """Contenders on a GPU that compute the same; ``inputs()`` makes fresh leaves.
+
+    ``bytes`` are those that any kernel must move, forward and backward.
+    """
+
+    name: str
+    contenders: dict[str, Callable[..., Any]]
+    inputs: Callable[[], tuple[Any, ...]]
+    bytes: tuple[int, int] | None = None
+    memory: bool = False
+    together: bool = False  # time forward and backward as one
 
 
 @dataclass

@@ -11,21 +11,11 @@ from pathlib import Path
 import kernel_index
 from benchmarks.figures import saved, show
 from docs import states, text
-from kernel_index.cli.index import ENTRIES, FAMILIES, ROOT, Entry, entry
 from kernel_index.core.testing import suites
+from kernel_index.index.entries import ENTRIES, FAMILIES
+from kernel_index.index.entry import ROOT, Entry
 
 REPOSITORY = ROOT.parent
-SHARED = (
-    entry(
-        "dense_attention",
-        "Attention",
-        "kernels/attention/dense_attention",
-        "attention attention_with_lse",
-        "Attend under one mask contract, by whatever backend serves the call: what dense and local attention share.",
-        "nn.Attention",
-    ),
-)
-"""Wrappers that are no entries of their own and have backends all the same."""
 
 Nav = list[tuple[str, "str | Nav"]]
 
@@ -33,12 +23,11 @@ Nav = list[tuple[str, "str | Nav"]]
 def write(folder: Path) -> Nav:
     """Write every page below ``folder`` and return the navigation."""
     seen = states.read()
-    kernels = (*ENTRIES, *SHARED)
-    _put(folder, "index.md", front(kernels, seen))
-    for e in kernels:
+    _put(folder, "index.md", front(seen))
+    for e in ENTRIES:
         _put(folder, _page(e), kernel(e, seen))
-    families: Nav = [(f, [(e.name, _page(e)) for e in kernels if e.family == f]) for f in FAMILIES]
-    _put(folder, "others.md", others(kernels))
+    families: Nav = [(f, [(e.name, _page(e)) for e in ENTRIES if e.family == f]) for f in FAMILIES]
+    _put(folder, "others.md", others())
     _put(folder, "measured.md", measured())
     for path in sorted(states.RESULTS.glob("*.json")):
         _put(folder, f"results/{path.name}", path.read_text())
@@ -71,7 +60,7 @@ def place(path: str) -> str | None:
     if path.startswith("docs/") and (REPOSITORY / path).exists():
         return path.removeprefix("docs/")
     folder = path.removeprefix("kernel_index/").removesuffix("/README.md").rstrip("/")
-    found = [e for e in (*ENTRIES, *SHARED) if folder in (e.folder, Path(e.folder).parent.as_posix())]
+    found = [e for e in ENTRIES if folder in (e.folder, Path(e.folder).parent.as_posix())]
     return _page(found[0]) if found else None
 
 
@@ -97,20 +86,21 @@ def _copy(folder: Path, source: str) -> str:
 # The front page
 
 
-def front(kernels: Iterable[Entry], seen: list[states.State]) -> str:
-    done = [e for e in ENTRIES if e.implemented]
+def front(seen: list[states.State]) -> str:
+    seed = [e for e in ENTRIES if e.seed]
+    done = [e for e in seed if e.implemented]
     parts = [
         "---\nhide:\n  - toc\n---\n\n# Kernel Index\n",
         "The kernels that people who train and serve language models reach for, each with one contract, several "
         "backends, a correct gradient, and a receipt of what really ran.\n",
-        f"{len(done)} of {len(ENTRIES)} entries are implemented. A cell says what a recorded proof or benchmark saw: "
+        f"{len(done)} of {len(seed)} entries are implemented. A cell says what a recorded proof or benchmark saw: "
         "*run* on the hardware that the backend is for, *interpreted* on a CPU, *compiled* ahead of time to machine "
-        "code without the hardware. *No record* is a backend of which no result is kept, – one that the function does "
-        "not have. Each kernel's page names machines, versions, counts and what was noted of failures; "
+        "code without the hardware. *No record*: no result of this backend is kept. –: the function does not have this "
+        "backend. Each kernel's page names machines, versions, counts and what was noted of failures; "
         "[Measured](measured.md) has the times.\n",
     ]
     for family in FAMILIES:
-        parts += [f"## {family}\n", _family([e for e in kernels if e.family == family], seen)]
+        parts += [f"## {family}\n", _family([e for e in ENTRIES if e.family == family], seen)]
     return "\n".join(parts)
 
 
@@ -132,12 +122,11 @@ def _link(e: Entry) -> str:
 def operations(e: Entry, seen: Iterable[states.State]) -> dict[str, list[str]]:
     """The entry's functions, and the backends of each: none for metadata and plain functions."""
     tables = {suite.op: [b.name for b in suite.backends] for suite in suites()}
-    own = {op: tables[op] for op in e.functions if op in tables}
-    others = [] if own else [b.name for b in e.backends()]
-    found = {op: own.get(op, others) for op in e.functions}
-    for op, names in found.items():
-        names = [*names, *(s.backend for s in seen if s.op == op and s.backend not in names)]
-        found[op] = list(dict.fromkeys(names))
+    all_of_it = [b.name for b in e.backends()]
+    found = {}
+    for op, signature in e.signatures().items():
+        names = tables.get(op, all_of_it if "backend=" in signature else [])
+        found[op] = list(dict.fromkeys([*names, *(s.backend for s in seen if s.op == op)]))
     return found
 
 
@@ -214,7 +203,7 @@ def _family_readme(e: Entry) -> str:
     if not (ROOT / source).exists():
         return ""
     legend, found = text.sections((ROOT / source).read_text())
-    family = [k for k in (*ENTRIES, *SHARED) if Path(k.folder).parent == Path(e.folder).parent]
+    family = [k for k in ENTRIES if Path(k.folder).parent == Path(e.folder).parent]
     names = {name for k in family for name in _names(k)}
     mine = [h for h in found if h in _names(e) or h not in names]
     if not mine:
@@ -230,9 +219,9 @@ def _names(e: Entry) -> set[str]:
 # What belongs to no kernel
 
 
-def others(kernels: Iterable[Entry]) -> str:
+def others() -> str:
     """The exported names that no kernel's page documents: receipts, masks, caches, results."""
-    documented = {name for e in kernels for name in e.functions}
+    documented = {name for e in ENTRIES for name in e.functions}
     parts = ["# Receipts, masks and caches\n", "Every other public name of `kernel_index`.\n"]
     for name in kernel_index.__all__:
         if name not in documented:
@@ -243,7 +232,7 @@ def others(kernels: Iterable[Entry]) -> str:
 def measured() -> str:
     parts = [
         "# Measured\n",
-        "Ours ÷ a contender's time, both measured in one process; below 1 we are faster. `kernel-index bench` makes "
+        "Ours ÷ a contender's time, both measured in one process; below 1 we are faster. `make bench` makes "
         "such tables, the README sums them up.\n",
     ]
     for name, content in states.contents():

@@ -72,7 +72,7 @@ def _of_file(source: str, content: dict[str, Any]) -> Iterator[State]:
                 op, bad = TPU_CASES[row["case"]], int(bool(row["error"]))
                 versions = _versions(content["versions"])
                 yield State(op, "pallas", "compiled", row["generation"], versions, len(row["kernels"]), bad, source)
-    elif "verified" in content:  # of kernel-index bench --save
+    elif "verified" in content:  # of python -m benchmarks --save
         machine = content["machine"]
         for op, backends in content["verified"].items():
             for backend, row in backends.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("kernel_index", "tests", "benchmarks", "docs")
+FOLDERS = ("kernel_index", "tests", "benchmarks", "docs", "tools")
 FUNCTION_LINES, KERNEL_LINES, FILE_LINES, PARAMETERS = 60, 150, 400, 12
 UNCOUNTED = ("self", "cls", "ctx", "backend")  # every function with backends has the last
 BROAD = ("Exception", "BaseException")

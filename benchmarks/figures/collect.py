@@ -1,4 +1,4 @@
-"""Prove, then measure: the body of ``kernel-index bench``."""
+"""Prove, then measure: the body of ``make bench``."""
 
 import importlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from benchmarks.figures.verify import ops_of, verify
 from benchmarks.harness import Comparison, console
 from kernel_index.proofs.record import machine
 
-HELPERS = ("__init__", "__main__", "harness", "memory")
+HELPERS = ("__init__", "__main__", "command", "harness", "memory")
 ALL = sorted(p.stem for p in Path(__file__).parent.parent.glob("*.py") if p.stem not in HELPERS)
 NAMES = tuple(name for name in ALL if not name.startswith("gpu"))  # those are run by themselves, where there is one
 

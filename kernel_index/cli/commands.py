@@ -1,4 +1,4 @@
-"""``kernel-index list | show | doctor``, and the names of the commands that other folders bring."""
+"""``kernel-index list | show | doctor``, and the names of the commands that other folders define."""
 
 import difflib
 import importlib
@@ -19,19 +19,18 @@ from rich.table import Table
 from rich.text import Text
 
 import kernel_index
-from kernel_index.cli.index import ENTRIES, FAMILIES, Entry, find
 from kernel_index.core.target import has_cxx_compiler, machine_rules
+from kernel_index.index.entries import ENTRIES, FAMILIES, find
+from kernel_index.index.entry import Entry
 
 ELSEWHERE = {
     "train": "kernel_index.lm.commands:train_command",
     "generate": "kernel_index.lm.commands:generate_command",
     "presets": "kernel_index.lm.commands:presets_command",
     "prove": "kernel_index.proofs.commands:app",
-    "new": "tools.scaffold:new_command",
-    "bench": "benchmarks.command:bench_command",
     "export": "kernel_index.integrations.kernels_hub:export_command",
 }
-"""Commands that live with what they run: name -> ``module:function`` or a group, imported when it is called."""
+"""Commands defined beside what they run: name -> ``module:function`` or a group, imported when it is called."""
 
 NOT_FOUND = 2
 VARIABLES = (
@@ -82,6 +81,7 @@ def _print_json(content: Any) -> None:
 def _as_json(entry: Entry) -> dict[str, Any]:
     return {
         "name": entry.name,
+        "seed": entry.seed,
         "family": entry.family,
         "folder": f"kernel_index/{entry.folder}",
         "functions": list(entry.functions),
@@ -96,7 +96,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 
 @app.command("list")
 def list_command(as_json: Json = False) -> None:
-    """The 20 entries by family, and the backends of each on this machine."""
+    """The entries by family: the functions of each, and its backends on this machine."""
     if as_json:
         _print_json([_as_json(e) for e in ENTRIES])
         return
@@ -107,11 +107,15 @@ def list_command(as_json: Json = False) -> None:
         table.add_column(no_wrap=True, width=max(len(e.name) for e in ENTRIES) + 2)
         for e in (e for e in ENTRIES if e.family == family):
             table.add_row(f"{'✓' if e.implemented else '–'} {e.name}", _backend_line(e, notes))
+            if e.functions != (e.name,):
+                table.add_row("", Text(", ".join(f"ki.{name}" for name in e.functions), "dim"))
         console.print(table)
-    done = sum(e.implemented for e in ENTRIES)
+    seed, others = ([e for e in ENTRIES if e.seed is kind] for kind in (True, False))
     console.print(
-        f"\n{done} of {len(ENTRIES)} entries implemented; `kernel-index show ENTRY` says more.", highlight=False
+        f"\n{sum(e.implemented for e in seed)} of {len(seed)} entries implemented; `kernel-index show ENTRY` says more.",
+        highlight=False,
     )
+    console.print(f"Beside these: {', '.join(e.name for e in others)}.", highlight=False)
     for name, reason in notes.items():
         console.print(f"✗ {name}: {reason}", markup=False, highlight=False)
 

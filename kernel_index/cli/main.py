@@ -14,11 +14,18 @@ def cache_folder() -> Path:
     return Path(base) / "kernel_index" / "inductor"
 
 
+def use_cache_folder() -> None:
+    """Keep compiled kernels in ``cache_folder()``, unless the user chose a folder: for a process of a command.
+
+    A library must not move its host's cache, but the process of a command is our own.  Inductor reads the variable when
+    it first compiles, so setting it after ``import torch`` is early enough.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+
+
 def main() -> None:
     """Run the command line."""
-    # A library must not move its host's cache, but this process is our own.  Inductor reads the variable when it first
-    # compiles, so setting it after `import torch` is early enough.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    use_cache_folder()
     try:
         from kernel_index.cli.commands import app
 

@@ -1,8 +1,8 @@
 """``kernel-index export``: one entry as a repository that the Hugging Face ``kernels`` loader takes.
 
-A loaded kernel stands alone: it is no part of an installed package, and two versions of it may live in one process.  So
-the entry's modules and those that they import are copied with relative imports, and their operators are registered
-under the build's own name.
+A loaded kernel needs nothing but PyTorch: it is no part of an installed package, and one process may load two versions
+of it.  So the entry's modules and those that they import are copied with relative imports, and their operators are
+registered under the build's own name.
 """
 
 import ast
@@ -17,11 +17,16 @@ from typing import Annotated, Any
 import typer
 
 import kernel_index
-from kernel_index.cli.index import ROOT, Entry, find
+from kernel_index.index.entries import find
+from kernel_index.index.entry import ROOT, Entry
 
 PACKAGE = "kernel_index"
 BACKENDS = ("cpu", "cuda", "rocm")
-SHARED = ("Backend", "Explanation", "Ineligible", "Receipt", "explain", "receipts", "strict")
+SHARED = {
+    "core.dispatch": ("Backend", "Explanation", "Ineligible", "Receipt", "explain", "receipts", "strict"),
+    "core.force": ("force",),
+}
+"""What every build exports beside its entry: module -> names."""
 
 
 def export(name: str, folder: Path, version: int = 1) -> list[Path]:
@@ -46,7 +51,7 @@ def export(name: str, folder: Path, version: int = 1) -> list[Path]:
         raise ValueError(f"version must be a positive integer, got {version!r}")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder must be empty or new, got {folder}")
-    modules = closure(f"{PACKAGE}.dispatch", ".".join((PACKAGE, *Path(entry.folder).parts, "api")))
+    modules = closure(*(f"{PACKAGE}.{module}" for module in SHARED), *entry.modules())
     sources = [p for m in modules.values() for suffix in ("*.cpp", "*.h") for p in sorted(m.parent.glob(suffix))]
     texts = (path.read_text() for path in (*modules.values(), *dict.fromkeys(sources)))
     digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
@@ -99,7 +104,7 @@ def _file_of(dotted: str) -> Path | None:
 
 
 def standing_alone(source: str, dotted: str, identity: str) -> str:
-    """The source of one module with its imports made relative and its operators in a namespace of their own."""
+    """The source of one module with relative imports, and with its operators in a namespace of the build."""
     text = _with_relative_imports(source, dotted)
     return text.replace(f"{PACKAGE}::", f"{identity}::").replace(f"torch.ops.{PACKAGE}", f"torch.ops.{identity}")
 
@@ -130,22 +135,28 @@ def _replace(lines: list[str], node: ast.stmt, old: str, new: str) -> None:
 
 
 def _front(entry: Entry) -> str:
-    api = ".".join(Path(entry.folder).parts)
-    own = (*entry.functions, *_types(f"{PACKAGE}.{api}.api"))
-    names = sorted((*own, *SHARED))
-    exported = "".join(f'    "{n}",\n' for n in names)
+    """The build's ``__init__.py``: it exports the entry, and gives ``explain`` and ``force`` the functions' names."""
+    defined: dict[str, list[str]] = {}
+    for name in (*entry.functions, *_types(entry)):
+        defined.setdefault(getattr(kernel_index, name).__module__.removeprefix(f"{PACKAGE}."), []).append(name)
+    exported = defined | {module: list(names) for module, names in SHARED.items()}
+    names = sorted(name for names in exported.values() for name in names)
+    imports = "".join(f"from .{module} import {', '.join(found)}\n" for module, found in sorted(exported.items()))
+    listed = "".join(f'    "{name}",\n' for name in names)
+    functions = ", ".join(f'"{name}": {name}' for name in entry.functions)
     return (
         f'"""{entry.purpose}\n\nOne entry of Kernel Index {kernel_index.__version__}.\n"""\n\n'
-        f"from .{api}.api import {', '.join(own)}\n"
-        f"from .dispatch import {', '.join(SHARED)}\n\n"
-        f'__version__ = "{kernel_index.__version__}"\n\n__all__ = [\n{exported}]\n'
+        f"from .core.force import PUBLIC\n{imports}\n"
+        f'__version__ = "{kernel_index.__version__}"\n\n__all__ = [\n{listed}]\n\nPUBLIC.update({{{functions}}})\n'
     )
 
 
-def _types(api: str) -> list[str]:
-    """Public classes that the functions take or give: a caller has to make or name them."""
-    known = vars(importlib.import_module(api))
-    return [n for n in kernel_index.__all__ if n not in SHARED and isinstance(known.get(n), type)]
+def _types(entry: Entry) -> list[str]:
+    """Public classes that the functions take or return: a caller has to make or name them."""
+    known = {name: value for module in entry.modules() for name, value in vars(importlib.import_module(module)).items()}
+    shared = [name for names in SHARED.values() for name in names]
+    found = (n for n in kernel_index.__all__ if isinstance(known.get(n), type))
+    return [n for n in found if n not in shared and n not in entry.functions]
 
 
 def _metadata(entry: Entry, backend: str, identity: str, version: int) -> dict[str, Any]:

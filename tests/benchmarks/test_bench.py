@@ -1,4 +1,4 @@
-"""``kernel-index bench``: nothing wrong is reported, files say what they hold, and regressions have names."""
+"""``python -m benchmarks``: nothing wrong is reported, files say what they hold, and regressions have names."""
 
 import importlib
 import inspect
@@ -9,11 +9,10 @@ from functools import partial
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.command import need_checkout
+from benchmarks.command import app
 from benchmarks.figures import change, collect, peers, saved, verify
 from benchmarks.harness import Comparison, Row
-from kernel_index.cli import commands
-from kernel_index.cli.index import ROOT
+from kernel_index.index.entry import ROOT
 from kernel_index.proofs.errors import Finding
 from kernel_index.proofs.numerics import Verdict
 
@@ -21,7 +20,7 @@ GPU = ROOT.parent / "benchmarks" / "results" / "nvidia-h200-2026-11-24.json"
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(commands.app, ["bench", *map(str, arguments)])
+    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def figures(ours: float = 1.0, eager: float = 4.0, compiled: float = 2.0, memory: int = 100) -> saved.Figures:
@@ -126,14 +125,6 @@ def test_misuse_is_one_sentence_and_measures_nothing(monkeypatch, arguments, mes
     assert result.exit_code == 2
     assert message in result.output
     assert result.output.count("\n") == 1
-
-
-def test_without_the_benchmarks_folder_the_command_says_so(tmp_path, capsys):
-    from typer import Exit
-
-    with pytest.raises(Exit):
-        need_checkout(tmp_path)
-    assert "run it from a checkout" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from docs import __main__ as build
 from docs import links, pages, states, text
-from kernel_index.cli.index import ENTRIES, FAMILIES
+from kernel_index.index.entries import ENTRIES, FAMILIES
 from kernel_index.core.target import has_package
 
 MACHINE = {"processor": "A CPU", "torch": "2.13.0", "date": "2026-01-02"}
@@ -71,13 +71,13 @@ def test_the_strongest_state_comes_first():
 
 
 def test_no_state_without_a_record(tmp_path):
-    front = pages.front((*ENTRIES, *pages.SHARED), states.read(tmp_path))
+    front = pages.front(states.read(tmp_path))
     cells = {c.strip() for line in front.splitlines() if line.startswith("| [") for c in line.split("|")[3:-1]}
     assert cells == {"–", "no record"}
 
 
 def test_the_front_page_has_every_entry_and_its_recorded_states():
-    front = pages.front((*ENTRIES, *pages.SHARED), states.read())
+    front = pages.front(states.read())
     for e in ENTRIES:
         assert f"[{e.name}](kernels/{e.name}.md)" in front
     for family in FAMILIES:
@@ -119,7 +119,7 @@ def test_links_of_the_tree_hold_on_the_site():
 
     assert moved("[c](../../CONTRIBUTING.md#rules)") == "[c](../contributing.md#rules)"
     assert moved("[d](../decisions)") == "[d](../decisions/index.md)"
-    assert moved("[k](../../kernel_index/experts/README.md)") == "[k](../kernels/fused_relu_squared.md)"
+    assert moved("[k](../../kernel_index/kernels/experts/README.md)") == "[k](../kernels/fused_relu_squared.md)"
     assert moved("[m](../../Makefile)") == "m", "what the site does not have is not linked"
     assert moved("[w](https://example.org/a) [p](#place)") == "[w](https://example.org/a) [p](#place)"
 

@@ -1,0 +1,205 @@
+"""The entries of the index, by family: only names and prose are written down here."""
+
+import functools
+
+from kernel_index.index.entry import Entry
+
+FAMILIES = (
+    "Attention",
+    "Sparse staging",
+    "Block boundary",
+    "Experts and activations",
+    "Multi-stream fusion",
+    "MLA",
+    "Loss",
+)
+
+
+def entry(
+    name: str, family: str, folder: str, functions: str, purpose: str, used_by: str, *, seed: bool = False, jax: str = ""
+) -> Entry:
+    """An ``Entry`` with its lists written as words."""
+    return Entry(name, family, folder, tuple(functions.split()), purpose, tuple(used_by.split()), seed, jax)
+
+
+seed_entry = functools.partial(entry, seed=True)
+
+
+def find(name: str) -> Entry | None:
+    """The entry of this name, or the one that a public function belongs to."""
+    return next((e for e in ENTRIES if name == e.name), None) or next((e for e in ENTRIES if name in e.functions), None)
+
+
+ENTRIES = (
+    seed_entry(
+        "attention_validity_prefix",
+        "Attention",
+        "masks/attention_validity_prefix",
+        "attention_validity",
+        "Bring counts of valid tokens or slots into one form that keeps absent, zero and present apart.",
+        "masks.doc_window_mask.doc_window_mask lm.LanguageModel",
+    ),
+    seed_entry(
+        "causal_windowing_predicate",
+        "Attention",
+        "masks/causal_windowing_predicate",
+        "can_score_tile causal_windowing_plan",
+        "Tell a scoring loop which key tiles lie wholly in the future, so that it stops there.",
+        "kernels.sparse.clustered_sparse_three_phase.clustered_sparse_attention jax.clustered_sparse_attention",
+    ),
+    seed_entry(
+        "doc_window_mask",
+        "Attention",
+        "masks/doc_window_mask",
+        "doc_window_mask MaskContract",
+        "Say once which keys each query may attend to: causality, documents, valid prefixes and local windows.",
+        "nn.Attention nn.SparseAttention",
+    ),
+    seed_entry(
+        "exact_token_sparse_telemetry",
+        "Attention",
+        "kernels/attention/exact_token_sparse",
+        "exact_token_attention lightning_indexer lightning_indexer_loss",
+        "Attend to exactly the selected tokens, and record whether a call stayed sparse or became dense.",
+        "nn.SparseAttention",
+    ),
+    seed_entry(
+        "fused_rope_qk",
+        "Attention",
+        "kernels/attention/fused_rope_qk",
+        "fused_rope_qk rope_tables",
+        "Rotate queries and keys by position in one launch, under one shape check.",
+        "nn.Attention nn.TransformerBlock nn.HybridBlock",
+    ),
+    seed_entry(
+        "dense_fa4_execute_proof",
+        "Attention",
+        "kernels/attention/dense_fa4_execute_proof",
+        "fa4_execute_proof",
+        "Run FlashAttention-4 for real, check its numbers and gradients, and keep a receipt that can be verified.",
+        "proofs.fa4",
+    ),
+    seed_entry(
+        "dense_fa4_kvcache_decode",
+        "Attention",
+        "kernels/attention/dense_fa4_kvcache_decode",
+        "fa4_kvcache_decode",
+        "Append new keys and values to a contiguous or paged cache and attend over what it then holds.",
+        "nn.Attention",
+    ),
+    seed_entry(
+        "hierarchical_block_expansion",
+        "Sparse staging",
+        "routing/hierarchical_block_expansion",
+        "hierarchical_block_select",
+        "Select key blocks in two steps: the best coarse groups first, then the best of their children.",
+        "nn.SparseAttention",
+    ),
+    seed_entry(
+        "triton_row_gather",
+        "Sparse staging",
+        "kernels/sparse/row_gather",
+        "gather_rows",
+        "Gather rows of one (N, H, D) tensor by index.",
+        "nn.SparseAttention",
+    ),
+    seed_entry(
+        "triton_row_gather_pair",
+        "Sparse staging",
+        "kernels/sparse/row_gather",
+        "gather_rows_pair",
+        "Gather the same rows of keys and of values with one check and one launch.",
+        "nn.SparseAttention",
+    ),
+    seed_entry(
+        "moba_block_sparse_decode",
+        "Sparse staging",
+        "kernels/sparse/moba_block_sparse",
+        "moba_attention moba_decode moba_route resolve_block_sparse_backend",
+        "Route each query to a few key blocks, in training and in decoding, and say which backend ran.",
+        "nn.SparseAttention",
+    ),
+    seed_entry(
+        "union_selection_query_mask",
+        "Sparse staging",
+        "routing/union_selection_query_mask",
+        "union_selection materialize_query_union_mask",
+        "Join the blocks that the queries of a tile selected, and keep for each query which of them it selected itself.",
+        "kernels.sparse.clustered_sparse_three_phase.clustered_sparse_attention jax.clustered_sparse_attention",
+    ),
+    seed_entry(
+        "clustered_sparse_three_phase",
+        "Sparse staging",
+        "kernels/sparse/clustered_sparse_three_phase",
+        "clustered_sparse_attention clustered_sparse_attention_with_lse clustered_route",
+        "Score blocks, join the selections of neighbouring queries, attend over the union: three separate phases.",
+        "nn.SparseAttention jax.clustered_sparse_attention",
+        jax="jax.clustered_backends",
+    ),
+    seed_entry(
+        "exact_mask_contract_cache",
+        "Sparse staging",
+        "masks/exact_mask_contract_cache",
+        "exact_mask_key",
+        "Key compiled mask kernels by what is static in a mask, never by the tensors of a batch.",
+        "kernels.sparse.clustered_sparse_three_phase.clustered_sparse_attention jax.clustered_sparse_attention",
+    ),
+    seed_entry(
+        "fused_bias_dropout_add",
+        "Block boundary",
+        "kernels/boundary/fused_bias_dropout_add",
+        "fused_bias_dropout_add",
+        "Add the bias, drop out and add the residual in one pass, with a mask that replays from its seed.",
+        "nn.TransformerBlock nn.HybridBlock",
+    ),
+    seed_entry(
+        "fused_residual_add_rms_norm",
+        "Block boundary",
+        "kernels/boundary/fused_residual_add_rms_norm",
+        "fused_residual_add_rms_norm",
+        "Update the residual stream and normalise it in one pass over memory.",
+        "nn.TransformerBlock nn.HybridBlock",
+    ),
+    seed_entry(
+        "fused_relu_squared",
+        "Experts and activations",
+        "kernels/experts/fused_relu_squared",
+        "fused_relu_squared",
+        "Squared ReLU with its gradient, each in one pass over memory.",
+        "nn.SquaredReLUMLP nn.Experts",
+    ),
+    seed_entry(
+        "mhc_fused_static",
+        "Multi-stream fusion",
+        "kernels/streams/mhc_fused_static",
+        "mhc_branch_input mhc_merge mhc_merge_and_branch_input sinkhorn",
+        "Mix four residual streams with static coefficients, a merge fused with the next layer's input.",
+        "nn.HyperConnections",
+    ),
+    seed_entry(
+        "fused_mla_projection",
+        "MLA",
+        "kernels/mla/fused_mla_projection",
+        "fused_mla_projection",
+        "Project down, normalise and project up, recomputing the latent in backward instead of keeping it.",
+        "nn.MLA",
+    ),
+    seed_entry(
+        "fused_linear_cross_entropy_chunked",
+        "Loss",
+        "kernels/loss/fused_linear_cross_entropy_chunked",
+        "fused_linear_cross_entropy token_log_probs",
+        "Classify over a large vocabulary without ever holding more than a chunk of the logits.",
+        "lm.LanguageModel",
+    ),
+    entry(
+        "dense_attention",
+        "Attention",
+        "kernels/attention/dense_attention",
+        "attention attention_with_lse",
+        "Attend under one mask contract: dense, causal, packed documents, windows and padding.",
+        "nn.Attention",
+        jax="jax.attention_backends",
+    ),
+)
+"""The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""
