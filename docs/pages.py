@@ -122,10 +122,10 @@ def _link(e: Entry) -> str:
 def operations(e: Entry, seen: Iterable[states.State]) -> dict[str, list[str]]:
     """The entry's functions, and the backends of each: none for metadata and plain functions."""
     tables = {suite.op: [b.name for b in suite.backends] for suite in suites()}
-    all_of_it = [b.name for b in e.backends()]
+    of_entry, signatures = [b.name for b in e.backends()], e.signatures()
     found = {}
-    for op, signature in e.signatures().items():
-        names = tables.get(op, all_of_it if "backend=" in signature else [])
+    for op in e.functions:
+        names = tables.get(op, of_entry if "backend=" in signatures.get(op, "") else [])
         found[op] = list(dict.fromkeys([*names, *(s.backend for s in seen if s.op == op)]))
     return found
 

@@ -1,5 +1,6 @@
 """The ``kernel-index`` command and the index behind it."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -11,10 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 import kernel_index
-from kernel_index import cli
-from kernel_index.cli import commands, index
+from kernel_index.cli import commands
+from kernel_index.cli.main import cache_folder
 from kernel_index.core.dispatch import Backend, always
-from kernel_index.core.target import machine_rules
+from kernel_index.core.target import machine_rules, machine_why_not
+from kernel_index.index import entries
+from kernel_index.index.entries import ENTRIES
+from kernel_index.index.rule_sentences import sentences
 
 SEED = {  # the document that the project implements, by family
     "Attention": """attention_validity_prefix causal_windowing_predicate doc_window_mask exact_token_sparse_telemetry
@@ -43,46 +47,54 @@ def in_a_process(*arguments: str, code: str | None = None, **environment: str):
 
 
 def test_the_twenty_entries():
-    """The seed's, in its order; `kernel-index new` adds others behind them."""
-    assert tuple(SEED) == index.FAMILIES
+    """The seed's, in its order; the others follow them."""
+    assert tuple(SEED) == entries.FAMILIES
     for family, names in SEED.items():
-        assert [e.name for e in index.ENTRIES if e.family == family][: len(names.split())] == names.split()
+        assert [e.name for e in ENTRIES if e.family == family and e.seed] == names.split()
     assert sum(len(names.split()) for names in SEED.values()) == 20
+    assert [e.seed for e in ENTRIES] == sorted((e.seed for e in ENTRIES), reverse=True)
     with pytest.raises(FrozenInstanceError):
-        index.ENTRIES[0].name = "other"
+        ENTRIES[0].name = "other"
 
 
-@pytest.mark.parametrize("entry", index.ENTRIES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
 def test_an_entry_is_what_the_tree_says(entry):
-    has_api = (ROOT / entry.folder / "api.py").exists()
-    assert entry.implemented == (has_api and not entry.missing())
+    assert (ROOT / entry.folder / "api.py").is_file()
     if entry.implemented:
-        for name in entry.functions:
-            assert name in kernel_index.__all__, f"{name} is implemented and not exported"
         assert all(entry.docstrings().values())
+        assert all(entry.users().values()), "it is used where the index says so"
         if entry.backends():
             assert entry.backends()[-1].name == "reference"
         for backend in entry.backends():
-            assert backend.machine == machine_rules()[backend.name]
+            assert backend.machine == machine_rules().get(backend.name)
             assert backend.name in ("reference", "xla") or backend.rules, f"{backend.name} states no rule"
 
 
-def test_every_folder_with_a_public_function_is_in_the_index():
-    # the wrapper and the core under the entries, none of their own
-    shared = {"attention/dense_attention", "sparse/block_sparse_attention"}
-    folders = {str(p.parent.relative_to(ROOT)) for p in ROOT.rglob("api.py")}
-    assert folders - {e.folder for e in index.ENTRIES} - shared == set()
+def test_every_public_function_is_in_the_index():
+    """But those of the core, which belong to every kernel."""
+    functions = {n: getattr(kernel_index, n) for n in kernel_index.__all__}
+    own = {n for n, f in functions.items() if inspect.isfunction(f) and not f.__module__.startswith("kernel_index.core.")}
+    assert own <= {name for e in ENTRIES for name in e.functions}
+    named = [name for e in ENTRIES for name in e.functions]
+    assert len(named) == len(set(named)), "a function belongs to one entry"
+    for name in own:
+        assert name in entries.find(name).functions
+
+
+def test_a_backend_that_no_machine_rule_speaks_of_runs_anywhere():
+    assert machine_why_not("invented") is None
+    assert machine_why_not("sharded") == machine_rules()["sharded"] is not None
 
 
 def test_an_entry_without_its_folder_is_not_implemented():
-    absent = index.entry("x", "Loss", "loss/absent", "absent_loss", "Nothing.", "nn.Absent")
+    absent = entries.entry("x", "Loss", "kernels/loss/absent", "absent_loss", "Nothing.", "nn.Absent")
     assert not absent.implemented
     assert absent.missing() == ("absent_loss",)
     assert (absent.backends(), absent.docstrings(), absent.users()) == ((), {}, {"nn.Absent": False})
 
 
-def test_a_function_that_the_folder_lacks_is_missing():
-    half = index.entry("x", "Experts", "experts/fused_relu_squared", "fused_relu_squared fused_relu_cubed", "", "")
+def test_a_function_that_is_not_exported_is_missing():
+    half = entries.entry("x", "Experts", "kernels/experts/x", "fused_relu_squared fused_relu_cubed", "", "")
     assert half.missing() == ("fused_relu_cubed",)
     assert not half.implemented
 
@@ -108,9 +120,9 @@ def test_rules_are_read_from_the_predicates(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "__name__", "kernel_index.pretended")
     for function in (_inner_rule, _outer_rule):
         monkeypatch.setattr(function, "__module__", "kernel_index.pretended")
-    assert set(index.sentences(_outer_rule)) == {"needs an inner rule", RULE, "needs the other thing"}
-    assert index.sentences(always) == ()
-    assert index.sentences(Backend("n", len, len).why_not) == ()
+    assert set(sentences(_outer_rule)) == {"needs an inner rule", RULE, "needs the other thing"}
+    assert sentences(always) == ()
+    assert sentences(Backend("n", len, len).why_not) == ()
 
 
 def test_list():
@@ -124,6 +136,9 @@ def test_list():
     assert line.split()[:2] == ["✓", "fused_relu_squared"]
     assert "inductor ✓" in line
     assert "reference ✓" in line
+    assert "ki.attention, ki.attention_with_lse" in result.output, "what users call, beside the entry's name"
+    assert "20 of 20 entries implemented" in result.output
+    assert "Beside these: dense_attention" in result.output
 
 
 def test_list_marks_what_the_machine_lacks(monkeypatch):
@@ -132,15 +147,16 @@ def test_list_marks_what_the_machine_lacks(monkeypatch):
     line = next(line for line in result.output.splitlines() if "fused_relu_squared" in line)
     assert "inductor ✗" in line
     assert "✗ inductor: no C++ compiler (g++ or clang++) found" in result.output
-    entries = {e["name"]: e for e in json.loads(run("list", "--json").output)}
+    shown = {e["name"]: e for e in json.loads(run("list", "--json").output)}
     state = {"name": "inductor", "available": False, "reason": "no C++ compiler (g++ or clang++) found"}
-    assert state in entries["fused_relu_squared"]["backends"]
+    assert state in shown["fused_relu_squared"]["backends"]
 
 
 def test_list_json():
-    entries = json.loads(run("list", "--json").output)
-    assert [e["name"] for e in entries] == [e.name for e in index.ENTRIES]
-    relu = next(e for e in entries if e["name"] == "fused_relu_squared")
+    shown = json.loads(run("list", "--json").output)
+    assert [e["name"] for e in shown] == [e.name for e in ENTRIES]
+    assert sum(e["seed"] for e in shown) == 20
+    relu = next(e for e in shown if e["name"] == "fused_relu_squared")
     assert relu["implemented"] is True
     assert relu["functions"] == ["fused_relu_squared"]
     assert {b["name"] for b in relu["backends"]} >= {"inductor", "reference"}
@@ -159,6 +175,20 @@ def test_show(name):
     assert "kernel_index.nn.TransformerBlock" in result.output
 
 
+@pytest.mark.parametrize("name", ["attention", "dense_attention"])
+def test_show_finds_what_users_call(name):
+    result = run("show", name)
+    assert result.exit_code == 0
+    assert kernel_index.attention.__doc__.splitlines()[0] in result.output
+
+
+@pytest.mark.parametrize("name", ["bench", "new"])
+def test_tools_of_developers_are_no_commands_of_the_package(name):
+    result = run(name)
+    assert result.exit_code == 2
+    assert f"No such command '{name}'" in result.output
+
+
 def test_show_json():
     shown = json.loads(run("show", "fused_relu_squared", "--json").output)
     assert shown["contract"]["fused_relu_squared"].startswith("Squared ReLU")
@@ -167,8 +197,8 @@ def test_show_json():
 
 
 def test_show_says_what_is_not_implemented(monkeypatch):
-    planned = index.entry("planned", "Loss", "loss/planned", "planned_loss", "A plan.", "nn.Planned")
-    monkeypatch.setattr(index, "ENTRIES", (planned,))
+    planned = entries.entry("planned", "Loss", "kernels/loss/planned", "planned_loss", "A plan.", "nn.Planned")
+    monkeypatch.setattr(entries, "ENTRIES", (planned,))
     result = run("show", "planned")
     assert result.exit_code == 0
     assert "Not implemented yet: planned_loss" in result.output
@@ -227,8 +257,8 @@ def test_commands_of_other_folders_are_listed_and_imported_late():
         assert run(name, "--help").exit_code == 0
     code = (
         "import sys; sys.argv[1:] = ['list']\n"
-        "from kernel_index import cli\n"
-        "try: cli.main()\n"
+        "from kernel_index.cli.main import main\n"
+        "try: main()\n"
         "except SystemExit: pass\n"
         "print([m for m in ('kernel_index.lm.train', 'torch._dynamo', 'torch._inductor.config', 'matplotlib', 'jax',"
         " 'triton') if m in sys.modules])"
@@ -254,12 +284,12 @@ def test_the_cache_folder_that_the_user_chose_is_kept(tmp_path):
 def test_the_cache_folder_without_a_variable(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert cli.cache_folder() == tmp_path / ".cache" / "kernel_index" / "inductor"
+    assert cache_folder() == tmp_path / ".cache" / "kernel_index" / "inductor"
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_one_line_when_the_extra_is_missing(package):
-    code = f"import sys; sys.modules[{package!r}] = None; from kernel_index import cli; cli.main()"
+    code = f"import sys; sys.modules[{package!r}] = None; from kernel_index.cli.main import main; main()"
     result = in_a_process(code=code)
     assert result.returncode == 1
     assert result.stdout == ""

@@ -13,8 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import kernel_index as ki
-from kernel_index.cli.index import ENTRIES, ROOT
 from kernel_index.core.target import has_package, machine_rules
+from kernel_index.index.entries import ENTRIES
+from kernel_index.index.entry import ROOT
 from kernel_index.integrations.kernels_hub import BACKENDS, export
 
 PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
@@ -55,8 +56,8 @@ try:
     ki.transformers.apply(torch.nn.Linear(1, 1))
 except ImportError as error:
     print(type(error).__name__, error)
-from kernel_index import cli
-cli.main()
+from kernel_index.cli.main import main
+main()
 """
 
 
@@ -73,7 +74,7 @@ LOAD = """
 import importlib.util, json, sys
 from pathlib import Path
 import torch
-sys.modules["kernel_index"] = None  # a loaded kernel stands alone
+sys.modules["kernel_index"] = None  # a loaded kernel needs PyTorch and nothing else
 for folder in sys.argv[1:]:
     build = Path(folder, "build", "torch-cpu")  # the code of the others is the same
     identity = json.loads((build / "metadata.json").read_text())["id"]
@@ -89,6 +90,9 @@ for folder in sys.argv[1:]:
         assert (y.tolist(), x.grad.tolist(), log[0].ran) == ([0.0, 4.0], [0.0, 4.0], "triton")
         assert hasattr(torch.ops, identity)
         assert module.explain("fused_relu_squared", x).op == "fused_relu_squared"
+        with module.receipts() as log, module.force("reference", "fused_relu_squared"):
+            module.fused_relu_squared(x)
+        assert (log[0].ran, log[0].forced_by) == ("reference", "ki.force")
         assert log.versions["torch"] == torch.__version__
     if hasattr(module, "clustered_sparse_attention"):
         q, k = torch.randn(1, 64, 4, 16), torch.randn(1, 64, 2, 16)

@@ -1,4 +1,4 @@
-"""``kernel-index new``: what it makes passes the checks and the conformance test, in a copy of this tree."""
+"""``make new``: what it makes passes the checks and the conformance test, in a copy of this tree."""
 
 import ast
 import os
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kernel_index.cli import commands
-from kernel_index.cli.index import ROOT
+from kernel_index.index.entry import ROOT
 from tools import scaffold
 
 NAME = "fused_swish"
 IGNORED = shutil.ignore_patterns("__pycache__", "runs", "*.pyc")
+CHANGED = ("__init__.py", "index/entries.py")
+"""The files of the package that a new kernel changes."""
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,14 @@ def tree(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "conftest.py"):
         shutil.copy(ROOT.parent / name, copy)
     for family in scaffold.families():
-        scaffold.new(family, f"{NAME}_{family}", copy / "kernel_index")
+        scaffold.new(family, new_name(family), copy / "kernel_index")
     return copy
+
+
+def new_name(family: str) -> str:
+    """One of them as long as a name may be, in the family with the longest name."""
+    name = f"{NAME}_{family}"
+    return name.ljust(scaffold.LONGEST, "x") if family == max(scaffold.families(), key=len) else name
 
 
 def run(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -38,11 +45,7 @@ def run(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def made(tree: Path) -> list[str]:
-    names = [
-        *tree.glob(f"kernel_index/*/{NAME}_*"),
-        tree / "kernel_index/__init__.py",
-        tree / "kernel_index/cli/index.py",
-    ]
+    names = [*tree.glob(f"kernel_index/kernels/*/{NAME}_*"), *(tree / "kernel_index" / name for name in CHANGED)]
     return [str(path.relative_to(tree)) for path in names]
 
 
@@ -56,7 +59,7 @@ def test_what_it_makes_needs_no_formatter_and_no_linter(tree):
 def test_what_it_makes_keeps_the_budgets_and_the_types(tree):
     from tests.budgets import check_python
 
-    for path in tree.glob(f"kernel_index/*/{NAME}_*/*.py"):
+    for path in tree.glob(f"kernel_index/kernels/*/{NAME}_*/*.py"):
         assert list(check_python(path.name, path.read_text())) == []
     files = [str(path) for path in tree.glob(f"kernel_index/kernels/experts/{NAME}_*/*.py")]
     done = run(tree, "pyrefly", "check", "--python-interpreter-path", sys.executable, *files)
@@ -79,7 +82,7 @@ def test_what_it_makes_is_in_the_index_and_conforms(tree):
         ("kitchen", "fused_swish", "FAMILY must be one of attention, boundary"),
         ("experts", "FusedSwish", "NAME must be a lower-case Python name"),
         ("experts", "class", "NAME must be a lower-case Python name"),
-        ("experts", "a" * 33, "of at most 32 characters"),
+        ("experts", "a" * 29, "of at most 28 characters"),
         ("experts", "../swish", "NAME must be a lower-case Python name"),
         ("experts", "fused_relu_squared", "NAME must be free"),
         ("loss", "token_log_probs", "NAME must be free"),
@@ -87,27 +90,28 @@ def test_what_it_makes_is_in_the_index_and_conforms(tree):
     ],
 )
 def test_a_refusal_writes_nothing(tree, family, name, message):
-    before = (ROOT / "__init__.py").read_text(), (ROOT / "index.py").read_text()
-    result = CliRunner().invoke(commands.app, ["new", family, name])
+    before = [(ROOT / changed).read_text() for changed in CHANGED]
+    result = CliRunner().invoke(scaffold.app, [family, name])
     assert result.exit_code == 2
     assert message in result.output
-    assert ((ROOT / "__init__.py").read_text(), (ROOT / "index.py").read_text()) == before
+    assert [(ROOT / changed).read_text() for changed in CHANGED] == before
 
 
 def test_an_installed_package_is_not_written(tmp_path):
     package = tmp_path / "kernel_index"
-    package.mkdir()
-    for name in ("__init__.py", "index.py"):
-        shutil.copy(ROOT / name, package)
-    (package / "experts").mkdir()
+    for name in CHANGED:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, package / name)
+    family = package / "kernels" / "experts"
+    family.mkdir(parents=True)
     with pytest.raises(ValueError, match="must be run from a checkout"):
         scaffold.new("experts", NAME, package)
-    assert list((package / "experts").iterdir()) == []
+    assert list(family.iterdir()) == []
 
 
 def test_the_names_stay_in_order(tree):
     source = (tree / "kernel_index" / "__init__.py").read_text()
     names = scaffold._exported(source)
     assert names == sorted(names)
-    assert {f"{NAME}_{family}" for family in scaffold.families()} <= set(names)
-    ast.parse((tree / "kernel_index" / "index.py").read_text())
+    assert {new_name(family) for family in scaffold.families()} <= set(names)
+    ast.parse((tree / "kernel_index" / "index" / "entries.py").read_text())

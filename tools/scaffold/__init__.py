@@ -1,4 +1,4 @@
-"""``kernel-index new FAMILY NAME``: the folder of a kernel, complete and right, with a placeholder for its formula."""
+"""``make new FAMILY=… NAME=…``: makes the folder of a kernel, complete and right, with a placeholder for its formula."""
 
 import ast
 import keyword
@@ -8,21 +8,25 @@ from typing import Annotated
 
 import typer
 
-from kernel_index.cli.index import ENTRIES, ROOT, entry, find
+from kernel_index.index.entries import ENTRIES, entry, find
+from kernel_index.index.entry import ROOT
 
 TEMPLATES = Path(__file__).parent
 MISUSED = 2
-LONGEST = 32
-"""Characters of a name with which the templates keep to their lines."""
+LONGEST = 28
+"""With more characters in a name, lines of the templates become too long."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def families() -> dict[str, str]:
-    """Folder of a family -> its name in the index."""
-    return {Path(e.folder).parts[0]: e.family for e in ENTRIES}
+    """Folder of a family below ``kernels`` -> its name in the index."""
+    folders = (Path(e.folder).parts for e in ENTRIES)
+    return {parts[1]: e.family for parts, e in zip(folders, ENTRIES, strict=True) if parts[0] == "kernels"}
 
 
 def new(family: str, name: str, root: Path = ROOT) -> list[Path]:
-    """Write ``root/family/name``, export its function, add it to the index; return the files written or changed.
+    """Write ``root/kernels/family/name``, export its function, add it to the index; return the files written or changed.
 
     Everything is made in memory first, so nothing is changed by a call that raises.
 
@@ -38,17 +42,17 @@ def new(family: str, name: str, root: Path = ROOT) -> list[Path]:
         raise ValueError(f"FAMILY must be one of {', '.join(sorted(families()))}, got {family!r}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or len(name) > LONGEST:
         raise ValueError(f"NAME must be a lower-case Python name of at most {LONGEST} characters, got {name!r}")
-    folder = root / family / name
-    front, index = root / "__init__.py", root / "index.py"
+    folder = root / "kernels" / family / name
+    front, index = root / "__init__.py", root / "index" / "entries.py"
     if folder.exists() or find(name) or name in _exported(front.read_text()):
         raise ValueError(f"NAME must be free, got {name!r}")
     if not (root.parent / "pyproject.toml").is_file():
         raise ValueError(f"new must be run from a checkout, got an installed package in {root}")
     written = {folder / path.stem: _render(path, family, name) for path in sorted(TEMPLATES.glob("*.py.j2"))}
     written[folder / "__init__.py"] = ""
-    written[front] = _export(front.read_text(), f"kernel_index.{family}.{name}.api", name)
+    written[front] = _export(front.read_text(), f"kernel_index.kernels.{family}.{name}.api", name)
     written[index] = _add_entry(index.read_text(), family, name)
-    readme = root / family / "README.md"
+    readme = root / "kernels" / family / "README.md"
     if readme.exists():
         written[readme] = readme.read_text() + _render(TEMPLATES / "README.md.j2", family, name)
     folder.mkdir()
@@ -63,9 +67,7 @@ def _render(template: Path, family: str, name: str) -> str:
     camel = "".join(part.capitalize() for part in name.split("_"))
     source = Template(template.read_text(), undefined=StrictUndefined, keep_trailing_newline=True)
     lines = source.render(family=family, name=name, camel=camel).splitlines(keepends=True)
-    own = [
-        i for i, line in enumerate(lines) if line.startswith("from kernel_index")
-    ]  # one block, in the modules' order
+    own = [i for i, line in enumerate(lines) if line.startswith("from kernel_index")]  # one block, sorted by module
     for i, line in zip(own, sorted((lines[i] for i in own), key=lambda line: line.split()[1]), strict=True):
         lines[i] = line
     return "".join(lines)
@@ -87,7 +89,7 @@ def _export(source: str, module: str, name: str) -> str:
     lines = source.splitlines(keepends=True)
     listed = _assigned(source, "__all__")
     after = [n for n in ast.literal_eval(listed) if n > name]
-    at = source[: source.index("__all__ = [")].count("\n")  # the names stand below it, one on each line
+    at = source[: source.index("__all__ = [")].count("\n")  # the names follow it, one on each line
     place = next(i for i in range(at, len(lines)) if lines[i].strip() == (f'"{after[0]}",' if after else "]"))
     lines.insert(place, f'    "{name}",\n')
     imports = [n for n in ast.parse(source).body if isinstance(n, ast.ImportFrom)]
@@ -101,12 +103,13 @@ def _add_entry(source: str, family: str, name: str) -> str:
     """The index with one more entry, at its end."""
     lines = source.splitlines(keepends=True)
     title, purpose = families()[family], "Say here in one sentence what it is for."
-    arguments = (name, title, f"{family}/{name}", name, purpose, "")
+    arguments = (name, title, f"kernels/{family}/{name}", name, purpose, "")
     text = "".join(f'        "{argument}",\n' for argument in arguments)
     lines.insert((_assigned(source, "ENTRIES").end_lineno or 1) - 1, f"    {entry.__name__}(\n{text}    ),\n")
     return "".join(lines)
 
 
+@app.command()
 def new_command(
     family: Annotated[str, typer.Argument(metavar="FAMILY", help="A family's folder, as `experts`.")],
     name: Annotated[
