@@ -72,8 +72,8 @@ def test_an_entry_is_what_the_tree_says(entry):
 
 def test_every_public_function_is_in_the_index():
     """But those of the core, which belong to every kernel."""
-    functions = {n: getattr(kernel_index, n) for n in kernel_index.__all__}
-    own = {n for n, f in functions.items() if inspect.isfunction(f) and not f.__module__.startswith("kernel_index.core.")}
+    functions = {n: f for n in kernel_index.__all__ if inspect.isfunction(f := getattr(kernel_index, n))}
+    own = {n for n, f in functions.items() if not f.__module__.startswith("kernel_index.core.")}
     assert own <= {name for e in ENTRIES for name in e.functions}
     named = [name for e in ENTRIES for name in e.functions]
     assert len(named) == len(set(named)), "a function belongs to one entry"

@@ -111,10 +111,8 @@ def list_command(as_json: Json = False) -> None:
                 table.add_row("", Text(", ".join(f"ki.{name}" for name in e.functions), "dim"))
         console.print(table)
     seed, others = ([e for e in ENTRIES if e.seed is kind] for kind in (True, False))
-    console.print(
-        f"\n{sum(e.implemented for e in seed)} of {len(seed)} entries implemented; `kernel-index show ENTRY` says more.",
-        highlight=False,
-    )
+    done = f"{sum(e.implemented for e in seed)} of {len(seed)} entries implemented"
+    console.print(f"\n{done}; `kernel-index show ENTRY` says more.", highlight=False)
     console.print(f"Beside these: {', '.join(e.name for e in others)}.", highlight=False)
     for name, reason in notes.items():
         console.print(f"✗ {name}: {reason}", markup=False, highlight=False)

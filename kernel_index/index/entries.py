@@ -1,6 +1,7 @@
 """The entries of the index, by family: only names and prose are written down here."""
 
 import functools
+from typing import Any
 
 from kernel_index.index.entry import Entry
 
@@ -15,11 +16,9 @@ FAMILIES = (
 )
 
 
-def entry(
-    name: str, family: str, folder: str, functions: str, purpose: str, used_by: str, *, seed: bool = False, jax: str = ""
-) -> Entry:
+def entry(name: str, family: str, folder: str, functions: str, purpose: str, used_by: str, **more: Any) -> Entry:
     """An ``Entry`` with its lists written as words."""
-    return Entry(name, family, folder, tuple(functions.split()), purpose, tuple(used_by.split()), seed, jax)
+    return Entry(name, family, folder, tuple(functions.split()), purpose, tuple(used_by.split()), **more)
 
 
 seed_entry = functools.partial(entry, seed=True)
@@ -124,7 +123,7 @@ ENTRIES = (
         "Sparse staging",
         "routing/union_selection_query_mask",
         "union_selection materialize_query_union_mask",
-        "Join the blocks that the queries of a tile selected, and keep for each query which of them it selected itself.",
+        "Join the blocks that a tile's queries selected, and keep for each query which of them it selected itself.",
         "kernels.sparse.clustered_sparse_three_phase.clustered_sparse_attention jax.clustered_sparse_attention",
     ),
     seed_entry(

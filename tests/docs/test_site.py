@@ -8,8 +8,8 @@ import pytest
 
 from docs import __main__ as build
 from docs import links, pages, states, text
-from kernel_index.index.entries import ENTRIES, FAMILIES
 from kernel_index.core.target import has_package
+from kernel_index.index.entries import ENTRIES, FAMILIES
 
 MACHINE = {"processor": "A CPU", "torch": "2.13.0", "date": "2026-01-02"}
 

@@ -1,4 +1,4 @@
-"""``make new FAMILY=… NAME=…``: makes the folder of a kernel, complete and right, with a placeholder for its formula."""
+"""``make new FAMILY=… NAME=…``: the folder of a kernel, complete and right, with a placeholder for its formula."""
 
 import ast
 import keyword
@@ -26,7 +26,7 @@ def families() -> dict[str, str]:
 
 
 def new(family: str, name: str, root: Path = ROOT) -> list[Path]:
-    """Write ``root/kernels/family/name``, export its function, add it to the index; return the files written or changed.
+    """Write ``root/kernels/family/name``, export its function, add it to the index; return the files it wrote.
 
     Everything is made in memory first, so nothing is changed by a call that raises.
 
