@@ -102,18 +102,19 @@ WRITING = ("clear", "pop", "popitem", "setdefault", "update")
 
 def environment_writes(source: str) -> list[int]:
     """The lines that change the process's environment."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [getattr(node, "target", None)]
-        if any(isinstance(t, ast.Subscript) and _is_environment(t.value) for t in targets):
-            found.append(node.lineno)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            of = node.func.value
-            if (_is_environment(of) and node.func.attr in WRITING) or node.func.attr in ("putenv", "unsetenv"):
-                found.append(node.lineno)
-        elif isinstance(node, ast.AugAssign) and _is_environment(node.target):
-            found.append(node.lineno)
-    return found
+    nodes = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt | ast.expr))
+    return [node.lineno for node in nodes if _changes_environment(node)]
+
+
+def _changes_environment(node: ast.stmt | ast.expr) -> bool:
+    if isinstance(node, ast.Subscript):
+        return not isinstance(node.ctx, ast.Load) and _is_environment(node.value)
+    if isinstance(node, ast.AugAssign):
+        return _is_environment(node.target)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        method, of = node.func.attr, node.func.value
+        return method in ("putenv", "unsetenv") or (method in WRITING and _is_environment(of))
+    return False
 
 
 def _is_environment(node: ast.AST) -> bool:

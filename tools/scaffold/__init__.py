@@ -93,7 +93,7 @@ def _export(source: str, module: str, name: str) -> str:
     place = next(i for i in range(at, len(lines)) if lines[i].strip() == (f'"{after[0]}",' if after else "]"))
     lines.insert(place, f'    "{name}",\n')
     imports = [n for n in ast.parse(source).body if isinstance(n, ast.ImportFrom)]
-    later = [n.lineno - 1 for n in imports if (n.module or "") > module]
+    later = [n.lineno - 1 for n in imports if n.module and n.module.startswith("kernel_index.") and n.module > module]
     place = later[0] if later else imports[-1].end_lineno or imports[-1].lineno
     lines.insert(place, f"from {module} import {name}\n")
     return "".join(lines)
