@@ -128,6 +128,13 @@ def test_headings_go_down_and_code_stays():
     assert text.deeper("# a\n```\n# b\n```") == "## a\n```\n# b\n```"
 
 
+@pytest.mark.parametrize("path", sorted((pages.REPOSITORY / "docs" / "decisions").glob("*.md")), ids=lambda p: p.stem)
+def test_a_decision_begins_with_its_status_date_context_and_alternatives(path):
+    title, _, *head = path.read_text().splitlines()[:6]
+    assert title.startswith("# ")
+    assert [line.partition(":")[0] for line in head] == ["- **Status", "- **Date", "- **Context", "- **Alternatives"]
+
+
 # The site
 
 
