@@ -6,10 +6,10 @@ is made beforehand and not timed, and forward against FlexAttention with its blo
 attention; 1/200 of ``create_block_mask``'s time for a block plan.
 
 Rows of everyday length follow: causal ones against the same call, masked ones against our own ``cpu`` backend, which is
-PyTorch's kernel piece by piece.
+PyTorch's kernel called for each rectangle of scores.
 
-Predicted: documents need 1/32 of the dense scores and the kernel is the same one, so 1/20 to 1/30; a window of 512 with
-pieces of 256 queries needs 1/21 of them, so about 1/16; plain causal is the same call, 1.00; a plan of 64 blocks from
+Predicted: documents need 1/32 of the dense scores and the kernel is the same one, so 1/20 to 1/30; a window of 512 by
+256 queries at a time needs 1/21 of them, so about 1/16; plain causal is the same call, 1.00; a plan of 64 blocks from
 8192 ids is a dozen small operations, against 67 million evaluations of a predicate: 1/1000 or less.  Memory counts
 the results too: out, dq, dk and dv alone are 0.11 of what PyTorch takes, so 0.1 is met by the forward pass only.
 """

@@ -1,6 +1,6 @@
 """Does a decoding step through our caches cost what one bare attention call costs?
 
-Batch 16, 4096 cached tokens, 8 query heads, 2 key heads of size 64; the step writes one new token for each row.
+Batch 16, 4096 cached tokens, 8 query heads, 2 KV heads of size 64; the step writes one new token for each row.
 
 Predicted: a step reads 2 · 16 · 4096 · 2 · 64 elements, 67 MB in float32, and does nothing else of that size.  The bare
 call reads the keys of a group once for each of its 4 query heads, from cache at best, and we read them once: contiguous

@@ -1,13 +1,13 @@
-"""What does attention to picked tokens cost beside attention to all of them?
+"""What does attention to selected tokens cost beside attention to all of them?
 
-H = 8, K = 2, D = 64, 256 picks for each query, against one causal call of PyTorch's scaled_dot_product_attention at the
-same length; picks are given.  And the indexer with 4 heads of 64 against all scores at once and ``torch.topk``.  No
-target: whether it pays depends on how much neighbouring queries share, and this is the question.
+H = 8, K = 2, D = 64, 256 tokens for each query, against one causal call of PyTorch's scaled_dot_product_attention at
+the same length; the selection is given.  And the indexer with 4 heads of 64 against all scores at once and
+``torch.topk``.  No target: whether it pays depends on how much neighbouring queries share, and this is the question.
 
-Predicted for T = 16384: 64 queries that share 85 % of their picks have about 2500 distinct keys, of 8192 that a query
-sees on average, so 0.3 of the products in smaller pieces and with a mask: 0.4 to 0.6 of the time in float32, about
-1 in bfloat16, whose dense kernel gains more from large tiles.  Where nothing is shared they pick nearly everything: 1.5
-to 3.  The indexer sorts in place of storing T·S scores: about the time of the other, a twentieth of its memory.
+Predicted for T = 16384: 64 queries that share 85 % of their tokens have about 2500 distinct keys, of 8192 that a query
+sees on average, so 0.3 of the products in smaller tiles and with a mask: 0.4 to 0.6 of the time in float32, about
+1 in bfloat16, whose dense kernel gains more from large tiles.  Where nothing is shared they select nearly all: 1.5 to
+3.  The indexer sorts in place of storing T·S scores: about the time of the other, a twentieth of its memory.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ INDEXED, INDEX_HEADS = 8192, 4
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def picks(shared: float) -> Tensor:
-    """Places before each query, drawn evenly; this share of them the same for 64 neighbours."""
+def selected_tokens(shared: float) -> Tensor:
+    """Indices before each query, drawn evenly; this share of them the same for 64 neighbours."""
     row = torch.arange(T)
     own = (torch.rand(T, PICKS) * (row[:, None] + 1)).long()
     common = (torch.rand(T // 64, PICKS) * (row[::64, None] + 1)).long().repeat_interleave(64, 0)
@@ -47,8 +47,8 @@ def contender(name: str, attend: Callable[[], Attend], dtype: torch.dtype, backw
 
 
 def ours(shared: float) -> Attend:
-    picked = picks(shared)
-    return lambda q, k, v: ki.exact_token_attention(q, k, v, picked)
+    selected = selected_tokens(shared)
+    return lambda q, k, v: ki.exact_token_attention(q, k, v, selected)
 
 
 def dense() -> Attend:

@@ -1,7 +1,7 @@
 """Tensors of more than 2³¹ elements: the last rows of a call, forward and backward, against a call of those rows alone.
 
 Everything here works by rows, so the last rows do not depend on how many come before them; offsets do.  A dropout mask
-does depend on the place: parts of it are held against the definition's.
+does depend on the element's index: slices of it are compared with the definition's.
 """
 
 from collections.abc import Callable

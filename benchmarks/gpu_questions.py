@@ -182,15 +182,15 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 DRIFT = 0.975
-"""Correlation of neighbouring queries at which they share 85 % of their picks."""
+"""Correlation of neighbouring queries at which they share 85 % of their selected blocks."""
 
 
 def sparse_questions(dry: bool, device: str) -> list[Question]:
     """16 blocks of 64 keys for each query of 65536, against flash attention over everything before it.
 
-    *Random*: queries are independent, the worst case for unions.  *Shared*: neighbours share 85 % of their picks.
-    ``kernel_index``, which is clustered, routes, plans and attends, as MoBA does; the attention alone, given picks,
-    shows what routing costs.
+    *Random*: queries are independent, the worst case for unions.  *Shared*: neighbours share 85 % of their blocks.
+    ``kernel_index``, which is clustered, routes, plans and attends, as MoBA does; the attention alone, with the
+    selection given, shows what routing costs.
     """
     tokens, heads, kv_heads, size = (32, 4, 2, 16) if dry else (65536, 32, 4, 128)
     config = ki.ClusteredSparseConfig(block_size=8, topk=3) if dry else ki.ClusteredSparseConfig(block_size=64, topk=16)
@@ -209,16 +209,16 @@ def sparse_questions(dry: bool, device: str) -> list[Question]:
 
     def moba(per, backend="triton"):
         def attend(q, k, v):
-            size, picked = config.block_size, config.topk
-            return ki.moba_attention(q, k, v, block_size=size, topk=picked, route_per=per, backend=backend)
+            size, topk = config.block_size, config.topk
+            return ki.moba_attention(q, k, v, block_size=size, topk=topk, route_per=per, backend=backend)
 
         return attend
 
-    def attend_only(picks):
+    def attend_only(routed):
         def attend(q, k, v):
-            if not picks:  # the inputs of every contender's first call
-                picks.append(ki.clustered_route(q, k, config=config))
-            selected, valid = picks[0]
+            if not routed:  # the inputs of every contender's first call
+                routed.append(ki.clustered_route(q, k, config=config))
+            selected, valid = routed[0]
             return block_sparse_attention(
                 q, k, v, selected, selected_valid=valid, block_size=config.block_size, backend="triton"
             ).out

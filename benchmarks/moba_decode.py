@@ -1,16 +1,16 @@
-"""Does decoding over picked blocks take a tenth of what dense decoding takes?
+"""Does decoding over selected blocks take a tenth of what dense decoding takes?
 
-65536 cached tokens in a contiguous cache, 8 query heads, 2 key heads of size 64, blocks of 64 tokens of which 16 are
-picked, one new token for each row, routing included.  Against ``ki.fa4_kvcache_decode`` over the same cache, which
+65536 cached tokens in a contiguous cache, 8 query heads, 2 KV heads of size 64, blocks of 64 tokens of which 16 are
+selected, one new token for each row, routing included.  Against ``ki.fa4_kvcache_decode`` over the same cache, which
 reads each key once for the 4 query heads of its group.  Target: 1/10 of its time.
 
 A model has a cache for every layer, which no processor's caches hold: a call goes over 4 layers of one row, or over one
 layer of 4 rows, 268 MB of keys and values in float32 either way.
 
 Predicted: dense decoding reads 2 · 65536 · 2 · 64 elements of a row, 67 MB in float32.  Routing reads 1024 means of
-each key head, 0.5 MB, and picks for each query head; 8 heads then read 16 · 64 keys and values, 4 MB.  That is 1/14 of
-the bytes in one call of a native kernel, between some 20 small operations (0.1 ms) that write and keep the books: 1/12.
-With one selection for the heads of a key head (``kv_group``) it is 1/45 of the bytes: 1/20 to 1/30.
+each KV head, 0.5 MB, and selects for each query head; 8 heads then read 16 · 64 keys and values, 4 MB.  That is 1/14 of
+the bytes in one call of a native kernel, between some 20 small operations (0.1 ms) that write and count: 1/12.
+With one selection for the heads of a KV head (``kv_group``) it is 1/45 of the bytes: 1/20 to 1/30.
 """
 
 from collections.abc import Callable

@@ -1,19 +1,19 @@
-"""Is attention to picked blocks faster than dense attention, with everything that picking costs?
+"""Is attention to selected blocks faster than dense attention, with everything that the selection costs?
 
-B = 1, H = 8 on K = 2 key heads, D = 64, blocks of 64, 16 of them for each query: ``clustered_sparse_attention``, and
-MoBA that picks by query head, with routing and planning, against PyTorch's scaled_dot_product_attention, causal, of
+B = 1, H = 8 on K = 2 KV heads, D = 64, blocks of 64, 16 of them for each query: ``clustered_sparse_attention``, and
+MoBA that selects by query head, with routing and planning, against PyTorch's scaled_dot_product_attention, causal, of
 the same length. *Random*: queries are independent, so neighbours share nothing but by chance. *Shared*: queries
-drift, so that a query shares 85 % of its picks with the one before it.
+drift, so that a query shares 85 % of its selected blocks with the one before it.
 
 Targets, as times of ours ÷ theirs: random at T = 16384 1/2.5 in float32 and 1/1.3 in bfloat16, shared 1/3 in both,
 random at T = 65536 1/6 and 1/3; at T = 6144 (float32) and 12288 (bfloat16) not slower. Memory beyond inputs and
 outputs grows like T.
 
 Predicted, of the native kernels: 16 of 256 blocks are 34 GFLOP of dense attention's 275 forward, at half its rate,
-since a product has 64 rows and what lies between two products costs as much as they do; the router is a tenth. So
+since a product has 64 rows and the work between two products costs as much as they do; the router is a tenth. So
 forward 4 times faster, wherever the dense kernel runs at the rate of its products; less in bfloat16 where those are
 so fast (AMX) that exponentials and added rows are most of the time. With backward about the same. Sharing changes
-nothing: the work goes by pick, not by union.
+nothing: the work grows with the selected blocks of each query, not with unions.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from benchmarks.harness import Comparison, Contender, compare, console
 H, K, D = 8, 2, 64
 CONFIG = ki.ClusteredSparseConfig(block_size=64, topk=16)
 DRIFT = 0.975
-"""Correlation of neighbouring queries at which they share 85 % of their picks."""
+"""Correlation of neighbouring queries at which they share 85 % of their selected blocks."""
 
 DENSE = "SDPA, is_causal"
 
@@ -47,7 +47,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def moba(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each query head picks for itself: four times the picks to make, as many to attend to."""
+    """Each query head selects its own blocks: four times the selections to make, as many scores to compute."""
     return ki.moba_attention(q, k, v, block_size=CONFIG.block_size, topk=CONFIG.topk)
 
 

@@ -1,4 +1,4 @@
-"""Links of a built site that lead nowhere: a file that is not there, or a place that its page does not have."""
+"""Links of a built site that lead nowhere: a file that is not there, or an anchor that its page does not have."""
 
 from html.parser import HTMLParser
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Docstrings as Markdown, READMEs in parts, and links that hold on the site as they do in the tree."""
+"""Docstrings as Markdown, READMEs by section, and links that hold on the site as they do in the tree."""
 
 import os
 import posixpath
@@ -54,7 +54,7 @@ def prose(text: str) -> str:
 
 
 def sections(text: str) -> tuple[str, dict[str, str]]:
-    """What stands before the first heading of level two, without the title; then each such section."""
+    """The text before the first heading of level two, without the title; then each such section."""
     head, *rest = re.split(r"^## ", text, flags=re.MULTILINE)
     found = {part.partition("\n")[0].strip(): part.partition("\n")[2].strip() for part in rest}
     return head.partition("\n")[2].strip(), found

@@ -1,4 +1,4 @@
-"""The ``kernel-index`` command and the index behind it."""
+"""The ``kernel-index`` command, and the index that it prints."""
 
 import inspect
 import json

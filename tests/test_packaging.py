@@ -1,4 +1,4 @@
-"""What reaches somebody who has PyTorch and nothing else, and what an exported entry is on its own."""
+"""What an installation with PyTorch and nothing else can do, and what an exported entry does on its own."""
 
 import json
 import os

@@ -43,7 +43,7 @@ ENTRIES = (
         "Attention",
         "masks/causal_windowing_predicate",
         "can_score_tile causal_windowing_plan",
-        "Tell a scoring loop which key tiles lie wholly in the future, so that it stops there.",
+        "Tell a scoring loop which key tiles are wholly in the future, so that it stops there.",
         "kernels.sparse.clustered_sparse_three_phase.clustered_sparse_attention jax.clustered_sparse_attention",
     ),
     seed_entry(

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def sentences(predicate: Callable[..., Any]) -> tuple[str, ...]:
-    """The rules that a predicate, or a predicate that it calls, can answer with: fixed strings, in source order."""
+    """The rules that a predicate, or a predicate that it calls, can return: fixed strings, in source order."""
     found: dict[str, None] = {}
     _collect(predicate, found, set())
     return tuple(found)
@@ -18,7 +18,7 @@ def sentences(predicate: Callable[..., Any]) -> tuple[str, ...]:
 
 def _collect(function: Any, found: dict[str, None], seen: set[CodeType]) -> None:
     if isinstance(function, functools.partial):
-        for argument in function.args:  # the rule of another op, asked on its behalf
+        for argument in function.args:  # the rule of another op, with its arguments bound
             _collect(argument, found, seen)
         function = function.func
     function = inspect.unwrap(function) if callable(function) else function

@@ -55,7 +55,7 @@ app.command()(tpu)
 def numerics(
     op: Ops = None,
     backend: Annotated[list[str] | None, typer.Option(help="Only this backend; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help="Where the inputs lie.")] = "cpu",
+    device: Annotated[str, typer.Option(help="The device of the inputs.")] = "cpu",
     quick: Annotated[bool, typer.Option(help="The first case of each function only.")] = False,
     out: Out = None,
     recorded: Record = None,

@@ -76,5 +76,5 @@ def _prove_backend(suite: Suite, backend: str, device: str, every: bool) -> Iter
 
 
 def _placed(kwargs: dict[str, Any], device: str) -> dict[str, Any]:
-    """Cases write ids and counts of a mask as lists, which lie on the host."""
+    """Moves the ids and counts of a case's mask to the device: cases write them as lists, on the host."""
     return {name: value.to(device) if isinstance(value, MaskContract) else value for name, value in kwargs.items()}

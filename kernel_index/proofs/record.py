@@ -1,4 +1,4 @@
-"""What a proof leaves behind: counts and a machine.  The documentation takes its states from these files.
+"""The record of a proof: counts and a machine.  The documentation takes its states from these files.
 
 ``kernel-index prove numerics --record FILE`` and ``prove aot --record FILE`` write one; those in ``benchmarks/results``
 are committed.

@@ -24,7 +24,7 @@ PEAK_FLOPS = {"v5e": 131_072, "v6e": 524_288, "v5p": 262_144}
 class Loop:
     """A loop of the kernel: how deep it is nested and its bundles, those of loops inside left out.
 
-    ``regions`` are the bundles of its predicated parts: code that a branch may skip.
+    ``regions`` are the bundles of its predicated regions: code that a branch may skip.
     """
 
     depth: int

@@ -43,7 +43,7 @@ def splash_work(kernel: KernelFigures, tokens: int) -> Work:
 
 
 def interval_work(kernel: KernelFigures, walk: Any, tokens: int, tile: int, block: int) -> Work:
-    """The blocks of each tile, once for the query heads of a key head."""
+    """The blocks of each tile, once for the query heads of a KV head."""
     counts = np.asarray(walk.spans)[0, 0, 0]
     (row, *_), (step, *_) = kernel.at_depth(1), kernel.at_depth(2)
     visits, rows = int(counts.sum()) * KV_HEADS, counts.size * KV_HEADS
@@ -74,12 +74,12 @@ def query_bytes(tokens: int) -> int:
 
 
 def _per_query_bytes(tokens: int, words: int) -> int:
-    """Queries, outputs, log-sum-exps, both ends of the intervals, words of picks."""
+    """Queries, outputs, log-sum-exps, both ends of the intervals, words of selected blocks."""
     return query_bytes(tokens) + HEADS * tokens * 4 * (1 + 2 + words)
 
 
-def picks_work(kernel: KernelFigures, tokens: int, scored_queries: int, scored_blocks: int) -> float:
-    """Bundles of phase 1: the tiles of blocks under the diagonal, then one pass for each pick."""
+def selection_work(kernel: KernelFigures, tokens: int, scored_queries: int, scored_blocks: int) -> float:
+    """Bundles of phase 1: the tiles of blocks under the diagonal, then one pass for each selected block."""
     rows = tokens // scored_queries
     ends = (np.arange(rows) + 1) * scored_queries - 1
     tiles = int((ends // (BLOCK * scored_blocks) + 1).sum())
@@ -87,14 +87,14 @@ def picks_work(kernel: KernelFigures, tokens: int, scored_queries: int, scored_b
     return KV_HEADS * (rows * row.bundles + tiles * score.bundles + rows * TOPK * take.bundles)
 
 
-def drifting_picks(tokens: int, seed: int = 0, change: float = 1 / 32) -> np.ndarray:
-    """Picks [1, T, K, 16] of neighbours that agree as in trained models: each query changes one with this chance.
+def drifting_selection(tokens: int, seed: int = 0, change: float = 1 / 32) -> np.ndarray:
+    """Selected blocks [1, T, K, 16] as in trained models: each query changes one of its neighbour's with this chance.
 
-    The block that holds the query is always in; a new pick is any past block.  Neighbours share 16 of 16 picks in 97 %
-    of the cases and 15 in the rest.
+    The current block is always selected; a new one is any past block.  Neighbours share 16 of 16 blocks in 97 % of the
+    cases and 15 in the rest.
     """
     generator = np.random.default_rng(seed)
-    picks = np.full((1, tokens, KV_HEADS, TOPK), -1, np.int32)
+    selected = np.full((1, tokens, KV_HEADS, TOPK), -1, np.int32)
     for head in range(KV_HEADS):
         own: list[int] = []
         for t in range(tokens):
@@ -105,8 +105,8 @@ def drifting_picks(tokens: int, seed: int = 0, change: float = 1 / 32) -> np.nda
                 own.append(int(generator.choice(np.setdiff1d(np.arange(current), own))))
             elif current >= TOPK and generator.random() < change:
                 own[int(generator.integers(len(own)))] = int(generator.choice(np.setdiff1d(np.arange(current), own)))
-            picks[0, t, head, : len(own) + 1] = sorted([*own, current])
-    return picks
+            selected[0, t, head, : len(own) + 1] = sorted([*own, current])
+    return selected
 
 
 def document_ids(tokens: int, documents: int) -> np.ndarray:
@@ -117,14 +117,14 @@ def document_ids(tokens: int, documents: int) -> np.ndarray:
 
 
 def least_flops(kernel: str, case: str, tokens: int) -> float:
-    """Multiplications and additions that a causal call cannot do without; of one pick for each query where sparse."""
+    """Multiplications and additions that a causal call cannot do without; where sparse, of 16 blocks for each query."""
     products = {"dkv": 4, "dq": 3}.get(kernel.rstrip(".0123456789").rpartition("_")[2], 2)
     keys = tokens / 2 if case in ("attention", "splash") else min(BLOCK * TOPK, tokens) / 2
     return 2.0 * products * HEADS * tokens * keys * WIDTH
 
 
 def compare(case: str, compiled: Any, peer: Any, tokens: int) -> list[dict[str, Any]]:
-    """Ratios of ours to Splash's for the works that a case stands for; see ``Work``."""
+    """Ratios of ours to Splash's for the work of a case; see ``Work``."""
     import jax.numpy as jnp
 
     import kernel_index.jax as kij
@@ -147,19 +147,19 @@ def compare(case: str, compiled: Any, peer: Any, tokens: int) -> list[dict[str, 
             )
             for work, mask in masks.items()
         ]
-    picks = jnp.asarray(drifting_picks(tokens))
+    selected = jnp.asarray(drifting_selection(tokens))
     sizes = Sizes(TILE, BLOCK, GROUP)
     bounds = kij.MaskContract().intervals(1, tokens, tokens)
-    plan = pallas.union_plan(picks, bounds, tokens, sizes, pallas.step_blocks(BLOCK, False))
+    plan = pallas.union_plan(selected, bounds, tokens, sizes, pallas.step_blocks(BLOCK, False))
     ours = union_work(forward, plan.walk, tokens, -(-tokens // BLOCK // 32))
-    scoring = picks_work(compiled.kernel("clustered_picks"), tokens, pallas.SCORED_QUERIES, pallas.SCORED_BLOCKS)
+    scoring = selection_work(compiled.kernel("clustered_picks"), tokens, pallas.SCORED_QUERIES, pallas.SCORED_BLOCKS)
     least = union_bytes(plan.walk) + query_bytes(tokens)
     union = float(np.asarray(plan.walk.spans)[0, :, 0].mean())
     facts = {"mean_union": union, "union_over_picks": union / TOPK, "bytes_over_union_q_o": ours.bytes / least}
-    with_picks = ours._replace(bundles=ours.bundles + scoring)
+    with_selection = ours._replace(bundles=ours.bundles + scoring)
     return [
         _row("16 picks, phase 3", ours, theirs) | facts,
-        _row("16 picks, phases 1 and 3", with_picks, theirs) | facts,
+        _row("16 picks, phases 1 and 3", with_selection, theirs) | facts,
     ]
 
 

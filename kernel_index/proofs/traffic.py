@@ -1,7 +1,7 @@
 """``prove traffic``: count the bytes that kernels load and store, in Triton's interpreter.
 
 For each launch: ``lanes``, every unmasked lane of every load and store; ``sectors``, distinct 32-byte sectors, reads
-and writes apart, which is what a launch must move through memory behind a perfect L2 cache.  ATen ops between the
+and writes apart, which is what a launch must move between memory and a perfect L2 cache.  ATen ops between the
 launches count their inputs and outputs once.  Counts are exact and affine in the rows, so two small sizes give those of
 a large one; they say nothing about time.
 """

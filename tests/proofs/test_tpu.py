@@ -52,7 +52,7 @@ def test_work_is_counted_from_plans():
     theirs = tpu_plans.splash_work(figures(Loop(1, 100, (5, 60, 7))), 2048)
     assert (theirs.tiles, theirs.bundles) == (80, 80 * 88 + 32 * 12)
     spans = np.zeros((1, 2, 5, 3), np.int32)
-    spans[0, :, 0] = 9, 4, 0  # blocks of three rows, for each of two key heads
+    spans[0, :, 0] = 9, 4, 0  # blocks of three rows, for each of two KV heads
     walk = Walk(spans, np.zeros((1, 2, 3, 1, 16), np.int32))
     ours = tpu_plans.union_work(figures(Loop(1, 10), Loop(2, 50, (40, 3)), Loop(3, 8)), walk, 768, words=1)
     assert ours.tiles == 26 * 4 / 8
@@ -60,17 +60,17 @@ def test_work_is_counted_from_plans():
     assert tpu_plans.union_bytes(walk) == 26 * 128 * 2 * 128 * 2
 
 
-def test_drawn_picks_are_legal_and_neighbours_overlap():
+def test_drawn_blocks_are_legal_and_neighbours_overlap():
     pytest.importorskip("jax")
-    from kernel_index.proofs.tpu_plans import drifting_picks
+    from kernel_index.proofs.tpu_plans import drifting_selection
 
-    picks = drifting_picks(4096)
+    selected = drifting_selection(4096)
     for head, t in itertools.product(range(2), (0, 127, 128, 3000, 4095)):
-        own = picks[0, t, head]
+        own = selected[0, t, head]
         own = own[own >= 0]
         assert len(set(own.tolist())) == len(own) == min(16, t // 128 + 1)
         assert own.max() == t // 128
-    shared = (picks[0, 2500:3999, 0, :, None] == picks[0, 2501:4000, 0, None, :]).any(-1).sum(-1)
+    shared = (selected[0, 2500:3999, 0, :, None] == selected[0, 2501:4000, 0, None, :]).any(-1).sum(-1)
     assert 15.9 < shared.mean() < 16
 
 
