@@ -13,17 +13,25 @@ import torch
 from typer.testing import CliRunner
 
 import kernel_index as ki
+from kernel_index.cli.commands import ELSEWHERE, app
 from kernel_index.core.target import has_package, machine_rules
 from kernel_index.index.entries import ENTRIES
 from kernel_index.index.entry import ROOT
 from kernel_index.integrations.kernels_hub import BACKENDS, export
 
-PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 
 
 def test_pytorch_is_the_only_requirement_and_types_are_shipped():
     assert [re.split(r"\W", d)[0] for d in PROJECT["dependencies"]] == ["torch"]
     assert (ROOT / "py.typed").is_file()
+
+
+def test_the_wheel_holds_the_package_alone():
+    """No tools, benchmarks or docs; and no command of the package needs them."""
+    assert SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["kernel_index"]}
+    assert {place.partition(".")[0] for place in ELSEWHERE.values()} == {"kernel_index"}
 
 
 def test_every_file_of_the_package_is_python_or_said_to_be_shipped():
@@ -156,8 +164,6 @@ def test_wrong_requests_write_nothing(tmp_path, name, version, message):
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     (tmp_path / "mine").write_text("")
-    from kernel_index.cli.commands import app
-
     result = CliRunner().invoke(app, ["export", "fused_rope_qk", str(tmp_path)])
     assert result.exit_code == 2
     assert "folder must be empty or new" in result.output
@@ -173,8 +179,6 @@ def test_versions_are_recorded(tmp_path):
         ki.fused_relu_squared(torch.ones(1))
     assert log.versions["kernel-index"] == ki.__version__
     assert log.versions["torch"] == torch.__version__
-    from kernel_index.cli.commands import app
-
     arguments = ["prove", "numerics", "--op", "fused_relu_squared", "--backend", "reference", "--quick", "--json"]
     result = CliRunner().invoke(app, [*arguments, str(tmp_path / "proof.json")])
     assert result.exit_code == 0, result.output
