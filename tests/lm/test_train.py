@@ -198,7 +198,7 @@ def test_full_disk_stops_clearly_and_keeps_the_last_checkpoint(corpus, tmp_path)
     assert first.returncode == 0, first.stderr
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        "from kernel_index.cli import main; sys.argv = ['kernel-index', *sys.argv[1:]]; main()"
+        "from kernel_index.cli.main import main; sys.argv = ['kernel-index', *sys.argv[1:]]; main()"
     )
     args = ["train", "--resume", "--out", str(out), "--steps", "4", "--checkpoint-every", "1"]
     plain = {**os.environ, "KERNEL_INDEX_BACKEND": "reference"}  # the limit would hit the compiler's cache first
