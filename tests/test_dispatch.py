@@ -256,14 +256,14 @@ def test_strict_by_the_environment(monkeypatch, value, refused):
 # The environment
 
 
-def force(monkeypatch, **variables):
+def set_variables(monkeypatch, **variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     reload_environment()
 
 
 def test_the_environment_overrules_the_request_and_the_receipt_says_so(monkeypatch):
-    force(monkeypatch, KERNEL_INDEX_BACKEND="reference")
+    set_variables(monkeypatch, KERNEL_INDEX_BACKEND="reference")
     with ki.receipts() as log:
         toy(torch.ones(4, 8))
         toy(torch.ones(4, 8), backend="even")
@@ -279,7 +279,7 @@ def test_the_environment_overrules_the_request_and_the_receipt_says_so(monkeypat
 
 
 def test_the_variable_of_one_op_wins_and_leaves_others_alone(monkeypatch):
-    force(monkeypatch, KERNEL_INDEX_BACKEND="reference", KERNEL_INDEX_BACKEND_TOY="large")
+    set_variables(monkeypatch, KERNEL_INDEX_BACKEND="reference", KERNEL_INDEX_BACKEND_TOY="large")
     with ki.receipts() as log:
         toy(torch.ones(4, 8))
         ki.fused_relu_squared(torch.ones(3))
@@ -290,13 +290,13 @@ def test_the_variable_of_one_op_wins_and_leaves_others_alone(monkeypatch):
 
 
 def test_an_empty_variable_forces_nothing(monkeypatch):
-    force(monkeypatch, KERNEL_INDEX_BACKEND="", KERNEL_INDEX_BACKEND_TOY="")
+    set_variables(monkeypatch, KERNEL_INDEX_BACKEND="", KERNEL_INDEX_BACKEND_TOY="")
     assert toy(torch.ones(4, 8))[0, 0] == 10
 
 
 @pytest.mark.parametrize(("backend", "rule"), [("even", ODD), ("hexagon", "expected auto or one of: even, large, ref")])
 def test_a_forced_backend_that_cannot_run_is_not_ignored(monkeypatch, backend, rule):
-    force(monkeypatch, KERNEL_INDEX_BACKEND_TOY=backend)
+    set_variables(monkeypatch, KERNEL_INDEX_BACKEND_TOY=backend)
     with pytest.raises(Ineligible) as error:
         toy(torch.ones(4, 7), backend="reference")
     assert f"backend={backend!r} (forced by KERNEL_INDEX_BACKEND_TOY)" in str(error.value)

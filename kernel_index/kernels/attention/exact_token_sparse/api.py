@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.attention.dense_attention.api import BACKENDS as DENSE
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
+from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.kernels.attention.exact_token_sparse import contract
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
 from kernel_index.kernels.attention.exact_token_sparse.cpu import exact_token_cpu

@@ -9,7 +9,7 @@ from kernel_index.core import checks, rules
 from kernel_index.core.rules import PLAIN, inside_functorch
 from kernel_index.core.target import target_of
 from kernel_index.core.triton import launch
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
+from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.masks.attention_arguments import check_attention
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
