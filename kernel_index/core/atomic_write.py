@@ -1,11 +1,11 @@
-"""Files that are whole or not there: a kill or a full disk in the middle of writing leaves the old one."""
+"""Writes a file completely or not at all: after a kill or on a full disk the old file is still there."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside the place and move it there; the folder is made."""
+    """Write to a draft in the same folder, made if missing, and rename it to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     try:

@@ -54,7 +54,7 @@ def is_device(name: str, value: Any) -> None:
 
 
 def has_values(name: str, value: Any, device: torch.device | str) -> None:
-    """A tensor that can be copied to the device: one on the meta device holds nothing to copy."""
+    """Raise for a meta tensor that is to be copied to another device: it holds no values."""
     if isinstance(value, Tensor) and value.is_meta and torch.device(device).type != "meta":
         raise ValueError(f"{name} must hold values to be used on {device}, got a tensor on the meta device")
 
@@ -89,7 +89,7 @@ def is_real(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if isinstance(value, int) and not _fits(value):
         raise ValueError(f"{name} must fit into 64 bits, got {value}")
-    # Dynamo may trace a float as a symbol, which has no isfinite.
+    # Dynamo may trace a float as a SymFloat, which has no isfinite.
     if not torch.compiler.is_compiling() and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
 
@@ -100,5 +100,5 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def is_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for a device; the meta device has none, and PyTorch raises when asked."""
+    """Whether autocast is on for a device; False for the meta device, for which PyTorch would raise."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)

@@ -1,7 +1,7 @@
-"""What flash-attn-4 takes on which architecture: facts as data, read in version 4.0.0b36.
+"""Which calls flash-attn-4 supports on which architecture, from the source of version 4.0.0b36.
 
-Every row was read in the package's own assertions.  ``compiled`` says whether this project has compiled the decoding
-calls of ``fa4.py`` and the kernels of ``kernel-index prove fa4`` for that architecture with the real package.
+Every row follows the package's own assertions.  ``compiled`` says whether this project has compiled the decoding calls
+of ``fa4.py`` and the kernels of ``kernel-index prove fa4`` for that architecture with the real package.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ PACKAGE = "flash-attn-4 4.0.0b36"
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """One architecture's row.
+    """What one architecture supports.
 
     ``paged``: a page table with ``seqused_k``.  ``varlen``: ragged lengths in one call, packed or by ``seqused_k``.
-    ``split``: more than one split of the keys.  ``head_sizes``: (smallest, largest), in multiples of 8, beside
-    ``extra_head_sizes``.  ``paged_head_multiple``: pages that are not one key tile load through cp.async, which takes
-    no padded head size.
+    ``split``: more than one split of the keys.  ``head_sizes``: (smallest, largest), in multiples of 8;
+    ``extra_head_sizes`` are allowed too.  ``paged_head_multiple``: head sizes of a paged call are multiples of it,
+    because a page that is not one key tile is loaded by cp.async, which takes no padded head size.
     """
 
     paged: bool
@@ -44,7 +44,7 @@ BLACKWELL = Support(
 )  # fmt: skip
 AMPERE = Support(
     paged=False, varlen=True, split=False, window=True, softcap=True, sink=False, head_sizes=(8, 128)
-)  # larger heads depend on shared memory there: not relied on
+)  # larger heads would depend on the size of shared memory
 
 TABLE: dict[int, Support] = {8: AMPERE, 9: HOPPER, 10: BLACKWELL, 11: BLACKWELL, 12: AMPERE}
 """By the major compute capability: 8 Ampere and Ada, 9 Hopper, 10 and 11 data-centre Blackwell, 12 consumer Blackwell,

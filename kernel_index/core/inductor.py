@@ -1,8 +1,8 @@
 """Regions of plain PyTorch that Inductor compiles for the CPU: the ``inductor`` backend of every elementwise op.
 
 A kernel writes its forward and its backward as plain functions and wraps each in a ``Region``.  The first region of a
-process costs about 15 s (2 s from the disk cache), each further one about 1 s, so regions are few and one is compiled
-per dtype and width, never per token count.  See docs/decisions/0002-inductor-on-the-cpu.md.
+process costs about 15 s to compile (2 s from the disk cache), each further one about 1 s.  So there are few regions,
+compiled for each dtype and width, never for each token count.  See docs/decisions/0002-inductor-on-the-cpu.md.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kernel_index.core import rules
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.rules import INSIDE_FUNCTORCH, NEEDS_PLAIN, PLAIN, inside_functorch, opaque_why_not
 from kernel_index.core.target import has_cxx_compiler
@@ -27,7 +28,7 @@ from kernel_index.core.target import has_cxx_compiler
 logger = logging.getLogger("kernel_index")
 
 MIN_ELEMENTS = 1 << 16
-"""Below this many elements ``auto`` compiles no region: a call is then bound by overhead, not by memory."""
+"""Below this many elements ``auto`` uses no compiled region: overhead, not memory, then decides the time of a call."""
 
 
 def why_not(*tensors: Any) -> str | None:
@@ -40,7 +41,7 @@ def why_not(*tensors: Any) -> str | None:
 
 
 def not_worth(x: Tensor, *_: Any) -> str | None:
-    """The size below which ``auto`` does not pick a compiled region."""
+    """Why ``auto`` does not use a compiled region for few elements."""
     return "too small for a compiled region to pay" if x.numel() < MIN_ELEMENTS else None
 
 
@@ -50,9 +51,9 @@ def _compile_is_disabled() -> bool:
 
 
 def why_not_or_traced(*tensors: Any) -> str | None:
-    """The same for an op whose own backward formula beats autograd's, so that the caller's torch.compile gets it too.
+    """``why_not`` for an op that keeps its own backward formula inside the caller's torch.compile.
 
-    While that traces, on any device, each region is inlined into the caller's graph: see ``Region.__call__``.
+    While torch.compile traces, on any device, each region is inlined into the caller's graph: see ``Region.__call__``.
     """
     if not torch.compiler.is_compiling():
         return why_not(*tensors)
@@ -64,7 +65,7 @@ def why_not_or_traced(*tensors: Any) -> str | None:
 
 
 def not_worth_or_traced(x: Tensor, *_: Any) -> str | None:
-    """``not_worth`` for the same ops; a trace serves every size."""
+    """``not_worth`` for the same ops; inside torch.compile every size is worth it."""
     return None if torch.compiler.is_compiling() else not_worth(x)
 
 
@@ -74,7 +75,9 @@ _COMPILING = ThreadLock()
 def _compile_is_off() -> bool:
     if _compile_is_disabled():
         return True
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # only once it is loaded can anyone have switched it off
+    eval_frame = sys.modules.get(
+        "torch._dynamo.eval_frame"
+    )  # torch.compile can only be switched off once this is loaded
     return eval_frame is not None and (torch._dynamo.config.disable or eval_frame._stance.stance != "default")
 
 
@@ -82,8 +85,8 @@ class Region:
     """A plain function of tensors and constants, compiled by Inductor on first use.
 
     ``dynamic`` maps a tensor parameter to the dimensions whose size may change from call to call; every other size,
-    every dtype and every constant selects a compiled variant.  Results therefore depend
-    on the call alone, not on which shapes were seen before it.
+    every dtype and every constant selects a compiled variant.  Results therefore depend on the call alone, not on the
+    shapes of earlier calls.
     """
 
     def __init__(self, function: Callable[..., Any], **dynamic: tuple[int, ...]):
@@ -104,22 +107,22 @@ class Region:
         return self._run(variant, args)
 
     def _run(self, variant: Callable[..., Any], args: tuple) -> Any:
-        # A backward pass may run inside a mode (a FLOP counter, a checkpoint) that its forward did not see, and Dynamo
-        # would refuse there.  A compiled kernel is opaque to a mode in any case.
+        # A backward pass may run inside a mode (a FLOP counter, a checkpoint) that was not active in its forward pass.
+        # Dynamo refuses to compile inside a mode, and a mode could not see into a compiled kernel.
         with torch.no_grad(), _outside_modes():
             return variant(*args)
 
     def _compile(self, key: tuple) -> Callable[..., Any]:
-        # A code object of its own for each variant: Dynamo counts recompilations by code object and refuses the ninth,
-        # and it would widen a static size to a dynamic one after the second variant.
-        own = types.FunctionType(
+        # Each variant gets its own code object: Dynamo counts recompilations by code object and refuses the ninth, and
+        # it would make a static size dynamic after the second variant.
+        function = types.FunctionType(
             self.function.__code__.replace(),
             self.function.__globals__,
             self.function.__name__,
             self.function.__defaults__,
         )
-        compiled = torch.compile(own, fullgraph=True, dynamic=False)
-        if compiled is own:  # a way of switching it off that why_not() does not know
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        if compiled is function:  # torch.compile was switched off in a way that why_not() does not check
             raise RuntimeError(f"torch.compile is switched off: it left {self.function.__name__} uncompiled")
 
         def first_call(*args: Any) -> Any:
@@ -127,7 +130,7 @@ class Region:
             start = time.perf_counter()
             out = mark_and_run(*args)
             logger.info("compiled %s in %.1f s", self.function.__name__, time.perf_counter() - start)
-            self.variants[key] = mark_and_run  # only now: after a failure or an interrupt the next call compiles afresh
+            self.variants[key] = mark_and_run  # only now: after a failure or an interrupt the next call compiles again
             return out
 
         def mark_and_run(*args: Any) -> Any:
@@ -139,26 +142,24 @@ class Region:
 def sum_rows(values: Tensor) -> Tensor:
     """``values.sum(0)`` for use inside a region: the reduction of a weight's gradient over tokens.
 
-    Summing down whole columns strides through memory; sums of 16 rows, added up in a second step, stay in cache
-    (4 times faster at 4096 × 4096 in float32), round less, and do not depend on the number of threads.
+    The sum of a whole column strides through memory.  Sums of 16 rows, which a second sum adds up, stay in cache (4
+    times faster at 4096 × 4096 in float32), round less, and do not depend on the number of threads.
     """
     if values.device.type != "cpu":
         return values.sum(0)
     rows = values.shape[0]
-    chunks = rows // 16 + 2  # never 1, which Inductor would compile apart; the last ones are padding
+    chunks = rows // 16 + 2  # at least 2, as Inductor specialises 1; the last rows are padding
     padded = torch.nn.functional.pad(values, (0, 0) * (values.ndim - 1) + (0, 16 * chunks - rows))
     return padded.view(chunks, 16, *values.shape[1:]).sum(1).sum(0)
 
 
 def _outside_modes() -> contextlib.AbstractContextManager[Any]:
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return contextlib.nullcontext()
-    return _disable_current_modes()
+    return _disable_current_modes() if rules.inside_dispatch_mode() else contextlib.nullcontext()
 
 
 def _static_part(value: Any, dynamic: tuple[int, ...]) -> Any:
     if isinstance(value, Tensor):
-        # Inductor specialises sizes 0 and 1, so they are variants of their own.
+        # Inductor specialises sizes 0 and 1, so each is a variant.
         return value.dtype, tuple(-1 if i in dynamic and n > 1 else n for i, n in enumerate(value.shape))
     return type(value), value  # 1, 1.0 and True are equal, and compile differently
 
@@ -177,7 +178,7 @@ _announced = False
 
 
 def announce(name: str) -> None:
-    """The compiler's start-up is the one long wait of the library, so it is never silent."""
+    """Log a warning before the compiler starts for the first time: that is the one long wait of the library."""
     global _announced
     if not _announced:
         _announced = True

@@ -1,4 +1,4 @@
-"""A lock for threads that does not outlive a fork."""
+"""``ThreadLock``: a lock between threads that is free again in a forked child."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 
 class ThreadLock:
-    """Lets one thread in at a time, that one again and again.
+    """A reentrant lock.
 
-    A forked child, such as a worker of a ``DataLoader``, finds it open: the thread that held it at that moment is not
-    there and would never let go.
+    It is free in a forked child, such as a worker of a ``DataLoader``: the thread that held it during the fork does not
+    exist in the child, and would never release it.
 
     >>> from kernel_index.core.locks import ThreadLock
     >>> lock = ThreadLock()
@@ -25,17 +25,17 @@ class ThreadLock:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        with self._lock:  # this very object is released, also where a child has got another one meanwhile
+        with self._lock:  # releases this object even if a fork has replaced self._lock
             yield
 
 
 _LOCKS: "weakref.WeakSet[ThreadLock]" = weakref.WeakSet()
 
 
-def _open_all() -> None:
+def _replace_all() -> None:
     for lock in _LOCKS:
         lock._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open_all)
+    os.register_at_fork(after_in_child=_replace_all)

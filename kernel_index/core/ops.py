@@ -1,4 +1,4 @@
-"""Registers operators under ``kernel_index::``: a launcher and a fake that take their outputs from one function."""
+"""Registers operators under ``kernel_index::``, each with a launcher and a fake."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from kernel_index.core.locks import ThreadLock
 from kernel_index.core.triton.launch import interpreting
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
-"""Qualified name of each registered op -> what it launches on a device."""
+"""Qualified name of each registered op -> its launcher."""
 
 
 def register(
@@ -36,7 +36,7 @@ _INTERPRETER = ThreadLock()
 
 
 def _one_at_a_time(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """On a CPU: Triton's interpreter keeps the state of the running program in globals, which threads would share."""
+    """Lock the launcher on a CPU: Triton's interpreter keeps the running program's state in globals of all threads."""
 
     @functools.wraps(launch)
     def alone(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Eligibility rules that several kernels share, each said once: what kind of tensor, mode or device a backend needs.
+"""Eligibility rules that several kernels share: which tensors, modes and devices a backend needs.
 
-A rule reads metadata only (type, dtype, device, strides, grad mode, what is installed), never a value.  It returns
-None, or the broken rule as a fixed sentence.
+A rule reads metadata only (type, dtype, device, strides, grad mode, installed packages), never a value.  It returns
+None, or the rule that the call breaks as a fixed sentence.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ WIDEST_HEAD = 256
 MIN_ARCH = 80
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-"""Types without an overridden behaviour that a kernel would bypass."""
+"""Types that override no operator; a kernel would bypass what a subclass overrides."""
 
 INSIDE_FUNCTORCH = "inside a torch.func transform"
 NEEDS_PLAIN = "needs plain tensors, not a tensor subclass"
@@ -30,36 +30,41 @@ NO_BACKWARD = "has no backward; use backend='reference' when gradients are neede
 ONLY_FLOAT32 = "computes in float32: float64 is the reference's"
 
 NEGATED = "needs tensors without the negative bit: call resolve_neg() first"
-"""Views that are to be read with their sign changed, as ``z.conj().imag``: memory does not show it."""
+"""For lazily negated views, such as ``z.conj().imag``: their memory holds the values with the opposite sign."""
 
 
 def inside_functorch() -> bool:
-    """Whether a torch.func transform (vmap, grad, jvp) is under way."""
+    """Whether a torch.func transform (vmap, grad, jvp) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 inside_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
 
 
+def inside_dispatch_mode() -> bool:
+    """Whether a ``TorchDispatchMode`` is active, such as FakeTensorMode or a FLOP counter."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def host_readable(*tensors: Tensor | None) -> bool:
-    """Whether the tensors' values can be read here and now: on the host, and outside traces, modes and transforms."""
-    if torch.compiler.is_compiling() or inside_functorch() or torch._C._len_torch_dispatch_stack() > 0:
+    """Whether values may be read here: all tensors plain and on the CPU, and no trace, mode or transform is active."""
+    if torch.compiler.is_compiling() or inside_functorch() or inside_dispatch_mode():
         return False
     return all(t is None or (t.device.type == "cpu" and type(t) in PLAIN) for t in tensors)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of one of the tensors."""
+    """Whether grad mode is on and one of the tensors requires a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def opaque_why_not(*tensors: Any) -> str | None:
-    """The rules of all compiled code for the CPU: it reads memory itself, so nothing may stand between it and that."""
+    """The rules of compiled code for the CPU: it reads memory directly, so a trace or a mode would not see it."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing: the plain formula is traced into the caller's graph"
     if inside_functorch():
         return INSIDE_FUNCTORCH
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+    if inside_dispatch_mode() or torch._C._get_tracing_state() is not None:
         return "inside a TorchDispatchMode or torch.jit.trace, which compiled code does not see"
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
@@ -86,7 +91,7 @@ def triton_why_not(*tensors: Any) -> str | None:
             return NEEDS_PLAIN
         if not torch.compiler.is_compiling() and tensor.is_neg():
             return NEGATED
-        if tensor.is_cpu and not interpreting():  # most calls on a CPU end here, before anything is looked up
+        if tensor.is_cpu and not interpreting():  # decides most calls on a CPU without a look-up
             return ON_A_CPU
         rule = _device_rule(target_of(tensor.device))
         if rule is not None:
@@ -109,6 +114,6 @@ def _device_rule(target: Target) -> str | None:
 
 
 def triton_not_worth(*tensors: Any) -> str | None:
-    """``auto`` leaves the interpreter alone."""
+    """``auto`` does not use the interpreter."""
     on_cpu = any(isinstance(t, Tensor) and target_of(t.device).kind == "cpu" for t in tensors)
     return "interpreted on a CPU: only when asked for by name" if on_cpu else None

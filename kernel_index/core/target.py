@@ -1,4 +1,4 @@
-"""What a device is, and what this machine has installed.  Probed once; constant while Dynamo traces."""
+"""The kind and architecture of a device, and the installed packages.  Probed once; constant while Dynamo traces."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ def _probe(kind: str, index: int) -> Target:
 
 
 def target_of(device: torch.device) -> Target:
-    """The target that a torch device is."""
+    """The ``Target`` of a torch device."""
     if device.type == "meta" and _PRETENDED:
         return _PRETENDED[-1]
     return _probe(device.type, device.index or 0)
@@ -41,7 +41,7 @@ _PRETENDED: list[Target] = []
 
 @contextlib.contextmanager
 def pretend(target: Target) -> Iterator[None]:
-    """Inside the block meta tensors count as tensors on ``target``: how a proof compiles for absent hardware."""
+    """Inside the block, meta tensors count as tensors on ``target``: a proof compiles for absent hardware that way."""
     _PRETENDED.append(target)
     try:
         yield
@@ -55,7 +55,7 @@ def _find_package(name: str) -> bool:
 
 
 def has_package(name: str) -> bool:
-    """Whether a top-level package can be imported, found without importing it."""
+    """Whether a top-level package is installed; does not import it."""
     return _find_package(name)
 
 
@@ -66,14 +66,14 @@ def _find_compiler() -> bool:
 
 
 def has_cxx_compiler() -> bool:
-    """Whether Inductor will find the C++ compiler that it needs on a CPU, even for a cached kernel."""
+    """Whether there is a C++ compiler, which Inductor needs on a CPU even for a cached kernel."""
     return _find_compiler()
 
 
 def machine_rules() -> dict[str, str | None]:
     """For each kind of backend that `kernel-index doctor` lists, why this machine cannot run it at all, or None.
 
-    A backend of another name runs wherever its own rules allow: to add one to a kernel needs no line here.
+    A backend without an entry here may run on every machine that its own rules allow.
     """
     cuda = torch.cuda.is_available()
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
@@ -102,7 +102,7 @@ def machine_rules() -> dict[str, str | None]:
 
 
 def machine_why_not(backend: str) -> str | None:
-    """Why this machine cannot run a backend at all, or None.  A call may still be refused by its own rules."""
+    """Why this machine cannot run a backend at all, or None.  The backend's own rules may still decline a call."""
     return machine_rules().get(backend)
 
 

@@ -1,6 +1,6 @@
-"""What a kernel's ``cases.py`` is made of: named inputs, an independent oracle, facts for the conformance test.
+"""The types of a kernel's ``cases.py``: named inputs, an independent oracle, and settings of the conformance test.
 
-One ``Suite`` for each public function with backends.  Tests, proofs, benchmarks and docs all read the same suites.
+There is one ``Suite`` for each public function with backends.  Tests, proofs, benchmarks and docs read the same suites.
 """
 
 import importlib
@@ -16,7 +16,7 @@ LOW_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Maker:
-    """Draws a case's tensors: the same values for the same seed, whatever the dtype."""
+    """Draws the tensors of a case; the values depend on the seed alone, then they are rounded to the dtype."""
 
     def __init__(self, dtype: torch.dtype, *, seed: int = 0, scale: float = 1.0, device: str = "cpu"):
         self.dtype, self.scale, self.device = dtype, scale, device
@@ -24,7 +24,7 @@ class Maker:
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float | None = None) -> Tensor:
         """Normal values times ``scale`` (the maker's own by default)."""
-        if self.device == "meta":  # sizes without values: what a proof compiles for
+        if self.device == "meta":  # sizes without values, for a proof that only compiles
             return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device="meta")
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         values = values * (self.scale if scale is None else scale)
@@ -45,7 +45,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: ``build(maker)`` returns the keyword arguments of the public function, ``backend`` left out."""
+    """One call: ``build(maker)`` returns the keyword arguments of the public function, without ``backend``."""
 
     name: str
     why: str
@@ -54,11 +54,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Suite:
-    """Everything the conformance test asks of one public function.
+    """The inputs and settings of the conformance test for one public function.
 
-    ``oracle`` is the mathematics once more, in plain differentiable PyTorch, written without looking at
-    ``reference.py``; it takes the public function's keywords.  Run in float64 it is the truth; run in the inputs' own
-    dtype it is the plain formula whose error bounds the reference's.
+    ``oracle`` computes the same mathematics in plain differentiable PyTorch, written independently of
+    ``reference.py``; it takes the keywords of the public function.  In float64 its result counts as exact.  In the
+    dtype of the inputs it is the plain formula, whose error bounds the error of the reference.
     """
 
     op: str
@@ -67,23 +67,27 @@ class Suite:
     cases: tuple[Case, ...]
     differentiable: tuple[str, ...]
     oracle: Callable[..., Any]
-    sized: Callable[[Maker, int], dict[str, Any]]  # one call for each size of the dimension that varies in practice
+    sized: Callable[[Maker, int], dict[str, Any]]  # a call of the given size in the dimension that varies in practice
     dtypes: tuple[torch.dtype, ...] = LOW_AND_FULL
     scales: tuple[float, ...] = (1e-3, 1.0, 16.0, 300.0)
     double_backward: bool = False
-    nonfinite: tuple[str, ...] = ()  # arguments into which inf and NaN are put
+    nonfinite: tuple[str, ...] = ()  # arguments that are tested with inf and NaN
     without_gradient: tuple[str, ...] = ()  # backends that decline a call whose result needs a graph
-    rounding: tuple[str, ...] = ()  # backends that call a kernel or matmul which rounds within to the inputs' dtype
-    units: Mapping[str, float] = field(default_factory=dict)  # float32 units that a backend's algorithm adds, derived
+    rounding: tuple[str, ...] = ()  # backends whose kernel or matmul rounds intermediate values to the inputs' dtype
+    units: Mapping[str, float] = field(
+        default_factory=dict
+    )  # float32 units of rounding that a backend's algorithm adds, derived
     real: Callable[..., dict[str, Any]] | None = None  # (maker[, rows]) -> a call of production size, for proofs
-    compulsory: Callable[[dict[str, Any]], tuple[int, int]] | None = None  # bytes that any kernel must move, each way
+    compulsory: Callable[[dict[str, Any]], tuple[int, int]] | None = (
+        None  # bytes that any kernel must move: (forward, backward)
+    )
 
     def __str__(self) -> str:
         return self.op
 
 
 def size_of(*tensors: Tensor | None) -> int:
-    """Bytes of the tensors together; None has none."""
+    """Bytes of all tensors together; None counts as 0."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

@@ -142,7 +142,7 @@ class MaskContract:
         self.rows()
 
     @property
-    def reach(self) -> contract.Window:
+    def window_bounds(self) -> contract.Window:
         """How far a query sees to the left and to the right, causality included; None is unlimited."""
         return self.window[0], 0 if self.causal else self.window[1]
 
@@ -181,7 +181,7 @@ class MaskContract:
 
         Bounds grow with the query, an empty interval stands where the order is kept; see torch's ``interval_of``.
         """
-        left, right = self.reach
+        left, right = self.window_bounds
         offset = keys - queries if self.q_offset is None else self.q_offset
         position = (query + offset)[None]
         low, high = jnp.zeros_like(position), jnp.full_like(position, keys)

@@ -1,4 +1,4 @@
-"""The arguments that every attention of the index takes, checked in one place, and what follows from them.
+"""Checks and defaults of the arguments that every attention function takes.
 
 ``q`` [B, T, H, D], ``k`` [B, S, K, D], ``v`` [B, S, K, Dv], a ``MaskContract``, ``scale``, ``softcap``, ``sink`` [H].
 """
@@ -18,7 +18,7 @@ EVERYTHING_BEFORE = MaskContract()
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, softcap: Any, sink: Any = None) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for what does not fit."""
+    """Raise ``TypeError`` or ``ValueError`` if an argument has the wrong type, shape, dtype or device."""
     for name, value, legend in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]"), ("v", v, "[B, S, K, Dv]")):
         checks.is_floating(name, value)
         checks.has_rank(name, value, 4, legend)
@@ -43,6 +43,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, soft
 
 
 def check_scoring(scale: Any, softcap: Any) -> None:
+    """Raise unless scale is a finite number or None, and softcap a finite number of at least 0."""
     if scale is not None:
         checks.is_real("scale", scale)
     checks.is_real("softcap", softcap)
@@ -51,21 +52,23 @@ def check_scoring(scale: Any, softcap: Any) -> None:
 
 
 def sizes_of(q: Tensor, k: Tensor, mask: MaskContract) -> Sizes:
+    """The mask's sizes for q and k; raises ``ValueError`` if its tensors have other sizes."""
     return mask.sizes(q.shape[0], q.shape[1], k.shape[1], q.device)
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
+    """``scale``, or 1/√D where it is None."""
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def host_plan_why_not(q: Tensor) -> str | None:
-    """The rules of CPU backends that read the mask's intervals on the host to plan their tiles."""
+    """Eligibility of the CPU backends that read the mask's intervals on the host to plan their tiles."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing: the mask's intervals are read on the host"
     if target_of(q.device).kind != "cpu":
         return rules.NEEDS_CPU
     if rules.inside_functorch():
         return rules.INSIDE_FUNCTORCH
-    if torch._C._len_torch_dispatch_stack() != 0:
+    if rules.inside_dispatch_mode():
         return "inside a dispatch mode: the mask's intervals are read on the host"
     return None

@@ -97,7 +97,7 @@ REFUSALS = {
     "has_doc_ids must be True for the doc_ids that is given, got False": {"doc_ids": DOCS, "has_doc_ids": False},
     "has_doc_ids must be True or False, got int": {"has_doc_ids": 1},
     "base_block_tokens must be None where there are no counts, got 64": {"base_block_tokens": 64},
-    "base_block_tokens must be 2, as the validity has it, got 4": {"validity": SLOTS, "base_block_tokens": 4},
+    "base_block_tokens must be 2, as in the validity, got 4": {"validity": SLOTS, "base_block_tokens": 4},
     "causal must be True or False, got Tensor": {"causal": torch.tensor(True)},
     "window[0] must be an integer, got Tensor": {"window": (torch.tensor(3), 0)},
     "block_sizes[1] must be at least 1, got 0": {"block_sizes": (64, 0)},
@@ -136,7 +136,7 @@ def test_rebuilding_with_slots_of_another_size_raises():
     assert key.rebuild(validity=SLOTS).validity is SLOTS
     other = ki.attention_validity(valid_slot_counts=[1], base_block_tokens=4)
     for validity in (other, TOKENS):
-        with pytest.raises(ValueError, match="validity must be of slots of 2 tokens"):
+        with pytest.raises(ValueError, match="validity must have slots of 2 tokens"):
             key.rebuild(validity=validity)
     with pytest.raises(ValueError, match="validity must be given"):
         key.rebuild(validity=ki.attention_validity())

@@ -1,4 +1,4 @@
-"""Prefix metadata in one normal form."""
+"""``attention_validity``: the valid prefix of each row from counts of tokens, of blocks, or of both."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ def attention_validity(
 
     Args:
         attention_meta: a mapping that may hold ``row_valid_token_counts``, ``row_valid_slot_counts`` and
-            ``base_block_tokens``; other keys are not looked at.  A keyword wins over the mapping, field by field.
+            ``base_block_tokens``; other keys are ignored.  A keyword that is given replaces the mapping's field.
         valid_token_counts: valid leading tokens of each row, integers [B]; a scalar is a batch of one.  An int64 tensor
             is kept, not copied.
         valid_slot_counts: valid leading blocks of each row, integers [B].
@@ -60,7 +60,7 @@ def attention_validity(
     token_prefix = contract.counts("valid_token_counts", field(valid_token_counts, "row_valid_token_counts"))
     slot_counts = contract.counts("valid_slot_counts", field(valid_slot_counts, "row_valid_slot_counts"))
     block_tokens = contract.block_tokens(field(base_block_tokens, "base_block_tokens"))
-    contract.agree(token_prefix, slot_counts)
+    contract.check_same_rows(token_prefix, slot_counts)
     if slot_counts is not None:
         return AttentionValidity("slot_prefix", token_prefix, slot_counts, block_tokens)
     if token_prefix is not None:

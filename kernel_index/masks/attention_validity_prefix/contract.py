@@ -1,4 +1,4 @@
-"""The checks on prefix counts: all on metadata, and on values only where reading them waits for nobody."""
+"""Argument checks of ``attention_validity``: types and shapes always, values only where the host can read them."""
 
 import operator
 from collections.abc import Sequence
@@ -7,18 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks
-
-
-def readable(value: Tensor) -> bool:
-    """Whether the values can be looked at without waiting for a device and without breaking a trace."""
-    return (
-        not torch.compiler.is_compiling()
-        and value.device.type == "cpu"
-        and type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-        and torch._C._len_torch_dispatch_stack() == 0  # FakeTensorMode and its like compute no values
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-    )
+from kernel_index.core import checks, rules
 
 
 def counts(name: str, value: Any) -> Tensor | None:
@@ -30,20 +19,20 @@ def counts(name: str, value: Any) -> Tensor | None:
     checks.is_integer_tensor(name, value)
     if value.ndim > 1:
         raise ValueError(f"{name} must be one count for each row, shape [B], got shape {tuple(value.shape)}")
-    if readable(value) and bool((value < 0).any()):
+    if rules.host_readable(value) and bool((value < 0).any()):
         raise ValueError(f"{name} must be at least 0, got {int(value.min())}")
     return value.reshape(-1).to(torch.int64)
 
 
 def _host_counts(name: str, value: Any) -> Tensor:
-    """Python integers and NumPy arrays, without the roundings that ``torch.as_tensor`` would allow."""
+    """A tensor of Python integers or of a NumPy array; a float is refused, where ``torch.as_tensor`` would round it."""
     if hasattr(value, "__array__"):
         return torch.as_tensor(value)
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     return torch.tensor([_integer(name, item) for item in items], dtype=torch.int64)
 
 
-def _integer(name: str, value: Any) -> Any:  # an int, or a symbol of one
+def _integer(name: str, value: Any) -> Any:  # an int, or a SymInt
     if not isinstance(value, bool | torch.SymInt) and hasattr(value, "__index__"):
         value = operator.index(value)  # NumPy's integers too
     checks.is_int(name, value)
@@ -57,7 +46,7 @@ def block_tokens(value: Any) -> int | None:
         return None
     if isinstance(value, Tensor):
         checks.is_integer_tensor(name, value)
-        if value.numel() != 1 or not readable(value):
+        if value.numel() != 1 or not rules.host_readable(value):
             raise ValueError(
                 f"{name} must be one integer on the host, got shape {tuple(value.shape)} on {value.device}"
             )
@@ -67,8 +56,8 @@ def block_tokens(value: Any) -> int | None:
     return value
 
 
-def agree(token_prefix: Tensor | None, slot_counts: Tensor | None) -> None:
-    """The two counts speak about the same rows, on the same device."""
+def check_same_rows(token_prefix: Tensor | None, slot_counts: Tensor | None) -> None:
+    """Raise unless the two counts, where both are given, have one length and one device."""
     if token_prefix is None or slot_counts is None:
         return
     if token_prefix.shape != slot_counts.shape:

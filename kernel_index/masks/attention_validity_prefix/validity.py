@@ -1,14 +1,17 @@
-"""How many leading tokens of each row are real."""
+"""``AttentionValidity``: how many leading tokens of each row are valid."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks
+from kernel_index.core.rules import host_readable
 from kernel_index.masks.attention_validity_prefix import contract
 
-MODES = ("none", "token_prefix", "slot_prefix")
+ValidityMode = Literal["none", "token_prefix", "slot_prefix"]
+MODES: tuple[ValidityMode, ...] = get_args(ValidityMode)
 SLOT_TILE_MISMATCH = "slot_tile_mismatch"
 
 
@@ -16,28 +19,27 @@ SLOT_TILE_MISMATCH = "slot_tile_mismatch"
 class AttentionValidity:
     """The valid prefix of each row; made by ``attention_validity``, immutable.
 
-    ``none`` says that nothing is known, so that every token counts as valid.  It is not a row of zeros: those say that
-    nothing is valid.  ``slot_prefix`` counts blocks of ``base_block_tokens`` tokens; a token prefix kept beside it
-    trims the last block.
+    In mode ``none`` no counts are given and every token is valid.  Counts of zero are different: they say that no token
+    of the row is valid.  ``slot_prefix`` counts blocks of ``base_block_tokens`` tokens; a token prefix that is also
+    given trims the last block.
 
-    Two validities are equal when mode, block size and counts are: the counts are compared by value, on one device.
-    ``==`` on an accelerator therefore waits for it, as ``torch.equal`` does; nothing in this library calls it there.
-    The hash is made of mode, block size and number of rows; it never reads a tensor and never depends on which tensor
-    object holds the counts.  ``reason`` is no part of either.
+    Two validities are equal when their modes, block sizes and counts are.  The counts must be on one device and are
+    compared by value, so ``==`` waits for an accelerator, as ``torch.equal`` does; this library does not call it there.
+    The hash is made of mode, block size and number of rows, and reads no tensor.  Equality and hash ignore ``reason``.
 
     Args:
         mode: ``"none"``, ``"token_prefix"`` or ``"slot_prefix"``.
         token_prefix: int64 [B], in tokens, or None.
         slot_counts: int64 [B], in blocks, or None.
         base_block_tokens: tokens for each block, or None.
-        reason: why ``resolve`` gave something up; empty otherwise.
+        reason: why ``resolve`` dropped the slot counts; empty otherwise.
 
     >>> import torch, kernel_index as ki
     >>> ki.attention_validity(valid_token_counts=torch.tensor([3, 0])).mode
     'token_prefix'
     """
 
-    mode: str = "none"
+    mode: ValidityMode = "none"
     token_prefix: Tensor | None = None
     slot_counts: Tensor | None = None
     base_block_tokens: int | None = None
@@ -51,7 +53,7 @@ class AttentionValidity:
                 checks.is_tensor(name, value)
                 checks.has_dtype(name, value, torch.int64, "(attention_validity converts)")
                 checks.has_rank(name, value, 1, "one count for each row, shape [B]")
-        contract.agree(self.token_prefix, self.slot_counts)
+        contract.check_same_rows(self.token_prefix, self.slot_counts)
         if (self.mode == "slot_prefix") != (self.slot_counts is not None):
             raise ValueError(
                 f"slot_counts must be given for mode 'slot_prefix' and for no other, got mode {self.mode!r}"
@@ -63,7 +65,7 @@ class AttentionValidity:
 
     @property
     def counts(self) -> Tensor | None:
-        """The counts that carry the batch size and the device; None for mode ``none``."""
+        """The slot counts, else the token prefix, [B]; None for mode ``none``."""
         return self.slot_counts if self.slot_counts is not None else self.token_prefix
 
     @property
@@ -74,18 +76,18 @@ class AttentionValidity:
     def resolve(self, tile_size: int) -> "AttentionValidity":
         """The form that a kernel with tiles of ``tile_size`` tokens can use.
 
-        Slot counts survive only if their blocks are the kernel's tiles.  Else the token prefix is left, or nothing; the
-        result's ``reason`` then says ``slot_tile_mismatch``.
+        Slot counts are kept only if ``base_block_tokens`` is ``tile_size``.  Otherwise the result has the token prefix
+        alone, or mode ``none`` without one, and its ``reason`` is ``slot_tile_mismatch``.
         """
         checks.is_int("tile_size", tile_size, minimum=1)
         if self.mode != "slot_prefix" or self.base_block_tokens == tile_size:
             return self
-        mode = "none" if self.token_prefix is None else "token_prefix"
+        mode: ValidityMode = "none" if self.token_prefix is None else "token_prefix"
         return AttentionValidity(mode, self.token_prefix, None, None, SLOT_TILE_MISMATCH)
 
     @property
     def tokens(self) -> Tensor | None:
-        """Valid tokens of each row, int64 [B], however long the row is; None for mode ``none``."""
+        """Valid tokens of each row, int64 [B], not limited by a row length; None for mode ``none``."""
         if self.mode == "none":
             return None
         if self.slot_counts is None or self.base_block_tokens is None:
@@ -111,15 +113,15 @@ class AttentionValidity:
     def is_full(self, seq_len: int) -> bool:
         """Whether all of ``seq_len`` tokens are known to be valid in every row.
 
-        Counts on an accelerator, or inside torch.compile, are not read: the answer is then False.
+        False also where the counts cannot be read: on an accelerator, inside torch.compile, a mode or a transform.
         """
         tokens = self.token_counts(seq_len)
         if tokens is None:
             return True
-        return contract.readable(tokens) and bool((tokens == seq_len).all())
+        return host_readable(tokens) and bool((tokens == seq_len).all())
 
     def to(self, device: torch.device | str) -> "AttentionValidity":
-        """The same counts on another device; itself if they are there already."""
+        """The same counts on another device; ``self`` if they are on it already."""
         token_prefix = None if self.token_prefix is None else self.token_prefix.to(device)
         slot_counts = None if self.slot_counts is None else self.slot_counts.to(device)
         if token_prefix is self.token_prefix and slot_counts is self.slot_counts:

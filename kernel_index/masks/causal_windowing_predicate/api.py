@@ -1,4 +1,4 @@
-"""Which key tiles a scoring loop has to look at."""
+"""Which tiles of compressed key blocks a scoring loop has to visit."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,23 +9,23 @@ from kernel_index.masks.causal_windowing_predicate import contract
 def can_score_tile(tile_start: Any, block_stride: Any, q_chunk_end: Any) -> Any:
     """Whether a tile of compressed key blocks begins early enough for some query of a chunk.
 
-    ``tile_start · block_stride ≤ q_chunk_end``: block i stands for the tokens from ``i · block_stride`` on, so a tile
-    whose first block begins after the last query holds nothing but the future.  The left side grows with the tile:
-    a loop over tiles in ascending order stops at the first False.
+    The test is ``tile_start · block_stride ≤ q_chunk_end``.  Block i summarises tokens from ``i · block_stride`` on, so
+    every token of a tile whose first block begins after the last query is in the future.  The left side grows with the
+    tile: a loop over ascending tiles stops at the first False.
 
-    Necessary, not sufficient: inside a tile that may be scored each block is still masked.  A block is *routable* for a
-    query only when it lies wholly in the past (``block_end ≤ q``); a test of its first token alone would let the
-    content of later tokens of the block choose, which is a leak.  The block that holds the query is always selected
-    and masked token by token.
+    The test is necessary, not sufficient: each block of a tile that may be scored is still masked.  A block is
+    *routable* for a query only if its last token is not after the query (``block_end ≤ q``).  A test of its first token
+    would let later tokens of the block decide the selection, which leaks the future.  The current block, which holds
+    the query, is always selected and masked token by token.
 
     Args:
         tile_start: index of the tile's first block, counted in blocks.
-        block_stride: tokens from one block's beginning to the next one's, positive.
+        block_stride: tokens from the beginning of a block to the beginning of the next one, positive.
         q_chunk_end: absolute position of the chunk's last query, inclusive.
 
     Returns:
-        A bool for integers; a tensor or array of bools, broadcast, where any of the three is a torch or JAX array of
-        integers.  No array's values are read: the check that the stride is positive needs an int.
+        A bool for integers; a broadcast tensor or array of bools where one of the three is a torch or JAX array of
+        integers.  Values of arrays are not read, so only an integer stride is checked to be positive.
 
     Raises:
         TypeError: an argument is neither an integer nor an array of integers.
@@ -49,8 +49,8 @@ def can_score_tile(tile_start: Any, block_stride: Any, q_chunk_end: Any) -> Any:
 class WindowingPlan:
     """Which tiles of a scoring loop one chunk of queries needs.
 
-    ``active_tiles`` are indices of tiles, ascending and without a gap; those after them are ``skipped_future_tiles`` in
-    number, those before them ``skipped_past_tiles``.  ``q_chunk_end`` is inclusive.  ``rule`` is the predicate as text.
+    ``active_tiles`` are consecutive tile indices, ascending.  ``skipped_past_tiles`` counts the tiles before them,
+    ``skipped_future_tiles`` those after them.  ``q_chunk_end`` is inclusive.  ``rule`` is the predicate as text.
 
     >>> import kernel_index as ki
     >>> ki.causal_windowing_plan(
@@ -77,8 +77,8 @@ def causal_windowing_plan(
 ) -> WindowingPlan:
     """Split the tiles of compressed key blocks into past, active and future for one chunk of queries.
 
-    Tile j of the ``ceil(num_blocks / tile_size)`` holds the blocks ``j·tile_size … (j + 1)·tile_size − 1`` and with
-    them the tokens from ``j·tile_size·block_stride`` up to, not including, ``min((j + 1)·tile_size, num_blocks) ·
+    There are ``ceil(num_blocks / tile_size)`` tiles.  Tile j holds the blocks ``j·tile_size … (j + 1)·tile_size − 1``,
+    whose tokens begin at ``j·tile_size·block_stride`` and end before ``min((j + 1)·tile_size, num_blocks) ·
     block_stride``::
 
         future:  not can_score_tile(j·tile_size, block_stride, q_chunk_end)
@@ -86,11 +86,11 @@ def causal_windowing_plan(
         active:  the others
 
     Args:
-        num_blocks: compressed key blocks there are.
+        num_blocks: number of compressed key blocks.
         tile_size: blocks for each tile.
-        block_stride: tokens from one block's beginning to the next one's, and the tokens a block stands for.
+        block_stride: tokens from the beginning of a block to the beginning of the next one: the tokens of a block.
         q_chunk_start: absolute position of the chunk's first query.
-        q_chunk_size: queries in the chunk; the last one stands at ``q_chunk_end = q_chunk_start + q_chunk_size − 1``.
+        q_chunk_size: queries in the chunk; the last one is at ``q_chunk_end = q_chunk_start + q_chunk_size − 1``.
         left_window: previous tokens that a query still sees; None or negative for all of them.
 
     Returns:
@@ -98,7 +98,7 @@ def causal_windowing_plan(
 
     Raises:
         TypeError: an argument is not an integer.
-        ValueError: tile, stride or chunk is not positive, or a count or position is negative.
+        ValueError: a tile size, stride or chunk size is not positive, or a count or position is negative.
 
     Source: as ``can_score_tile``; the window is FlashAttention's, ``left_window=0`` is the token itself.
 
@@ -113,14 +113,14 @@ tile_end·16 and tile_start·16 ≤ 95')
     window = None if left_window is None or left_window < 0 else left_window
     end = q_chunk_start + q_chunk_size - 1
     tiles = -(-num_blocks // tile_size)
-    reached = 0
-    while reached < tiles and can_score_tile(reached * tile_size, block_stride, end):
-        reached += 1
+    future = 0  # the first tile that lies wholly in the future
+    while future < tiles and can_score_tile(future * tile_size, block_stride, end):
+        future += 1
     past = 0
     rule = f"tile_start·{block_stride} ≤ {end}"
     if window is not None:
         rule = f"{q_chunk_start} − {window} < tile_end·{block_stride} and {rule}"
         oldest = q_chunk_start - window  # the first token that the first query still sees
-        while past < reached and min((past + 1) * tile_size, num_blocks) * block_stride <= oldest:
+        while past < future and min((past + 1) * tile_size, num_blocks) * block_stride <= oldest:
             past += 1
-    return WindowingPlan(end, tuple(range(past, reached)), tiles - reached, past, rule)
+    return WindowingPlan(end, tuple(range(past, future)), tiles - future, past, rule)

@@ -1,4 +1,4 @@
-"""The checks on positions, strides and tiles: ints by value, arrays by dtype alone."""
+"""Argument checks of ``can_score_tile`` and ``causal_windowing_plan``: integers by value, arrays by dtype only."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from kernel_index.core import checks
 
 
 def check_scalar_or_array(name: str, value: Any, minimum: int | None = None) -> None:
-    """An integer, or an array of integers, whose values are not read: that could wait for a device or break a trace."""
+    """An integer, or an array of integers.  Values of arrays are never read, as that could wait for a device."""
     if isinstance(value, Tensor):
         checks.is_integer_tensor(name, value)
     elif hasattr(value, "dtype") and hasattr(value, "shape"):  # JAX and NumPy, without importing either

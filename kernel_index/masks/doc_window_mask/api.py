@@ -1,4 +1,4 @@
-"""The dense form of a mask in one call."""
+"""``doc_window_mask``: the dense form of a mask in one call."""
 
 import torch
 from torch import Tensor
@@ -28,12 +28,12 @@ def doc_window_mask(
         mask[b, 0, t, s] = (not causal or s ≤ p) and p − left ≤ s ≤ p + right
                            and same_segment(b, p, s) and p < count[b] and s < count[b]
 
-    A segment is a maximal run of equal ids; negative ids are padding and attend to nothing.
+    A segment is a maximal run of equal ids; a token with a negative id is padding and attends to nothing.
 
     Args:
         batch_size: B.
         seq_len: T, the number of queries.
-        device: where the mask is built; the other tensors are moved there.
+        device: device of the mask; ids and counts are copied to it.
         valid_token_counts: valid leading tokens of each row, integers [B]; None for all.
         doc_ids: integers [B, S], or [S] for every row alike.
         window_size: ``(left, right)`` tokens; negative or None is unlimited.
@@ -46,7 +46,7 @@ def doc_window_mask(
         Bool [B, 1, T, S], True where the query may attend, always with the batch dimension.
 
     Raises:
-        ValueError: sizes that contradict each other, a device that is not here, or T above 8192
+        ValueError: sizes that contradict each other, a device that this machine does not have, or T above 8192
             (``dense_mask_too_large``, with the bytes).
         TypeError: ids or counts that are not integers.
 

@@ -1,4 +1,4 @@
-"""Named contracts, and the rule of who may attend to whom said again, one pair at a time and without intervals."""
+"""Named mask contracts, and an oracle that decides one (query, key) pair at a time, without intervals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ PACKED = ((7, 7, 7, 4, 4, 7, 7, 7, -1, 9, 9, 9, -1), (0, 0, 0, 0, 0, 0, 0, 0, 0,
 
 
 def may_attend(mask: MaskContract, row: int, query: int, key: int, queries: int, keys: int) -> bool:
-    """The rule for one pair, in plain Python."""
-    here = query + (keys - queries if mask.q_offset is None else mask.q_offset)
+    """Whether a query may attend to a key, in plain Python."""
+    position = query + (keys - queries if mask.q_offset is None else mask.q_offset)
     left, right = mask.window
-    if mask.causal and key > here:
+    if mask.causal and key > position:
         return False
-    if left is not None and key < here - left:
+    if left is not None and key < position - left:
         return False
-    if right is not None and key > here + right:
+    if right is not None and key > position + right:
         return False
-    if mask.doc_ids is not None and not _same_document(mask.doc_ids, row, here, key):
+    if mask.doc_ids is not None and not _same_document(mask.doc_ids, row, position, key):
         return False
     valid = mask.validity
     if valid is not None and valid.mode != "none":
@@ -33,16 +33,16 @@ def may_attend(mask: MaskContract, row: int, query: int, key: int, queries: int,
             limits.append(int(valid.token_prefix[row]))
         if valid.slot_counts is not None and valid.base_block_tokens is not None:
             limits.append(int(valid.slot_counts[row]) * valid.base_block_tokens)
-        return 0 <= here < min(limits) and key < min(limits)
+        return 0 <= position < min(limits) and key < min(limits)
     return True
 
 
-def _same_document(doc_ids: Tensor, row: int, here: int, key: int) -> bool:
+def _same_document(doc_ids: Tensor, row: int, position: int, key: int) -> bool:
     ids = (doc_ids if doc_ids.ndim == 1 else doc_ids[row]).tolist()
-    if not 0 <= here < len(ids) or ids[here] < 0:
+    if not 0 <= position < len(ids) or ids[position] < 0:
         return False
-    low, high = sorted((here, key))
-    return all(i == ids[here] for i in ids[low : high + 1])
+    low, high = sorted((position, key))
+    return all(i == ids[position] for i in ids[low : high + 1])
 
 
 def dense_oracle(mask: MaskContract, batch: int, queries: int, keys: int) -> Tensor:
@@ -65,7 +65,7 @@ class MaskCase:
 
 
 def packed(length: int) -> Tensor:
-    """Two rows of ids: one with a document that comes back and padding inside and behind, one of a single document."""
+    """Two rows of ids: one with a repeated id and with padding inside and at the end, one with a single document."""
     repeats = -(-length // len(PACKED[0]))
     return torch.tensor(PACKED).repeat(1, repeats)[:, :length].contiguous()
 
@@ -73,15 +73,15 @@ def packed(length: int) -> Tensor:
 CASES = (
     MaskCase(
         "packed",
-        "documents, one of which comes back; padding inside and behind",
+        "documents, one id of which is repeated; padding inside and at the end",
         lambda t, s: MaskContract(doc_ids=packed(s)),
     ),
-    MaskCase("causal", "nothing but causality", lambda t, s: MaskContract()),
-    MaskCase("full", "nothing at all", lambda t, s: MaskContract(causal=False)),
+    MaskCase("causal", "causality alone", lambda t, s: MaskContract()),
+    MaskCase("full", "every key is allowed", lambda t, s: MaskContract(causal=False)),
     MaskCase("window", "a local layer", lambda t, s: MaskContract(window=(3, 0))),
     MaskCase("both_sides", "a window around the query, without causality", lambda t, s: MaskContract(False, (2, 3))),
-    MaskCase("ahead", "only following tokens bounded", lambda t, s: MaskContract(False, (-1, 2))),
-    MaskCase("self_only", "left=0 leaves the token itself", lambda t, s: MaskContract(window=(0, 0))),
+    MaskCase("ahead", "a bound on following tokens only", lambda t, s: MaskContract(False, (-1, 2))),
+    MaskCase("self_only", "left=0 allows the token itself only", lambda t, s: MaskContract(window=(0, 0))),
     MaskCase("shared_ids", "one rank-1 row of ids for every row", lambda t, s: MaskContract(doc_ids=packed(s)[0])),
     MaskCase(
         "prefix",
@@ -100,13 +100,13 @@ CASES = (
         "documents, window and prefix at once",
         lambda t, s: MaskContract(True, (4, 0), packed(s), attention_validity(valid_token_counts=[s, s - s // 3])),
     ),
-    MaskCase("offset", "queries that stand at key 2", lambda t, s: MaskContract(q_offset=2)),
+    MaskCase("offset", "query 0 at key 2", lambda t, s: MaskContract(q_offset=2)),
     MaskCase(
-        "before", "queries that begin before the keys: empty rows in front", lambda t, s: MaskContract(q_offset=-3)
+        "before", "queries before the first key: empty rows at the beginning", lambda t, s: MaskContract(q_offset=-3)
     ),
     MaskCase(
         "behind",
-        "queries that end behind the keys, windowed: empty rows at the back",
+        "queries after the last key, with a window: empty rows at the end",
         lambda t, s: MaskContract(window=(4, 0), q_offset=s // 2),
     ),
 )

@@ -1,4 +1,4 @@
-"""The checks on a mask's parts, and the one normal form of a window."""
+"""Argument checks of ``MaskContract`` and ``doc_window_mask``, and the normal form of a window."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ import torch
 from kernel_index.core import checks
 
 Window = tuple[int | None, int | None]
+"""(left, right): how many keys before and after its own position a query may attend to; None is unlimited."""
 
 DENSE_LIMIT = 8192
-"""A dense mask for more queries than this is refused unless asked for: at 8192 × 8192 it takes 64 MiB for each row."""
+"""Above this many queries a dense mask needs ``allow_large=True``: at 8192 × 8192 it takes 64 MiB for each row."""
 
 DENSE_TOO_LARGE = "dense_mask_too_large"
 
@@ -17,8 +18,8 @@ DENSE_TOO_LARGE = "dense_mask_too_large"
 def normalize_window(window: Any) -> Window:
     """``(left, right)`` in FlashAttention's sense, with None for unlimited.
 
-    ``left`` counts previous tokens and ``right`` following ones, so that 0 leaves the token itself.  None and negative
-    numbers are unlimited, and so is None in place of the pair: every spelling of "global" comes out the same.
+    ``left`` counts previous tokens and ``right`` following ones; 0 allows only the token itself.  A side that is None
+    or negative is unlimited; None instead of the pair makes both sides unlimited.
 
     >>> normalize_window((-1, 0)), normalize_window((128, -1)), normalize_window(None)
     ((None, 0), (128, None), (None, None))
@@ -45,13 +46,13 @@ def check_doc_ids(doc_ids: Any) -> None:
         raise ValueError(f"doc_ids must be [B, S], or [S] for every row alike, got shape {tuple(doc_ids.shape)}")
 
 
-def agree(name: str, given: Any, carried: Any, owner: str) -> Any:
-    """A size that was given, that the contract's tensors carry, or both: then they must be equal."""
+def agreed_size(name: str, given: Any, of_tensors: Any, owner: str) -> Any:
+    """The size that is given, or that the contract's tensors have; raises ``ValueError`` if the two differ."""
     if given is None:
-        return carried
+        return of_tensors
     checks.is_int(name, given, minimum=0)
-    if carried is not None and carried != given:
-        raise ValueError(f"{name} must be {carried}, the size of {owner}, got {given}")
+    if of_tensors is not None and of_tensors != given:
+        raise ValueError(f"{name} must be {of_tensors}, the size of {owner}, got {given}")
     return given
 
 
@@ -59,7 +60,7 @@ def check_dense(rows: int, queries: int, keys: int, allow_large: bool) -> None:
     if queries > DENSE_LIMIT and not allow_large:
         raise ValueError(
             f"seq_len must be at most {DENSE_LIMIT} for a dense mask ({DENSE_TOO_LARGE}: it would take "
-            f"{rows * queries * keys} bytes; allow_large=True builds it all the same), got {queries}"
+            f"{rows * queries * keys} bytes; allow_large=True builds it), got {queries}"
         )
 
 
@@ -76,5 +77,5 @@ def device_of(device: Any, *tensors: torch.Tensor | None) -> torch.device:
 
 
 def _same_device(actual: torch.device, wanted: torch.device) -> bool:
-    # "cuda" without an index means any one of them
+    # "cuda" without an index matches every CUDA device
     return actual.type == wanted.type and (wanted.index is None or actual.index == wanted.index)

@@ -14,11 +14,11 @@ class Intervals(NamedTuple):
 
 
 class BlockPlan(NamedTuple):
-    """For each block of queries the blocks of keys to visit; int32 [B, ceil(T / q_block)].
+    """For each block of queries, the blocks of keys to visit; int32 [B, ceil(T / q_block)].
 
-    Visit ``first ≤ j < last``; no block outside is needed, and none inside is spare as long as every query of the block
-    has a key.  Blocks with ``first_full ≤ j < last_full`` need no mask: each of their keys exists and
-    is allowed for each query of the block.  ``first ≤ first_full ≤ last_full ≤ last`` always holds.
+    Visit the key blocks ``first ≤ j < last``: no other block holds an allowed key, and each of these holds one if every
+    query of the block has an allowed key.  Blocks with ``first_full ≤ j < last_full`` need no mask: all their keys
+    exist and are allowed for all queries of the block.  ``first ≤ first_full ≤ last_full ≤ last`` always holds.
     """
 
     first: Tensor
@@ -28,7 +28,7 @@ class BlockPlan(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """A mask's sizes for one call: rows of its tensors (1 when all rows are alike), T, S, offset, and the device."""
+    """The sizes of one call: B, rows of the mask's tensors (1 if all rows are alike), T, S, offset and device."""
 
     batch: int
     rows: int
@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 def segments(doc_ids: Tensor) -> tuple[Tensor, Tensor]:
     """First position and end of the maximal run of equal ids around each position; int64, the shape of ``doc_ids``.
 
-    Adjacent padding is one run, whatever its negative ids.
+    Adjacent negative ids, the padding, form one run even if they differ.
     """
     rows, keys = doc_ids.shape
     doc_ids = doc_ids.to(torch.int64).clamp(min=-1)
@@ -58,24 +58,25 @@ def segments(doc_ids: Tensor) -> tuple[Tensor, Tensor]:
 def interval_of(
     queries: Tensor,
     sizes: Sizes,
-    reach: tuple[int | None, int | None],
+    window: tuple[int | None, int | None],
     doc_ids: Tensor | None,
     counts: Tensor | None,
 ) -> Intervals:
     """The intervals of the given queries, int64 [rows, n], in O(n + S) and without waiting for a device.
 
-    ``low`` and ``high`` bound the keys of the query's own segment and valid prefix; both grow with the query's
-    position, the window moves with it, and an empty interval stands at ``end``: so both results are non-decreasing.
+    ``low`` and ``high`` bound the keys of the query's segment and valid prefix.  They and the sides of the window never
+    decrease from one query to the next, and an empty interval is placed at ``end``: so both results are non-decreasing.
     """
-    left, right = reach
+    # The same formula for JAX arrays is MaskContract.bounds_of in jax/mask.py; tests/jax/test_mask.py compares the two.
+    left, right = window
     keys = sizes.keys
     position = (queries + sizes.offset)[None]  # of each query among the keys
     low, high = torch.zeros_like(position), torch.full_like(position, keys)
-    outside, behind = None, torch.full_like(position, keys)
+    outside, valid_end = None, torch.full_like(position, keys)
     if doc_ids is not None and keys > 0:
-        own = position[0].clamp(0, keys - 1)
-        low, high = (bound.index_select(1, own) for bound in segments(doc_ids))
-        padding = (doc_ids < 0).index_select(1, own)
+        at = position[0].clamp(0, keys - 1)
+        low, high = (bound.index_select(1, at) for bound in segments(doc_ids))
+        padding = (doc_ids < 0).index_select(1, at)
         high = torch.where(padding, low, high)
         outside = (position < 0) | (position >= keys)
     if counts is not None:
@@ -83,11 +84,11 @@ def interval_of(
         high = torch.minimum(high, limit)
         beyond = (position < 0) | (position >= limit)
         outside = beyond if outside is None else outside | beyond
-        behind = torch.minimum(behind, limit)
+        valid_end = torch.minimum(valid_end, limit)
     if outside is not None:
-        # A query before the first key sees nothing at 0; one behind the last valid key sees nothing at that key's end.
-        nothing = torch.where(position < 0, 0, behind)
-        low, high = torch.where(outside, nothing, low), torch.where(outside, nothing, high)
+        # An empty interval is at 0 for a query before the first key, at the end of the valid keys for one after them.
+        empty = torch.where(position < 0, 0, valid_end)
+        low, high = torch.where(outside, empty, low), torch.where(outside, empty, high)
     end = high if right is None else torch.minimum(high, position + (right + 1))
     end = end.clamp(min=0)
     start = low if left is None else torch.maximum(low, position - left)
@@ -96,7 +97,7 @@ def interval_of(
 
 
 def plan_blocks(bounds: Intervals, at_first: Tensor, at_last: Tensor, kv_block: int) -> BlockPlan:
-    """The plan from the intervals of each block's first and last query: the others lie between them."""
+    """The plan from the intervals of each block's first and last query, which bound those of the others."""
     start_low, end_low = (bound.index_select(1, at_first) for bound in bounds)
     start_high, end_high = (bound.index_select(1, at_last) for bound in bounds)
     first = start_low // kv_block

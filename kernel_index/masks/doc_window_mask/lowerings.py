@@ -1,4 +1,4 @@
-"""The forms that other people's kernels ask for, each made from the intervals."""
+"""The forms of a mask that kernels take, each made from its intervals."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,15 +8,15 @@ from torch import Tensor
 
 from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, segments
 
-VARLEN_NEEDS_SQUARE = "documents and prefixes have packed lengths only where T = S and query 0 stands at key 0"
+VARLEN_NEEDS_SQUARE = "documents and prefixes have packed lengths only where T = S and query 0 is at key 0"
 VARLEN_NEEDS_BOTTOM_RIGHT = "packed lengths align the last query with the last key, and this offset does not"
 
 
 class KernelIntervals(NamedTuple):
-    """What a kernel that skips by intervals takes; int32, one row only where all rows are alike.
+    """Intervals for queries and for keys; int32, one row where all rows are alike.
 
-    Query t attends to the keys ``k_start[t] ≤ s < k_end[t]`` [B, T]; key s is seen by the queries
-    ``q_start[s] ≤ t < q_end[s]`` [B, S].  All four are non-decreasing.
+    Query t attends to the keys ``k_start[t] ≤ s < k_end[t]`` [B, T]; the queries ``q_start[s] ≤ t < q_end[s]`` [B, S]
+    attend to key s.  All four are non-decreasing.
     """
 
     k_start: Tensor
@@ -26,10 +26,10 @@ class KernelIntervals(NamedTuple):
 
 
 class SegmentIds(NamedTuple):
-    """int32 [B, T] and [B, S]: a query and a key are in the same document, and both valid, where the two are equal.
+    """int32 [B, T] and [B, S]: equal where a query and a key are valid and in the same document.
 
-    Padding is −1 among the queries and −2 among the keys, so that it is equal to nothing.  Causality and the window
-    come on top.
+    Padding is −1 among the queries and −2 among the keys, so it equals no other id.  Causality and the window are not
+    included: a kernel applies them itself.
     """
 
     q: Tensor
@@ -37,11 +37,12 @@ class SegmentIds(NamedTuple):
 
 
 class Varlen(NamedTuple):
-    """Packed sequences: what a kernel with cumulative lengths takes.
+    """Packed sequences for kernels that take cumulative lengths.
 
-    ``cu_seqlens_q`` and ``cu_seqlens_k`` are int32 [n + 1] over the tokens of all rows laid end to end, of which only
-    ``kept`` (int64 indices, ascending; None for all) take part: padding belongs to no sequence.  ``window`` is
-    ``(left, right)`` with −1 for unlimited, right = 0 where causal, aligned bottom-right within each sequence.
+    The tokens of all rows are concatenated; padding belongs to no sequence.  ``kept`` are the indices of the other
+    tokens (int64, ascending; None if all are kept), and ``cu_seqlens_q`` and ``cu_seqlens_k``, int32 [n + 1], count the
+    kept tokens.  ``window`` is ``(left, right)`` with −1 for unlimited and right = 0 where causal, aligned bottom-right
+    within each sequence.
     """
 
     cu_seqlens_q: Tensor
@@ -53,7 +54,7 @@ class Varlen(NamedTuple):
 
 
 def transposed(bounds: Intervals, keys: int) -> Intervals:
-    """For each key the queries that see it: both ends never decrease, so two binary searches find them."""
+    """For each key the interval of queries that attend to it, by two binary searches: both bounds never decrease."""
     key = torch.arange(keys, device=bounds.start.device, dtype=torch.int32).expand(bounds.start.shape[0], -1)
     key = key.contiguous()
     first = torch.searchsorted(bounds.end.contiguous(), key, right=True, out_int32=True)
@@ -72,9 +73,9 @@ def mask_mod(bounds: Intervals) -> Callable[[Tensor, Tensor, Tensor, Tensor], Te
 
 
 def flex_block_mask(plan: BlockPlan, bounds: Intervals, sizes: Sizes, blocks: tuple[int, int]) -> Any:
-    """FlexAttention's BlockMask from the plan: its index lists count up, nothing is searched for.
+    """FlexAttention's BlockMask from the plan: its index lists are ranges, so no predicate is evaluated.
 
-    A block of queries that the row ends in has no full blocks, as ``create_block_mask`` has it.
+    A block of queries that ends after the last query has no full blocks, as in ``create_block_mask``.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -84,11 +85,11 @@ def flex_block_mask(plan: BlockPlan, bounds: Intervals, sizes: Sizes, blocks: tu
         ragged = torch.arange(first.shape[1], device=first.device) == first.shape[1] - 1
         last_full = torch.where(ragged, first_full, last_full)
     columns = -(-sizes.keys // kv_block)
-    place = torch.arange(columns, device=first.device, dtype=torch.int32)
-    before = first_full - first  # partial blocks on the left of the full ones
-    left, right = first[..., None] + place, last_full[..., None] + (place - before[..., None])
-    partial = torch.where(place < before[..., None], left, right)
-    full = first_full[..., None] + place
+    column = torch.arange(columns, device=first.device, dtype=torch.int32)
+    before = first_full - first  # partial blocks before the full ones
+    left, right = first[..., None] + column, last_full[..., None] + (column - before[..., None])
+    partial = torch.where(column < before[..., None], left, right)
+    full = first_full[..., None] + column
     counts = (before + last - last_full, last_full - first_full)
     (number, full_number) = (c[:, None].contiguous() for c in counts)
     indices, full_indices = (i.clamp(max=max(columns - 1, 0))[:, None].contiguous() for i in (partial, full))
@@ -104,16 +105,16 @@ def flex_block_mask(plan: BlockPlan, bounds: Intervals, sizes: Sizes, blocks: tu
 
 
 def segment_ids(sizes: Sizes, doc_ids: Tensor | None, counts: Tensor | None) -> SegmentIds:
-    """A segment's id is the position of its first token; without documents there is one segment, of id 0."""
+    """The id of a segment is the position of its first token; without documents all tokens have id 0."""
     key, query = torch.arange(sizes.keys, device=sizes.device), torch.arange(sizes.queries, device=sizes.device)
     position = (query + sizes.offset)[None]
     of_keys, of_queries = torch.zeros_like(key)[None], torch.zeros_like(position)
     if doc_ids is not None:
-        own = position[0].clamp(0, max(sizes.keys - 1, 0))
+        at = position[0].clamp(0, max(sizes.keys - 1, 0))
         of_keys = torch.where(doc_ids >= 0, segments(doc_ids)[0], -2)
         of_queries = of_queries - 1
         if sizes.keys > 0:
-            of_queries = torch.where(position == own, of_keys.index_select(1, own).clamp(min=-1), -1)
+            of_queries = torch.where(position == at, of_keys.index_select(1, at).clamp(min=-1), -1)
     if counts is not None:
         limit = counts[:, None]
         of_keys = torch.where(key < limit, of_keys, -2)
@@ -122,21 +123,21 @@ def segment_ids(sizes: Sizes, doc_ids: Tensor | None, counts: Tensor | None) -> 
 
 
 def varlen_why_not(sizes: Sizes, has_tensors: bool) -> str | None:
-    """Why a contract has no packed lengths, or None."""
+    """Why packed sequences cannot express the mask, or None."""
     if has_tensors:
         return None if sizes.queries == sizes.keys and sizes.offset == 0 else VARLEN_NEEDS_SQUARE
     return None if sizes.offset == sizes.keys - sizes.queries else VARLEN_NEEDS_BOTTOM_RIGHT
 
 
-def varlen(sizes: Sizes, reach: tuple[int | None, int | None], ids: Tensor | None) -> Varlen:
-    """Cumulative lengths from the keys' segment ids, or one sequence for each row where there are none."""
-    left, right = reach
+def varlen(sizes: Sizes, bounds: tuple[int | None, int | None], ids: Tensor | None) -> Varlen:
+    """Cumulative lengths from the segment ids of the keys, or one sequence for each row where ``ids`` is None."""
+    left, right = bounds
     window = (-1 if left is None else left, -1 if right is None else right)
     if ids is None:
         rows = torch.arange(sizes.batch + 1, device=sizes.device, dtype=torch.int32)
         return Varlen(rows * sizes.queries, rows * sizes.keys, sizes.queries, sizes.keys, None, window)
     row = torch.arange(sizes.batch, device=sizes.device)[:, None]
-    flat = torch.where(ids >= 0, row * sizes.keys + ids, -1).reshape(-1)  # a number for each segment of the batch
+    flat = torch.where(ids >= 0, row * sizes.keys + ids, -1).reshape(-1)  # a different id for each segment of the batch
     kept = torch.nonzero(flat >= 0).flatten()
     of_kept = flat[kept]
     is_new = torch.ones_like(of_kept, dtype=torch.bool)

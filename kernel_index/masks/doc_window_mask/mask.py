@@ -1,4 +1,4 @@
-"""Who may attend to whom, said once; every form that a kernel needs is lowered from here."""
+"""``MaskContract``: which keys each query may attend to, and the forms of it that kernels take (lowerings)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from kernel_index.masks.attention_validity_prefix.validity import AttentionValid
 from kernel_index.masks.doc_window_mask import contract, lowerings
 from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, interval_of, plan_blocks
 from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals, SegmentIds, Varlen
-from kernel_index.masks.doc_window_mask.memo import recall
+from kernel_index.masks.doc_window_mask.memo import kept_or_built
 
 
 @dataclass(frozen=True, eq=False)
 class MaskContract:
-    """The one statement of who may attend to whom; immutable.
+    """Which keys each query may attend to; immutable.
 
     With ``p(t) = t + offset`` the position of query t among the S keys, query t may attend to key s if all hold::
 
@@ -26,28 +26,28 @@ class MaskContract:
         documents: doc_ids is constant from p(t) to s, and not negative
         validity:  0 ≤ p(t) < count and s < count
 
-    So a document is a maximal run of equal ids: an id that comes back later in the row is another document.  A query
-    that stands outside the keys is in no document.
+    A document is a maximal run of equal ids: an id that is repeated after another one begins a new document.  A query
+    whose position is outside the keys is in no document.
 
-    The keys that a query may attend to are always one interval, and both its ends grow with t.  That form costs O(T),
-    is computed on the tensors' device without waiting for it, and is what every lowering is made from.
+    The allowed keys of a query are always one interval, and neither bound decreases from one query to the next.  The
+    intervals cost O(T) and are computed on the tensors' device without waiting for it; all lowerings derive from them.
 
-    Lowerings take ``batch_size``, ``seq_len`` (T), ``kv_len`` (S) and ``device``.  What ``doc_ids`` or ``validity``
-    carry may be left out: B and S come from their shapes, S and T default to each other, B to 1 where nothing in the
-    contract depends on the row.  Lowerings are kept on the contract, the latest of each kind, and rebuilt when a tensor
-    of the contract or the kept result has been changed in place: layers that share a contract share the work.  Inside
-    torch.compile nothing is kept; the compiler sees the common subexpressions itself.
+    Lowerings take ``batch_size``, ``seq_len`` (T), ``kv_len`` (S) and ``device``.  Sizes that ``doc_ids`` or
+    ``validity`` have may be left out: B and S come from their shapes, S and T default to each other, and B to 1 where
+    all rows are alike.  The contract keeps the latest lowering of each kind, so layers that share a contract share the
+    work; it rebuilds one whose source tensors or result were changed in place.  Inside torch.compile nothing is kept:
+    the compiler merges equal computations.
 
-    Equality compares what the contract says, the hash is made of metadata only; see ``AttentionValidity``.
+    Equality compares all fields, tensors by value; the hash is made of metadata only.  See ``AttentionValidity``.
 
     Args:
         causal: no query attends to a later position.
-        window: ``(left, right)``, tokens before and after; None or negative is unlimited, ``left=0`` is self only.
+        window: ``(left, right)``, tokens before and after; None or negative is unlimited, ``left=0`` is the token only.
         doc_ids: integers [B, S], or [S] for every row alike; negative ids are padding and attend to nothing.
         validity: the valid prefix of each row, from ``attention_validity``.
         q_offset: the position of query 0 among the keys.  None aligns the last query with the last key
-            (``offset = S − T``, bottom-right), so for T = S it is the same as 0.  Zero is not None: where T ≠ S it says
-            that query 0 stands at key 0.
+            (``offset = S − T``, bottom-right), which for T = S is the same as 0.  Where T ≠ S the two differ: 0 puts
+            query 0 at key 0.
 
     >>> import torch, kernel_index as ki
     >>> mask = ki.MaskContract(doc_ids=torch.tensor([[7, 7, 4, 4, 7, -1]]))
@@ -70,30 +70,30 @@ class MaskContract:
             raise TypeError(f"validity must be an AttentionValidity, got {type(self.validity).__name__}")
         if self.q_offset is not None:
             checks.is_int("q_offset", self.q_offset)
-        self._carried_rows()
+        self._rows_of_tensors()
 
     @property
-    def reach(self) -> contract.Window:
-        """How far a query sees to the left and to the right, causality included; None is unlimited."""
+    def window_bounds(self) -> contract.Window:
+        """How many keys a query may attend to on its left and on its right, causality included; None is unlimited."""
         return self.window[0], 0 if self.causal else self.window[1]
 
     @property
     def counts(self) -> Tensor | None:
-        """The validity's own counts, or None if every token is valid."""
+        """The counts of the validity, or None if every token is valid."""
         return None if self.validity is None else self.validity.counts
 
     @property
     def doc_rows(self) -> Tensor | None:
-        """The ids as [B, S], or [1, S] where every row has the same."""
+        """The ids as [B, S], or as [1, S] if they are the same for every row."""
         return self.doc_ids[None] if self.doc_ids is not None and self.doc_ids.ndim == 1 else self.doc_ids
 
     @property
     def has_tensors(self) -> bool:
-        """Whether the contract says anything that depends on the contents of a row."""
+        """Whether the contract has document ids or counts, so that rows may differ."""
         return self.doc_ids is not None or self.counts is not None
 
-    def _carried_rows(self) -> int | None:
-        """B as far as the tensors carry it."""
+    def _rows_of_tensors(self) -> int | None:
+        """B, if the tensors have a batch dimension; else None."""
         in_docs = None if self.doc_ids is None or self.doc_ids.ndim == 1 else self.doc_ids.shape[0]
         in_counts = None if self.counts is None else self.counts.shape[0]
         if in_docs is not None and in_counts is not None and in_docs != in_counts:
@@ -107,24 +107,27 @@ class MaskContract:
         kv_len: int | None = None,
         device: torch.device | str | None = None,
     ) -> Sizes:
-        """Complete the sizes of a call from the contract's tensors, or say which one is missing or contradicts them."""
-        carried = self._carried_rows()
-        batch = contract.agree("batch_size", batch_size, carried, "the contract's doc_ids or validity")
+        """All sizes of a call, completed from the contract's tensors.
+
+        Raises ``ValueError`` for a size that is missing or contradicts the tensors.
+        """
+        of_tensors = self._rows_of_tensors()
+        batch = contract.agreed_size("batch_size", batch_size, of_tensors, "the contract's doc_ids or validity")
         in_docs = None if self.doc_ids is None else self.doc_ids.shape[-1]
         if seq_len is None and kv_len is None and in_docs is None:
             raise ValueError("seq_len must be given where the contract has no doc_ids to take it from, got None")
         if kv_len is None and in_docs is None:
             kv_len = seq_len
-        keys = contract.agree("kv_len", kv_len, in_docs, "doc_ids [B, S]")
-        queries = contract.agree("seq_len", seq_len, None, "") if seq_len is not None else keys
+        keys = contract.agreed_size("kv_len", kv_len, in_docs, "doc_ids [B, S]")
+        queries = contract.agreed_size("seq_len", seq_len, None, "") if seq_len is not None else keys
         found = contract.device_of(device, self.doc_ids, self.counts)
         offset = keys - queries if self.q_offset is None else self.q_offset
-        rows = 1 if carried is None else carried
+        rows = 1 if of_tensors is None else of_tensors
         return Sizes(1 if batch is None else batch, rows, queries, keys, offset, found)
 
-    def reach_within(self, sizes: Sizes) -> contract.Window:
-        """``reach`` with a side set to None where the sizes alone make it unlimited."""
-        left, right = self.reach
+    def window_bounds_within(self, sizes: Sizes) -> contract.Window:
+        """``window_bounds`` with None for a side that excludes no key of these sizes."""
+        left, right = self.window_bounds
         if left is not None and left >= sizes.offset + sizes.queries - 1:
             left = None
         if right is not None and sizes.offset + right >= sizes.keys - 1:
@@ -132,15 +135,15 @@ class MaskContract:
         return left, right
 
     def bounds(self, queries: Tensor, sizes: Sizes) -> Intervals:
-        """The intervals of the given query indices [n], int64 [rows, n], nothing kept."""
+        """The intervals of the given query indices [n], int64 [rows, n]; not kept."""
         counts = None if self.validity is None else self.validity.tokens
-        return interval_of(queries, sizes, self.reach, self.doc_rows, counts)
+        return interval_of(queries, sizes, self.window_bounds, self.doc_rows, counts)
 
     def remember(self, name: str, key: tuple, build: Callable[[], Any]) -> Any:
-        """What ``build`` returns, or the kept result of the same call if nothing has changed since."""
+        """The kept result of ``name`` if key and tensors are unchanged, else ``build()``, which is then kept."""
         if torch.compiler.is_compiling():
             return build()
-        return recall(self._kept, name, key, (self.doc_ids, *self._prefixes()), build)
+        return kept_or_built(self._kept, name, key, (self.doc_ids, *self._prefixes()), build)
 
     def _prefixes(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.validity is None else (self.validity.token_prefix, self.validity.slot_counts)
@@ -155,13 +158,13 @@ class MaskContract:
     ) -> Intervals:
         """The keys of each query as ``Intervals(start, end)``, int32 [B, T], both non-decreasing along T.
 
-        A query with nothing to attend to has ``start == end``, at a place that keeps the order.
+        A query without an allowed key has ``start == end``, at a position that keeps both bounds non-decreasing.
         """
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
         return Intervals(*(bound.expand(sizes.batch, -1).contiguous() for bound in self.row_intervals(sizes)))
 
     def row_intervals(self, sizes: Sizes) -> Intervals:
-        """``intervals`` with one row only where all rows are alike."""
+        """``intervals``, but with one row where all rows are alike."""
 
         def build() -> Intervals:
             bounds = self.bounds(torch.arange(sizes.queries, device=sizes.device), sizes)
@@ -204,10 +207,10 @@ class MaskContract:
         *,
         device: torch.device | str | None = None,
     ) -> BlockPlan:
-        """For each block of queries the key blocks to visit and those that need no mask, int32 [B, ceil(T/q_block)].
+        """For each block of queries, the key blocks to visit and those that need no mask; int32 [B, ceil(T/q_block)].
 
-        Costs O(T / q_block), plus O(S) where there are documents: only the first and last query of a block are looked
-        at, because the intervals of the others lie between theirs.
+        Costs O(T / q_block), plus O(S) where there are documents: the intervals of a block's first and last query bound
+        those of the others.
         """
         checks.is_int("q_block", q_block, minimum=1)
         checks.is_int("kv_block", kv_block, minimum=1)
@@ -216,15 +219,15 @@ class MaskContract:
         return BlockPlan(*(bound.expand(sizes.batch, -1).contiguous() for bound in plan))
 
     def row_block_plan(self, q_block: int, kv_block: int, sizes: Sizes) -> BlockPlan:
-        """``block_plan`` with one row only where all rows are alike."""
+        """``block_plan``, but with one row where all rows are alike."""
 
         def build() -> BlockPlan:
             first = torch.arange(0, sizes.queries, q_block, device=sizes.device)
             last = (first + (q_block - 1)).clamp(max=sizes.queries - 1)
             blocks = first.shape[0]
             bounds = self.bounds(torch.cat([first, last]), sizes)
-            place = torch.arange(blocks, device=sizes.device)
-            return plan_blocks(bounds, place, place + blocks, kv_block)
+            block = torch.arange(blocks, device=sizes.device)
+            return plan_blocks(bounds, block, block + blocks, kv_block)
 
         return self.remember("block_plan", (q_block, kv_block, sizes), build)
 
@@ -238,12 +241,12 @@ class MaskContract:
     ) -> KernelIntervals:
         """The intervals of the queries and, for dK and dV, of the keys; int32, one row where all rows are alike.
 
-        Made on the device in O(T + S·log T), without waiting for it.
+        Costs O(T + S·log T) on the device, without waiting for it.
         """
         return self.row_kernel_intervals(self.sizes(batch_size, seq_len, kv_len, device))
 
     def row_kernel_intervals(self, sizes: Sizes) -> KernelIntervals:
-        """``kernel_intervals`` for sizes that are known already."""
+        """``kernel_intervals`` for given ``Sizes``."""
 
         def build() -> KernelIntervals:
             bounds = Intervals(*(bound.contiguous() for bound in self.row_intervals(sizes)))
@@ -259,7 +262,7 @@ class MaskContract:
         *,
         device: torch.device | str | None = None,
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """FlexAttention's predicate ``(b, h, q_idx, kv_idx) → bool`` over these sizes: two loads, two comparisons."""
+        """FlexAttention's predicate ``(b, h, q_idx, kv_idx) → bool`` for these sizes: two loads and two comparisons."""
         return lowerings.mask_mod(self.intervals(batch_size, seq_len, kv_len, device=device))
 
     def flex_block_mask(
@@ -271,10 +274,10 @@ class MaskContract:
         *,
         device: torch.device | str | None = None,
     ) -> Any:
-        """FlexAttention's ``BlockMask`` from the block plan, with ``mask_mod`` inside; all heads alike.
+        """FlexAttention's ``BlockMask`` with ``mask_mod``, from the block plan; the same for all heads.
 
-        What to visit is decided in O(T / block) and nothing of size T·S is ever made; the lists that the format holds
-        take (T / block)·(S / block) integers.  ``create_block_mask`` evaluates its predicate T·S times instead.
+        The plan costs O(T / block), and nothing of size T·S is allocated; the lists of the format take
+        (T / block)·(S / block) integers.  ``create_block_mask`` would evaluate its predicate T·S times.
         """
         blocks = (block_size, block_size) if isinstance(block_size, int) else block_size
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
@@ -294,7 +297,7 @@ class MaskContract:
         *,
         device: torch.device | str | None = None,
     ) -> SegmentIds:
-        """Documents and valid prefixes as ids to compare, int32 ``q`` [B, T] and ``kv`` [B, S]; for TPU kernels."""
+        """Documents and valid prefixes as ids, int32 ``q`` [B, T] and ``kv`` [B, S], for TPU kernels to compare."""
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
         return self.remember("segment_ids", sizes, lambda: self._segment_ids(sizes))
 
@@ -310,7 +313,7 @@ class MaskContract:
         *,
         device: torch.device | str | None = None,
     ) -> str | None:
-        """Why ``varlen`` refuses these sizes, or None; metadata only."""
+        """Why ``varlen`` raises for these sizes, or None; reads metadata only."""
         return lowerings.varlen_why_not(self.sizes(batch_size, seq_len, kv_len, device), self.has_tensors)
 
     def varlen(
@@ -324,17 +327,17 @@ class MaskContract:
         """The contract as packed sequences with cumulative lengths.
 
         With documents or a valid prefix the number of sequences and the longest length depend on the data: reading them
-        waits for the device, once for each contract.  No other lowering does.  Raises ``ValueError`` with the reason of
-        ``varlen_why_not`` where packed lengths cannot say what the contract says.
+        waits for the device, once for each contract.  No other lowering waits.  Raises ``ValueError`` with the reason
+        of ``varlen_why_not`` where packed sequences cannot express the contract.
         """
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
         reason = lowerings.varlen_why_not(sizes, self.has_tensors)
         if reason is not None:
-            raise ValueError(f"varlen must be asked of a contract that it can express ({reason}), got {sizes[2:5]}")
+            raise ValueError(f"mask must have a form with packed lengths ({reason}), got T, S, offset = {sizes[2:5]}")
 
         def build() -> Varlen:
             ids = self._segment_ids(sizes).kv if self.has_tensors else None
-            return lowerings.varlen(sizes, self.reach, ids)
+            return lowerings.varlen(sizes, self.window_bounds, ids)
 
         return self.remember("varlen", sizes, build)
 
@@ -353,8 +356,8 @@ class MaskContract:
         return hash((*self._statics(), None if self.doc_ids is None else self.doc_ids.shape))
 
     def _statics(self) -> tuple:
-        return self.reach, self.q_offset, self.validity or AttentionValidity()
+        return self.window_bounds, self.q_offset, self.validity or AttentionValidity()
 
     def __reduce__(self) -> tuple:
-        # Copies and pickles carry what the contract says, not the lowerings kept on it.
+        # Copies and pickles hold the fields, not the kept lowerings.
         return MaskContract, (self.causal, self.window, self.doc_ids, self.validity, self.q_offset)

@@ -1,4 +1,4 @@
-"""Results kept beside the tensors they were made from, and dropped when one of those changes."""
+"""Keeps a result together with the state of its source tensors, and rebuilds it when one of them changes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,15 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernel_index.core import rules
 
-def recall(
+
+def kept_or_built(
     kept: dict[str, tuple], name: str, key: tuple, sources: tuple[Tensor | None, ...], build: Callable[[], Any]
 ) -> Any:
-    """What ``build`` returns, or the result kept under ``name`` if it was built for the same key and sources.
+    """The result kept under ``name`` if its key and sources are unchanged, else a new one from ``build()``, kept there.
 
-    A source on the host is compared by value, so that even a change that PyTorch does not count (through NumPy, through
-    ``.data``) is seen; a source on an accelerator is compared by its version counter and address, which waits for
-    nobody.  A kept result that somebody has written to is not given out again.  Only the latest one is kept.
+    A source on the host is compared by value, which also finds writes that PyTorch does not count (through NumPy or
+    ``.data``).  A source on an accelerator is compared by version counter and address, without waiting for the device.
+    A kept result that was written to in place is rebuilt.  Only the latest result of a name is kept.
     """
     if not _keepable(sources):
         return build()
@@ -23,9 +25,9 @@ def recall(
         if old_key == key and _versions(value) == versions and all(map(_unchanged, sources, states)):
             return value
     states = tuple(map(_state, sources))
-    with torch.inference_mode(False), torch.no_grad():  # a tensor of that mode counts no versions and has no backward
+    with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counter and no backward
         value = build()
-    if any(t.is_inference() for t in _tensors(value)):  # a view of a source that was made in the mode
+    if any(t.is_inference() for t in _tensors(value)):  # a view of a source made in inference mode
         kept.pop(name, None)
     else:
         kept[name] = (key, states, value, _versions(value))
@@ -33,8 +35,11 @@ def recall(
 
 
 def _keepable(sources: tuple[Tensor | None, ...]) -> bool:
-    """Not under FakeTensorMode, a functorch transform and the like: their tensors must not outlive them."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    """Not inside FakeTensorMode, a functorch transform or the like: their tensors must not outlive them.
+
+    Unlike ``rules.host_readable`` this allows tensors on an accelerator, whose values are not read, and no subclass.
+    """
+    if rules.inside_dispatch_mode() or rules.inside_functorch():
         return False
     return all(s is None or (type(s) is Tensor and (s.device.type == "cpu" or not s.is_inference())) for s in sources)
 

@@ -1,4 +1,4 @@
-"""What is static in a mask, as a key for compiled kernels."""
+"""``exact_mask_key``: the static part of a mask, as a key for compiled kernels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,29 +16,29 @@ def exact_mask_key(
     dtype: Any = None,
     backend: str | None = None,
 ) -> ExactMaskKey:
-    """The static part of a mask: what a kernel may be compiled for, and nothing that a batch brings.
+    """The static part of a mask, for which a kernel may be compiled; nothing that changes with the batch.
 
-    Two masks have one key exactly if they agree in causality, window (every spelling of "global" is one), which kinds
-    of metadata exist, slot size, block sizes, dtype, backend and versions.  Which documents there are, how many tokens
-    are valid, how long the rows are and where the tensors lie is no part of it.
+    Two masks have the same key exactly if they agree in causality, window bounds (all forms of "unlimited" are equal),
+    which kinds of metadata exist, slot size, block sizes, dtype, backend and versions.  The key does not depend on the
+    documents, the numbers of valid tokens, the lengths of the rows or the addresses of the tensors.
 
     Args:
         contract: a ``MaskContract``, or a mapping with some of the fields ``causal``, ``window``, ``local_window``,
             ``doc_ids``, ``validity``, ``q_offset`` (or ``has_doc_ids``, ``has_valid_counts``, ``has_q_offset`` where
-            only their presence is known), ``valid_token_counts`` and ``valid_slot_counts`` in place of a validity,
-            ``base_block_tokens``, ``block_sizes``, ``dtype`` and ``backend``.  What is absent or None is absent; a
-            zero is not.
-        local_window: previous tokens that a sparse kernel attends to whatever was picked; None or negative for none.
+            only their presence is known), ``valid_token_counts`` and ``valid_slot_counts`` instead of a validity,
+            ``base_block_tokens``, ``block_sizes``, ``dtype`` and ``backend``.  A field that is missing or None is
+            absent; a zero is present.
+        local_window: previous tokens that a sparse kernel attends to besides the selected ones; None for none.
         block_sizes: ``(q_block, kv_block)`` of the kernel, or one size for both.
         dtype: torch's, NumPy's or JAX's dtype of the tensors, or its name.
-        backend: name of the backend that compiles; ``"auto"`` by default.  A keyword wins over the mapping's field.
+        backend: name of the backend that compiles; ``"auto"`` by default.  A keyword replaces the mapping's field.
 
     Returns:
-        An ``ExactMaskKey``, a tuple with named fields; ``rebuild`` makes a mask of it for another batch.
+        An ``ExactMaskKey``, a tuple with named fields; ``rebuild`` makes a mask from it for another batch.
 
     Raises:
-        TypeError: ``contract`` is neither, or a field is of the wrong type.
-        ValueError: a field that is not known, or fields that contradict each other.
+        TypeError: ``contract`` is neither a contract nor a mapping, or a field has the wrong type.
+        ValueError: an unknown field, or fields that contradict each other.
 
     Source: the rule of the FlashAttention and FlexAttention compilation keys, with their tensors left out.
 

@@ -1,4 +1,4 @@
-"""Compiled kernels by the static part of their mask."""
+"""``MaskKernelCache``: compiled kernels, found by the static part of their mask."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 
 class MaskKernelCache:
-    """The ``maxsize`` kernels used last, by ``ExactMaskKey``; counts ``hits``, ``misses`` and ``evictions``.
+    """The ``maxsize`` most recently used kernels, by ``ExactMaskKey``; counts ``hits``, ``misses`` and ``evictions``.
 
-    A kernel found here was built for the same causality, window, kinds of metadata, sizes and versions, and takes the
-    batch's tensors as arguments: a new batch costs no compilation, and writing into a tensor changes the next result.
-    Threads may share a cache; a key is built once.
+    A cached kernel was built for the same causality, window, kinds of metadata, sizes and versions.  It takes the
+    batch's tensors as arguments, so a new batch costs no compilation and a write to a tensor changes the next result.
+    Threads may share a cache; each key is built once.
 
     Args:
-        maxsize: kernels kept, at least 1; the one that was not used for longest goes first.
+        maxsize: kernels kept, at least 1; the least recently used one is evicted.
 
     >>> import torch, kernel_index as ki
     >>> cache = ki.MaskKernelCache(maxsize=8)
@@ -33,12 +33,12 @@ class MaskKernelCache:
         self.maxsize = maxsize
         self.hits = self.misses = self.evictions = 0
         self._kernels: OrderedDict[ExactMaskKey, Any] = OrderedDict()
-        self._lock = ThreadLock()  # a build may ask for another kernel
+        self._lock = ThreadLock()  # reentrant: a build may ask for another kernel
 
     def get(self, key: ExactMaskKey, build: Callable[[ExactMaskKey], Any]) -> Any:
-        """The kernel of a key, from ``build(key)`` the first time.  A build that raises leaves nothing behind.
+        """The kernel of a key, from ``build(key)`` the first time.  Nothing is kept if ``build`` raises.
 
-        ``build`` sees the key alone, so that no tensor of one batch can be kept in a kernel for the next.
+        ``build`` gets the key alone, so that a kernel cannot keep a tensor of one batch for the next.
         """
         if not isinstance(key, ExactMaskKey):
             raise TypeError(f"key must be made by exact_mask_key, got {type(key).__name__}")
@@ -55,7 +55,7 @@ class MaskKernelCache:
             return kernel
 
     def clear(self) -> None:
-        """Forget the kernels and start counting anew."""
+        """Remove all kernels and reset the counters."""
         with self._lock.held():
             self._kernels.clear()
             self.hits = self.misses = self.evictions = 0

@@ -1,19 +1,20 @@
-"""What a mask says that is the same for every batch, read from a ``MaskContract`` or from a mapping."""
+"""Argument checks of ``exact_mask_key``, and the static fields of a ``MaskContract`` or of a mapping."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from kernel_index.core import checks
+from kernel_index.masks.attention_validity_prefix.validity import MODES, ValidityMode
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 RUNTIME = ("doc_ids", "validity", "q_offset")
-"""Fields whose presence is static and whose content is the batch's; ``has_…`` says the presence alone."""
+"""Fields whose presence is static while their values change with the batch; ``has_…`` states the presence alone."""
 
 PRESENCE = {"doc_ids": "has_doc_ids", "validity": "has_valid_counts", "q_offset": "has_q_offset"}
 
 COUNTS = ("valid_token_counts", "valid_slot_counts")
-"""What ``doc_window_mask`` and ``attention_validity`` call them; in a mapping their presence is a validity's."""
+"""The names of counts in ``doc_window_mask`` and ``attention_validity``; in a mapping they replace ``validity``."""
 
 FIELDS = (
     *("causal", "window", "local_window", "block_sizes", "base_block_tokens", "dtype", "backend"),
@@ -24,7 +25,7 @@ FIELDS = (
 
 
 def fields_of(contract: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a contract or mapping states, those of ``given`` that are not None on top."""
+    """The fields of a contract or mapping, replaced by those of ``given`` that are not None."""
     if isinstance(contract, MaskContract):
         stated: dict[str, Any] = {"causal": contract.causal, "window": contract.window}
         stated |= {name: getattr(contract, name) for name in RUNTIME}
@@ -39,7 +40,7 @@ def fields_of(contract: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_counts(stated: dict[str, Any]) -> dict[str, Any]:
-    """Counts given as such, in place of a validity: the size of a slot matters where slots are counted alone."""
+    """Replace counts by ``has_valid_counts``; ``base_block_tokens`` is kept only where slots are counted."""
     tokens, slots = (stated.pop(name, None) for name in COUNTS)
     if tokens is None and slots is None:
         return stated
@@ -55,43 +56,43 @@ def _with_counts(stated: dict[str, Any]) -> dict[str, Any]:
 
 
 def presence(fields: Mapping[str, Any], name: str) -> bool:
-    """Whether a runtime field exists: by its value, by its ``has_…``, or by both if they agree."""
+    """Whether a runtime field exists: its value is given, or its ``has_…`` is true; raises if the two disagree."""
     flag = PRESENCE[name]
     stated, value = fields.get(flag), fields.get(name)
-    there = value is not None and (name != "validity" or mode_of(value) != "none")
+    exists = value is not None and (name != "validity" or mode_of(value) != "none")
     if stated is None:
-        return there
+        return exists
     checks.is_bool(flag, stated)
-    if value is not None and stated != there:
-        raise ValueError(f"{flag} must be {there} for the {name} that is given, got {stated}")
+    if value is not None and stated != exists:
+        raise ValueError(f"{flag} must be {exists} for the {name} that is given, got {stated}")
     return stated
 
 
-def mode_of(validity: Any) -> str:
-    """``none``, ``token_prefix`` or ``slot_prefix``, of torch's ``AttentionValidity`` or of another framework's."""
+def mode_of(validity: Any) -> ValidityMode:
+    """The mode of an ``AttentionValidity``, of torch or of JAX."""
     mode = getattr(validity, "mode", None)
-    if mode not in ("none", "token_prefix", "slot_prefix"):
+    if mode not in MODES:
         raise TypeError(f"validity must be an AttentionValidity, got {type(validity).__name__}")
     return mode
 
 
 def slot_tokens(fields: Mapping[str, Any], has_counts: bool) -> int | None:
-    """Tokens of a slot where the counts are of slots; None where they are of tokens or absent."""
+    """``base_block_tokens`` where slots are counted; None where tokens are counted or there are no counts."""
     size, validity = fields.get("base_block_tokens"), fields.get("validity")
     if size is not None:
         checks.is_int("base_block_tokens", size, minimum=1)
     if validity is not None:
-        own = validity.base_block_tokens if mode_of(validity) == "slot_prefix" else None
-        if size is not None and size != own:
-            raise ValueError(f"base_block_tokens must be {own}, as the validity has it, got {size}")
-        size = own
+        in_validity = validity.base_block_tokens if mode_of(validity) == "slot_prefix" else None
+        if size is not None and size != in_validity:
+            raise ValueError(f"base_block_tokens must be {in_validity}, as in the validity, got {size}")
+        size = in_validity
     if size is not None and not has_counts:
         raise ValueError(f"base_block_tokens must be None where there are no counts, got {size}")
     return size
 
 
 def causal_and_window(fields: Mapping[str, Any]) -> tuple[bool, Window]:
-    """The causal flag and how far a query sees to each side; beside ``causal`` the right side says nothing more."""
+    """The causal flag and the window bounds; a causal mask has the right bound 0, whatever the window."""
     causal = fields.get("causal", True)
     checks.is_bool("causal", causal)
     left, right = normalize_window(fields.get("window"))
@@ -106,7 +107,7 @@ def local_window(value: Any) -> int | None:
 
 
 def block_sizes(value: Any) -> tuple[int, int] | None:
-    """``(q_block, kv_block)``; one number stands for both."""
+    """``(q_block, kv_block)``, or one size for both."""
     if value is None:
         return None
     pair = value if isinstance(value, tuple | list) else (value, value)
@@ -134,7 +135,7 @@ def backend_name(backend: Any) -> str:
 
 
 def check_same(name: str, expected: bool, value: Any) -> None:
-    """The rule of rebuilding: what the key says exists is given, and nothing else."""
+    """Raise unless ``value`` is given exactly where the key says that the field exists."""
     if expected and value is None:
         raise ValueError(f"{name} must be given: the key says that it exists, got None")
     if not expected and value is not None:

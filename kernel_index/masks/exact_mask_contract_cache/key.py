@@ -1,4 +1,4 @@
-"""The key of a compiled mask kernel, and the way back from it to a mask."""
+"""``ExactMaskKey``: the key of a compiled mask kernel, from which a mask can be rebuilt."""
 
 import functools
 from importlib import metadata
@@ -13,18 +13,18 @@ from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.exact_mask_contract_cache import contract
 
 LAYOUT = 1
-"""Raised when a field of the key changes its meaning."""
+"""Increased when a field of the key changes its meaning."""
 
 PACKAGES = {"triton": "triton", "fa4": "flash-attn-4", "pallas": "jax"}
-"""What beside torch compiles a backend's kernels."""
+"""The package that compiles a backend's kernels, where it is not torch."""
 
 
 class ExactMaskKey(NamedTuple):
-    """What a mask says that holds for every batch: made by ``exact_mask_key``, compared and hashed as a tuple.
+    """The static part of a mask: made by ``exact_mask_key``, compared and hashed as a tuple.
 
-    ``window`` is how far a query sees, None for unlimited.  ``local_window`` are the previous tokens that a sparse
-    kernel attends to whatever was picked.  ``has_…`` say that the batch brings documents, counts or an offset;
-    ``slot_tokens`` is the size of a slot where counts are of slots.  No field holds a tensor or depends on one's
+    ``window`` holds the window bounds, None for unlimited.  ``local_window`` is the number of previous tokens that a
+    sparse kernel attends to besides the selected ones.  ``has_…`` say that each batch has documents, counts or an
+    offset; ``slot_tokens`` is the size of a slot where slots are counted.  No field holds a tensor or depends on its
     content, identity or size.
 
     >>> import torch, kernel_index as ki
@@ -52,10 +52,10 @@ class ExactMaskKey(NamedTuple):
         validity: AttentionValidity | None = None,
         q_offset: int | None = None,
     ) -> MaskContract:
-        """The mask of this key over a batch's tensors.
+        """The mask of this key with a batch's tensors.
 
-        Raises ``ValueError`` where the key says that one of them exists and it is missing, and the other way round: a
-        kernel that ignores documents must not serve a batch that has them.
+        Raises ``ValueError`` if one of them is missing although the key says that it exists, or given although the key
+        says that it does not: a kernel that ignores documents must not serve a batch that has them.
         """
         contract.check_same("doc_ids", self.has_doc_ids, doc_ids)
         has_counts = validity is not None and contract.mode_of(validity) != "none"
@@ -63,13 +63,13 @@ class ExactMaskKey(NamedTuple):
         contract.check_same("q_offset", self.has_q_offset, q_offset)
         slots = contract.slot_tokens({"validity": validity}, has_counts)
         if slots != self.slot_tokens:
-            raise ValueError(f"validity must be of slots of {self.slot_tokens} tokens, as the key says, got {slots}")
+            raise ValueError(f"validity must have slots of {self.slot_tokens} tokens, as the key says, got {slots}")
         return MaskContract(self.causal, self.window, doc_ids, validity, q_offset)
 
 
 @functools.cache
 def versions_for(backend: str) -> tuple[tuple[str, Any], ...]:
-    """What a compiled kernel depends on beside the mask."""
+    """Versions of the packages that a compiled kernel depends on."""
     found: list[tuple[str, Any]] = [("exact_mask_key", LAYOUT), ("torch", str(torch.__version__))]
     package = PACKAGES.get(backend)
     if package is not None:

@@ -64,7 +64,7 @@ def route(q: Tensor, k: Tensor, block_size: int, topk: int, mask: MaskContract, 
         parts = []
         for t in range(0, sizes.queries, step):
             end = min(t + step, sizes.queries)
-            low, high = _visible(t + sizes.offset, end + sizes.offset, mask.reach[0], block_size, blocks)
+            low, high = _visible(t + sizes.offset, end + sizes.offset, mask.window_bounds[0], block_size, blocks)
             scores = _scores(grouped[:, t:end], means[:, low:high])
             part = LegalBlocks(*(x[:, t:end] for x in legal))
             parts.append(top_blocks(scores, part, topk, first_block=low))

@@ -182,7 +182,7 @@ def lightning_indexer_chunked(
     start, end = mask.row_intervals(sizes)
     known = None
     if replay is None:
-        left, right = (-1 if side is None else side for side in mask.reach)
+        left, right = (-1 if side is None else side for side in mask.window_bounds)
         reach = sizes.offset, left, right
         indices, found = _topk_op(q.detach(), k.detach(), weights.detach(), start, end, topk, *reach)
         known = found if q.dtype != torch.float64 else None

@@ -55,7 +55,7 @@ def check(
 def lowering(sizes: Sizes, mask: MaskContract) -> str:
     """What torch's attention needs for this mask: ``none``, ``is_causal`` or ``dense``."""
     if not mask.has_tensors:
-        left, right = mask.reach_within(sizes)
+        left, right = mask.window_bounds_within(sizes)
         if left is None and right is None:
             return "none"
         # torch's flag is aligned top-left, so it means offset 0; it is used for the square case alone.

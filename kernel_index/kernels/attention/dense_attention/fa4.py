@@ -11,7 +11,7 @@ def attention_fa4(call: AttentionCall) -> OutAndLse:
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     q, k, v, mask, sizes = call.q, call.k, call.v, call.mask, call.sizes
-    left, right = mask.reach_within(sizes)
+    left, right = mask.window_bounds_within(sizes)
     options = {
         "softmax_scale": scale_of(q, call.scale),
         "causal": right == 0,

@@ -1,8 +1,8 @@
-"""Proof that flash-attn-4 ran here and was right, or what stood in the way."""
+"""``fa4_execute_proof``: whether flash-attn-4 runs on this machine with correct results, or why not."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,20 +11,24 @@ from kernel_index.kernels.attention.dense_fa4_execute_proof.runner import prove
 from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import problems
 
 
+ProofState = Literal["planned", "compiled", "executed"]
+
+
 @dataclass(frozen=True)
 class Refusal:
-    """Why a proof was not attempted: ``code`` is ``package_missing``; ``reason`` is a sentence."""
+    """Why there is no proof: ``code`` is ``package_missing``; ``reason`` is a sentence."""
 
-    code: str
+    code: Literal["package_missing"]
     reason: str
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a proof came to.
+    """The result of a proof.
 
-    ``state`` is how far it got: ``planned``, ``compiled`` (ahead of time, no device) or ``executed``.  ``passed`` is
-    true only for ``executed`` with every condition met; ``problems`` names the others; ``receipt`` holds the facts.
+    ``state`` is the last stage that it finished: ``planned``, ``compiled`` (ahead of time, without a device) or
+    ``executed``.  ``passed`` is true only for ``executed`` with every condition met.  ``problems`` names the conditions
+    that are not met; ``receipt`` holds what was recorded.
 
     >>> import kernel_index as ki
     >>> planned = {"state": "planned"}
@@ -32,7 +36,7 @@ class Proof:
     False
     """
 
-    state: str
+    state: ProofState
     passed: bool
     refusal: Refusal | None
     problems: tuple[str, ...]
@@ -42,35 +46,35 @@ class Proof:
 def fa4_execute_proof(
     shape: ProofShape | tuple[int, int, int, int, int] = ProofShape(),  # noqa: B008 -- a tuple, immutable
     *,
-    dtype: torch.dtype | str = torch.bfloat16,
+    dtype: torch.dtype | Literal["bfloat16", "float16"] = torch.bfloat16,
     causal: bool = True,
     seed: int = 0,
     time_limit: float = 600.0,
     out: Path | str | None = None,
 ) -> Proof:
-    """Run flash-attn-4 forward and backward in a process of its own, and judge every number it returns.
+    """Run flash-attn-4 forward and backward in a separate process, and check every result against a reference.
 
-    On a CUDA device the program executes; elsewhere it compiles the package's kernels for sm_90a and sm_100a; without
-    the package it is refused.  For the output and each gradient, with ``exact`` in float32 and ``plain`` the same
-    formula in the inputs' dtype, FlashAttention's own rule must hold::
+    On a CUDA device the program executes; elsewhere it compiles the package's kernels for sm_90a and sm_100a.  Without
+    the package the result has a ``refusal``.  For the output and each gradient, FlashAttention's own rule must hold,
+    with ``exact`` computed in float32 and ``plain`` by the same formula in the inputs' dtype::
 
         max |actual - exact| ≤ 2 · max |plain - exact| + 2 · max |x + 0.3 - 0.3 - x|,   x = exact in that dtype
 
-    A crash, a hang, NaN, a kernel that the profiler did not see or a missing version are all failures, with a receipt.
+    A crash, a hang, NaN, a kernel that the profiler did not see and a missing version are failures, each with a receipt.
 
     Args:
         shape: (batch, seq, heads, kv_heads, head_dim).
         dtype: bfloat16 or float16.
-        causal: with the causal mask.
-        seed: of the inputs.
+        causal: whether the causal mask is applied.
+        seed: seed of the random inputs.
         time_limit: seconds for each process.
-        out: where the JSON receipt is written, on failure too; None keeps it in the result only.
+        out: path of the JSON receipt, which is written on failure too; None writes no file.
 
     Returns:
-        ``Proof``; ``passed`` is true only for a proof that ``kernel-index prove --verify`` accepts.
+        A ``Proof``; ``passed`` is true only if ``kernel-index prove --verify`` accepts the receipt.
 
     Raises:
-        TypeError, ValueError: the request itself is not one that the kernel could ever serve.
+        TypeError, ValueError: the kernel supports no such shape, dtype or seed on any machine.
 
     Source: the error rule of FlashAttention's own tests (Dao, 2023).
 
@@ -89,7 +93,7 @@ def fa4_execute_proof(
 
 
 def proof_of(receipt: dict[str, Any]) -> Proof:
-    """A receipt as the caller sees it, judged once more."""
+    """The ``Proof`` of a receipt, whose conditions are checked again."""
     refusal = None if receipt["refusal"] is None else Refusal(**receipt["refusal"])
     found = tuple(problems(receipt))
     return Proof(receipt["state"], not found, refusal, found, receipt)

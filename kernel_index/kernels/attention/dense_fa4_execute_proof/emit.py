@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from kernel_index.kernels.attention.dense_fa4_execute_proof.request import ProofRequest
 
+ProofMode = Literal["execute", "compile"]
 SCHEMA = "kernel_index.fa4_execute_proof/1"
-PLACE = "PARAMETERS: dict[str, Any] = {}\n"
+PARAMETERS_LINE = "PARAMETERS: dict[str, Any] = {}\n"
 
 
-def emit(request: ProofRequest, mode: str, device: str) -> str:
-    """A program that needs torch and flash-attn-4 alone; ``python program.py REPORT.json`` runs it anywhere."""
+def emit(request: ProofRequest, mode: ProofMode, device: str) -> str:
+    """A program that needs torch and flash-attn-4 alone; run it with ``python program.py REPORT.json``."""
     source = Path(__file__).with_name("fa4.py").read_text()
-    assert source.count(PLACE) == 1
+    assert source.count(PARAMETERS_LINE) == 1
     parameters = request.to_json() | {"mode": mode, "device": device}
-    return source.replace(PLACE, f"PARAMETERS: dict[str, Any] = json.loads({json.dumps(parameters)!r})\n")
+    return source.replace(PARAMETERS_LINE, f"PARAMETERS: dict[str, Any] = json.loads({json.dumps(parameters)!r})\n")

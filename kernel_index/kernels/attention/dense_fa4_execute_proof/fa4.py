@@ -1,7 +1,7 @@
-"""The proof's own program: runs or compiles one call of flash-attn-4, alone, and reports after every stage.
+"""The program of the proof: runs or compiles one call of flash-attn-4, and reports after every stage.
 
-``runner.emit`` fills in PARAMETERS and hands this file to a process of its own: it imports nothing of kernel_index.
-What was reported before a crash or a time limit is still there afterwards.
+``emit`` fills in PARAMETERS, and ``runner`` runs the file in a separate process: it imports nothing of kernel_index.
+A crash or a time limit keeps what was reported before.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ ROUNDS = 20
 
 
 class Report(dict):
-    """Facts, written to a file whenever one is added."""
+    """Recorded facts; each ``add`` writes all of them to the file."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -40,7 +40,7 @@ class Report(dict):
 
 
 def number(value: float | Tensor) -> float | str:
-    """JSON has no NaN and no infinity: they become words, which no rule takes for a number."""
+    """A float, or a string for NaN and infinity: JSON has neither, and the verifier accepts no string as a number."""
     value = float(value)
     return value if abs(value) < float("inf") else str(value)
 
@@ -83,7 +83,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Attention [B, T, H, D] in the inputs' own dtype, every step of it."""
+    """Attention [B, T, H, D] with every operation in the dtype of the inputs."""
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
@@ -99,8 +99,8 @@ def with_gradients(function: Any, inputs: list[Tensor], upstream: Tensor) -> lis
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
-def judged(actual: Tensor, exact: Tensor, baseline: Tensor) -> dict[str, Any]:
-    """FlashAttention's own rule: error ≤ 2 × the error of PyTorch in the same dtype + what rounding alone may cost."""
+def measured(actual: Tensor, exact: Tensor, baseline: Tensor) -> dict[str, Any]:
+    """The numbers of FlashAttention's rule: error ≤ 2 × error of PyTorch in the same dtype + rounding tolerance."""
     rounded = exact.to(actual.dtype)
     tolerance = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().float()
     error = (actual.float() - exact).abs()
@@ -144,7 +144,7 @@ def execute(report: Report) -> None:
     baseline = with_gradients(plainly, inputs, upstream)
     labels = ("out", "dq", "dk", "dv")
     results = zip(labels, [out, *grads], exact, baseline, strict=True)
-    report.add(numerics={label: judged(*tensors) for label, *tensors in results})
+    report.add(numerics={label: measured(*tensors) for label, *tensors in results})
     del exact, baseline
     report.add(**cost(lambda: torch.autograd.grad(run(*leaves), leaves, upstream), device))
 
@@ -152,7 +152,7 @@ def execute(report: Report) -> None:
 def observed(
     forward: Any, leaves: list[Tensor], upstream: Tensor, device: str, report: Report
 ) -> tuple[list[str], Tensor, tuple[Tensor, ...]]:
-    """Forward and backward once, stage by stage, and the names of the device kernels that the profiler saw."""
+    """Run forward and backward once; return the names of the device kernels that the profiler saw, and the results."""
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if device == "cuda" else activity.CPU]) as profile:
         out = forward()
@@ -171,7 +171,7 @@ def wait(device: str) -> None:
 
 
 def cost(step: Any, device: str) -> dict[str, Any]:
-    """Median milliseconds of forward and backward, and the bytes that one adds at its peak."""
+    """Median milliseconds of forward and backward together, and the peak bytes that they allocate."""
     step()
     wait(device)
     seconds, before, peak = [], 0, 0
@@ -189,11 +189,11 @@ def cost(step: Any, device: str) -> dict[str, Any]:
 
 
 def compile_ahead(report: Report) -> None:
-    """Forward and backward for an architecture that need not be here: the package's real kernels, to machine code."""
+    """Compile the package's forward and backward kernels to machine code for an architecture without a device."""
     report.add(**facts("none"))
     modules: list[Any] = [importlib.import_module(name) for name in ("cutlass.utils", "cutlass.utils.hardware_info")]
 
-    class Hardware:  # the compiler asks the driver for these three figures only; the target's own are given here
+    class Hardware:  # replaces the three numbers that the compiler asks the driver for, by those of the target
         def __init__(self, device_id: int = 0):
             self.multiprocessors = int(os.environ["FLASH_ATTENTION_NUM_SMS"])
 
@@ -217,7 +217,7 @@ def compile_ahead(report: Report) -> None:
     b, t, h, k, d = PARAMETERS["shape"].values()
     with FakeTensorMode(allow_non_fake_inputs=True):
         q, key, v = (torch.empty(b, t, n, d, dtype=dtype, device="cuda") for n in (h, k, k))
-        # Autograd on a fake CUDA tensor aborts a PyTorch without CUDA, so its two halves are called.
+        # Autograd on a fake CUDA tensor aborts a PyTorch without CUDA, so forward and backward are called directly.
         out, lse, *_ = interface._flash_attn_fwd(q, key, v, causal=causal, return_lse=True)
         report.add(forward_success=True, output={"shape": list(out.shape), "dtype": str(out.dtype)})
         interface._flash_attn_bwd(q, key, v, out, torch.empty_like(out), lse, causal=causal)
@@ -225,7 +225,7 @@ def compile_ahead(report: Report) -> None:
 
 
 class Compiler:
-    """The package's compiler, with a record of the machine code that each call returned."""
+    """Wraps the package's compiler and records the machine code that each call returns."""
 
     def __init__(self, real: Any, report: Report):
         self.real, self.report = real, report

@@ -1,4 +1,4 @@
-"""What is to be proven: sizes, dtype, mask and seed of one attention call, checked before anything runs."""
+"""The request of a proof: sizes, dtype, mask and seed of one attention call, checked before anything runs."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Runs the program in a process of its own, and makes a receipt of whatever happens to it."""
+"""Runs the program in a separate process, and writes a receipt whatever happens to it."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_index.core.atomic_write import write_whole
-from kernel_index.kernels.attention.dense_fa4_execute_proof.emit import SCHEMA, emit
+from kernel_index.kernels.attention.dense_fa4_execute_proof.emit import SCHEMA, ProofMode, emit
 from kernel_index.kernels.attention.dense_fa4_execute_proof.request import ProofRequest
 from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import digest, unmet
 
@@ -21,7 +21,7 @@ TARGETS = {
     "sm_90a": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"},
     "sm_100a": {"FLASH_ATTENTION_ARCH": "sm_100", "CUTE_DSL_ARCH": "sm_100a", "FLASH_ATTENTION_NUM_SMS": "148"},
 }
-"""What is compiled where there is no device: architectures, with the number of multiprocessors that gets built in."""
+"""Architectures to compile for without a device; the compiled code depends on the number of multiprocessors."""
 
 TAIL = 4000
 PACKAGE_MISSING = "package_missing"
@@ -30,13 +30,13 @@ PACKAGE_MISSING = "package_missing"
 def prove(
     request: ProofRequest,
     *,
-    mode: str,
+    mode: ProofMode,
     device: str = "cuda",
     time_limit: float = 600.0,
     out: Path | None = None,
     environment: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Execute, or compile for every target; the receipt says which.  ``environment`` adds to this process's own."""
+    """Execute, or compile for every target, and return the receipt.  ``environment`` adds variables for the program."""
     receipt: dict[str, Any] = {
         "schema": SCHEMA,
         "state": "planned",
@@ -49,7 +49,7 @@ def prove(
         "host": {"platform": platform.platform(), "python": platform.python_version()},
         "runs": [],
     }
-    write(receipt, out)  # a place that cannot be written is found before the work, and a killed prover leaves a plan
+    write(receipt, out)  # fails before the work if the path is not writable; a killed prover leaves state "planned"
     targets = {device: {}} if mode == "execute" else TARGETS
     for name, variables in targets.items():
         run = run_program(receipt["program"], time_limit, (environment or {}) | variables)
@@ -68,14 +68,14 @@ def prove(
 
 
 def write(receipt: dict[str, Any], out: Path | None) -> None:
-    """Seal the receipt and put it into its place in one move."""
+    """Add the digest to the receipt, and write it to ``out`` in one step."""
     receipt["digest"] = digest(receipt)
     if out is not None:
         write_whole(out, json.dumps(receipt, indent=1, allow_nan=False) + "\n")
 
 
 def run_program(program: str, time_limit: float, variables: dict[str, str]) -> dict[str, Any]:
-    """One process, with a time limit for it and for all that it starts."""
+    """Run the program in one process; the time limit ends it and every process that it started."""
     with tempfile.TemporaryDirectory() as folder:
         script, report, log = (Path(folder) / name for name in ("program.py", "report.json", "log.txt"))
         script.write_text(program)
@@ -107,7 +107,7 @@ def run_program(program: str, time_limit: float, variables: dict[str, str]) -> d
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing that the program started survives it."""
+    """Kill the program together with every process that it started."""
     with contextlib.suppress(ProcessLookupError):  # the whole group has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,7 +1,7 @@
-"""Whether a receipt is a proof: every condition is checked again, whatever the receipt says of itself.
+"""Whether a receipt is a proof: every condition is checked again from the recorded facts.
 
-The digest finds a receipt that was changed by accident or by hand.  It is no signature: whoever can run this code can
-compute it.  So nothing is believed for being digested; the rules below decide.
+The digest finds a receipt that was changed by accident or by hand.  It is not a signature: everyone who runs this code
+can compute it.  A correct digest therefore proves nothing; the conditions below decide.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def digest(receipt: dict[str, Any]) -> str:
 
 
 def problems(receipt: Any) -> list[str]:
-    """Why a receipt is no proof of execution; empty for one that is."""
+    """Why a receipt is no proof of execution; empty if it is one."""
     if not isinstance(receipt, dict):
         return ["the receipt is not a JSON object"]
     try:
@@ -40,11 +40,11 @@ def problems(receipt: Any) -> list[str]:
 
 
 def unmet(receipt: dict[str, Any]) -> list[str]:
-    """The conditions of a proof that the receipt's facts do not meet."""
+    """The conditions of a proof that the receipt does not meet."""
     found: list[str] = []
     try:
         for problem in _conditions(receipt):
-            found.append(problem)  # one by one: what was found before a malformed part is kept
+            found.append(problem)  # one by one, to keep those found before a malformed field
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         found.append(f"malformed: {type(error).__name__}: {error}")
     return found
@@ -84,9 +84,9 @@ def _report(report: dict[str, Any]) -> Iterator[str]:
     capability = device["capability"]
     if not (isinstance(capability, list) and len(capability) == 2 and support_of(10 * capability[0] + capability[1])):
         yield "device capability is none that flash-attn-4 runs on"
-    for part, words in (("forward", ("forward", "fwd")), ("backward", ("backward", "bwd"))):
+    for direction, words in (("forward", ("forward", "fwd")), ("backward", ("backward", "bwd"))):
         if not any("flash" in name.lower() and any(w in name.lower() for w in words) for name in report["kernels"]):
-            yield f"the profiler saw no flash-attn-4 {part} kernel"
+            yield f"the profiler saw no flash-attn-4 {direction} kernel"
     for name in ("median_milliseconds", "peak_memory_bytes"):
         if not (_is_number(report[name]) and report[name] > 0):
             yield f"{name} is not a positive number"
@@ -109,7 +109,7 @@ def _numerics(numerics: dict[str, Any], request: ProofRequest) -> Iterator[str]:
         largest, exact, error, _, baseline, tolerance = values
         if largest == 0 or exact == 0:
             yield f"{label}: is zero throughout"
-        # 2 · |x + 0.3 − 0.3 − x| is two roundings, each of half a unit of a number not beyond |x| + 0.3, doubled.
+        # 2 · |x + 0.3 − 0.3 − x| is twice two roundings, each at most half a unit of a number up to |x| + 0.3.
         if tolerance > 2 * eps * (exact * (1 + eps) + 0.3):
             yield f"{label}: tolerance is more than rounding explains"
         if baseline > 16 * eps * max(exact, 1.0):
@@ -127,7 +127,7 @@ def _is_number(value: Any) -> bool:
 
 
 def verify_file(path: Path) -> list[str]:
-    """``problems`` of a receipt file; one that cannot be read is no proof either."""
+    """``problems`` of a receipt file; a file that cannot be read as JSON is one problem."""
     try:
         receipt = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -50,7 +50,7 @@ def chunks_of(mask: MaskContract, sizes: Sizes, block_size: int) -> tuple[Chunk,
             block_stride=block_size,
             q_chunk_start=first,
             q_chunk_size=max(1, end + sizes.offset - first),
-            left_window=mask.reach[0],
+            left_window=mask.window_bounds[0],
         )
         tiles = plan.active_tiles
         low, high = (tiles[0], tiles[-1] + 1) if tiles else (0, 0)
