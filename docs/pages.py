@@ -17,6 +17,9 @@ from kernel_index.index.entry import ROOT, Entry
 
 REPOSITORY = ROOT.parent
 
+LIBRARIES = ("masks", "kvcache", "routing")
+"""Folders below ``kernels``, whose READMEs may hold sections of any entry."""
+
 Nav = list[tuple[str, "str | Nav"]]
 
 
@@ -198,18 +201,23 @@ def _rules(e: Entry) -> str:
 
 
 def _family_readme(e: Entry) -> str:
-    """The kernel's own section of the family's README, and those that belong to none of the family's kernels."""
-    source = f"{Path(e.folder).parent.as_posix()}/README.md"
-    if not (ROOT / source).exists():
-        return ""
-    legend, found = text.sections((ROOT / source).read_text())
-    family = [k for k in ENTRIES if Path(k.folder).parent == Path(e.folder).parent]
-    names = {name for k in family for name in _names(k)}
-    mine = [h for h in found if h in _names(e) or h not in names]
-    if not mine:
-        return ""
-    body = "\n\n".join([legend, *(f"### {h}\n\n{text.deeper(found[h])}" for h in mine)])
-    return text.relink(f"## Mathematics and memory\n\n{body}\n", f"kernel_index/{source}", _page(e), place)
+    """The entry's sections of the READMEs; of the README above its folder also those that belong to no entry."""
+    parent = Path(e.folder).parent.as_posix()
+    names = {name for k in ENTRIES for name in _names(k)}
+    parts = []
+    for folder in dict.fromkeys((parent, *LIBRARIES)):
+        legend, found = _readme(folder)
+        mine = [h for h in found if h in _names(e) or (folder == parent and h not in names)]
+        if mine:
+            body = "\n\n".join([legend, *(f"### {h}\n\n{text.deeper(found[h])}" for h in mine)])
+            parts.append(text.relink(body, f"kernel_index/{folder}/README.md", _page(e), place))
+    return "\n\n".join(["## Mathematics and memory", *parts]) + "\n" if parts else ""
+
+
+def _readme(folder: str) -> tuple[str, dict[str, str]]:
+    """The legend and the sections of a folder's README; empty without one."""
+    path = ROOT / folder / "README.md"
+    return text.sections(path.read_text()) if path.exists() else ("", {})
 
 
 def _names(e: Entry) -> set[str]:
@@ -226,6 +234,9 @@ def others() -> str:
     for name in kernel_index.__all__:
         if name not in documented:
             parts += [f"## {name}\n", text.of_docstring(inspect.getdoc(getattr(kernel_index, name)) or "")]
+    legend, found = _readme("kvcache")
+    caches = "\n\n".join([f"## How the caches work\n\n{legend}", *(f"### {h}\n\n{found[h]}" for h in found)])
+    parts.append(text.relink(caches, "kernel_index/kvcache/README.md", "others.md", place) + "\n")
     return "\n".join(parts)
 
 

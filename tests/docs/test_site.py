@@ -181,6 +181,31 @@ def test_a_kernels_page_has_its_contract_its_rules_and_its_mathematics(written):
     assert ">>> ki.fused_relu_squared(torch.tensor([-1.0, 0.5, 3.0]))" in page
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("doc_window_mask", "p − L ≤ s ≤ p + R"),
+        ("union_selection_query_mask", "rank(selected[t, j])"),
+        ("exact_token_sparse_telemetry", "Σ_j w[t, j] · relu"),
+    ],
+)
+def test_a_page_has_the_mathematics_of_a_library(written, entry, said):
+    """The READMEs of masks and routing, also where only a function of the entry is there."""
+    page = (written[0] / "kernels" / f"{entry}.md").read_text()
+    assert said in page
+    assert page.count("## Mathematics and memory") == 1
+
+
+READMES = sorted((pages.REPOSITORY / "kernel_index").rglob("README.md"))
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: p.relative_to(pages.REPOSITORY).parent.as_posix())
+def test_links_of_a_readme_lead_to_files(path):
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^):\s#]+)", prose):
+        assert (path.parent / target).exists(), target
+
+
 @pytest.mark.skipif(not has_package("zensical"), reason="needs the docs extra: make docs installs it")
 def test_the_built_site_has_no_broken_link_and_can_be_searched(tmp_path):
     assert build.main(tmp_path / "out") == 0

@@ -10,7 +10,6 @@ from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DTYPE
 from kernel_index.kernels.attention.dense_fa4_execute_proof.runner import prove
 from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import problems
 
-
 ProofState = Literal["planned", "compiled", "executed"]
 
 
@@ -60,7 +59,7 @@ def fa4_execute_proof(
 
         max |actual - exact| ≤ 2 · max |plain - exact| + 2 · max |x + 0.3 - 0.3 - x|,   x = exact in that dtype
 
-    A crash, a hang, NaN, a kernel that the profiler did not see and a missing version are failures, each with a receipt.
+    A crash, a hang, NaN, a kernel that the profiler did not see or a missing version is a failure, with a receipt.
 
     Args:
         shape: (batch, seq, heads, kv_heads, head_dim).
