@@ -18,6 +18,7 @@ from kernel_index.kernels.attention.fused_rope_qk.api import RopeTables, Rotated
 from kernel_index.kernels.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
 from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
+from kernel_index.kernels.experts.grouped_product.api import grouped_product
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
 from kernel_index.kernels.mla.fused_mla_projection.api import fused_mla_projection
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.api import (
@@ -111,6 +112,7 @@ __all__ = [
     "fused_rope_qk",
     "gather_rows",
     "gather_rows_pair",
+    "grouped_product",
     "hierarchical_block_select",
     "lightning_indexer",
     "lightning_indexer_loss",

@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.core import checks
-from kernel_index.nn.grouped import grouped_product
 from kernel_index.nn.mlp import MLPS, swiglu
 from kernel_index.nn.residual import Branch
 
@@ -130,7 +129,7 @@ class Experts(nn.Module):
         order_S = routing.experts.flatten().argsort(stable=True)  # slot s of the grouped product serves pick order[s]
         offsets_E = routing.load.cumsum(0).to(torch.int32)
         picked = ki.gather_rows(x_NC.to(dtype)[:, None], order_S // self.router.topk)[:, 0]
-        h_SF = grouped_product(picked, self.up.to(dtype), offsets_E)
+        h_SF = ki.grouped_product(picked, self.up.to(dtype), offsets_E)
         if self.recompute and torch.is_grad_enabled():
             out_SC = checkpoint(self._second_half, h_SF, offsets_E, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -150,4 +149,4 @@ class Experts(nn.Module):
 
     def _second_half(self, h_SF: Tensor, offsets_E: Tensor) -> Tensor:
         active = ki.fused_relu_squared(h_SF) if self.activation == "relu2" else swiglu(h_SF)
-        return grouped_product(active, self.down.to(active.dtype), offsets_E)
+        return ki.grouped_product(active, self.down.to(active.dtype), offsets_E)
