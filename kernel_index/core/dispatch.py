@@ -230,11 +230,16 @@ class Choice:
         try:
             out = self.backend.run(*args, **kwargs)
         except BaseException as error:  # re-raised: a failed launch is the caller's to see, and the receipt's to tell
-            _write(*decision, error=f"{type(error).__name__}: {error}")
+            _write(*decision, error=None if _ends_a_recomputation(error) else f"{type(error).__name__}: {error}")
             raise
         if _LOGS:
             _write(*decision)
         return out
+
+
+def _ends_a_recomputation(error: BaseException) -> bool:
+    """A checkpoint stops its recomputation by an exception inside the last op it needs: that op has run."""
+    return type(error).__name__ == "_StopRecomputationError"
 
 
 class _Explained(Exception):
