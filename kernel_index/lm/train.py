@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,14 +16,13 @@ from torch import Tensor
 
 import kernel_index as ki
 from kernel_index.core.atomic_write import write_whole
-from kernel_index.core.force import reload_environment
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import distributed
 from kernel_index.lm.data import IGNORED, Batch, PackedRows, digest, load_documents, unigram_bits_per_byte
 from kernel_index.lm.distributed import is_sharded
 from kernel_index.lm.goodput import PHASES, Goodput
 from kernel_index.lm.model import LanguageModel, flops_per_token
-from kernel_index.lm.run_config import DTYPES, RunConfig, StepReport, read_config, read_metrics
+from kernel_index.lm.run_config import DTYPES, Backend, RunConfig, StepReport, read_config, read_metrics
 from kernel_index.lm.tensorboard import EventFile
 
 __all__ = ["RunConfig", "StepReport", "Trainer", "TrainingError", "read_config", "read_metrics"]
@@ -294,19 +292,6 @@ class _Log:
         self.events.close()
 
 
-@contextlib.contextmanager
-def forced_backend(backend: str) -> Iterator[None]:
-    """Inside the block every op runs this backend, as if ``KERNEL_INDEX_BACKEND`` said so; ``auto`` changes nothing."""
-    if backend == "auto":
-        yield
-        return
-    before = os.environ.get("KERNEL_INDEX_BACKEND")
-    os.environ["KERNEL_INDEX_BACKEND"] = backend
-    reload_environment()
-    try:
-        yield
-    finally:
-        del os.environ["KERNEL_INDEX_BACKEND"]
-        if before is not None:
-            os.environ["KERNEL_INDEX_BACKEND"] = before
-        reload_environment()
+def forced_backend(backend: Backend) -> contextlib.AbstractContextManager[None]:
+    """Inside the block every op runs this backend, by ``ki.force``; ``auto`` changes nothing."""
+    return contextlib.nullcontext() if backend == "auto" else ki.force(backend)
