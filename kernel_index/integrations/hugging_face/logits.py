@@ -108,7 +108,9 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(f"lazy logits cannot be passed to {func}, which is called outside of Python: pass logits.values() there")
+        raise TypeError(
+            f"lazy logits cannot be passed to {func}, which is called outside of Python: pass logits.values() there"
+        )
 
 
 TIMES = frozenset({Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul})
