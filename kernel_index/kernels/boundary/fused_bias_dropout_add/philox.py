@@ -1,6 +1,6 @@
 """The dropout mask: Philox-4x32-10 of (seed, element index), in integer arithmetic that every backend can repeat.
 
-Number the elements in row-major order and cut them into blocks of 64.  One Philox call serves four elements that lie
+Number the elements in row-major order and group them into blocks of 64.  One Philox call serves four elements that lie
 16 apart: element ``e`` takes word ``(e // 16) % 4`` of the call ``16·(e // 64) + e % 16``.  The 128-bit counter is
 ``(call mod 2³², call >> 32, 0, 0)`` and the key is ``(seed mod 2³², (seed >> 32) mod 2³²)``.  The element is kept if
 its word, an unsigned 32-bit integer, is at least ``round(p·2³²)``.  See docs/decisions/0003-dropout-mask.md.
@@ -79,8 +79,13 @@ torch.library.impl("kernel_index::dropout_seed", "CompositeExplicitAutograd", _n
 torch.library.register_fake("kernel_index::dropout_seed", _number)
 
 
-def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed as an int64 scalar tensor; None draws one from the device's default generator."""
+def seed_tensor(seed: int | Tensor | None, p: float, device: torch.device) -> Tensor | None:
+    """The seed as an int64 scalar tensor, drawn from the device's default generator if it is None.
+
+    None where ``p`` is 0: no random number is used there, and none is drawn.
+    """
+    if p <= 0.0:
+        return None
     if seed is None:
         drawn = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
         # Inductor would draw the same number again at each use, that is for each element; a scan's result is stored.
