@@ -52,8 +52,9 @@ def force(backend: str, *ops: str) -> Iterator[None]:
 
     Blocks nest; the innermost one that speaks of an op decides, and it goes before the environment and the argument.
     It holds for the thread that entered it, for the backward passes and recomputations that are run inside the block
-    (on whichever thread autograd runs them), and for compiled code, which is traced once for each setting.  A backward
-    pass that begins after the block recomputes a checkpoint without it: keep ``backward()`` inside.
+    (on whichever thread autograd runs them), and for compiled code, which is traced once for each setting.  The layers
+    of ``ki.nn`` recompute as their forward pass ran, wherever ``backward()`` is called.  Any other checkpoint is
+    recomputed by the blocks around ``backward()``: keep it inside.
 
     Args:
         backend: a backend's name.  ``"reference"`` runs plain PyTorch all the way down: routers and selections too.

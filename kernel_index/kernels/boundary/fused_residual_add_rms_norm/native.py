@@ -1,5 +1,7 @@
 """A few rows on the CPU in C++: one call instead of nine of PyTorch's."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,6 @@ def residual_add_rms_norm_native(call: Call) -> tuple[Tensor, Tensor]:
     channels = residual.shape[-1]
     low = (t.dtype == torch.bfloat16 for t in (residual, delta, new_residual))
     sizes = (residual.numel() // max(1, channels), channels, *low, native.rows_threads(residual))
-    numbers = (call.scale, call.eps, call.weight_offset)
+    numbers: Any = (call.scale, call.eps, call.weight_offset)
     native.call(native.ROWS, "residual_rms_norm", sizes, numbers, residual, delta, weight, new_residual, normed)
     return new_residual, normed

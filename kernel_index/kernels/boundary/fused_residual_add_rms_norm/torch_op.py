@@ -129,15 +129,15 @@ class _ResidualAddRMSNorm(torch.autograd.Function):
         wanted = (needs[0] or (shared and needs[1]), needs[1] and not shared, *needs[2:4])
         saved = _rows(new_residual), rstd, weight, scale, _rows(delta)
         numbers = ctx.constants.eps, ctx.constants.weight_offset
-        upstream: Any = _rows(d_new), _rows(d_normed)
+        d_stream: Any = _rows(d_new)
+        arguments: Any = (d_stream, _rows(d_normed), *saved, *numbers, ctx.like, wanted)
         if torch.is_grad_enabled():  # create_graph: the same formula, uncompiled, so that it is differentiable
-            d_residual, d_delta, d_weight, d_scale = inductor.gradients(*upstream, *saved, *numbers, ctx.like, wanted)
+            d_residual, d_delta, d_weight, d_scale = inductor.gradients(*arguments)
         elif d_normed is None and scale is None:  # nothing to compute: the gradient passes through the addition
-            d_residual, d_delta = (upstream[0].to(t) if w else None for t, w in zip(ctx.like, wanted, strict=False))
+            d_residual, d_delta = (d_stream.to(t) if w else None for t, w in zip(ctx.like, wanted, strict=False))
             d_weight = d_scale = None
         else:
-            backward = _PASSES[ctx.constants.backend].backward
-            d_residual, d_delta, d_weight, d_scale = backward(*upstream, *saved, *numbers, ctx.like, wanted)
+            d_residual, d_delta, d_weight, d_scale = _PASSES[ctx.constants.backend].backward(*arguments)
         d_residual = None if d_residual is None else d_residual.view(new_residual.shape)
         d_delta = d_residual if shared else None if d_delta is None else d_delta.view(new_residual.shape)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
