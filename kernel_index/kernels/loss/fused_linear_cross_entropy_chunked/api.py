@@ -71,7 +71,7 @@ def fused_linear_cross_entropy(
         ignore_index: targets with this value cost nothing, have no gradient, and are not counted by ``mean``.
         softcap: positive, or None for none.
         logit_scale: factor of the logits.
-        label_smoothing: share of the target mass spread evenly over the vocabulary, 0 to 1.
+        label_smoothing: fraction of the target mass spread evenly over the vocabulary, 0 to 1.
         z_loss: coefficient of the squared log-sum-exp.
         reduction: ``"mean"`` over the tokens not ignored (0, with zero gradients, if there is none, where PyTorch gives
             NaN), ``"sum"`` or ``"none"``.
@@ -84,7 +84,7 @@ def fused_linear_cross_entropy(
         A scalar, or the shape of targets for ``"none"``; float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: an argument breaks its rule; a target outside the vocabulary where it lies on the CPU.
+        TypeError, ValueError: an argument breaks its rule; a target on the CPU is outside the vocabulary.
         Ineligible: the named backend cannot run this call.
 
     Source: the chunked formulation follows Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.

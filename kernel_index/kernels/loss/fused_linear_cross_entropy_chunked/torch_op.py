@@ -34,7 +34,7 @@ _OPTIONS = (
     "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes, "
     "SymInt first_class, SymInt classes, str group"
 )
-"""``vocab`` of the ``classes`` are here, from ``first_class`` on; the others are in ``group``, if named."""
+"""This process has ``vocab`` of the ``classes``, from ``first_class`` on; other processes of ``group`` the rest."""
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -48,7 +48,7 @@ def fused_mla_projection(
 
     The products run in x's dtype, or in autocast's; statistics and the norm are float32 (float64 for float64
     arguments).  ``recompute`` names the first tensor that backward recomputes, and so what is kept beside x and the
-    weights, which the caller holds anyway: with N rows,
+    weights, which the caller holds: with N rows,
 
     - ``"latent"``: 4·N bytes, 1/rms of each row.  Backward has one product more: 2·N·Din·L FLOPs beside
       4·N·L·(Din + Dout).

@@ -80,7 +80,7 @@ def mhc_merge(
         hidden: the streams, [B, T, 4, C], any floating dtype.
         branch_out: [B, T, C], any floating dtype.
         h_post: [4] or [B, 4].
-        h_res: [4, 4] or [B, 4, 4].  Coefficients are told apart by rank, each on its own; see ``mhc_branch_input``.
+        h_res: [4, 4] or [B, 4, 4].  The rank of each coefficient alone says which; see ``mhc_branch_input``.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:

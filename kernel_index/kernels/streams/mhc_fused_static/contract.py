@@ -54,7 +54,7 @@ def check(
 
 
 def _check_coefficient(name: str, value: Any, hidden: Tensor, rank: int) -> None:
-    """One coefficient for the whole call, or one for each batch row: told apart by rank alone."""
+    """One coefficient for the whole call, or one for each batch row: its rank alone says which."""
     checks.is_floating(name, value)
     checks.on_device(name, value, hidden, "hidden")
     shared = (hidden.shape[-2],) * rank
