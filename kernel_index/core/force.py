@@ -4,7 +4,8 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,8 +13,20 @@ PUBLIC: dict[str, Callable[..., Any]] = {}
 """The public functions by name, filled by the package's front: what ``explain`` and ``force`` take names of."""
 
 
+class Block(NamedTuple):
+    """One ``force`` block: the ops it speaks of, () for all; and the checkpointed function around it, if any."""
+
+    ops: tuple[str, ...]
+    backend: str
+    frame: Any = None
+
+
+Blocks = tuple[Block, ...]
+"""Innermost last."""
+
+
 class _Thread(threading.local):
-    """The ``force`` blocks that this thread is in, innermost last: (ops or () for all, backend).
+    """The blocks that this thread is in, for compiled code.
 
     Dynamo reads the attribute in the calling thread, guards on its content, and so retraces once for each setting.
     """
@@ -23,7 +36,7 @@ class _Thread(threading.local):
 
 
 _THREAD = _Thread()
-_FORCED_KEY = "kernel_index.force"  # in PyTorch's thread state, which autograd hands on to the threads of a backward
+_KEY = "kernel_index.force"  # in PyTorch's thread state, which autograd hands on to the threads of a backward
 _EVER_FORCED = False
 BY_FORCE = "ki.force"
 
@@ -51,10 +64,10 @@ def force(backend: str, *ops: str) -> Iterator[None]:
     """Inside the block every op runs this backend, or those that are named: what ``KERNEL_INDEX_BACKEND`` does.
 
     Blocks nest; the innermost one that speaks of an op decides, and it goes before the environment and the argument.
-    It holds for the thread that entered it, for the backward passes and recomputations that are run inside the block
-    (on whichever thread autograd runs them), and for compiled code, which is traced once for each setting.  The layers
-    of ``ki.nn`` recompute as their forward pass ran, wherever ``backward()`` is called.  Any other checkpoint is
-    recomputed by the blocks around ``backward()``: keep it inside.
+    It holds for the thread that entered it and for the threads that autograd runs its backward passes on; for the
+    backward and the recomputation of calls made inside (by ``torch.utils.checkpoint(…, use_reentrant=False)``, and
+    where ``backward()`` itself is called inside, any other); and for compiled code, which is traced once for each
+    setting.  Other threads are not touched.
 
     Args:
         backend: a backend's name.  ``"reference"`` runs plain PyTorch all the way down: routers and selections too.
@@ -80,44 +93,74 @@ def force(backend: str, *ops: str) -> Iterator[None]:
             raise ValueError(f"ops must be names of public functions of kernel_index, got {op!r}")
     global _EVER_FORCED
     _EVER_FORCED = True
-    before = forced_here()
-    _set_forced((*before, (ops, backend)))
-    try:
+    with resumed((*forced_here(), Block(ops, backend, _checkpoint_frame()))):
         yield
-    finally:
-        _set_forced(before)
 
 
-def forced_here() -> tuple[tuple[tuple[str, ...], str], ...]:
+def forced_here() -> Blocks:
     """The ``force`` blocks in force in this thread, for an ``autograd.Function`` to keep for its backward."""
-    if _THREAD.forced or not _EVER_FORCED:
-        return _THREAD.forced
-    return torch._C._get_obj_in_tls(_FORCED_KEY) if torch._C._is_key_in_tls(_FORCED_KEY) else ()
+    if not _EVER_FORCED or not torch._C._is_key_in_tls(_KEY):
+        return ()
+    return torch._C._get_obj_in_tls(_KEY)
 
 
 @contextlib.contextmanager
-def resumed(forced: tuple[tuple[tuple[str, ...], str], ...]) -> Iterator[None]:
-    """Inside the block, the ``force`` blocks that ``forced_here`` returned: for what a backward pass recomputes."""
-    before = forced_here()
-    if forced == before:
+def resumed(blocks: Blocks) -> Iterator[None]:
+    """Inside the ``with``, the blocks that ``forced_here`` returned elsewhere: for what a backward pass recomputes."""
+    before = _THREAD.forced, forced_here()
+    if blocks == before[1]:
         yield
         return
-    _set_forced(forced)
+    _THREAD.forced = tuple((block.ops, block.backend) for block in blocks)
+    torch._C._stash_obj_in_tls(_KEY, blocks)
     try:
         yield
     finally:
-        _set_forced(before)
-
-
-def _set_forced(forced: tuple[tuple[tuple[str, ...], str], ...]) -> None:
-    _THREAD.forced = forced
-    torch._C._stash_obj_in_tls(_FORCED_KEY, forced)
+        _THREAD.forced = before[0]
+        torch._C._stash_obj_in_tls(_KEY, before[1])
 
 
 def forced_for(op: str) -> tuple[str, str] | None:
     """(backend, what says so) for an op, or None."""
-    blocks = _THREAD.forced if torch.compiler.is_compiling() else forced_here()
-    for ops, backend in reversed(blocks):
-        if not ops or op in ops:
-            return backend, BY_FORCE
+    if torch.compiler.is_compiling():
+        for ops, backend in reversed(_THREAD.forced):
+            if not ops or op in ops:
+                return backend, BY_FORCE
+    elif _EVER_FORCED and (blocks := forced_here()):
+        _keep_for_recomputation(blocks)
+        for block in reversed(blocks):
+            if not block.ops or op in block.ops:
+                return block.backend, BY_FORCE
     return _FORCED.get(op) or _FORCED.get("")
+
+
+def _checkpoint_frame() -> Any:
+    """PyTorch's record of the checkpointed function that runs here for the first time, or None.
+
+    ``torch.utils.checkpoint`` has no hook that a library may register, but its saved-tensor hooks hold the record.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) if torch.is_grad_enabled() else None
+    pack = hooks[0] if hooks is not None else None
+    names = pack.__code__.co_freevars if isinstance(pack, FunctionType) else ()
+    cells = pack.__closure__ or () if isinstance(pack, FunctionType) else ()
+    frame = next((cell.cell_contents for name, cell in zip(names, cells, strict=True) if name == "frame"), None)
+    return frame if hasattr(frame, "recompute_fn") else None
+
+
+def _keep_for_recomputation(blocks: Blocks) -> None:
+    """Have a checkpointed function recomputed under the blocks that it was called in, also after they were left."""
+    frame = _checkpoint_frame()
+    if frame is None or hasattr(frame, _KEPT):
+        return
+    around = tuple(block for block in blocks if block.frame is not frame)  # the function enters the others by itself
+    recompute = frame.recompute_fn
+
+    def recompute_forced(*args: Any) -> Any:
+        with resumed(around):
+            return recompute(*args)
+
+    frame.recompute_fn = recompute_forced
+    setattr(frame, _KEPT, True)
+
+
+_KEPT = "_kernel_index_force"
