@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.core import dispatch, force
+from kernel_index.core import dispatch
+from kernel_index.core import force as forcing
 from kernel_index.core.dispatch import Ineligible, Receipt, choose
 from kernel_index.core.force import reload_environment
 from kernel_index.core.target import Target
@@ -177,7 +178,7 @@ def test_strict_blocks_of_many_threads_leave_nothing_behind():
         thread.start()
     for thread in threads:
         thread.join()
-    assert force.STRICT[0] == 0
+    assert forcing.STRICT[0] == 0
 
 
 def test_counts():

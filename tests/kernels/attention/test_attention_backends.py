@@ -1,4 +1,4 @@
-"""What each backend of attention adds to the common promises: pieces, tiles, skipped work, refusals."""
+"""What each backend of attention adds to the common promises: rectangles, tiles, skipped work, refusals."""
 
 import itertools
 
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 import kernel_index as ki
 from kernel_index.core import native
 from kernel_index.core.testing import Maker
-from kernel_index.kernels.attention.dense_attention import contract, pieces
-from kernel_index.kernels.attention.dense_attention.api import BACKENDS, LSE_BACKENDS
+from kernel_index.kernels.attention.dense_attention import contract, rectangles
+from kernel_index.kernels.attention.dense_attention.api import BACKENDS
 from kernel_index.kernels.attention.dense_attention.cases import oracle_with_lse, qkv
-from kernel_index.kernels.attention.dense_attention.pieces import pieces_of
+from kernel_index.kernels.attention.dense_attention.rectangles import rectangles_of
 from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed
 from tests.masks.contracts import calls
 
@@ -56,10 +56,10 @@ HEADS = st.sampled_from([(4, 2), (2, 2), (3, 1)])
 
 
 @pytest.mark.parametrize(("queries", "small"), [(3, 1), (4, 12), (256, 128 * 128)])
-def test_cpu_random_contracts_in_pieces_of_any_size(monkeypatch, queries, small):
-    """Rows of the property test are short: with pieces as short, every kind and every join of them occurs."""
-    monkeypatch.setattr(pieces, "QUERIES", queries)
-    monkeypatch.setattr(pieces, "SMALL", small)
+def test_cpu_random_contracts_in_rectangles_of_any_size(monkeypatch, queries, small):
+    """Rows of the property test are short: with rectangles as short, every kind and every join of them occurs."""
+    monkeypatch.setattr(rectangles, "QUERIES", queries)
+    monkeypatch.setattr(rectangles, "SMALL", small)
 
     @settings(max_examples=120, deadline=None, derandomize=True)
     @given(calls(max_rows=2), HEADS, st.sampled_from([0.0, 1.5]), st.booleans())
@@ -99,12 +99,12 @@ def test_triton_with_masked_full_and_skipped_tiles(mask):
 @given(calls(), st.sampled_from([(3, 1), (4, 12), (256, 128 * 128)]))
 def test_pieces_hold_every_query_with_a_key_once_and_say_what_is_allowed(whole, call, sizes):
     mask, rows, queries, keys = call
-    before = pieces.QUERIES, pieces.SMALL
-    pieces.QUERIES, pieces.SMALL = sizes
+    before = rectangles.QUERIES, rectangles.SMALL
+    rectangles.QUERIES, rectangles.SMALL = sizes
     try:
-        found = pieces_of(mask, mask.sizes(rows, queries, keys), whole=whole)
+        found = rectangles_of(mask, mask.sizes(rows, queries, keys), whole=whole)
     finally:
-        pieces.QUERIES, pieces.SMALL = before
+        rectangles.QUERIES, rectangles.SMALL = before
     dense = dense_oracle(mask, rows, queries, keys)
     seen = torch.zeros(rows, queries, dtype=torch.int64)
     held = torch.zeros_like(dense)
@@ -125,7 +125,7 @@ def test_pieces_hold_every_query_with_a_key_once_and_say_what_is_allowed(whole, 
 
 def scores(mask: ki.MaskContract, length: int) -> int:
     return sum(
-        (p.q.stop - p.q.start) * (p.k.stop - p.k.start) for p in pieces_of(mask, mask.sizes(1, length), whole=True)
+        (p.q.stop - p.q.start) * (p.k.stop - p.k.start) for p in rectangles_of(mask, mask.sizes(1, length), whole=True)
     )
 
 
@@ -133,10 +133,10 @@ def test_documents_and_windows_cost_what_they_contain():
     length = 16384
     ids = (torch.arange(length) // 1024)[None]
     assert scores(ki.MaskContract(doc_ids=ids), length) == 16 * 1024**2
-    assert scores(ki.MaskContract(window=(511, 0)), length) <= length * (512 + pieces.QUERIES)
+    assert scores(ki.MaskContract(window=(511, 0)), length) <= length * (512 + rectangles.QUERIES)
     tiny = torch.arange(length)[None] // 7
     assert scores(ki.MaskContract(doc_ids=tiny), length) <= length * 128
-    assert len(pieces_of(ki.MaskContract(doc_ids=tiny), ki.MaskContract().sizes(1, length), whole=True)) <= 200
+    assert len(rectangles_of(ki.MaskContract(doc_ids=tiny), ki.MaskContract().sizes(1, length), whole=True)) <= 200
 
 
 def test_a_long_packed_batch_stays_small(monkeypatch):
@@ -172,13 +172,16 @@ def test_auto_skips_where_it_pays_and_calls_torch_where_it_does_not(monkeypatch)
 def test_few_queries_are_left_to_kernels_without_tiles():
     q, k = torch.empty(1, 63, 2, 16), torch.empty(1, 4096, 2, 16)
     explained = ki.explain("attention", q, k, k)
-    assert (explained.would_run, explained.verdicts["native"]) == ("cpu", contract.TOO_FEW)
+    assert (explained.would_run, explained.verdicts["native"]) == (
+        "cpu",
+        "too few scores for tiles of 64 queries to pay",
+    )
     assert ki.explain("attention", q[:, :1], k, k).would_run == "sdpa"
 
 
 def test_the_order_of_the_backends():
     order = ["fa4", "triton", "flex", "varlen", "native", "cpu", "sdpa", "reference"]
-    assert [b.name for b in BACKENDS] == [b.name for b in LSE_BACKENDS] == order
+    assert [b.name for b in BACKENDS] == order
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says why a machine without CUDA cannot")
@@ -192,13 +195,16 @@ def test_what_needs_cuda_says_so():
 
 
 def test_packed_lengths_refuse_what_they_cannot_say():
+    def packing_rule(q, k, mask):
+        return contract._packing_rule(contract.AttentionCall(q, k, k, mask, None, 0.0, None, False))
+
     q, k = torch.zeros(1, 4, 2, 16), torch.zeros(1, 9, 2, 16)
-    assert contract._packing_rule(q, k, ki.MaskContract()) is None
-    assert "last query" in contract._packing_rule(q, k, ki.MaskContract(q_offset=0))
+    assert packing_rule(q, k, ki.MaskContract()) is None
+    assert "last query" in packing_rule(q, k, ki.MaskContract(q_offset=0))
     documents = ki.MaskContract(doc_ids=torch.zeros(1, 9, dtype=torch.int64))
-    assert "T = S" in contract._packing_rule(q, k, documents)
-    assert contract._packing_rule(k, k, documents) is None
-    assert contract._packing_rule(q[:, :0], k, ki.MaskContract()) == "needs at least one query and one key"
+    assert "T = S" in packing_rule(q, k, documents)
+    assert packing_rule(k, k, documents) is None
+    assert packing_rule(q[:, :0], k, ki.MaskContract()) == "needs at least one query and one key"
 
 
 def test_the_lengths_that_packing_takes_are_those_of_the_contract():

@@ -12,8 +12,8 @@ from kernel_index.core.target import Target, pretend
 from kernel_index.core.testing import Maker
 from kernel_index.kernels.attention.dense_attention import contract
 from kernel_index.kernels.attention.dense_attention.cases import qkv
-from kernel_index.kernels.attention.dense_attention.contract import _packing_rule
-from kernel_index.kernels.attention.dense_attention.fa4 import attention_with_lse_fa4
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, _packing_rule
+from kernel_index.kernels.attention.dense_attention.fa4 import attention_fa4
 from kernel_index.kernels.attention.dense_attention.varlen import attention_varlen
 from tests.masks.contracts import calls
 
@@ -56,7 +56,9 @@ def drawn(call):
     """A drawn contract that packed lengths can express, and its inputs."""
     mask, rows, queries, keys = call
     inputs = qkv(Maker(torch.float64, seed=queries), rows, queries, keys, 4, 2, 4)
-    assume(_packing_rule(inputs["q"], inputs["k"], mask) is None)
+    assume(
+        _packing_rule(AttentionCall(**inputs, mask=mask, scale=None, softcap=0.0, sink=None, with_lse=False)) is None
+    )
     return mask, inputs
 
 
@@ -79,7 +81,7 @@ def test_fa4_is_told_what_the_contract_says(monkeypatch):
     def check(call):
         mask, inputs = drawn(call)
         leaves = [x.requires_grad_() for x in inputs.values()]
-        out, lse = attention_with_lse_fa4(*leaves, mask, None, 2.0, None)
+        out, lse = attention_fa4(AttentionCall(*leaves, mask, None, 2.0, None, True))
         expected = ki.attention_with_lse(*leaves, mask, softcap=2.0, backend="reference")
         assert out.is_contiguous()
         assert lse.is_contiguous()
@@ -99,7 +101,7 @@ def test_varlen_is_told_what_the_contract_says(monkeypatch):
     def check(call):
         mask, inputs = drawn(call)
         leaves = [x.requires_grad_() for x in inputs.values()]
-        actual = attention_varlen(*leaves, mask, 0.3, 0.0, None)
+        actual, _ = attention_varlen(AttentionCall(*leaves, mask, 0.3, 0.0, None, False))
         compare(actual, ki.attention(*leaves, mask, scale=0.3, backend="reference"), leaves)
 
     check()
@@ -111,7 +113,9 @@ def test_fa4_is_not_asked_for_gradients_of_packed_documents(monkeypatch):
     q, k, v = (torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
     packed = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
     with pretend(Target("cuda", 90)):
-        assert contract.fa4_why_not(q, k, v, packed, None, 0.0, None) == contract.PACKED_BACKWARD
+        assert contract.fa4_why_not(AttentionCall(q, k, v, packed, None, 0.0, None, False)) == contract.PACKED_BACKWARD
         with torch.no_grad():
-            assert contract.fa4_why_not(q, k, v, packed, None, 0.0, None) != contract.PACKED_BACKWARD
-        assert contract.fa4_why_not(q, k, v, ki.MaskContract(), None, 0.0, None) is None
+            assert (
+                contract.fa4_why_not(AttentionCall(q, k, v, packed, None, 0.0, None, False)) != contract.PACKED_BACKWARD
+            )
+        assert contract.fa4_why_not(AttentionCall(q, k, v, ki.MaskContract(), None, 0.0, None, False)) is None

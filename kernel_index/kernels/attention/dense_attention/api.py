@@ -1,35 +1,33 @@
 """Softmax attention under one mask contract."""
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from kernel_index.core import rules
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.attention.dense_attention import contract
-from kernel_index.kernels.attention.dense_attention.cpu import attention_cpu, attention_with_lse_cpu
-from kernel_index.kernels.attention.dense_attention.flex import attention_flex, attention_with_lse_flex
-from kernel_index.kernels.attention.dense_attention.native import attention_native, attention_with_lse_native
-from kernel_index.kernels.attention.dense_attention.reference import attention_reference, attention_with_lse_reference
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
+from kernel_index.kernels.attention.dense_attention.cpu import attention_cpu
+from kernel_index.kernels.attention.dense_attention.flex import attention_flex
+from kernel_index.kernels.attention.dense_attention.native import attention_native
+from kernel_index.kernels.attention.dense_attention.reference import attention_reference
 from kernel_index.kernels.attention.dense_attention.sdpa import attention_sdpa
-from kernel_index.kernels.attention.dense_attention.torch_op import attention_triton, attention_with_lse_triton
+from kernel_index.kernels.attention.dense_attention.torch_op import attention_triton
 from kernel_index.kernels.attention.dense_attention.varlen import attention_varlen
-from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE, check_attention
+from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
-def _run_fa4_with_lse(*call: Any) -> tuple[Tensor, Tensor]:
-    from kernel_index.kernels.attention.dense_attention.fa4 import attention_with_lse_fa4
+def _attention_fa4(call: AttentionCall) -> OutAndLse:
+    from kernel_index.kernels.attention.dense_attention.fa4 import attention_fa4
 
-    return attention_with_lse_fa4(*call)
+    return attention_fa4(call)
 
 
-def _run_fa4(*call: Any) -> Tensor:
-    return _run_fa4_with_lse(*call)[0]
-
+AttentionBackend = Literal["auto", "fa4", "triton", "flex", "varlen", "native", "cpu", "sdpa", "reference"]
 
 BACKENDS = (
-    Backend("fa4", contract.fa4_why_not, _run_fa4, contract.fa4_not_worth),
+    Backend("fa4", contract.fa4_why_not, _attention_fa4, contract.fa4_not_worth),
     Backend("triton", contract.triton_why_not, attention_triton, contract.triton_not_worth),
     Backend("flex", contract.flex_why_not, attention_flex, contract.flex_not_worth),
     Backend("varlen", contract.varlen_why_not, attention_varlen, contract.varlen_not_worth),
@@ -37,17 +35,6 @@ BACKENDS = (
     Backend("cpu", contract.cpu_why_not, attention_cpu, contract.cpu_not_worth),
     Backend("sdpa", contract.sdpa_why_not, attention_sdpa, details=contract.sdpa_details),
     Backend("reference", always, attention_reference),
-)
-
-LSE_BACKENDS = (
-    Backend("fa4", contract.fa4_why_not, _run_fa4_with_lse, contract.fa4_not_worth),
-    Backend("triton", contract.triton_why_not, attention_with_lse_triton, rules.triton_not_worth),
-    Backend("flex", contract.flex_why_not, attention_with_lse_flex),
-    Backend("varlen", contract.lse_of_varlen, attention_varlen),
-    Backend("native", contract.native_why_not, attention_with_lse_native, contract.native_not_worth),
-    Backend("cpu", contract.cpu_why_not, attention_with_lse_cpu, contract.cpu_lse_not_worth),
-    Backend("sdpa", contract.sdpa_no_lse, attention_sdpa),
-    Backend("reference", always, attention_with_lse_reference),
 )
 
 
@@ -73,11 +60,11 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sink: Tensor | None = None,
-    backend: str = "auto",
+    backend: AttentionBackend = "auto",
 ) -> Tensor:
     """Softmax attention over the keys that the mask allows.
 
-    With G = H / K query heads for each key head, ``z = scale · q[t, h]·k[s, h // G]``, and
+    With G = H / K query heads for each KV head, ``z = scale · q[t, h]·k[s, h // G]``, and
     ``z = softcap · tanh(z / softcap)`` where a softcap is given::
 
         out[t, h] = Σ_s exp(z[t, s]) · v[s, h // G] / (exp(sink[h]) + Σ_s exp(z[t, s]))      over allowed s
@@ -88,10 +75,10 @@ def attention(
         q: [B, T, H, D], any floating dtype.
         k: [B, S, K, D], q's dtype; H is a multiple of K, and nothing is repeated in memory.
         v: [B, S, K, Dv], q's dtype.
-        mask: who may attend to whom; causal by default, aligned with the last key where T ≠ S.
+        mask: the keys that each query may attend to; causal by default, aligned with the last key where T ≠ S.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
-        sink: [H], learnable logits that join the denominator and have no value; None for no such term.
+        sink: [H], learnable sink logits: terms of the denominator without a value; None for no such term.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
@@ -110,9 +97,8 @@ def attention(
     >>> ki.attention(q, k, v)[0, :, 0, 0]
     tensor([1., 2.])
     """
-    check_attention(q, k, v, mask, scale, softcap, sink)
-    call = (q, k, v, mask, scale, softcap, sink)
-    return choose("attention", BACKENDS, backend, *call).run(*call)
+    call = contract.check(q, k, v, mask, scale, softcap, sink, with_lse=False)
+    return choose("attention", BACKENDS, backend, call).run(call)[0]
 
 
 def attention_with_lse(
@@ -124,7 +110,7 @@ def attention_with_lse(
     scale: float | None = None,
     softcap: float = 0.0,
     sink: Tensor | None = None,
-    backend: str = "auto",
+    backend: AttentionBackend = "auto",
 ) -> AttentionOutput:
     """``attention`` together with the logarithm of its denominator.
 
@@ -147,6 +133,5 @@ def attention_with_lse(
     >>> ki.attention_with_lse(q, q, q).lse.exp()
     tensor([[[1., 2., 3.]]])
     """
-    check_attention(q, k, v, mask, scale, softcap, sink)
-    call = (q, k, v, mask, scale, softcap, sink)
-    return AttentionOutput(*choose("attention_with_lse", LSE_BACKENDS, backend, *call).run(*call))
+    call = contract.check(q, k, v, mask, scale, softcap, sink, with_lse=True)
+    return AttentionOutput(*choose("attention_with_lse", BACKENDS, backend, call).run(call))

@@ -1,21 +1,55 @@
-"""Who may call ``attention``, and who may answer."""
+"""Argument checks and backend eligibility of ``attention`` and ``attention_with_lse``."""
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import native, rules
 from kernel_index.core.fa4_support import support_of
-from kernel_index.core.rules import inside_functorch
 from kernel_index.core.target import has_package, target_of
-from kernel_index.masks.attention_arguments import host_plan_why_not, sizes_of
+from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
 from kernel_index.masks.doc_window_mask import lowerings
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+
+
+class AttentionCall(NamedTuple):
+    """One checked call.  ``with_lse``: whether the log-sum-exp is asked for, which not every backend returns."""
+
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, S, K, D]
+    v: Tensor  # [B, S, K, Dv]
+    mask: MaskContract
+    scale: float | None
+    softcap: float
+    sink: Tensor | None  # [H]
+    with_lse: bool
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.q, self.k, self.mask)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.q.shape[0] * self.q.shape[1] * self.k.shape[1] == 0
+
+
+OutAndLse = tuple[Tensor, Tensor | None]
+"""What a backend returns: ``out`` [B, T, H, Dv] and ``lse`` [B, H, T]; None where the call did not ask for it."""
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, softcap: Any, sink: Any, *, with_lse: bool
+) -> AttentionCall:
+    check_attention(q, k, v, mask, scale, softcap, sink)
+    return AttentionCall(q, k, v, mask, scale, softcap, sink, with_lse)
+
+
+# PyTorch's scaled_dot_product_attention
 
 
 def lowering(sizes: Sizes, mask: MaskContract) -> str:
@@ -30,133 +64,111 @@ def lowering(sizes: Sizes, mask: MaskContract) -> str:
     return "dense"
 
 
-def sdpa_details(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *_: Any) -> tuple[tuple[str, str], ...]:
-    return (("mask_lowering", lowering(sizes_of(q, k, mask), mask)),)
+def sdpa_details(call: AttentionCall) -> tuple[tuple[str, str], ...]:
+    return (("mask_lowering", lowering(call.sizes, call.mask)),)
 
 
-def sdpa_why_not(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> str | None:
-    if softcap != 0:
+def sdpa_why_not(call: AttentionCall) -> str | None:
+    if call.with_lse:
+        return "scaled_dot_product_attention returns no log-sum-exp"
+    if call.softcap != 0:
         return "scaled_dot_product_attention has no softcap"
-    if sink is not None:
+    if call.sink is not None:
         return "scaled_dot_product_attention has no sink"
-    sizes = sizes_of(q, k, mask)
-    if sizes.queries > DENSE_LIMIT and lowering(sizes, mask) == "dense":
+    sizes = call.sizes
+    if sizes.queries > DENSE_LIMIT and lowering(sizes, call.mask) == "dense":
         return "dense_mask_too_large: this mask needs its dense form, which is refused above 8192 queries"
     return None
 
 
-def sdpa_no_lse(*_: Any) -> str:
-    return "scaled_dot_product_attention returns no log-sum-exp"
+def _needs_no_mask(call: AttentionCall) -> bool:
+    """Whether ``sdpa`` takes the call, and without a dense mask."""
+    return sdpa_why_not(call) is None and lowering(call.sizes, call.mask) != "dense"
 
 
-WIDEST = 256
+NO_MASK = "torch's own kernel needs no mask here"
 
 
-def triton_why_not(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> str | None:
-    if q.shape[3] > WIDEST or v.shape[3] > WIDEST:
+# Triton
+
+
+def triton_why_not(call: AttentionCall) -> str | None:
+    if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return "needs head sizes of at most 256"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if call.q.dtype not in (torch.float32, *rules.HALF):
         return "needs float32, bfloat16 or float16"
-    return rules.triton_why_not(q, k, v, *rest)
+    return rules.triton_why_not(call.q, call.k, call.v, call.sink)
 
 
-def triton_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> str | None:
-    if needs_no_mask(q, k, v, mask, *rest):
-        return "torch's own kernel needs no mask here"
-    return rules.triton_not_worth(q)
+def triton_not_worth(call: AttentionCall) -> str | None:
+    return NO_MASK if _needs_no_mask(call) else rules.triton_not_worth(call.q)
 
 
-HALF = (torch.float16, torch.bfloat16)
+# flash-attn-4 and PyTorch's varlen_attn: documents as packed sequences
 
 
-def fa4_why_not(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> str | None:
-    target = target_of(q.device)
-    if target.kind != "cuda":
-        return "needs CUDA tensors"
-    if not has_package("flash_attn"):
-        return "needs the flash-attn-4 package (pip install flash-attn-4)"
-    if q.dtype not in HALF:
-        return "flash-attn-4 takes float16 and bfloat16"
-    if sink is not None:
-        return "flash-attn-4 has no gradient of the sink"
-    support = support_of(target.arch)
-    if support is None:
-        return "flash-attn-4 does not know this architecture"
-    if not support.takes_head_size(q.shape[3]) or q.shape[3] != v.shape[3]:
-        return "flash-attn-4 does not take these head sizes on this architecture"
-    if mask.has_tensors and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return PACKED_BACKWARD
-    return _packing_rule(q, k, mask)
+def _packing_rule(call: AttentionCall) -> str | None:
+    """What every kernel with cumulative lengths asks of the call."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: lengths are read on the host"
+    if rules.inside_functorch():
+        return rules.INSIDE_FUNCTORCH
+    if call.is_empty:
+        return "needs at least one query and one key"
+    return lowerings.varlen_why_not(call.sizes, call.mask.has_tensors)
 
 
 # Run on an H100 on 2026-11-24 with 4.0.0b36: outputs right, gradients of q, k and v wrong by a factor, where the same
-# packing around the reference is right to float64 (tests/attention/test_attention_packages.py).
+# packing around the reference is right to float64 (tests/kernels/attention/test_attention_packages.py).
 PACKED_BACKWARD = "flash-attn-4 4.0.0b36 gives wrong gradients for packed documents (run on an H100)"
-
-
-def fa4_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *_: Any) -> str | None:
-    return WAITS if mask.has_tensors else None
-
 
 WAITS = "documents and prefixes as packed lengths: reading them waits for the device"
 
 
-def _packing_rule(q: Tensor, k: Tensor, mask: MaskContract) -> str | None:
-    """What every kernel with cumulative lengths asks of the call."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing: lengths are read on the host"
-    if inside_functorch():
-        return "inside a torch.func transform"
-    if q.shape[0] * q.shape[1] * k.shape[1] == 0:
-        return "needs at least one query and one key"
-    return lowerings.varlen_why_not(sizes_of(q, k, mask), mask.has_tensors)
+def fa4_why_not(call: AttentionCall) -> str | None:
+    target = target_of(call.q.device)
+    if target.kind != "cuda":
+        return rules.NEEDS_CUDA
+    if not has_package("flash_attn"):
+        return "needs the flash-attn-4 package (pip install flash-attn-4)"
+    if call.q.dtype not in rules.HALF:
+        return "flash-attn-4 takes float16 and bfloat16"
+    if call.sink is not None:
+        return "flash-attn-4 has no gradient of the sink"
+    support = support_of(target.arch)
+    if support is None:
+        return "flash-attn-4 does not know this architecture"
+    if not support.takes_head_size(call.q.shape[3]) or call.q.shape[3] != call.v.shape[3]:
+        return "flash-attn-4 does not take these head sizes on this architecture"
+    if call.mask.has_tensors and rules.wants_gradient(call.q, call.k, call.v):
+        return PACKED_BACKWARD
+    return _packing_rule(call)
 
 
-def flex_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
-    if target_of(q.device).kind not in ("cuda", "hip"):
-        return "needs a CUDA device: FlexAttention has no backward on a CPU"
-    if not has_package("triton"):
-        return "needs the triton package (pip install triton)"
-    if inside_functorch():
-        return "inside a torch.func transform"
-    if q.dtype not in (torch.float32, *HALF):
-        return "needs float32, bfloat16 or float16"
-    if not (16 <= q.shape[3] <= WIDEST and 16 <= v.shape[3] <= WIDEST):
-        return "needs head sizes from 16 to 256"
-    if q.shape[0] * q.shape[1] * k.shape[1] == 0:
-        return "needs at least one query and one key"
-    return None
+def fa4_not_worth(call: AttentionCall) -> str | None:
+    return WAITS if call.mask.has_tensors else None
 
 
-def flex_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> str | None:
-    if needs_no_mask(q, k, v, mask, *rest):
-        return "torch's own kernel needs no mask here"
-    return None
-
-
-def varlen_why_not(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> str | None:
-    if target_of(q.device).kind != "cuda":
-        return "needs CUDA tensors"
+def varlen_why_not(call: AttentionCall) -> str | None:
+    if call.with_lse:
+        return "varlen_attn's log-sum-exp has no gradient"
+    if target_of(call.q.device).kind != "cuda":
+        return rules.NEEDS_CUDA
     if not takes_windows():
         return "needs a PyTorch whose varlen_attn takes windows and grouped heads (2.12)"
-    if q.dtype not in HALF:
+    if call.q.dtype not in rules.HALF:
         return "varlen_attn takes float16 and bfloat16"
-    if softcap != 0:
+    if call.softcap != 0:
         return "varlen_attn has no softcap"
-    if sink is not None:
+    if call.sink is not None:
         return "varlen_attn has no sink"
-    if q.shape[3] != v.shape[3] or q.shape[3] > WIDEST or q.shape[3] % 8:
+    width = call.q.shape[3]
+    if width != call.v.shape[3] or width > rules.WIDEST_HEAD or width % 8:
         return "varlen_attn takes one head size, a multiple of 8 up to 256"
-    return _packing_rule(q, k, mask)
+    return _packing_rule(call)
 
 
-def varlen_not_worth(*_: Any) -> str:
+def varlen_not_worth(call: AttentionCall) -> str:
     return WAITS
 
 
@@ -171,46 +183,53 @@ def takes_windows() -> bool:
     return {"window_size", "enable_gqa", "scale"} <= _varlen_parameters()
 
 
-def lse_of_varlen(*_: Any) -> str:
-    return "varlen_attn's log-sum-exp has no gradient"
+# FlexAttention
 
 
-def cpu_why_not(q: Tensor, *_: Any) -> str | None:
-    return host_plan_why_not(q)
+def flex_why_not(call: AttentionCall) -> str | None:
+    if target_of(call.q.device).kind not in ("cuda", "hip"):
+        return "needs a CUDA device: FlexAttention has no backward on a CPU"
+    if not has_package("triton"):
+        return "needs the triton package (pip install triton)"
+    if rules.inside_functorch():
+        return rules.INSIDE_FUNCTORCH
+    if call.q.dtype not in (torch.float32, *rules.HALF):
+        return "needs float32, bfloat16 or float16"
+    if not all(16 <= x.shape[3] <= rules.WIDEST_HEAD for x in (call.q, call.v)):
+        return "needs head sizes from 16 to 256"
+    return "needs at least one query and one key" if call.is_empty else None
 
 
-def native_why_not(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> str | None:
-    if (rule := cpu_why_not(q)) is not None:
-        return rule
-    if q.shape[3] % 2 or v.shape[3] % 2 or v.shape[3] == 0:
-        return "needs even head sizes: bfloat16 is multiplied in pairs"
-    return native.why_not(*(t for t in (q, k, v, sink) if t is not None))
+def flex_not_worth(call: AttentionCall) -> str | None:
+    return NO_MASK if _needs_no_mask(call) else None
+
+
+# The CPU's own
 
 
 FEW_QUERIES, FEW_SCORES = 64, 128 * 128
-TOO_FEW = "too few scores for tiles of 64 queries to pay"
-
-
-def native_not_worth(q: Tensor, k: Tensor, *_: Any) -> str | None:
-    few = q.shape[1] < FEW_QUERIES or q.shape[1] * k.shape[1] < FEW_SCORES
-    return TOO_FEW if few else None
-
-
 SMALL = 256 * 256
 
 
-def cpu_not_worth(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> str | None:
-    if needs_no_mask(q, k, v, mask, *rest):
-        return "torch's own kernel needs no mask here"
-    return cpu_lse_not_worth(q, k)
+def native_why_not(call: AttentionCall) -> str | None:
+    if (rule := host_plan_why_not(call.q)) is not None:
+        return rule
+    if call.q.shape[3] % 2 or call.v.shape[3] % 2 or call.v.shape[3] == 0:
+        return "needs even head sizes: bfloat16 is multiplied in pairs"
+    return native.why_not(*(t for t in (call.q, call.k, call.v, call.sink) if t is not None))
 
 
-def cpu_lse_not_worth(q: Tensor, k: Tensor, *_: Any) -> str | None:
-    return "too small for skipping to pay" if q.shape[1] * k.shape[1] <= SMALL else None
+def native_not_worth(call: AttentionCall) -> str | None:
+    queries, keys = call.q.shape[1], call.k.shape[1]
+    few = queries < FEW_QUERIES or queries * keys < FEW_SCORES
+    return "too few scores for tiles of 64 queries to pay" if few else None
 
 
-def needs_no_mask(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, *rest: Any) -> bool:
-    """Whether ``sdpa`` takes the call, and without a dense mask."""
-    return sdpa_why_not(q, k, v, mask, *rest) is None and lowering(sizes_of(q, k, mask), mask) != "dense"
+def cpu_why_not(call: AttentionCall) -> str | None:
+    return host_plan_why_not(call.q)
+
+
+def cpu_not_worth(call: AttentionCall) -> str | None:
+    if _needs_no_mask(call):
+        return NO_MASK
+    return "too small for skipping to pay" if call.q.shape[1] * call.k.shape[1] <= SMALL else None

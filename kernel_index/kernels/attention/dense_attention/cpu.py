@@ -1,100 +1,89 @@
-"""Attention on the CPU, piece by piece: documents and windows cost what they contain, forward and backward.
+"""Attention on the CPU, rectangle by rectangle: documents and windows cost what they contain, forward and backward.
 
-Most pieces are calls of PyTorch's own CPU kernel.  Where that has no answer (softcap, values of another size than the
-keys, a gradient of the log-sum-exp) the README's formula runs on pieces of at most ``QUERIES`` queries.
+Most rectangles are calls of PyTorch's own CPU kernel.  What that kernel lacks (softcap, values of another size than the
+keys, a gradient of the log-sum-exp) runs by the README's formula, on rectangles of at most ``QUERIES`` queries.
 """
 
 import itertools
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernel_index.kernels.attention.dense_attention.pieces import Piece, allowed_within, pieces_of
-from kernel_index.masks.attention_arguments import scale_of, sizes_of
+from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of, sink_gradient
+from kernel_index.core.triton.launch import dense_heads
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
+from kernel_index.kernels.attention.dense_attention.rectangles import Rectangle, allowed_within, rectangles_of
+from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.masks.doc_window_mask.intervals import Intervals
-from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        mask: MaskContract,
-        scale: float,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        sizes = sizes_of(q, k, mask)
-        kernel_takes = softcap == 0 and q.shape[3] == v.shape[3]
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
-        lse = _wide(q).new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
-        bounds = mask.row_intervals(sizes)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        for piece in pieces_of(mask, sizes, whole=kernel_takes):
-            b, t, s = piece[:3]
-            call = q[b, t], k[b, s], v[b, s]
-            if kernel_takes:
-                parts = _flash(
-                    *_heads_first(*call), 0.0, piece.kind == "causal", **_bias(piece, bounds, q), scale=scale
-                )
-                out[b, t], lse[b, :, t] = parts[0].transpose(1, 2), parts[1]
-            else:
-                out[b, t], lse[b, :, t] = _forward(*call, _allowed(piece, bounds), scale, softcap)
-        lse.masked_fill_((bounds.start == bounds.end)[:, None], -torch.inf)
-        if sink is not None:  # it joins the denominator of every query that has a key
-            total = torch.logaddexp(lse, sink.to(lse.dtype)[:, None]).masked_fill(lse.isneginf(), -torch.inf)
-            share = torch.exp(lse - total).nan_to_num(0.0)  # −inf − (−inf): no key
-            out = (out * share.transpose(1, 2)[..., None]).to(q.dtype)
-            lse = total
-        ctx.save_for_backward(q, k, v, sink, out, lse)
-        ctx.mask, ctx.bounds, ctx.sizes, ctx.scale, ctx.softcap = mask, bounds, sizes, scale, softcap
-        ctx.pieces = {whole: pieces_of(mask, sizes, whole=whole) for whole in {kernel_takes, False}}
-        return out, lse
+class _Plan(NamedTuple):
+    """``rectangles`` for PyTorch's kernel, where it takes the call, and for the formula."""
 
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the cpu backend of attention cannot differentiate twice: use backend='reference'")
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        kernel_takes = True in ctx.pieces and d_lse is None
-        # exp(z − ∞) = 0: what a query without keys sends backward, whatever the kernel makes of its scores
-        lse = lse.masked_fill(lse.isneginf(), torch.inf)
-        pieces = ctx.pieces[kernel_takes]
-        wide = not _share_no_key(pieces)  # where sums meet, they meet in float32
-        d_q, d_k, d_v = (_zeros(x, w) for x, w in ((q, False), (k, wide), (v, wide)))
-        delta = lse.new_zeros(())  # PyTorch's kernel makes its own
-        if sink is not None or not kernel_takes:
-            delta = (_wide(out) * d_out).sum(-1).transpose(1, 2)
-            delta = delta if d_lse is None else delta - d_lse
-        for piece in pieces:
-            b, t, s = piece[:3]
-            call = q[b, t], k[b, s], v[b, s]
-            if kernel_takes:
-                up, *heads, result = _heads_first(d_out[b, t], *call, out[b, t])
-                bias = _bias(piece, ctx.bounds, q)
-                grads = _flash_backward(
-                    up, *heads, result, lse[b, :, t], 0.0, piece.kind == "causal", **bias, scale=ctx.scale
-                )
-                grads = [g.transpose(1, 2) for g in grads]
-            else:
-                tail = lse[b, :, t], delta[b, :, t], _allowed(piece, ctx.bounds), ctx.scale, ctx.softcap
-                grads = _backward(d_out[b, t], *call, *tail)
-            d_q[b, t] = grads[0]
-            d_k[b, s] += grads[1]
-            d_v[b, s] += grads[2]
-        d_sink = None
-        if sink is not None and ctx.needs_input_grad[3]:
-            d_sink = -(torch.exp(sink.to(lse.dtype)[:, None] - lse) * delta).sum((0, 2)).to(sink.dtype)
-        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sink, None, None, None
+    bounds: Intervals
+    for_kernel: tuple[Rectangle, ...] | None
+    for_formula: tuple[Rectangle, ...]
+    scale: float
+    softcap: float
+
+
+def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Forward:
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = _wide(q).new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
+    bounds = plan.bounds
+    q, k, v = map(dense_heads, (q, k, v))
+    for rectangle in plan.for_formula if plan.for_kernel is None else plan.for_kernel:
+        b, t, s = rectangle[:3]
+        tiles = q[b, t], k[b, s], v[b, s]
+        if plan.for_kernel is not None:
+            causal, bias = rectangle.kind == "causal", _bias(rectangle, bounds, q)
+            found = _flash(*_heads_first(*tiles), 0.0, causal, **bias, scale=plan.scale)
+            out[b, t], lse[b, :, t] = found[0].transpose(1, 2), found[1]
+        else:
+            out[b, t], lse[b, :, t] = _attend(*tiles, _allowed(rectangle, bounds), plan.scale, plan.softcap)
+    lse.masked_fill_((bounds.start == bounds.end)[:, None], -torch.inf)
+    if sink is not None:  # the sink logit is a term of the denominator of every query that has a key
+        with_sink = torch.logaddexp(lse, sink.to(lse.dtype)[:, None]).masked_fill(lse.isneginf(), -torch.inf)
+        alpha = torch.exp(lse - with_sink).nan_to_num(0.0)  # −inf − (−inf): no key
+        out, lse = (out * alpha.transpose(1, 2)[..., None]).to(q.dtype), with_sink
+    return Forward(out, lse, (lse,))
+
+
+def _backward(plan: _Plan, given: Backward) -> Gradients:
+    q, k, v, out, d_out = given.q, given.k, given.v, given.out, given.d_out.contiguous()
+    q, k, v = map(dense_heads, (q, k, v))
+    by_kernel = plan.for_kernel is not None and given.d_lse is None
+    # Empty rows: lse = +inf makes exp(z − lse) = 0, so they contribute no gradient, whatever the kernel's scores are.
+    lse = given.saved[0].masked_fill(given.saved[0].isneginf(), torch.inf)
+    rectangles = plan.for_kernel if plan.for_kernel is not None and by_kernel else plan.for_formula
+    wide = not _share_no_key(rectangles)  # sums over several rectangles are in float32
+    d_q, d_k, d_v = (_zeros(x, w) for x, w in ((q, False), (k, wide), (v, wide)))
+    delta = delta_of(given) if given.sink is not None or not by_kernel else lse.new_zeros(())
+    for rectangle in rectangles:
+        b, t, s = rectangle[:3]
+        tiles = q[b, t], k[b, s], v[b, s]
+        if by_kernel:  # it computes δ itself
+            up, *heads, result = _heads_first(d_out[b, t], *tiles, out[b, t])
+            causal, bias = rectangle.kind == "causal", _bias(rectangle, plan.bounds, q)
+            found = _flash_backward(up, *heads, result, lse[b, :, t], 0.0, causal, **bias, scale=plan.scale)
+            found = [g.transpose(1, 2) for g in found]
+        else:
+            allowed = _allowed(rectangle, plan.bounds)
+            found = _gradients(d_out[b, t], *tiles, lse[b, :, t], delta[b, :, t], allowed, plan.scale, plan.softcap)
+        d_q[b, t] = found[0]
+        d_k[b, s] += found[1]
+        d_v[b, s] += found[2]
+    d_sink = None
+    if given.sink is not None and given.needs[3]:
+        d_sink = sink_gradient(given, torch.exp(given.sink.to(lse.dtype)[:, None] - lse), delta)
+    return Gradients(d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sink)
+
+
+PASSES = Passes("the cpu backend of attention", _forward, _backward)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -107,28 +96,28 @@ def _zeros(x: Tensor, wide: bool) -> Tensor:
     )
 
 
-def _share_no_key(pieces: tuple[Piece, ...]) -> bool:
+def _share_no_key(rectangles: tuple[Rectangle, ...]) -> bool:
     """Pieces come in the order of their rows and queries, and so of their keys."""
-    return all(a.batch != b.batch or a.k.stop <= b.k.start for a, b in itertools.pairwise(pieces))
+    return all(a.batch != b.batch or a.k.stop <= b.k.start for a, b in itertools.pairwise(rectangles))
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-def _allowed(piece: Piece, bounds: Intervals) -> Tensor | None:
-    return None if piece.kind == "full" else allowed_within(bounds, piece)
+def _allowed(rectangle: Rectangle, bounds: Intervals) -> Tensor | None:
+    return None if rectangle.kind == "full" else allowed_within(bounds, rectangle)
 
 
-def _bias(piece: Piece, bounds: Intervals, q: Tensor) -> dict[str, Tensor]:
-    """The kernel's additive mask; none where its own flag says it all."""
-    if piece.kind != "masked":
+def _bias(rectangle: Rectangle, bounds: Intervals, q: Tensor) -> dict[str, Tensor]:
+    """The kernel's additive mask; none where a flag of the kernel suffices."""
+    if rectangle.kind != "masked":
         return {}
-    allowed = allowed_within(bounds, piece)[:, None]
+    allowed = allowed_within(bounds, rectangle)[:, None]
     return {"attn_mask": q.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)}
 
 
-def _by_key_head(x: Tensor, heads: int) -> Tensor:
+def _by_kv_head(x: Tensor, heads: int) -> Tensor:
     """[1, n, H, D] as [K, G, n, D], at least float32."""
     return _wide(x)[0].unflatten(1, (heads, x.shape[2] // heads)).permute(1, 2, 0, 3)
 
@@ -140,19 +129,19 @@ def _scores(q_KGTD: Tensor, k_KSD: Tensor, allowed: Tensor | None, scale: float,
     return z if allowed is None else z.masked_fill_(~allowed, -torch.inf)
 
 
-def _forward(
+def _attend(
     q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     heads = k.shape[2]
     k_KSD, v_KSD = (_wide(x)[0].transpose(0, 1) for x in (k, v))
-    z = _scores(_by_key_head(q, heads), k_KSD, allowed, scale, softcap)
+    z = _scores(_by_kv_head(q, heads), k_KSD, allowed, scale, softcap)
     lse = z.logsumexp(-1, keepdim=True)
     p = z.sub_(lse.masked_fill(lse.isneginf(), 0.0)).exp_()
     out = torch.einsum("kgts,ksd->tkgd", p, v_KSD)
     return out.flatten(1, 2)[None], lse.flatten(0, 1)[None, ..., 0]
 
 
-def _backward(
+def _gradients(
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -164,13 +153,13 @@ def _backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads = k.shape[2]
-    q_KGTD, d_out_KGTD = _by_key_head(q, heads), _by_key_head(d_out, heads)
+    q_KGTD, d_out_KGTD = _by_kv_head(q, heads), _by_kv_head(d_out, heads)
     k_KSD, v_KSD = (_wide(x)[0].transpose(0, 1) for x in (k, v))
     lse, delta = (x[0].unflatten(0, (heads, -1))[..., None] for x in (lse, delta))
     z = _scores(q_KGTD, k_KSD, allowed, scale, softcap)
     p = torch.exp(z - lse)
     d_z = torch.einsum("kgtd,ksd->kgts", d_out_KGTD, v_KSD).sub_(delta).mul_(p)
-    if softcap:  # where a score is forbidden p is 0 and the capped score −inf
+    if softcap:  # where the mask forbids a score, p is 0 and the capped score −inf
         slope = 1 - (z / softcap).square_()
         d_z.mul_(slope if allowed is None else slope.masked_fill_(~allowed, 0.0))
     d_z.mul_(scale)
@@ -180,13 +169,14 @@ def _backward(
     return d_q[None], d_k[None], d_v[None]
 
 
-def attention_with_lse_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _Attention.apply(q, k, v, sink, mask, scale_of(q, scale), softcap)
-
-
-def attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> Tensor:
-    return attention_with_lse_cpu(q, k, v, mask, scale, softcap, sink)[0]
+def attention_cpu(call: AttentionCall) -> OutAndLse:
+    q, k, v, sizes = call.q, call.k, call.v, call.sizes
+    by_kernel = call.softcap == 0 and q.shape[3] == v.shape[3]
+    plan = _Plan(
+        call.mask.row_intervals(sizes),
+        rectangles_of(call.mask, sizes, whole=True) if by_kernel else None,
+        rectangles_of(call.mask, sizes, whole=False),
+        scale_of(q, call.scale),
+        call.softcap,
+    )
+    return attend(PASSES, plan, q, k, v, call.sink)

@@ -3,30 +3,23 @@
 import torch
 from torch import Tensor
 
-from kernel_index.masks.attention_arguments import scale_of, sizes_of
-from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
+from kernel_index.masks.attention_arguments import scale_of
 
 SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores: 256 MiB of float32."""
 
 
-def attention_with_lse_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MaskContract,
-    scale: float | None,
-    softcap: float,
-    sink: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def attention_reference(call: AttentionCall) -> OutAndLse:
+    q, k, v, mask, scale, softcap, sink, _ = call
     batch, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    # One group of query heads for each key head: [B, K, G, T, D] against [B, K, 1, S, D], so that nothing is repeated.
+    # One group of query heads for each KV head: [B, K, G, T, D] against [B, K, 1, S, D], so that nothing is repeated.
     q_BKGTD = (q.to(dtype) * scale_of(q, scale)).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
     k_BKSD, v_BKSD = (x.to(dtype).transpose(1, 2) for x in (k, v))
     sink_KG = None if sink is None else sink.to(dtype).view(kv_heads, heads // kv_heads, 1)
-    start, end = mask.row_intervals(sizes_of(q, k, mask))
+    start, end = mask.row_intervals(call.sizes)
     key = torch.arange(keys, device=q.device)
 
     def attend(chunk: slice) -> tuple[Tensor, Tensor]:
@@ -50,16 +43,10 @@ def _attend(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~allowed_RTS[:, None, None], -torch.inf)
-    if sink_KG is not None:  # one more logit, which takes its share and has no value
+    if sink_KG is not None:  # one more logit, without a value
         scores = torch.cat([scores, sink_KG[..., None].expand(*scores.shape[:-1], 1)], -1)
     empty = ~allowed_RTS.any(-1)[:, None, None]
     scores = scores.masked_fill(empty[..., None], 0.0)  # softmax of a row of −inf would be NaN, and so its gradient
     weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(empty, -torch.inf)
     return torch.einsum("bkgts,bksd->bkgtd", weights[..., : k_BKSD.shape[2]], v_BKSD), lse
-
-
-def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> Tensor:
-    return attention_with_lse_reference(q, k, v, mask, scale, softcap, sink)[0]

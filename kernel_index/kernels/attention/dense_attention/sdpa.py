@@ -4,16 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernel_index.kernels.attention.dense_attention.contract import lowering
-from kernel_index.masks.attention_arguments import sizes_of
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, lowering
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
-def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> Tensor:
-    sizes = sizes_of(q, k, mask)
+def attention_sdpa(call: AttentionCall) -> OutAndLse:
+    q, k, v, mask, sizes, scale = call.q, call.k, call.v, call.mask, call.sizes, call.scale
     form = lowering(sizes, mask)
     grouped = False
     if q.shape[2] != k.shape[2]:  # a branch, so that it is a bool while sizes are symbols
@@ -24,10 +21,11 @@ def attention_sdpa(
         out = scaled_dot_product_attention(
             q_BHTD, k_BKSD, v_BKSD, is_causal=form == "is_causal", scale=scale, enable_gqa=grouped
         )
-        return out.transpose(1, 2).contiguous()
+        return out.transpose(1, 2).contiguous(), None
     allowed, empty = mask.remember("sdpa", sizes, lambda: _open_mask(mask, sizes))
     out = scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=allowed, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2).masked_fill(empty[:, :, None, None], 0.0).contiguous()
+    out = out.transpose(1, 2).masked_fill(empty[:, :, None, None], 0.0)
+    return out.contiguous(), None
 
 
 def _open_mask(mask: MaskContract, sizes: Sizes) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,15 @@
-"""The registered ops behind ``triton`` and their autograd Function."""
+"""The registered ops of the ``triton`` backend, and its two passes."""
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
 from kernel_index.core.triton import launch
-from kernel_index.masks.attention_arguments import sizes_of
-from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 
 
 def _allocate(q, k, v, sink, k_start, k_end, scale, softcap):
@@ -22,7 +22,7 @@ def _launch(q, k, v, sink, k_start, k_end, scale, softcap):
     from kernel_index.kernels.attention.dense_attention import triton
 
     outputs = _allocate(q, k, v, sink, k_start, k_end, scale, softcap)
-    q, k, v = map(_dense_heads, (q, k, v))
+    q, k, v = map(launch.dense_heads, (q, k, v))
     return triton.forward(q, k, v, sink, k_start, k_end, scale, softcap, outputs)
 
 
@@ -35,7 +35,7 @@ def _launch_queries(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, scale,
     from kernel_index.kernels.attention.dense_attention import triton
 
     outputs = _allocate_queries(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, scale, softcap)
-    d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
+    d_out, q, k, v = map(launch.dense_heads, (d_out, q, k, v))
     (d_lse,) = launch.dense((d_lse,))
     return triton.backward_queries(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, scale, softcap, outputs)
 
@@ -48,13 +48,8 @@ def _launch_keys(d_out, q, k, v, log2_sum, delta, q_start, q_end, scale, softcap
     from kernel_index.kernels.attention.dense_attention import triton
 
     outputs = _allocate_keys(d_out, q, k, v, log2_sum, delta, q_start, q_end, scale, softcap)
-    d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
+    d_out, q, k, v = map(launch.dense_heads, (d_out, q, k, v))
     return triton.backward_keys(d_out, q, k, v, log2_sum, delta, q_start, q_end, scale, softcap, outputs)
-
-
-def _dense_heads(x: Tensor) -> Tensor:
-    """The kernels take any stride but the last dimension's."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 _forward_op = ops.register(
@@ -77,54 +72,36 @@ _keys_op = ops.register(
 )
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sink: Tensor | None,
-        k_start: Tensor,
-        k_end: Tensor,
-        q_start: Tensor,
-        q_end: Tensor,
-        scale: float | None,
-        softcap: float,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        out, log2_sum = _forward_op(q, k, v, sink, k_start, k_end, scale, softcap)
-        ctx.save_for_backward(q, k, v, sink, out, log2_sum, k_start, k_end, q_start, q_end)
-        ctx.scale, ctx.softcap = scale, softcap
-        return out, log2_sum * math.log(2)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the triton backend of attention cannot differentiate twice: use backend='reference'")
-        q, k, v, sink, out, log2_sum, k_start, k_end, q_start, q_end = ctx.saved_tensors
-        if d_out is None:
-            d_out = torch.zeros_like(out)
-        tail = ctx.scale, ctx.softcap
-        d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, *tail)
-        d_k = d_v = d_sink = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, q_start, q_end, *tail)
-        if sink is not None and ctx.needs_input_grad[3]:
-            share = torch.exp2(sink.to(torch.float32)[:, None] / math.log(2) - log2_sum)
-            share = share.masked_fill(log2_sum.isneginf(), 0.0)  # a query without keys has no denominator
-            d_sink = -(share * delta).sum((0, 2)).to(sink.dtype)
-        return d_q, d_k, d_v, d_sink, None, None, None, None, None, None
+class _Scoring(NamedTuple):
+    scale: float | None
+    softcap: float
 
 
-def attention_with_lse_triton(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    bounds = mask.row_kernel_intervals(sizes_of(q, k, mask))
-    return _Attention.apply(q, k, v, sink, *bounds, scale, softcap)
+def _forward(
+    scoring: _Scoring, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None,
+    k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor,
+) -> Forward:  # fmt: skip
+    out, log2_sum = _forward_op(q, k, v, sink, k_start, k_end, *scoring)
+    return Forward(out, log2_sum * math.log(2), (log2_sum, k_start, k_end, q_start, q_end))
 
 
-def attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, scale: float | None, softcap: float, sink: Tensor | None
-) -> Tensor:
-    return attention_with_lse_triton(q, k, v, mask, scale, softcap, sink)[0]
+def _backward(scoring: _Scoring, given: Backward) -> Gradients:
+    d_out, d_lse, q, k, v, sink, out = given[:7]
+    log2_sum, k_start, k_end, q_start, q_end = given.saved
+    d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, *scoring)
+    d_k = d_v = d_sink = None
+    if given.needs[1] or given.needs[2]:
+        d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, q_start, q_end, *scoring)
+    if sink is not None and given.needs[3]:
+        weight = torch.exp2(sink.to(torch.float32)[:, None] / math.log(2) - log2_sum)
+        d_sink = sink_gradient(given, weight.masked_fill(log2_sum.isneginf(), 0.0), delta)
+    return Gradients(d_q, d_k, d_v, d_sink)
+
+
+PASSES = Passes("the triton backend of attention", _forward, _backward)
+
+
+def attention_triton(call: AttentionCall) -> OutAndLse:
+    bounds = call.mask.row_kernel_intervals(call.sizes)
+    scoring = _Scoring(call.scale, call.softcap)
+    return attend(PASSES, scoring, call.q, call.k, call.v, call.sink, *bounds)

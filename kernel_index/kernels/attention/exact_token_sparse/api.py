@@ -1,58 +1,57 @@
-"""Attention to exactly the picked tokens, with a receipt that says whether it stayed sparse."""
+"""Attention to exactly the selected tokens, with a receipt that says whether it stayed sparse."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.attention.dense_attention.api import BACKENDS as DENSE
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
 from kernel_index.kernels.attention.exact_token_sparse import contract
-from kernel_index.kernels.attention.exact_token_sparse.contract import Asked
+from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
 from kernel_index.kernels.attention.exact_token_sparse.cpu import exact_token_cpu
 from kernel_index.kernels.attention.exact_token_sparse.reference import (
     exact_token_reference,
     lightning_indexer_reference,
 )
 from kernel_index.kernels.attention.exact_token_sparse.torch_op import exact_token_triton
+from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.chunked import lightning_details, lightning_indexer_chunked
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
-EVERYTHING_BEFORE = MaskContract()
-
 
 def _telemetry(
     name: str, earlier: tuple[Backend, ...], path: str, staging: str
-) -> Callable[..., tuple[tuple[str, Any], ...]]:
-    """The one schema of both branches.  The call's first argument is q, its last an ``Asked``."""
+) -> Callable[[ExactTokenCall], tuple[tuple[str, Any], ...]]:
+    """The one schema of both branches."""
     rerouted = path == "reroute_to_full"
 
-    def details(*call: Any) -> tuple[tuple[str, Any], ...]:
-        asked: Asked = call[-1]
+    def details(call: ExactTokenCall) -> tuple[tuple[str, Any], ...]:
         return (
             ("path", path),
             ("reason", contract.INDEXER_RETURNED_NONE if rerouted else ""),
-            ("indexer", asked.indexer),
-            ("seq_len", None if torch.compiler.is_compiling() else call[0].shape[1]),  # a symbol while traced
-            ("requested_backend", asked.backend),
+            ("indexer", call.indexer),
+            ("seq_len", None if torch.compiler.is_compiling() else call.q.shape[1]),  # a symbol while traced
+            ("requested_backend", call.requested),
             ("actual_backend", name),
             ("runtime_mode", contract.runtime_mode(name)),
-            ("fallback_reason", _why_not_earlier(earlier, call) if asked.backend == "auto" else ""),
+            ("fallback_reason", _why_not_earlier(earlier, call) if call.requested == "auto" else ""),
             ("staging", staging),
         )
 
     return details
 
 
-def _why_not_earlier(earlier: tuple[Backend, ...], call: tuple) -> str:
-    """What speaks against every backend that "auto" would have preferred."""
+def _why_not_earlier(earlier: tuple[Backend, ...], call: ExactTokenCall) -> str:
+    """The rule that each backend breaks which "auto" would have preferred."""
     found = []
     for b in earlier:
-        rule = b.why_not(*call)
+        rule = b.why_not(call)
         if rule is None and b.not_worth is not None:
-            rule = b.not_worth(*call)
+            rule = b.not_worth(call)
         found.append(f"{b.name}: {rule}")
     return "; ".join(found)
 
@@ -63,6 +62,9 @@ def _with_telemetry(table: tuple[Backend, ...], path: str, staging: dict[str, st
         for i, b in enumerate(table)
     )
 
+
+ExactTokenBackend = Literal["auto", "triton", "cpu", "fa4", "flex", "varlen", "native", "sdpa", "reference"]
+"""Without a selection dense attention runs, by any backend of ``attention``."""
 
 BACKENDS = _with_telemetry(
     (
@@ -75,22 +77,26 @@ BACKENDS = _with_telemetry(
 )
 
 
-def _without_asked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Dense attention takes the same call, but for the last argument."""
+def _of_dense(function: Callable[[AttentionCall], Any]) -> Callable[[ExactTokenCall], Any]:
+    """A rule of dense attention, asked about the same call without a selection."""
 
-    def called(*call: Any) -> Any:
-        return function(*call[:-1])
+    def of_dense(call: ExactTokenCall) -> Any:
+        return function(call.as_dense)
 
-    return called
+    return of_dense
+
+
+def _run_dense(run: Callable[[AttentionCall], Any]) -> Callable[[ExactTokenCall], Tensor]:
+    def run_dense(call: ExactTokenCall) -> Tensor:
+        return run(call.as_dense)[0]
+
+    return run_dense
 
 
 REROUTED = _with_telemetry(
     tuple(
         Backend(
-            b.name,
-            _without_asked(b.why_not),
-            _without_asked(b.run),
-            None if b.not_worth is None else _without_asked(b.not_worth),
+            b.name, _of_dense(b.why_not), _run_dense(b.run), None if b.not_worth is None else _of_dense(b.not_worth)
         )
         for b in DENSE
     ),
@@ -109,27 +115,27 @@ def exact_token_attention(
     mask: MaskContract | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
-    backend: str = "auto",
+    backend: ExactTokenBackend = "auto",
 ) -> Tensor:
-    """Softmax attention of each query over exactly the tokens that were picked for it and that the mask allows.
+    """Softmax attention of each query over exactly the tokens that were selected for it and that the mask allows.
 
-    With ``P(t)`` the picks of query t and ``A(t)`` the keys that the mask allows::
+    With ``P(t)`` the tokens selected for query t and ``A(t)`` the keys that the mask allows::
 
         z[t, s] = scale · q[t]·k[s]          softcap · tanh(z / softcap)  with a softcap
         out[t]  = Σ_s softmax(z[t])[s] · v[s]          over s in P(t) ∩ A(t)
 
-    A pick counts once however often it occurs, and picking everything is dense attention.  A query left without a key
-    gives exactly 0 and gradient 0.  The gradient of q, k and v is that of this formula, the same bits every time; the
-    picks have none.
+    A token counts once however often it is selected, and to select everything is dense attention.  A query left without
+    a key gives exactly 0 and gradient 0.  The gradient of q, k and v is that of this formula, the same bits every time;
+    the selection has none.
 
     Args:
         q: [B, T, H, D], any floating dtype.
         k: [B, S, K, D], q's dtype; H is a multiple of K.
         v: [B, S, K, Dv], q's dtype.
-        indices: int32 or int64 [B, T, topk] for all heads, or [B, T, K, topk], each in [0, S) or −1 for no pick; or
+        indices: int32 or int64 [B, T, topk] for all heads, or [B, T, K, topk], each in [0, S) or −1 for none; or
             what ``lightning_indexer`` returned.  None: the indexer declined, so dense attention runs, and says so.
-        indices_valid: bool of the shape of ``indices``; where it is False nothing is picked, whatever stands there.
-        mask: who may attend to whom; causal by default.
+        indices_valid: bool of the shape of ``indices``; False where an entry selects nothing.
+        mask: the keys that each query may attend to; causal by default.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
@@ -138,14 +144,14 @@ def exact_token_attention(
         [B, T, H, Dv], contiguous, q's dtype.
 
     The receipt's details have one schema: ``path`` (``exact_token`` or ``reroute_to_full``), ``reason``
-    (``indexer_returned_none`` where rerouted), ``indexer`` (where the picks come from), ``seq_len`` (None inside
+    (``indexer_returned_none`` where rerouted), ``indexer`` (where the selection comes from), ``seq_len`` (None inside
     torch.compile), ``requested_backend``, ``actual_backend``, ``runtime_mode`` (``eager``, ``compiled``,
     ``interpreted``), ``fallback_reason`` (what kept "auto" from the backends before) and ``staging`` (``fused`` in the
     kernel, ``row_gather_pair``, or ``none``).
 
     Raises:
         TypeError, ValueError: as ``attention``; or indices that are no integers, of another shape, or, where they lie
-            on the host, neither −1 nor the place of a key.  On a device a place outside is no pick.
+            on the host, neither −1 nor the index of a key.  On a device an index out of range selects nothing.
         Ineligible: the named backend cannot run this call.
 
     Source: DeepSeek-V3.2 sparse attention (DeepSeek-AI, 2025), for grouped heads.
@@ -153,29 +159,17 @@ def exact_token_attention(
     >>> import torch, kernel_index as ki
     >>> q = k = torch.zeros(1, 3, 1, 2)
     >>> v = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)
-    >>> picks = torch.tensor([[[0, -1], [0, 0], [0, 2]]])
+    >>> selected = torch.tensor([[[0, -1], [0, 0], [0, 2]]])
     >>> with ki.receipts() as log:
-    ...     ki.exact_token_attention(q, k, v, picks).flatten()
+    ...     ki.exact_token_attention(q, k, v, selected).flatten()
     tensor([1.0000, 1.0000, 3.5000])
     >>> log[0].details["path"], log[0].details["actual_backend"]
     ('exact_token', 'cpu')
     """
     mask = EVERYTHING_BEFORE if mask is None else mask
-    indexer = "none" if indices is None else "given"
-    if isinstance(indices, TokenSelection):
-        if indices_valid is not None:
-            raise ValueError("indices_valid must be None beside a TokenSelection, got a second one")
-        indices, indices_valid, indexer = indices.indices, indices.valid, "lightning_indexer"
-    contract.check(q, k, v, indices, indices_valid, mask, scale, softcap)
-    asked = Asked(backend, indexer)
-    if indices is None:
-        dense_call = (q, k, v, mask, scale, softcap, None, asked)
-        return choose("exact_token_attention", REROUTED, backend, *dense_call).run(*dense_call)
-    if indices.ndim == 3:
-        indices = indices.unsqueeze(2)
-        indices_valid = None if indices_valid is None else indices_valid.unsqueeze(2)
-    call = (q, k, v, indices, indices_valid, mask, scale, softcap, asked)
-    return choose("exact_token_attention", BACKENDS, backend, *call).run(*call)
+    call = contract.check(q, k, v, indices, indices_valid, mask, scale, softcap, backend)
+    table = REROUTED if call.indices is None else BACKENDS
+    return choose("exact_token_attention", table, backend, call).run(call)
 
 
 INDEXER_BACKENDS = (

@@ -17,32 +17,32 @@ from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
-def picks(m: Maker, *shape: int, keys: int) -> Tensor:
-    """Places of keys, the future among them, with duplicates and −1 in between."""
+def tokens(m: Maker, *shape: int, keys: int) -> Tensor:
+    """Indices of keys, the future among them, with duplicates and −1 in between."""
     return m.integers(-1, keys, *shape)
 
 
 def call(m: Maker, t: int, s: int, h: int, k: int, d: int, n: int, dv: int | None = None, **more: Any) -> dict:
-    return {**qkv(m, 2, t, s, h, k, d, dv), "indices": picks(m, 2, t, k, n, keys=s), **more}
+    return {**qkv(m, 2, t, s, h, k, d, dv), "indices": tokens(m, 2, t, k, n, keys=s), **more}
 
 
 def _valid(m: Maker) -> dict[str, Any]:
-    """Where nothing is valid stands a place that does not exist."""
+    """Invalid entries hold an index out of range."""
     made = call(m, 7, 7, 4, 2, 8, 5)
     valid = m.integers(0, 3, 2, 7, 2, 5) > 0
     return {**made, "indices": torch.where(valid, made["indices"], 99).int(), "indices_valid": valid}
 
 
 CASES = (
-    Case("groups", "each key head its own picks", lambda m: call(m, 6, 6, 4, 2, 8, 4)),
+    Case("groups", "a selection for each KV head", lambda m: call(m, 6, 6, 4, 2, 8, 4)),
     Case("documents", "one selection for all heads, documents with padding, a window", lambda m: {
-        **qkv(m, 2, 9, 9, 4, 2, 8), "indices": picks(m, 2, 9, 6, keys=9),
+        **qkv(m, 2, 9, 9, 4, 2, 8), "indices": tokens(m, 2, 9, 6, keys=9),
         "mask": MaskContract(window=(4, 0), doc_ids=packed(9))}),
-    Case("everything", "all keys picked twice: dense attention", lambda m: {
+    Case("everything", "all keys selected twice: dense attention", lambda m: {
         **qkv(m, 2, 9, 9, 2, 1, 8), "indices": torch.arange(9, device=m.device).repeat(2, 9, 2)}),
     Case("options", "softcap, scale, values of another size, T ≠ S, odd sizes", lambda m: call(
         m, 5, 11, 6, 3, 7, 4, 5, softcap=2.0, scale=0.7, mask=MaskContract(causal=False))),
-    Case("validity", "int32, and nothing read where a pick is not valid", _valid),
+    Case("validity", "int32, and no invalid entry is read", _valid),
     Case("no_picks", "a selection of no tokens: exactly 0", lambda m: call(m, 3, 3, 2, 1, 8, 0)),
     Case("no_queries", "no query", lambda m: call(m, 0, 5, 2, 1, 8, 2)),
 )  # fmt: skip
@@ -58,7 +58,7 @@ def oracle(
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """One query and one head at a time, over a Python set of keys; without picks every key is one."""
+    """One query and one head at a time, over a Python set of keys; without a selection every key is in it."""
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     if indices is None:
         indices = torch.arange(keys).expand(batch, queries, keys)
@@ -67,15 +67,15 @@ def oracle(
     for b in range(batch):
         for t in range(queries):
             for h in range(heads):
-                own = h * kv_heads // heads
-                at = (b, t, own) if indices.ndim == 4 else (b, t)
+                kv_head = h * kv_heads // heads
+                at = (b, t, kv_head) if indices.ndim == 4 else (b, t)
                 row = indices[at] if indices_valid is None else indices[at][indices_valid[at]]
                 seen = sorted({int(s) for s in row} - {-1})
                 seen = [s for s in seen if allowed[b, t, s]]
-                z = k[b, seen, own] @ q[b, t, h] * (width**-0.5 if scale is None else scale)
+                z = k[b, seen, kv_head] @ q[b, t, h] * (width**-0.5 if scale is None else scale)
                 z = softcap * (z / softcap).tanh() if softcap else z
-                outs.append(z.softmax(0) @ v[b, seen, own])
-    nothing = (q.sum() + k.sum() + v.sum()) * 0.0  # so that a call without picks has a gradient too
+                outs.append(z.softmax(0) @ v[b, seen, kv_head])
+    nothing = (q.sum() + k.sum() + v.sum()) * 0.0  # so that a call without a selection has a gradient too
     shape = (batch, queries, heads, v.shape[3])
     return (torch.stack(outs).view(shape) if outs else nothing.expand(shape)) + nothing
 
@@ -85,7 +85,7 @@ def sized(m: Maker, n: int) -> dict[str, Any]:
 
 
 def real(m: Maker) -> dict[str, Any]:
-    """A layer of production size; what it moves depends on the picks, so no compulsory bytes are stated."""
+    """A layer of production size; what it moves depends on the selection, so no compulsory bytes are stated."""
     return {**qkv(m, 1, 8192, 8192, 32, 4, 128), "indices": m.integers(0, 8192, 1, 8192, 4, 512)}
 
 

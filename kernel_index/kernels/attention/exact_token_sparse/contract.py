@@ -1,4 +1,4 @@
-"""Who may call ``exact_token_attention``, and who may answer."""
+"""Argument checks and backend eligibility of ``exact_token_attention``."""
 
 from typing import Any, NamedTuple
 
@@ -9,28 +9,63 @@ from kernel_index.core import checks, rules
 from kernel_index.core.rules import PLAIN, inside_functorch
 from kernel_index.core.target import target_of
 from kernel_index.core.triton import launch
-from kernel_index.masks import attention_arguments as arguments
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
+from kernel_index.masks.attention_arguments import check_attention
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
 INDEXER_RETURNED_NONE = "indexer_returned_none"
 
 
-class Asked(NamedTuple):
-    """What a receipt says of the request: the backend's name as given, and where the picks come from."""
+class ExactTokenCall(NamedTuple):
+    """One checked call; ``requested`` and ``indexer`` are for the receipt alone."""
 
-    backend: str
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, S, K, D]
+    v: Tensor  # [B, S, K, Dv]
+    indices: Tensor | None  # [B, T, K or 1, topk]; None is dense attention
+    valid: Tensor | None
+    mask: MaskContract
+    scale: float | None
+    softcap: float
+    requested: str
     indexer: str
+
+    @property
+    def as_dense(self) -> AttentionCall:
+        """The same call without a selection."""
+        return AttentionCall(self.q, self.k, self.v, self.mask, self.scale, self.softcap, None, False)
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, indices: Any, valid: Any, mask: MaskContract, scale: Any, softcap: Any
-) -> None:
-    arguments.check_attention(q, k, v, mask, scale, softcap)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Any,
+    valid: Any,
+    mask: MaskContract,
+    scale: Any,
+    softcap: Any,
+    requested: str,
+) -> ExactTokenCall:
+    indexer = "none" if indices is None else "given"
+    if isinstance(indices, TokenSelection):
+        if valid is not None:
+            raise ValueError("indices_valid must be None beside a TokenSelection, got a second one")
+        indices, valid, indexer = indices.indices, indices.valid, "lightning_indexer"
+    check_attention(q, k, v, mask, scale, softcap)
     if indices is None:
         if valid is not None:
             raise ValueError(f"indices_valid must be None where indices are, got {type(valid).__name__}")
-        return
+        return ExactTokenCall(q, k, v, None, None, mask, scale, softcap, requested, indexer)
+    _check_selection(q, k, indices, valid)
+    if indices.ndim == 3:
+        indices = indices.unsqueeze(2)
+        valid = None if valid is None else valid.unsqueeze(2)
+    return ExactTokenCall(q, k, v, indices, valid, mask, scale, softcap, requested, indexer)
+
+
+def _check_selection(q: Tensor, k: Tensor, indices: Any, valid: Any) -> None:
     batch, queries, heads, keys = q.shape[0], q.shape[1], k.shape[2], k.shape[1]
     check_indices("indices", indices, q)
     if indices.ndim == 4:
@@ -55,7 +90,7 @@ def check_indices(name: str, indices: Any, like: Tensor) -> None:
 
 
 def check_places(name: str, indices: Tensor, valid: Tensor | None, keys: int) -> None:
-    """Values are looked at on the host alone; on a device a place outside is no pick."""
+    """Values are read on the host alone; on a device an index out of range selects nothing."""
     if (
         indices.numel() == 0
         or not rules.host_readable(indices)
@@ -109,28 +144,25 @@ def chunked_why_not(q: Tensor, k: Tensor, weights: Tensor, *_: Any) -> str | Non
     return None
 
 
-WIDEST = 256
-
-
-def triton_why_not(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor | None, *rest: Any) -> str | None:
-    if q.shape[3] > WIDEST or v.shape[3] > WIDEST:
+def triton_why_not(call: ExactTokenCall) -> str | None:
+    if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return "needs head sizes of at most 256"
-    if q.shape[2] > 64 * k.shape[2]:
-        return "needs at most 64 query heads for each key head"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if call.q.shape[2] > 64 * call.k.shape[2]:
+        return "needs at most 64 query heads for each KV head"
+    if call.q.dtype not in (torch.float32, *rules.HALF):
         return "needs float32, bfloat16 or float16"
-    return rules.triton_why_not(q, k, v, indices, valid)
+    return rules.triton_why_not(call.q, call.k, call.v, call.indices, call.valid)
 
 
-def triton_not_worth(q: Tensor, *_: Any) -> str | None:
-    return rules.triton_not_worth(q)
+def triton_not_worth(call: ExactTokenCall) -> str | None:
+    return rules.triton_not_worth(call.q)
 
 
-def cpu_why_not(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor | None, *_: Any) -> str | None:
-    if target_of(q.device).kind != "cpu":
-        return "needs CPU tensors: the union of a chunk's picks is read on the host"
-    if inside_functorch():
-        return "inside a torch.func transform"
-    if any(t is not None and type(t) not in PLAIN for t in (q, k, v, indices, valid)):
-        return "needs plain tensors, not a tensor subclass"
+def cpu_why_not(call: ExactTokenCall) -> str | None:
+    if target_of(call.q.device).kind != "cpu":
+        return "needs CPU tensors: the union of a chunk's selected tokens is read on the host"
+    if rules.inside_functorch():
+        return rules.INSIDE_FUNCTORCH
+    if any(t is not None and type(t) not in rules.PLAIN for t in call[:5]):
+        return rules.NEEDS_PLAIN
     return None

@@ -1,21 +1,21 @@
-"""Exact-token attention on the CPU: 64 queries at a time over the union of their picks, staged by the pair gather.
+"""Exact-token attention on the CPU: 64 queries at a time, over the union of the tokens that they selected.
 
-A chunk's queries share most of what they pick, so the union is fetched once and each query masks what only its
-neighbours picked.  Scores of a chunk are one matrix product; on the picks of a single query they would be as many
+The queries of a chunk select many of the same tokens, so their union is fetched once, and each query masks the tokens
+that only its neighbours selected.  Scores of a chunk are one matrix product; query by query they would be as many
 products of a few rows.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.kernels.sparse.row_gather.contract import GIANT
-from kernel_index.kernels.sparse.row_gather.torch_op import gather_eager
+from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
+from kernel_index.kernels.sparse.row_gather.api import GIANT, gather_eager
 from kernel_index.masks.attention_arguments import scale_of, sizes_of
-from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 CHUNK = 64
 """Queries that are staged together."""
@@ -25,10 +25,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Stage(NamedTuple):
-    """One row of the batch, its queries ``t``, query heads ``h`` and key heads ``p``; the staged keys and values.
+    """One row of the batch, its queries ``t``, query heads ``h`` and KV heads ``p``; the staged keys and values.
 
     ``k`` and ``v`` are [U, heads, D]; ``rows`` int64 [U], ascending, says where they come from; ``bias`` [queries, U]
-    is 0 for a query's own picks and −∞ for its neighbours'; ``empty`` bool [queries] marks a query without a pick.
+    is 0 for the tokens that a query selected and −∞ for the others; ``empty`` bool [queries] marks a query without one.
     """
 
     b: int
@@ -45,10 +45,10 @@ class Stage(NamedTuple):
 def stages(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, valid: Tensor | None, start: Tensor, end: Tensor
 ) -> Iterator[Stage]:
-    """The chunks with at least one pick, in a fixed order."""
+    """The chunks with at least one selected token, in a fixed order."""
     batch, queries, heads, _ = q.shape
     kv_heads, shared = k.shape[2], indices.shape[2]
-    own, served = heads // shared, kv_heads // shared  # heads of a selection
+    q_heads, served = heads // shared, kv_heads // shared  # heads of a selection
     step = max(1, min(CHUNK, GIANT // max(1, indices.shape[3])))
     low, high = start.tolist(), end.tolist()
     for b in range(batch):
@@ -60,28 +60,28 @@ def stages(
                 continue
             bounds = start[row, t, None], end[row, t, None]
             for p in range(shared):
-                is_pick = (indices[b, t, p] >= bounds[0]) & (indices[b, t, p] < bounds[1])
+                is_selected = (indices[b, t, p] >= bounds[0]) & (indices[b, t, p] < bounds[1])
                 if valid is not None:
-                    is_pick &= valid[b, t, p]
-                rows, bias = _union(indices[b, t, p], is_pick, first, last, q.dtype)
+                    is_selected &= valid[b, t, p]
+                rows, bias = _union(indices[b, t, p], is_selected, first, last, q.dtype)
                 if rows.shape[0] == 0:
                     continue
                 kv = slice(p * served, (p + 1) * served)
                 staged = gather_eager(k[b, :, kv], v[b, :, kv], rows)
-                yield Stage(b, t, slice(p * own, (p + 1) * own), kv, rows, bias, ~is_pick.any(1), *staged)
+                yield Stage(b, t, slice(p * q_heads, (p + 1) * q_heads), kv, rows, bias, ~is_selected.any(1), *staged)
 
 
-def _union(indices: Tensor, is_pick: Tensor, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The keys in ``first … last − 1`` that some query picked, and the bias; costs O(picks + keys)."""
-    no_pick = last - first  # one place more, for what is none
-    place = torch.where(is_pick, indices.long() - first, no_pick)
-    picked = place.new_zeros(no_pick + 1, dtype=torch.bool).index_fill_(0, place.flatten(), True)
-    picked[no_pick] = False
-    union = picked.nonzero()[:, 0]
-    column = place.new_full((no_pick + 1,), union.shape[0])
-    column[union] = torch.arange(union.shape[0], device=place.device)
-    bias = place.new_full((place.shape[0], union.shape[0] + 1), -torch.inf, dtype=dtype)
-    return union + first, bias.scatter_(1, column[place], 0.0)[:, :-1]
+def _union(indices: Tensor, is_selected: Tensor, first: int, last: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The keys in ``first … last − 1`` that some query selected, and the bias; costs O(entries + keys)."""
+    nothing = last - first  # one column more, for entries that select nothing
+    key = torch.where(is_selected, indices.long() - first, nothing)
+    member = key.new_zeros(nothing + 1, dtype=torch.bool).index_fill_(0, key.flatten(), True)
+    member[nothing] = False
+    union = member.nonzero()[:, 0]
+    column = key.new_full((nothing + 1,), union.shape[0])
+    column[union] = torch.arange(union.shape[0], device=key.device)
+    bias = key.new_full((key.shape[0], union.shape[0] + 1), -torch.inf, dtype=dtype)
+    return union + first, bias.scatter_(1, column[key], 0.0)[:, :-1]
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -89,7 +89,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def _as_rows(x: Tensor, heads: int) -> Tensor:
-    """[n, H, D] as [1, K, G·n, D]: the query heads of a key head are more rows of it."""
+    """[n, H, D] as [1, K, G·n, D]: the query heads of a KV head are further rows of it."""
     return x.unflatten(1, (heads, x.shape[1] // heads)).permute(1, 2, 0, 3).flatten(1, 2)[None]
 
 
@@ -129,18 +129,18 @@ def _run_backward(
     d_q = q.new_zeros(q.shape)
     d_k, d_v = (x.new_zeros(x.shape, dtype=_wide(x[:0]).dtype) for x in (k, v))
     q = q if q.stride(-1) == 1 else q.contiguous()
-    lse = lse.masked_fill(lse.isneginf(), torch.inf)  # exp(z − ∞) = 0: what a query without keys sends backward
+    lse = lse.masked_fill(lse.isneginf(), torch.inf)  # empty rows: lse = +inf makes exp(z − lse) = 0
     kernel_takes = softcap == 0 and q.shape[3] == v.shape[3]
     for s in stages(q, k, v, indices, valid, start, end):
         q_part, up, result, of_part = q[s.b, s.t, s.h], d_out[s.b, s.t, s.h], out[s.b, s.t, s.h], lse[s.b, s.h, s.t]
         if kernel_takes:
-            # One head of many rows takes half the time of many heads that share their keys, which forward does not.
+            # One head of many rows takes half the time of many heads with the same keys; in forward it does not.
             heads, group = s.k.shape[1], q_part.shape[1] // s.k.shape[1]
-            up, own, result = (_as_rows(x, heads) for x in (up, q_part, result))
+            up, rows, result = (_as_rows(x, heads) for x in (up, q_part, result))
             staged = _heads_first(s.k, s.v)
             bias = s.bias.repeat(group, 1)[None, None]
             of_rows = of_part.reshape(1, heads, -1)
-            grads = _flash_backward(up, own, *staged, result, of_rows, 0.0, False, attn_mask=bias, scale=scale)
+            grads = _flash_backward(up, rows, *staged, result, of_rows, 0.0, False, attn_mask=bias, scale=scale)
             d_rows = [g[0].transpose(0, 1) for g in grads]
             d_rows[0] = grads[0][0].unflatten(1, (group, q_part.shape[0])).permute(2, 0, 1, 3).flatten(1, 2)
         else:
@@ -151,7 +151,7 @@ def _run_backward(
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
 
 
-def _by_key_head(x: Tensor, heads: int) -> Tensor:
+def _by_kv_head(x: Tensor, heads: int) -> Tensor:
     """[n, H, D] as [K, G, n, D], at least float32."""
     return _wide(x).unflatten(1, (heads, x.shape[1] // heads)).permute(1, 2, 0, 3)
 
@@ -166,7 +166,7 @@ def _scores(q_KGTD: Tensor, k_KUD: Tensor, bias: Tensor, scale: float, softcap: 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     """The formula, for a softcap and for values of another size than the keys."""
     k_KUD, v_KUD = (_wide(x).transpose(0, 1) for x in (k, v))
-    z = _scores(_by_key_head(q, k.shape[1]), k_KUD, bias, scale, softcap)
+    z = _scores(_by_kv_head(q, k.shape[1]), k_KUD, bias, scale, softcap)
     lse = z.logsumexp(-1, keepdim=True)
     p = z.sub_(lse.masked_fill(lse.isneginf(), 0.0)).exp_()
     out = torch.einsum("kgtu,kud->tkgd", p, v_KUD).flatten(1, 2)
@@ -178,13 +178,13 @@ def _gradients(
     softcap: float,
 ) -> list[Tensor]:  # fmt: skip
     heads = k.shape[1]
-    q_KGTD, up_KGTD = _by_key_head(q, heads), _by_key_head(d_out, heads)
+    q_KGTD, up_KGTD = _by_kv_head(q, heads), _by_kv_head(d_out, heads)
     k_KUD, v_KUD = (_wide(x).transpose(0, 1) for x in (k, v))
-    delta = (up_KGTD * _by_key_head(out, heads)).sum(-1, keepdim=True)
+    delta = (up_KGTD * _by_kv_head(out, heads)).sum(-1, keepdim=True)
     z = _scores(q_KGTD, k_KUD, bias, scale, softcap)
     p = torch.exp(z - lse.unflatten(0, (heads, -1))[..., None])
     d_z = torch.einsum("kgtd,kud->kgtu", up_KGTD, v_KUD).sub_(delta).mul_(p)
-    if softcap:  # where a score is forbidden p is 0 and the capped score −∞
+    if softcap:  # where a score is masked p is 0 and the capped score −∞
         d_z.mul_((1 - (z / softcap).square_()).masked_fill_(bias.isneginf(), 0.0))
     d_z.mul_(scale)
     d_q = torch.einsum("kgtu,kud->tkgd", d_z, k_KUD).flatten(1, 2)
@@ -214,33 +214,30 @@ _backward_op = ops.register(
 )
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q, k, v, indices, valid, start, end, scale, softcap):
-        out, lse = _forward_op(q, k, v, indices, valid, start, end, scale, softcap)
-        ctx.save_for_backward(q, k, v, out, lse, indices, valid, start, end)
-        ctx.scale, ctx.softcap = scale, softcap
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("exact_token_attention on the cpu cannot differentiate twice: use backend='reference'")
-        q, k, v, *rest = ctx.saved_tensors
-        grads = _backward_op(d_out, q, k, v, *rest, ctx.scale, ctx.softcap)
-        return *grads, *[None] * 6
+class _Scoring(NamedTuple):
+    scale: float
+    softcap: float
 
 
-def exact_token_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    valid: Tensor | None,
-    mask: MaskContract,
-    scale: float | None,
-    softcap: float,
-    *_: Any,
-) -> Tensor:
-    bounds = mask.row_intervals(sizes_of(q, k, mask))
-    return _Attention.apply(q, k, v, indices, valid, *bounds, scale_of(q, scale), softcap)
+def _forward(
+    scoring: _Scoring, q: Tensor, k: Tensor, v: Tensor, sink: None, start: Tensor, end: Tensor, indices: Tensor,
+    *valid: Tensor,
+) -> Forward:  # fmt: skip
+    selection = (indices, valid[0] if valid else None, start, end)
+    out, lse = _forward_op(q, k, v, *selection, *scoring)
+    return Forward(out, lse.detach(), (lse, *selection))
+
+
+def _backward(scoring: _Scoring, given: Backward) -> Gradients:
+    assert given.d_lse is None, "the log-sum-exp is not handed out"
+    return Gradients(*_backward_op(given.d_out, given.q, given.k, given.v, given.out, *given.saved, *scoring))
+
+
+PASSES = Passes("the cpu backend of exact_token_attention", _forward, _backward)
+
+
+def exact_token_cpu(call: ExactTokenCall) -> Tensor:
+    bounds = call.mask.row_intervals(sizes_of(call.q, call.k, call.mask))
+    scoring = _Scoring(scale_of(call.q, call.scale), call.softcap)
+    selection = [t for t in (call.indices, call.valid) if t is not None]
+    return attend(PASSES, scoring, call.q, call.k, call.v, None, *bounds, *selection)[0]

@@ -1,10 +1,9 @@
-"""The specification: dense attention under (picked) ∧ (allowed by the mask), in at least float32."""
-
-from typing import Any
+"""The specification: dense attention under (selected) ∧ (allowed by the mask), in at least float32."""
 
 import torch
 from torch import Tensor
 
+from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
 from kernel_index.masks.attention_arguments import scale_of, sizes_of
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.selection import TokenSelection, replayed
@@ -13,18 +12,10 @@ SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores."""
 
 
-def exact_token_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    valid: Tensor | None,
-    mask: MaskContract,
-    scale: float | None,
-    softcap: float,
-    *_: Any,
-) -> Tensor:
-    """``indices`` [B, T, K or 1, n]; what is out of range or not valid is no pick."""
+def exact_token_reference(call: ExactTokenCall) -> Tensor:
+    """An index that is out of range or not valid selects nothing."""
+    q, k, v, indices, valid, mask, scale, softcap = call[:8]
+    assert indices is not None
     batch, queries, heads = q.shape[:3]
     keys, kv_heads = k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -35,8 +26,8 @@ def exact_token_reference(
 
     def attend(chunk: slice) -> Tensor:
         allowed = (key >= start[:, None, chunk, None]) & (key < end[:, None, chunk, None])
-        picked = _picked(indices[:, chunk], None if valid is None else valid[:, chunk], keys)
-        return _attend(q_BKGTD[:, :, :, chunk], k_BKSD, v_BKSD, picked & allowed, softcap)
+        member = _selected(indices[:, chunk], None if valid is None else valid[:, chunk], keys)
+        return _attend(q_BKGTD[:, :, :, chunk], k_BKSD, v_BKSD, member & allowed, softcap)
 
     if torch.compiler.is_compiling() or batch * heads * queries * keys <= SCORES_AT_ONCE:
         out = attend(slice(None))
@@ -46,14 +37,14 @@ def exact_token_reference(
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype).contiguous()
 
 
-def _picked(indices_BTPn: Tensor, valid_BTPn: Tensor | None, keys: int) -> Tensor:
-    """Membership, bool [B, P, T, S]: a pick that occurs twice is a member once."""
-    is_pick = (indices_BTPn >= 0) & (indices_BTPn < keys)
+def _selected(indices_BTPn: Tensor, valid_BTPn: Tensor | None, keys: int) -> Tensor:
+    """Membership, bool [B, P, T, S]: a token that is selected twice is a member once."""
+    is_selected = (indices_BTPn >= 0) & (indices_BTPn < keys)
     if valid_BTPn is not None:
-        is_pick = is_pick & valid_BTPn
-    place = torch.where(is_pick, indices_BTPn.long(), keys)  # one column more, for what is no pick
-    member = torch.zeros(*place.shape[:3], keys + 1, dtype=torch.bool, device=place.device)
-    return member.scatter(3, place, True)[..., :keys].transpose(1, 2)
+        is_selected = is_selected & valid_BTPn
+    column = torch.where(is_selected, indices_BTPn.long(), keys)  # one column more, for entries that select nothing
+    member = torch.zeros(*column.shape[:3], keys + 1, dtype=torch.bool, device=column.device)
+    return member.scatter(3, column, True)[..., :keys].transpose(1, 2)
 
 
 def _attend(q_BKGTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed_BPTS: Tensor, softcap: float) -> Tensor:

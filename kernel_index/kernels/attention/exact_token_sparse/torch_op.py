@@ -1,14 +1,16 @@
-"""The registered ops behind ``triton`` and their autograd Function."""
+"""The registered ops of the ``triton`` backend, and its two passes."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.kernels.attention.exact_token_sparse.picks import pickers_of, sorted_picks
+from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.triton.launch import dense_heads
+from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
+from kernel_index.kernels.attention.exact_token_sparse.selection_order import inverse_selection, sort_selected
 from kernel_index.masks.attention_arguments import scale_of, sizes_of
-from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
 def _allocate(q, k, v, indices, valid, start, end, scale, softcap):
@@ -19,14 +21,14 @@ def _allocate(q, k, v, indices, valid, start, end, scale, softcap):
 
 
 def _launch(q, k, v, indices, valid, start, end, scale, softcap):
-    """The sort is inside the op: compiled, it would be many small kernels around PyTorch's own."""
+    """The sort is inside the op: compiled outside, it would be many small kernels."""
     from kernel_index.kernels.attention.exact_token_sparse import triton
 
     outputs = _allocate(q, k, v, indices, valid, start, end, scale, softcap)[:2]
-    q, k, v = map(_dense_heads, (q, k, v))
-    picks = sorted_picks(indices, valid, start, end, k.shape[1])
-    triton.forward(q, k, v, picks.places, picks.counts, scale, softcap, outputs)
-    return *outputs, *picks
+    q, k, v = map(dense_heads, (q, k, v))
+    sorted_tokens = sort_selected(indices, valid, start, end, k.shape[1])
+    triton.forward(q, k, v, *sorted_tokens, scale, softcap, outputs)
+    return *outputs, *sorted_tokens
 
 
 def _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap):
@@ -38,7 +40,7 @@ def _launch_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softca
     from kernel_index.kernels.attention.exact_token_sparse import triton
 
     outputs = _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap)
-    d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
+    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
     return triton.backward_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap, outputs)
 
 
@@ -50,14 +52,9 @@ def _launch_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
     from kernel_index.kernels.attention.exact_token_sparse import triton
 
     outputs = _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap)
-    d_out, q, k, v = map(_dense_heads, (d_out, q, k, v))
-    queries, first = pickers_of(places, k.shape[1])
+    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
+    queries, first = inverse_selection(places, k.shape[1])
     return triton.backward_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap, outputs)
-
-
-def _dense_heads(x: Tensor) -> Tensor:
-    """The kernels take any stride but the last dimension's."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 _forward_op = ops.register(
@@ -80,37 +77,35 @@ _keys_op = ops.register(
 )
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q, k, v, indices, valid, start, end, scale, softcap):
-        out, log2_sum, places, counts = _forward_op(q, k, v, indices, valid, start, end, scale, softcap)
-        ctx.save_for_backward(q, k, v, places, counts, out, log2_sum)
-        ctx.scale, ctx.softcap = scale, softcap
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("exact_token_attention on triton cannot differentiate twice: use backend='reference'")
-        q, k, v, places, counts, out, log2_sum = ctx.saved_tensors
-        tail = ctx.scale, ctx.softcap
-        d_q, delta = _queries_op(d_out, q, k, v, out, log2_sum, places, counts, *tail)
-        d_k = d_v = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, places, *tail)
-        return d_q, d_k, d_v, *[None] * 6
+class _Scoring(NamedTuple):
+    scale: float
+    softcap: float
 
 
-def exact_token_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    valid: Tensor | None,
-    mask: MaskContract,
-    scale: float | None,
-    softcap: float,
-    *_: Any,
-) -> Tensor:
-    bounds = mask.row_intervals(sizes_of(q, k, mask))
-    return _Attention.apply(q, k, v, indices, valid, *bounds, scale_of(q, scale), softcap)
+def _forward(
+    scoring: _Scoring, q: Tensor, k: Tensor, v: Tensor, sink: None, start: Tensor, end: Tensor, indices: Tensor,
+    *valid: Tensor,
+) -> Forward:  # fmt: skip
+    out, log2_sum, slots, counts = _forward_op(q, k, v, indices, valid[0] if valid else None, start, end, *scoring)
+    return Forward(out, log2_sum.detach(), (log2_sum, slots, counts))
+
+
+def _backward(scoring: _Scoring, given: Backward) -> Gradients:
+    assert given.d_lse is None, "the log-sum-exp is not handed out"
+    d_out, _, q, k, v, _, out = given[:7]
+    log2_sum, slots, counts = given.saved
+    d_q, delta = _queries_op(d_out, q, k, v, out, log2_sum, slots, counts, *scoring)
+    d_k = d_v = None
+    if given.needs[1] or given.needs[2]:
+        d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, slots, *scoring)
+    return Gradients(d_q, d_k, d_v)
+
+
+PASSES = Passes("the triton backend of exact_token_attention", _forward, _backward)
+
+
+def exact_token_triton(call: ExactTokenCall) -> Tensor:
+    bounds = call.mask.row_intervals(sizes_of(call.q, call.k, call.mask))
+    scoring = _Scoring(scale_of(call.q, call.scale), call.softcap)
+    selection = [t for t in (call.indices, call.valid) if t is not None]
+    return attend(PASSES, scoring, call.q, call.k, call.v, None, *bounds, *selection)[0]

@@ -1,17 +1,21 @@
-"""Attention of each query to the key blocks that were picked for it: the core that the routed kernels share."""
+"""Attention of each query to the key blocks that were selected for it: the core of the routed kernels."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.sparse.block_sparse_attention import contract
+from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.cpu import block_sparse_cpu
 from kernel_index.kernels.sparse.block_sparse_attention.native import block_sparse_native
 from kernel_index.kernels.sparse.block_sparse_attention.reference import block_sparse_reference
 from kernel_index.kernels.sparse.block_sparse_attention.torch_op import block_sparse_triton
+from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
+
+BlockSparseBackend = Literal["auto", "triton", "native", "cpu", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, block_sparse_triton, contract.triton_not_worth),
@@ -20,16 +24,14 @@ BACKENDS = (
     Backend("reference", always, block_sparse_reference),
 )
 
-EVERYTHING_BEFORE = MaskContract()
-
 
 class BlockSparseOutput(NamedTuple):
     """``out`` [B, T, H, Dv] in q's dtype; ``lse`` [B, H, T], natural logarithm, float32 (float64 for float64).
 
     >>> import torch
     >>> from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
-    >>> x, picks = torch.zeros(1, 4, 1, 8), torch.tensor([0, 0, 1, 0]).view(1, 4, 1, 1)
-    >>> block_sparse_attention(x, x, x, picks, block_size=2).lse.exp()
+    >>> x, selected = torch.zeros(1, 4, 1, 8), torch.tensor([0, 0, 1, 0]).view(1, 4, 1, 1)
+    >>> block_sparse_attention(x, x, x, selected, block_size=2).lse.exp()
     tensor([[[1., 2., 1., 2.]]])
     """
 
@@ -50,9 +52,9 @@ def block_sparse_attention(
     softcap: float = 0.0,
     query_tile_size: int = 64,
     maps: UnionMaps | None = None,
-    backend: str = "auto",
+    backend: BlockSparseBackend = "auto",
 ) -> BlockSparseOutput:
-    """Softmax attention of each query to the keys of its picked blocks, as far as the mask allows them.
+    """Softmax attention of each query to the keys of its selected blocks that the mask also allows.
 
     Key s belongs to block ``s // block_size``.  With ``z = scale · q[t, h]·k[s, h // (H / K)]``, capped by
     ``softcap · tanh(z / softcap)`` where a softcap is given, and head h in group ``g = h // (H / G)``::
@@ -60,22 +62,22 @@ def block_sparse_attention(
         allowed(t, g, s) = s // block_size ∈ selected[t, g]  and  the mask allows s for t
         out[t, h] = Σ_s exp(z[t, s]) · v[s] / Σ_s exp(z[t, s])        lse[h, t] = log Σ_s exp(z[t, s])
 
-    over the allowed s.  A block that is picked twice counts once.  A query with nothing allowed gives exactly 0, a
+    over the allowed s.  A block that is selected twice counts once.  A query with nothing allowed gives exactly 0, a
     log-sum-exp of −inf, and no gradient to anything.
 
     Args:
         q: [B, T, H, D], any floating dtype.
         k: [B, S, K, D], q's dtype; nothing is repeated in memory for the query heads.
         v: [B, S, K, Dv], q's dtype.
-        selected: integers [B, T, G, n], block indices in any order; negative for no pick.  K divides G and G divides H:
-            G = K shares picks among the query heads of a key head, G = H has picks for each query head.
-        selected_valid: bool [B, T, G, n], False for no pick; None where the sign of ``selected`` says it all.
+        selected: integers [B, T, G, n], block indices in any order; negative for none.  K divides G and G divides H:
+            G = K shares a selection among the query heads of a KV head, G = H has one for each query head.
+        selected_valid: bool [B, T, G, n], False for none; None where the sign of ``selected`` says it all.
         block_size: keys of a block; the last block may be shorter.
-        mask: who may attend to whom beside the picks.
+        mask: the keys that each query may attend to at all.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
         query_tile_size: queries that a backend treats together where it works by tiles.
-        maps: ``union_selection`` of the same picks and tile size, for backends that want it; made where it is missing.
+        maps: ``union_selection`` of the same selection and tile size, for backends that use it; computed if None.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
@@ -83,7 +85,7 @@ def block_sparse_attention(
 
     Raises:
         TypeError: a tensor or the mask is of the wrong type, or dtypes differ.
-        ValueError: shapes, heads, groups or devices do not fit, or a pick on the host names a block beyond the last.
+        ValueError: shapes, heads, groups or devices do not fit, or a selected block on the host is beyond the last.
         Ineligible: the named backend cannot run this call.
 
     Source: Lu et al., "MoBA", 2025; Yuan et al., "Native Sparse Attention", 2025.
@@ -92,10 +94,11 @@ def block_sparse_attention(
     >>> from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
     >>> q, k = torch.ones(1, 4, 1, 8), torch.ones(1, 4, 1, 8)
     >>> v = k * torch.arange(4.0).view(1, 4, 1, 1)
-    >>> picks = torch.tensor([[0, -1], [0, -1], [0, 1], [1, -1]]).view(1, 4, 1, 2)
-    >>> block_sparse_attention(q, k, v, picks, block_size=2).out[0, :, 0, 0]
+    >>> selected = torch.tensor([[0, -1], [0, -1], [0, 1], [1, -1]]).view(1, 4, 1, 2)
+    >>> block_sparse_attention(q, k, v, selected, block_size=2).out[0, :, 0, 0]
     tensor([0.0000, 0.5000, 1.0000, 2.5000])
     """
-    call = (q, k, v, selected, selected_valid, block_size, mask, scale, softcap, query_tile_size, maps)
-    contract.check(*call)
-    return BlockSparseOutput(*choose("block_sparse_attention", BACKENDS, backend, *call).run(*call))
+    call = contract.check(
+        BlockSparseCall(q, k, v, selected, selected_valid, block_size, mask, scale, softcap, query_tile_size, maps)
+    )
+    return BlockSparseOutput(*choose("block_sparse_attention", BACKENDS, backend, call).run(call))

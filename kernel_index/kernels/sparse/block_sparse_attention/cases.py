@@ -13,28 +13,28 @@ from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
-def picked(m: Maker, shape: tuple[int, int, int, int], blocks: int, block_size: int) -> dict[str, Any]:
-    """Random picks, −1 among them, and duplicates where picks are many."""
+def selection(m: Maker, shape: tuple[int, int, int, int], blocks: int, block_size: int) -> dict[str, Any]:
+    """Random blocks, −1 among them, and duplicates where n is large."""
     return {"selected": m.integers(-1, max(1, blocks), *shape), "block_size": block_size}
 
 
 def _plain(m: Maker) -> dict[str, Any]:
-    return {**qkv(m, 2, 21, 21, 4, 2, 8), **picked(m, (2, 21, 2, 3), 6, 4)}
+    return {**qkv(m, 2, 21, 21, 4, 2, 8), **selection(m, (2, 21, 2, 3), 6, 4)}
 
 
 def _documents(m: Maker) -> dict[str, Any]:
-    call = {**qkv(m, 2, 21, 21, 4, 2, 8), **picked(m, (2, 21, 4, 2), 6, 4)}
+    call = {**qkv(m, 2, 21, 21, 4, 2, 8), **selection(m, (2, 21, 4, 2), 6, 4)}
     return {**call, "mask": MaskContract(doc_ids=packed(21)), "selected_valid": m.integers(0, 4, 2, 21, 4, 2) > 0}
 
 
 def _empty(m: Maker) -> dict[str, Any]:
     validity = attention_validity(valid_token_counts=[0, 13])
-    call = {**qkv(m, 2, 17, 17, 2, 2, 4), **picked(m, (2, 17, 2, 2), 3, 8)}
+    call = {**qkv(m, 2, 17, 17, 2, 2, 4), **selection(m, (2, 17, 2, 2), 3, 8)}
     return {**call, "mask": MaskContract(validity=validity), "softcap": 2.0, "scale": 0.7}
 
 
 def _cross(m: Maker) -> dict[str, Any]:
-    call = {**qkv(m, 2, 5, 19, 4, 1, 8, 5), **picked(m, (2, 5, 2, 4), 4, 5)}
+    call = {**qkv(m, 2, 5, 19, 4, 1, 8, 5), **selection(m, (2, 5, 2, 4), 4, 5)}
     return {**call, "mask": MaskContract(causal=False), "query_tile_size": 2}
 
 
@@ -45,13 +45,13 @@ def _window(m: Maker) -> dict[str, Any]:
 
 
 CASES = (
-    Case("shared", "a key head's query heads share their picks; blocks that end early; duplicates", _plain),
-    Case("per_head_documents", "picks for each query head, documents, invalid picks", _documents),
-    Case("empty_rows", "a row without a token, picks of the future only, a softcap and a scale", _empty),
-    Case("cross", "not causal, T ≠ S, values of a size of their own, a group for two heads", _cross),
-    Case("everything", "every block picked under a window: dense attention", _window),
-    Case("no_picks", "n = 0", lambda m: {**qkv(m, 1, 5, 5, 2, 1, 8), **picked(m, (1, 5, 1, 0), 2, 4)}),
-    Case("no_queries", "T = 0", lambda m: {**qkv(m, 1, 0, 5, 2, 1, 8), **picked(m, (1, 0, 1, 2), 2, 4)}),
+    Case("shared", "the query heads of a KV head share a selection; a short last block; duplicates", _plain),
+    Case("per_head_documents", "a selection for each query head, documents, invalid entries", _documents),
+    Case("empty_rows", "a row without a token, future blocks only, a softcap and a scale", _empty),
+    Case("cross", "not causal, T ≠ S, values of another size, a group for two heads", _cross),
+    Case("everything", "every block selected under a window: dense attention", _window),
+    Case("no_picks", "n = 0", lambda m: {**qkv(m, 1, 5, 5, 2, 1, 8), **selection(m, (1, 5, 1, 0), 2, 4)}),
+    Case("no_queries", "T = 0", lambda m: {**qkv(m, 1, 0, 5, 2, 1, 8), **selection(m, (1, 0, 1, 2), 2, 4)}),
 )
 
 
@@ -67,15 +67,15 @@ def oracle(
     softcap: float = 0.0,
     query_tile_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """One query head at a time, K and V indexed by head, the picks compared with each key's block."""
+    """One query head at a time, K and V indexed by head, the selection compared with each key's block."""
     heads, keys, width = q.shape[2], k.shape[1], q.shape[3]
     inside = dense_oracle(mask or MaskContract(), q.shape[0], q.shape[1], keys)
     block = torch.arange(keys, device=q.device) // block_size
-    picks = selected if selected_valid is None else torch.where(selected_valid, selected, -1)
+    blocks_of = selected if selected_valid is None else torch.where(selected_valid, selected, -1)
     outs, lses = [], []
     for h in range(heads):
-        own = picks[:, :, h * selected.shape[2] // heads, :, None] == block
-        allowed = own.any(2) & inside
+        member = blocks_of[:, :, h * selected.shape[2] // heads, :, None] == block
+        allowed = member.any(2) & inside
         k_BSD, v_BSD = (x[:, :, h * k.shape[2] // heads] for x in (k, v))
         z = torch.einsum("btd,bsd->bts", q[:, :, h], k_BSD) * (width**-0.5 if scale is None else scale)
         z = softcap * (z / softcap).tanh() if softcap else z
@@ -91,12 +91,12 @@ def oracle(
 def sized(m: Maker, n: int) -> dict[str, Any]:
     selected = m.integers(0, -(-n // 4), 2, n, 2, 2)
     call = {**qkv(m, 2, n, n, 4, 2, 8), "selected": selected, "block_size": 4}
-    # Small tiles: torch.compile takes one tile, as it takes a size of 1, for a case of its own.
+    # Small tiles: torch.compile specialises a size of 1, and so a single tile.
     return {**call, "mask": MaskContract(window=(5, 0), doc_ids=packed(n)), "query_tile_size": 4}
 
 
 def real(m: Maker) -> dict[str, Any]:
-    """16 of 128 blocks for each key head; its bytes depend on the picks, so no compulsory ones are stated."""
+    """16 of 128 blocks for each KV head; its bytes depend on the selection, so no compulsory ones are stated."""
     return {**qkv(m, 1, 8192, 8192, 32, 4, 128), "selected": m.integers(0, 128, 1, 8192, 4, 16), "block_size": 64}
 
 

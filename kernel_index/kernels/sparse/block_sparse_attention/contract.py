@@ -1,42 +1,61 @@
-"""Who may call ``block_sparse_attention``, and who may answer."""
+"""Argument checks and backend eligibility of ``block_sparse_attention``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks, native, rules
-from kernel_index.masks import attention_arguments as arguments
+from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
+from kernel_index.masks.doc_window_mask.intervals import Sizes
+from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.legal_blocks import num_blocks
 from kernel_index.routing.union_selection_query_mask.contract import check_picks, check_valid
 from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
 
-scale_of = arguments.scale_of
-sizes_of = arguments.sizes_of
+
+class BlockSparseCall(NamedTuple):
+    """One checked call."""
+
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, S, K, D]
+    v: Tensor  # [B, S, K, Dv]
+    selected: Tensor  # [B, T, G, n]
+    selected_valid: Tensor | None
+    block_size: int
+    mask: MaskContract
+    scale: float | None
+    softcap: float
+    query_tile_size: int
+    maps: UnionMaps | None
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.q, self.k, self.mask)
+
+    @property
+    def blocks(self) -> int:
+        return num_blocks(self.k.shape[1], self.block_size)
+
+    @property
+    def few_scores(self) -> bool:
+        return self.q.shape[1] * self.k.shape[1] <= SMALL
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor,
-    selected_valid: Any,
-    block_size: Any,
-    mask: Any,
-    scale: Any,
-    softcap: Any,
-    query_tile_size: Any,
-    maps: Any,
-) -> None:
-    arguments.check_attention(q, k, v, mask, scale, softcap)
-    if q.shape[2] < 1:
-        raise ValueError(f"q must be of at least one head, got shape {tuple(q.shape)}")
-    checks.is_int("block_size", block_size, minimum=1)
-    checks.is_int("query_tile_size", query_tile_size, minimum=1)
-    check_selection(q, k.shape[2], selected, selected_valid)
-    check_picks(selected, selected_valid, num_blocks(k.shape[1], block_size))
-    if maps is not None:
-        _check_maps(selected, query_tile_size, maps)
+SMALL = 256 * 256
+
+
+def check(call: BlockSparseCall) -> BlockSparseCall:
+    check_attention(call.q, call.k, call.v, call.mask, call.scale, call.softcap)
+    if call.q.shape[2] < 1:
+        raise ValueError(f"q must be of at least one head, got shape {tuple(call.q.shape)}")
+    checks.is_int("block_size", call.block_size, minimum=1)
+    checks.is_int("query_tile_size", call.query_tile_size, minimum=1)
+    check_selection(call.q, call.k.shape[2], call.selected, call.selected_valid)
+    check_picks(call.selected, call.selected_valid, call.blocks)
+    if call.maps is not None:
+        _check_maps(call.selected, call.query_tile_size, call.maps)
+    return call
 
 
 def check_selection(q: Tensor, kv_heads: int, selected: Any, selected_valid: Any) -> None:
@@ -47,7 +66,7 @@ def check_selection(q: Tensor, kv_heads: int, selected: Any, selected_valid: Any
     checks.has_shape("selected", selected, (*q.shape[:2], groups, selected.shape[3]), "[B, T, G, n] with q's B and T,")
     if groups < 1 or groups % kv_heads or heads % groups:
         raise ValueError(
-            f"selected must be of G groups with G a multiple of the {kv_heads} key heads and a divisor of the "
+            f"selected must be of G groups with G a multiple of the {kv_heads} KV heads and a divisor of the "
             f"{heads} query heads, got G = {groups}"
         )
     check_valid(selected, selected_valid)
@@ -62,37 +81,31 @@ def _check_maps(selected: Tensor, query_tile_size: int, maps: Any) -> None:
     checks.has_shape("maps", maps.query_union_indices, tuple(selected.shape), "of selected's shape")
 
 
-WIDEST = 256
-
-
-def triton_why_not(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, *_: Any) -> str | None:
-    if q.shape[3] > WIDEST or v.shape[3] > WIDEST:
+def triton_why_not(call: BlockSparseCall) -> str | None:
+    if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return "needs head sizes of at most 256"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if call.q.dtype not in (torch.float32, *rules.HALF):
         return "needs float32, bfloat16 or float16"
-    return rules.triton_why_not(q, k, v, selected)
+    return rules.triton_why_not(call.q, call.k, call.v, call.selected)
 
 
-def triton_not_worth(q: Tensor, *_: Any) -> str | None:
-    return rules.triton_not_worth(q)
+def triton_not_worth(call: BlockSparseCall) -> str | None:
+    return rules.triton_not_worth(call.q)
 
 
-def cpu_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
-    if not q.shape[3] or not v.shape[3]:
+def cpu_why_not(call: BlockSparseCall) -> str | None:
+    if not call.q.shape[3] or not call.v.shape[3]:
         return "needs head sizes of at least 1"
-    return arguments.host_plan_why_not(q)
+    return host_plan_why_not(call.q)
 
 
-def native_why_not(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, *rest: Any) -> str | None:
-    if (rule := cpu_why_not(q, k, v)) is not None:
+def native_why_not(call: BlockSparseCall) -> str | None:
+    if (rule := cpu_why_not(call)) is not None:
         return rule
-    if q.shape[3] % 2 or v.shape[3] % 2:
+    if call.q.shape[3] % 2 or call.v.shape[3] % 2:
         return "needs even head sizes: bfloat16 is multiplied in pairs"
-    return native.why_not(q, k, v, selected)
+    return native.why_not(call.q, call.k, call.v, call.selected)
 
 
-SMALL = 256 * 256
-
-
-def cpu_not_worth(q: Tensor, k: Tensor, *_: Any) -> str | None:
-    return "too small for skipping to pay" if q.shape[1] * k.shape[1] <= SMALL else None
+def cpu_not_worth(call: BlockSparseCall) -> str | None:
+    return "too small for skipping to pay" if call.few_scores else None

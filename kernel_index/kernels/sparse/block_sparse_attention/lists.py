@@ -1,7 +1,7 @@
-"""The other way round: each key block goes over the list of queries that picked it, and writes one partial per pick.
+"""Plans the list-driven kernels: each key block visits the list of queries that selected it and writes partial results.
 
-For picks that heads make alone.  What the kernels visit is one stable sort of all picks, of static size, made without
-waiting for the device; nothing is multiplied that was not picked, whatever neighbouring queries do.
+It is for heads that select alone.  The plan is one stable sort of the selection, of static size, and needs no wait for
+the device.  No product is formed of a query and a block that it did not select.
 """
 
 import math
@@ -15,46 +15,46 @@ from kernel_index.core.triton.launch import interpreting, next_power_of_2
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import SMALLEST, Cut
 
 STEP = 64
-"""Keys of a block at most: larger blocks are cut into these, each with its own partial."""
+"""Keys of a block at most: larger blocks are split into these, each with its own partial result."""
 
 PART = 1024
-"""Picks of a list that a program goes over, so that a block which everyone picks is many programs' work."""
+"""Entries of a list that one program visits: a block that many queries selected is split among programs."""
 
 PARTIAL_BYTES = 1 << 30
-"""Partials that exist at once, unless those of a single head are more."""
+"""Bytes of partial results that exist at once, unless those of a single head are more."""
 
 WASTE = 8
-"""Products of a tile's union over those of its picks, at most, from which on lists are taken."""
+"""Lists are used from this ratio on: products of a tile's union over products of its selected blocks, at most."""
 
 
 WIDEST = 256
-"""Bytes of a head at most: of wider ones the sums of dK and dV do not fit the registers."""
+"""Bytes of a head at most: the sums of dK and dV of a wider one do not fit into registers."""
 
 
-def use_lists(cut: Cut, head_bytes: int, block_size: int, blocks: int, picks: int) -> bool:
-    """The rule, of sizes alone: heads pick alone, and a union can waste ``WASTE`` times the products."""
+def use_lists(cut: Cut, head_bytes: int, block_size: int, blocks: int, count: int) -> bool:
+    """Depends on sizes alone: heads select alone, and a union can waste ``WASTE`` times the products."""
     if cut.group > 1 or head_bytes > WIDEST or (block_size > STEP and block_size % STEP):
         return False
-    return min(cut.queries, blocks // max(1, picks)) >= WASTE
+    return min(cut.queries, blocks // max(1, count)) >= WASTE
 
 
 def split(selected: Tensor, selected_valid: Tensor | None, block_size: int) -> tuple[Tensor, Tensor | None, int]:
-    """The same picks in blocks of at most ``STEP`` keys."""
+    """The same selection in blocks of at most ``STEP`` keys."""
     ways = max(1, block_size // STEP)
     if ways == 1:
         return selected, selected_valid, block_size
     nth = torch.arange(ways, dtype=selected.dtype, device=selected.device)
-    some = selected >= 0 if selected_valid is None else selected_valid & (selected >= 0)
-    finer = torch.where(some[..., None], selected[..., None] * ways + nth, -1)
+    is_selected = selected >= 0 if selected_valid is None else selected_valid & (selected >= 0)
+    finer = torch.where(is_selected[..., None], selected[..., None] * ways + nth, -1)
     return finer.flatten(-2), None, block_size // ways
 
 
 class ListPlan(NamedTuple):
-    """Lists of picks by key block, and the parts of lists that programs take.
+    """The queries of each key block as lists, and the parts of lists that programs visit.
 
-    ``order`` [B · T · G · n], int32 where that suffices: places ``((b·T + t)·G + g)·n + j`` of ``selected``, by (b, g,
-    block), each list ascending.  ``items`` int64 [B · G, M, 4]: of each part its block, where its list begins, where it
-    begins and where it ends; those that do not exist are empty.  ``parts`` int32 [B · G, blocks + 1]: a block's are
+    ``order`` [B · T · G · n], int32 if that suffices: indices ``((b·T + t)·G + g)·n + j`` into ``selected``, sorted by
+    (b, g, block), ascending within a list.  ``items`` int64 [B · G, M, 4]: for each part its block, the begin of its
+    list, its own begin and its end; the others are empty.  ``parts`` int32 [B · G, blocks + 1]: block j has the parts
     ``parts[j] ≤ i < parts[j + 1]``.
     """
 
@@ -66,11 +66,11 @@ class ListPlan(NamedTuple):
 def list_plan(selected: Tensor, selected_valid: Tensor | None, num_blocks: int) -> ListPlan:
     batch, _, groups, _ = selected.shape
     lists, device = batch * groups, selected.device
-    is_pick = (selected >= 0) & (selected < num_blocks)
+    is_selected = (selected >= 0) & (selected < num_blocks)
     if selected_valid is not None:
-        is_pick = is_pick & selected_valid
+        is_selected = is_selected & selected_valid
     of_list = torch.arange(lists, dtype=torch.int32, device=device).view(batch, 1, groups, 1) * (num_blocks + 1)
-    bucket = torch.where(is_pick, selected.to(torch.int32), num_blocks) + of_list
+    bucket = torch.where(is_selected, selected.to(torch.int32), num_blocks) + of_list
     bucket, order = bucket.flatten().sort(stable=True)
     wanted = torch.arange(lists * (num_blocks + 1) + 1, dtype=torch.int32, device=device)
     begins = torch.searchsorted(bucket, wanted)
@@ -106,7 +106,7 @@ def _index_dtype(selected: Tensor) -> torch.dtype:
 
 
 class ListConfig(NamedTuple):
-    """Picks of a step, warps, stages of the software pipeline."""
+    """Entries of a step, warps, stages of the software pipeline."""
 
     rows: int
     num_warps: int
@@ -160,7 +160,7 @@ def launch_of(
 
 
 def heads_at_once(bytes_of_head: int, heads: int, kv_heads: int, batch: int) -> int:
-    """How many of the batch's query heads are treated together: whole groups of a key head, or a whole share of one."""
+    """How many of the batch's query heads one launch treats: whole groups of a KV head, or a divisor of one group."""
     group, most = heads // kv_heads, max(1, PARTIAL_BYTES // max(1, bytes_of_head))
     if most < group:
         return max(n for n in range(1, most + 1) if group % n == 0)

@@ -1,6 +1,6 @@
-"""What the Triton kernels visit, from the picks: sorted once, of static size, without waiting for the device.
+"""Plans the union-driven kernels from a selection: static sizes, and no wait for the device.
 
-``forward_plan`` costs a sort of each tile's picks, ``key_plan``, which only a backward pass needs, one of all of them.
+``forward_plan`` sorts the selected blocks of each tile; ``key_plan``, which only a backward pass needs, sorts all.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from kernel_index.core.triton.launch import ceil_div
 
 
 class Plan(NamedTuple):
-    """Of each tile of queries the union of its picks, ascending; P = tile · n places, as many as it has picks.
+    """The union of the blocks that each tile of queries selected, ascending; P = tile · n entries at most.
 
-    ``blocks`` int32 [B, G, tiles, P], of which the first ``sizes`` [B, G, tiles] count; ``members`` int64, the same
-    shape: bit q of a place is set where query q of the tile picked that block.  ``pairs`` int32, the same shape: the
-    tile's picks as ``block · tile + query``, ascending, with ``num_blocks · tile`` for what counts no more.
+    ``blocks`` int32 [B, G, tiles, P], of which the first ``sizes`` [B, G, tiles] are valid; ``members`` int64, the same
+    shape: bit q is set where query q of the tile selected that block.  ``pairs`` int32, the same shape: the tile's
+    selection as ``block · tile + query``, ascending, with ``num_blocks · tile`` for invalid and repeated entries.
     """
 
     blocks: Tensor
@@ -27,35 +27,36 @@ class Plan(NamedTuple):
 
 def forward_plan(selected: Tensor, selected_valid: Tensor | None, num_blocks: int, tile: int) -> Plan:
     """``selected`` [B, T, G, n]; ``tile`` queries, a power of two up to 64, share a union."""
-    batch, queries, groups, picks = selected.shape
-    tiles, places = ceil_div(queries, tile), tile * picks
-    is_pick = (selected >= 0) & (selected < num_blocks)
+    batch, queries, groups, count = selected.shape
+    tiles, entries = ceil_div(queries, tile), tile * count
+    is_selected = (selected >= 0) & (selected < num_blocks)
     if selected_valid is not None:
-        is_pick = is_pick & selected_valid
-    block = torch.where(is_pick, selected.to(torch.int32), num_blocks)
+        is_selected = is_selected & selected_valid
+    block = torch.where(is_selected, selected.to(torch.int32), num_blocks)
     block = torch.nn.functional.pad(block, (0, 0, 0, 0, 0, tiles * tile - queries), value=num_blocks)
     query = torch.arange(tile, dtype=torch.int32, device=selected.device)[:, None, None]
-    pair = block.view(batch, tiles, tile, groups, picks) * tile
+    pair = block.view(batch, tiles, tile, groups, count) * tile
     pair = torch.where(pair < num_blocks * tile, pair + query, pair)
-    pair = pair.permute(0, 3, 1, 2, 4).reshape(batch, groups, tiles, places).sort(-1).values
+    pair = pair.permute(0, 3, 1, 2, 4).reshape(batch, groups, tiles, entries).sort(-1).values
     before = torch.nn.functional.pad(pair[..., :-1], (1, 0), value=-1)
-    block, is_pick = pair // tile, pair < num_blocks * tile
-    is_new = is_pick & (block != before // tile)
-    once = is_pick & (pair != before)
-    # What is no pick goes to the last place, which is free where there is any.
-    place = torch.where(is_pick, is_new.cumsum(-1) - 1, places - 1)
+    block, is_selected = pair // tile, pair < num_blocks * tile
+    is_new = is_selected & (block != before // tile)
+    once = is_selected & (pair != before)
+    # Invalid entries write to the last slot, which is free if there is an invalid entry.
+    slot = torch.where(is_selected, is_new.cumsum(-1) - 1, entries - 1)
     bit = torch.where(once, 1 << (pair % tile).to(torch.int64), 0)
-    members = torch.zeros_like(bit).scatter_add(-1, place, bit)
-    union = torch.zeros_like(block).scatter(-1, place, block)
+    members = torch.zeros_like(bit).scatter_add(-1, slot, bit)
+    union = torch.zeros_like(block).scatter(-1, slot, block)
     sizes = is_new.sum(-1, dtype=torch.int32)
     return Plan(union, members, sizes, torch.where(once, pair, num_blocks * tile))
 
 
 class KeyPlan(NamedTuple):
-    """Of each key block the queries that picked it, ascending.
+    """The selection inverted (CSR to CSC): the queries that selected each key block, ascending.
 
-    ``queries`` int32 [B · G · tiles · P], the lists of all blocks end to end; ``bounds`` int64 [B, G, blocks, 4], where
-    a block's list begins, where its queries begin and cease to see the whole block, and where it ends.
+    ``queries`` int32 [B · G · tiles · P], the lists of all blocks one after the other; ``bounds`` int64
+    [B, G, blocks, 4]: the begin of a block's list, the first query that sees the whole block, the first after those,
+    and the end of the list.
     """
 
     queries: Tensor
@@ -71,7 +72,7 @@ def key_plan(pairs: Tensor, tile: int, q_start: Tensor, q_end: Tensor, queries: 
     row = torch.arange(batch * groups, dtype=torch.int32, device=device).view(batch, groups)
     bucket = pairs // tile + (row * (num_blocks + 1))[..., None, None]
     query = pairs % tile + (torch.arange(tiles, dtype=torch.int32, device=device) * tile)[:, None]
-    bucket, order = bucket.flatten().sort(stable=True)  # queries ascend in every tile, and tiles do
+    bucket, order = bucket.flatten().sort(stable=True)  # queries ascend within a tile, and tiles ascend
     query = query.flatten().index_select(0, order)
 
     first = torch.arange(0, keys, block_size, device=device)
@@ -80,7 +81,7 @@ def key_plan(pairs: Tensor, tile: int, q_start: Tensor, q_end: Tensor, queries: 
     high = torch.maximum(q_end.index_select(1, last), whole)
     cease = torch.minimum(torch.maximum(q_end.index_select(1, first), whole), high)
     wanted = torch.stack([low, whole, cease, high], -1)[:, None]
-    # A list's place in the whole is that of its bucket; within, queries are told apart by one more digit.
+    # One sorted key holds the bucket and, as its lower digit, the query.
     digit = max(queries, 1) + 1
     number = row[..., None] * (num_blocks + 1) + torch.arange(num_blocks, dtype=torch.int32, device=device)
     wanted = number.to(torch.int64)[..., None] * digit + wanted.clamp(max=queries)

@@ -1,53 +1,42 @@
-"""The specification: dense attention under (the picked blocks, expanded to tokens) ∧ (the token mask)."""
+"""The specification: dense attention under (the selected blocks, expanded to tokens) ∧ (the token mask)."""
 
 import torch
 from torch import Tensor
 
-from kernel_index.kernels.sparse.block_sparse_attention.contract import scale_of, sizes_of
-from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.legal_blocks import num_blocks
-from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
+from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
+from kernel_index.masks.attention_arguments import scale_of
 
 SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores: 256 MiB of float32."""
 
 
 def membership(selected: Tensor, selected_valid: Tensor | None, blocks: int) -> Tensor:
-    """Which blocks are picked, bool [B, T, G, blocks]; a duplicate counts once."""
-    picked = selected >= 0 if selected_valid is None else (selected >= 0) & selected_valid
-    place = torch.where(picked, selected, blocks).to(torch.int64)  # one more column for what is no pick
+    """Which blocks are selected, bool [B, T, G, blocks]; a duplicate counts once."""
+    is_selected = selected >= 0 if selected_valid is None else (selected >= 0) & selected_valid
+    column = torch.where(is_selected, selected, blocks).to(torch.int64)  # one more column for invalid entries
     member = torch.zeros((*selected.shape[:3], blocks + 1), dtype=torch.bool, device=selected.device)
-    return member.scatter(-1, place, torch.ones((), dtype=torch.bool, device=place.device).expand_as(place))[..., :-1]
+    return member.scatter(-1, column, torch.ones((), dtype=torch.bool, device=column.device).expand_as(column))[
+        ..., :-1
+    ]
 
 
-def block_sparse_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor,
-    selected_valid: Tensor | None,
-    block_size: int,
-    mask: MaskContract,
-    scale: float | None,
-    softcap: float,
-    query_tile_size: int,
-    maps: UnionMaps | None,
-) -> tuple[Tensor, Tensor]:
+def block_sparse_reference(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
+    q, k, v, selected, softcap = call.q, call.k, call.v, call.selected, call.softcap
     batch, queries, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     groups = selected.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    # [B, K, G/K, H/G, T, D] against [B, K, S, D]: the heads of a group share their picks, nothing is repeated.
+    # [B, K, G/K, H/G, T, D] against [B, K, S, D]: the heads of a group share a selection, nothing is repeated.
     split = (kv_heads, groups // kv_heads, heads // groups)
-    q_BKGHTD = (q.to(dtype) * scale_of(q, scale)).unflatten(2, split).permute(0, 2, 3, 4, 1, 5)
+    q_BKGHTD = (q.to(dtype) * scale_of(q, call.scale)).unflatten(2, split).permute(0, 2, 3, 4, 1, 5)
     k_BKSD, v_BKSD = (x.to(dtype).transpose(1, 2) for x in (k, v))
-    start, end = mask.row_intervals(sizes_of(q, k, mask))
+    start, end = call.mask.row_intervals(call.sizes)
     key = torch.arange(keys, device=q.device)
-    member = membership(selected, selected_valid, num_blocks(keys, block_size))
+    member = membership(selected, call.selected_valid, call.blocks)
 
     def attend(chunk: slice) -> tuple[Tensor, Tensor]:
         inside = (key >= start[:, chunk, None]) & (key < end[:, chunk, None])
-        allowed_BTGS = member[:, chunk].index_select(-1, key // block_size) & inside[:, :, None]
+        allowed_BTGS = member[:, chunk].index_select(-1, key // call.block_size) & inside[:, :, None]
         allowed = allowed_BTGS.unflatten(2, split[:2]).permute(0, 2, 3, 1, 4)[:, :, :, None]
         return _attend(q_BKGHTD[:, :, :, :, chunk], k_BKSD, v_BKSD, allowed, softcap)
 

@@ -1,27 +1,25 @@
-"""The registered ops behind ``triton`` and their autograd Function."""
+"""The registered ops of the ``triton`` backend, and its two passes."""
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
 from kernel_index.core.triton import launch
 from kernel_index.kernels.sparse.block_sparse_attention import lists, torch_op_lists
-from kernel_index.kernels.sparse.block_sparse_attention.contract import sizes_of
+from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut, cut_of, launch_of
 from kernel_index.kernels.sparse.block_sparse_attention.plan import KeyPlan, Plan, forward_plan, key_plan
-from kernel_index.kernels.sparse.block_sparse_attention.torch_op_lists import dense_heads
 from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals
-from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.legal_blocks import num_blocks
-from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
 
 
 def _allocate_plan(selected, selected_valid, num_blocks, tile):
-    batch, queries, groups, picks = selected.shape
-    shape = (batch, groups, launch.ceil_div(queries, tile), tile * picks)
+    batch, queries, groups, count = selected.shape
+    shape = (batch, groups, launch.ceil_div(queries, tile), tile * count)
     blocks, pairs = (torch.empty(shape, dtype=torch.int32, device=selected.device) for _ in range(2))
     return blocks, blocks.new_empty(shape, dtype=torch.int64), blocks.new_empty(shape[:3]), pairs
 
@@ -40,7 +38,7 @@ def _launch(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, sc
     from kernel_index.kernels.sparse.block_sparse_attention import triton
 
     outputs = _allocate(q, k, v, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap)
-    q, k, v = map(dense_heads, (q, k, v))
+    q, k, v = map(launch.dense_heads, (q, k, v))
     plan, bounds = Plan(blocks, members, sizes, blocks), (k_start, k_end)
     how = launch_of("forward", q, k, v, block_size, Cut(*cut), scale, softcap)
     return triton.forward(q, k, v, plan, bounds, how, outputs)
@@ -61,7 +59,7 @@ def _launch_queries(
     outputs = _allocate_queries(
         d_out, d_lse, q, k, v, out, log2_sum, blocks, members, sizes, k_start, k_end, block_size, cut, scale, softcap
     )
-    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
+    d_out, q, k, v = map(launch.dense_heads, (d_out, q, k, v))
     plan, bounds = Plan(blocks, members, sizes, blocks), (k_start, k_end)
     how = launch_of("queries", q, k, v, block_size, Cut(*cut), scale, softcap)
     return triton_backward.backward_queries(d_out, d_lse, q, k, v, out, log2_sum, plan, bounds, how, outputs)
@@ -77,7 +75,7 @@ def _launch_keys(d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end,
     outputs = _allocate_keys(
         d_out, q, k, v, log2_sum, delta, lists, bounds, q_start, q_end, block_size, cut, scale, softcap
     )
-    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
+    d_out, q, k, v = map(launch.dense_heads, (d_out, q, k, v))
     how = launch_of("keys", q, k, v, block_size, Cut(*cut), scale, softcap)
     plan, seen = KeyPlan(lists, bounds), (q_start, q_end)
     return triton_backward.backward_keys(d_out, q, k, v, log2_sum, delta, plan, seen, how, outputs)
@@ -117,67 +115,50 @@ _keys_op = ops.register(
 )
 
 
-class _BlockSparseAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *rest: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """``rest``: a ``Plan``, ``KernelIntervals``, then block size, cut, scale and softcap."""
-        plan, bounds, tail = Plan(*rest[:4]), KernelIntervals(*rest[4:8]), rest[8:]
-        ctx.set_materialize_grads(False)
-        out, log2_sum = _forward_op(q, k, v, *plan[:3], *bounds[:2], *tail)
-        ctx.save_for_backward(q, k, v, out, log2_sum, *plan, *bounds)
-        ctx.tail = tail
-        return out, (log2_sum * math.log(2)).transpose(1, 2).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the triton backend of block-sparse attention cannot differentiate twice: use backend='reference'"
-            )
-        q, k, v, out, log2_sum, *rest = ctx.saved_tensors
-        plan, bounds = Plan(*rest[:4]), KernelIntervals(*rest[4:])
-        if d_out is None:
-            d_out = torch.zeros_like(out)
-        d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, log2_sum, *plan[:3], *bounds[:2], *ctx.tail)
-        d_k = d_v = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            block_size, (tile, *_) = ctx.tail[:2]
-            lists = _key_plan_op(plan.pairs, tile, *bounds[2:], q.shape[1], block_size)
-            d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, *lists, *bounds[2:], *ctx.tail)
-        return d_q, d_k, d_v, *[None] * 12
+class _Statics(NamedTuple):
+    block_size: int
+    cut: list[int]
+    scale: float | None
+    softcap: float
 
 
-def block_sparse_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selected: Tensor,
-    selected_valid: Tensor | None,
-    block_size: int,
-    mask: MaskContract,
-    scale: float | None,
-    softcap: float,
-    query_tile_size: int,
-    maps: UnionMaps | None,
-) -> tuple[Tensor, Tensor]:
-    """``maps`` are of another tile size than the kernels' and are left alone."""
+def _forward(statics: _Statics, q: Tensor, k: Tensor, v: Tensor, sink: None, *tensors: Tensor) -> Forward:
+    """``tensors``: a ``Plan`` and ``KernelIntervals``, one by one."""
+    plan, bounds = Plan(*tensors[:4]), KernelIntervals(*tensors[4:])
+    out, log2_sum = _forward_op(q, k, v, *plan[:3], *bounds[:2], *statics)
+    return Forward(out, (log2_sum * math.log(2)).transpose(1, 2).contiguous(), (log2_sum, *tensors))
+
+
+def _backward(statics: _Statics, given: Backward) -> Gradients:
+    q, k, v = given.q, given.k, given.v
+    log2_sum, *tensors = given.saved
+    plan, bounds = Plan(*tensors[:4]), KernelIntervals(*tensors[4:])
+    saved = (q, k, v, given.out, log2_sum)
+    d_q, delta = _queries_op(given.d_out, given.d_lse, *saved, *plan[:3], *bounds[:2], *statics)
+    d_k = d_v = None
+    if given.needs[1] or given.needs[2]:
+        lists = _key_plan_op(plan.pairs, statics.cut[0], *bounds[2:], q.shape[1], statics.block_size)
+        d_k, d_v = _keys_op(given.d_out, q, k, v, log2_sum, delta, *lists, *bounds[2:], *statics)
+    return Gradients(d_q, d_k, d_v)
+
+
+PASSES = Passes("the triton backend of block_sparse_attention", _forward, _backward)
+
+
+def block_sparse_triton(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
+    """``call.maps`` are of another tile size than the kernels' and are not used."""
+    q, k, v, selected, selected_valid, block_size = call[:6]
     if selected.shape[3] == 0:
         selected, selected_valid = selected.new_full((*selected.shape[:3], 1), -1), None
-    cut = cut_of(q.shape[2] // selected.shape[2], q.element_size(), query_tile_size)
-    blocks, bounds = num_blocks(k.shape[1], block_size), mask.row_kernel_intervals(sizes_of(q, k, mask))
+    cut = cut_of(q.shape[2] // selected.shape[2], q.element_size(), call.query_tile_size)
+    blocks, bounds = call.blocks, call.mask.row_kernel_intervals(call.sizes)
     head_bytes = max(q.shape[3], v.shape[3]) * q.element_size()
     if lists.use_lists(cut, head_bytes, block_size, blocks, selected.shape[3]):
         selected, selected_valid, block_size = lists.split(selected, selected_valid, block_size)
+        scoring = torch_op_lists.Statics(block_size, call.scale, call.softcap)
         blocks = num_blocks(k.shape[1], block_size)
-        return torch_op_lists.attend(
-            q, k, v, selected, selected_valid, blocks, (bounds[0], bounds[1]), block_size, scale, softcap
-        )
+        return torch_op_lists.attend_by_lists(scoring, q, k, v, selected, selected_valid, blocks, bounds[:2])
     with torch.no_grad():
         plan = _plan_op(selected, selected_valid, blocks, cut.queries)
-    return _BlockSparseAttention.apply(q, k, v, *plan, *bounds, block_size, list(cut), scale, softcap)
+    statics = _Statics(block_size, list(cut), call.scale, call.softcap)
+    return attend(PASSES, statics, q, k, v, None, *plan, *bounds)

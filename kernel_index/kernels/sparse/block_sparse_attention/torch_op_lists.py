@@ -1,18 +1,15 @@
-"""The registered ops of the kernels that go by lists, and their autograd Function."""
+"""The registered ops of the kernels that go by lists of queries, and their two passes."""
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.triton.launch import dense_heads
 from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, allocate_list_plan, launch_of, list_plan
-
-
-def dense_heads(x: Tensor) -> Tensor:
-    """The kernels take any stride but the last dimension's."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _allocate(q, k, v, order, items, parts, k_start, k_end, block_size, scale, softcap):
@@ -69,29 +66,28 @@ _backward_op = ops.register(
 )
 
 
-class _BlockSparseLists(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        """``rest``: a ``ListPlan``, each query's interval of keys, then block size, scale and softcap."""
-        ctx.set_materialize_grads(False)
-        out, log2_sum = _forward_op(q, k, v, *rest)
-        ctx.save_for_backward(q, k, v, out, log2_sum, *rest[:5])
-        ctx.tail = rest[5:]
-        return out, (log2_sum * math.log(2)).transpose(1, 2).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the triton backend of block-sparse attention cannot differentiate twice: use backend='reference'"
-            )
-        q, k, v, out, *rest = ctx.saved_tensors
-        if d_out is None:
-            d_out = torch.zeros_like(out)
-        return *_backward_op(d_out, d_lse, q, k, v, out, *rest, *ctx.tail), *[None] * 8
+class Statics(NamedTuple):
+    block_size: int  # at most ``lists.STEP``
+    scale: float | None
+    softcap: float
 
 
-def attend(
+def _forward(statics: Statics, q: Tensor, k: Tensor, v: Tensor, sink: None, *tensors: Tensor) -> Forward:
+    """``tensors``: a ``ListPlan`` and each query's interval of keys, one by one."""
+    out, log2_sum = _forward_op(q, k, v, *tensors, *statics)
+    return Forward(out, (log2_sum * math.log(2)).transpose(1, 2).contiguous(), (log2_sum, *tensors))
+
+
+def _backward(statics: Statics, given: Backward) -> Gradients:
+    tensors = (given.q, given.k, given.v, given.out, *given.saved)
+    return Gradients(*_backward_op(given.d_out, given.d_lse, *tensors, *statics))
+
+
+PASSES = Passes("the triton backend of block_sparse_attention", _forward, _backward)
+
+
+def attend_by_lists(
+    statics: Statics,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -99,11 +95,8 @@ def attend(
     selected_valid: Tensor | None,
     num_blocks: int,
     bounds: tuple[Tensor, Tensor],
-    block_size: int,
-    scale: float | None,
-    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """``selected`` [B, T, H, n] of blocks of at most ``lists.STEP`` keys."""
+    """``selected`` [B, T, H, n]."""
     with torch.no_grad():
         plan = _plan_op(selected, selected_valid, num_blocks)
-    return _BlockSparseLists.apply(q, k, v, *plan, *bounds, block_size, scale, softcap)
+    return attend(PASSES, statics, q, k, v, None, *plan, *bounds)

@@ -8,11 +8,11 @@ from torch import Tensor
 from kernel_index.core.dispatch import Backend, choose
 from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseOutput
-from kernel_index.kernels.sparse.block_sparse_attention.contract import sizes_of
 from kernel_index.kernels.sparse.clustered_sparse_three_phase import contract
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.phases import routed, run_dense, run_sparse
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.scoring import pick_blocks
+from kernel_index.masks.attention_arguments import sizes_of
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.legal_blocks import TopBlocks
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.scoring import chunks_of
 from kernel_index.masks import attention_arguments as arguments
@@ -44,8 +45,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, config: Any, mask: Any, scale: Any, s
 def as_core(rule: Callable[..., str | None]) -> Callable[..., str | None]:
     """A rule of the core for a call whose picks are not made yet."""
 
-    def core_rule(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
-        return rule(q, k, v, q)  # the picks will be where q is
+    def core_rule(
+        q: Tensor, k: Tensor, v: Tensor, config: ClusteredSparseConfig, mask: MaskContract, *rest: Any
+    ) -> str | None:
+        selected = q  # a rule reads the selection's device alone, and that will be q's
+        tile = config.query_tile_size
+        return rule(BlockSparseCall(q, k, v, selected, None, config.block_size, mask, rest[0], rest[1], tile, None))
 
     core_rule.__wrapped__ = rule  # type: ignore[attr-defined]  # the index reads a rule's sentences from its source
     return core_rule

@@ -4,10 +4,11 @@ from torch import Tensor
 
 from kernel_index.core.dispatch import Backend
 from kernel_index.kernels.attention.dense_attention.api import attention, attention_with_lse
-from kernel_index.kernels.sparse.block_sparse_attention.contract import sizes_of
+from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.contract import Routed
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.scoring import pick_blocks
+from kernel_index.masks.attention_arguments import sizes_of
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.legal_blocks import TopBlocks, num_blocks
 from kernel_index.routing.union_selection_query_mask.api import union_selection
@@ -50,8 +51,8 @@ def run_sparse(
         picks, maps = pick_blocks(q, k, config, mask, sizes_of(q, k, mask)), None
     else:
         picks, maps = known.picks, known.maps
-    call = (picks.indices, picks.valid, config.block_size, mask, scale, softcap, config.query_tile_size, maps)
-    return core.run(q, k, v, *call)
+    tile = config.query_tile_size
+    return core.run(BlockSparseCall(q, k, v, *picks, config.block_size, mask, scale, softcap, tile, maps))
 
 
 def run_dense(

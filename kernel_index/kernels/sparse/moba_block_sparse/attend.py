@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend
+from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.router import route
 
@@ -22,4 +23,4 @@ def attend(
 ) -> Tensor:
     """``core`` was chosen before and is not chosen again: the receipt tells what ran.  A router has no gradient."""
     picks = route(q, k, block_size, topk, mask, groups)
-    return core.run(q, k, v, *picks, block_size, mask, scale, softcap, query_tile_size, None)[0]
+    return core.run(BlockSparseCall(q, k, v, *picks, block_size, mask, scale, softcap, query_tile_size, None))[0]

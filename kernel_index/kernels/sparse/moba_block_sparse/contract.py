@@ -10,6 +10,7 @@ from kernel_index.core import checks, native, rules
 from kernel_index.core.rules import inside_functorch
 from kernel_index.core.target import target_of
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode import contract as cached
+from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.moba_block_sparse.names import flash_runtime_why_not
 from kernel_index.kvcache.cache import CacheLayer
 from kernel_index.masks import attention_arguments as arguments
@@ -102,7 +103,7 @@ def core_why_not(rule: Callable[..., str | None], q: Tensor, k: Tensor, v: Tenso
     block_size, topk, mask, groups, scale, softcap, tile = call
     picks = min(topk, max(1, num_blocks(k.shape[1], block_size)))
     stand_in = torch.empty((), dtype=torch.int32, device=q.device).expand(*q.shape[:2], groups, picks)
-    return rule(q, k, v, stand_in, None, block_size, mask, scale, softcap, tile, None)
+    return rule(BlockSparseCall(q, k, v, stand_in, None, block_size, mask, scale, softcap, tile, None))
 
 
 def details(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[tuple[str, Any], ...]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.sparse.row_gather import contract
+from kernel_index.kernels.sparse.row_gather.contract import GIANT as GIANT
 from kernel_index.kernels.sparse.row_gather.reference import gather_reference
 from kernel_index.kernels.sparse.row_gather.torch_op import gather_eager, gather_triton
 

@@ -1,4 +1,4 @@
-"""Attention cut into rectangles that hold what the mask allows and little else; read on the host."""
+"""Rectangles of queries × keys that together hold every score that the mask allows; planned on the host."""
 
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ SMALL = 128 * 128
 """Neighbours are joined while their rectangle has at most this many scores: one call costs tens of microseconds."""
 
 
-class Piece(NamedTuple):
-    """Queries ``q`` of the rows ``batch`` against the keys ``k``; no other piece has the same query.
+class Rectangle(NamedTuple):
+    """Queries ``q`` of the rows ``batch`` against the keys ``k``; no other rectangle has the same query.
 
     ``kind``: ``full`` where every pair is allowed, ``causal`` for the lower triangle of a square, else ``masked``.
     """
@@ -34,34 +34,34 @@ class Bounds(NamedTuple):
     end: list[int]
 
 
-def pieces_of(mask: MaskContract, sizes: Sizes, *, whole: bool) -> tuple[Piece, ...]:
+def rectangles_of(mask: MaskContract, sizes: Sizes, *, whole: bool) -> tuple[Rectangle, ...]:
     """Pieces that hold every query with a key; queries without one are in none, or in a masked one.
 
     ``whole`` leaves a document that is one square triangle or rectangle uncut, for a kernel that takes it as such.
     """
 
-    def build() -> tuple[Piece, ...]:
+    def build() -> tuple[Rectangle, ...]:
         start, end = (bound.cpu() for bound in mask.row_intervals(sizes))
-        found: list[Piece] = []
+        found: list[Rectangle] = []
         for row in range(sizes.rows):
             rows = range(sizes.batch) if sizes.rows == 1 and not whole else [row]
             batch = slice(0, sizes.batch) if sizes.rows == 1 and whole else None
-            of_row = _row_pieces(start[row], end[row], whole)
+            of_row = _row_rectangles(start[row], end[row], whole)
             found += [p._replace(batch=batch or slice(b, b + 1)) for b in rows for p in of_row]
         return tuple(found)
 
-    return mask.remember("pieces_whole" if whole else "pieces", sizes, build)
+    return mask.remember("pieces_whole" if whole else "rectangles", sizes, build)
 
 
-def _row_pieces(start: Tensor, end: Tensor, whole: bool) -> list[Piece]:
+def _row_rectangles(start: Tensor, end: Tensor, whole: bool) -> list[Rectangle]:
     bounds = Bounds(start.tolist(), end.tolist())
-    found: list[Piece] = []
+    found: list[Rectangle] = []
     for q0, q1 in _runs(start, end):
-        piece = _piece(bounds, q0, q1)
-        if whole and piece.kind != "masked":
-            parts = [piece]
+        rectangle = _rectangle(bounds, q0, q1)
+        if whole and rectangle.kind != "masked":
+            parts = [rectangle]
         else:
-            parts = [_piece(bounds, t, min(t + QUERIES, q1)) for t in range(q0, q1, QUERIES)]
+            parts = [_rectangle(bounds, t, min(t + QUERIES, q1)) for t in range(q0, q1, QUERIES)]
         for part in parts:
             joined = _joined(found[-1], part) if found else None
             if joined is None:
@@ -72,7 +72,7 @@ def _row_pieces(start: Tensor, end: Tensor, whole: bool) -> list[Piece]:
 
 
 def _runs(start: Tensor, end: Tensor) -> list[tuple[int, int]]:
-    """Maximal runs of queries that have keys, cut where a query shares none with the one before: between documents."""
+    """Maximal runs of queries that have keys; a new run begins where a query shares no key with the one before."""
     if start.shape[0] == 0:
         return []
     some = end > start
@@ -83,7 +83,7 @@ def _runs(start: Tensor, end: Tensor) -> list[tuple[int, int]]:
     return [(q0, q1) for q0, q1, kept in zip(first.tolist(), stops, some[first].tolist(), strict=True) if kept]
 
 
-def _piece(bounds: Bounds, q0: int, q1: int) -> Piece:
+def _rectangle(bounds: Bounds, q0: int, q1: int) -> Rectangle:
     """Within a run an end moves by 0 or 1 from query to query, so its first and last value tell all of it."""
     start, end = bounds
     k0, k1, n = start[q0], end[q1 - 1], q1 - q0
@@ -93,17 +93,17 @@ def _piece(bounds: Bounds, q0: int, q1: int) -> Piece:
             kind = "full"
         elif end[q0] == k0 + 1 and k1 == k0 + n:
             kind = "causal"
-    return Piece(slice(0), slice(q0, q1), slice(k0, k1), kind)
+    return Rectangle(slice(0), slice(q0, q1), slice(k0, k1), kind)
 
 
-def _joined(a: Piece, b: Piece) -> Piece | None:
+def _joined(a: Rectangle, b: Rectangle) -> Rectangle | None:
     q, k = slice(a.q.start, b.q.stop), slice(a.k.start, b.k.stop)
-    return Piece(slice(0), q, k, "masked") if (q.stop - q.start) * (k.stop - k.start) <= SMALL else None
+    return Rectangle(slice(0), q, k, "masked") if (q.stop - q.start) * (k.stop - k.start) <= SMALL else None
 
 
-def allowed_within(bounds: Intervals, piece: Piece) -> Tensor:
-    """Bool [rows, queries, keys] for a piece."""
-    rows = slice(None) if bounds.start.shape[0] == 1 else piece.batch
-    key = torch.arange(piece.k.start, piece.k.stop, dtype=torch.int32, device=bounds.start.device)
-    start, end = (bound[rows, piece.q, None] for bound in bounds)
+def allowed_within(bounds: Intervals, rectangle: Rectangle) -> Tensor:
+    """Bool [rows, queries, keys] for a rectangle."""
+    rows = slice(None) if bounds.start.shape[0] == 1 else rectangle.batch
+    key = torch.arange(rectangle.k.start, rectangle.k.stop, dtype=torch.int32, device=bounds.start.device)
+    start, end = (bound[rows, rectangle.q, None] for bound in bounds)
     return (key >= start) & (key < end)

@@ -1,4 +1,4 @@
-"""A selection turned round: for each key block the queries that picked it, cut into tiles; read on the host."""
+"""Inverts a selection: per key block, the queries that selected it, split into fixed-size tiles (synchronises)."""
 
 from typing import NamedTuple
 
@@ -12,14 +12,14 @@ ROWS = 256
 """Rows of a tile, a row being one head of one query: enough to fill a matrix product with one block of keys."""
 
 
-class Tiles(NamedTuple):
-    """Tiles of up to P picks of one key block each.
+class InverseTiles(NamedTuple):
+    """Tiles of up to P queries that selected the same key block.
 
-    ``rows`` int64 [tiles, P]: ``(b·T + t)·G + g`` of each pick.  ``kept`` (bool, the same shape) is False at
-    places that a tile does not fill, which show its first pick, and where a query picks a block again.
-    ``block`` int64 [tiles]: ``(b·K + key head)·blocks + j``.
-    The first ``opening`` tiles hold each query's last block and every block that the token mask cuts: ``low`` and
-    ``high`` int32 [opening, P] say which of its keys are allowed.  The keys of all other tiles are allowed to everyone.
+    ``rows`` int64 [tiles, P]: ``(b·T + t)·G + g`` of each entry.  ``kept`` (bool, the same shape) is False for entries
+    beyond a tile's last one, which repeat its first, and where a query selects a block again.
+    ``block`` int64 [tiles]: ``(b·K + KV head)·blocks + j``.
+    The first ``opening`` tiles hold each query's last block and every block of which the token mask forbids a part:
+    ``low`` and ``high`` int32 [opening, P] bound its allowed keys.  In all other tiles every key is allowed.
     """
 
     rows: Tensor
@@ -30,11 +30,11 @@ class Tiles(NamedTuple):
     high: Tensor
 
 
-def tiles_of(
+def inverse_tiles(
     selected: Tensor, selected_valid: Tensor | None, bounds: Intervals, sizes: Sizes, heads: tuple[int, int], size: int
-) -> Tiles:
-    """Tiles of a selection [B, T, G, n]; ``heads`` are the key heads and the query heads, ``size`` the block's."""
-    batch, queries, groups, picks = selected.shape
+) -> InverseTiles:
+    """Tiles of a selection [B, T, G, n]; ``heads`` are the KV heads and the query heads, ``size`` the block's."""
+    batch, queries, groups, count = selected.shape
     kv_heads, query_heads = heads
     blocks = num_blocks(sizes.keys, size)
     per_tile = max(1, ROWS * groups // query_heads)
@@ -45,12 +45,12 @@ def tiles_of(
     if selected_valid is not None:
         legal &= selected_valid
     reached = torch.where(legal, selected, -1)
-    last = reached.amax(-1, keepdim=True) if picks else reached
+    last = reached.amax(-1, keepdim=True) if count else reached
     whole = (begin >= start) & (stop <= end) & (reached != last)
     lists = batch * groups * blocks
     device = selected.device
-    place = torch.arange(batch * groups, device=device).view(batch, groups)[:, None, :, None] * blocks
-    listed = torch.where(legal, place + selected + whole * lists, 2 * lists)
+    first_list = torch.arange(batch * groups, device=device).view(batch, groups)[:, None, :, None] * blocks
+    listed = torch.where(legal, first_list + selected + whole * lists, 2 * lists)
     which, origin = torch.sort(listed.flatten(), stable=True)
     lengths = torch.bincount(which, minlength=2 * lists + 1)[: 2 * lists]
     begins = lengths.cumsum(0) - lengths
@@ -60,8 +60,8 @@ def tiles_of(
     at = (begins[owner] + nth * per_tile)[:, None] + torch.arange(per_tile, device=device)
     kept = at < (begins + lengths)[owner][:, None]
     at = torch.where(kept, at, at[:, :1])
-    query = origin // max(1, picks)
-    again = torch.zeros_like(which, dtype=torch.bool)  # sorting is stable: what is picked twice stands side by side
+    query = origin // max(1, count)
+    again = torch.zeros_like(which, dtype=torch.bool)  # the sort is stable: duplicates are neighbours
     again[1:] = (which[1:] == which[:-1]) & (query[1:] == query[:-1])
     rows, kept = query[at], kept & ~again[at]
     opening = int(tiles[:lists].sum())
@@ -72,4 +72,4 @@ def tiles_of(
     token = rows[:opening] // groups
     token = token if bounds.start.shape[0] == batch else token % max(1, queries)
     low, high = (bound.flatten()[token] - first for bound in bounds)
-    return Tiles(rows, kept, block, opening, low.to(torch.int32), high.to(torch.int32))
+    return InverseTiles(rows, kept, block, opening, low.to(torch.int32), high.to(torch.int32))
