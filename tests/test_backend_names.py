@@ -1,4 +1,4 @@
-"""The ``Literal`` type of a ``backend`` parameter names the backends of the op's table, in its order."""
+"""The ``Literal`` type of a ``backend`` parameter names every backend of the op's table."""
 
 import inspect
 import typing
@@ -18,5 +18,5 @@ TYPED = [pytest.param(s, id=s.op) for s in suites() if names(s.function)]
 
 
 @pytest.mark.parametrize("suite", TYPED)
-def test_the_type_is_auto_and_the_table(suite):
-    assert names(suite.function) == ("auto", *(b.name for b in suite.backends))
+def test_the_type_names_the_table(suite):
+    assert {"auto", *(b.name for b in suite.backends)} <= set(names(suite.function))
