@@ -113,7 +113,7 @@ def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
 def _all_losses(hidden, weight, targets, bias, *options):
     chunks = _Chunks(*options)
     weight, bias = weight[: chunks.vocab], None if bias is None else bias[: chunks.vocab]
-    losses = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+    losses = _allocate_losses(hidden)
     chunk = rows_per_chunk(hidden, chunks.vocab, chunks.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
@@ -128,7 +128,8 @@ def _gradients(hidden, weight, targets, bias, rows, factor, needs, *options):
     vocab = chunks.vocab
     if hidden.dtype != torch.float16:  # a token's part of a mean would underflow there: the sums get the factor
         rows, factor = rows * factor, None
-    losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
+    losses = _allocate_losses(hidden)
+    d_hidden, d_weight, d_bias = empty_gradients(hidden, weight, needs)
     exact = _loss_dtype(hidden)
     if chunks.group:  # the sum over all classes is rounded only when it is complete
         d_hidden = d_hidden.to(exact)
@@ -172,29 +173,29 @@ def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
             total[at] += torch.mm(z[:, at].T, hidden)
 
 
-def _allocate(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden, weight and bias; one that is not wanted is empty: an op's outputs have a fixed number."""
     nothing = (0,)
     return (
-        hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)),
         hidden.new_empty(hidden.shape if needs[0] else nothing),
         weight.new_empty(weight.shape if needs[1] else nothing),
         weight.new_empty((weight.shape[0],) if needs[2] else nothing),
     )
 
 
-def _fake_losses(hidden, *_):
+def _allocate_losses(hidden, *_):
     return hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
 
 
 def _fake_gradients(hidden, weight, targets, bias, rows, factor, needs, *_):
-    return _allocate(hidden, weight, needs)
+    return _allocate_losses(hidden), *empty_gradients(hidden, weight, needs)
 
 
 _EVERYWHERE = ("CompositeExplicitAutograd",)
 _losses_op = ops.register(
     f"linear_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
     _all_losses,
-    _fake_losses,
+    _allocate_losses,
     _EVERYWHERE,
 )
 _gradients_op = ops.register(

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernel_index.core import ops
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Call, rows_per_chunk
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
+    empty_gradients,
     logits_of,
     refuse_create_graph,
     shaped,
@@ -34,36 +35,43 @@ def classes_per_slice(hidden: Tensor, vocab: int, chunk_size: int = 0) -> int:
     return max(1, min(vocab, most // ALIGNED * ALIGNED or most))
 
 
-def _allocate_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size):
+class _Slices(NamedTuple):
+    """What is the same for every slice of a call: the constants of both ops, as ``_OPTIONS`` lists them."""
+
+    softcap: float
+    scale: float
+    smoothing: float
+    z_loss: float
+    vocab: int
+    chunk_size: int
+
+    @property
+    def terms(self) -> tuple[float, float, float, float]:
+        """The constants of the loss's formula."""
+        return self.softcap, self.scale, self.smoothing, self.z_loss
+
+
+def _allocate_losses(hidden, *_):
     return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
 
 
-def _losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size):
+def _losses(hidden, weight, targets, bias, *constants):
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
 
-    constants = softcap, scale, smoothing, z_loss
-    outputs = _allocate_losses(hidden, weight, targets, bias, *constants, vocab, chunk_size)
-    weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
-    chunk = rows_per_chunk(hidden, vocab, chunk_size)
+    slices = _Slices(*constants)
+    outputs = _allocate_losses(hidden)
+    weight, bias = weight[: slices.vocab], None if bias is None else bias[: slices.vocab]
+    chunk = rows_per_chunk(hidden, slices.vocab, slices.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = logits_of(hidden[at], weight, bias)
-        triton.losses(z, targets[at], tuple(x[at] for x in outputs), constants)
+        triton.losses(z, targets[at], tuple(x[at] for x in outputs), slices.terms)
         del z  # before the next chunk is allocated
     return outputs
 
 
-def _allocate_gradients(hidden, weight, needs):
-    nothing = (0,)
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else nothing),
-        weight.new_empty(weight.shape if needs[1] else nothing),
-        weight.new_empty((weight.shape[0],) if needs[2] else nothing),
-    )
-
-
 def _fake_gradients(hidden, weight, targets, bias, rows, factor, lse, missing, needs, *_):
-    return _allocate_gradients(hidden, weight, needs)
+    return empty_gradients(hidden, weight, needs)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -76,47 +84,33 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _gradients(
-    hidden,
-    weight,
-    targets,
-    bias,
-    rows,
-    factor,
-    lse,
-    missing,
-    needs,
-    softcap,
-    scale,
-    smoothing,
-    z_loss,
-    vocab,
-    chunk_size,
-):
+def _gradients(hidden, weight, targets, bias, rows, factor, lse, missing, needs, *constants):
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
 
+    slices = _Slices(*constants)
+    vocab = slices.vocab
     late = hidden.dtype == torch.float16  # a token's part of a mean would underflow: the sums get the factor
     rows = rows if late else rows * factor
-    _, d_weight, d_bias = _allocate_gradients(hidden, weight, [False, *needs[1:]])
+    _, d_weight, d_bias = empty_gradients(hidden, weight, [False, *needs[1:]])
     for d in (d_weight, d_bias):
         d[vocab:] = 0  # padding
     sums = hidden.new_zeros(hidden.shape if needs[0] else (0,), dtype=torch.float32)
-    step = classes_per_slice(hidden, vocab, chunk_size)
+    step = classes_per_slice(hidden, vocab, slices.chunk_size)
     for first in range(0, vocab, step):
         at = slice(first, min(first + step, vocab))
         z = logits_of(hidden, weight[at], None if bias is None else bias[at])
-        triton.gradient(z, targets, rows, lse, missing, first, vocab, (softcap, scale, smoothing, z_loss))
+        triton.gradient(z, targets, rows, lse, missing, first, vocab, slices.terms)
         if needs[0]:
             _add_product(sums, z, weight[at])
         if needs[1] and late:
-            own = torch.zeros_like(d_weight[at], dtype=torch.float32)
-            _add_product(own, z.T, hidden)
-            d_weight[at] = own * factor
+            total = torch.zeros_like(d_weight[at], dtype=torch.float32)
+            _add_product(total, z.T, hidden)
+            d_weight[at] = total * factor
         elif needs[1]:
             torch.mm(z.T, hidden, out=d_weight[at])
         if needs[2]:
-            own = z.sum(0, dtype=torch.float32)
-            d_bias[at] = own * factor if late else own
+            total = z.sum(0, dtype=torch.float32)
+            d_bias[at] = total * factor if late else total
         del z  # before the next slice is allocated
     return (sums * factor if late else sums).to(hidden.dtype), d_weight, d_bias
 
@@ -137,17 +131,6 @@ _gradients_op = ops.register(
     _fake_gradients,
     _EVERYWHERE,
 )
-
-
-class _Slices(NamedTuple):
-    """What is the same for every slice of a call: the constants of both ops, as ``_OPTIONS`` lists them."""
-
-    softcap: float
-    scale: float
-    smoothing: float
-    z_loss: float
-    vocab: int
-    chunk_size: int
 
 
 class _Sliced(torch.autograd.Function):
