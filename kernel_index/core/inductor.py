@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from kernel_index.core.locks import ThreadLock
-from kernel_index.core.rules import INSIDE_FUNCTORCH, NEEDS_PLAIN, PLAIN, inside_functorch, opaque_why_not
+from kernel_index.core.rules import opaque_why_not, plain_why_not
 from kernel_index.core.target import has_cxx_compiler
 
 logger = logging.getLogger("kernel_index")
 
 MIN_ELEMENTS = 1 << 16
 """Below this many elements ``auto`` compiles no region: a call is then bound by overhead, not by memory."""
+
+TOO_SMALL = "too small for a compiled region to pay"
 
 
 def why_not(*tensors: Any) -> str | None:
@@ -41,7 +43,7 @@ def why_not(*tensors: Any) -> str | None:
 
 def not_worth(x: Tensor, *_: Any) -> str | None:
     """The size below which ``auto`` does not pick a compiled region."""
-    return "too small for a compiled region to pay" if x.numel() < MIN_ELEMENTS else None
+    return TOO_SMALL if x.numel() < MIN_ELEMENTS else None
 
 
 @functools.cache  # Dynamo, too, reads these once, when it is imported
@@ -54,13 +56,7 @@ def why_not_or_traced(*tensors: Any) -> str | None:
 
     While that traces, on any device, each region is inlined into the caller's graph: see ``Region.__call__``.
     """
-    if not torch.compiler.is_compiling():
-        return why_not(*tensors)
-    if inside_functorch():
-        return INSIDE_FUNCTORCH
-    if any(isinstance(t, Tensor) and type(t) not in PLAIN for t in tensors):
-        return NEEDS_PLAIN
-    return None
+    return plain_why_not(*tensors) if torch.compiler.is_compiling() else why_not(*tensors)
 
 
 def not_worth_or_traced(x: Tensor, *_: Any) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, agree, draw, replace_forward
+from kernel_index.kernels.attention.fused_rope_qk.api import RopeBackend
 
 KIND = "rope"
 PREFIX = "apply_rotary_pos_emb"
@@ -91,7 +92,9 @@ def _behaves(function: Callable[..., Any], paired: bool, rotated: int) -> bool:
     return all(agree(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backend: RopeBackend
+) -> tuple[Tensor, Tensor]:
     """q and k are [B, heads, T, D]; cos and sin [1 or B, T, R], both halves alike."""
     half = cos.shape[-1] // 2
     if paired:  # the model's function takes neighbouring pairs and returns halves
