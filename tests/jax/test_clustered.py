@@ -83,7 +83,9 @@ def test_pallas_is_right_forward_and_backward():
     def attend(q, k, v):
         from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 
-        return block_sparse_attention(q, k, v, selected, block_size=8, mask=PACKED, softcap=3.0, backend="reference").out
+        return block_sparse_attention(
+            q, k, v, selected, block_size=8, mask=PACKED, softcap=3.0, backend="reference"
+        ).out
 
     truth = with_gradients(attend, [q, k, v], upstream, torch.float64)
     plain = with_gradients(attend, [q, k, v], upstream)
