@@ -67,6 +67,7 @@ def interval_of(
     ``low`` and ``high`` bound the keys of the query's own segment and valid prefix; both grow with the query's
     position, the window moves with it, and an empty interval stands at ``end``: so both results are non-decreasing.
     """
+    # The same formula for JAX arrays is MaskContract.bounds_of in jax/mask.py; tests/jax/test_mask.py compares the two.
     left, right = reach
     keys = sizes.keys
     position = (queries + sizes.offset)[None]  # of each query among the keys
