@@ -1,9 +1,9 @@
 """Device functions of the attention kernels: loads, products, scores, online softmax and its gradient, window tiles.
 
-Names in the kernels: ``x_ptr`` is a pointer that the host passes, ``x_b, x_t, x_h`` are its strides of batch, token and
-head, ``p_x`` is a pointer moved within the kernel.  ``o_x`` are offsets or indices, ``m_x`` masks, ``b_x`` blocks loaded
-from memory; what is computed has its formula's name.  The shape of a block stands beside it: BM rows (queries × heads)
-of a tile, BN keys, BLOCK_D and BLOCK_DV columns of keys and of values, N rows where either side may be meant.
+Names in all kernels: ``x_ptr`` is a pointer that the host passes and ``x_b, x_t, x_h`` its strides of batch, token and
+head; ``p_x`` is a pointer moved by the kernel, ``o_x`` an offset or index, ``m_x`` a mask, ``b_x`` a block loaded from
+memory; a computed value has its formula's name (z, p, alpha, dq).  A comment gives the shape of a block: BM rows
+(queries × heads) of a tile, BN keys, BLOCK_D and BLOCK_DV columns of keys and of values; N rows of either side.
 
 Scores ``z`` are q·k, or tanh(inner · q·k) with a softcap.  Logits are ``outer · z`` of base 2, since ``outer`` carries
 log2(e); so are exponentials, ``row_max`` and ``lse``.
@@ -73,7 +73,7 @@ def store_tile(
 
 @triton.jit
 def load_rows(p_base, o_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows [N, BLOCK_D] that begin ``o_n`` elements, 64 bits wide, after ``p_base``; zeros where ``m_n`` is false."""
+    """Rows [N, BLOCK_D] that begin ``o_n`` elements, of 64 bits, after ``p_base``; zeros where ``m_n`` is false."""
     o_d = tl.arange(0, BLOCK_D)
     m_rows = m_n[:, None] & (o_d < D)[None, :] if D < BLOCK_D else m_n[:, None]
     return tl.load(p_base + (o_n[:, None] + o_d[None, :]), mask=m_rows, other=0.0)
@@ -143,7 +143,7 @@ def weighted_values(p, b_v, UPCAST: tl.constexpr):
 
 @triton.jit
 def merge_states(acc, row_max, row_sum, b_acc, b_max, b_sum):
-    """Softmax states over two disjoint sets of keys, joined: ``acc`` [BM, BLOCK_DV], ``row_max`` and ``row_sum`` [BM]."""
+    """The softmax state over two disjoint sets of keys: ``acc`` [BM, BLOCK_DV], ``row_max`` and ``row_sum`` [BM]."""
     new_max = tl.maximum(row_max, b_max)
     shift = finite_max(new_max)
     alpha, beta = tl.exp2(row_max - shift), tl.exp2(b_max - shift)
@@ -152,7 +152,7 @@ def merge_states(acc, row_max, row_sum, b_acc, b_max, b_sum):
 
 @triton.jit
 def softmax_output(acc, row_max, row_sum, m_empty):
-    """The output [BM, BLOCK_DV] and ``lse`` [BM] of a state; 0 and −∞ for rows without keys, which ``m_empty`` marks."""
+    """The output [BM, BLOCK_DV] and ``lse`` [BM] of a state; 0 and −∞ where ``m_empty``: for rows without keys."""
     row_sum = tl.where(m_empty, 1.0, row_sum)
     return acc / row_sum[:, None], tl.where(m_empty, float("-inf"), row_max + tl.log2(row_sum))
 
@@ -177,9 +177,9 @@ def lse_of_grad(lse, m_some):
 
 @triton.jit
 def window_tiles(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """The tiles of ``STEP`` keys that ``BLOCK`` rows visit: from ``low`` on, ``left`` masked, ``full``, ``right`` masked.
+    """The tiles of STEP that BLOCK rows visit: from ``low`` on, ``left`` masked, ``full`` and ``right`` masked ones.
 
-    The full tiles are inside the window of every row.  Window bounds never decrease, so the first and the last row
+    Full tiles are inside the window of every row.  Window bounds never decrease, so the first and the last row
     decide.
     """
     last = tl.minimum(first + BLOCK, ROWS) - 1

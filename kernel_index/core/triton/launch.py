@@ -115,7 +115,7 @@ def attention_launch(
 
 
 def score_factors(scale: float, softcap: float) -> tuple[float, float]:
-    """``inner`` and ``outer``: logits of base 2 are ``outer · z``, where z is q·k, or tanh(inner · q·k) with a softcap."""
+    """``inner`` and ``outer``: logits of base 2 are outer · z, where z is q·k, or tanh(inner · q·k) with a softcap."""
     return (scale / softcap, softcap * LOG2E) if softcap > 0 else (0.0, scale * LOG2E)
 
 

@@ -15,7 +15,7 @@ from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting
 
 
 class Splits(NamedTuple):
-    """float32 states of all splits: ``acc`` [splits, pairs, rows, D], ``row_max`` and ``row_sum`` [splits, pairs, rows]."""
+    """float32 states: ``acc`` [splits, pairs, rows, D], ``row_max`` and ``row_sum`` [splits, pairs, rows]."""
 
     acc: Tensor
     row_max: Tensor
@@ -67,7 +67,7 @@ def allocate_splits(splits: int, pairs: int, rows: int, like: Tensor) -> Splits:
 
 
 def merge_splits(splits: Splits, out: Tensor, queries: int, kv_heads: int, group: int, block_rows: int) -> Tensor:
-    """Fill ``out`` [B, queries, kv_heads · group, D]; a pair is (b, KV head), its rows are (query, head of the group)."""
+    """Fill ``out`` [B, queries, kv_heads · group, D]; a pair is (b, KV head), a row is (query, head of the group)."""
     count, pairs, rows, width = splits.acc.shape
     _merge_splits_kernel[(pairs, ceil_div(rows, block_rows))](
         *splits, out, rows, queries, kv_heads, count, pairs * rows,

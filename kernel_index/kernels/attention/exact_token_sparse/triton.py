@@ -160,10 +160,10 @@ def _keys_kernel(
 
 
 def pick_config(width: int, element_bytes: int) -> Config:
-    """(query, head) rows that the kernel of one key reads at once, tokens that those of one query do, from the head size.
+    """``tile``: rows that the kernel of one key reads at once; ``step``: tokens that the kernels of one query do.
 
-    Not tuned on a device.  Compiled ahead of time for sm_90 and sm_100 it spills no register, but for dQ in float32
-    above a head size of 128.
+    Depends on the larger head size alone; not tuned on a device.  Compiled ahead of time for sm_90 and sm_100 it spills
+    no register, but for dQ in float32 above a head size of 128.
     """
     if interpreting():
         return INTERPRETED_CONFIG

@@ -1,4 +1,4 @@
-"""Decoding over selected blocks: a query's blocks are split among programs, then the splits are merged in a fixed order.
+"""Decoding over selected blocks: programs take splits of a query's blocks, which are then merged in a fixed order.
 
 The query heads that share a selection are the rows of a program's tile, and only its blocks are read, through the page
 table where there is one.  Names and units are those of ``core/triton/attention.py``.
