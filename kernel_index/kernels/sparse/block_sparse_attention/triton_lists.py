@@ -104,10 +104,8 @@ def _merge_kernel(
     m_m = token < T
     o_partial = (o_launch.to(tl.int64) * T + token) * N
     o_n = tl.arange(0, BLOCK_N)
-    m_n = m_m[:, None] & (o_n < N)[None, :]
-    b_lses = tl.load(
-        partial_lse_ptr + o_partial[:, None] + o_n[None, :], mask=m_n, other=float("-inf")
-    )  # [ROWS, BLOCK_N]
+    m_n = m_m[:, None] & (o_n < N)[None, :]  # [ROWS, BLOCK_N]
+    b_lses = tl.load(partial_lse_ptr + o_partial[:, None] + o_n[None, :], mask=m_n, other=float("-inf"))
     row_max = tl.max(b_lses, 1)  # [ROWS]
     shift = finite_max(row_max)
     row_sum = tl.sum(tl.exp2(b_lses - shift[:, None]), 1)
