@@ -32,7 +32,7 @@ from kernel_index.kernels.sparse.moba_block_sparse.api import (
     moba_route,
     resolve_block_sparse_backend,
 )
-from kernel_index.kernels.sparse.moba_block_sparse.names import BlockSparseBackend
+from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import BlockSparseBackend
 from kernel_index.kernels.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
 from kernel_index.kernels.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,

@@ -1,8 +1,8 @@
 """Which key blocks a query may be routed to, the mean key of a block, and the selection of the best blocks.
 
 Every router of the family uses these functions, so that all of them agree on what is legal, on the mean of a block, and
-on ties.  Block j holds the keys ``[j·block_size, (j + 1)·block_size)``; the last one may be shorter.  All of it is without
-gradient, and nothing waits for a device.
+on ties.  Block j holds the keys ``[j·block_size, (j + 1)·block_size)``; the last one may be shorter.  Nothing here has
+a gradient, and nothing waits for a device.
 """
 
 from typing import NamedTuple

@@ -58,8 +58,9 @@ def hierarchical_block_select(
         final_topk: blocks for each query, the forced ones counted.
         mask: who may attend to whom; causal.
         block_size: tokens of a block.
-        forced: blocks that are selected whatever their score, of ``"current"`` (it holds the query), ``"sink"`` (the first
-            legal one) and ``"local"`` (the one before the current).  Without ``"current"`` only past blocks are selected.
+        forced: blocks that are selected whatever their score, of ``"current"`` (it holds the query), ``"sink"`` (the
+            first legal one) and ``"local"`` (the one before the current).  Without ``"current"`` only past blocks are
+            selected.
         kv_len: S, the number of keys.  By default that of the mask's documents, else T where T tokens make that many
             blocks, else ``blocks · block_size``.
         recall: compare with the exhaustive selection, which costs that selection and waits for the device.

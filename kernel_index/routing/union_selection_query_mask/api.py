@@ -7,12 +7,12 @@ from torch import Tensor
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.routing.membership import membership
 from kernel_index.routing.union_selection_query_mask import contract
+from kernel_index.routing.union_selection_query_mask.contract import UnionMode
 from kernel_index.routing.union_selection_query_mask.eager import union_eager
 from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
 from kernel_index.routing.union_selection_query_mask.reference import union_reference
 
 UnionBackend = Literal["auto", "eager", "reference"]
-UnionMode = Literal["auto", "bitmap", "sort"]
 
 BACKENDS = (
     Backend("eager", always, union_eager, details=contract.details),

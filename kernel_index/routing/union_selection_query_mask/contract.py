@@ -1,6 +1,6 @@
 """Argument checks of ``union_selection``, by value where the selection is on the host."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from kernel_index.core import checks
 from kernel_index.core.rules import host_readable
 
+UnionMode = Literal["auto", "bitmap", "sort"]
 MODES = ("auto", "bitmap", "sort")
 
 SORTED_ABOVE = 16
