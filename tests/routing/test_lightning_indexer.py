@@ -109,7 +109,7 @@ def test_a_recorded_selection_is_replayed():
 
 def test_the_loss_is_the_divergence_from_what_attention_does(monkeypatch):
     """Against the formula over all keys, gradient included; the attention's own tensors get none."""
-    from kernel_index.kernels.attention.exact_token_sparse import loss as module
+    from kernel_index.routing.lightning_indexer import loss as module
 
     monkeypatch.setattr(module, "ELEMENTS", 2 * 4 * 2 * 8 * 7)  # chunks of 7 queries
     generator = torch.Generator().manual_seed(5)

@@ -20,7 +20,8 @@ ONE_THREAD = 1 << 20
 def native_topk(q: Tensor, k: Tensor, weights: Tensor, start: Tensor, end: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Indices int64 and scores float32 [B, T, topk], best first; ``start`` and ``end`` int32 [B or 1, T]."""
     (batch, queries, heads, width), keys = q.shape, k.shape[1]
-    q, k, weights = (x.to(torch.float32).contiguous() for x in (q, k, weights))
+    # A trace that has been compiled may be run on views with the negative bit.
+    q, k, weights = (x.resolve_neg().to(torch.float32).contiguous() for x in (q, k, weights))
     start, end = start.contiguous(), end.contiguous()
     indices, scores = (
         q.new_empty(batch, queries, topk, dtype=torch.int64),
