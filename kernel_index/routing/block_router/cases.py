@@ -53,10 +53,14 @@ def past_scores(selection: TopBlocks, scores: Tensor, current: Tensor, topk: int
     return found.sort(-1, descending=True).values.contiguous(), is_current.any(-1).to(torch.float32)
 
 
+ARGUMENTS = ("q", "k", "block_size", "topk", "groups")
+
+
 def outcome(*, backend: Any = "auto", **kwargs: Any) -> tuple[Tensor, Tensor]:
     """What can be compared where selections may differ by rounding."""
     selection = block_router(**kwargs, backend=backend)
-    routed = RouterCall(**({"mask": MaskContract()} | kwargs))
+    mask, (q, k, size, topk, groups) = kwargs.get("mask", MaskContract()), (kwargs[n] for n in ARGUMENTS)
+    routed = RouterCall(q, k, size, topk, mask, groups)
     means, legal = means_and_legal(routed)
     return past_scores(selection, block_scores(routed.q, means, routed.groups), legal.current, routed.topk)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, native, rules
 from kernel_index.core.target import target_of
+from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
@@ -21,9 +22,13 @@ class IndexerCall(NamedTuple):
     mask: MaskContract
     replay: TokenSelection | None
 
+    @property
+    def sizes(self) -> Sizes:
+        return self.mask.sizes(self.q.shape[0], self.q.shape[1], self.k.shape[1], self.q.device)
+
     def intervals(self) -> tuple[Tensor, Tensor]:
         """The keys ``start ≤ s < end`` that each query may see, int32 [B or 1, T]."""
-        return self.mask.row_intervals(self.mask.sizes(*self.q.shape[:2], self.k.shape[1], self.q.device))
+        return self.mask.row_intervals(self.sizes)
 
 
 def check(q: Any, k: Any, weights: Any, topk: Any, mask: Any, replay: Any) -> IndexerCall:

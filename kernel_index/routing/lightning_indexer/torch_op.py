@@ -67,8 +67,7 @@ def lightning_indexer_chunked(call: IndexerCall) -> TokenSelection:
     if call.replay is not None:
         return _selection(call, replayed(call.replay, start, end), None)
     left, right = (-1 if side is None else side for side in call.mask.reach)
-    offset = call.mask.sizes(*call.q.shape[:2], call.k.shape[1], call.q.device).offset
-    indices, scores = _topk_op(*_detached(call), start, end, call.topk, offset, left, right)
+    indices, scores = _topk_op(*_detached(call), start, end, call.topk, call.sizes.offset, left, right)
     return _selection(call, indices, scores if call.q.dtype != torch.float64 else None)  # they are float32
 
 
@@ -78,6 +77,6 @@ def _detached(call: IndexerCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def _selection(call: IndexerCall, indices: Tensor, scores: Tensor | None) -> TokenSelection:
     """``scores`` are those of the indices where they are known already."""
-    if scores is None or wants_gradient(call.q, call.k, call.weights):
-        scores = _Scores.apply(call.q, call.k, call.weights, indices, scores)
-    return TokenSelection(indices, indices >= 0, scores)
+    if scores is not None and not wants_gradient(call.q, call.k, call.weights):
+        return TokenSelection(indices, indices >= 0, scores)
+    return TokenSelection(indices, indices >= 0, _Scores.apply(call.q, call.k, call.weights, indices, scores))

@@ -26,7 +26,7 @@ def join(choice: Choice, call: ClusteredCall, router: Choice) -> Joined:
     """Route and join before attention is decided on; waits for the device."""
     config, blocks = call.config, num_blocks(call.k.shape[1], call.config.block_size)
     selected = router.run_inside(call.routing)
-    union_call = UnionCall(*selected, config.query_tile_size, blocks, config.union_mode)
+    union_call = UnionCall(selected.indices, selected.valid, config.query_tile_size, blocks, config.union_mode)
     union = choice.choose("union_selection", UNIONS, union_call)
     maps = union.run_inside(union_call)
     unions = maps.telemetry(blocks)
@@ -41,7 +41,7 @@ def run_sparse(core: Backend, call: ClusteredCall, router: Choice, joined: Joine
         selected, maps = router.run_inside(call.routing), None
     else:
         selected, maps = joined.selected, joined.maps
-    return core.run(call.on_core(*selected, maps))
+    return core.run(call.on_core(selected.indices, selected.valid, maps))
 
 
 def run_dense(dense: Backend, call: ClusteredCall) -> tuple[Tensor, Tensor | None]:

@@ -9,4 +9,4 @@ from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaCall
 def attend(core: Backend, call: MobaCall, router: Choice) -> Tensor:
     """``core`` and ``router`` were chosen before: nothing is chosen here.  A router has no gradient."""
     selected = router.run_inside(call.routing)
-    return core.run(call.on_core(*selected))[0]
+    return core.run(call.on_core(selected.indices, selected.valid))[0]
