@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
+from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.scoring_chunks import chunks_of
