@@ -120,19 +120,31 @@ def resumed(blocks: Blocks) -> Iterator[None]:
         torch._C._stash_obj_in_tls(_KEY, before[1])
 
 
-def forced_for(op: str) -> tuple[str, str] | None:
-    """(backend, what says so) for an op, or None."""
+def forced_for(op: str, *, inside: bool = False) -> tuple[str, str] | None:
+    """(backend, what says so) for an op, or None.
+
+    ``inside``: the op is a part of another call, such as its router.  What forces every op then speaks of that other
+    call, and of the part only where it asks for the reference.
+    """
+    found, by_name = _forced_for(op)
+    if found is None or (inside and not by_name and found[0] != "reference"):
+        return None
+    return found
+
+
+def _forced_for(op: str) -> tuple[tuple[str, str] | None, bool]:
+    """The same, and whether the op was named."""
     if torch.compiler.is_compiling():
         for ops, backend in reversed(_THREAD.forced):
             if not ops or op in ops:
-                return backend, BY_FORCE
+                return (backend, BY_FORCE), op in ops
     else:
         blocks = forced_here()
         _keep_for_recomputation(blocks)
         for block in reversed(blocks):
             if not block.ops or op in block.ops:
-                return block.backend, BY_FORCE
-    return _FORCED.get(op) or _FORCED.get("")
+                return (block.backend, BY_FORCE), op in block.ops
+    return _FORCED.get(op) or _FORCED.get(""), op in _FORCED
 
 
 def _checkpoint_frame() -> Any:

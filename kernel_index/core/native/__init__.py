@@ -33,7 +33,7 @@ def why_not(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return NEEDS_PLAIN
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():
             return NEGATED
     if torch.autograd.forward_ad._current_level >= 0:
         return "inside forward-mode differentiation: it would lose the tangents"
@@ -70,6 +70,9 @@ def rows_threads(x: Tensor) -> int:
 
 def _has_vectors() -> bool:
     return _machine_has_vectors() and torch._C._get_mkldnn_enabled()
+
+
+_has_vectors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
 
 
 @functools.cache

@@ -7,18 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks
-
-
-def readable(value: Tensor) -> bool:
-    """Whether the values can be looked at without waiting for a device and without breaking a trace."""
-    return (
-        not torch.compiler.is_compiling()
-        and value.device.type == "cpu"
-        and type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-        and torch._C._len_torch_dispatch_stack() == 0  # FakeTensorMode and its like compute no values
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-    )
+from kernel_index.core import checks, rules
 
 
 def counts(name: str, value: Any) -> Tensor | None:
@@ -30,7 +19,7 @@ def counts(name: str, value: Any) -> Tensor | None:
     checks.is_integer_tensor(name, value)
     if value.ndim > 1:
         raise ValueError(f"{name} must be one count for each row, shape [B], got shape {tuple(value.shape)}")
-    if readable(value) and bool((value < 0).any()):
+    if rules.host_readable(value) and bool((value < 0).any()):
         raise ValueError(f"{name} must be at least 0, got {int(value.min())}")
     return value.reshape(-1).to(torch.int64)
 
@@ -57,7 +46,7 @@ def block_tokens(value: Any) -> int | None:
         return None
     if isinstance(value, Tensor):
         checks.is_integer_tensor(name, value)
-        if value.numel() != 1 or not readable(value):
+        if value.numel() != 1 or not rules.host_readable(value):
             raise ValueError(
                 f"{name} must be one integer on the host, got shape {tuple(value.shape)} on {value.device}"
             )

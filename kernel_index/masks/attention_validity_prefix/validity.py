@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks
+from kernel_index.core.rules import host_readable
 from kernel_index.masks.attention_validity_prefix import contract
 
 MODES = ("none", "token_prefix", "slot_prefix")
@@ -116,7 +117,7 @@ class AttentionValidity:
         tokens = self.token_counts(seq_len)
         if tokens is None:
             return True
-        return contract.readable(tokens) and bool((tokens == seq_len).all())
+        return host_readable(tokens) and bool((tokens == seq_len).all())
 
     def to(self, device: torch.device | str) -> "AttentionValidity":
         """The same counts on another device; itself if they are there already."""

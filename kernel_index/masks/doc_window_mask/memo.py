@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernel_index.core import rules
+
 
 def recall(
     kept: dict[str, tuple], name: str, key: tuple, sources: tuple[Tensor | None, ...], build: Callable[[], Any]
@@ -34,7 +36,7 @@ def recall(
 
 def _keepable(sources: tuple[Tensor | None, ...]) -> bool:
     """Not under FakeTensorMode, a functorch transform and the like: their tensors must not outlive them."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or rules.inside_functorch():
         return False
     return all(s is None or (type(s) is Tensor and (s.device.type == "cpu" or not s.is_inference())) for s in sources)
 
