@@ -20,6 +20,9 @@ from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOA
 from kernel_index.core.target import has_cxx_compiler
 
 DTYPES = (torch.float32, torch.bfloat16)
+HEADERS = ("common.h", "topk.h", "attention.h", "kv_cache.h")
+"""Stand before every source, in this order: a source needs no #include."""
+
 ROWS = Path(__file__).with_name("rows.cpp")
 """Kernels for few rows of three small ops, in one source: each source takes its first caller 10 s to compile."""
 
@@ -79,11 +82,12 @@ def _machine_has_vectors() -> bool:
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL:
-    """A source, compiled for this machine behind the common header and loaded."""
+    """The headers and a source, compiled for this machine and loaded."""
     announce(source.name)
     from torch._inductor.codecache import CppCodeCache
 
-    code = "".join(path.read_text() for path in (Path(__file__).with_name("common.h"), source))
+    headers = (Path(__file__).with_name(name) for name in HEADERS)
+    code = "".join(path.read_text() for path in (*headers, source))
     return CppCodeCache.load(code, extra_flags=("-w",))  # the warnings are those of PyTorch's headers
 
 
