@@ -32,8 +32,8 @@ struct Scoring {
   }
 };
 
-// The online softmax of a row.  Its weights are exp(score − row_max), row_sum is their sum, and the caller's accumulator
-// holds the weighted sum of the values.
+// The online softmax of a row.  Its weights are exp(score − row_max), row_sum is their sum, and the caller's
+// accumulator holds the weighted sum of the values.
 template <typename V>
 struct RowState {
   V row_max{-INF}, row_sum{0.f};
@@ -97,8 +97,8 @@ struct ScoreGrad {
 };
 
 // dz = p · (dp − delta) · slope, where dp = d_out·v, delta = Σ d_out · out − d_lse, and slope is d score / d z.
-// `masked` sets weights to 0.  p comes from row_max and inv_row_sum, since lse loses digits: at 50 its rounding error is
-// 2⁻¹⁹, and so would be that of every weight.
+// `masked` sets weights to 0.  p comes from row_max and inv_row_sum, since lse loses digits: at 50 its rounding error
+// is 2⁻¹⁹, and so would be that of every weight.
 template <typename T, typename Mask>
 inline ScoreGrad score_grad(Scoring scoring, Vec z, Vec dp, Vec row_max, Vec inv_row_sum, Vec delta, Mask masked) {
   Vec above = at::vec::fmsub(z, Vec(scoring.scale), row_max), slope(scoring.scale);

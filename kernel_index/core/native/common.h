@@ -33,11 +33,12 @@ struct Buffer {
 template <typename T>
 inline void product(int64_t M, int64_t N, int64_t R, const T* A, const T* B, float* C, bool add = false,
                     int64_t stride = 0, int64_t row = 0) {
-  at::native::cpublas::brgemm(M, N, R, stride ? stride : R, N, row ? row : N, add, A, B, C, std::is_same_v<T, BFloat16>);
+  at::native::cpublas::brgemm(M, N, R, stride ? stride : R, N, row ? row : N, add, A, B, C,
+                              std::is_same_v<T, BFloat16>);
 }
 
-// A thread that calls `product` holds one of these.  With AMX the first product of a shape configures the tile registers.
-// PyTorch takes them for configured until `brgemm_release`, but any other library may reset them in between.
+// A thread that calls `product` holds one of these.  With AMX the first product of a shape configures the tile
+// registers. PyTorch takes them for configured until `brgemm_release`, but any other library may reset them in between.
 struct MatrixUnits {
   MatrixUnits() = default;
   MatrixUnits(const MatrixUnits&) = delete;

@@ -65,7 +65,8 @@ struct SlotAttention {
   }
 
   void prefetch(const T* row) const {
-    for (int64_t d = 0; d < c.D * int64_t(sizeof(T)); d += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + d);
+    const char* bytes = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < c.D * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
   }
 
   // Attends to a split of n ≤ SPLIT slots, given by their offsets, for the rows [row, row + heads).
@@ -77,8 +78,10 @@ struct SlotAttention {
     }
     for (int64_t i = 0; i < heads; ++i) {
       float* row_z = &z[i * SPLIT];
-      if (c.scoring.softcap == 0) c.scoring.apply(row_z, round_up(n, LANES));
-      else for (int64_t x = 0; x < n; ++x) row_z[x] = c.scoring.score(row_z[x]);
+      if (c.scoring.softcap == 0)
+        c.scoring.apply(row_z, round_up(n, LANES));
+      else  // by elements: std::tanh
+        for (int64_t x = 0; x < n; ++x) row_z[x] = c.scoring.score(row_z[x]);
       std::fill(row_z + n, row_z + round_up(n, LANES), -INF);
       RowState<float>& state = to.states[(row + i) * to.splits + split];
       softmax_row<float>(state, row_z, row_z, round_up(n, LANES), 1.f);

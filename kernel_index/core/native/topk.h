@@ -4,9 +4,9 @@ namespace {
 // key = rank · 2³¹ + (2³¹ − 1 − index): a larger score has a larger key, among equal scores the smaller index has.
 // `rank` is the order of float32 as a signed integer; NaN of either sign ranks above +∞, and −0 and 0 are a tie.
 inline int64_t key_of(float score, int64_t index) {
+  const float plus = score + 0.f;  // −0 becomes 0
   int32_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  if (score == 0) bits = 0;
+  std::memcpy(&bits, &plus, sizeof bits);
   const int64_t rank = std::isnan(score) ? 0x7FFFFFFF : bits ^ ((bits >> 31) & 0x7FFFFFFF);
   return rank * (int64_t(1) << 31) + (0x7FFFFFFF - index);
 }
@@ -21,10 +21,13 @@ inline float score_of(int64_t key) {
   return score;
 }
 
-// The `kept` largest keys of a row whose scores arrive by ascending index.  Candidates are collected and cut down to the
-// best now and then, so that the cost of a score does not depend on `kept`.  Once there are enough, a score that is not
-// above the least kept one is skipped: an equal one has the larger index and loses.
+// The `kept` largest keys of a row whose scores arrive by ascending index.  A few are held in order.  Of many,
+// candidates are collected and cut down to the best now and then: insertion would move up to `kept` keys for each one.
+// Once there are enough, a score that is not above the least kept one is skipped: an equal one has the larger index and
+// loses.
 struct TopScores {
+  static constexpr int64_t FEW = 8;
+
   std::vector<int64_t> keys;
   int64_t kept = 0;
   float least = -INF;  // the smallest score kept, once `full`
@@ -38,8 +41,18 @@ struct TopScores {
   }
 
   void offer(float score, int64_t index) {
+    if (kept <= FEW) return insert(key_of(score, index));
     keys.push_back(key_of(score, index));
     if (int64_t(keys.size()) >= 2 * kept + 64) cut();
+  }
+
+  void insert(int64_t key) {
+    if (full || kept == 0) {
+      if (kept == 0 || key < keys.back()) return;
+      keys.pop_back();
+    }
+    keys.insert(std::upper_bound(keys.begin(), keys.end(), key, std::greater<>()), key);
+    if (int64_t(keys.size()) == kept) full = true, least = score_of(keys.back());
   }
 
   // Offers the scores z[low .. high), of the indices first + low …; z is readable in whole vectors.

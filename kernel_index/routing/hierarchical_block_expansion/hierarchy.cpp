@@ -1,5 +1,5 @@
-// Key blocks in two steps: every legal block is scored, the groups whose blocks have the best mean score are opened, and
-// the best blocks inside them are selected.
+// Key blocks in two steps: every legal block is scored, the groups whose blocks have the best mean score are opened,
+// and the best blocks inside them are selected.
 namespace {
 
 constexpr int64_t QUERIES = 64, BLOCKS = 64;  // of a tile of scores

@@ -25,7 +25,8 @@ void write(TopScores& best, int64_t topk, int64_t* indices, float* scores) {
 }
 
 void few_queries(const Index& c, const float* q, const float* k, const float* w, int64_t* indices, float* scores) {
-  const int64_t width = round_up(c.D, LANES), z_width = round_up(c.S, LANES), splits = (c.S + SPLIT_KEYS - 1) / SPLIT_KEYS;
+  const int64_t width = round_up(c.D, LANES), z_width = round_up(c.S, LANES);
+  const int64_t splits = (c.S + SPLIT_KEYS - 1) / SPLIT_KEYS;
   Buffer<float> z(c.B * c.T * z_width), query(c.B * c.T * c.J * width);  // [B, T, z_width], [B, T, J, width]
   for (int64_t i = 0; i < c.B * c.T * c.J; ++i) {
     std::fill_n(query.at(i * width), width, 0.f);
@@ -36,7 +37,8 @@ void few_queries(const Index& c, const float* q, const float* k, const float* w,
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < c.B * c.T * splits; ++unit) {
       const int64_t i = unit / splits, b = i / c.T, t = i % c.T, from = unit % splits * SPLIT_KEYS;
-      const int64_t low = std::max(from, c.bound(c.starts, b, t)), high = std::min(from + SPLIT_KEYS, c.bound(c.ends, b, t));
+      const int64_t low = std::max(from, c.bound(c.starts, b, t));
+      const int64_t high = std::min(from + SPLIT_KEYS, c.bound(c.ends, b, t));
       for (int64_t s = low; s < high; ++s) {
         float sum = 0;
         for (int64_t j = 0; j < c.J; ++j) {

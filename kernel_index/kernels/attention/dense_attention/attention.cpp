@@ -1,9 +1,9 @@
 // Attention under a mask of intervals: see native.py.
 //
-// Tiles of scores are transposed, [keys, QUERIES]: a vector is one key's scores of LANES queries.  Row maxima, row sums,
-// bounds and gradients are vectors too, nothing is reduced across lanes, and the five products of the backward pass take
-// their operands without another transposition.  `softmax_row` of attention.h reduces along a row and so cannot be used;
-// the row state and the score gradient are the same code with V = Vec.
+// Tiles of scores are transposed, [keys, QUERIES]: a vector is one key's scores of LANES queries.  Row maxima, row
+// sums, bounds and gradients are vectors too, nothing is reduced across lanes, and the five products of the backward
+// pass take their operands without another transposition.  `softmax_row` of attention.h reduces along a row and so
+// cannot be used; the row state and the score gradient are the same code with V = Vec.
 namespace {
 
 constexpr int64_t QUERIES = 64;  // of a tile
@@ -52,8 +52,8 @@ struct Span {
   int64_t size() const { return std::max<int64_t>(to - from, 0); }
 };
 
-// Blocks of keys or values x [B, S, K, W] as left operands [block, W], in place; a last block that is not whole is copied
-// and padded with zeros.
+// Blocks of keys or values x [B, S, K, W] as left operands [block, W], in place; a last block that is not whole is
+// copied and padded with zeros.
 template <typename T>
 struct BlockRows {
   const T* x;
@@ -94,7 +94,8 @@ void transpose_blocks(const T* x, T* into, const Call& c, int64_t W) {
   }
 }
 
-// A tile's rows of x [B, T, H, W] as right operands: `transposed` [W, QUERIES] and, where it is given, `rows` [QUERIES, W].
+// A tile's rows of x [B, T, H, W] as right operands: `transposed` [W, QUERIES] and, where it is given, `rows`
+// [QUERIES, W].
 template <typename T>
 void pack_rows(const T* x, const Call& c, const Tile& t, int64_t h, int64_t W, T* transposed, T* rows = nullptr) {
   for (int64_t r = 0; r < QUERIES; ++r) {
@@ -134,8 +135,8 @@ inline Vec masked(Vec x, const Tile& t, int64_t i, int64_t s, float value) {
   return Vec::blendv(x, Vec(value), hidden);
 }
 
-// The products z [keys, QUERIES] of a block become weights p, a right operand, and update the rows' states.  `alpha` holds
-// the rows' factors for the accumulator; returns whether any of them is not 1.
+// The products z [keys, QUERIES] of a block become weights p, a right operand, and update the rows' states.  `alpha`
+// holds the rows' factors for the accumulator; returns whether any of them is not 1.
 template <typename T>
 bool online_softmax(const Call& c, const Tile& t, const Span& span, float* z, T* p, float* row_max, float* row_sum,
                     float* alpha) {
@@ -278,7 +279,7 @@ void sum_splits(const Call& c, int64_t group, int64_t first, int64_t last, const
 }
 
 // Chunks of queries are dealt out to a fixed number of splits.  Each split accumulates d_k and d_v on its own, so that
-// results do not depend on the number of threads.  With a single split a thread reuses its accumulators for every KV head.
+// results do not depend on the number of threads.  With one split, a thread reuses its accumulators for every KV head.
 template <typename T>
 void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v, const float* row_maxes,
               const float* inv_row_sums, const float* deltas, T* d_q, T* d_k, T* d_v) {
@@ -316,7 +317,8 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
           const Tile& t = tiles.emplace_back(c, b, i);
           low = std::min(low, t.low), high = std::max(high, t.high);
           for (int64_t g = 0; g < c.heads(); ++g)
-            query_tiles[(tiles.size() - 1) * c.heads() + g].load(c, t, head + g, q, d_out, row_maxes, inv_row_sums, deltas);
+            query_tiles[(tiles.size() - 1) * c.heads() + g].load(c, t, head + g, q, d_out, row_maxes, inv_row_sums,
+                                                                 deltas);
         }
         for (int64_t j = low / block; j * block < high; ++j)
           for (int64_t i = 0; i < static_cast<int64_t>(tiles.size()) * c.heads(); ++i) {
@@ -325,7 +327,8 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
             const Span span(t, j, block);
             const int64_t n = span.size();
             if (n == 0) continue;
-            product(n, QUERIES, c.D, keys.at(group, j, span.from), x.q_transposed.at(0), z.at(0), false, keys.stride(j));
+            product(n, QUERIES, c.D, keys.at(group, j, span.from), x.q_transposed.at(0), z.at(0), false,
+                    keys.stride(j));
             product(n, QUERIES, c.Dv, values.at(group, j, span.from), x.d_out_transposed.at(0), dp.at(0), false,
                     values.stride(j));
             score_grads(c, t, x, span, z.at(0), dp.at(0), p.at(0), d_z.at(0), d_z_pairs.at(0));

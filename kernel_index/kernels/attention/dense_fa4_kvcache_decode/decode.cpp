@@ -33,6 +33,7 @@ void decode(const Step& c, int64_t left, int64_t right, const T* q, const T* k, 
       offsets.clear();
       for (int64_t s = std::max(begin, split * SPLIT); s < std::min(end, (split + 1) * SPLIT); ++s)
         offsets.push_back(c.offset(b, s, h));
+      if (offsets.empty()) continue;  // outside the window
       attention.load_queries(q + row * c.D);
       attention.attend(k_cache, v_cache, offsets.data(), offsets.size(), partials, row, split);
     }

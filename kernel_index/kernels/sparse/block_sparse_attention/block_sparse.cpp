@@ -11,7 +11,7 @@ struct Call {
 
   int64_t blocks() const { return (S + block - 1) / block; }
   int64_t padded() const { return round_up(block, LANES); }
-  int64_t heads() const { return H / G; }                 // query heads that share a selection
+  int64_t heads() const { return H / G; }  // query heads that share a selection
   int64_t tile_queries() const { return std::max<int64_t>(1, ROWS / heads()); }
   int64_t tile_rows() const { return round_up(tile_queries() * heads(), 16); }
   int64_t chunk(int64_t width) const {
@@ -192,11 +192,12 @@ struct Scratch {
 template <typename T>
 struct Operands {
   const T *q, *d_out;
-  const float *row_max, *inv_row_sum, *delta;              // [B, H, T] twice, [B, T, H]
-  Buffer<T> keys_transposed, values_transposed, keys;      // [B, K, blocks] of [D or Dv, padded], of [padded, D]
+  const float *row_max, *inv_row_sum, *delta;          // [B, H, T] twice, [B, T, H]
+  Buffer<T> keys_transposed, values_transposed, keys;  // [B, K, blocks] of [D or Dv, padded], of [padded, D]
 };
 
-// Adds the gradients of a tile to its queries' accumulators, and to its block of keys [padded, D] and values [padded, Dv].
+// Adds the gradients of a tile to its queries' accumulators, and to those of its block, d_k [padded, D] and
+// d_v [padded, Dv].
 template <typename T>
 void backward_tile(const Call& c, const Operands<T>& x, Scratch<T>& my, const int32_t* query, int64_t count, int64_t b,
                    int64_t g, int64_t j, int64_t first, float* d_k, float* d_v) {
@@ -279,8 +280,8 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
           my.inverse.build(c, b, g, first, last);
           for (int64_t j = 0; j < blocks; ++j)
             for (int64_t at = my.inverse.begin[j]; at < my.inverse.stop[j]; at += c.tile_queries())
-              backward_tile(c, x, my, &my.inverse.query[at], std::min(c.tile_queries(), my.inverse.stop[j] - at), b, g, j,
-                            first, d_keys + j * padded * c.D, d_values + j * padded * c.Dv);
+              backward_tile(c, x, my, &my.inverse.query[at], std::min(c.tile_queries(), my.inverse.stop[j] - at), b,
+                            g, j, first, d_keys + j * padded * c.D, d_values + j * padded * c.Dv);
           for (int64_t t = first; t < last; ++t)
             for (int64_t i = 0; i < heads * c.D; ++i)
               d_q[((b * c.T + t) * c.H + g * heads) * c.D + i] = T(my.acc.at((t - first) * heads * c.D)[i]);
@@ -293,9 +294,11 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
 
 }  // namespace
 
-#define CALL const int64_t *n, float scale, float softcap, const int32_t *selected, const int32_t *start, const int32_t *end
+#define CALL \
+  const int64_t *n, float scale, float softcap, const int32_t *selected, const int32_t *start, const int32_t *end
 #define MADE \
-  Call { n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], {scale, softcap}, selected, start, end }
+  Call { n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], {scale, softcap}, selected, start, \
+         end }
 #define EXPORT(NAME, T)                                                                                             \
   void block_sparse_forward_##NAME(CALL, const T* q, const T* k, const T* v, T* out, float* lse, float* row_max,    \
                                    float* inv_row_sum) {                                                            \
