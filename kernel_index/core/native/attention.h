@@ -7,10 +7,14 @@ inline float larger(float a, float b) { return std::max(a, b); }
 inline Vec larger(const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }
 inline float tanh_of(float x) { return std::tanh(x); }
 inline Vec tanh_of(const Vec& x) { return x.tanh(); }
-inline float exp_of(float x) { return x == 0 ? 1.f : x == -INF ? 0.f : std::exp(x); }  // most row maxima stay: exp(0)
-inline Vec exp_of(const Vec& x) { return x.exp(); }
 inline float finite_or_zero(float x) { return x == -INF ? 0.f : x; }
 inline Vec finite_or_zero(const Vec& x) { return Vec::blendv(x, Vec(0.f), x == Vec(-INF)); }
+
+// exp(before − now), the factor of sums of weights when their row_max changes; in most tiles it does not.
+inline float alpha_of(float before, float now) {
+  return before == now ? 1.f : before == -INF ? 0.f : std::exp(before - now);
+}
+inline Vec alpha_of(const Vec& before, const Vec& now) { return (before - finite_or_zero(now)).exp(); }
 
 // How a product z = q·k becomes a score: scale · z, then softcap · tanh(score / softcap) where softcap is not 0.
 struct Scoring {
@@ -48,7 +52,7 @@ struct RowState {
   V raise(V tile_max) {
     const V before = row_max;
     row_max = larger(before, tile_max);
-    return exp_of(before - shift());
+    return alpha_of(before, row_max);
   }
 
   // Adds the weights of the tile, once `raise` has been called for it.
@@ -56,7 +60,7 @@ struct RowState {
 
   // Adds the state of other keys of the same row; returns the factors of this accumulator and of the other one.
   std::pair<V, V> merge(const RowState& other) {
-    const V alpha = raise(other.row_max), beta = exp_of(other.row_max - shift());
+    const V alpha = raise(other.row_max), beta = alpha_of(other.row_max, row_max);
     add(alpha, other.row_sum * beta);
     return {alpha, beta};
   }

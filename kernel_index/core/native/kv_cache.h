@@ -45,7 +45,7 @@ struct Partials {
       const auto [alpha, beta] = all.merge(of[i]);
       rescale_add(sum.data(), alpha, acc.at((row * splits + i) * D), beta, D);
     }
-    for (int64_t d = 0; d < D; ++d) out[d] = T(all.row_sum == 0 ? 0.f : sum[d] / all.row_sum);
+    for (int64_t d = 0; d < D; ++d) out[d] = T(all.empty() ? 0.f : sum[d] / all.row_sum);
   }
 };
 
@@ -85,8 +85,8 @@ struct SlotAttention {
       std::fill(row_z + n, row_z + round_up(n, LANES), -INF);
       RowState<float>& state = to.states[(row + i) * to.splits + split];
       softmax_row<float>(state, row_z, row_z, round_up(n, LANES), 1.f);
-      // No slot is masked: a maximum of −∞ is an overflow, which is NaN in torch.softmax.
-      if (state.row_max == -INF) state.row_sum = std::numeric_limits<float>::quiet_NaN();
+      // If all scores overflow to −∞, the split has weight 0 beside others; alone it is NaN, as in torch.softmax.
+      if (state.empty()) state.row_max = std::numeric_limits<float>::lowest();
     }
     for (int64_t d = 0; d < c.D; d += LANES)
       for (int64_t i = 0; i < heads; ++i) {
