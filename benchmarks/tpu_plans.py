@@ -17,8 +17,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 import kernel_index.jax as kij
 from benchmarks.harness import Comparison, Row, console
+from kernel_index.jax.attention_compiled import KERNELS
 from kernel_index.jax.attention_pallas import interval_walk
-from kernel_index.jax.interval_attention import KERNELS
 
 OPS = ()  # plans, which have no backends
 TOKENS, BLOCK, WINDOW = 32768, 512, 1024

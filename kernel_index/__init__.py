@@ -13,11 +13,12 @@ from kernel_index.kernels.attention.dense_attention.api import AttentionOutput, 
 from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
 from kernel_index.kernels.attention.dense_fa4_execute_proof.request import ProofShape
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
-from kernel_index.kernels.attention.exact_token_sparse.api import exact_token_attention, lightning_indexer
+from kernel_index.kernels.attention.exact_token_sparse.api import exact_token_attention
 from kernel_index.kernels.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
 from kernel_index.kernels.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
 from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
+from kernel_index.kernels.experts.grouped_product.api import grouped_product
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
 from kernel_index.kernels.mla.fused_mla_projection.api import fused_mla_projection
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.api import (
@@ -32,7 +33,7 @@ from kernel_index.kernels.sparse.moba_block_sparse.api import (
     moba_route,
     resolve_block_sparse_backend,
 )
-from kernel_index.kernels.sparse.moba_block_sparse.names import BlockSparseBackend
+from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import BlockSparseBackend
 from kernel_index.kernels.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
 from kernel_index.kernels.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,
@@ -51,11 +52,9 @@ from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.masks.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
-from kernel_index.routing.hierarchical_block_expansion.api import (
-    BlockSelection,
-    HierarchyPlan,
-    hierarchical_block_select,
-)
+from kernel_index.routing.hierarchical_block_expansion.api import hierarchical_block_select
+from kernel_index.routing.hierarchical_block_expansion.selection import BlockSelection, HierarchyPlan
+from kernel_index.routing.lightning_indexer.api import lightning_indexer
 from kernel_index.routing.lightning_indexer.loss import lightning_indexer_loss
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 from kernel_index.routing.union_selection_query_mask.api import materialize_query_union_mask, union_selection
@@ -111,6 +110,7 @@ __all__ = [
     "fused_rope_qk",
     "gather_rows",
     "gather_rows_pair",
+    "grouped_product",
     "hierarchical_block_select",
     "lightning_indexer",
     "lightning_indexer_loss",

@@ -67,7 +67,8 @@ def test_an_entry_is_what_the_tree_says(entry):
             assert entry.backends()[-1].name == "reference"
         for backend in entry.backends():
             assert backend.machine == machine_rules().get(backend.name)
-            assert backend.name in ("reference", "xla") or backend.rules, f"{backend.name} states no rule"
+            plain = backend.name in ("reference", "xla", "chunked", "eager")  # PyTorch or JAX, which run every call
+            assert plain or backend.rules, f"{backend.name} states no rule"
 
 
 def test_every_public_function_is_in_the_index():

@@ -217,6 +217,14 @@ class Choice:
         """What to ask of the choices that this one depends on: the reference is the reference all the way down."""
         return "reference" if self.wanted in REFERENCES else "auto"
 
+    def choose(self, op: str, backends: tuple[Backend, ...], *call: Any) -> "Choice":
+        """Decide a part of this call, its router for example; ``run_inside`` then carries that out."""
+        return _choose(op, backends, self.below, forced_for(op, inside=True), call)
+
+    def run_inside(self, *args: Any) -> Any:
+        """Carry out a part of another call, which writes the one receipt."""
+        return self.backend.run(*args)
+
     def with_details(self, **details: Any) -> "Choice":
         """The same decision with more telemetry."""
         return replace(self, details=(*self.details, *details.items()))
@@ -230,11 +238,16 @@ class Choice:
         try:
             out = self.backend.run(*args, **kwargs)
         except BaseException as error:  # re-raised: a failed launch is the caller's to see, and the receipt's to tell
-            _write(*decision, error=f"{type(error).__name__}: {error}")
+            _write(*decision, error=None if _ends_a_recomputation(error) else f"{type(error).__name__}: {error}")
             raise
         if _LOGS:
             _write(*decision)
         return out
+
+
+def _ends_a_recomputation(error: BaseException) -> bool:
+    """A checkpoint stops its recomputation by an exception inside the last op it needs: that op has run."""
+    return type(error).__name__ == "_StopRecomputationError"
 
 
 class _Explained(Exception):
@@ -297,7 +310,12 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 def choose(op: str, backends: tuple[Backend, ...], requested: str, *call: Any) -> Choice:
     """Take the first eligible backend in table order; a named backend either runs or raises ``Ineligible``."""
-    forced = forced_for(op)
+    return _choose(op, backends, requested, forced_for(op), call)
+
+
+def _choose(
+    op: str, backends: tuple[Backend, ...], requested: str, forced: tuple[str, str] | None, call: tuple
+) -> Choice:
     wanted, forced_by = forced if forced else (requested, None)
     if wanted == "reference" and backends[-1].name in REFERENCES:
         wanted = backends[-1].name

@@ -120,18 +120,31 @@ def resumed(blocks: Blocks) -> Iterator[None]:
         torch._C._stash_obj_in_tls(_KEY, before[1])
 
 
-def forced_for(op: str) -> tuple[str, str] | None:
-    """(backend, what says so) for an op, or None."""
+def forced_for(op: str, *, inside: bool = False) -> tuple[str, str] | None:
+    """(backend, what says so) for an op, or None.
+
+    ``inside``: the op is a part of another call, such as its router.  What forces every op then speaks of that other
+    call, and of the part only where it asks for the reference.
+    """
+    found, by_name = _forced_for(op)
+    if found is None or (inside and not by_name and found[0] != "reference"):
+        return None
+    return found
+
+
+def _forced_for(op: str) -> tuple[tuple[str, str] | None, bool]:
+    """The same, and whether the op was named."""
     if torch.compiler.is_compiling():
         for ops, backend in reversed(_THREAD.forced):
             if not ops or op in ops:
-                return backend, BY_FORCE
-    elif _EVER_FORCED and (blocks := forced_here()):
+                return (backend, BY_FORCE), op in ops
+    else:
+        blocks = forced_here()
         _keep_for_recomputation(blocks)
         for block in reversed(blocks):
             if not block.ops or op in block.ops:
-                return block.backend, BY_FORCE
-    return _FORCED.get(op) or _FORCED.get("")
+                return (block.backend, BY_FORCE), op in block.ops
+    return _FORCED.get(op) or _FORCED.get(""), op in _FORCED
 
 
 def _checkpoint_frame() -> Any:
@@ -139,16 +152,20 @@ def _checkpoint_frame() -> Any:
 
     ``torch.utils.checkpoint`` has no hook that a library may register, but its saved-tensor hooks hold the record.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) if torch.is_grad_enabled() else None
-    pack = hooks[0] if hooks is not None else None
-    names = pack.__code__.co_freevars if isinstance(pack, FunctionType) else ()
-    cells = pack.__closure__ or () if isinstance(pack, FunctionType) else ()
-    frame = next((cell.cell_contents for name, cell in zip(names, cells, strict=True) if name == "frame"), None)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None or not torch.is_grad_enabled() or not isinstance(hooks[0], FunctionType):
+        return None
+    pack = hooks[0]
+    cells = zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)
+    frame = next((cell.cell_contents for name, cell in cells if name == "frame"), None)
     return frame if hasattr(frame, "recompute_fn") else None
 
 
 def _keep_for_recomputation(blocks: Blocks) -> None:
-    """Have a checkpointed function recomputed under the blocks that it was called in, also after they were left."""
+    """Have a checkpointed function recomputed under the blocks that it was called in, and under no others.
+
+    Also where there were none: another backend than that of the forward may save other tensors, which is an error.
+    """
     frame = _checkpoint_frame()
     if frame is None or hasattr(frame, _KEPT):
         return

@@ -22,13 +22,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from kernel_index.core import rules
 from kernel_index.core.locks import ThreadLock
-from kernel_index.core.rules import INSIDE_FUNCTORCH, NEEDS_PLAIN, PLAIN, inside_functorch, opaque_why_not
+from kernel_index.core.rules import opaque_why_not, plain_why_not
 from kernel_index.core.target import has_cxx_compiler
 
 logger = logging.getLogger("kernel_index")
 
 MIN_ELEMENTS = 1 << 16
 """Below this many elements ``auto`` uses no compiled region: overhead, not memory, then decides the time of a call."""
+
+TOO_SMALL = "too small for a compiled region to pay"
 
 
 def why_not(*tensors: Any) -> str | None:
@@ -42,7 +44,7 @@ def why_not(*tensors: Any) -> str | None:
 
 def not_worth(x: Tensor, *_: Any) -> str | None:
     """Why ``auto`` does not use a compiled region for few elements."""
-    return "too small for a compiled region to pay" if x.numel() < MIN_ELEMENTS else None
+    return TOO_SMALL if x.numel() < MIN_ELEMENTS else None
 
 
 @functools.cache  # Dynamo, too, reads these once, when it is imported
@@ -55,13 +57,7 @@ def why_not_or_traced(*tensors: Any) -> str | None:
 
     While torch.compile traces, on any device, each region is inlined into the caller's graph: see ``Region.__call__``.
     """
-    if not torch.compiler.is_compiling():
-        return why_not(*tensors)
-    if inside_functorch():
-        return INSIDE_FUNCTORCH
-    if any(isinstance(t, Tensor) and type(t) not in PLAIN for t in tensors):
-        return NEEDS_PLAIN
-    return None
+    return plain_why_not(*tensors) if torch.compiler.is_compiling() else why_not(*tensors)
 
 
 def not_worth_or_traced(x: Tensor, *_: Any) -> str | None:

@@ -3,12 +3,20 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.triton.launch import interpreting
+
+
+class Passes(NamedTuple):
+    """What a backend gives to the autograd Function that all compiled backends of an op share."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
 """Qualified name of each registered op -> its launcher."""

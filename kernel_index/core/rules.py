@@ -78,6 +78,15 @@ def opaque_why_not(*tensors: Any) -> str | None:
     return None
 
 
+def plain_why_not(*tensors: Any) -> str | None:
+    """The rules of every backend that is PyTorch with an autograd Function of its own: both would bypass a subclass."""
+    if inside_functorch():
+        return INSIDE_FUNCTORCH
+    if any(isinstance(t, Tensor) and type(t) not in PLAIN for t in tensors):
+        return NEEDS_PLAIN
+    return None
+
+
 def triton_why_not(*tensors: Any) -> str | None:
     """The rules that every Triton backend shares; arguments that are not tensors are ignored."""
     if not has_package("triton"):

@@ -87,6 +87,7 @@ def machine_rules() -> dict[str, str | None]:
         if torch.distributed.is_available() and torch.distributed.is_initialized()
         else "needs a process group (torch.distributed.init_process_group)",
         "eager": None,
+        "grouped_mm": None,
         "inductor": None if has_cxx_compiler() else "no C++ compiler (g++ or clang++) found",
         "triton": None
         if has_package("triton") and (cuda or interpreting)

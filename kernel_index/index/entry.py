@@ -95,7 +95,8 @@ class Entry:
         files = [module] if module.is_file() else [f for f in place.rglob("*.py") if own not in f.parents]
         source = "\n".join(f.read_text() for f in files)
         calls = "|".join(self.functions)
-        return bool(re.search(rf"^(class|def) {name}\b", source, re.MULTILINE) and re.search(rf"\b({calls})\(", source))
+        called = rf"\b({calls})\(|\bchoose\(\"({calls})\""  # by its name, or as a part of another call
+        return bool(re.search(rf"^(class|def) {name}\b", source, re.MULTILINE) and re.search(called, source))
 
     def _functions(self) -> dict[str, Callable[..., Any]]:
         """The public functions by name; none before all of them are there."""

@@ -1,12 +1,12 @@
-"""Optional packages: a missing one is a typed error that holds the command to install it."""
+"""Optional packages: a missing one raises a typed error with the command that installs it."""
 
 from kernel_index.core.target import has_package
 
 
 class MissingExtra(ImportError):
-    """A part of the library was called whose optional packages are not installed.
+    """The called function needs an optional package that is not installed.
 
-    ``package`` is what is missing and ``extra`` the extra that brings it.
+    ``package`` is the missing package and ``extra`` the extra that installs it.
 
     >>> from kernel_index.integrations.extras import MissingExtra
     >>> print(MissingExtra("transformers", "hf"))

@@ -1,24 +1,24 @@
-"""The index's kernels inside a model of Hugging Face Transformers: on one instance, reported, and undone at will."""
+"""Kernels of the index inside one instance of a Hugging Face Transformers model, with a report and an undo."""
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from kernel_index.core import checks
 from kernel_index.integrations.extras import require
 from kernel_index.integrations.hugging_face import activation, attention, loss, norms, rope
-from kernel_index.integrations.hugging_face.change import Change, Plan
+from kernel_index.integrations.hugging_face.change import Change, Kind, Plan
 
 __all__ = ["Change", "Report", "apply"]
 
-KINDS = ("norms", "rope", "loss", "experts", "attention")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 MARK = "_kernel_index_is_applied"
 
 
 class Report:
-    """What ``apply`` did to a model: ``changes`` has one ``Change`` for each module it looked at; ``undo()`` restores.
+    """The result of ``apply``: ``changes`` has one ``Change`` for each examined module; ``undo()`` restores the model.
 
     >>> from kernel_index.integrations.transformers import Change, Report
     >>> report = Report(None, [Change("norm", "norms", by="fused_residual_add_rms_norm")], [])
@@ -39,7 +39,7 @@ class Report:
         return tuple(c for c in self.changes if not c.replaced)
 
     def undo(self) -> None:
-        """Give the model back every forward, hook and setting it had; a second call does nothing."""
+        """Restore every forward, hook and setting of the model; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
         if self._model is not None:
@@ -47,7 +47,7 @@ class Report:
         self._model = None
 
     def __str__(self) -> str:
-        """One line for each group of modules that differ in their layer's number only."""
+        """One line for each group of modules that differ only in their layer's number."""
         lines: dict[tuple[str, str, str], int] = {}
         for c in self.changes:
             pattern = re.sub(r"\b\d+\b", "*", c.module) or "the model"
@@ -65,11 +65,11 @@ def apply(
     experts: bool = True,
     attention: bool = True,
 ) -> Report:
-    """Let a Transformers model compute with the index's kernels: the same numbers, in less time and memory.
+    """Replace modules of a Transformers model by kernels of the index: the same numbers, in less time and memory.
 
-    Works on this instance alone, through its parameters and public hooks.  What a module computes is found out by
-    trying it on a few values, not by its name, and what is not recognised is left as it is; the report says for every
-    module what was replaced, or why not.
+    Changes this instance alone, through its parameters and public hooks.  A module is recognised by its values on a few
+    inputs, not by its name; one that is not recognised is left as it is.  The report names for every module the
+    function that replaced it, or the reason why none did.
 
     - ``norms``: RMS norms, with weights around one or around zero, by ``ki.fused_residual_add_rms_norm``.
     - ``rope``: the rotary function that attention layers call, by ``ki.fused_rope_qk``.
@@ -78,17 +78,17 @@ def apply(
     - ``experts``: squared ReLU, by ``ki.fused_relu_squared``.
     - ``attention``: by ``ki.attention`` through ``AttentionInterface``; documents, padding and windows become a
       ``ki.MaskContract``.  A mask that it cannot express goes to PyTorch's attention, as a dense mask.  A
-      position that is padding attends to nothing: what comes out there, and a loss of it, differs.
+      padding position attends to nothing: its output, and a loss computed from it, differ.
 
-    Inside ``torch.compile`` norms, rotation and activations are traced as elsewhere; the loss and attention are then
-    Transformers' own, with PyTorch's attention and a dense mask.
+    Inside ``torch.compile`` norms, rotation and activations are traced as usual; the loss is Transformers' own, and
+    attention is PyTorch's with a dense mask.
 
-    Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` do not notice them, and a
+    Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` are not affected, and a
     deep copy of the model has them too.
 
     Args:
         model: a ``transformers.PreTrainedModel``, not patched yet.
-        norms: and the others: whether that kind is replaced.
+        norms, rope, loss, experts, attention: whether modules of that kind are replaced.
 
     Returns:
         ``Report``.
@@ -96,9 +96,9 @@ def apply(
     Raises:
         MissingExtra: transformers is not installed.
         TypeError: model is no ``PreTrainedModel``, or an option is no bool.
-        ValueError: model is patched already.
+        ValueError: model has been changed by ``apply`` already.
 
-    Source: the hooks of Transformers 5: ``AttentionInterface``, ``AttentionMaskInterface``, ``loss_function``.
+    Source: extension points of Transformers 5: ``AttentionInterface``, ``AttentionMaskInterface``, ``loss_function``.
 
     >>> import torch, transformers, kernel_index as ki
     >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,

@@ -1,7 +1,7 @@
 """Kernel Index for JAX arrays: the same names, the same contracts, Pallas kernels for TPUs.
 
 Needs the ``tpu`` extra.  ``import kernel_index`` never imports JAX, and this package imports it when a name is first
-used, so that its tables of backends can be read without JAX.
+used, so that the tables of backends can be read without JAX.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from kernel_index.core.dispatch import Ineligible, Receipt, explain, receipts, s
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 
 if TYPE_CHECKING:
-    from kernel_index.jax.clustered import (
+    from kernel_index.jax.clustered_attention import (
         clustered_route,
         clustered_sparse_attention,
         clustered_sparse_attention_with_lse,
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "clustered": ("clustered_route", "clustered_sparse_attention", "clustered_sparse_attention_with_lse"),
+    "clustered_attention": ("clustered_route", "clustered_sparse_attention", "clustered_sparse_attention_with_lse"),
     "interval_attention": ("AttentionOutput", "attention", "attention_with_lse"),
     "mask": ("AttentionValidity", "MaskContract", "attention_validity"),
     "routing": ("UnionMaps", "union_selection"),

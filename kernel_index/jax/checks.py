@@ -43,5 +43,5 @@ def has_dtype(name: str, value: jax.Array, dtype: Any, why: str) -> None:
 
 
 def is_traced(value: Any) -> bool:
-    """Whether the values are not there yet: inside jit, vmap, grad."""
+    """Whether the values are unknown: inside jit, vmap, grad."""
     return isinstance(value, jax.core.Tracer)

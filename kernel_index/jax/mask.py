@@ -1,4 +1,4 @@
-"""Who may attend to whom, for JAX arrays: the same contract, the same intervals, inside jit."""
+"""Which keys each query may attend to, for JAX arrays: the mask contract and its intervals, inside jit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def attention_validity(
 ) -> AttentionValidity:
     """``kernel_index.attention_validity`` over JAX arrays: the same arguments, modes and errors.
 
-    Counts may also be lists, NumPy arrays, or tracers, whose values are not looked at; a negative one acts as 0.
+    Counts may also be lists, NumPy arrays, or tracers, whose values are not checked; a negative one acts as 0.
 
     >>> import kernel_index.jax as kij
     >>> kij.attention_validity(valid_slot_counts=[2, 1], base_block_tokens=4).tokens.tolist()
@@ -66,16 +66,16 @@ def attention_validity(
         if value is not None:
             given[key] = value
     names = ("row_valid_token_counts", "row_valid_slot_counts")
-    # Torch's own function judges: by value where the values are on the host, else by shape and dtype alone.
-    judged = torch_validity.attention_validity(
+    # Torch's function checks the arguments: values where they are on the host, else shape and dtype alone.
+    checked = torch_validity.attention_validity(
         attention_meta=given | {n: _stand_in(given[n]) for n in names if given.get(n) is not None}
     )
     token_prefix, slot_counts = (_as_counts(given.get(n)) for n in names)
-    return AttentionValidity(judged.mode, token_prefix, slot_counts, judged.base_block_tokens)
+    return AttentionValidity(checked.mode, token_prefix, slot_counts, checked.base_block_tokens)
 
 
 def _stand_in(value: Any) -> Any:
-    """What torch can look at in place of a JAX array: its values, or zeros where reading them would wait."""
+    """A NumPy array for torch's checks: the values of a JAX array, or zeros where reading them would wait."""
     if not isinstance(value, jax.Array):
         return value
     waits = checks.is_traced(value) or any(d.platform != "cpu" for d in value.devices())
@@ -100,7 +100,7 @@ class Intervals(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MaskContract:
-    """``kernel_index.MaskContract`` over JAX arrays: the same fields, the same rule of who may attend to whom.
+    """``kernel_index.MaskContract`` over JAX arrays: the same fields, and the same intervals.
 
     A pytree: ``doc_ids``, ``validity`` and ``q_offset`` are its leaves and may be traced, the rest is static.
 
@@ -143,7 +143,7 @@ class MaskContract:
 
     @property
     def window_bounds(self) -> contract.Window:
-        """How far a query sees to the left and to the right, causality included; None is unlimited."""
+        """How many keys a query may attend to on its left and on its right, causality included; None is unlimited."""
         return self.window[0], 0 if self.causal else self.window[1]
 
     @property
@@ -172,33 +172,35 @@ class MaskContract:
         return self.counts is not None or (self.doc_ids is not None and self.doc_ids.ndim == 2)
 
     def intervals(self, batch: int, queries: int, keys: int) -> Intervals:
-        """The keys of each query; int32 [1 or B, T], one row where all rows are alike."""
+        """The interval of each query; int32 [1 or B, T], one row where all rows are alike."""
         self.check_sizes(batch, keys)
         return self.bounds_of(jnp.arange(queries, dtype=jnp.int32), queries, keys)
 
     def bounds_of(self, query: jax.Array, queries: int, keys: int) -> Intervals:
         """The intervals of the given query indices [n]: O(n), and O(S) where there are documents.
 
-        Bounds grow with the query, an empty interval stands where the order is kept; see torch's ``interval_of``.
+        Both bounds are non-decreasing; an empty interval is placed so that they stay so.
         """
+        # The same formula for torch tensors is interval_of in masks/doc_window_mask/intervals.py: neither array library
+        # can trace the other.  tests/jax/test_mask.py compares the two.
         left, right = self.window_bounds
         offset = keys - queries if self.q_offset is None else self.q_offset
-        position = (query + offset)[None]
+        position = (query + offset)[None]  # [1, n]
         low, high = jnp.zeros_like(position), jnp.full_like(position, keys)
         outside = jnp.zeros(position.shape, bool)
-        behind = high
+        after = high
         if self.doc_ids is not None and keys > 0:
             ids = jnp.atleast_2d(self.doc_ids)
-            own = jnp.clip(position[0], 0, keys - 1)
-            low, high = (bound[:, own] for bound in segments(ids))
-            high = jnp.where(ids[:, own] < 0, low, high)
+            at = jnp.clip(position[0], 0, keys - 1)
+            low, high = (bound[:, at] for bound in segments(ids))
+            high = jnp.where(ids[:, at] < 0, low, high)
             outside = (position < 0) | (position >= keys)
         if self.counts is not None:
             limit = self.counts[:, None]
             high = jnp.minimum(high, limit)
             outside = outside | (position < 0) | (position >= limit)
-            behind = jnp.minimum(behind, limit)
-        nothing = jnp.where(position < 0, 0, behind)
+            after = jnp.minimum(after, limit)
+        nothing = jnp.where(position < 0, 0, after)
         low, high = jnp.where(outside, nothing, low), jnp.where(outside, nothing, high)
         end = high if right is None else jnp.minimum(high, position + (right + 1))
         end = jnp.maximum(end, 0)
@@ -235,13 +237,13 @@ def as_contract(mask: Any) -> MaskContract:
     docs = None if mask.doc_ids is None else jnp.asarray(_from_torch(mask.doc_ids), jnp.int32)
     validity = mask.validity
     if validity is not None:
-        parts = _as_counts(validity.token_prefix), _as_counts(validity.slot_counts)
-        validity = AttentionValidity(validity.mode, *parts, validity.base_block_tokens)
+        counts = _as_counts(validity.token_prefix), _as_counts(validity.slot_counts)
+        validity = AttentionValidity(validity.mode, *counts, validity.base_block_tokens)
     return MaskContract(mask.causal, mask.window, docs, validity, mask.q_offset)
 
 
 def _register(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]) -> None:
-    """Make a dataclass a pytree whose parts are not checked again: JAX also fills trees with markers."""
+    """Make a dataclass a pytree whose fields are not checked again: JAX also fills trees with markers."""
 
     def flatten(x: Any) -> tuple:
         return tuple(getattr(x, n) for n in leaves), tuple(getattr(x, n) for n in static)
@@ -257,3 +259,6 @@ def _register(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]) -> No
 
 _register(AttentionValidity, ("token_prefix", "slot_counts"), ("mode", "base_block_tokens"))
 _register(MaskContract, ("doc_ids", "validity", "q_offset"), ("causal", "window"))
+
+EVERYTHING_BEFORE = MaskContract()
+"""The default mask: causal, aligned with the last key."""

@@ -1,27 +1,28 @@
-"""Which key blocks a query may pick, what stands for a block, which are picked, and the union of a tile: inside jit.
+"""Legal blocks of a query, mean keys of blocks, the best blocks, and the union of a tile: inside jit.
 
 The semantics are those of ``kernel_index.routing.legal_blocks``, ``hierarchical_block_expansion`` and
-``union_selection_query_mask``, to the bit on indices; shapes are static and nothing is differentiated.
+``union_selection_query_mask``, to the bit on indices; shapes are static and nothing has a gradient.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kernel_index.jax import checks
-from kernel_index.jax.attend import ascending
+from kernel_index.jax.block_walk import marked_first
 from kernel_index.jax.mask import MaskContract, segments
 from kernel_index.routing.union_selection_query_mask.contract import MODES
 
+UnionMode = Literal["auto", "bitmap", "sort"]
 LOWEST, HIGHEST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 
 
 class LegalBlocks(NamedTuple):
-    """The blocks ``first ≤ j < current`` are routable, ``current`` is always picked; int32 [rows, T].
+    """The blocks ``first ≤ j < current`` are routable, ``current`` is always selected; int32 [rows, T].
 
-    −1 where a query attends to nothing; ``current`` is the number of blocks for a query behind the last one.
+    ``current`` is −1 where a query attends to nothing, and the number of blocks for a query after the last one.
     """
 
     first: jax.Array
@@ -38,18 +39,18 @@ def check_causal(mask: MaskContract) -> None:
 
 
 def legal_blocks(mask: MaskContract, batch: int, queries: int, keys: int, block_size: int) -> LegalBlocks:
-    """The routable blocks of every query: wholly before its own block, with a key that it may attend to."""
+    """The routable blocks of every query: wholly before its current block, with a key that it may attend to."""
     check_causal(mask)
     start, end = mask.intervals(batch, queries, keys)
     offset = keys - queries if mask.q_offset is None else mask.q_offset
     position = jnp.arange(queries, dtype=jnp.int32) + offset
-    some = start < end
+    attends = start < end
     current = jnp.minimum(position // block_size, num_blocks(keys, block_size))
-    return LegalBlocks(jnp.where(some, start // block_size, 0), jnp.where(some, current, -1))
+    return LegalBlocks(jnp.where(attends, start // block_size, 0), jnp.where(attends, current, -1))
 
 
 def block_means(k: jax.Array, block_size: int, mask: MaskContract) -> jax.Array:
-    """The mean key of each block, float32 [B, blocks, K, D]; where documents meet, of the last of them alone."""
+    """The mean key of each block, float32 [B, blocks, K, D]; where documents meet in it, of the last of them alone."""
     wide = lax.stop_gradient(k).astype(jnp.float32)
     batch, keys, heads, width = wide.shape
     blocks = num_blocks(keys, block_size)
@@ -60,9 +61,9 @@ def block_means(k: jax.Array, block_size: int, mask: MaskContract) -> jax.Array:
         begin, _ = segments(jnp.atleast_2d(mask.doc_ids))
         kept = position >= begin[:, last]
     wide = jnp.where(kept[..., None, None], wide, 0.0)
-    behind = blocks * block_size - keys
-    sums = jnp.pad(wide, ((0, 0), (0, behind), (0, 0), (0, 0))).reshape(batch, blocks, block_size, heads, width).sum(2)
-    counted = jnp.pad(kept, ((0, 0), (0, behind))).reshape(-1, blocks, block_size).sum(2)
+    padding = blocks * block_size - keys
+    sums = jnp.pad(wide, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(batch, blocks, block_size, heads, width).sum(2)
+    counted = jnp.pad(kept, ((0, 0), (0, padding))).reshape(-1, blocks, block_size).sum(2)
     return sums / counted[..., None, None]
 
 
@@ -72,34 +73,37 @@ def group_queries(q: jax.Array, groups: int) -> jax.Array:
     return wide.reshape(*q.shape[:2], groups, -1, q.shape[3]).mean(3)
 
 
-def ranks(scores: Any) -> Any:
+def score_order(scores: Any) -> Any:
     """int32 of the same order as the float32 scores; −0.0 and 0.0 are a tie."""
     bits = lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def top_blocks(scores: jax.Array, legal: LegalBlocks, topk: int) -> jax.Array:
-    """The current block and the best routable ones, ``topk`` in all, int32 [B, T, G, topk]: ascending, −1 behind.
+    """The current block and the best routable ones, ``topk`` in all, int32 [B, T, G, topk]: ascending, then −1.
 
     ``scores`` float32 [B, T, G, blocks]; among equal ones the smallest index wins.
     """
     block = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     first, current = (x[:, :, None, None] for x in legal)
-    keys = jnp.where((block >= first) & (block < current), ranks(scores), LOWEST)
-    return take(jnp.where(block == current, HIGHEST, keys), topk)
+    keys = jnp.where((block >= first) & (block < current), score_order(scores), LOWEST)
+    return best_indices(jnp.where(block == current, HIGHEST, keys), topk)
 
 
-def take(keys: jax.Array, topk: int) -> jax.Array:
-    """The places of the ``topk`` highest keys that are above ``LOWEST``, ascending, −1 behind."""
+def best_indices(keys: jax.Array, topk: int) -> jax.Array:
+    """The indices of the ``topk`` highest keys that are above ``LOWEST``, ascending, then −1."""
     kept = min(topk, keys.shape[-1])
-    best, places = lax.top_k(keys, kept)
-    places = jnp.sort(jnp.where(best > LOWEST, places.astype(jnp.int32), HIGHEST), -1)
-    places = jnp.pad(places, [(0, 0)] * (places.ndim - 1) + [(0, topk - kept)], constant_values=HIGHEST)
-    return jnp.where(places < HIGHEST, places, -1)
+    best, indices = lax.top_k(keys, kept)
+    indices = jnp.sort(jnp.where(best > LOWEST, indices.astype(jnp.int32), HIGHEST), -1)
+    indices = jnp.pad(indices, [(0, 0)] * (indices.ndim - 1) + [(0, topk - kept)], constant_values=HIGHEST)
+    return jnp.where(indices < HIGHEST, indices, -1)
 
 
 def expanded_blocks(scores: jax.Array, legal: LegalBlocks, topk: int, ratio: int, topc: int) -> jax.Array:
-    """``top_blocks`` among the children of the ``topc`` best groups of ``ratio`` blocks, by the mean of legal ones."""
+    """``top_blocks`` among the children of the ``topc`` best groups of ``ratio`` blocks.
+
+    The score of a group is the mean of its legal blocks' scores.
+    """
     blocks = scores.shape[-1]
     groups = num_blocks(blocks, ratio)
     if groups <= topc:
@@ -111,12 +115,12 @@ def expanded_blocks(scores: jax.Array, legal: LegalBlocks, topk: int, ratio: int
     children = jnp.where(routable, padded.reshape(*scores.shape[:3], groups, ratio), 0.0)
     count = routable.sum(-1)
     mean = children.sum(-1) / jnp.maximum(count, 1)
-    best, picked = lax.top_k(jnp.where(count > 0, ranks(mean), LOWEST), topc)
-    chosen = jnp.any((picked[..., None] == jnp.arange(groups)) & (best > LOWEST)[..., None], -2)
+    best, best_groups = lax.top_k(jnp.where(count > 0, score_order(mean), LOWEST), topc)
+    chosen = jnp.any((best_groups[..., None] == jnp.arange(groups)) & (best > LOWEST)[..., None], -2)
     chosen = jnp.repeat(chosen, ratio, axis=-1)[..., :blocks]
     block = block[:blocks]
-    keys = jnp.where((block >= first) & (block < current) & chosen, ranks(scores), LOWEST)
-    return take(jnp.where(block == current, HIGHEST, keys), topk)
+    keys = jnp.where((block >= first) & (block < current) & chosen, score_order(scores), LOWEST)
+    return best_indices(jnp.where(block == current, HIGHEST, keys), topk)
 
 
 class UnionMaps(NamedTuple):
@@ -129,14 +133,14 @@ class UnionMaps(NamedTuple):
 
 
 def tile_marks(selected: jax.Array, tile: int, blocks: int) -> jax.Array:
-    """Which blocks each tile of queries picked, bool [B, tiles, K, blocks]; ``selected`` has −1 for no pick.
+    """Which blocks are selected for each tile of queries, bool [B, tiles, K, blocks]; ``selected`` has −1 for none.
 
     Compared and reduced instead of scattered: a TPU scatters one element at a time.
     """
-    batch, queries, groups, picks = selected.shape
+    batch, queries, groups, count = selected.shape
     tiles = -(-queries // tile)
     padded = jnp.pad(selected, ((0, 0), (0, tiles * tile - queries), (0, 0), (0, 0)), constant_values=-1)
-    padded = padded.reshape(batch, tiles, tile, groups, picks).swapaxes(2, 3).reshape(batch, tiles, groups, -1)
+    padded = padded.reshape(batch, tiles, tile, groups, count).swapaxes(2, 3).reshape(batch, tiles, groups, -1)
     return jnp.any(padded[..., None] == jnp.arange(blocks, dtype=jnp.int32), -2)
 
 
@@ -146,19 +150,19 @@ def union_selection(
     query_tile_size: int,
     num_blocks: int,
     selected_valid: jax.Array | None = None,
-    mode: str = "auto",
+    mode: UnionMode = "auto",
 ) -> UnionMaps:
     """``kernel_index.union_selection`` for JAX arrays: the same maps, static shapes, inside jit.
 
     Args:
-        selected: integers [B, T, K, n], block indices in any order, duplicates allowed; negative for no pick.
+        selected: integers [B, T, K, n], block indices in any order, duplicates allowed; negative for none.
         query_tile_size: queries of a tile.
         num_blocks: blocks there are.
-        selected_valid: bool [B, T, K, n], False for no pick.
-        mode: ``"auto"``, ``"bitmap"`` or ``"sort"``; here all are the bitmap, and the maps are the same.
+        selected_valid: bool [B, T, K, n], False for none.
+        mode: ``"auto"``, ``"bitmap"`` or ``"sort"``; here all are computed by bitmap; the maps are the same.
 
     Returns:
-        ``UnionMaps`` with ``U = min(query_tile_size · n, num_blocks)`` places for each union.
+        ``UnionMaps`` with ``U = min(query_tile_size · n, num_blocks)`` indices for each union.
 
     Raises:
         TypeError, ValueError: as torch's.
@@ -172,15 +176,15 @@ def union_selection(
     """
     _check_selection(selected, query_tile_size, num_blocks, selected_valid, mode)
     valid = selected >= 0 if selected_valid is None else (selected >= 0) & selected_valid
-    picked = jnp.where(valid, selected, -1).astype(jnp.int32)
-    marks = tile_marks(picked, query_tile_size, num_blocks)
-    order, sizes = ascending(marks)
+    chosen = jnp.where(valid, selected, -1).astype(jnp.int32)
+    marks = tile_marks(chosen, query_tile_size, num_blocks)
+    order, sizes = marked_first(marks)
     width = min(query_tile_size * selected.shape[-1], num_blocks)
     union = jnp.where(jnp.arange(width) < sizes[..., None], order[..., :width], -1)
     rank = jnp.cumsum(marks, -1, dtype=jnp.int32) - 1
-    own = jnp.repeat(rank, query_tile_size, axis=1)[:, : selected.shape[1]]
-    place = jnp.take_along_axis(own, jnp.maximum(picked, 0), -1) if num_blocks else picked
-    return UnionMaps(union, sizes, jnp.where(valid, place, -1), valid)
+    rank_of_query = jnp.repeat(rank, query_tile_size, axis=1)[:, : selected.shape[1]]  # [B, T, K, blocks]
+    slot = jnp.take_along_axis(rank_of_query, jnp.maximum(chosen, 0), -1) if num_blocks else chosen
+    return UnionMaps(union, sizes, jnp.where(valid, slot, -1), valid)
 
 
 def _check_selection(selected: Any, tile: Any, blocks: Any, valid: Any, mode: Any) -> None:
@@ -190,7 +194,7 @@ def _check_selection(selected: Any, tile: Any, blocks: Any, valid: Any, mode: An
     checks.host.is_int("num_blocks", blocks, minimum=0)
     if valid is not None:
         checks.is_array("selected_valid", valid)
-        checks.has_dtype("selected_valid", valid, jnp.bool_, "like every mask of picks")
+        checks.has_dtype("selected_valid", valid, jnp.bool_, "like every validity mask")
         checks.has_shape("selected_valid", valid, tuple(selected.shape), "of selected's shape")
     checks.host.one_of("mode", mode, MODES)
     if not checks.is_traced(selected) and all(d.platform == "cpu" for d in selected.devices()):

@@ -1,9 +1,8 @@
 """Where JAX would run a call, and whether a Pallas kernel is compiled or interpreted there."""
 
 import contextlib
-import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -32,10 +31,16 @@ def platform_of(array: Any) -> str:
     return next(iter(array.devices())).platform
 
 
+def mode_of(array: Any) -> Literal["compiled", "interpreted"]:
+    """How a Pallas kernel runs for this array: a CPU interprets it."""
+    return "interpreted" if platform_of(array) == "cpu" else "compiled"
+
+
 def on_accelerator(call: tuple) -> bool:
-    """Whether the first array of a call lies on an accelerator: what ``strict`` asks."""
-    arrays = (value for value in call if isinstance(value, jax.Array))
-    return any(platform_of(value) != "cpu" for value in itertools.islice(arrays, 1))
+    """Whether the first array of a call is on an accelerator; ``strict`` asks this."""
+    arrays = (leaf for leaf in jax.tree.leaves(call) if isinstance(leaf, jax.Array))
+    first = next(arrays, None)
+    return first is not None and platform_of(first) != "cpu"
 
 
 ACCELERATORS.append(on_accelerator)

@@ -1,4 +1,4 @@
-"""What a model remembers while it generates: pages for attention of every kind, states for the mixers."""
+"""The caches of a model that generates: pages for every kind of attention, states for the Mamba mixers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,24 +15,24 @@ from kernel_index.nn import MLA, Attention, ExactTokenCache, Mamba2, MixerState,
 
 @dataclass
 class _Step:
-    """A step under way: of what sequences, how many tokens of each, how many of those are real, and who was served."""
+    """An open step: sequences, tokens of each, the real ones among them, states, and blocks that took their cache."""
 
     sequences: list[int]
     tokens: int
     counts: list[int]
     states: list[MixerState]
-    served: set[int] = field(default_factory=set)
+    taken: set[int] = field(default_factory=set)
 
 
 class ModelCache:
-    """One set of sequences over the caches of all blocks: ``pools`` of pages by kind, and states.
+    """One set of sequences over the caches of all blocks: ``pools`` holds pages by kind, and each sequence has states.
 
-    A step is ``begin``, then ``layer`` for each block, then ``advance``; ``begin`` abandons a step that was not
-    advanced.  ``mixing`` is what the hyper-connections of the latest prompt mixed their streams by.
+    A step is ``begin``, then ``layer`` for each block, then ``advance``; ``begin`` discards a step that was not
+    advanced.  ``mixing`` holds the mixing matrices of the hyper-connections at the latest prompt.
 
     Args:
         mixers: the mixer of every block, None for blocks without one.
-        tokens: room in all sequences together; states alone, as of ``M`` blocks, need none and have no limit.
+        tokens: capacity of all sequences together.  Blocks that keep states only (``M``) have no limit.
         page_size: tokens of a page.
     """
 
@@ -41,9 +41,9 @@ class ModelCache:
         checks.is_int("page_size", page_size, minimum=1)
         self.mixers, pages = list(mixers), -(-tokens // page_size)
         self.mixing: Tensor | None = None
-        self._places = _places(self.mixers)
+        self._layers_by_kind = _layers_by_kind(self.mixers)
         self.pools: dict[str, ki.PagedKVCache] = {}
-        for name in dict.fromkeys(kind for place in self._places for kind, _ in place if kind != "state"):
+        for name in dict.fromkeys(kind for layers in self._layers_by_kind for kind, _ in layers if kind != "state"):
             users = [m for m in mixers if name in _kinds_of(m)]
             self.pools[name] = _new_pool(name, users[0], (len(users), pages, page_size))
         self._next = 0
@@ -56,7 +56,7 @@ class ModelCache:
         """A new, empty sequence."""
         for pool in self.pools.values():
             pool.allocate()
-        with torch.inference_mode(False):  # states outlive the mode that they are made in, as pages do
+        with torch.inference_mode(False):  # states must stay usable outside inference mode, as pages are
             states = [m.new_state(1) for m in self.mixers if isinstance(m, Mamba2)]
         return self._add(0, states)
 
@@ -70,7 +70,7 @@ class ModelCache:
         return self._add(length, states)
 
     def free(self, sequence: int) -> None:
-        """Forget a sequence.  Abandons a step that it is part of."""
+        """Free a sequence, and discard an open step that it is part of."""
         self.length(sequence)
         for pool in self.pools.values():
             pool.free(sequence)
@@ -86,41 +86,41 @@ class ModelCache:
         return self._lengths[sequence]
 
     def begin(self, sequences: Sequence[int], tokens: int, counts: Sequence[int] | None = None) -> None:
-        """Open a step of so many tokens in each sequence, of which only the first ``counts`` are real.
+        """Open a step of ``tokens`` tokens in each sequence, of which only the first ``counts`` are real.
 
         Raises:
-            ValueError: a sequence is not there or named twice, a count is not from 0 to ``tokens``, or there is no room
+            ValueError: a sequence is unknown or named twice, a count is not from 0 to ``tokens``, or pages are missing
                 (``OutOfPages`` where the model has pages).  Nothing was changed.
         """
         chosen = list(sequences)
         self._check_step(chosen, tokens, counts)
-        for pool in self.pools.values():  # all of the same pages: the first refuses what the others would
+        for pool in self.pools.values():  # all pools have the same pages: the first one raises before any has changed
             pool.begin(chosen, tokens)
         kept = [tokens] * len(chosen) if counts is None else list(counts)
         states = [] if not self._states[chosen[0]] else self._joined(chosen, None if counts is None else kept)
         self._step, self._latest = _Step(chosen, tokens, kept, states), chosen
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Refuse tokens that are not those of the step: what it was begun for has its places already."""
+        """Raise ``ValueError`` unless the tokens have the shape of the step, for which slots are reserved already."""
         step = self._open()
         checks.has_shape("tokens", tokens, (len(step.sequences), step.tokens), "[B, T] of the step")
 
     def layer(self, block: int) -> Any:
-        """What the mixer of a block takes as its cache in this step, once for each block."""
+        """The cache that the mixer of a block takes in this step; once for each block."""
         step = self._open()
-        if block in step.served:
-            raise ValueError(f"block must be one not yet served in this step, got {block}")
-        step.served.add(block)
-        places = self._places[block]
-        parts: list[Any] = [step.states[n] if kind == "state" else self.pools[kind].layer(n) for kind, n in places]
-        if len(parts) > 1:
-            return ExactTokenCache(*parts)
-        return parts[0] if parts else None
+        if block in step.taken:
+            raise ValueError(f"block must be one that has not taken its cache in this step, got {block}")
+        step.taken.add(block)
+        layers = self._layers_by_kind[block]
+        caches: list[Any] = [step.states[n] if kind == "state" else self.pools[kind].layer(n) for kind, n in layers]
+        if len(caches) > 1:
+            return ExactTokenCache(*caches)
+        return caches[0] if caches else None
 
     def advance(self) -> None:
-        """Count the real tokens of the step as seen."""
+        """Close the step: its real tokens are part of the sequences from now on."""
         step = self._open()
-        missing = [i for i, place in enumerate(self._places) if place and i not in step.served]
+        missing = [i for i, layers in enumerate(self._layers_by_kind) if layers and i not in step.taken]
         if missing:
             raise ValueError(f"advance must be called after every block of the step, got none for {missing}")
         for pool in self.pools.values():
@@ -166,40 +166,40 @@ class ModelCache:
         return self._step
 
     def _add(self, length: int, states: list[MixerState]) -> int:
-        self._next += 1  # pools see the same calls, so that they give a sequence the same number
+        self._next += 1  # pools receive the same calls, so that they give a sequence the same number
         self._lengths[self._next - 1], self._states[self._next - 1] = length, states
         return self._next - 1
 
 
 def _row(state: MixerState, row: int) -> MixerState:
-    """A copy of one row, a constant to whatever comes later."""
+    """A copy of one row, without a gradient."""
     conv, scan = (t.detach()[row : row + 1].clone() for t in (state.conv, state.scan))
     return MixerState(conv, scan)
 
 
-def _places(mixers: Sequence[nn.Module | None]) -> list[list[tuple[str, int]]]:
-    """For each block the kinds of memory that it has, and its number among the blocks that have it too."""
+def _layers_by_kind(mixers: Sequence[nn.Module | None]) -> list[list[tuple[str, int]]]:
+    """For each block the kinds of its caches, and its layer number among the blocks of that kind."""
     seen: Counter[str] = Counter()
-    places: list[list[tuple[str, int]]] = []
+    layers: list[list[tuple[str, int]]] = []
     for mixer in mixers:
-        places.append([(kind, seen[kind]) for kind in _kinds_of(mixer)])
+        layers.append([(kind, seen[kind]) for kind in _kinds_of(mixer)])
         seen.update(_kinds_of(mixer))
-    return places
+    return layers
 
 
 def _kinds_of(mixer: nn.Module | None) -> tuple[str, ...]:
-    """The pools that a mixer keeps its pages in, or ``"state"``."""
+    """The names of the pools that hold a mixer's pages, or ``"state"``."""
     if isinstance(mixer, Mamba2):
         return ("state",)
     if isinstance(mixer, Attention):
         return ("attention",)
-    if isinstance(mixer, SparseAttention):  # apart from the others: block means are kept for all layers of a pool
+    if isinstance(mixer, SparseAttention):  # a pool of its own: block means are kept for all layers of a pool
         return ("sparse",) if mixer.index is None else ("tokens", "index")
     return ("latent",) if isinstance(mixer, MLA) else ()
 
 
 def _new_pool(name: str, mixer: nn.Module | None, sizes: tuple[int, int, int]) -> ki.PagedKVCache:
-    """A pool for mixers like this one; ``sizes`` are layers, pages and tokens of a page."""
+    """A pool for mixers of this kind; ``sizes`` are layers, pages and tokens of a page."""
     if isinstance(mixer, MLA):
         return PagedLatentCache(*sizes, mixer.latent + mixer.rope_dim, **_like(mixer.norm))
     assert isinstance(mixer, Attention | SparseAttention)
@@ -210,6 +210,6 @@ def _new_pool(name: str, mixer: nn.Module | None, sizes: tuple[int, int, int]) -
 
 
 def _like(weight: Tensor) -> dict[str, Any]:
-    """Where keys are made, and in what precision: that of autocast where it is on."""
+    """Device and dtype of the keys: the autocast dtype where autocast is on."""
     on = checks.is_autocast(weight.device)
     return {"dtype": torch.get_autocast_dtype(weight.device.type) if on else weight.dtype, "device": weight.device}

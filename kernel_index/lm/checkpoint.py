@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kernel_index.lm import parts
+from kernel_index.lm import sharded_weights
 from kernel_index.lm.distributed import Group, is_sharded
 
 KEEP = 2
-"""Checkpoints kept in a run folder: the newest, and the one before it in case the disk holds a surprise."""
+"""Checkpoints kept in a run folder: the newest, and the one before it in case the newest cannot be read."""
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-"""What AdamW keeps of a parameter."""
+"""The names of AdamW's state of a parameter."""
 
 
 class CheckpointError(ValueError):
@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """What is needed to go on as if nothing had happened."""
+    """All that a resumed run needs to continue with the same numbers."""
 
     step: int
     model: dict[str, Tensor]
@@ -38,8 +38,8 @@ class Checkpoint(NamedTuple):
 def write(run: Path, checkpoint: Checkpoint, group: Group | None = None) -> Path:
     """Write ``run/checkpoint-<step>``: complete under its final name, or not there at all.
 
-    Of a sharded model every process of the group writes its own part; such a checkpoint, too, can be read by any
-    number of processes.  Raises ``CheckpointError`` in every process when it cannot be written by one of them.
+    Of a sharded model every process of the group writes its own shards; any number of processes can read them back.
+    Raises ``CheckpointError`` in every process when one of them cannot write.
     """
     group = group or Group()
     final = run / f"checkpoint-{checkpoint.step:08d}"
@@ -51,7 +51,7 @@ def write(run: Path, checkpoint: Checkpoint, group: Group | None = None) -> Path
 
 
 def _together(group: Group, run: Path, final: Path, step: Callable[[], None]) -> None:
-    """One step of writing, in all processes; a full disk of one stops them all, without a draft left behind."""
+    """One step of writing, in all processes.  A full disk of one process stops them all, and the draft is removed."""
     failed: OSError | None = None
     try:
         step()
@@ -75,9 +75,10 @@ def _empty_draft(draft: Path) -> None:
 
 def _write_tensors(draft: Path, checkpoint: Checkpoint, group: Group) -> None:
     if group.size > 1:
-        part = {f"model/{n}": t for n, t in checkpoint.model.items()}
-        part |= {f"optimizer/{n}": t for n, t in checkpoint.optimizer.items()}
-        _write_file(draft / parts.file_name(group.rank, group.size), parts.content_of(part, group))
+        tensors = {f"model/{n}": t for n, t in checkpoint.model.items()}
+        tensors |= {f"optimizer/{n}": t for n, t in checkpoint.optimizer.items()}
+        path = draft / sharded_weights.file_name(group.rank, group.size)
+        _write_file(path, sharded_weights.content_of(tensors, group))
         return
     _write_file(draft / "model.safetensors", save(_contiguous(checkpoint.model)))
     _write_file(draft / "optimizer.safetensors", save(_contiguous(checkpoint.optimizer)))
@@ -88,7 +89,7 @@ def _finish(draft: Path, final: Path, checkpoint: Checkpoint) -> None:
     _write_file(draft / "state.json", json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=1).encode())
     _sync_folder(draft)
     before = final.with_name(final.name + ".before")
-    if final.exists():  # the same step of the same run, written again after a resume: kept until the new one is there
+    if final.exists():  # written again after a resume: kept until the new one is in place
         _drop(before)
         os.rename(final, before)
     os.rename(draft, final)
@@ -99,7 +100,7 @@ def _finish(draft: Path, final: Path, checkpoint: Checkpoint) -> None:
 
 
 def _drop(folder: Path) -> None:
-    """Remove a checkpoint; one that is removed in part is no longer taken for a checkpoint."""
+    """Remove a checkpoint, its ``state.json`` first: without it a folder is no checkpoint."""
     (folder / "state.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -129,17 +130,17 @@ def read(path: Path) -> Checkpoint:
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All tensors in full, whatever the number of processes that wrote them."""
-    if not parts.are_in(folder):
+    if not sharded_weights.are_in(folder):
         return load((folder / "model.safetensors").read_bytes()), load((folder / "optimizer.safetensors").read_bytes())
     found: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    for name, tensor in parts.read(folder).items():
+    for name, tensor in sharded_weights.read(folder).items():
         kind, rest = name.split("/", 1)
         found[kind][rest] = tensor
     return found["model"], found["optimizer"]
 
 
 def check_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise ``CheckpointError`` unless the checkpoint's tensors are this model's; it may be on the meta device."""
+    """Raise ``CheckpointError`` unless the checkpoint's tensors fit this model, which may be on the meta device."""
     own = model.state_dict()
     problems = [f"{n} is missing" for n in own if n not in checkpoint.model]
     problems += [f"{n} is unknown" for n in checkpoint.model if n not in own]
@@ -193,7 +194,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ten
     ]
     if problems:
         raise CheckpointError(f"the optimizer's state is of another model: {_first(problems)}")
-    for name, like in parameters.items():  # in the same order in every process: each sharded tensor is dealt out
+    for name, like in parameters.items():  # in the same order in every process: each sharded tensor is distributed
         for key in sorted(found.get(name, ())):
             value = found[name][key]
             on_host = value.ndim == 0 and not optimizer.defaults.get("fused")  # a fused one counts on the device
@@ -205,10 +206,10 @@ def _first(problems: list[str]) -> str:
 
 
 def _like(value: Tensor, tensor: Tensor) -> Tensor:
-    """A full tensor on the device of another, and sharded as that is.
+    """A full tensor moved to the device of another tensor, and sharded like it.
 
-    Every process has read all of it and keeps its own share: nothing is sent, so the order of a file's tensors, which
-    differs from process to process, does not matter.
+    Every process has read the full tensor and keeps its own shard.  Nothing is sent between processes, so the order
+    of a file's tensors, which differs from process to process, does not matter.
     """
     if not is_sharded(tensor):
         return value.to(tensor.device)
@@ -219,7 +220,7 @@ def _like(value: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _all(run: Path) -> list[Path]:
-    """Oldest first; one that a newer one of its step has just replaced comes before that."""
+    """Oldest first; where a checkpoint has just been replaced by one of the same step, the replaced one comes first."""
     return sorted(
         (p for p in run.glob("checkpoint-*") if (p / "state.json").is_file()), key=lambda p: (p.stem, -len(p.name))
     )

@@ -1,4 +1,4 @@
-"""``kernel-index train`` and ``kernel-index generate``: the terminal's side of training."""
+"""The commands ``kernel-index train``, ``generate`` and ``presets``."""
 
 import contextlib
 import logging
@@ -51,7 +51,7 @@ def train_command(
         int | None, typer.Option(min=1, help="Steps between checkpoints. [default: 100]")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out (or the newest run).")] = False,
-    seed: Annotated[int | None, typer.Option(help="Of weights, data order and dropout. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout. [default: 0]")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of text. [default: Python's standard library]")] = None,
     glob: Annotated[str | None, typer.Option(help="Files of the folder. [default: **/*.py]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). [default: float32]")] = None,
@@ -88,7 +88,7 @@ def train_command(
                 raise ValueError("--out must be given where several processes train, got none")
             folder = out or _fresh_folder(name)
             trainer = Trainer.start(config, folder)
-        if trainer.group.rank:  # of several processes one speaks
+        if trainer.group.rank:  # only the first process prints
             console.quiet = True
         _introduce(trainer)
         finished = _run(trainer)
@@ -102,10 +102,12 @@ def generate_command(
     checkpoint: Annotated[Path, typer.Option(help="A run folder or one of its checkpoints.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = SAMPLE_PROMPT,
     tokens: Annotated[int, typer.Option(min=0, help="Bytes to generate at most.")] = SAMPLE_TOKENS,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest byte.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Sample among this many likeliest bytes.")] = 40,
-    top_p: Annotated[float, typer.Option(help="Sample among the bytes that hold this share of probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely byte.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Sample among this many most likely bytes.")] = 40,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the most likely bytes that hold this share of the probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt with a trained model."""
     with _clear_errors():
@@ -119,7 +121,7 @@ def generate_command(
 
 
 def presets_command() -> None:
-    """The models that `train --preset` knows: blocks, parameters, and the arithmetic of a training step."""
+    """The presets of `train --preset`: blocks, parameters, and the FLOPs of a training step."""
     table = Table("preset", "blocks", "parameters", "for one token", "MFLOP a token", "GFLOP a step", "trains in, on")
     for name, preset in PRESETS.items():
         with torch.device("meta"):
@@ -134,7 +136,7 @@ def presets_command() -> None:
 
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
-    """A mistake of the caller or of the machine becomes one clear line and exit status 1, not a traceback."""
+    """Print an expected error as one line and exit with status 1, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(
         console=errors, show_time=False, show_level=False, show_path=False)])  # fmt: skip
     try:
@@ -157,7 +159,7 @@ def _newest_run() -> Path:
 
 
 def _merged(options: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Options and what ``--set`` says; nothing may be said twice."""
+    """Options and the values of ``--set``; none may be given twice."""
     for name, value in settings.items():
         if options.get(name) is not None:
             option = f"--{name.replace('_', '-')}"
@@ -193,7 +195,7 @@ def _run(trainer: Trainer) -> bool:
     stop: list[int] = []
 
     def on_signal(number, _frame):
-        if stop:  # a second Ctrl-C means it
+        if stop:  # a second Ctrl-C stops at once
             raise KeyboardInterrupt
         stop.append(number)
 
@@ -226,7 +228,7 @@ def _status(report: StepReport) -> str:
 
 
 def _print_line(report: StepReport, config: RunConfig) -> None:
-    """Validation lines always; without a terminal also a line every twentieth of the run."""
+    """Print every validation; without a terminal also one line for each twentieth of the run."""
     if report.validation is not None:
         console.print(f"step {report.step:>5}: validation {report.validation:.3f} bits per byte", highlight=False)
     if not console.is_terminal and (report.step == 1 or report.step % max(1, config.steps // 20) == 0):

@@ -1,12 +1,12 @@
-"""What a model is made of, and the presets."""
+"""Configurations of models, and the presets."""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from kernel_index.core import checks
 from kernel_index.lm.data import START
-from kernel_index.nn.experts import SCORES
-from kernel_index.nn.mlp import MLPS
+from kernel_index.nn.experts import Scores
+from kernel_index.nn.mlp import Activation
 from kernel_index.nn.sparse_attention import KINDS
 
 LAYERS = {
@@ -18,13 +18,15 @@ LAYERS = {
 }
 """Letters of the pattern string."""
 
-RESIDUALS = ("fp32", "plain", "mhc")
+Residual = Literal["fp32", "plain", "mhc"]
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
 
 
-def _check_fields(part: Any, **least: int) -> None:
-    """Each field is of its type; integers are at least 1 and other numbers at least 0, but for those in ``least``."""
-    for name, kind in get_type_hints(type(part)).items():
-        value = getattr(part, name)
+def _check_fields(config: Any, **least: int) -> None:
+    """Each field has its type; integers are at least 1 and other numbers at least 0, or what ``least`` says."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
         if kind is int:
             checks.is_int(name, value, minimum=least.get(name, 1))
         elif kind is float:
@@ -33,16 +35,18 @@ def _check_fields(part: Any, **least: int) -> None:
                 raise ValueError(f"{name} must be at least {least.get(name, 0)}, got {value}")
         elif kind is bool:
             checks.is_bool(name, value)
+        elif get_origin(kind) is Literal:
+            checks.one_of(name, value, get_args(kind))
         elif (kind is str or is_dataclass(kind)) and not isinstance(value, kind):
             raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """What the S blocks select: ``kinds`` has one entry per S block, used in turn where there are more blocks.
+    """The S blocks: ``kinds`` has one entry per S block, used in turn where there are more blocks.
 
-    ``block`` tokens make a block, of which ``topk`` are chosen, the query's own included; ``tokens`` is the number that
-    exact-token attention picks with an indexer of ``index_heads`` heads of ``index_dim`` channels.  ``hierarchy`` and
+    Each query selects ``topk`` blocks of ``block`` tokens, its current block included.  Exact-token attention selects
+    ``tokens`` tokens by an indexer of ``index_heads`` heads of ``index_dim`` channels.  ``hierarchy`` and
     ``report_unions`` are those of the clustered blocks: see ``nn.SparseAttention``.
     """
 
@@ -68,7 +72,7 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Latent:
-    """L blocks: channels of the latent and of the rotated part, and whether the projection is the fused one."""
+    """L blocks: latent channels, rotated channels, and whether to use the fused projection."""
 
     latent: int = 64
     rope: int = 32
@@ -101,12 +105,11 @@ class ExpertLayer:
     topk: int = 2
     hidden: int = 256
     shared: int = 0
-    scores: str = "sigmoid"
+    scores: Scores = "sigmoid"
     balance: float = 1e-3
 
     def __post_init__(self):
         _check_fields(self, shared=0)
-        checks.one_of("scores", self.scores, SCORES)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class ModelConfig:
 
     ``pattern`` has one letter per block and ``windows`` one entry per block: the previous tokens that an A or S block
     sees, None for all.  ``hidden`` is the width of the feed-forward layers; 0 leaves them to the E blocks.
-    ``residual`` is one stream in float32, one in the model's own dtype, or four with hyper-connections.  ``ahead`` adds
+    ``residual``: ``"fp32"`` is one stream in float32, ``"plain"`` one in the model's own dtype, ``"mhc"`` four streams
+    with hyper-connections.  ``ahead`` adds
     a head that predicts the token after the next, at ``ahead`` times the loss.  The default vocabulary holds the 256
     bytes and one start-of-document token, padded.
     """
@@ -133,8 +137,8 @@ class ModelConfig:
     vocab: int = 257
     padded_vocab: int = 320
     z_loss: float = 1e-4
-    residual: str = "fp32"
-    activation: str = "relu2"
+    residual: Residual = "fp32"
+    activation: Activation = "relu2"
     ahead: float = 0.0
     sparse: Sparse = field(default_factory=Sparse)
     latent: Latent = field(default_factory=Latent)
@@ -150,8 +154,6 @@ class ModelConfig:
             raise ValueError(f"dropout must be at most 1, got {self.dropout}")
         if self.rope_base == 0:
             raise ValueError(f"rope_base must be above 0, got {self.rope_base}")
-        checks.one_of("residual", self.residual, RESIDUALS)
-        checks.one_of("activation", self.activation, tuple(MLPS))
 
     def _check_blocks(self) -> None:
         unknown = sorted(set(self.pattern) - set(LAYERS))
@@ -170,7 +172,7 @@ class ModelConfig:
             checks.is_int("windows", window, minimum=0)
 
     def sparse_kind(self, block: int) -> str:
-        """The kind of the S block at this place of the pattern."""
+        """The kind of the S block at this index of the pattern."""
         return self.sparse.kinds[self.pattern[:block].count("S") % len(self.sparse.kinds)]
 
     def to_json(self) -> dict[str, Any]:
@@ -178,17 +180,17 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelConfig":
-        parts = {name: _read(part, values[name]) for name, part in PARTS.items() if name in values}
-        return _read(cls, {**values, **parts})
+        nested = {name: _read(kind, values[name]) for name, kind in NESTED.items() if name in values}
+        return _read(cls, {**values, **nested})
 
 
-PARTS = {"sparse": Sparse, "latent": Latent, "state_space": StateSpace, "experts": ExpertLayer}
+NESTED = {"sparse": Sparse, "latent": Latent, "state_space": StateSpace, "experts": ExpertLayer}
 
 Config = TypeVar("Config")
 
 
 def _read(kind: type[Config], values: Any) -> Config:
-    """From what JSON makes of it, which knows no tuples; a configuration may come from anybody's file."""
+    """From JSON, which has lists for tuples.  The values may come from any file, so every field is checked."""
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} must be an object with its fields, got {values!r}")
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
@@ -199,7 +201,7 @@ def _read(kind: type[Config], values: Any) -> Config:
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and the training that suits it."""
+    """A model and its training."""
 
     model: ModelConfig
     steps: int
@@ -208,8 +210,8 @@ class Preset:
     about: str
     accumulate: int = 1
     recompute: bool = False
-    dtype: str = "float32"
-    device: str = "cpu"
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
 
 
 PRESETS = {

@@ -1,7 +1,7 @@
 """Whole documents packed into rows, with document ids, positions, padding and valid counts.
 
-A document is a start token and the bytes of a file.  One longer than a row is cut into pieces that follow each other,
-so every byte is a target exactly once per epoch and none is dropped.
+A document is a start token and the bytes of a file.  A document longer than a row is split into consecutive
+chunks.  Every byte is a target exactly once per epoch; none is dropped.
 """
 
 import bisect
@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 class DataError(ValueError):
-    """The data cannot be used; the message says which part and why."""
+    """The data cannot be used; the message says which file or option is wrong, and why."""
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def of_prompt(cls, tokens: Tensor, row: int) -> "Batch":
-        """One document in one row of fixed length, nothing to predict."""
+        """One document in one row of fixed length, without targets."""
         count = tokens.numel()
         if not 0 < count <= row:
             raise ValueError(f"tokens must hold 1 to {row} tokens, got {count}")
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """``length`` consecutive targets of a document: tokens [start, start + length) predict the ones after them."""
 
     document: int
@@ -74,7 +74,7 @@ def find_files(folder: Path | None, pattern: str) -> tuple[Path, list[Path]]:
 
 
 def is_held_out(name: str) -> bool:
-    """One file in twenty, chosen by its name: the split does not move when files come or go."""
+    """One file in twenty, chosen by its name: adding or removing other files does not change the choice."""
     return hashlib.sha256(name.encode()).digest()[0] * 20 < 256
 
 
@@ -100,7 +100,7 @@ def load_documents(folder: Path | None, pattern: str) -> tuple[list[np.ndarray],
 
 
 def digest(documents: list[np.ndarray]) -> str:
-    """Of every document, in order: what a resumed run must find unchanged."""
+    """A digest of all documents in order: a resumed run must find the same one."""
     found = hashlib.sha256()
     for document in documents:
         found.update(len(document).to_bytes(8))
@@ -108,38 +108,38 @@ def digest(documents: list[np.ndarray]) -> str:
     return found.hexdigest()
 
 
-def cut(documents: list[np.ndarray], row: int) -> list[Piece]:
-    """Every target of every document once, in pieces of at most a row."""
+def split(documents: list[np.ndarray], row: int) -> list[Chunk]:
+    """Every target of every document once, in chunks of at most a row."""
     return [
-        Piece(i, start, min(row, len(document) - 1 - start))
+        Chunk(i, start, min(row, len(document) - 1 - start))
         for i, document in enumerate(documents)
         for start in range(0, len(document) - 1, row)
     ]
 
 
-def pack(pieces: list[Piece], row: int) -> list[list[Piece]]:
-    """Best fit, longest first: each piece goes to the fullest row that still holds it; no piece is cropped."""
-    rows: list[list[Piece]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for piece in sorted(pieces, key=lambda p: -p.length):
-        at = bisect.bisect_left(room, (piece.length, -1))
-        if at == len(room):
+def pack(chunks: list[Chunk], row: int) -> list[list[Chunk]]:
+    """Best fit, longest first: each chunk goes to the fullest row that still holds it; no chunk is cropped."""
+    rows: list[list[Chunk]] = []
+    free_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for chunk in sorted(chunks, key=lambda c: -c.length):
+        at = bisect.bisect_left(free_rows, (chunk.length, -1))
+        if at == len(free_rows):
             rows.append([])
             free, index = row, len(rows) - 1
         else:
-            free, index = room.pop(at)
-        rows[index].append(piece)
-        if free > piece.length:
-            bisect.insort(room, (free - piece.length, index))
+            free, index = free_rows.pop(at)
+        rows[index].append(chunk)
+        if free > chunk.length:
+            bisect.insort(free_rows, (free - chunk.length, index))
     return rows
 
 
 class PackedRows:
-    """Packed documents, served by row."""
+    """Packed documents; ``batch`` returns any of their rows."""
 
     def __init__(self, documents: list[np.ndarray], row: int):
         self.documents, self.row = documents, row
-        self.rows = pack(cut(documents, row), row)
+        self.rows = pack(split(documents, row), row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -151,17 +151,17 @@ class PackedRows:
         counts = np.zeros(len(indices), np.int64)
         for b, index in enumerate(indices):
             at = 0
-            for number, piece in enumerate(self.rows[index]):
-                span = slice(at, at + piece.length)
-                source = self.documents[piece.document][piece.start : piece.start + piece.length + 1]
+            for number, chunk in enumerate(self.rows[index]):
+                span = slice(at, at + chunk.length)
+                source = self.documents[chunk.document][chunk.start : chunk.start + chunk.length + 1]
                 tokens[b, span], targets[b, span] = source[:-1], source[1:]
-                positions[b, span], doc_ids[b, span] = np.arange(piece.length), number
-                at += piece.length
+                positions[b, span], doc_ids[b, span] = np.arange(chunk.length), number
+                at += chunk.length
             counts[b] = at
         return Batch(*map(torch.from_numpy, (tokens, targets, positions, doc_ids, counts)))
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """The row order of an epoch: a function of seed and epoch alone, so that a resumed run continues it."""
+        """The row order of an epoch: it depends on seed and epoch alone, so that a resumed run continues it."""
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def indices(self, step: int, rows: int, seed: int) -> list[int]:
@@ -183,7 +183,7 @@ class PackedRows:
 
 
 def unigram_bits_per_byte(train: list[np.ndarray], batches: list[Batch]) -> float:
-    """The trivial baseline: every byte costs -log2 of its (add-one) frequency in the training files."""
+    """A baseline without a model: every byte costs -log2 of its (add-one) frequency in the training files."""
     counts = np.ones(256)
     for document in train:
         counts += np.bincount(document[1:], minlength=256)

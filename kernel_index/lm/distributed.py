@@ -1,4 +1,4 @@
-"""Several processes on one model, on PyTorch's own engine: sharded parameters, tensor parallelism, checkpoints."""
+"""Training with several processes by PyTorch's own means: FSDP2 and tensor parallelism."""
 
 import os
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from kernel_index.lm.model import LanguageModel
 
 @dataclass(frozen=True)
 class Group:
-    """This process among the others; one alone unless ``torchrun`` started it."""
+    """The rank of this process and the number of processes; (0, 1) unless ``torchrun`` started it."""
 
     rank: int = 0
     size: int = 1
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             torch.distributed.barrier()
 
     def sum(self, value: float) -> float:
-        """Over all processes."""
+        """The sum over all processes."""
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64)
@@ -32,12 +32,12 @@ class Group:
 
 
 def processes() -> int:
-    """How many ``torchrun`` started."""
+    """The number of processes that ``torchrun`` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: torch.device) -> Group:
-    """The group that ``torchrun`` describes in the environment."""
+    """The group of this process, read from the variables that ``torchrun`` sets."""
     size = processes()
     if size == 1:
         return Group()
@@ -49,7 +49,7 @@ def join(device: torch.device) -> Group:
 
 
 def shard(model: LanguageModel, group: Group) -> None:
-    """FSDP2: every block, and then the rest, keeps a share of its parameters on each process."""
+    """FSDP2: each process keeps a shard of every block's parameters, and of the parameters outside the blocks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -77,7 +77,7 @@ def clip_each(model: nn.Module, limit: float) -> float:
 
 
 def split_heads(model: LanguageModel, mesh: Any) -> None:
-    """Tensor parallelism of A blocks and of the loss: heads, hidden channels and vocabulary are dealt out.
+    """Tensor parallelism of A blocks and of the loss: heads, hidden channels and vocabulary are sharded.
 
     The projections become DTensors, sharded so that each process attends with its own heads; the head of the model is
     sharded over the vocabulary, which makes ``ki.fused_linear_cross_entropy`` vocabulary-parallel.
@@ -102,10 +102,10 @@ def split_heads(model: LanguageModel, mesh: Any) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part; found without importing ``torch.distributed``."""
+    """Whether this process holds only a shard; found without importing ``torch.distributed``."""
     return hasattr(tensor, "device_mesh")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded."""
+    """The full tensor, gathered if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

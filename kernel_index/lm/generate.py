@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained model."""
+"""Generate text with a trained model."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ def load_model(path: Path) -> LanguageModel:
     saved = ckpt.read(path)
     try:
         config = ModelConfig.from_json(saved.state["config"]["model"])
-        with torch.device("meta"):  # what the file claims is compared with its tensors before it costs any memory
+        with torch.device("meta"):  # the configuration is compared with the tensors before any memory is allocated
             claimed = LanguageModel(config)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ckpt.CheckpointError(f"{path} must hold a model configuration: {error}") from error
@@ -35,8 +35,8 @@ def load_model(path: Path) -> LanguageModel:
 class Sampling:
     """How the next token is drawn.
 
-    ``temperature`` 0 takes the likeliest; ``top_k`` and ``top_p`` keep the likeliest tokens only, so many of them or
-    as many as it takes to hold that share of the probability.
+    ``temperature`` 0 takes the most likely token.  ``top_k`` keeps that many of the most likely tokens; ``top_p`` keeps
+    as few of them as hold that share of the probability.
     """
 
     temperature: float = 0.8
@@ -57,8 +57,8 @@ class Sampling:
         if self.temperature == 0:
             return int(logits.argmax())
         best = torch.topk(logits.cpu(), min(self.top_k, logits.numel()))
-        behind = best.values.double() - best.values[0]  # 0 for the best: no temperature is too small to divide that by
-        p = torch.softmax(behind / self.temperature, -1).float()
+        below = best.values.double() - best.values[0]  # 0 for the best, which stays finite at any temperature
+        p = torch.softmax(below / self.temperature, -1).float()
         if self.top_p < 1:
             p = torch.where(p.cumsum(-1) - p < self.top_p, p, 0.0)
         return int(best.indices[torch.multinomial(p, 1, generator=generator)])
@@ -75,11 +75,11 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
 ) -> Iterator[str]:
-    """Yield the continuation of ``prompt`` as text, as soon as its bytes form characters.
+    """Yield the continuation of ``prompt`` as text, as soon as the bytes form characters.
 
-    The model sees the latest tokens, ``context`` of them at most: when they are that many, the older half is dropped.
-    One that is in training computes each token as in evaluation, and is as it was between two of them; only then, one
-    thread at a time may generate from it.
+    The model sees the latest ``context`` tokens at most: when there are more, the older half is dropped.  A model in
+    training mode is put into evaluation mode for each token and back after it; only one thread at a time may then
+    generate with it.
 
     Args:
         model: a trained model.
@@ -88,8 +88,8 @@ def generate(
         temperature: 0 takes the most likely byte.
         top_k: sample among this many most likely bytes.
         top_p: sample among the most likely bytes that hold this share of the probability.
-        seed: of the sampling.
-        use_cache: keep what the blocks need of the tokens seen; without it every step computes them anew.
+        seed: seed of the sampling.
+        use_cache: keep keys, values and states of the tokens seen; without it every step computes them again.
     """
     sampling = Sampling(temperature, top_k, top_p)
     return (text for (text,) in generate_batch(model, [prompt], tokens, sampling, seed=seed, use_cache=use_cache))
@@ -106,7 +106,7 @@ def generate_batch(
 ) -> Iterator[list[str]]:
     """Continue prompts of any lengths together; yields the new text of each, empty once it has ended.
 
-    Row i draws from ``seed + i``: what it gets does not depend on the rows beside it, up to rounding.
+    Row i draws from ``seed + i``: its text does not depend on the other rows, up to rounding.
     """
     checks.is_int("tokens", tokens, minimum=0)
     checks.is_int("seed", seed)
@@ -154,8 +154,8 @@ def _continued(
 
 @contextmanager
 def _evaluating(model: LanguageModel) -> Iterator[None]:
-    """A model in training computes as in evaluation, and has every module's own mode back afterwards."""
-    training = [m for m in model.modules() if m.training] if model.training else []  # a walk for them alone
+    """Evaluation mode for every module of the model, and each module's own mode again afterwards."""
+    training = [m for m in model.modules() if m.training] if model.training else []  # found once
     for module in training:
         module.training = False
     try:
@@ -172,7 +172,7 @@ def window_start(count: int, context: int) -> int:
 
 
 class _PlainReader:
-    """Computes all tokens anew for every next one, in a row of one length, so that the same backends run each time."""
+    """Computes all tokens again for every next one, in rows of fixed length, so that the same backends run."""
 
     def __init__(self, model: LanguageModel):
         self.model = model
@@ -186,7 +186,7 @@ class _PlainReader:
 
 
 class _CachedReader:
-    """Feeds the model only what it has not seen; a row whose window moves begins with a new sequence."""
+    """Gives the model only the tokens it has not seen; a row whose window moves begins a new sequence."""
 
     def __init__(self, model: LanguageModel, rows: int):
         self.model, self.device = model, model.head.weight.device
@@ -197,7 +197,7 @@ class _CachedReader:
 
     def next_logits(self, histories: dict[int, list[int]]) -> dict[int, Tensor]:
         new = {row: self._unseen(row, history) for row, history in histories.items()}
-        # Rows that go on by one token do not wait, padded, for those that read a prompt.
+        # Rows with one new token are not padded to the length of those that read a prompt.
         found: dict[int, Tensor] = {}
         for rows in ([r for r in new if len(new[r]) == 1], [r for r in new if len(new[r]) > 1]):
             if rows:

@@ -1,16 +1,18 @@
-"""Where the time of a run went."""
+"""How a run's time is divided into phases."""
 
 import contextlib
 import statistics
 import time
 from collections.abc import Iterator
+from typing import Literal, get_args
 
-PHASES = ("step", "data", "evaluate", "checkpoint", "compile")
+Phase = Literal["step", "data", "evaluate", "checkpoint", "compile"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Goodput:
-    """Seconds by phase.  The first step of a process also compiles: what it takes beyond the median of the later ones
-    counts as ``compile``.  ``earlier`` holds the seconds of the processes that a resumed run has behind it.
+    """Seconds by phase.  The first step of a process also compiles: its time beyond the median of the later steps
+    counts as ``compile``.  ``earlier`` holds the seconds of a resumed run before this process.
 
     >>> clock = iter([0.0, 10.0, 10.0, 11.0, 11.0, 12.0]).__next__
     >>> goodput = Goodput(clock)
@@ -24,11 +26,11 @@ class Goodput:
     def __init__(self, clock=time.perf_counter):
         self.clock = clock
         self.steps: list[float] = []
-        self.others = dict.fromkeys(PHASES[1:], 0.0)
+        self.others: dict[Phase, float] = dict.fromkeys(PHASES[1:], 0.0)
         self.earlier = dict.fromkeys(PHASES, 0.0)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: Phase) -> Iterator[None]:
         start = self.clock()
         try:
             yield
@@ -39,15 +41,15 @@ class Goodput:
             else:
                 self.others[name] += seconds
 
-    def seconds(self) -> dict[str, float]:
-        """By phase; all of the first step counts as a step as long as there is no other to compare it with."""
+    def seconds(self) -> dict[Phase, float]:
+        """By phase.  While there is only one step, all of its time counts as a step."""
         later = self.steps[1:]
         extra = max(0.0, self.steps[0] - statistics.median(later)) if later else 0.0
-        own = {"step": sum(self.steps) - extra, **self.others, "compile": extra}
+        own: dict[Phase, float] = {"step": sum(self.steps) - extra, **self.others, "compile": extra}
         return {name: value + self.earlier[name] for name, value in own.items()}
 
-    def shares(self) -> dict[str, float]:
-        """By phase, of the time that was measured."""
+    def shares(self) -> dict[Phase, float]:
+        """By phase, as a share of the measured time."""
         seconds = self.seconds()
         whole = sum(seconds.values())
         return {name: value / whole if whole else 0.0 for name, value in seconds.items()}

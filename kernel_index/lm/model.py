@@ -1,7 +1,7 @@
 """The language model: embeddings, blocks by their letters, and a loss that never holds the full logits."""
 
 import math
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,11 @@ from kernel_index.nn import (
 )
 from kernel_index.nn.mlp import MLPS
 
+Reduction = Literal["mean", "sum", "none"]
+
 
 def make_block(config: ModelConfig, index: int) -> HybridBlock:
-    """The block that a letter of the pattern stands for."""
+    """The block for a letter of the pattern."""
     c, letter = config, config.pattern[index]
     options: dict[str, Any]
     mixer: Mixer | None = None
@@ -57,7 +59,7 @@ def make_block(config: ModelConfig, index: int) -> HybridBlock:
 
 
 class LanguageModel(nn.Module):
-    """Pre-norm decoder over tokens; every fused op is called through its public function."""
+    """A pre-norm decoder; it calls every kernel through its public function."""
 
     blocks: nn.ModuleList | HyperConnectedBlocks
 
@@ -66,7 +68,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.padded_vocab, config.dim)
         blocks = [make_block(config, i) for i in range(len(config.pattern))]
-        self._in_order = tuple(blocks)  # a tuple registers nothing a second time, and saves a walk for every token
+        self._in_order = tuple(blocks)  # a tuple does not register the blocks twice, and saves a walk for every token
         if config.residual == "mhc":
             self.blocks = HyperConnectedBlocks(BlockBranch(b) for b in blocks)
         else:
@@ -87,13 +89,13 @@ class LanguageModel(nn.Module):
         return [m for m in self.modules() if isinstance(m, Router)]
 
     def attend_densely(self, dense: bool) -> None:
-        """Let the S blocks attend to everything, for a dense warm-up, or to what they select."""
+        """Let the S blocks attend to all keys, for a dense warm-up, or to what they select."""
         for mixer in self.mixers():
             if isinstance(mixer, SparseAttention):
                 mixer.dense = dense
 
     def reset_parameters(self) -> None:
-        """Normal(1/√fan-in); the projections that end a branch start at zero, so that step 0 is a bigram model."""
+        """Normal(1/√fan-in).  The projections that end a branch start at zero, so that step 0 is a bigram model."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
@@ -132,10 +134,10 @@ class LanguageModel(nn.Module):
                 stream, branch = block(stream, branch, *own)
         return self.final(stream, branch)[1]
 
-    def loss(self, batch: Batch, *, reduction: str = "mean", z_loss: float | None = None) -> Tensor:
+    def loss(self, batch: Batch, *, reduction: Reduction = "mean", z_loss: float | None = None) -> Tensor:
         """Cross-entropy in nats per token over the batch's targets (-100 is ignored).
 
-        With ``config.ahead`` and ``"mean"``, while training, the loss of the token after the next is added.
+        In training, with ``config.ahead`` and ``"mean"``, the loss of the token after the next is added.
         """
         hidden = self.hidden(batch)
         options: dict[str, Any] = {
@@ -151,18 +153,18 @@ class LanguageModel(nn.Module):
         return loss + self.config.ahead * ki.fused_linear_cross_entropy(further, self.head.weight, targets, **options)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The training loss; what ``torch.compile`` and FSDP wrap."""
+        """The training loss: ``torch.compile`` and FSDP wrap this method."""
         return self.loss(batch)
 
     def next_logits(self, tokens: Tensor) -> Tensor:
-        """Logits [V] of the token that follows a prompt [T], T at most the context; everything is computed anew."""
+        """Logits [V] of the token that follows a prompt [T], T at most the context, without a cache."""
         batch = Batch.of_prompt(tokens, self.config.context)
         batch = Batch(*(t.to(self.head.weight.device) for t in batch))
         return self._logits(self.hidden(batch)[0, tokens.numel() - 1])
 
-    @torch.no_grad()  # some caches hand out what they hold, which has no gradient: rather none than a part of it
+    @torch.no_grad()  # some caches return keys without a gradient: none at all rather than an incomplete one
     def decode(self, tokens: Tensor, start: int | Tensor, cache: ModelCache, counts: Tensor | None = None) -> Tensor:
-        """Logits [B, V] of what follows tokens [B, T] at positions ``start …``, the new ones of the cache's step.
+        """Logits [B, V] of the token after tokens [B, T], the new tokens of the cache's step at positions ``start …``.
 
         Each row is one document; windows are those of training.  ``start`` may differ from row to row, [B]; where rows
         are padded to one length, ``counts`` [B] says how many of their tokens are real.  The caller begins and advances
@@ -180,11 +182,11 @@ class LanguageModel(nn.Module):
         return self._logits(hidden[torch.arange(len(hidden), device=hidden.device), counts - 1])
 
     def new_cache(self, tokens: int, page_size: int = 16) -> ModelCache:
-        """Empty caches for every block, with room for so many tokens in all."""
+        """Empty caches for every block, with a capacity of ``tokens`` tokens in all."""
         return ModelCache(self.mixers(), tokens, page_size)
 
     def _mixing(self, cache: ModelCache) -> Tensor | None:
-        """How the streams mix, formed anew whenever a sequence begins: what follows has the weights of its keys."""
+        """The mixing matrices, computed again whenever a sequence begins: its later steps use those of its prompt."""
         if isinstance(self.blocks, HyperConnectedBlocks) and (cache.mixing is None or 0 in cache.lengths()):
             cache.mixing = self.blocks.mixing()
         return cache.mixing
@@ -197,7 +199,7 @@ class LanguageModel(nn.Module):
 
 
 class AfterNext(nn.Module):
-    """Hidden states for the token after the next, from those for the next and that token's embedding.
+    """Hidden states for the token after the next, from the hidden states for the next token and its embedding.
 
     Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, section 2.2, with a feed-forward block.
     """
@@ -215,7 +217,7 @@ class AfterNext(nn.Module):
 
 
 def after_next_targets(batch: Batch) -> Tensor:
-    """The targets one token further on; ignored where that is another document."""
+    """The targets shifted by one token; ignored where the next token belongs to another document."""
     same = batch.doc_ids[:, 1:] == batch.doc_ids[:, :-1]
     return nn.functional.pad(torch.where(same, batch.targets[:, 1:], IGNORED), (0, 1), value=IGNORED)
 
@@ -255,7 +257,7 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 def active_parameters(model: LanguageModel) -> int:
-    """Parameters that one token uses: of the experts, only those that it is sent to."""
+    """Parameters that one token uses: all but those of the experts that it is not routed to."""
     e = model.config.experts
     idle = sum(
         (m.up.numel() + m.down.numel()) * (e.count - e.topk) // e.count

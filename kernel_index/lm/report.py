@@ -1,4 +1,4 @@
-"""What a run leaves behind for a reader: the receipts table and report.html."""
+"""The report of a run: the table of receipts, the loss curve and ``report.html``."""
 
 import io
 import platform
@@ -29,7 +29,7 @@ class ReceiptRow(NamedTuple):
 def receipt_rows(receipts: Counter[ki.Receipt]) -> list[ReceiptRow]:
     """Op × backend × count × reason, by op; the reason is why each earlier backend did not run.
 
-    What ran as a phase of another op has a line of its own, taken from that op's receipt.
+    An op that ran as a phase of another op has a line of its own, taken from that op's receipt.
     """
     merged: Counter[tuple[str, str, str]] = Counter()
     for receipt, count in receipts.items():
@@ -45,7 +45,7 @@ def receipt_rows(receipts: Counter[ki.Receipt]) -> list[ReceiptRow]:
 
 
 def _phases(receipt: ki.Receipt) -> Iterator[tuple[str, str, str]]:
-    """The entries of the index that an op called inside, by what its receipt's details say."""
+    """The ops that this op called as its phases, from its receipt's details."""
     scoring = str(receipt.details.get("scoring_backend"))
     if scoring.startswith("hierarchical"):
         by = "native" if scoring.endswith("native") else "torch"
@@ -74,7 +74,7 @@ def loss_curve(metrics: list[StepReport], unigram: float) -> str:
 
 
 def write_report(trainer: Trainer, metrics: list[StepReport], sample: str) -> Path:
-    """Write ``report.html`` into the run folder: one file, nothing fetched."""
+    """Write ``report.html`` into the run folder: one file that loads nothing from elsewhere."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )

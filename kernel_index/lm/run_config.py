@@ -1,31 +1,32 @@
-"""Everything that determines a run."""
+"""The configuration of a run, and the report of a step."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
 from kernel_index.lm.checkpoint import CheckpointError
-from kernel_index.lm.config import PRESETS, ModelConfig
+from kernel_index.lm.config import PRESETS, Device, Dtype, ModelConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BACKENDS = ("auto", "reference")
-PARALLEL = ("fsdp", "tensor")
+Backend = Literal["auto", "reference"]
+Parallel = Literal["fsdp", "tensor"]
+
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that determines a run's numbers, and how often it is saved.
 
-    A step takes ``accumulate`` micro-batches of ``batch_rows`` rows.  ``recompute`` keeps only what enters a block and
-    computes the rest again in backward.  ``compile`` puts the whole model through ``torch.compile``.  The S blocks
-    attend to everything before step ``sparse_from_step``.  ``backend="reference"`` runs the plain formula of every op.
-    Several processes deal out rows and parameters (``parallel="fsdp"``), or heads, hidden channels and vocabulary
-    (``"tensor"``: A blocks only, every process sees all rows).
+    A step takes ``accumulate`` micro-batches of ``batch_rows`` rows.  ``recompute`` keeps only the inputs of each block
+    and computes the rest again in backward.  ``compile`` puts the whole model through ``torch.compile``.  The S blocks
+    attend to all keys before step ``sparse_from_step``.  ``backend="reference"`` runs the plain formula of every op.
+    Several processes share rows and parameters (``parallel="fsdp"``), or heads, hidden channels and vocabulary
+    (``"tensor"``: A blocks only, every process computes all rows).
     """
 
     preset: str
@@ -34,7 +35,7 @@ class RunConfig:
     batch_rows: int
     learning_rate: float
     seed: int = 0
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     data: str | None = None
     glob: str = "**/*.py"
     checkpoint_every: int = 100
@@ -46,9 +47,9 @@ class RunConfig:
     recompute: bool = False
     compile: bool = False
     sparse_from_step: int = 0
-    backend: str = "auto"
-    device: str = "cpu"
-    parallel: str = "fsdp"
+    backend: Backend = "auto"
+    device: Device = "cpu"
+    parallel: Parallel = "fsdp"
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "RunConfig":
@@ -73,11 +74,10 @@ class RunConfig:
                 raise ValueError(f"{name} must be finite and at least 0, got {value}")
         if self.clip == 0:
             raise ValueError(f"clip must be above 0, got {self.clip}")
-        for name, known in (("dtype", DTYPES), ("backend", BACKENDS), ("parallel", PARALLEL)):
+        choices = {f.name: get_args(f.type) for f in fields(self) if get_origin(f.type) is Literal}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be one of cpu, cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu where PyTorch sees no GPU, got 'cuda'")
 
@@ -91,7 +91,8 @@ class RunConfig:
         >>> RunConfig.read_settings(["accumulate=2", "recompute=true"])
         {'accumulate': 2, 'recompute': True}
         """
-        kinds = {f.name: f.type for f in fields(cls) if f.type in (int, float, bool, str)}
+        kinds = {f.name: str if get_origin(f.type) is Literal else f.type for f in fields(cls)}
+        kinds = {name: kind for name, kind in kinds.items() if kind in (int, float, bool, str)}
         found: dict[str, Any] = {}
         for setting in given:
             name, _, value = setting.partition("=")
@@ -123,7 +124,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step.  ``loss`` is in nats per byte; ``validation`` in bits per byte, where it was measured."""
+    """One optimizer step.  ``loss`` is in nats per byte; ``validation`` in bits per byte, if measured at this step."""
 
     step: int
     loss: float
@@ -134,7 +135,7 @@ class StepReport:
     validation: float | None = None
 
     def scalars(self) -> dict[str, float]:
-        """By TensorBoard's tags."""
+        """Values by their tags in TensorBoard."""
         found = {
             "train/loss_nats": self.loss,
             "train/gradient_norm": self.gradient_norm,
@@ -154,7 +155,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def read_metrics(folder: Path) -> list[StepReport]:
-    """Every step of a run so far.  A last line that a kill or a full disk has cut off is left out."""
+    """Every step of a run so far, without an incomplete last line."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard: its event files are simple enough to write without it.
+"""Event files with scalars for TensorBoard, written without its package.
 
 A record is its length and its content, each followed by a masked CRC-32C; the content is an ``Event`` in protocol
 buffers: wall time (field 1, double), step (2, varint), file version (3) or summary (5), which holds values (1) of a tag
@@ -68,7 +68,7 @@ def scalars(step: int, values: dict[str, float], wall_time: float) -> bytes:
 
 
 class EventFile:
-    """An event file in a folder; a resumed run adds one, and TensorBoard joins them by step."""
+    """An event file in a folder; a resumed run adds another, and TensorBoard joins them by step."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)

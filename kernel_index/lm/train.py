@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,38 +16,39 @@ from torch import Tensor
 
 import kernel_index as ki
 from kernel_index.core.atomic_write import write_whole
-from kernel_index.core.force import reload_environment
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import distributed
 from kernel_index.lm.data import IGNORED, Batch, PackedRows, digest, load_documents, unigram_bits_per_byte
 from kernel_index.lm.distributed import is_sharded
 from kernel_index.lm.goodput import PHASES, Goodput
 from kernel_index.lm.model import LanguageModel, flops_per_token
-from kernel_index.lm.run_config import DTYPES, RunConfig, StepReport, read_config, read_metrics
+from kernel_index.lm.run_config import DTYPES, Backend, RunConfig, StepReport, read_config, read_metrics
 from kernel_index.lm.tensorboard import EventFile
 
 __all__ = ["RunConfig", "StepReport", "Trainer", "TrainingError", "read_config", "read_metrics"]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what is saved."""
+    """Training cannot continue; the message says at which step, and which checkpoint is saved."""
 
 
 class Trainer:
     """A run in a folder: ``metrics.jsonl``, TensorBoard's events, ``config.json`` and checkpoints.
 
     Iterate over ``steps()``; call ``save()`` whenever; ``Trainer.resume(folder)`` continues the newest checkpoint.
-    Under ``torchrun`` every process makes one, the parameters are sharded, and each step's rows are dealt out.  Every
-    step seeds PyTorch's global generator.
+    Under ``torchrun`` every process makes one, the parameters are sharded, and each step's rows are distributed over
+    the processes.  Every step seeds PyTorch's global generator.
     """
 
     def __init__(self, config: RunConfig, folder: Path):
         self.config, self.folder = config, folder
         self.device = torch.device(config.device)
         self.group = distributed.join(self.device)
-        self.dealt = 1 if config.parallel == "tensor" else self.group.size  # how many processes share a step's rows
-        if config.batch_rows % self.dealt:
-            raise ValueError(f"batch_rows must be a multiple of the {self.dealt} processes, got {config.batch_rows}")
+        self.row_shards = 1 if config.parallel == "tensor" else self.group.size  # processes that share a step's rows
+        if config.batch_rows % self.row_shards:
+            raise ValueError(
+                f"batch_rows must be a multiple of the {self.row_shards} processes, got {config.batch_rows}"
+            )
         torch.manual_seed(config.seed)
         train, held_out = load_documents(Path(config.data) if config.data else None, config.glob)
         self.model = LanguageModel(config.model).to(self.device)
@@ -69,7 +69,7 @@ class Trainer:
 
     @classmethod
     def start(cls, config: RunConfig, folder: Path) -> "Trainer":
-        """A new run; refuses a folder that already holds one."""
+        """A new run.  Raises ``ValueError`` if the folder already holds one."""
         if (folder / "config.json").exists():
             raise ValueError(f"out must be a new folder, got {folder}, which holds a run: resume it or choose another")
         trainer = cls(config, folder)
@@ -80,22 +80,22 @@ class Trainer:
 
     @classmethod
     def resume(cls, folder: Path, *, steps: int | None = None, checkpoint_every: int | None = None) -> "Trainer":
-        """Continue the newest checkpoint of a run, or its start where a kill came before the first.
+        """Continue the newest checkpoint of a run, or begin again where it ended before its first checkpoint.
 
-        With the run's own ``steps`` the numbers are those of one run; others, and another ``checkpoint_every``, become
-        the run's own.
+        With the same ``steps`` the numbers are those of an uninterrupted run.  Other ``steps`` and another
+        ``checkpoint_every`` are written into the run's configuration.
         """
         before = read_config(folder)
         given: dict[str, Any] = {"steps": steps, "checkpoint_every": checkpoint_every}
         config = replace(before, **{name: value for name, value in given.items() if value is not None})
         saved = ckpt.read(folder) if ckpt.newest(folder) else None
         if saved is not None and steps is not None and steps < saved.step:
-            raise ValueError(f"steps must be at least the {saved.step} that the run has behind it, got {steps}")
+            raise ValueError(f"steps must be at least the {saved.step} steps already done, got {steps}")
         trainer = cls(config, folder)
         if saved is not None:
             trainer._load(saved)
         if trainer.group.rank == 0:
-            if config != before:  # a later resume, or one after a kill, must go on to the same end
+            if config != before:  # so that every later resume goes on to the same number of steps
                 write_whole(folder / "config.json", json.dumps(config.to_json(), indent=1))
             trainer._trim_metrics()
         return trainer
@@ -104,7 +104,7 @@ class Trainer:
         ckpt.load_model(self.model, saved)
         for what, then, now in (
             ("packed rows", saved.state.get("rows"), len(self.rows)),
-            ("a digest of", saved.state.get("data", self.digest), self.digest),  # older ones have none
+            ("a digest of", saved.state.get("data", self.digest), self.digest),  # older checkpoints have none
         ):
             if then != now:
                 raise ckpt.CheckpointError(f"the data has changed since the checkpoint: {what} {then} then, {now} now")
@@ -116,7 +116,7 @@ class Trainer:
             raise ckpt.CheckpointError(f"the checkpoint must hold the seconds of every phase: {error!r}") from error
 
     def steps(self) -> Iterator[StepReport]:
-        """Train to the end of the run, one report per optimizer step; saves as configured and at the end."""
+        """Train to the end of the run and yield one report per optimizer step; save as configured and at the end."""
         c = self.config
         with _Log(self.folder) if self.group.rank == 0 else contextlib.nullcontext() as log:
             while self.step < c.steps:
@@ -128,7 +128,7 @@ class Trainer:
                 yield report
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step; refused where a weight is not finite."""
+        """Write a checkpoint of the current step.  Raises ``TrainingError`` if a weight is not finite."""
         with self.goodput.phase("checkpoint"):
             state = {
                 "config": self.config.to_json(),
@@ -142,7 +142,7 @@ class Trainer:
             return ckpt.write(self.folder, found, self.group)
 
     def _check_weights(self) -> None:
-        """A checkpoint that a loss may have ruined must not take the place of a good one."""
+        """A checkpoint with weights that are not finite must not replace a good one."""
         own = {n: t.to_local() if is_sharded(t) else t for n, t in self.model.state_dict().items()}
         bad = [n for n, t in own.items() if t.is_floating_point() and not t.isfinite().all()]
         if self.group.sum(len(bad)):
@@ -188,7 +188,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             torch.manual_seed(self._seed_of_step())
-            with forced_backend(c.backend):  # not around a yield: the caller's own calls are not forced
+            with forced_backend(c.backend):  # not around a yield: calls of the caller are not forced
                 loss = self._gradients(batches)
             norm = self._clip()
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -211,11 +211,11 @@ class Trainer:
         return StepReport(self.step, loss, rate, norm, tokens, seconds, validation)
 
     def _seed_of_step(self) -> int:
-        """Dropout masks are those of the run's seed, the step, and which of the dealt-out rows these are.
+        """Dropout masks depend on the run's seed, the step, and the shard of the step's rows alone.
 
-        So a resumed run draws what an uninterrupted one draws, on any device, whatever was drawn in between.
+        So a resumed run draws the masks of an uninterrupted one, whatever the caller drew in between.
         """
-        words = np.random.SeedSequence([self.config.seed, self.step, self.group.rank % self.dealt])
+        words = np.random.SeedSequence([self.config.seed, self.step, self.group.rank % self.row_shards])
         return int(words.generate_state(1, np.uint64)[0])
 
     def _gradients(self, batches: list[Batch]) -> float:
@@ -223,17 +223,17 @@ class Trainer:
         counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
         total, loss = max(1, sum(counts)), 0.0
         for batch in batches:
-            own = self._here(Batch(*(t[self.group.rank % self.dealt :: self.dealt] for t in batch)))
+            own = self._here(Batch(*(t[self.group.rank % self.row_shards :: self.row_shards] for t in batch)))
             share = int((own.targets != IGNORED).sum()) / total
             with ki.receipts() as log:
                 with self._autocast():
-                    part = self.forward(own) * share
-                (part * self.dealt).backward()  # sharding averages the processes' gradients
+                    loss_share = self.forward(own) * share
+                (loss_share * self.row_shards).backward()  # FSDP averages the processes' gradients
             self.receipts += log.counts()
-            loss += float(part.detach())
+            loss += float(loss_share.detach())
             for router in self.model.routers():
                 router.count()
-        return self.group.sum(loss) if self.dealt > 1 else loss
+        return self.group.sum(loss) if self.row_shards > 1 else loss
 
     def _clip(self) -> float:
         if self.config.parallel == "tensor":
@@ -256,7 +256,7 @@ class Trainer:
             {"params": [p for n, p in named if decays(n, p)], "weight_decay": self.config.weight_decay},
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
-        # Of several processes some parameters may be sharded and some not, which the kernels for lists do not take.
+        # With several processes some parameters may be sharded and some not, which foreach kernels do not take.
         one_by_one: dict[str, Any] = {"fused": True} if self.group.size == 1 else {"foreach": False}
         return torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.95), **one_by_one)
 
@@ -267,7 +267,7 @@ class Trainer:
         return [rows.batch(order[i : i + size]) for i in range(0, len(order), size)]
 
     def _trim_metrics(self) -> None:
-        """Drop what was logged after the checkpoint: those steps are about to be done again."""
+        """Drop what was logged after the checkpoint: the run will do those steps again."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = [json.dumps(asdict(m)) for m in read_metrics(self.folder) if m.step <= self.step]
@@ -294,19 +294,6 @@ class _Log:
         self.events.close()
 
 
-@contextlib.contextmanager
-def forced_backend(backend: str) -> Iterator[None]:
-    """Inside the block every op runs this backend, as if ``KERNEL_INDEX_BACKEND`` said so; ``auto`` changes nothing."""
-    if backend == "auto":
-        yield
-        return
-    before = os.environ.get("KERNEL_INDEX_BACKEND")
-    os.environ["KERNEL_INDEX_BACKEND"] = backend
-    reload_environment()
-    try:
-        yield
-    finally:
-        del os.environ["KERNEL_INDEX_BACKEND"]
-        if before is not None:
-            os.environ["KERNEL_INDEX_BACKEND"] = before
-        reload_environment()
+def forced_backend(backend: Backend) -> contextlib.AbstractContextManager[None]:
+    """Inside the block every op runs this backend, by ``ki.force``; ``auto`` changes nothing."""
+    return contextlib.nullcontext() if backend == "auto" else ki.force(backend)

@@ -1,4 +1,4 @@
-"""Layers and blocks that call the kernels through their public functions; no kernel logic lives here."""
+"""Layers and blocks that call the kernels through their public functions."""
 
 from kernel_index.nn.attention import Attention
 from kernel_index.nn.block import BlockBranch, HybridBlock, TransformerBlock

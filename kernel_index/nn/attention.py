@@ -19,7 +19,7 @@ class Attention(Mixer):
         heads: query heads H.
         kv_heads: key and value heads K; H must be a multiple of K.
         head_dim: D.
-        window: previous tokens that a query sees beside itself; None for all.
+        window: previous tokens that a query sees besides itself; None for all.
         bias: whether the output projection has a bias.  It is returned, not added: the block boundary adds it.
     """
 
@@ -46,8 +46,8 @@ class Attention(Mixer):
         rope: tuple[Tensor, Tensor],
         cache: dict[str, Any] | None = None,
     ) -> Branch:
-        """``cache`` holds this layer's arguments from ``KVCache.layer``; the mask is then what the cache holds."""
-        B, T, _ = x_BTC.shape  # heads are not named: a process of a tensor-parallel group has only some of them
+        """``cache``: this layer's arguments from ``KVCache.layer``.  Its lengths then determine the visible keys."""
+        B, T, _ = x_BTC.shape  # −1 heads: a process of a tensor-parallel group has only some of them
         q_BTHD = self.q(x_BTC).view(B, T, -1, self.head_dim)
         k_BTKD = self.k(x_BTC).view(B, T, -1, self.head_dim)
         v_BTKD = self.v(x_BTC).view(B, T, -1, self.head_dim)

@@ -4,24 +4,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.nn.mixer import Mixer
+from kernel_index.nn.recompute import recomputed
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
 
 
 class HybridBlock(nn.Module):
-    """A mixer, a feed-forward layer, or both.  A block receives the stream and the branch that is not yet added to it.
+    """A mixer, a feed-forward layer, or both.  A block receives the stream and the branch not yet added to it.
 
     Args:
         dim: channels C.
         mixer: a ``Mixer``, or None.
         mlp: maps normed [B, T, C] to a ``Branch``; or None.
-        dropout: residual dropout of every branch.
-        fp32_residual: keep the stream in float32 whatever the branches are computed in.
+        dropout: probability of the residual dropout of every branch.
+        fp32_residual: keep the stream in float32 for branches of any dtype.
 
-    ``recompute = True`` keeps only what enters the block and computes the rest again in backward, with the same
+    ``recompute = True`` keeps only the inputs of the block and computes the rest again in backward, with the same
     dropout masks.
     """
 
@@ -54,7 +54,7 @@ class HybridBlock(nn.Module):
         cache: Any = None,
     ) -> tuple[Tensor, Branch]:
         if self.recompute and cache is None and torch.is_grad_enabled():
-            return checkpoint(self._forward, stream, branch, mask, rope, None, use_reentrant=False)
+            return recomputed(self._forward, stream, branch, mask, rope, None)
         return self._forward(stream, branch, mask, rope, cache)
 
     def _forward(
@@ -73,7 +73,7 @@ class HybridBlock(nn.Module):
             branch = self.mlp(normed)
         assert branch is not None
         out, bias = branch
-        # Whoever adds the bias does so behind this block, where a sharded block has given up its parameters.
+        # The next block adds the bias, when a sharded block has already freed its gathered parameters: hence a copy.
         return stream, (out, None if bias is None else bias.clone())
 
 
@@ -85,7 +85,7 @@ class TransformerBlock(HybridBlock):
 
 
 class BlockBranch(nn.Module):
-    """A block as one branch, for ``HyperConnections``: what it would add to the stream [B, T, C] that it reads."""
+    """A block as one branch, for ``HyperConnections``: the update that it would add to the stream [B, T, C]."""
 
     def __init__(self, block: HybridBlock):
         super().__init__()

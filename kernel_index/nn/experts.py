@@ -1,23 +1,22 @@
-"""A mixture of experts without capacity: every token reaches every expert that its router picked."""
+"""A mixture of experts without a capacity limit: every token is computed by every expert its router selects."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.core import checks
-from kernel_index.nn.grouped import grouped_product
-from kernel_index.nn.mlp import MLPS, swiglu
+from kernel_index.nn.mlp import MLPS, Activation, swiglu
+from kernel_index.nn.recompute import recomputed
 from kernel_index.nn.residual import Branch
 
-SCORES = ("sigmoid", "softmax")
+Scores = Literal["sigmoid", "softmax"]
 
 
 class Routing(NamedTuple):
-    """``experts`` [N, k] int64 by falling preference, ``weights`` [N, k] float32, ``load`` [E] int64 tokens each."""
+    """``experts`` [N, k] int64, best first; ``weights`` [N, k] float32; ``load`` [E] int64, tokens of each expert."""
 
     experts: Tensor
     weights: Tensor
@@ -25,11 +24,11 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token in float32, whatever the model computes in, and picks the best ``topk``.
+    """Scores every expert for every token in float32, in any dtype of the model, and selects the best ``topk``.
 
-    ``bias`` [E] is added to the scores for the choice alone; the weights are the scores of the chosen, divided by their
-    sum.  ``balance`` moves it against the load that was counted, instead of a loss (Wang et al., 2024).  Ties go to the
-    expert of smaller index.
+    ``bias`` [E] is added to the scores for the selection alone.  The weights are the scores of the selected experts,
+    divided by their sum.  ``balance`` changes the bias against the counted load, instead of an auxiliary loss (Wang et
+    al., 2024).  Of equal scores the expert of smaller index is selected.
     """
 
     weight: Tensor
@@ -37,13 +36,13 @@ class Router(nn.Module):
     load: Tensor
     pending: Tensor
 
-    def __init__(self, dim: int, experts: int, topk: int, *, scores: str = "sigmoid"):
+    def __init__(self, dim: int, experts: int, topk: int, *, scores: Scores = "sigmoid"):
         super().__init__()
         checks.is_int("experts", experts, minimum=1)
         checks.is_int("topk", topk, minimum=1)
         if topk > experts:
             raise ValueError(f"topk must be at most the number of experts ({experts}), got {topk}")
-        checks.one_of("scores", scores, SCORES)
+        checks.one_of("scores", scores, get_args(Scores))
         self.topk, self.scores = topk, scores
         self.weight = nn.Parameter(torch.randn(experts, dim) / math.sqrt(dim))
         self.register_buffer("bias", torch.zeros(experts))
@@ -66,12 +65,12 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def count(self) -> None:
-        """Take the latest forward's load into account for the next ``balance``."""
+        """Add the latest forward's load to what the next ``balance`` uses."""
         self.pending += self.load
 
     @torch.no_grad()
     def balance(self, rate: float) -> None:
-        """Raise the bias of experts with less than the mean of the counted load, lower that of the others."""
+        """Raise the bias of experts with less than the mean load and lower the bias of those with more."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.pending)
         load = self.pending.float()
@@ -80,21 +79,20 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """``Σ_k weight_k · down_k(act(up_k(x)))`` over the experts k of each token, and a shared expert that sees them all.
+    """``Σ_k weight_k · down_k(act(up_k(x)))`` over the experts k of each token, plus a shared expert for all tokens.
 
-    Tokens are gathered in the order of their experts, multiplied in one grouped product, and gathered back, so that
-    the sum over a token's experts has a fixed order and results repeat bit for bit.  No token is ever dropped.
-    The grouped product is used on the CPU too: there it took half the time of a loop over experts.
+    Tokens are gathered in the order of their experts, multiplied by ``ki.grouped_product``, and gathered back.  The sum
+    over a token's experts has a fixed order, so that results repeat bit for bit.  No token is dropped.
 
     Args:
         dim: channels C.
         hidden: width F of one expert.
-        experts: their number E.
+        experts: number of experts E.
         topk: experts of a token.
         shared: width of the shared expert; 0 for none.
         activation: ``"relu2"`` or ``"swiglu"``.
         scores: ``"sigmoid"`` or ``"softmax"``.
-        recompute: form the squared activation again in backward instead of keeping it, as ``SquaredReLUMLP`` does.
+        recompute: compute the activation again in backward instead of keeping it, as ``SquaredReLUMLP`` does.
     """
 
     def __init__(
@@ -105,8 +103,8 @@ class Experts(nn.Module):
         experts: int,
         topk: int,
         shared: int = 0,
-        activation: str = "relu2",
-        scores: str = "sigmoid",
+        activation: Activation = "relu2",
+        scores: Scores = "sigmoid",
         recompute: bool = True,
     ):
         super().__init__()
@@ -127,12 +125,14 @@ class Experts(nn.Module):
         self._check(x_BTC, dtype)
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         routing = self.router(x_NC)
-        order_S = routing.experts.flatten().argsort(stable=True)  # slot s of the grouped product serves pick order[s]
+        order_S = routing.experts.flatten().argsort(
+            stable=True
+        )  # row s of the grouped product is the (token, k) pair order[s]
         offsets_E = routing.load.cumsum(0).to(torch.int32)
-        picked = ki.gather_rows(x_NC.to(dtype)[:, None], order_S // self.router.topk)[:, 0]
-        h_SF = grouped_product(picked, self.up.to(dtype), offsets_E)
+        x_SC = ki.gather_rows(x_NC.to(dtype)[:, None], order_S // self.router.topk)[:, 0]
+        h_SF = ki.grouped_product(x_SC, self.up.to(dtype), offsets_E)
         if self.recompute and torch.is_grad_enabled():
-            out_SC = checkpoint(self._second_half, h_SF, offsets_E, use_reentrant=False, preserve_rng_state=False)
+            out_SC = recomputed(self._second_half, h_SF, offsets_E, preserve_rng_state=False)
         else:
             out_SC = self._second_half(h_SF, offsets_E)
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
@@ -150,4 +150,4 @@ class Experts(nn.Module):
 
     def _second_half(self, h_SF: Tensor, offsets_E: Tensor) -> Tensor:
         active = ki.fused_relu_squared(h_SF) if self.activation == "relu2" else swiglu(h_SF)
-        return grouped_product(active, self.down.to(active.dtype), offsets_E)
+        return ki.grouped_product(active, self.down.to(active.dtype), offsets_E)

@@ -1,4 +1,4 @@
-"""Residual streams instead of one residual: static hyper-connections around any block."""
+"""Several residual streams instead of one: static hyper-connections around any block."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -11,21 +11,21 @@ import kernel_index as ki
 
 
 class HyperConnections(nn.Module):
-    """One block between four residual streams: what it reads, what it writes, and how the streams mix meanwhile.
+    """One block between residual streams: weights of what it reads, of what it writes, and of how the streams mix.
 
     ``hidden ← h_res · hidden + h_post · block(h_pre · hidden)``, with ``h_res = sinkhorn(h_res_logits)``, a doubly
     stochastic matrix: the mean of the streams passes from layer to layer unchanged.
 
-    At the start the block reads one stream (the streams take turns, by index), writes to all of them, and the streams
-    keep to themselves.  Streams that begin as copies therefore stay copies, and the model starts as the same model with
-    a single stream: in exact arithmetic for every ``separation``, to the last bit from about 20 on, where the float32
-    matrix is the identity.  Its gradient is then as good as zero, too; the default leaves 1/3000 off the diagonal.
+    At initialization the block reads one stream (number ``index`` modulo the streams), writes to all of them, and the
+    streams do not mix.  Streams that begin as copies therefore stay copies, and the model equals the model with a
+    single stream: in exact arithmetic for every ``separation``, bit for bit from about 20 on, where the float32 matrix
+    is the identity.  Its gradient is then almost zero, too; the default leaves 1/3000 off the diagonal.
 
     Args:
-        block: maps [B, T, C] and whatever else forward is given to [B, T, C], or to (that, bias [C] or None).
+        block: maps [B, T, C] and the further arguments of forward to [B, T, C], or to ([B, T, C], bias [C] or None).
         index: position among the layers.
         streams: 4 for the fused backends.
-        separation: logit of the diagonal of h_res over the rest, at the start.
+        separation: initial difference of the logits of h_res on and off the diagonal.
         iters: Sinkhorn iterations.
     """
 
@@ -60,12 +60,12 @@ class HyperConnectedBlocks(nn.Module):
     """Blocks in a row over shared streams, each merge fused with the next block's input: [B, T, C] to [B, T, C].
 
     The streams begin as copies of the input, and their mean is the output.  The mixing matrices of all layers are
-    formed together: Sinkhorn's 40 tiny steps are paid once, not once per layer.
+    computed together, so that Sinkhorn's 40 small steps run once, not once per layer.
 
     Args:
-        blocks: what ``HyperConnections`` takes, first to last.
+        blocks: the blocks, first to last, each as ``HyperConnections`` takes it.
         iters: Sinkhorn iterations.
-        options: the others of ``HyperConnections``.
+        options: the other options of ``HyperConnections``.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], *, iters: int = 20, **options: Any):
@@ -90,7 +90,7 @@ class HyperConnectedBlocks(nn.Module):
     ) -> Tensor:
         """``forward`` with further arguments ``(args, kwargs)`` of its own for every block.
 
-        ``mixing`` is what ``mixing()`` returns, for who runs the same weights many times; else it is formed here.
+        ``mixing`` is the result of ``mixing()``, for many runs with the same weights; by default it is computed here.
         """
         layers = self._layers()
         if not layers:

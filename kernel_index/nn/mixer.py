@@ -1,4 +1,4 @@
-"""What every mixer has in common."""
+"""The base class of the mixers."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ import kernel_index as ki
 class Mixer(nn.Module):
     """Maps (normed [B, T, C], mask, rope tables, and a cache if there is one) to a ``Branch``.
 
-    ``window`` is the number of previous tokens that a query sees beside itself, None for all; ``rope_dim`` the number
-    of rotated channels, None for a mixer without positions; ``out`` the projection that ends the branch.
+    ``window`` is the number of previous tokens that a query sees besides itself, None for all; ``rope_dim`` the number
+    of rotated channels, None for a mixer without positions; ``out`` the last projection of the branch.
     """
 
     window: int | None = None

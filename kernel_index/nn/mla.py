@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values of all heads come out of one small latent per token."""
+"""Multi-head latent attention: keys and values of all heads are projected from one small latent per token."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from kernel_index.nn.residual import Branch
 class MLA(Mixer):
     """Causal self-attention whose cache holds ``latent + rope`` numbers per token instead of ``2·H·D``.
 
-    ``latent = rmsnorm(down(x))``; keys and values are ``up(latent)``, and each key has ``rope`` rotated channels more,
-    one set for all heads.  Without a cache they are expanded and attended to; with one, ``up`` is absorbed into the
-    query and into the result, so that attention runs over the latents themselves, as if there were one key head.
+    ``latent = rmsnorm(down(x))``; keys and values are ``up(latent)``, and each key has ``rope`` more channels, which
+    are rotated and shared by all heads.  Without a cache the layer computes keys and values and attends to them.  With
+    a cache ``up`` is absorbed into the query and into the result, and attention runs over the latents as one KV head.
 
     Args:
         dim: channels C of the stream.
@@ -25,7 +25,7 @@ class MLA(Mixer):
         rope: rotated channels R of a query and a key; even.
         latent: channels L of the latent.
         fused: project through ``ki.fused_mla_projection``, which recomputes the latent in backward.
-        eps: of the latent's norm.
+        eps: added to the mean square in the latent's norm.
 
     Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1.
     """
@@ -64,7 +64,7 @@ class MLA(Mixer):
         rope: tuple[Tensor, Tensor],
         cache: dict[str, Any] | None = None,
     ) -> Branch:
-        """``cache`` holds this layer's arguments from a ``PagedLatentCache``; the mask is then what the cache holds."""
+        """``cache``: this layer's arguments from ``PagedLatentCache``.  Its lengths then determine the visible keys."""
         B, T, _ = x_BTC.shape
         q_BTHD = self.q(x_BTC).view(B, T, self.heads, -1)
         q_rope, q_BTHN = q_BTHD.split([self.rope_dim, self.head_dim], -1)
@@ -88,7 +88,7 @@ class MLA(Mixer):
         return nn.functional.rms_norm(self.down(x_BTC), self.norm.shape, self.norm, self.eps)
 
     def _absorbed(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: dict[str, Any]) -> Tensor:
-        """``q·(U_k·c) = (U_kᵀ·q)·c`` and ``Σ p·(U_v·c) = U_v·(Σ p·c)``: one key head, the row ``[c, k_rope]``."""
+        """``q·(U_k·c) = (U_kᵀ·q)·c`` and ``Σ p·(U_v·c) = U_v·(Σ p·c)``: one KV head, the row ``[c, k_rope]``."""
         up_HDL = self.up.weight.view(self.heads, 2 * self.head_dim, self.latent)
         k_HNL, v_HDL = up_HDL.split(self.head_dim, 1)
         row_BT1W = torch.cat([self._latent(x_BTC).unsqueeze(2), k_rope], -1)
@@ -102,13 +102,13 @@ class MLA(Mixer):
 
 
 class PagedLatentCache(ki.PagedKVCache):
-    """Pages of the rows ``[latent, rotated key]`` of ``MLA`` layers: keys and values are the same memory.
+    """Pages of the rows ``[latent, rotated key]`` of ``MLA`` layers; keys and values share memory.
 
     Args:
-        layers, pages, page_size: as of ``PagedKVCache``.
+        layers, pages, page_size: as in ``PagedKVCache``.
         width: L + R.
-        dtype: of the rows.
-        device: where they are.
+        dtype: dtype of the rows.
+        device: device of the rows.
 
     >>> import torch
     >>> cache = PagedLatentCache(1, 4, 16, 40)

@@ -1,12 +1,16 @@
 """Feed-forward layers."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.nn.recompute import recomputed
 from kernel_index.nn.residual import Branch
+
+Activation = Literal["relu2", "swiglu"]
 
 
 class SquaredReLUMLP(nn.Module):
@@ -15,9 +19,9 @@ class SquaredReLUMLP(nn.Module):
     Args:
         dim: channels C.
         hidden: width of the hidden layer.
-        recompute: whether the squared activation is formed again in backward, from the pre-activation that is kept
-            anyway, so that it is never stored: tokens × hidden elements less for one more elementwise pass.  The
-            second product is not repeated.  ``ki.explain(mlp, x)`` says how many bytes that is.
+        recompute: whether backward computes the squared activation again from the pre-activation, which is kept
+            anyway.  It saves tokens × hidden elements for one more elementwise pass; the second product is not
+            repeated.  ``ki.explain(mlp, x)`` shows the bytes that are saved.
     """
 
     def __init__(self, dim: int, hidden: int, *, recompute: bool = True):
@@ -30,7 +34,7 @@ class SquaredReLUMLP(nn.Module):
     def forward(self, x_BTC: Tensor) -> Branch:
         h_BTF = self.up(x_BTC)
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._second_half, h_BTF, use_reentrant=False, preserve_rng_state=False), None
+            return recomputed(self._second_half, h_BTF, preserve_rng_state=False), None
         return self._second_half(h_BTF), None
 
     def _second_half(self, h_BTF: Tensor) -> Tensor:
@@ -66,5 +70,5 @@ def swiglu(h_F: Tensor) -> Tensor:
     return nn.functional.silu(gate) * value
 
 
-MLPS: dict[str, type[SquaredReLUMLP] | type[SwiGLUMLP]] = {"relu2": SquaredReLUMLP, "swiglu": SwiGLUMLP}
-"""The activations that are known, each with its dense layer."""
+MLPS: dict[Activation, type[SquaredReLUMLP] | type[SwiGLUMLP]] = {"relu2": SquaredReLUMLP, "swiglu": SwiGLUMLP}
+"""The dense layer of each activation."""

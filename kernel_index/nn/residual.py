@@ -6,20 +6,20 @@ from torch import Tensor, nn
 import kernel_index as ki
 
 Branch = tuple[Tensor, Tensor | None]
-"""What a mixer or an MLP returns: its output, and a bias [C] that the boundary adds (or None)."""
+"""The result of a mixer or an MLP: its output, and a bias [C] that the boundary adds (or None)."""
 
 
 class ResidualRMSNorm(nn.Module):
     """Adds the previous branch to the stream and returns ``(stream, RMSNorm(stream))``.
 
-    A branch without bias and dropout takes one kernel, ``fused_residual_add_rms_norm``.  A branch with either takes
+    A branch without bias and dropout runs one kernel, ``fused_residual_add_rms_norm``.  A branch with either runs
     ``fused_bias_dropout_add`` and then a norm.
 
     Args:
         dim: channels C.
         dropout: probability that an element of ``branch + bias`` is dropped while training.
         eps: added to the mean square.
-        fp32_residual: keep the stream in float32 whatever the branch's dtype; else in the dtype that it has.
+        fp32_residual: keep the stream in float32 for a branch of any dtype; False keeps the stream's own dtype.
     """
 
     def __init__(self, dim: int, *, dropout: float = 0.0, eps: float = 1e-6, fp32_residual: bool = True):

@@ -1,4 +1,8 @@
-"""The Mamba-2 mixer: a gated linear recurrence, computed in chunks, that starts anew with every document."""
+"""The Mamba-2 mixer: a gated linear recurrence, computed in chunks, that restarts with every document.
+
+The scan (``chunked_scan``, ``scan_step``) is plain PyTorch inside the layer.  It is not a kernel of the index yet: it
+has no contract, no choice of backends and no receipts.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +34,7 @@ def chunked_scan(
 ) -> Scanned:
     """The recurrence ``h_t = exp(log_a_t)·h_{t−1} + x_t ⊗ b_t``, ``y_t = h_t·c_t``, as products of matrices.
 
-    Inside a chunk ``y_t = Σ_{s ≤ t} exp(Σ_{s<r≤t} log_a_r)·(c_t·b_s)·x_s``; what a chunk leaves behind is carried to
+    Inside a chunk ``y_t = Σ_{s ≤ t} exp(Σ_{s<r≤t} log_a_r)·(c_t·b_s)·x_s``; the state after a chunk is carried to
     the later ones in the same way.  Everything is float32 at least, also under autocast.  Where ``segments`` changes,
     h starts from zero: the factor between two segments is exactly 0.
 
@@ -56,7 +60,7 @@ def chunked_scan(
         T, heads = x_BTHP.shape[1:3]
         size = min(chunk, T)
         pad = -T % size
-        # A padding token neither fades the state (log_a 0) nor adds to it (x 0), and stands in the last segment.
+        # A padding token neither decays the state (log_a 0) nor adds to it (x 0), and belongs to the last segment.
         x, log_a, b, c = (_chunks(t.to(wide), size, pad) for t in (x_BTHP, log_a_BTH, b_BTGN, c_BTGN))
         b, c = (t.repeat_interleave(heads // t.shape[2], 2) for t in (b, c))  # all [B, chunks, H, size, ·]
         log_a = log_a.squeeze(-1)
@@ -64,10 +68,10 @@ def chunked_scan(
         within = _decays(log_a, None if same is None else same.tokens)
         y = ((c @ b.transpose(-1, -2)) * within) @ x
         left = within[..., -1, :]
-        added = (x * left[..., None]).transpose(-1, -2) @ b  # what each chunk leaves behind, [B, chunks, H, P, N]
-        totals, reach = _from_start(log_a, None if same is None else same.from_start)
+        added = (x * left[..., None]).transpose(-1, -2) @ b  # each chunk's addition to the state, [B, chunks, H, P, N]
+        totals, from_start = _from_start(log_a, None if same is None else same.from_start)
         before, last = _carry(added, totals, state, same)
-        y = y + (c * reach[..., None]) @ before.transpose(-1, -2)
+        y = y + (c * from_start[..., None]) @ before.transpose(-1, -2)
         return Scanned(y.transpose(2, 3).flatten(1, 2)[:, :T], last)
 
 
@@ -101,11 +105,11 @@ def _segment_chunks(segments: Tensor, size: int, pad: int) -> Tensor:
 
 
 class _Same:
-    """Which of two places stand in one segment, as masks that broadcast over heads."""
+    """Which pairs of tokens and of chunks are in one segment, as masks that broadcast over heads."""
 
     def __init__(self, at_BcQ: Tensor):
         ends = at_BcQ[..., -1]
-        starts = torch.cat([at_BcQ[:, :1, 0], ends[:, :-1]], 1)  # the segment that reaches each chunk from before
+        starts = torch.cat([at_BcQ[:, :1, 0], ends[:, :-1]], 1)  # the segment in which each chunk's incoming state ends
         self.tokens = (at_BcQ[..., :, None] == at_BcQ[..., None, :])[:, :, None]
         self.from_start = (at_BcQ == starts[..., None])[:, :, None]
         self.chunks = (ends[:, :, None] == ends[:, None, :])[:, None]
@@ -115,8 +119,8 @@ class _Same:
 def _decays(log_a: Tensor, same: Tensor | None) -> Tensor:
     """``exp(Σ_{j<r≤i} log_a_r)`` [..., i, j]; exactly 0 above the diagonal and between segments.
 
-    Each sum is made of its own terms: a difference of two running sums would have the digits of the larger one, of
-    what decayed before j, and in other documents.
+    Each sum is made of its own terms.  A difference of two running sums would lose digits to the larger one, which also
+    holds what decayed before j and in other documents.
     """
     size = log_a.shape[-1]
     keep = torch.ones(size, size, dtype=torch.bool, device=log_a.device).tril()
@@ -126,7 +130,7 @@ def _decays(log_a: Tensor, same: Tensor | None) -> Tensor:
 
 
 def _from_start(log_a: Tensor, same: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over the last dimension: all of it, and ``exp`` of those up to each place that the first segment reaches."""
+    """Sums over the last dimension: the total, and ``exp`` of the running sum at each index in the first segment."""
     own = log_a if same is None else torch.where(same, log_a, 0.0)
     sums = own.cumsum(-1)
     return sums[..., -1], sums.exp() if same is None else sums.exp() * same
@@ -139,13 +143,13 @@ def _carry(added: Tensor, totals_BcH: Tensor, state: Tensor | None, same: _Same 
     after = torch.einsum("bhij,bjhpn->bihpn", between, added)
     first = torch.zeros_like(after[:, :1]) if state is None else state.to(after.dtype)[:, None]
     if state is not None:
-        _, fade = _from_start(totals_BHc, None if same is None else same.from_first)
-        after = after + fade.transpose(1, 2)[..., None, None] * first
+        _, decay = _from_start(totals_BHc, None if same is None else same.from_first)
+        after = after + decay.transpose(1, 2)[..., None, None] * first
     return torch.cat([first, after[:, :-1]], 1), after[:, -1]
 
 
 def segments_of(mask: "ki.MaskContract | None") -> Tensor | None:
-    """The number of each token's document in its row, int64 [B or 1, T]; None where the mask tells of no documents."""
+    """The number of each token's document in its row, int64 [B or 1, T]; None where the mask has no documents."""
     ids = None if mask is None else mask.doc_rows
     if ids is None:
         return None
@@ -154,10 +158,10 @@ def segments_of(mask: "ki.MaskContract | None") -> Tensor | None:
 
 @dataclass
 class MixerState:
-    """What a ``Mamba2`` layer remembers of its rows: replaced by every forward.
+    """The state of a ``Mamba2`` layer for its rows; every forward replaces it.
 
     ``conv``: [B, width − 1, channels], the latest inputs of the convolution.  ``scan``: [B, H, P, N], float32 at least.
-    ``counts``: int64 [B], how many tokens of the step are real; None for all.
+    ``counts``: int64 [B], the real tokens of each row in the step; None for all.
     """
 
     conv: Tensor
@@ -166,17 +170,17 @@ class MixerState:
 
 
 class Mamba2(Mixer):
-    """Mamba-2: a short causal convolution, the gated recurrence, a gated norm.  Its state does not grow with the text.
+    """Mamba-2: a short causal convolution, the gated recurrence, a gated norm.  Its state has a fixed size.
 
-    Neither the convolution nor the scan sees across a change of the mask's document ids; windows and valid counts of
-    the mask change nothing, because padding follows the text.
+    Neither the convolution nor the scan reads across a change of the mask's document ids.  Windows and valid counts of
+    the mask have no effect, because padding follows the text.
 
     Args:
         dim: channels C of the stream.
         heads: H.
         head_dim: P.
-        state: N, size of the state per channel.
-        groups: heads of a group share b and c.
+        state: size N of the state per channel.
+        groups: G; the heads of a group share b and c.
         width: tokens that the convolution sees.
         chunk: tokens of a chunk of the scan.
     """
@@ -227,7 +231,7 @@ class Mamba2(Mixer):
         x_BTHP = x.unflatten(-1, (self.heads, self.head_dim)).float()
         b_BTGN, c_BTGN = (t.unflatten(-1, (self.groups, self.state)) for t in (b, c))
         dt_BTH = nn.functional.softplus(step.float() + self.step_bias)
-        if counts is not None:  # padding behind a shorter prompt leaves the state as it is
+        if counts is not None:  # padding after a shorter prompt does not change the state
             dt_BTH = dt_BTH * (torch.arange(x.shape[1], device=x.device) < counts[:, None])[..., None]
         log_a_BTH = -dt_BTH * self.log_decay.exp()
         operands = x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN
@@ -265,8 +269,8 @@ class Mamba2(Mixer):
         else:
             at = cache.counts[:, None] + torch.arange(keep, device=joined.device)
             latest = joined.gather(1, at[..., None].expand(-1, -1, joined.shape[-1]))
-        # Replaced, not written to: a backward pass may have kept what this step read.  Without a graph, like keys; and
-        # copied, so that nothing else of the prompt is kept and a state outlives the mode that it was computed in.
+        # Replaced, not written to: a backward pass may have saved what this step read.  Detached, like cached keys; and
+        # copied, so that the prompt's memory is freed and the state stays usable outside inference mode.
         with torch.inference_mode(False):
             cache.conv, cache.scan = latest.detach().to(cache.conv.dtype, copy=True), state.detach().clone()
 

@@ -128,14 +128,15 @@ def compare(case: str, compiled: Any, peer: Any, tokens: int) -> list[dict[str, 
     import jax.numpy as jnp
 
     import kernel_index.jax as kij
-    from kernel_index.jax import clustered_pallas as pallas
     from kernel_index.jax.attention_pallas import interval_walk
-    from kernel_index.jax.layout import Sizes, pick_sizes
+    from kernel_index.jax.block_selection_pallas import SCORED_BLOCKS, SCORED_QUERIES
+    from kernel_index.jax.clustered_pallas import chunk_blocks, union_plan
+    from kernel_index.jax.tile_layout import Sizes, choose_sizes
 
     theirs = splash_work(peer.kernel("splash_mqa_fwd"), tokens)
     forward = compiled.kernel("attention_forward")
     if case == "attention":
-        sizes = pick_sizes(tokens, tokens, GROUP, None)
+        sizes = choose_sizes(tokens, tokens, GROUP, None)
         masks = {"causal": kij.MaskContract()}
         masks["16 documents"] = kij.MaskContract(doc_ids=jnp.repeat(jnp.arange(16), tokens // 16)[None])
         masks["16 documents, uneven"] = kij.MaskContract(doc_ids=jnp.asarray(document_ids(tokens, 16)))
@@ -150,9 +151,9 @@ def compare(case: str, compiled: Any, peer: Any, tokens: int) -> list[dict[str, 
     selected = jnp.asarray(drifting_selection(tokens))
     sizes = Sizes(TILE, BLOCK, GROUP)
     bounds = kij.MaskContract().intervals(1, tokens, tokens)
-    plan = pallas.union_plan(selected, bounds, tokens, sizes, pallas.step_blocks(BLOCK, False))
+    plan = union_plan(selected, bounds, tokens, sizes, chunk_blocks(BLOCK, False))
     ours = union_work(forward, plan.walk, tokens, -(-tokens // BLOCK // 32))
-    scoring = selection_work(compiled.kernel("clustered_picks"), tokens, pallas.SCORED_QUERIES, pallas.SCORED_BLOCKS)
+    scoring = selection_work(compiled.kernel("clustered_picks"), tokens, SCORED_QUERIES, SCORED_BLOCKS)
     least = union_bytes(plan.walk) + query_bytes(tokens)
     union = float(np.asarray(plan.walk.spans)[0, :, 0].mean())
     facts = {"mean_union": union, "union_over_picks": union / TOPK, "bytes_over_union_q_o": ours.bytes / least}

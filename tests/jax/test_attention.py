@@ -14,7 +14,7 @@ import jax.numpy as jnp  # noqa: E402
 import kernel_index as ki  # noqa: E402
 import kernel_index.jax as kij  # noqa: E402
 from kernel_index.core.force import reload_environment  # noqa: E402
-from kernel_index.jax import interval_attention  # noqa: E402
+from kernel_index.jax.attention_compiled import KERNELS  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
 from tests.jax.arrays import DTYPES, docs, draw, to_jax, with_gradients, within_budget  # noqa: E402
 
@@ -25,7 +25,7 @@ SMALL = {"backend": "pallas", "block_sizes": (16, 16)}
 
 
 def packed(tokens: int) -> ki.MaskContract:
-    """Documents with padding, a window, a row that ends early, and with it blocks that nobody may fetch."""
+    """Documents with padding, a window, a row that ends early, and with it blocks that must not be fetched."""
     validity = ki.attention_validity(valid_token_counts=[tokens, 30])
     return ki.MaskContract(window=(20, 0), doc_ids=torch.from_numpy(docs(tokens)), validity=validity)
 
@@ -66,9 +66,9 @@ def test_long_rows_are_taken_in_chunks(monkeypatch):
     q, k, v = map(to_jax, draw(3, "float32", (2, 13, 2, 4), (2, 13, 1, 4), (2, 13, 1, 4)))
     whole = kij.attention(q, k, v)
     monkeypatch.setattr(reference, "SCORES_AT_ONCE", 2 * 2 * 13 * 5)
-    interval_attention.KERNELS.cache.clear()
+    KERNELS.cache.clear()
     assert np.allclose(kij.attention(q, k, v), whole, rtol=1e-6, atol=1e-6)
-    interval_attention.KERNELS.cache.clear()
+    KERNELS.cache.clear()
 
 
 def test_vmap_is_a_larger_batch():
@@ -145,7 +145,7 @@ def test_the_reference_is_xla_and_strict_refuses_it_on_a_tpu(monkeypatch):
 
 
 def test_one_compilation_serves_every_batch():
-    interval_attention.KERNELS.cache.clear()
+    KERNELS.cache.clear()
     q = jnp.ones((2, 8, 1, 4))
     details = []
     for seed in range(4):
@@ -153,11 +153,11 @@ def test_one_compilation_serves_every_batch():
         with ki.receipts() as log:
             kij.attention(q, q, q, kij.MaskContract(doc_ids=ids, window=(-1, 0)))
         details.append(log[0].details["mask_cache"])
-    cache = interval_attention.KERNELS.cache
+    cache = KERNELS.cache
     assert details == ["miss", "hit", "hit", "hit"]
-    assert (cache.misses, cache.hits, interval_attention.KERNELS.compilations()) == (1, 3, 1)
+    assert (cache.misses, cache.hits, KERNELS.compilations()) == (1, 3, 1)
     kij.attention(q, q, q, kij.MaskContract(window=(2, 0)))
-    assert (cache.misses, interval_attention.KERNELS.compilations()) == (2, 2)
+    assert (cache.misses, KERNELS.compilations()) == (2, 2)
 
 
 @pytest.mark.parametrize(

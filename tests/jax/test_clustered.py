@@ -1,4 +1,4 @@
-"""Clustered attention in JAX: the picks of torch to the bit, its outputs and gradients within derived budgets."""
+"""Clustered attention in JAX: the blocks that torch selects, exactly; outputs and gradients within derived budgets."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,14 @@ import jax.numpy as jnp  # noqa: E402
 
 import kernel_index as ki  # noqa: E402
 import kernel_index.jax as kij  # noqa: E402
-from kernel_index.jax import clustered_pallas as pallas  # noqa: E402
-from kernel_index.jax import routing  # noqa: E402
-from kernel_index.jax.clustered import select  # noqa: E402
+from kernel_index.jax import block_selection_pallas, routing  # noqa: E402
+from kernel_index.jax.block_selection import select  # noqa: E402
+from kernel_index.jax.clustered_pallas import attend_selected  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
 from tests.jax.arrays import docs, draw, to_jax, with_gradients, within_budget  # noqa: E402
 
 T = 45
-PICK = jax.jit(select, static_argnums=(2, 4, 5))
+SELECT = jax.jit(select, static_argnums=(2, 4, 5))
 UNION = jax.jit(kij.union_selection, static_argnames=("query_tile_size", "num_blocks"))
 CONFIG = ki.ClusteredSparseConfig(block_size=8, topk=3, query_tile_size=16)
 PACKED = ki.MaskContract(
@@ -33,13 +33,13 @@ def small_integers(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mask", [ki.MaskContract(), PACKED], ids=["causal", "packed"])
-def test_picks_and_unions_are_torchs(mask):
+def test_selected_blocks_and_unions_are_torchs(mask):
     q, k = small_integers(2, T, 4, 8), small_integers(2, T, 2, 8)
     expected = ki.clustered_route(q, k, config=CONFIG, mask=mask).indices
     ours = as_contract(mask)
     found = kij.clustered_route(to_jax(q), to_jax(k), config=CONFIG, mask=ours)
     assert np.array_equal(found, expected.numpy())
-    fused = PICK(to_jax(q), to_jax(k), CONFIG, ours, "pallas", True)
+    fused = SELECT(to_jax(q), to_jax(k), CONFIG, ours, "pallas", True)
     assert np.array_equal(fused, expected.numpy())
     maps = ki.union_selection(expected, query_tile_size=16, num_blocks=6)
     ours = UNION(found, query_tile_size=16, num_blocks=6)
@@ -48,15 +48,15 @@ def test_picks_and_unions_are_torchs(mask):
         assert np.array_equal(same, theirs.numpy()), name
 
 
-def test_hierarchical_picks_are_torchs():
+def test_hierarchical_selection_is_torchs():
     config = ki.ClusteredSparseConfig(block_size=4, topk=3, query_tile_size=16, hierarchy=(2, 2))
     q, k = small_integers(2, T, 4, 8), small_integers(2, T, 2, 8)
     expected = ki.clustered_route(q, k, config=config, mask=PACKED).indices
-    found = PICK(to_jax(q), to_jax(k), config, as_contract(PACKED), "pallas", True)
+    found = SELECT(to_jax(q), to_jax(k), config, as_contract(PACKED), "pallas", True)
     assert np.array_equal(found, expected.numpy())
 
 
-def test_no_future_token_changes_a_pick():
+def test_no_future_token_changes_a_selection():
     q, k = draw(0, "float32", (1, T, 2, 8), (1, T, 1, 8))
     before = kij.clustered_route(to_jax(q), to_jax(k), config=CONFIG)
     q[:, 20:], k[:, 20:] = 9.0, -9.0
@@ -67,8 +67,8 @@ def test_no_future_token_changes_a_pick():
 def test_scoring_stops_at_the_future_and_starts_at_the_window():
     @jax.jit
     def plan(mask):
-        ends = pallas.chunk_ends(mask, 4096, 4096)
-        return ends, pallas.active_tiles(routing.legal_blocks(mask, 1, 4096, 4096, 8), ends, 8, 4)
+        ends = block_selection_pallas.tile_ends(mask, 4096, 4096)
+        return ends, block_selection_pallas.active_tiles(routing.legal_blocks(mask, 1, 4096, 4096, 8), ends, 8, 4)
 
     ends, (spans,) = plan(kij.MaskContract(window=(1023, 0)))
     assert spans[1].tolist() == [-(-(end + 1) // 1024) for end in ends.tolist()]
@@ -77,28 +77,30 @@ def test_scoring_stops_at_the_future_and_starts_at_the_window():
 
 def test_pallas_is_right_forward_and_backward():
     q, k, v, upstream = draw(0, "float32", (2, T, 4, 8), (2, T, 2, 8), (2, T, 2, 8), (2, T, 4, 8))
-    picks = ki.clustered_route(q, k, config=CONFIG, mask=PACKED).indices
+    selected = ki.clustered_route(q, k, config=CONFIG, mask=PACKED).indices
     bounds = as_contract(PACKED).intervals(2, T, T)
 
     def attend(q, k, v):
         from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 
-        return block_sparse_attention(q, k, v, picks, block_size=8, mask=PACKED, softcap=3.0, backend="reference").out
+        return block_sparse_attention(
+            q, k, v, selected, block_size=8, mask=PACKED, softcap=3.0, backend="reference"
+        ).out
 
     truth = with_gradients(attend, [q, k, v], upstream, torch.float64)
     plain = with_gradients(attend, [q, k, v], upstream)
-    unpicked = sorted(set(range(6)) - set(picks[1].flatten().tolist()))
-    assert unpicked, "some block of the short row is in no union"
-    for block in unpicked:  # what no list holds is not fetched
+    unselected = sorted(set(range(6)) - set(selected[1].flatten().tolist()))
+    assert unselected, "some block of the short row is in no union"
+    for block in unselected:  # what no list holds is not fetched
         k[1, 8 * block : 8 * block + 8] = v[1, 8 * block : 8 * block + 8] = torch.nan
 
     @jax.jit
-    def all_of_them(q, k, v, g, picks):
+    def all_of_them(q, k, v, g, selected):
         how = {"block_size": 8, "tile_size": 16, "scale": None, "softcap": 3.0, "interpret": True}
-        out, pull = jax.vjp(lambda *x: pallas.attend_selected(*x, picks, bounds, **how)[0], q, k, v)
+        out, pull = jax.vjp(lambda *x: attend_selected(*x, selected, bounds, **how)[0], q, k, v)
         return out, *pull(g)
 
-    arrays = [to_jax(x) for x in (q, k, v, upstream, picks)]
+    arrays = [to_jax(x) for x in (q, k, v, upstream, selected)]
     once = all_of_them(*arrays)
     within_budget(once, plain, truth, torch.float32, 2.0 * (1 + 3))
     assert all(np.array_equal(a, b) for a, b in zip(once, all_of_them(*arrays), strict=True)), "bit-identical"
@@ -107,10 +109,10 @@ def test_pallas_is_right_forward_and_backward():
 def test_a_query_gains_no_block_of_its_neighbours():
     q, k = draw(1, "bfloat16", (1, 16, 2, 8), (1, 32, 1, 8))
     v = torch.arange(4.0).repeat_interleave(8).view(1, 32, 1, 1).expand(1, 32, 1, 8).bfloat16()
-    picks = jnp.asarray(np.arange(16) % 4).reshape(1, 16, 1, 1)  # neighbours pick different blocks, always
+    selected = jnp.asarray(np.arange(16) % 4).reshape(1, 16, 1, 1)  # neighbours always select different blocks
     bounds = kij.MaskContract(causal=False).intervals(1, 16, 32)
     how = {"block_size": 8, "tile_size": 16, "scale": None, "softcap": 0.0, "interpret": True}
-    out, _ = jax.jit(lambda *x: pallas.attend_selected(*x, picks, bounds, **how))(*map(to_jax, (q, k, v)))
+    out, _ = jax.jit(lambda *x: attend_selected(*x, selected, bounds, **how))(*map(to_jax, (q, k, v)))
     assert np.array_equal(out[0, :, 0, 0].astype(np.float32), np.arange(16) % 4)
 
 
@@ -130,7 +132,7 @@ def test_all_blocks_are_dense_attention_and_the_receipt_says_so():
 
 def test_routing_has_no_gradient_and_bad_calls_are_refused():
     q, k = map(to_jax, draw(3, "float32", (1, T, 2, 8), (1, T, 1, 8)))
-    v = jnp.ones_like(k)  # the output is 1 whatever is picked
+    v = jnp.ones_like(k)  # the output is 1 whatever is selected
     grads = jax.grad(lambda q, k: kij.clustered_sparse_attention(q, k, v, config=CONFIG).sum(), (0, 1))(q, k)
     assert all(float(jnp.abs(g).max()) < 1e-6 for g in grads)
     with pytest.raises(ValueError, match="mask must be causal"):

@@ -10,8 +10,8 @@ import jax.numpy as jnp  # noqa: E402
 
 import kernel_index as ki  # noqa: E402
 import kernel_index.jax as kij  # noqa: E402
-from kernel_index.jax.attend import transposed  # noqa: E402
 from kernel_index.jax.attention_pallas import interval_walk  # noqa: E402
+from kernel_index.jax.block_walk import inverted  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
 from kernel_index.masks.doc_window_mask.cases import CASES  # noqa: E402
 
@@ -82,7 +82,7 @@ def test_a_walk_visits_the_blocks_that_the_mask_touches_and_no_other(case):
     @jax.jit
     def plan(mask):
         walk = interval_walk(mask, tokens, tokens, tile, block)
-        return walk, transposed(walk, 9)
+        return walk, inverted(walk, 9)
 
     walk, by_keys = plan(as_contract(mask))
     for b in range(walk.spans.shape[0]):

@@ -135,7 +135,7 @@ def test_the_order_of_a_step(kind):
             model.decode(wrong, 0, cache)
     with torch.no_grad():
         model.decode(tokens[:, :2], 0, cache)
-        with pytest.raises(ValueError, match="block must be one not yet served in this step, got 0"):
+        with pytest.raises(ValueError, match="block must be one that has not taken its cache in this step, got 0"):
             model.decode(tokens[:, :2], 0, cache)
     cache.advance()
     assert cache.length(sequence) == 2

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from kernel_index.lm import checkpoint as ckpt
-from kernel_index.lm import parts
+from kernel_index.lm import sharded_weights
 from kernel_index.lm.generate import load_model
 from kernel_index.lm.model import LanguageModel
 from kernel_index.lm.train import RunConfig, Trainer, read_metrics
@@ -143,20 +143,20 @@ def test_a_checkpoint_is_never_unpickled(tmp_path):
 # Parts of several processes
 
 
-def write_parts(folder, contents):
+def write_shards(folder, contents):
     folder.mkdir()
     (folder / "state.json").write_text('{"step": 1}')
     for rank, content in enumerate(contents):
-        (folder / parts.file_name(rank, len(contents))).write_bytes(content)
+        (folder / sharded_weights.file_name(rank, len(contents))).write_bytes(content)
 
 
-def part(rows, shape=(4, 2), **more):
+def shard(rows, shape=(4, 2), **more):
     return save({"model/w": torch.ones(rows, 2), **more}, {"shapes": json.dumps({"model/w": list(shape)})})
 
 
-def test_parts_make_up_the_whole(tmp_path):
+def test_shards_make_up_the_whole(tmp_path):
     only_first = {"optimizer/:rng": torch.zeros(3, dtype=torch.uint8)}
-    write_parts(tmp_path / "checkpoint-00000001", [part(3, **only_first), part(1), part(0)])
+    write_shards(tmp_path / "checkpoint-00000001", [shard(3, **only_first), shard(1), shard(0)])
     saved = ckpt.read(tmp_path)
     assert torch.equal(saved.model["w"], torch.ones(4, 2))
     assert saved.optimizer.keys() == {":rng"}
@@ -165,27 +165,30 @@ def test_parts_make_up_the_whole(tmp_path):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ([part(3), part(3)], r"the parts of model/w must make up \[4, 2\], got \[6, 2\]"),
-        ([part(3), save({"model/w": torch.ones(1, 3)}, {"shapes": "{}"})], "must be slices of one tensor"),
-        ([part(3), save({"model/w": torch.ones(1, 2).int()}, {"shapes": "{}"})], "must be slices of one tensor"),
-        ([part(4, **{"model/x": torch.ones(1)}), part(0, **{"model/x": torch.ones(1)})], "model/x must be in one part"),
-        ([part(4), save({"model/w": torch.ones(1, 2)})], "__metadata__"),
-        ([part(4), save({}, {"shapes": "[]"})], "the shapes of a part must be an object"),
-        ([part(4), save({}, {"dims": '{"model/w": 2}'})], "model/w must have been cut along one of its 2 dimensions"),
-        ([part(4, other=torch.ones(1)), part(0)], "not enough values"),
-        ([part(4, **{"elsewhere/x": torch.ones(1)}), part(0)], "elsewhere"),
+        ([shard(3), shard(3)], r"the shards of model/w must make up \[4, 2\], got \[6, 2\]"),
+        ([shard(3), save({"model/w": torch.ones(1, 3)}, {"shapes": "{}"})], "must be slices of one tensor"),
+        ([shard(3), save({"model/w": torch.ones(1, 2).int()}, {"shapes": "{}"})], "must be slices of one tensor"),
+        (
+            [shard(4, **{"model/x": torch.ones(1)}), shard(0, **{"model/x": torch.ones(1)})],
+            "model/x must be in one file, got it in 2",
+        ),
+        ([shard(4), save({"model/w": torch.ones(1, 2)})], "__metadata__"),
+        ([shard(4), save({}, {"shapes": "[]"})], "the shapes of a file must be an object"),
+        ([shard(4), save({}, {"dims": '{"model/w": 2}'})], "model/w must be sharded along one of its 2 dimensions"),
+        ([shard(4, other=torch.ones(1)), shard(0)], "not enough values"),
+        ([shard(4, **{"elsewhere/x": torch.ones(1)}), shard(0)], "elsewhere"),
     ],
 )
-def test_parts_that_do_not_fit(tmp_path, contents, message):
-    write_parts(tmp_path / "checkpoint-00000001", contents)
+def test_shards_that_do_not_fit(tmp_path, contents, message):
+    write_shards(tmp_path / "checkpoint-00000001", contents)
     with pytest.raises(ckpt.CheckpointError, match=message):
         ckpt.read(tmp_path)
 
 
-def test_a_missing_part(tmp_path):
-    write_parts(tmp_path / "checkpoint-00000001", [part(3), part(1)])
-    (tmp_path / "checkpoint-00000001" / parts.file_name(1, 2)).unlink()
-    with pytest.raises(ckpt.CheckpointError, match="the parts must be all of one set, got part-00000-of-00002"):
+def test_a_missing_file(tmp_path):
+    write_shards(tmp_path / "checkpoint-00000001", [shard(3), shard(1)])
+    (tmp_path / "checkpoint-00000001" / sharded_weights.file_name(1, 2)).unlink()
+    with pytest.raises(ckpt.CheckpointError, match="the files must be all of one set, got part-00000-of-00002"):
         ckpt.read(tmp_path)
 
 

@@ -54,7 +54,7 @@ REFUSED = [
     ({"pattern": 5}, "pattern must be of type str, got 5"),
     ({"pattern": ("A", "A")}, "pattern must be of type str, got ('A', 'A')"),
     ({"padded_vocab": 256}, "padded_vocab must be at least vocab (257), got 256"),
-    ({"residual": 5}, "residual must be of type str, got 5"),
+    ({"residual": 5}, "residual must be one of 'fp32', 'plain', 'mhc', got 5"),
     ({"latent": 5}, "atent must be "),
 ]
 PART_REFUSED = [

@@ -82,7 +82,7 @@ def test_a_run_that_was_made_longer_goes_on_to_its_new_end(finished, corpus, tmp
     assert (again.step, again.config.steps, again.config.checkpoint_every) == (9, 15, 3)
     list(again.steps())
     assert [m.step for m in read_metrics(run)] == list(range(1, 16))
-    with pytest.raises(ValueError, match="steps must be at least the 15 that the run has behind it, got 14"):
+    with pytest.raises(ValueError, match="steps must be at least the 15 steps already done, got 14"):
         Trainer.resume(run, steps=14)
 
 
@@ -109,11 +109,11 @@ def test_processes_that_share_a_step_drop_other_elements(corpus, tmp_path):
     """With heads dealt out, every process sees all rows and must drop the same."""
     trainer = Trainer(config(corpus), tmp_path / "run")
     seeds = {}
-    for dealt in (2, 1):
-        trainer.dealt = dealt
+    for row_shards in (2, 1):
+        trainer.row_shards = row_shards
         for rank in range(2):
             trainer.group = replace(trainer.group, rank=rank, size=2)
-            seeds[dealt, rank] = trainer._seed_of_step()
+            seeds[row_shards, rank] = trainer._seed_of_step()
     assert seeds[2, 0] != seeds[2, 1]
     assert seeds[1, 0] == seeds[1, 1] == seeds[2, 0]
     trainer.step = 1
@@ -127,6 +127,7 @@ def test_two_runs_side_by_side_each_have_their_backend(corpus, tmp_path):
             ki.fused_relu_squared(torch.ones(3))
         assert log[0].forced_by is None
     assert {r.ran for r in runs[0].receipts} == {"reference"}
+    assert {r.forced_by for r in runs[0].receipts} == {"ki.force"}
     assert {r.forced_by for r in runs[1].receipts} == {None}
     with ki.receipts() as log:
         runs[0].evaluate()

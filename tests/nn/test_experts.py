@@ -86,7 +86,7 @@ def test_bits_repeat_and_receipts_name_the_kernels():
             out = module(x)[0]
         runs.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert {r.op for r in log} == {"gather_rows", "fused_relu_squared"}
+    assert {r.op for r in log} == {"gather_rows", "grouped_product", "fused_relu_squared"}
 
 
 def test_the_bias_evens_out_the_load():

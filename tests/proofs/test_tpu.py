@@ -45,7 +45,7 @@ def figures(*loops: Loop) -> KernelFigures:
 
 def test_work_is_counted_from_plans():
     pytest.importorskip("jax")
-    from kernel_index.jax.walk import Walk
+    from kernel_index.jax.block_walk import Walk
     from kernel_index.proofs import tpu_plans
 
     assert tpu_plans.causal_pairs(2048, 512) == 10

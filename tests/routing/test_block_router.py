@@ -6,9 +6,10 @@ import torch
 import kernel_index as ki
 from kernel_index.core.triton import launch
 from kernel_index.proofs.traffic import counted
-from kernel_index.routing.block_router.native import native_top_blocks, native_why_not
-from kernel_index.routing.block_router.router import scored
-from kernel_index.routing.block_router.torch_op import fused_top_blocks, fused_why_not
+from kernel_index.routing.block_router.api import BACKENDS, block_router
+from kernel_index.routing.block_router.native import native_top_blocks
+from kernel_index.routing.block_router.scores import block_scores
+from kernel_index.routing.block_router.torch_op import triton_top_blocks
 from kernel_index.routing.legal_blocks import block_means, legal_blocks, num_blocks, top_blocks
 
 interpreted = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
@@ -38,8 +39,8 @@ def test_picks_are_those_of_top_blocks(name):
     sizes, mask = CALLS[name]
     q, means, legal = draw(sizes, mask)
     groups, topk = sizes[4], sizes[8]
-    expected = top_blocks(scored(q, means, groups), legal, topk)
-    actual = fused_top_blocks(q, means, legal, topk, groups)
+    expected = top_blocks(block_scores(q, means, groups), legal, topk)
+    actual = triton_top_blocks(q, means, legal, topk, groups)
     assert torch.equal(actual.indices, expected.indices)
     assert torch.equal(actual.valid, expected.valid)
     assert expected.valid.any()
@@ -53,7 +54,7 @@ def test_native_picks_are_those_of_top_blocks(name, special):
     q, means, legal = draw(sizes, mask)
     q[:, ::3], means[:, ::4, :, 0] = -0.0, special
     groups, topk = sizes[4], sizes[8]
-    expected = top_blocks(scored(q, means, groups), legal, topk)
+    expected = top_blocks(block_scores(q, means, groups), legal, topk)
     actual = native_top_blocks(q, means, legal, topk, groups)
     assert torch.equal(actual.indices, expected.indices)
     assert torch.equal(actual.valid, expected.valid)
@@ -85,9 +86,8 @@ def test_a_future_token_changes_no_pick_output_or_gradient_of_the_native_kernels
 def test_native_picks_over_several_steps_of_blocks():
     sizes, mask = (2, 200, 1400, 4, 4, 2, 16, 4, 9), ki.MaskContract(window=(1100, 0))
     q, means, legal = draw(sizes, mask)
-    assert native_why_not(q, means.shape[1], 4) is None
     assert torch.equal(
-        native_top_blocks(q, means, legal, 9, 4).indices, top_blocks(scored(q, means, 4), legal, 9).indices
+        native_top_blocks(q, means, legal, 9, 4).indices, top_blocks(block_scores(q, means, 4), legal, 9).indices
     )
 
 
@@ -99,8 +99,8 @@ def test_among_equal_scores_the_smallest_index_wins():
     q[:, :, 0] = 0.0
     q[:, 20:, 0] = -0.0
     q[:, ::2, 1] = 0.0
-    actual = fused_top_blocks(q, means, legal, 4, 2)
-    assert torch.equal(actual.indices, top_blocks(scored(q, means, 2), legal, 4).indices)
+    actual = triton_top_blocks(q, means, legal, 4, 2)
+    assert torch.equal(actual.indices, top_blocks(block_scores(q, means, 2), legal, 4).indices)
     assert actual.indices[0, 30, 0].tolist() == [0, 1, 2, 30]
 
 
@@ -109,39 +109,56 @@ def test_scores_are_never_stored():
     sizes, mask = (1, 64, 64, 2, 1, 1, 16, 1, 4), ki.MaskContract()
     q, means, legal = draw(sizes, mask, torch.bfloat16)
     with counted() as traffic:
-        picks = fused_top_blocks(q, means, legal, 4, 1)
+        picks = triton_top_blocks(q, means, legal, 4, 1)
     (launch,) = (c for c in traffic.counts if c.is_launch)
     every = sum(x.numel() * x.element_size() for x in (q, means, *legal, picks.indices))
     assert launch.sectors <= every
     assert launch.atomics == 0
 
 
-def test_who_may_not():
-    q = torch.zeros(1, 4, 2, 8)
-    assert fused_why_not(q, 65) == "keeps at most 64 blocks of a query"
-    assert fused_why_not(torch.zeros(1, 4, 2, 129), 4) == "needs head sizes of at most 128"
-    assert fused_why_not(q, 4) is not None, "on a CPU routers take the plain formula, which is faster there"
+def test_rules_of_the_triton_kernel():
+    def verdict(width, topk, keys=400):
+        q, k = torch.zeros(1, 4, 2, width), torch.zeros(1, keys, 1, width)
+        return ki.explain(block_router, q, k, block_size=4, topk=topk, groups=1).verdicts["triton"]
+
+    assert verdict(8, 65) == "keeps at most 64 blocks of a query"
+    assert verdict(129, 4) == "needs head sizes of at most 128"
+    assert verdict(8, 65, keys=40) == verdict(8, 4), "there are no more blocks to keep than there are"
+    assert verdict(8, 4) is not None, "on a CPU auto takes PyTorch or C++, which are faster there"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_backends_agree(name):
+    (b, t, s, h, groups, kv_heads, d, block, topk), mask = CALLS[name]
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(b, n, heads, d, generator=generator) for n, heads in ((t, h), (s, kv_heads)))
+    call = {"block_size": block, "topk": topk, "groups": groups, "mask": mask}
+    expected = block_router(q, k, **call, backend="reference")
+    verdicts = ki.explain(block_router, q, k, **call).verdicts
+    for backend in BACKENDS[:-1]:
+        if verdicts[backend.name] not in (None, TOO_FEW, INTERPRETED):
+            continue
+        actual = block_router(q, k, **call, backend=backend.name)
+        assert torch.equal(actual.indices, expected.indices), backend.name
+        assert torch.equal(actual.valid, expected.valid), backend.name
+
+
+TOO_FEW = "too few scores for it to pay"
+INTERPRETED = "interpreted on a CPU: only when asked for by name"
 
 
 @interpreted
-def test_the_routers_pick_the_same_through_it(monkeypatch):
-    """What a GPU takes: the same picks for clustered and MoBA attention as by the plain formulas."""
-    from kernel_index.kernels.sparse.clustered_sparse_three_phase import scoring
-    from kernel_index.routing.block_router import router
-
+def test_attention_routes_by_what_is_named():
+    """The same selection for clustered and MoBA routing by the kernel of a GPU as by PyTorch."""
     q, k = torch.randn(1, 40, 4, 8), torch.randn(1, 40, 2, 8)
     config = ki.ClusteredSparseConfig(block_size=4, topk=3)
-    mask = ki.MaskContract()
     assert num_blocks(40, 4) > config.topk
-
-    def picks():
-        return ki.clustered_route(q, k, config=config, mask=mask), router.route(q, k, 4, 3, mask, 4)
-
-    expected, taken = picks(), []
-    for module in (scoring, router):
-        monkeypatch.setattr(module, "fused_why_not", lambda q, topk: taken.append(topk))
-    actual = picks()
-    assert taken == [3, 3]
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a.indices, e.indices)
-        assert torch.equal(a.valid, e.valid)
+    for route in (
+        lambda backend: ki.clustered_route(q, k, config=config, backend=backend),
+        lambda backend: ki.moba_route(q, k, block_size=4, topk=3, backend=backend),
+    ):
+        with ki.receipts() as log:
+            expected, actual = route("chunked"), route("triton")
+        assert [r.ran for r in log] == ["chunked", "triton"]
+        assert torch.equal(actual.indices, expected.indices)
+        assert torch.equal(actual.valid, expected.valid)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.routing.hierarchical_block_expansion import api, select
+from kernel_index.routing.hierarchical_block_expansion import chunked, reference
 from kernel_index.routing.legal_blocks import block_means
 
 SIZE = 4
@@ -26,14 +26,19 @@ MASKS = {
 }
 
 
-FORMS = ("native", "products", "fetched")  # in C++, all scores by one product, and for very many blocks
+FORMS = {  # in C++, all scores by one product, for very many blocks, and plain
+    "native": "native",
+    "products": "chunked",
+    "fetched": "chunked",
+    "reference": "reference",
+}
 
 
-def force(form, monkeypatch):
-    if form != "native":
-        monkeypatch.setattr(api.contract, "native_why_not", lambda *_: "off")
-    if form == "fetched":
-        monkeypatch.setattr(select, "ALL_CHILDREN", 0)
+@pytest.fixture(params=FORMS)
+def backend(request, monkeypatch):
+    if request.param == "fetched":
+        monkeypatch.setattr(chunked, "ALL_CHILDREN", 0)
+    return FORMS[request.param]
 
 
 def inputs(queries=45, keys=45, heads=4, groups=2, width=8, seed=0):
@@ -76,16 +81,23 @@ def by_loops(q, keys, mask, kv_len, ratio, topc, topk, forced):
     return out
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("forced", [("current",), ("sink", "local", "current"), ()], ids=str)
 @pytest.mark.parametrize("name", MASKS)
-def test_against_loops(name, forced, form, monkeypatch):
-    force(form, monkeypatch)
+def test_against_loops(name, forced, backend):
     q, k = inputs(queries=20 if name == "offset" else 45)
     mask = MASKS[name]()
     keys = block_means(k, SIZE, mask)
     got = ki.hierarchical_block_select(
-        q, keys, coarse_ratio=3, coarse_topc=2, final_topk=4, mask=mask, block_size=SIZE, forced=forced, kv_len=45
+        q,
+        keys,
+        coarse_ratio=3,
+        coarse_topc=2,
+        final_topk=4,
+        mask=mask,
+        block_size=SIZE,
+        forced=forced,
+        kv_len=45,
+        backend=backend,
     )
     expected = by_loops(q, keys, mask, 45, 3, 2, 4, forced)
     assert torch.equal(got.indices, expected)
@@ -94,13 +106,11 @@ def test_against_loops(name, forced, form, monkeypatch):
     assert set(got.plan.forced) == set(forced)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MASKS)
-def test_all_groups_are_the_exhaustive_selection(name, form, monkeypatch):
-    force(form, monkeypatch)
+def test_all_groups_are_the_exhaustive_selection(name, backend):
     q, k = inputs(queries=20 if name == "offset" else 45)
     mask = MASKS[name]()
-    call = {"mask": mask, "block_size": SIZE, "kv_len": 45, "final_topk": 4, "recall": True}
+    call = {"mask": mask, "block_size": SIZE, "kv_len": 45, "final_topk": 4, "recall": True, "backend": backend}
     keys = block_means(k, SIZE, mask)
     exhaustive = ki.hierarchical_block_select(q, keys, coarse_ratio=1, coarse_topc=99, **call)
     all_groups = ki.hierarchical_block_select(q, keys, coarse_ratio=3, coarse_topc=4, **call)
@@ -115,14 +125,12 @@ def test_all_groups_are_the_exhaustive_selection(name, form, monkeypatch):
     assert 0 < cut.plan.recall <= 1
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["causal", "documents", "window"])
-def test_neither_the_future_nor_another_document_chooses(name, form, monkeypatch):
+def test_neither_the_future_nor_another_document_chooses(name, backend):
     """Large changes to tokens that query t may not see leave the bits of its selection alone."""
-    force(form, monkeypatch)
     mask = MASKS[name]()
     q, k = inputs()
-    call = {"coarse_ratio": 3, "coarse_topc": 2, "final_topk": 3, "mask": mask, "block_size": SIZE}
+    call = {"coarse_ratio": 3, "coarse_topc": 2, "final_topk": 3, "mask": mask, "block_size": SIZE, "backend": backend}
     allowed = mask.dense(2, 45)[:, 0]
     before = ki.hierarchical_block_select(q, block_means(k, SIZE, mask), **call).indices
     for t in (10, 17, 26, 44):
@@ -135,14 +143,13 @@ def test_neither_the_future_nor_another_document_chooses(name, form, monkeypatch
         assert torch.equal(after[:, t], before[:, t]), t
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_ties_go_to_the_smallest_index_and_nan_is_no_trap(form, monkeypatch):
-    force(form, monkeypatch)
+def test_ties_go_to_the_smallest_index_and_nan_is_no_trap(backend):
     q, keys = torch.ones(1, 32, 1, 4), torch.zeros(1, 8, 1, 4)
-    picked = ki.hierarchical_block_select(q, keys, coarse_ratio=2, coarse_topc=2, final_topk=3, block_size=SIZE)
+    call = {"coarse_ratio": 2, "coarse_topc": 2, "final_topk": 3, "block_size": SIZE, "backend": backend}
+    picked = ki.hierarchical_block_select(q, keys, **call)
     assert picked.indices[0, -1, 0].tolist() == [0, 1, 7]
     keys[0, 5] = float("nan")
-    picked = ki.hierarchical_block_select(q, keys, coarse_ratio=2, coarse_topc=2, final_topk=3, block_size=SIZE)
+    picked = ki.hierarchical_block_select(q, keys, **call)
     assert picked.indices[0, 16, 0].tolist() == [0, 1, 4]  # block 5 is in the future
     assert picked.indices[0, -1, 0].tolist() == [0, 5, 7]
 
@@ -156,14 +163,14 @@ def test_more_wanted_than_there_is():
     assert not picked.indices.requires_grad
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_chunks_of_queries_agree_with_the_whole(form, monkeypatch):
-    force(form, monkeypatch)
+def test_chunks_of_queries_agree_with_the_whole(backend, monkeypatch):
     q, k = inputs()
     keys = block_means(k, SIZE, ki.MaskContract())
     call = {"coarse_ratio": 3, "coarse_topc": 2, "final_topk": 4, "block_size": SIZE, "recall": True}
+    call["backend"] = backend
     whole = ki.hierarchical_block_select(q.requires_grad_(), keys, **call)
-    monkeypatch.setattr(select, "SCORES_AT_ONCE", 7 * 2 * 2 * 12)
+    for module in (chunked, reference):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", 7 * 2 * 2 * 12)
     parts = ki.hierarchical_block_select(q, keys, **call)
     assert torch.equal(parts.indices, whole.indices)
     assert parts.plan == whole.plan

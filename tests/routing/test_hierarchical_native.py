@@ -8,7 +8,6 @@ import torch
 
 import kernel_index as ki
 from kernel_index.core import native
-from kernel_index.routing.hierarchical_block_expansion import api
 
 SIZE = 2
 
@@ -18,12 +17,12 @@ def ran(monkeypatch):
     """How often the native search ran."""
     calls = []
 
-    def counted(*args):
-        calls.append(args)
-        return select(*args)
+    def counted(source, function, *args):
+        calls.append(function)
+        return call(source, function, *args)
 
-    select = api.native_select
-    monkeypatch.setattr(api, "native_select", counted)
+    call = native.call
+    monkeypatch.setattr(native, "call", counted)
     return calls
 
 
@@ -61,23 +60,20 @@ def drawn(seed, queries=None, blocks=None, whole=True, dtype=torch.float32):
     return q, block_keys, call
 
 
-def both(q, block_keys, call, monkeypatch):
+def both(q, block_keys, call):
     """The selection by C++ and by PyTorch."""
-    found = ki.hierarchical_block_select(q, block_keys, **call)
-    with monkeypatch.context() as patch:
-        patch.setattr(api.contract, "native_why_not", lambda *_: "off")
-        return found, ki.hierarchical_block_select(q, block_keys, **call)
+    return tuple(ki.hierarchical_block_select(q, block_keys, **call, backend=name) for name in ("auto", "chunked"))
 
 
 @pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("seed", range(60))
-def test_picks_are_those_of_the_plain_formula(seed, special, monkeypatch, ran):
+def test_picks_are_those_of_the_plain_formula(seed, special, ran):
     q, block_keys, call = drawn(seed)
     if special is not None:
         block_keys[:, ::5, :, 0] = special
         block_keys[1, ::7, :, 1] = -special
         q[:, ::3] = -q[:, ::3].abs()
-    actual, expected = both(q, block_keys, call, monkeypatch)
+    actual, expected = both(q, block_keys, call)
     assert len(ran) == 1
     assert torch.equal(actual.indices, expected.indices)
     assert torch.equal(actual.valid, expected.valid)
@@ -87,7 +83,7 @@ def test_picks_are_those_of_the_plain_formula(seed, special, monkeypatch, ran):
 @pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("queries", [1, 70])
 @pytest.mark.parametrize(("ratio", "topc"), [(8, 40), (1, 150), (700, 2)])
-def test_many_candidates_are_cut_to_the_best(ratio, topc, queries, special, monkeypatch, ran):
+def test_many_candidates_are_cut_to_the_best(ratio, topc, queries, special, ran):
     """Of some hundred candidates those that only equal the least one kept lose, those that are not numbers do not."""
     q, block_keys, _ = drawn(0, queries, 700)
     q[..., 1:], q[..., 0] = q[..., 1:].clamp(0, 1), 1
@@ -95,17 +91,17 @@ def test_many_candidates_are_cut_to_the_best(ratio, topc, queries, special, monk
     block_keys[:, 300::40, :, 0] = special
     call = {"coarse_ratio": ratio, "coarse_topc": topc, "block_size": SIZE, "kv_len": 1400}
     for topk in (3, 20):
-        actual, expected = both(q, block_keys, call | {"final_topk": topk}, monkeypatch)
+        actual, expected = both(q, block_keys, call | {"final_topk": topk})
         assert torch.equal(actual.indices, expected.indices)
     assert len(ran) == 2
 
 
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_picks_agree_but_for_what_rounding_ties(queries, dtype, monkeypatch, ran):
+def test_picks_agree_but_for_what_rounding_ties(queries, dtype, ran):
     q, block_keys, _ = drawn(0, queries, 150, whole=False, dtype=dtype)
     call = {"coarse_ratio": 4, "coarse_topc": 5, "final_topk": 6, "block_size": SIZE, "kv_len": 300, "recall": True}
-    actual, expected = both(q, block_keys, call, monkeypatch)
+    actual, expected = both(q, block_keys, call)
     assert len(ran) == 2  # once more for the recall
     agree = (actual.indices == expected.indices).all(-1).float().mean()
     assert agree > 0.995

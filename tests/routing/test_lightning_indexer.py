@@ -42,9 +42,6 @@ def by_python(q, k, w, topk, mask):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch):
     monkeypatch.setattr(chunked, "ELEMENTS", tile)
-    if backend == "chunked":
-        monkeypatch.setattr(chunked, "native_why_not", lambda *_: "off")
-    backend = "chunked" if backend == "native" else backend  # which it is part of
     q, k, w = whole_numbers(300 if mask.doc_ids is None and mask.validity is None else 100)
     picked = ki.lightning_indexer(q, k, w, topk=7, mask=mask, backend=backend)
     expected, scores = by_python(q, k, w, 7, mask)
@@ -71,24 +68,22 @@ def test_no_tensor_of_all_scores_is_ever_made(monkeypatch):
     q, k, w = whole_numbers(1024, heads=1)
     start, end = ki.MaskContract().intervals(2, 1024)
     with Largest() as largest:
-        chunked._run_topk(q, k, w, start, end, 8, 0, -1, 0)
+        chunked.run_topk(q, k, w, start, end, 8, 0, -1, 0)
     assert largest.elements <= 2 * chunked.CHUNK * (256 + 8)
     assert largest.elements < 1024 * 1024 // 16
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_nothing_hidden_chooses(mask, native, monkeypatch):
+def test_nothing_hidden_chooses(mask, backend):
     """What query t may not see changes neither its picks nor their scores, to the bit."""
-    if not native:
-        monkeypatch.setattr(chunked, "native_why_not", lambda *_: "off")
     generator = torch.Generator().manual_seed(3)
     q, k, w = (torch.randn(2, 100, *n, generator=generator) for n in ((3, 8), (8,), (3,)))
     allowed = mask.dense(2, 100)[:, 0]
-    before = ki.lightning_indexer(q, k, w, topk=6, mask=mask)
+    before = ki.lightning_indexer(q, k, w, topk=6, mask=mask, backend=backend)
     for t in (0, 17, 63, 64, 99):
         changed = torch.where(allowed[:, t, :, None], k, 1e4)
-        after = ki.lightning_indexer(q, changed, w, topk=6, mask=mask)
+        after = ki.lightning_indexer(q, changed, w, topk=6, mask=mask, backend=backend)
         assert torch.equal(after.indices[:, t], before.indices[:, t])
         assert torch.equal(after.scores[:, t], before.scores[:, t])
 
@@ -114,7 +109,7 @@ def test_a_recorded_selection_is_replayed():
 
 def test_the_loss_is_the_divergence_from_what_attention_does(monkeypatch):
     """Against the formula over all keys, gradient included; the attention's own tensors get none."""
-    from kernel_index.kernels.attention.exact_token_sparse import loss as module
+    from kernel_index.routing.lightning_indexer import loss as module
 
     monkeypatch.setattr(module, "ELEMENTS", 2 * 4 * 2 * 8 * 7)  # chunks of 7 queries
     generator = torch.Generator().manual_seed(5)

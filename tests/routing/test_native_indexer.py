@@ -8,7 +8,6 @@ import torch
 
 import kernel_index as ki
 from kernel_index.core import native
-from kernel_index.routing.lightning_indexer import chunked
 from kernel_index.routing.lightning_indexer import native as module
 
 
@@ -17,12 +16,12 @@ def ran(monkeypatch):
     """How often the native indexer ran."""
     calls = []
 
-    def counted(*args):
-        calls.append(args)
-        return topk(*args)
+    def counted(source, function, *args):
+        calls.append(function)
+        return call(source, function, *args)
 
-    topk = chunked.native_topk
-    monkeypatch.setattr(chunked, "native_topk", counted)
+    call = native.call
+    monkeypatch.setattr(native, "call", counted)
     return calls
 
 
@@ -51,22 +50,19 @@ def drawn(seed, whole=True):
     return tensors, {"topk": chance.choice([1, 4, 30, 200]), "mask": ki.MaskContract(**mask)}
 
 
-def both(tensors, call, monkeypatch):
+def both(tensors, call):
     """The selection by C++ and by PyTorch."""
-    found = ki.lightning_indexer(*tensors, **call)
-    with monkeypatch.context() as patch:
-        patch.setattr(chunked, "native_why_not", lambda *_: "off")
-        return found, ki.lightning_indexer(*tensors, **call)
+    return tuple(ki.lightning_indexer(*tensors, **call, backend=name) for name in ("auto", "chunked"))
 
 
 @pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("seed", range(40))
-def test_picks_are_those_of_the_plain_form(seed, special, monkeypatch, ran):
+def test_picks_are_those_of_the_plain_form(seed, special, ran):
     (q, k, w), call = drawn(seed)
     if special is not None:
         k[:, ::5, 0] = special
         k[1, ::7, -1] = -special
-    actual, expected = both((q, k, w), call, monkeypatch)
+    actual, expected = both((q, k, w), call)
     assert len(ran) == 1
     assert torch.equal(actual.indices, expected.indices)
     assert torch.equal(actual.valid, expected.valid)
@@ -75,10 +71,10 @@ def test_picks_are_those_of_the_plain_form(seed, special, monkeypatch, ran):
 
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_agree_within_rounding(queries, dtype, monkeypatch, ran):
+def test_scores_agree_within_rounding(queries, dtype, ran):
     g = torch.Generator().manual_seed(0)
     q, k, w = (torch.randn(2, *n, generator=g).to(dtype) for n in ((queries, 3, 24), (900, 24), (queries, 3)))
-    actual, expected = both((q, k, w), {"topk": 20}, monkeypatch)
+    actual, expected = both((q, k, w), {"topk": 20})
     assert len(ran) == 1
     torch.testing.assert_close(actual.scores, expected.scores)
     assert (actual.indices == expected.indices).float().mean() > 0.995

@@ -1,10 +1,10 @@
-"""What is legal, what stands for a block, and which blocks are taken."""
+"""Which blocks are legal, the mean key of a block, and the best blocks."""
 
 import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.routing import legal_blocks as routing
+from kernel_index.routing import topk_keys
 from kernel_index.routing.legal_blocks import LegalBlocks, block_means, legal_blocks, top_blocks
 
 MASKS = {
@@ -62,7 +62,7 @@ def test_top_blocks_are_exact_on_both_paths(kind, topk, monkeypatch):
     if kind != "nan":
         picked = [[j for j in row if j >= 0] for row in found.indices[0, :, 0].tolist()]
         assert picked == by_hand(scores, legal, topk)
-    monkeypatch.setattr(routing, "_may_look", lambda scores: False)
+    monkeypatch.setattr(topk_keys, "host_readable", lambda scores: False)
     for a, b in zip(found, top_blocks(scores[None, :, None], legal, topk), strict=True):
         assert torch.equal(a, b)
 

@@ -1,8 +1,9 @@
-"""C++ kernels for the CPU: the ``native`` backend of what no composition of PyTorch's own kernels makes fast enough.
+"""Compiles, loads and calls C++ kernels for the CPU: the ``native`` backends.
 
+A source stands beside its op's ``native.py``; the headers of this folder hold what several sources need.
 Inductor's builder compiles a source on first use (about 10 s) and keeps the library in its cache.
 Matrix products are oneDNN's, through the function that PyTorch's own attention calls, so they use the machine's matrix
-units; a kernel's own code is what stands between two products.  See docs/decisions/0013-native-kernels.md.
+units; a kernel's own code is everything between two products.  See docs/decisions/0013-native-kernels.md.
 """
 
 import ctypes
@@ -20,12 +21,15 @@ from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOA
 from kernel_index.core.target import has_cxx_compiler
 
 DTYPES = (torch.float32, torch.bfloat16)
+HEADERS = ("common.h", "topk.h", "attention.h", "kv_cache.h")
+"""Put before every source, in this order, so that a source needs no ``#include``."""
+
 ROWS = Path(__file__).with_name("rows.cpp")
-"""Kernels for few rows of three small ops, in one source: each source takes its first caller 10 s to compile."""
+"""Kernels of three small ops for few rows, in one source: the first call of each source waits 10 s for the compiler."""
 
 
 def why_not(*tensors: Tensor) -> str | None:
-    """The rules that every native kernel shares, beside those of its op's ``cpu`` backend."""
+    """The rules that all native kernels share, in addition to those of the op's ``cpu`` backend."""
     if not has_cxx_compiler():
         return "needs a C++ compiler (g++ or clang++)"
     if not _has_vectors():
@@ -33,7 +37,7 @@ def why_not(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return NEEDS_PLAIN
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():
             return NEGATED
     if torch.autograd.forward_ad._current_level >= 0:
         return "inside forward-mode differentiation: it would lose the tangents"
@@ -43,7 +47,7 @@ def why_not(*tensors: Tensor) -> str | None:
 
 
 def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
-    """The rules of the kernels of ``rows.cpp``: ``rows`` are what they read and write, the others become float32."""
+    """The rules of the kernels in ``rows.cpp``: they read and write ``rows``; the other tensors become float32."""
     if (rule := opaque_why_not(*rows, *others)) is not None:
         return rule
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*rows, *others)):
@@ -58,7 +62,7 @@ def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
 
 
 def rows_not_worth(x: Tensor, *_: Any) -> str | None:
-    """``auto`` takes them for steps of inference: who tries an op for the first time should not wait for a compiler."""
+    """``auto`` uses these kernels only without grad, so a first training call never waits for the C++ compiler."""
     if torch.is_grad_enabled():
         return "gradients are on: it is for few rows under no_grad() or inference_mode()"
     return None if x.numel() < MIN_ELEMENTS else "large enough for a compiled region to pay"
@@ -72,6 +76,9 @@ def _has_vectors() -> bool:
     return _machine_has_vectors() and torch._C._get_mkldnn_enabled()
 
 
+_has_vectors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
+
+
 @functools.cache
 def _machine_has_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
@@ -79,16 +86,17 @@ def _machine_has_vectors() -> bool:
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL:
-    """A source, compiled for this machine behind the common header and loaded."""
+    """The headers and a source, compiled for this machine and loaded."""
     announce(source.name)
     from torch._inductor.codecache import CppCodeCache
 
-    code = "".join(path.read_text() for path in (Path(__file__).with_name("common.h"), source))
+    headers = (Path(__file__).with_name(name) for name in HEADERS)
+    code = "".join(path.read_text() for path in (*headers, source))
     return CppCodeCache.load(code, extra_flags=("-w",))  # the warnings are those of PyTorch's headers
 
 
 def call(source: Path, function: str, sizes: tuple[int, ...], numbers: tuple[float, ...], *tensors: Tensor) -> None:
-    """Run one function of a source: sizes as one array, then numbers, then where the dense tensors' elements are."""
+    """Call one function of a source with an array of sizes, the numbers, and a pointer to each dense tensor's data."""
     assert all(t.is_cpu for t in tensors), "what a kernel writes to must be on the CPU, whatever the default device"
     run = _function(source, function, len(numbers), len(tensors))
     run(struct.pack(f"{len(sizes)}q", *sizes), *numbers, *[t.data_ptr() for t in tensors])
@@ -96,7 +104,7 @@ def call(source: Path, function: str, sizes: tuple[int, ...], numbers: tuple[flo
 
 @functools.cache
 def _function(source: Path, name: str, numbers: int, tensors: int) -> Any:
-    """With the types of its arguments, so that a call need not wrap each: a decoded token makes some twenty."""
+    """Its argument types are set, so that a call need not wrap each argument: decoding a token makes 20 calls."""
     found = library(source)[name]  # an object of its own, where an attribute would be shared
     found.argtypes = [ctypes.c_char_p, *[ctypes.c_float] * numbers, *[ctypes.c_void_p] * tensors]
     found.restype = None
@@ -104,10 +112,10 @@ def _function(source: Path, name: str, numbers: int, tensors: int) -> Any:
 
 
 def floats(x: Tensor) -> Tensor:
-    """Dense float32; the tensor itself where it is that."""
+    """The tensor as dense float32, without a copy where it is that already."""
     return (x if x.dtype == torch.float32 else x.to(torch.float32)).contiguous()
 
 
 def suffix(dtype: torch.dtype) -> str:
-    """How the functions for a dtype end."""
+    """The suffix of the functions for a dtype."""
     return str(dtype).removeprefix("torch.")

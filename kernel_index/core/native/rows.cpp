@@ -1,8 +1,8 @@
-// A token or a few between two products: what Inductor's calls would take longer to begin than to do.  Rows are read into
-// float32 whatever they are stored in, computed, and rounded once when they are stored.
+// Elementwise ops on one or a few tokens, for which starting a compiled region takes longer than the work.  Rows are
+// read as float32 whatever their dtype, and rounded once, when they are stored.
 namespace {
 
-// Elements of rows of one tensor, float32 or bfloat16.  Behind the n of a row a buffer holds zeros up to a whole vector.
+// The elements of one tensor, float32 or bfloat16.  `read` pads the n elements of a row with zeros to a whole vector.
 struct Rows {
   char* data;
   bool half;
@@ -25,7 +25,7 @@ struct Rows {
   }
 };
 
-// One coefficient set for the call, or one for each batch row.
+// Coefficients [rows, size]: one set for the call, or one for each batch row.
 struct Coefficients {
   const float* data;
   int64_t size, rows;
@@ -49,7 +49,7 @@ extern "C" void residual_rms_norm(const int64_t* n, float scale, float eps, floa
       added.read(r * C, C, y.at(0));
       for (int64_t i = 0; i < C; i += LANES) (Vec::loadu(x.at(i)) + Vec(scale) * Vec::loadu(y.at(i))).store(x.at(i));
       kept.write(r * C, C, x.at(0));
-      kept.read(r * C, C, x.at(0));  // what is normalised is the stream as it is stored
+      kept.read(r * C, C, x.at(0));  // normalises the stream as it is stored
       Vec squares(0.f);
       for (int64_t i = 0; i < C; i += LANES) squares = squares + Vec::loadu(x.at(i)) * Vec::loadu(x.at(i));
       const Vec by(1 / std::sqrt(sum_of(squares) / C + eps));
@@ -100,7 +100,7 @@ extern "C" void mix_streams(const int64_t* n, char* hidden, char* branch_out, co
 
 namespace {
 
-// Channels i and i + half of one head's row.
+// Rotates channels i and i + half of one head's row x [2 · half].
 void rotate_halves(float* x, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; i += LANES) {
     const int64_t count = std::min(half - i, LANES);
@@ -110,7 +110,7 @@ void rotate_halves(float* x, const float* cos, const float* sin, int64_t half) {
   }
 }
 
-// Channels 2i and 2i + 1.
+// Rotates channels 2i and 2i + 1.
 void rotate_neighbours(float* x, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; ++i) {
     const float a = x[2 * i], b = x[2 * i + 1];
@@ -121,7 +121,8 @@ void rotate_neighbours(float* x, const float* cos, const float* sin, int64_t hal
 
 }  // namespace
 
-extern "C" void rotate(const int64_t* n, char* q, char* k, const float* cos, const float* sin, char* q_out, char* k_out) {
+extern "C" void rotate(const int64_t* n, char* q, char* k, const float* cos, const float* sin, char* q_out,
+                       char* k_out) {
   const int64_t B = n[0], T = n[1], H = n[2], K = n[3], D = n[4], half = n[5], table_rows = n[7], threads = n[9];
   const bool interleaved = n[6] != 0, low = n[8] != 0;
 #pragma omp parallel num_threads(threads)

@@ -1,4 +1,13 @@
-"""Device functions that the attention kernels share: products, roundings, tiles of rows, what an interval visits."""
+"""Device functions of the attention kernels: loads, products, scores, online softmax and its gradient, window tiles.
+
+Names in all kernels: ``x_ptr`` is a pointer that the host passes and ``x_b, x_t, x_h`` its strides of batch, token and
+head; ``p_x`` is a pointer moved by the kernel, ``o_x`` an offset or index, ``m_x`` a mask, ``b_x`` a block loaded from
+memory; a computed value has its formula's name (z, p, alpha, dq).  A comment gives the shape of a block: BM rows
+(queries × heads) of a tile, BN keys, BLOCK_D and BLOCK_DV columns of keys and of values; N rows of either side.
+
+Scores ``z`` are q·k, or tanh(inner · q·k) with a softcap.  Logits are ``outer · z`` of base 2, since ``outer`` carries
+log2(e); so are exponentials, ``row_max`` and ``lse``.
+"""
 
 import triton
 import triton.language as tl
@@ -34,34 +43,144 @@ def tanh(x):
 
 
 @triton.jit
-def pointers(base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to N rows of a matrix with dense columns, and which exist; only the first row's offset is wide."""
-    row, column = tl.arange(0, N), tl.arange(0, BLOCK_D)
-    exists = first + row < ROWS
-    inside = exists[:, None] & (column < D)[None, :] if D < BLOCK_D else tl.broadcast_to(exists[:, None], N, BLOCK_D)
-    return base + tl.cast(first, tl.int64) * row_stride + (row[:, None] * row_stride + column[None, :]), inside
+def tile_pointers(p_base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to rows ``first`` to ``first + N`` of a matrix with dense columns, and which of them exist.
+
+    Only the first row's offset is computed in 64 bits.
+    """
+    o_n, o_d = tl.arange(0, N), tl.arange(0, BLOCK_D)
+    m_n = first + o_n < ROWS  # [N]
+    m_tile = m_n[:, None] & (o_d < D)[None, :] if D < BLOCK_D else tl.broadcast_to(m_n[:, None], N, BLOCK_D)
+    p_tile = p_base + tl.cast(first, tl.int64) * row_stride + (o_n[:, None] * row_stride + o_d[None, :])
+    return p_tile, m_tile  # [N, BLOCK_D]
 
 
 @triton.jit
-def load_tile(base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    at, inside = pointers(base, first, row_stride, ROWS, N, D, BLOCK_D)
-    return tl.load(at, mask=inside, other=0.0)
+def load_tile(p_base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """N consecutive rows [N, BLOCK_D]; zeros where none exists."""
+    p_tile, m_tile = tile_pointers(p_base, first, row_stride, ROWS, N, D, BLOCK_D)
+    return tl.load(p_tile, mask=m_tile, other=0.0)
 
 
 @triton.jit
 def store_tile(
-    base, first, row_stride, value, ROWS,
+    p_base, first, row_stride, value, ROWS,
     N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    at, inside = pointers(base, first, row_stride, ROWS, N, D, BLOCK_D)
-    tl.store(at, narrow(value, base.dtype.element_ty, UPCAST), mask=inside)
+    p_tile, m_tile = tile_pointers(p_base, first, row_stride, ROWS, N, D, BLOCK_D)
+    tl.store(p_tile, narrow(value, p_base.dtype.element_ty, UPCAST), mask=m_tile)
 
 
 @triton.jit
-def plan_steps(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """What ``BLOCK`` rows visit, in steps: from ``low`` on, ``left`` masked, ``full`` unmasked, ``right`` masked.
+def load_rows(p_base, o_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [N, BLOCK_D] that begin ``o_n`` elements, of 64 bits, after ``p_base``; zeros where ``m_n`` is false."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_rows = m_n[:, None] & (o_d < D)[None, :] if D < BLOCK_D else m_n[:, None]
+    return tl.load(p_base + (o_n[:, None] + o_d[None, :]), mask=m_rows, other=0.0)
 
-    Both ends of the intervals never decrease, so the first and the last row decide.
+
+@triton.jit
+def store_rows(p_base, o_n, m_n, value, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
+    o_d = tl.arange(0, BLOCK_D)
+    m_rows = m_n[:, None] & (o_d < D)[None, :] if D < BLOCK_D else m_n[:, None]
+    value = narrow(value, p_base.dtype.element_ty, UPCAST)
+    tl.store(p_base + (o_n[:, None] + o_d[None, :]), value, mask=m_rows)
+
+
+@triton.jit
+def cache_slots(table_ptr, b, table_b, table_s, o_k, m_k, PAGE: tl.constexpr, PAGED: tl.constexpr):
+    """The page (without pages: the batch row) and the slot in it of tokens ``o_k`` of a KV cache, in 64 bits [BN]."""
+    if PAGED:
+        b_page = tl.load(table_ptr + b * table_b + (o_k // PAGE) * table_s, mask=m_k, other=0).to(tl.int64)
+        o_slot = o_k % PAGE
+    else:
+        b_page = tl.zeros_like(o_k).to(tl.int64) + b
+        o_slot = o_k
+    return b_page, o_slot.to(tl.int64)
+
+
+@triton.jit
+def within(index, start, end):
+    return (index >= start) & (index < end)
+
+
+@triton.jit
+def softcapped(z, inner, CAPPED: tl.constexpr):
+    return tanh(z * inner) if CAPPED else z
+
+
+@triton.jit
+def scores(b_q, b_k, inner, CAPPED: tl.constexpr, UPCAST: tl.constexpr):
+    """z = q·kᵀ [BM, BN] of rows [BM, BLOCK_D] and [BN, BLOCK_D], through the softcap's tanh."""
+    return softcapped(dot(b_q, tl.trans(b_k), UPCAST), inner, CAPPED)
+
+
+@triton.jit
+def finite_max(row_max):
+    """What logits are reduced by: a row without keys has a maximum of −∞, and −∞ − (−∞) would be NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
+def online_softmax(logits, row_max, row_sum):
+    """One step of the online softmax over ``logits`` [BM, BN], −∞ where masked.
+
+    Returns the probabilities p [BM, BN] relative to the new ``row_max``, the factor ``alpha`` [BM] by which sums over
+    earlier keys shrink, and the new ``row_max`` and ``row_sum`` [BM].
+    """
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    shift = finite_max(new_max)
+    p = tl.exp2(logits - shift[:, None])
+    alpha = tl.exp2(row_max - shift)
+    return p, alpha, new_max, row_sum * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def weighted_values(p, b_v, UPCAST: tl.constexpr):
+    """p·v [BM, BLOCK_DV]: the probabilities are rounded to the values' dtype, the product is summed in float32."""
+    return dot(narrow(p, b_v.dtype, UPCAST), b_v, UPCAST)
+
+
+@triton.jit
+def merge_states(acc, row_max, row_sum, b_acc, b_max, b_sum):
+    """The softmax state over two disjoint sets of keys: ``acc`` [BM, BLOCK_DV], ``row_max`` and ``row_sum`` [BM]."""
+    new_max = tl.maximum(row_max, b_max)
+    shift = finite_max(new_max)
+    alpha, beta = tl.exp2(row_max - shift), tl.exp2(b_max - shift)
+    return acc * alpha[:, None] + b_acc * beta[:, None], new_max, row_sum * alpha + b_sum * beta
+
+
+@triton.jit
+def softmax_output(acc, row_max, row_sum, m_empty):
+    """The output [BM, BLOCK_DV] and ``lse`` [BM] of a state; 0 and −∞ where ``m_empty``: for rows without keys."""
+    row_sum = tl.where(m_empty, 1.0, row_sum)
+    return acc / row_sum[:, None], tl.where(m_empty, float("-inf"), row_max + tl.log2(row_sum))
+
+
+@triton.jit
+def score_grad(z, p, dp, delta, CAPPED: tl.constexpr):
+    """dz = p · (dp − delta), times the slope 1 − z² of the softcap's tanh.
+
+    ``dp`` is the gradient of p; ``delta`` = Σ d_out · out − d_lse is broadcast over the keys.
+    """
+    dz = p * (dp - delta)
+    if CAPPED:
+        dz = dz * (1.0 - z * z)
+    return dz
+
+
+@triton.jit
+def lse_of_grad(lse, m_some):
+    """``lse`` for the backward pass: rows without keys get +∞, so exp2(logits − lse) = 0 and they have no gradient."""
+    return tl.where(m_some, lse, float("inf"))
+
+
+@triton.jit
+def window_tiles(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """The tiles of STEP that BLOCK rows visit: from ``low`` on, ``left`` masked, ``full`` and ``right`` masked ones.
+
+    Full tiles are inside the window of every row.  Window bounds never decrease, so the first and the last row
+    decide.
     """
     last = tl.minimum(first + BLOCK, ROWS) - 1
     low = tl.load(start_ptr + first) // STEP
@@ -72,48 +191,33 @@ def plan_steps(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.co
 
 
 @triton.jit
-def masked_step(i, low, left, full, STEP: tl.constexpr):
-    """Where the i-th masked step begins: the steps on the left, then those on the right of the full ones."""
+def masked_tile(i, low, left, full, STEP: tl.constexpr):
+    """First row of the i-th masked tile: those on the left, then those on the right of the full ones."""
     return (low + i + tl.where(i < left, 0, full)) * STEP
-
-
-@triton.jit
-def load_rows(base, offset, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows that begin ``offset`` elements, 64 bits wide, behind ``base``; zeros where none exists."""
-    column = tl.arange(0, BLOCK_D)
-    inside = exists[:, None] & (column < D)[None, :] if D < BLOCK_D else exists[:, None]
-    return tl.load(base + (offset[:, None] + column[None, :]), mask=inside, other=0.0)
-
-
-@triton.jit
-def store_rows(base, offset, exists, value, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
-    column = tl.arange(0, BLOCK_D)
-    inside = exists[:, None] & (column < D)[None, :] if D < BLOCK_D else exists[:, None]
-    value = narrow(value, base.dtype.element_ty, UPCAST)
-    tl.store(base + (offset[:, None] + column[None, :]), value, mask=inside)
 
 
 @triton.jit
 def count_below(list_ptr, size, a, b, c, d, CHUNK: tl.constexpr):
     """How many of the first ``size`` entries are below each of four limits."""
     below_a, below_b, below_c, below_d = 0, 0, 0, 0
-    for at in range(0, size, CHUNK):
-        place = at + tl.arange(0, CHUNK)
-        entry = tl.load(list_ptr + place, mask=place < size, other=2**31 - 1)
-        below_a += tl.sum((entry < a).to(tl.int32), 0)
-        below_b += tl.sum((entry < b).to(tl.int32), 0)
-        below_c += tl.sum((entry < c).to(tl.int32), 0)
-        below_d += tl.sum((entry < d).to(tl.int32), 0)
+    for begin in range(0, size, CHUNK):
+        o_entry = begin + tl.arange(0, CHUNK)
+        b_entry = tl.load(list_ptr + o_entry, mask=o_entry < size, other=2**31 - 1)  # [CHUNK]
+        below_a += tl.sum((b_entry < a).to(tl.int32), 0)
+        below_b += tl.sum((b_entry < b).to(tl.int32), 0)
+        below_c += tl.sum((b_entry < c).to(tl.int32), 0)
+        below_d += tl.sum((b_entry < d).to(tl.int32), 0)
     return below_a, below_b, below_c, below_d
 
 
 @triton.jit
 def union_visits(list_ptr, start_ptr, end_ptr, size, first, ROWS, QUERIES: tl.constexpr, BLOCK: tl.constexpr):
-    """Which places of an ascending list of key blocks ``QUERIES`` rows visit: ``begin ≤ place < stop``.
+    """The slots ``begin ≤ slot < stop`` that ``QUERIES`` rows visit in an ascending list of key blocks.
 
-    Those with ``whole ≤ place < cease`` are allowed to all of the rows.
+    Blocks at ``full_begin ≤ slot < full_stop`` are inside the window of every row.
     """
-    low, left, full, right = plan_steps(start_ptr, end_ptr, first, ROWS, QUERIES, BLOCK)
+    low, left, full, right = window_tiles(start_ptr, end_ptr, first, ROWS, QUERIES, BLOCK)
     left += low
     full += left
-    return count_below(list_ptr, size, low, left, full, full + right, 128)
+    begin, full_begin, full_stop, stop = count_below(list_ptr, size, low, left, full, full + right, 128)
+    return begin, full_begin, full_stop, stop

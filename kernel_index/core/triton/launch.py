@@ -6,9 +6,10 @@ interpreter: slowly, and for proof, so ``auto`` never picks them there.
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,3 +71,64 @@ def dense(tensors: Sequence[Tensor | None]) -> Any:
 def dense_heads(x: Tensor) -> Tensor:
     """For kernels that take any stride but the last dimension's."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+LOG2E = math.log2(math.e)
+
+SMALLEST_DOT = 16
+"""Rows and columns that a product on tensor cores has at least."""
+
+
+class Config(NamedTuple):
+    """Rows of a program's tile, rows of the tiles it loops over, warps, stages of the software pipeline."""
+
+    tile: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+INTERPRETED_CONFIG = Config(SMALLEST_DOT, SMALLEST_DOT, 4, 1)
+
+
+class AttentionLaunch(NamedTuple):
+    """The arguments that an attention kernel takes from the geometry and the score function of a call."""
+
+    config: Config
+    constants: dict[str, Any]
+    scale: float
+    inner: float
+    outer: float
+
+
+def attention_launch(
+    config: Config, q: Tensor, v: Tensor, scale: float | None, softcap: float, **constants: Any
+) -> AttentionLaunch:
+    """The launch of one kernel over q [..., D] and v [..., Dv]; ``constants`` are the kernel's own."""
+    width, value_width = q.shape[-1], v.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    blocks = {"D": width, "DV": value_width, "BLOCK_D": dot_block(width), "BLOCK_DV": dot_block(value_width)}
+    flags = {"CAPPED": softcap > 0, "UPCAST": interpreting()}
+    geometry = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    inner, outer = score_factors(scale, softcap)
+    return AttentionLaunch(config, blocks | flags | constants | geometry, scale, inner, outer)
+
+
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """``inner`` and ``outer``: logits of base 2 are outer · z, where z is q·k, or tanh(inner · q·k) with a softcap."""
+    return (scale / softcap, softcap * LOG2E) if softcap > 0 else (0.0, scale * LOG2E)
+
+
+def dot_block(size: int) -> int:
+    """The power of 2 that holds ``size`` rows or columns of a product."""
+    return max(SMALLEST_DOT, next_power_of_2(size))
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of batch, token and head."""
+    return [s for x in tensors for s in x.stride()[:3]]
+
+
+def row_stride(bound: Tensor) -> int:
+    """From one batch row of window bounds to the next: 0 where all rows are alike."""
+    return 0 if bound.shape[0] == 1 else bound.shape[1]

@@ -23,10 +23,11 @@ def _sum_kernel(
 ):  # fmt: skip
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()  # before any access: the kernel before may still be writing
-    row = tl.arange(0, COUNT)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.load(parts_ptr + row * width + column[None, :], mask=(row < count) & (column[None, :] < width), other=0.0)
-    tl.store(out_ptr + column, tl.sum(part, 0).to(out_ptr.dtype.element_ty), mask=column < width)
+    o_n = tl.arange(0, COUNT)[:, None]  # [COUNT, 1]
+    o_d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    m_part = (o_n < count) & (o_d[None, :] < width)
+    b_part = tl.load(parts_ptr + o_n * width + o_d[None, :], mask=m_part, other=0.0)  # [COUNT, COLUMNS]
+    tl.store(out_ptr + o_d, tl.sum(b_part, 0).to(out_ptr.dtype.element_ty), mask=o_d < width)
 
 
 def dependent(tensor: Tensor) -> bool:

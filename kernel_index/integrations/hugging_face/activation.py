@@ -1,4 +1,4 @@
-"""Activations of experts and other feed-forward layers: the index has the squared ReLU."""
+"""Activations of experts and other feed-forward layers: squared ReLU becomes ``ki.fused_relu_squared``."""
 
 import inspect
 
@@ -12,7 +12,7 @@ KIND = "experts"
 
 
 def activations_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The activation that a feed-forward layer or a set of experts holds, under its attribute's name."""
+    """The activation of a feed-forward layer or of a set of experts, with its attribute's name."""
     found = getattr(module, "act_fn", None)
     return [("act_fn", found)] if isinstance(found, nn.Module) else []
 
@@ -26,7 +26,7 @@ def plan(name: str, module: nn.Module) -> Plan:
 
 
 def is_squared_relu(module: nn.Module) -> bool:
-    """Tried on values, so that it does not depend on what the class is called."""
+    """Decided by values, not by the name of the class."""
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     if len(required) != 1 or any(True for _ in module.parameters()):
         return False

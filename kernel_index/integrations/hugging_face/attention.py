@@ -1,4 +1,4 @@
-"""Attention, through the two registries that Transformers offers: one for the mask, one for the call."""
+"""Attention, through the two registries of Transformers: one for the mask, one for the call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ def is_candidate(module: nn.Module) -> bool:
 
 
 def plan(model: Any, named: list[tuple[str, nn.Module]]) -> list[Plan]:
-    """One line for each attention layer; the first that can be replaced replaces them all, as the registry does."""
+    """One plan for each attention layer.  The first that can be replaced replaces them all, as the registry does."""
     if not named:
         return []
     why = why_not(model)
@@ -27,11 +27,11 @@ def plan(model: Any, named: list[tuple[str, nn.Module]]) -> list[Plan]:
         return [Plan(Change(name, KIND, why=why)) for name, _ in named]
     plans, do = [], lambda: _replace(model)
     for name, module in named:
-        if _asks_the_registry(module):
+        if _uses_the_registry(module):
             plans.append(Plan(Change(name, KIND, by="attention"), do))
             do = None
         else:
-            plans.append(Plan(Change(name, KIND, why="its forward does not ask the AttentionInterface")))
+            plans.append(Plan(Change(name, KIND, why="its forward does not use the AttentionInterface")))
     return plans
 
 
@@ -45,7 +45,7 @@ def why_not(model: Any) -> str | None:
     return None
 
 
-def _asks_the_registry(module: nn.Module) -> bool:
+def _uses_the_registry(module: nn.Module) -> bool:
     code = getattr(type(module).forward, "__code__", None)
     return code is not None and REGISTRY in code.co_names
 
@@ -81,7 +81,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """``ki.attention`` in the signature of ``AttentionInterface``: query [B, H, T, D], result [B, T, H, Dv].
 
-    A mask that no contract can say arrives as a dense tensor and goes, like a bias of positions or a paged cache, to
+    A mask that no contract expresses arrives as a dense tensor.  It goes, like a position bias or a paged cache, to
     PyTorch's attention as Transformers calls it.
     """
     if dropout:
@@ -99,10 +99,10 @@ def attention_forward(
 def _without_a_mask(
     module: nn.Module, queries: int, keys: int, is_causal: bool | None, window: int | None
 ) -> ki.MaskContract:
-    """No mask means causal where a layer is, aligned with the first key; a single query sees everything."""
+    """No mask means causal if the layer is, aligned with the first key; a single query sees all keys."""
     causal = queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    reach = (window - 1, 0) if causal and window is not None else (None, None)
-    return ki.MaskContract(causal, reach, q_offset=0 if causal and queries != keys else None)
+    bounds = (window - 1, 0) if causal and window is not None else (None, None)
+    return ki.MaskContract(causal, bounds, q_offset=0 if causal and queries != keys else None)
 
 
 def _as_before(
@@ -121,7 +121,7 @@ def _as_before(
 
     if sink is not None:
         raise ValueError(
-            "attention_mask must be one that a MaskContract can say where the layer has sinks, got another"
+            "attention_mask must be one that a MaskContract expresses where the layer has sinks, got another"
         )
     return sdpa_attention_forward(
         module, query, key, value, mask, scaling=scaling, is_causal=is_causal, softcap=softcap, **rest

@@ -1,27 +1,30 @@
-"""What a patch consists of: replacements on one instance that can be taken back, and what is said about each."""
+"""Replacements on one model instance that can be undone, and the report line of each."""
 
 import copy
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 LEVEL = 16 * torch.finfo(torch.float32).eps
-"""A probe of a dozen float32 operations agrees with its formula to this, relative to the largest element."""
+"""Relative to the largest element: a dozen float32 operations agree with their formula to this."""
+
+
+Kind = Literal["norms", "rope", "loss", "experts", "attention"]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What became of one module: ``by`` names the function that now computes it; empty if it was left, and ``why``.
+    """The result for one module: ``by`` names the function that now computes it; if it is empty, ``why`` is the reason.
 
-    ``kind`` is the option of ``apply`` that is concerned: ``norms``, ``rope``, ``loss``, ``experts`` or ``attention``.
+    ``kind`` is the option of ``apply`` that the module belongs to.
     """
 
     module: str
-    kind: str
+    kind: Kind
     by: str = ""
     why: str = ""
 
@@ -32,7 +35,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A change that is still to be made: ``do()`` makes it and returns what takes it back; None for a module left."""
+    """A planned change: ``do()`` makes it and returns its undo function; None if the module is not replaced."""
 
     change: Change
     do: Callable[[], Callable[[], None]] | None = None
@@ -42,7 +45,7 @@ ALREADY = "its forward has been replaced by something else"
 
 
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
-    """Give one instance another forward and return the function that takes it away again.
+    """Give one instance another forward and return the function that removes it.
 
     A bound method, and not a closure over the module: a deep copy of the model is then bound to the copied module.
     """
@@ -51,19 +54,19 @@ def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable
 
 
 def twin(module: nn.Module, **parameters: Tensor) -> nn.Module:
-    """The same module with other parameters, to try its forward on without touching it; nothing is copied."""
+    """The same module with other parameters, to try its forward without changing it; no weight is copied."""
     other = copy.copy(module)
     other.__dict__["_parameters"] = {n: nn.Parameter(v, requires_grad=False) for n, v in parameters.items()}
     return other
 
 
 def agree(actual: Any, expected: Tensor) -> bool:
-    """Whether a probe's result is the formula's."""
+    """Whether the result of a probe equals that of the formula."""
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:
         return False
     return bool((actual.double() - expected).abs().max() <= LEVEL * expected.abs().max())
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values on the CPU that leave the global generator alone."""
+    """Normal values on the CPU, drawn without the global generator."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

@@ -1,4 +1,4 @@
-"""Logits that are computed only if somebody looks at them."""
+"""Logits that are computed only when their values are read."""
 
 import math
 from collections.abc import Callable
@@ -17,11 +17,11 @@ class Factors(NamedTuple):
 
 
 class LazyLogits(Tensor):
-    """``hidden · weightᵀ + bias`` and what was done to it elementwise, as a formula.
+    """``hidden · weightᵀ + bias`` and the elementwise steps after it, as a formula.
 
-    Shape, dtype and device are known.  Scaling, ``tanh`` and casts are written down; anything else makes the values
-    first, once, with the gradients they would have had.  The values of weights that have changed since cannot be had
-    any more: that raises, and never gives the logits of other weights.
+    Shape, dtype and device are known.  Scaling, ``tanh`` and casts are recorded.  Any other operation computes the
+    values first, once, with their gradients.  If the weights have changed since, it raises ``RuntimeError``: the logits
+    of the old weights can no longer be computed.
 
     >>> import torch
     >>> from kernel_index.integrations.hugging_face.logits import LazyLogits
@@ -61,7 +61,7 @@ class LazyLogits(Tensor):
         return lazy
 
     def values(self) -> Tensor:
-        """The logits as an ordinary tensor, made at the first call."""
+        """The logits as an ordinary tensor, computed at the first call."""
         if not self.made:
             if _versions(self.hidden, self.weight, self.bias) != self.stamp:
                 raise RuntimeError("logits must be read before the weights change: they are computed when first used")
@@ -74,7 +74,7 @@ class LazyLogits(Tensor):
         return self.made[0]
 
     def factors(self) -> Factors | None:
-        """The steps as one scale and one softcap, or None where they are something else."""
+        """The steps as one scale and one softcap, or None if they are not of this form."""
         scale, cap, state = 1.0, None, "scale"  # then "tanh", then "cap"
         for function, args in self.steps:
             if function in CASTS:
@@ -108,7 +108,9 @@ class LazyLogits(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(f"lazy logits reached {func} from outside of Python: pass logits.values() there")
+        raise TypeError(
+            f"lazy logits cannot be passed to {func}, which is called outside of Python: pass logits.values() there"
+        )
 
 
 TIMES = frozenset({Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul})

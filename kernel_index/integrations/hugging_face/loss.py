@@ -1,7 +1,7 @@
 """The loss of a causal language model, without its logits.
 
-While a call has labels, the output layer returns ``LazyLogits``; the loss function, which Transformers lets anybody
-replace, reads from them what the fused loss needs.  A call without labels, such as ``generate``, is as before.
+While a call has labels, the output layer returns ``LazyLogits``; the loss function, which Transformers allows
+to replace, takes from them the operands of the fused loss.  A call without labels, as in ``generate``, is unchanged.
 """
 
 import inspect
@@ -74,7 +74,7 @@ def _after(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: An
 
 
 def _head_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    # What torch.compile traces is left to it: a formula of ours would hide the product from it.
+    # Under torch.compile the product is traced as it is: lazy logits would hide it from the compiler.
     if vars(self).get(WANTED) and not torch.compiler.is_compiling():
         return LazyLogits.of(input, self.weight, self.bias)
     return nn.functional.linear(input, self.weight, self.bias)
@@ -89,7 +89,7 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """What ``transformers`` computes by ``ForCausalLMLoss``, from hidden states where logits are lazy.
+    """The loss of ``transformers``' ``ForCausalLMLoss``, computed from hidden states if the logits are lazy.
 
     The loss of token t is that of predicting label t + 1, averaged over the labels that are not ``ignore_index``, or
     summed and divided by ``num_items_in_batch``.  Where no label counts it is 0, where PyTorch's mean is NaN.

@@ -1,4 +1,4 @@
-"""From the mask functions of Transformers to a ``MaskContract``, exactly or not at all."""
+"""Turns a mask function of Transformers into the ``MaskContract`` that equals it, if there is one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch import Tensor
 import kernel_index as ki
 
 ROWS = 1024
-"""Queries whose row of the dense mask is compared at a time, so that it is never held whole."""
+"""Queries whose rows of the dense mask are compared at a time, so that the mask is never in memory as a whole."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A contract on its way through a model's forward, with what Transformers asks of a mask that is ready."""
+    """A contract that a model passes to its attention layers, with the members that Transformers expects of a mask."""
 
     contract: ki.MaskContract
     ndim = 4
@@ -57,12 +57,12 @@ def contract_for(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> Any:
-    """The mask of one forward pass, in the signature that ``AttentionMaskInterface`` asks for.
+    """The mask of one forward pass, in the signature of ``AttentionMaskInterface``.
 
-    A ``Prepared`` contract where one says what the mask function says; else the dense mask that PyTorch's attention
-    takes, as for a static cache, whose keys go on after the last query.  Plain causal and padded calls are recognised
-    by their parts; any other function is evaluated along the diagonal, which gives the documents, and the contract so
-    found is compared with it everywhere before it is used.
+    A ``Prepared`` contract if one equals the mask function; else the dense mask that PyTorch's attention takes, as for
+    a static cache, whose keys go on after the last query.  Plain causal and padded calls are recognised by their
+    arguments.  Any other function is evaluated along the diagonal, which gives the documents; the contract found is
+    compared with it everywhere before it is used.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -102,7 +102,7 @@ def contract_for(
 
 
 def _padding(attention_mask: Tensor | None, keys: int, k_start: int) -> Tensor | None:
-    """The part of the two-dimensional mask that concerns these keys; None where it says nothing."""
+    """The columns of the two-dimensional mask for these keys; None if all of them are real."""
     if attention_mask is None:
         return None
     real = attention_mask[:, k_start : k_start + keys].bool()
@@ -111,7 +111,7 @@ def _padding(attention_mask: Tensor | None, keys: int, k_start: int) -> Tensor |
 
 
 def _is_one_run(real: Tensor) -> bool:
-    """Whether the real keys of each row stand together: a hole would end a document, and is none in a causal mask."""
+    """Whether the real keys of each row are consecutive: a gap would end a document, but does not in a causal mask."""
     return not bool(((~real[:, :-1] & real[:, 1:]).sum(-1) + real[:, 0] > 1).any())
 
 
@@ -120,7 +120,7 @@ def _recovered(call: Call, compare: bool) -> ki.MaskContract | None:
     doc_ids = _documents(call)
     causal = not compare or not _sees_ahead(call)
     windows: list[Any] = [(None, None)]
-    if call.window is not None:  # what the function says about its window is tried, then compared
+    if call.window is not None:  # the window that the call names is tried, then compared
         windows.append((call.window - 1, 0) if causal else (call.window, call.window))
     for window in windows:
         found = ki.MaskContract(causal, window, doc_ids)
@@ -139,7 +139,7 @@ def _at(call: Call, q: Tensor, k: Tensor) -> Tensor:
 def _documents(call: Call) -> Tensor | None:
     """Ids that change where a key does not see the one before it; padding is −1; None for one document and no padding.
 
-    Keys beyond the predicate's own positions are never asked for: they are the keys of this call.
+    The predicate is evaluated at positions of this call's keys only.
     """
     at = torch.arange(call.keys, device=call.device) + call.k_start
     breaks = ~_at(call, at[1:], at[:-1])
@@ -157,7 +157,7 @@ def _sees_ahead(call: Call) -> bool:
 
 
 def _equals(contract: ki.MaskContract, call: Call) -> bool:
-    """Whether the contract allows what the predicate allows, for every query that is no padding itself."""
+    """Whether the contract allows what the predicate allows, for every query that is not padding itself."""
     bounds = contract.intervals(call.batch, call.queries, call.keys, device=call.device)
     key = torch.arange(call.keys, device=call.device)
     for first in range(0, call.queries, ROWS):
@@ -166,9 +166,9 @@ def _equals(contract: ki.MaskContract, call: Call) -> bool:
         start, end = (b[:, query, None] for b in bounds)
         actual = (key >= start) & (key < end)
         if call.padding is not None:
-            stands_at = (query + (call.q_start - call.k_start)).clamp(0, call.keys - 1)
+            query_column = (query + (call.q_start - call.k_start)).clamp(0, call.keys - 1)
             expected = expected & call.padding[:, None, :]
-            expected = torch.where(call.padding[:, stands_at, None], expected, actual)
+            expected = torch.where(call.padding[:, query_column, None], expected, actual)
         if not torch.equal(actual.expand_as(expected), expected):
             return False
     return True

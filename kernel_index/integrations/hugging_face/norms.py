@@ -1,4 +1,4 @@
-"""RMS norms.  What a norm computes is found out by trying it, not by the name of its class."""
+"""RMS norms.  A norm is recognised by its values, not by the name of its class."""
 
 import inspect
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def plan(name: str, module: nn.Module) -> Plan:
 
 
 def convention_of(module: nn.Module) -> Convention | str:
-    """The convention that the module's own forward follows, or why it is none of ours."""
+    """The convention of the module's own forward, or the reason why it cannot be replaced."""
     if "forward" in vars(module):
         return ALREADY
     parameters = dict(module.named_parameters(recurse=False))
@@ -75,7 +75,7 @@ def forward_of(convention: Convention) -> Callable[[Any, Tensor], Tensor]:
         x, weight = hidden_states, self.weight
         if widens and x.dtype != weight.dtype:
             x = x.to(torch.promote_types(x.dtype, weight.dtype))
-        # A norm by itself is the fused step with nothing added.
+        # A norm alone is the fused step with nothing added.
         pair = ki.fused_residual_add_rms_norm(x, x.detach(), weight, scale=0.0, eps=eps, weight_offset=offset)
         return pair.normed
 

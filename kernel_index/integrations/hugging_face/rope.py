@@ -1,4 +1,4 @@
-"""Rotary embedding: an attention layer's forward runs as it is, with one name in it bound to ours."""
+"""Rotary embedding: an attention layer's forward stays, and its rotary function becomes ``ki.fused_rope_qk``."""
 
 import functools
 import inspect
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, agree, draw, replace_forward
+from kernel_index.kernels.attention.fused_rope_qk.api import RopeBackend
 
 KIND = "rope"
 PREFIX = "apply_rotary_pos_emb"
 
 
 class Rotation(NamedTuple):
-    """How a model's function rotates: whether pairs come in interleaved, and whether some channels may pass through."""
+    """How a model's function rotates: whether pairs are interleaved, and whether some channels may stay unrotated."""
 
     paired: bool
     partial: bool
@@ -49,7 +50,7 @@ def plan(name: str, module: nn.Module) -> Plan:
 
 
 def rebound(function: Callable[..., Any], names: dict[str, Any]) -> types.FunctionType:
-    """The same code with some of its global names bound to something else, for whoever holds this function."""
+    """A copy of the function with some of its global names bound to other objects."""
     other = types.FunctionType(
         function.__code__,
         vars(_module_with(function.__globals__["__name__"], tuple(sorted(names.items())))),
@@ -63,14 +64,14 @@ def rebound(function: Callable[..., Any], names: dict[str, Any]) -> types.Functi
 
 @functools.cache
 def _module_with(name: str, names: tuple[tuple[str, Any], ...]) -> types.ModuleType:
-    """A module like the one called ``name`` but for some names; torch.compile looks a function's globals up in it."""
+    """A module like the one called ``name`` but for some names; torch.compile looks up a function's globals there."""
     module = types.ModuleType(".".join((__name__, name.replace(".", "_"), *(n for n, _ in names))))
     vars(module).update({**vars(sys.modules[name]), **dict(names), "__name__": module.__name__})
     return sys.modules.setdefault(module.__name__, module)
 
 
 def rotation_of(function: Callable[..., Any]) -> Rotation | None:
-    """What the function does, found out by calling it on a few values; None if it is not ours to replace."""
+    """How the function rotates, found by calling it on a few values; None if it cannot be replaced."""
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return None
     for paired in (False, True):
@@ -85,13 +86,15 @@ def _behaves(function: Callable[..., Any], paired: bool, rotated: int) -> bool:
     cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
     try:
         actual = function(q, k, cos, sin)
-    except (RuntimeError, ValueError):  # it does not let channels pass through
+    except (RuntimeError, ValueError):  # it rotates all channels or none
         return False
     expected = _rotate(q.double(), k.double(), cos.double(), sin.double(), paired, "reference")
     return all(agree(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backend: RopeBackend
+) -> tuple[Tensor, Tensor]:
     """q and k are [B, heads, T, D]; cos and sin [1 or B, T, R], both halves alike."""
     half = cos.shape[-1] // 2
     if paired:  # the model's function takes neighbouring pairs and returns halves
@@ -103,7 +106,7 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backen
 
 @functools.cache
 def replacement(original: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
-    """A function for the model's forward to call; another layout than its models use goes to the original."""
+    """The function that the model's forward calls instead; calls in another layout go to the original."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, unsqueeze_dim: int = 1, **named: Any):
         usual = not rest and unsqueeze_dim == 1 and q.ndim == 4 and cos.ndim == 3

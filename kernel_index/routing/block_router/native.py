@@ -6,24 +6,21 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native
-from kernel_index.masks.attention_arguments import host_plan_why_not
+from kernel_index.routing.block_router.contract import RouterCall
+from kernel_index.routing.block_router.scores import means_and_legal
 from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks
 
 SOURCE = Path(__file__).with_name("routing.cpp")
 
-FEW = 1 << 16
-"""Up to this many scores the plain formula takes no longer."""
 
-
-def native_why_not(q: Tensor, blocks: int, groups: int) -> str | None:
-    """Why the native router does not serve this call, or None; a rule reads metadata only."""
-    if (rule := host_plan_why_not(q) or native.why_not(q)) is not None:
-        return rule
-    return "too few scores for it to pay" if q.shape[0] * q.shape[1] * groups * blocks <= FEW else None
+def route_native(call: RouterCall) -> TopBlocks:
+    with torch.no_grad():
+        means, legal = means_and_legal(call)
+        return native_top_blocks(call.q, means, legal, call.selected, call.groups)
 
 
 def native_top_blocks(q: Tensor, means: Tensor, legal: LegalBlocks, topk: int, groups: int) -> TopBlocks:
-    """``top_blocks`` of every query's scores; arguments as ``fused_top_blocks``."""
+    """``top_blocks`` of every query's scores; arguments as ``triton_top_blocks``."""
     (batch, queries, heads, width), (blocks, kv_heads) = q.shape, means.shape[1:3]
     first, current = (x.contiguous() for x in legal)
     indices = q.new_empty(batch, queries, groups, topk, dtype=torch.int32)

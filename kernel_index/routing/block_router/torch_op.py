@@ -3,14 +3,11 @@
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops, rules
+from kernel_index.core import ops
 from kernel_index.core.triton import launch
+from kernel_index.routing.block_router.contract import RouterCall
+from kernel_index.routing.block_router.scores import means_and_legal
 from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks
-
-MOST = 64
-"""Blocks of a query that the kernel keeps in registers."""
-
-WIDEST = 128
 
 
 def _allocate(q, means, first, current, groups, topk):
@@ -33,24 +30,20 @@ _route_op = ops.register(
 )
 
 
-def fused_why_not(q: Tensor, topk: int) -> str | None:
-    """Why the fused router does not serve this call by itself, or None; a rule reads metadata only."""
-    if topk > MOST:
-        return "keeps at most 64 blocks of a query"
-    if q.shape[3] > WIDEST:
-        return "needs head sizes of at most 128"
-    return rules.triton_why_not(q) or rules.triton_not_worth(q)
+def route_triton(call: RouterCall) -> TopBlocks:
+    means, legal = means_and_legal(call)
+    return triton_top_blocks(call.q, means, legal, call.selected, call.groups)
 
 
-def fused_top_blocks(q: Tensor, means: Tensor, legal: LegalBlocks, topk: int, groups: int) -> TopBlocks:
+def triton_top_blocks(q: Tensor, means: Tensor, legal: LegalBlocks, topk: int, groups: int) -> TopBlocks:
     """``top_blocks`` of every query's scores, of which none is ever stored.
 
     Args:
-        q: [B, T, H, D]; the heads of a group share their picks, by the mean of their queries.
+        q: [B, T, H, D]; the heads of a group share a selection, by the mean of their queries.
         means: [B, blocks, K, D] of ``block_means``.
         legal: of the T queries.
         topk: blocks of a query, the current one counted.
-        groups: G; K divides it, and it divides H.
+        groups: G, a multiple of K and a divisor of H.
 
     Returns:
         ``TopBlocks`` of [B, T, G, topk].

@@ -1,20 +1,13 @@
-"""The indexer in tiles: a chunk of queries against a tile of keys, and the best so far carried along.
+"""The indexer in PyTorch, by tiles: a chunk of queries against a tile of keys, and the best keys so far.
 
-Nothing of size T·S is ever stored.  Scores travel packed with their places (``sparse/ordered.py``), so the carried
-top-k is exact whatever the tiles, and ties have one winner.  Backward fetches the picked keys chunk by chunk.
-``indexer.py`` makes the same choice in C++, where it serves the call; the receipt's ``choice`` says so.
+Nothing of size T·S is ever stored.  Scores are packed with their indices (``topk_keys``), so the running top-k is exact
+whatever the tiles, and ties have one winner.  Backward fetches the selected keys, one chunk of queries at a time.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
-from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.lightning_indexer.native import native_topk, native_why_not
-from kernel_index.routing.lightning_indexer.selection import TokenSelection, replayed
-from kernel_index.routing.topk_keys import NOTHING, best_keys, place_of, score_of
+from kernel_index.routing.topk_keys import NOTHING, best_keys, index_of, score_of
 
 CHUNK = 64
 """Queries of a chunk; on a GPU, where a launch costs what a chunk of few keys does, as many as make a tile."""
@@ -31,25 +24,23 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _visible(start: Tensor, end: Tensor, t: slice, keys: int, reach: tuple[int, int, int]) -> tuple[int, int]:
+def _visible(start: Tensor, end: Tensor, t: slice, keys: int, window: tuple[int, int, int]) -> tuple[int, int]:
     """The keys that some query of a chunk may see: from the bounds on the host, else from causality and window."""
     if start.device.type == "cpu":
         return int(start[:, t.start].min()), int(end[:, t.stop - 1].max())
-    offset, left, right = reach
+    offset, left, right = window
     low = max(0, t.start + offset - left) if left >= 0 else 0
     high = min(keys, t.stop + offset + right) if right >= 0 else keys
     return low, max(low, high)
 
 
-def _run_topk(
+def run_topk(
     q: Tensor, k: Tensor, weights: Tensor, start: Tensor, end: Tensor, topk: int, offset: int, left: int, right: int
 ) -> tuple[Tensor, Tensor]:
     """Indices int64 and scores float32 [B, T, topk], best first."""
-    if native_why_not(q, k, weights) is None:
-        return native_topk(q, k, weights, start, end, topk)
     batch, queries, heads, _ = q.shape
     keys, kept = k.shape[1], min(topk, k.shape[1])
-    indices, scores = _allocate_topk(q, k, weights, start, end, topk)
+    indices, scores = allocate_topk(q, k, weights, start, end, topk)
     indices.fill_(-1)
     scores.fill_(-torch.inf)
     chunk = CHUNK if q.device.type == "cpu" else max(CHUNK, _at_once(q) // max(1, batch * heads * keys))
@@ -60,21 +51,21 @@ def _run_topk(
         low, high = _visible(start, end, t, keys, (offset, left, right))
         best = torch.empty((batch, t.stop - t.start, 0), dtype=torch.int64, device=q.device)
         for s0 in range(low, high, tile):
-            place = torch.arange(s0, min(s0 + tile, high), device=q.device)
-            z = torch.einsum("btjd,bsd->btjs", _wide(q[:, t]), k[:, s0 : s0 + place.shape[0]]).relu_()
+            key = torch.arange(s0, min(s0 + tile, high), device=q.device)
+            z = torch.einsum("btjd,bsd->btjs", _wide(q[:, t]), k[:, s0 : s0 + key.shape[0]]).relu_()
             tile_scores = torch.einsum("btjs,btj->bts", z, _wide(weights[:, t]))
-            allowed = (place >= start[:, t, None]) & (place < end[:, t, None])
-            best = torch.cat([best, best_keys(tile_scores, allowed, place, min(kept, place.shape[0]))], -1)
+            allowed = (key >= start[:, t, None]) & (key < end[:, t, None])
+            best = torch.cat([best, best_keys(tile_scores, allowed, key, min(kept, key.shape[0]))], -1)
             best = torch.topk(best, min(kept, best.shape[-1]), sorted=False).values
         best = best.sort(-1, descending=True).values
-        some = best > NOTHING
-        indices[:, t, : best.shape[-1]] = torch.where(some, place_of(best), -1)
-        scores[:, t, : best.shape[-1]] = torch.where(some, score_of(best), -torch.inf)
+        exists = best > NOTHING
+        indices[:, t, : best.shape[-1]] = torch.where(exists, index_of(best), -1)
+        scores[:, t, : best.shape[-1]] = torch.where(exists, score_of(best), -torch.inf)
     return indices, scores
 
 
 def _fetched(k: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The picked keys [B, t, n, D], and their rows among all keys of the batch; no pick fetches row 0."""
+    """The selected keys [B, t, n, D], and their rows among all keys of the batch; −1 fetches row 0."""
     first = torch.arange(k.shape[0], device=k.device)[:, None, None] * k.shape[1]
     rows = (indices.clamp(min=0) + first).flatten()
     return _wide(k.flatten(0, 1).index_select(0, rows)).view(*indices.shape, k.shape[2]), rows
@@ -85,109 +76,46 @@ def _chunks(q: Tensor, indices: Tensor) -> list[slice]:
     return [slice(t, min(t + step, q.shape[1])) for t in range(0, q.shape[1], step)]
 
 
-def _run_scores(q: Tensor, k: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    scores = _allocate_scores(q, k, weights, indices)
+def run_scores(q: Tensor, k: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    scores = allocate_scores(q, k, weights, indices)
     if k.shape[1] == 0:
         return scores.fill_(-torch.inf)
     for t in _chunks(q, indices):
         z = torch.einsum("btjd,btnd->btjn", _wide(q[:, t]), _fetched(k, indices[:, t])[0]).relu_()
-        part = torch.einsum("btjn,btj->btn", z, _wide(weights[:, t]))
-        scores[:, t] = part.masked_fill(indices[:, t] < 0, -torch.inf)
+        found = torch.einsum("btjn,btj->btn", z, _wide(weights[:, t]))
+        scores[:, t] = found.masked_fill(indices[:, t] < 0, -torch.inf)
     return scores
 
 
-def _run_backward(g: Tensor, q: Tensor, k: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunks in order, the picks of a chunk in order: dk is the same bits every time."""
+def run_backward(g: Tensor, q: Tensor, k: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks in order, the tokens of a chunk in order: dk has the same bits every time."""
     d_q, d_w = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, weights))
     d_k = torch.zeros((k.shape[0] * k.shape[1], k.shape[2]), dtype=_wide(k[:0]).dtype, device=k.device)
     for t in _chunks(q, indices) if k.shape[1] else ():
         keys, rows = _fetched(k, indices[:, t])
-        up = g[:, t].to(keys.dtype).masked_fill(indices[:, t] < 0, 0.0)
+        grad = g[:, t].to(keys.dtype).masked_fill(indices[:, t] < 0, 0.0)
         own = _wide(q[:, t])
         z = torch.einsum("btjd,btnd->btjn", own, keys)
-        d_w[:, t] = torch.einsum("btn,btjn->btj", up, z.relu()).to(d_w.dtype)
-        d_z = torch.where(z > 0, up[:, :, None] * _wide(weights[:, t])[..., None], 0.0)
+        d_w[:, t] = torch.einsum("btn,btjn->btj", grad, z.relu()).to(d_w.dtype)
+        d_z = torch.where(z > 0, grad[:, :, None] * _wide(weights[:, t])[..., None], 0.0)
         d_q[:, t] = torch.einsum("btjn,btnd->btjd", d_z, keys).to(d_q.dtype)
         d_rows = torch.einsum("btjn,btjd->btnd", d_z, own).flatten(0, 2)
         if d_k.device.type == "cpu":
             d_k.index_add_(0, rows, d_rows)
         else:
-            # Sorted, where index_add_ is not, and a key that many picked is summed by many threads.
+            # Sorted, where index_add_ is not; and a key that many queries selected is summed by many threads.
             d_k += torch.ops.aten.embedding_dense_backward(d_rows, rows, len(d_k), -1, False)
     return d_q, d_k.view(k.shape).to(k.dtype), d_w
 
 
-def _allocate_topk(q, k, weights, start, end, topk, *_):
+def allocate_topk(q, k, weights, start, end, topk, *_):
     shape = (q.shape[0], q.shape[1], topk)
     return start.new_empty(shape, dtype=torch.int64), start.new_empty(shape, dtype=torch.float32)
 
 
-def _allocate_scores(q, k, weights, indices):
+def allocate_scores(q, k, weights, indices):
     return q.new_empty(indices.shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _allocate_backward(g, q, k, weights, indices):
+def allocate_backward(g, q, k, weights, indices):
     return tuple(x.new_empty(x.shape) for x in (q, k, weights))
-
-
-_EVERYWHERE = ("CompositeExplicitAutograd",)
-_topk_op = ops.register(
-    "lightning_topk(Tensor q, Tensor k, Tensor weights, Tensor start, Tensor end, SymInt topk, SymInt offset, "
-    "SymInt left, SymInt right) -> (Tensor, Tensor)",
-    _run_topk,
-    _allocate_topk,
-    _EVERYWHERE,
-)
-_scores_op = ops.register(
-    "lightning_scores(Tensor q, Tensor k, Tensor weights, Tensor indices) -> Tensor",
-    _run_scores,
-    _allocate_scores,
-    _EVERYWHERE,
-)
-_backward_op = ops.register(
-    "lightning_scores_backward(Tensor g, Tensor q, Tensor k, Tensor weights, Tensor indices) "
-    "-> (Tensor, Tensor, Tensor)",
-    _run_backward,
-    _allocate_backward,
-    _EVERYWHERE,
-)
-
-
-class _Scores(torch.autograd.Function):
-    """Scores that are known already, with the gradient of their formula at the picks."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, weights: Tensor, indices: Tensor, known: Tensor | None) -> Tensor:
-        ctx.save_for_backward(q, k, weights, indices)
-        return _scores_op(q, k, weights, indices) if known is None else known.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the chunked indexer cannot differentiate twice: use backend='reference'")
-        return *_backward_op(g, *ctx.saved_tensors), None, None
-
-
-def lightning_details(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: MaskContract, replay: Any) -> tuple:
-    """What makes the choice; a trace is run later, by what its machine then has."""
-    if torch.compiler.is_compiling() or replay is not None:
-        return ()
-    return (("choice", "torch" if native_why_not(q, k, weights) is not None else "native"),)
-
-
-def lightning_indexer_chunked(
-    q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: MaskContract, replay: TokenSelection | None
-) -> TokenSelection:
-    sizes = mask.sizes(q.shape[0], q.shape[1], k.shape[1], q.device)
-    start, end = mask.row_intervals(sizes)
-    known = None
-    if replay is None:
-        left, right = (-1 if side is None else side for side in mask.window_bounds)
-        reach = sizes.offset, left, right
-        indices, found = _topk_op(q.detach(), k.detach(), weights.detach(), start, end, topk, *reach)
-        known = found if q.dtype != torch.float64 else None
-    else:
-        indices = replayed(replay, start, end)
-    if known is None or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, weights))):
-        known = _Scores.apply(q, k, weights, indices, known)
-    return TokenSelection(indices, indices >= 0, known)

@@ -14,19 +14,19 @@ ELEMENTS = 1 << 22
 def lightning_indexer_loss(
     selection: TokenSelection, q: Tensor, k: Tensor, *, scale: float | None = None, softcap: float = 0.0
 ) -> Tensor:
-    """How far the indexer's scores are from what attention does with the tokens that it picked.
+    """How far the indexer's scores are from what attention does with the tokens that it selected.
 
     ::
 
-        target[t] = mean over the heads of softmax(scale · q[t, h]·k[s])          over the picks s of query t
+        target[t] = mean over the heads of softmax(scale · q[t, h]·k[s])          over the tokens s selected for query t
         loss      = mean over the queries of KL(target[t] ‖ softmax(scores[t]))
 
-    The target is without gradient: the loss trains the indexer alone, and whoever wants it to stop there gives the
-    indexer detached inputs.  Queries without a pick do not count; without any the loss is 0.
+    The target has no gradient: the loss trains the indexer alone; give the indexer detached inputs to stop the gradient
+    there.  Queries without a token do not count; if no query has one the loss is 0.
 
     Args:
         selection: what ``lightning_indexer`` returned, its scores with their graph.
-        q: [B, T, H, D], the queries of the attention over the picks.
+        q: [B, T, H, D], the queries of the attention over the selected tokens.
         k: [B, S, K, D], its keys.
         scale: factor of the attention's scores; ``D ** -0.5`` by default.
         softcap: bound of the attention's scores; 0 is off.
@@ -57,14 +57,14 @@ def lightning_indexer_loss(
 
 
 def attention_shares(selection: TokenSelection, q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
-    """What share of attention each pick gets on average over the heads, [B, T, topk]; 0 where there is no pick."""
+    """The attention weight of each selected token, its mean over the heads, [B, T, topk]; 0 where there is none."""
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     shares = torch.zeros(selection.indices.shape, dtype=dtype, device=q.device)
     if keys == 0:
         return shares
-    # A pick of a key head is a row of its own, so that the products need no other order.
+    # One row for each token and KV head, so that the products need no other order.
     vectors = k.reshape(batch * keys * kv_heads, width)
     first = torch.arange(batch, device=q.device)[:, None, None] * keys
     head = torch.arange(kv_heads, device=q.device)[:, None]

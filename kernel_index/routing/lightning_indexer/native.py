@@ -1,6 +1,7 @@
-"""The indexer's choice on a CPU in C++: scores of a tile of keys stay in a core's cache until they were compared.
+"""The indexer's selection on a CPU in C++: scores of a tile of keys stay in a core's cache until they are compared.
 
-Up to 16 queries go by plain dots instead, a slice of the keys for each thread, and keep one row of scores each.
+Up to 16 queries use plain dot products instead: each thread takes a slice of the keys, and a query keeps one row of
+scores.
 """
 
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native
-from kernel_index.masks.attention_arguments import host_plan_why_not
 
 SOURCE = Path(__file__).with_name("indexer.cpp")
 
@@ -17,17 +17,11 @@ ONE_THREAD = 1 << 20
 """Up to this many multiplications one thread is done before a second one has begun."""
 
 
-def native_why_not(q: Tensor, k: Tensor, weights: Tensor) -> str | None:
-    """Why the native indexer does not serve this call, or None; a rule reads metadata only."""
-    if (rule := host_plan_why_not(q) or native.why_not(q, k, weights)) is not None:
-        return rule
-    return "nothing to score" if q.numel() == 0 or k.numel() == 0 else None
-
-
 def native_topk(q: Tensor, k: Tensor, weights: Tensor, start: Tensor, end: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Indices int64 and scores float32 [B, T, topk], best first; ``start`` and ``end`` int32 [B or 1, T]."""
     (batch, queries, heads, width), keys = q.shape, k.shape[1]
-    q, k, weights = (x.to(torch.float32).contiguous() for x in (q, k, weights))
+    # A trace that has been compiled may be run on views with the negative bit.
+    q, k, weights = (x.resolve_neg().to(torch.float32).contiguous() for x in (q, k, weights))
     start, end = start.contiguous(), end.contiguous()
     indices, scores = (
         q.new_empty(batch, queries, topk, dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""The tokens that an indexer picked for every query."""
+"""The tokens that an indexer selected for every query."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class TokenSelection(NamedTuple):
-    """What ``lightning_indexer`` returns, and what records it: pass it back as ``replay`` and the picks are the same.
+    """What ``lightning_indexer`` returns, and a record of it: passed back as ``replay`` it gives the same tokens.
 
-    ``indices`` int64 [B, T, topk] by descending score, among equal ones by ascending index, −1 behind the last pick;
-    ``valid`` bool, False at those; ``scores`` [B, T, topk] in float32 (float64 for float64), −∞ at those.  Only the
-    scores have a gradient.
+    ``indices`` int64 [B, T, topk] by descending score, among equal ones by ascending index, −1 after the last token;
+    ``valid`` bool, False where the index is −1; ``scores`` [B, T, topk] in float32 (float64 for float64), −∞ there.
+    Only the scores have a gradient.
 
     >>> import torch, kernel_index as ki
     >>> q, k, w = torch.ones(1, 2, 1, 1), torch.tensor([[[1.0], [3.0]]]), torch.ones(1, 2, 1)
@@ -26,6 +26,6 @@ class TokenSelection(NamedTuple):
 
 
 def replayed(replay: TokenSelection, start: Tensor, end: Tensor) -> Tensor:
-    """The recorded picks, int64; what the intervals [rows, T] of this mask forbid is no pick."""
+    """The recorded tokens, int64; −1 for those that the intervals [rows, T] of this mask forbid."""
     allowed = (replay.indices >= start[..., None]) & (replay.indices < end[..., None]) & replay.valid
     return torch.where(allowed, replay.indices.long(), -1)

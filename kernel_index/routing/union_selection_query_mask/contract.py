@@ -1,16 +1,46 @@
-"""The checks on a selection, on the host by value."""
+"""Argument checks of ``union_selection``, by value where the selection is on the host."""
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks
+from kernel_index.core.rules import host_readable
 
+UnionMode = Literal["auto", "bitmap", "sort"]
 MODES = ("auto", "bitmap", "sort")
 
+SORTED_ABOVE = 16
+"""``auto`` sorts where there are more than this many blocks for each selected block of a tile."""
 
-def check(selected: Any, query_tile_size: Any, num_blocks: Any, selected_valid: Any, mode: Any) -> None:
+
+class UnionCall(NamedTuple):
+    """One checked call."""
+
+    selected: Tensor  # [B, T, K, n]
+    selected_valid: Tensor | None
+    query_tile_size: int
+    num_blocks: int
+    mode: str
+
+    @property
+    def is_selected(self) -> Tensor:
+        """bool [B, T, K, n]."""
+        here = self.selected >= 0
+        return here if self.selected_valid is None else here & self.selected_valid
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.selected.shape[1] // self.query_tile_size)
+
+    @property
+    def width(self) -> int:
+        """U: the most blocks that a tile can select."""
+        return min(self.query_tile_size * self.selected.shape[3], self.num_blocks)
+
+
+def check(selected: Any, query_tile_size: Any, num_blocks: Any, selected_valid: Any, mode: Any) -> UnionCall:
     checks.is_integer_tensor("selected", selected)
     checks.has_rank("selected", selected, 4, "[B, T, K, n]")
     checks.is_int("query_tile_size", query_tile_size, minimum=1)
@@ -18,6 +48,7 @@ def check(selected: Any, query_tile_size: Any, num_blocks: Any, selected_valid: 
     check_valid(selected, selected_valid)
     checks.one_of("mode", mode, MODES)
     check_picks(selected, selected_valid, num_blocks)
+    return UnionCall(selected, selected_valid, query_tile_size, num_blocks, mode)
 
 
 def check_valid(selected: Tensor, selected_valid: Any) -> None:
@@ -29,10 +60,8 @@ def check_valid(selected: Tensor, selected_valid: Any) -> None:
 
 
 def check_picks(selected: Tensor, selected_valid: Tensor | None, num_blocks: int) -> None:
-    """Picks of blocks that do not exist are refused where that can be seen without waiting for a device."""
-    if torch.compiler.is_compiling() or selected.device.type != "cpu" or type(selected) is not Tensor:
-        return
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    """Blocks that do not exist are refused where they can be read without waiting for a device."""
+    if not host_readable(selected, selected_valid):
         return
     beyond = selected >= num_blocks
     if selected_valid is not None:
@@ -40,3 +69,17 @@ def check_picks(selected: Tensor, selected_valid: Tensor | None, num_blocks: int
     if beyond.any():
         worst = int(selected[beyond].max())
         raise ValueError(f"selected must be of block indices below {num_blocks}, or negative for none, got {worst}")
+
+
+def details(call: UnionCall) -> tuple[tuple[str, Any], ...]:
+    if torch.compiler.is_compiling():  # sizes are symbols in a trace
+        return ()
+    entries = call.query_tile_size * call.selected.shape[3]
+    return ("mode", resolve_mode(call.mode, entries, call.num_blocks)), ("blocks", call.num_blocks)
+
+
+def resolve_mode(mode: str, tile_entries: int, num_blocks: int) -> str:
+    """The mode that ``auto`` means for tiles of this many selected blocks, duplicates counted."""
+    if mode != "auto":
+        return mode
+    return "sort" if num_blocks > SORTED_ABOVE * tile_entries else "bitmap"

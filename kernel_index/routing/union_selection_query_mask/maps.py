@@ -1,4 +1,4 @@
-"""The maps between a query's own picks and the union of its tile."""
+"""The maps between the blocks that a query selected and the union of its tile."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class UnionTelemetry(NamedTuple):
-    """How much the queries of a tile share; ``U`` is the size of a tile's union, ``n`` the picks of a query.
+    """How much the queries of a tile share; ``U`` is the size of a tile's union, ``n`` the blocks of a query.
 
     ``U/n`` is 1 where all queries of a tile agree; ``U/blocks`` is 1 where the tile reads everything.
     """
@@ -18,10 +18,10 @@ class UnionTelemetry(NamedTuple):
 
 
 class UnionMaps(NamedTuple):
-    """Which blocks a tile of queries picked together, and which of them are each query's own.
+    """Which blocks the queries of a tile selected, and which of them are each query's own.
 
-    ``union_block_indices`` int32 [B, tiles, K, U], ascending, −1 behind the end; ``union_sizes`` int32 [B, tiles, K];
-    ``query_union_indices`` int32 [B, T, K, n], the place of each pick in its tile's union, −1 for no pick;
+    ``union_block_indices`` int32 [B, tiles, K, U], ascending, then −1; ``union_sizes`` int32 [B, tiles, K];
+    ``query_union_indices`` int32 [B, T, K, n], where in its tile's union each selected block is, −1 for none;
     ``query_union_valid`` bool [B, T, K, n].
 
     >>> import torch, kernel_index as ki

@@ -63,8 +63,8 @@ def test_what_is_launched(by_lists):
     with counted(of={"keys": k, "values": v}) as traffic:
         torch.autograd.grad(block_sparse_attention(q, k, v, picks, block_size=8, backend="triton").out.sum(), k)
     names = [c.name for c in traffic.counts if c.is_launch]
-    backward = ["_delta_kernel", "_lists_kernel", "_join_queries_kernel", "_join_keys_kernel"]
-    assert names == ["_partials_kernel", "_join_kernel", *backward]
+    backward = ["_delta_kernel", "_lists_kernel", "_merge_queries_kernel", "_merge_keys_kernel"]
+    assert names == ["_partials_kernel", "_merge_kernel", *backward]
     assert traffic.atomics == 0
 
 

@@ -71,17 +71,17 @@ def test_routers_agree_where_they_must():
 
 def test_chunks_and_tiles_that_the_plan_skips_change_nothing(monkeypatch):
     """The windowing plan saves scores; what it leaves must be the same as scoring everything at once."""
-    from kernel_index.kernels.sparse.clustered_sparse_three_phase import scoring
+    from kernel_index.kernels.sparse.clustered_sparse_three_phase import scoring_chunks
 
     q, k, _ = tensors(t=300)
     mask = ki.MaskContract(window=(70, 0))
     whole = ki.clustered_route(q, k, config=CONFIG, mask=mask)
-    monkeypatch.setattr(scoring, "QUERIES", 37)
-    monkeypatch.setattr(scoring, "TILE_BLOCKS", 2)
-    plans = [c.plan for c in scoring.chunks_of(mask, mask.sizes(2, 300, 300, torch.device("cpu")), 8)]
+    monkeypatch.setattr(scoring_chunks, "QUERIES", 37)
+    monkeypatch.setattr(scoring_chunks, "TILE_BLOCKS", 2)
+    plans = [c.plan for c in scoring_chunks.chunks_of(mask, mask.sizes(2, 300, 300, torch.device("cpu")), 8)]
     assert sum(p.skipped_future_tiles for p in plans) > 0
     assert sum(p.skipped_past_tiles for p in plans) > 0
-    chunked = ki.clustered_route(q, k, config=CONFIG, mask=mask)
+    chunked = ki.clustered_route(q, k, config=CONFIG, mask=mask, backend="chunked")
     assert all(torch.equal(a, b) for a, b in zip(whole, chunked, strict=True))
 
 
@@ -132,12 +132,17 @@ def test_unions_are_reported_and_too_large_ones_go_dense():
     said = next(r.details for r in log if r.op == "clustered_sparse_attention")
     assert said["mean_union_over_picks"] == maps.telemetry(38).mean_over_picks > 1
     share = maps.telemetry(38).mean_over_blocks
-    for above, ran, path in ((share / 2, "dense", "reroute_to_dense"), (share * 2, "reference", "clustered")):
+    for above, path in ((share / 2, "reroute_to_dense"), (share * 2, "clustered")):
         config = ki.ClusteredSparseConfig(block_size=8, topk=3, query_tile_size=16, dense_above=above)
         with ki.receipts() as log:
             out = ki.clustered_sparse_attention(q, k, v, config=config, backend="reference")
-        receipt = next(r for r in log if r.op == "clustered_sparse_attention")
-        assert (receipt.ran, receipt.details["path"]) == (ran, path)
+        (receipt,) = log
+        assert (receipt.ran, receipt.details["path"]) == ("reference", path)
+        assert receipt.details["attention_backend"] == (
+            "dense_attention" if path == "reroute_to_dense" else "reference"
+        )
+        assert receipt.details["mean_union_over_blocks"] == share
+        assert receipt.details["routed_by"] == "reference"
         assert (receipt.details["reason"] == "union_above_dense_above") == (path == "reroute_to_dense")
         assert close(out, ki.attention(q, k, v)) == (path == "reroute_to_dense")
 

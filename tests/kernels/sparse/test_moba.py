@@ -8,7 +8,7 @@ from kernel_index.core.force import reload_environment
 from kernel_index.core.testing import Maker
 from kernel_index.kernels.sparse.moba_block_sparse import contract, flash
 from kernel_index.kernels.sparse.moba_block_sparse.cases import documents, oracle
-from kernel_index.routing.block_router import router
+from kernel_index.routing.block_router import chunked
 
 B, H, K, D, BLOCK = 2, 4, 2, 8, 4
 BACKENDS = ["native", "cpu", "reference"]
@@ -98,7 +98,7 @@ def test_routing_in_chunks_is_routing_at_once(route_per, monkeypatch):
     late = ki.MaskContract(window=(20, 0), q_offset=-3)
     for mask in (*contracts(61), late):
         at_once = ki.moba_route(q, k, block_size=BLOCK, topk=4, mask=mask, route_per=route_per)
-        monkeypatch.setattr(router, "SCORES_AT_ONCE", 7 * B * H * 16)
+        monkeypatch.setattr(chunked, "SCORES_AT_ONCE", 7 * B * H * 16)
         in_chunks = ki.moba_route(q, k, block_size=BLOCK, topk=4, mask=mask, route_per=route_per)
         monkeypatch.undo()
         assert all(map(torch.equal, at_once, in_chunks))

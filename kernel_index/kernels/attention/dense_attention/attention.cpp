@@ -1,35 +1,37 @@
-// Attention under a mask of intervals: see attention/dense_attention/native.py.
+// Attention under a mask of intervals: see native.py.
 //
-// Scores are held transposed, keys down and queries across, so that a vector is one key's scores of LANES queries: peaks,
-// sums, bounds and gradients of rows are vectors too, and nothing is added up across lanes.
+// Tiles of scores are transposed, [keys, QUERIES]: a vector is one key's scores of LANES queries.  Row maxima, row
+// sums, bounds and gradients are vectors too, nothing is reduced across lanes, and the five products of the backward
+// pass take their operands without another transposition.  `softmax_row` of attention.h reduces along a row and so
+// cannot be used; the row state and the score gradient are the same code with V = Vec.
 namespace {
 
-constexpr int64_t ROWS = 64;   // queries of a tile
-constexpr int64_t KEYS = 128;  // of a block at most: two tiles of scores and a block's operands stay in the L2 cache
-constexpr int64_t STEP = 16;   // what a product's keys are rounded to
-constexpr int64_t TILES = 8;   // of a chunk of the backward pass, over all query heads of a key head
+constexpr int64_t QUERIES = 64;  // of a tile
+constexpr int64_t KEYS = 128;    // of a block at most: two tiles of scores and a block's operands fit the L2 cache
+constexpr int64_t ALIGN = 16;    // the number of keys of a product is a multiple of it
+constexpr int64_t TILES = 8;     // of a chunk of the backward pass, over all query heads of a KV head
 
 struct Call {
   int64_t B, T, S, H, K, D, Dv, bounds_rows, threads;
-  float scale, softcap;
-  const int32_t *start, *end;
+  Scoring scoring;
+  const int32_t *start, *end;  // [bounds_rows, T]: query t sees the keys start ≤ s < end
 
-  int64_t block() const { return std::min(KEYS, round_up(std::max<int64_t>(S, 1), STEP)); }  // keys of a block
+  int64_t block() const { return std::min(KEYS, round_up(std::max<int64_t>(S, 1), ALIGN)); }  // keys of a block
   int64_t blocks() const { return (S + block() - 1) / block(); }
-  int64_t tiles() const { return (T + ROWS - 1) / ROWS; }
-  int64_t heads() const { return H / K; }  // query heads of a key head
-  bool plain() const { return softcap == 0 && scale > 0; }
+  int64_t tiles() const { return (T + QUERIES - 1) / QUERIES; }
+  int64_t heads() const { return H / K; }  // query heads of a KV head
 };
 
-// A tile's queries and what they may see; those behind the last see nothing.
+// The queries of a tile and their bounds; queries past the last see no key.
 struct Tile {
-  int64_t b, first, count, low, high, all_from, all_to;  // some query sees keys [low, high), every one [all_from, all_to)
-  alignas(64) int32_t start[ROWS], end[ROWS];
+  int64_t b, first, count;
+  int64_t low, high, all_from, all_to;  // some query sees the keys [low, high), every query sees [all_from, all_to)
+  alignas(64) int32_t start[QUERIES], end[QUERIES];
 
-  Tile(const Call& c, int64_t b, int64_t nth) : b(b), first(nth * ROWS), count(std::min(ROWS, c.T - first)) {
+  Tile(const Call& c, int64_t b, int64_t nth) : b(b), first(nth * QUERIES), count(std::min(QUERIES, c.T - first)) {
     const int64_t at = (c.bounds_rows > 1 ? b * c.T : 0) + first;
-    low = c.S, high = 0, all_from = 0, all_to = count < ROWS ? 0 : c.S;
-    for (int64_t r = 0; r < ROWS; ++r) {
+    low = c.S, high = 0, all_from = 0, all_to = count < QUERIES ? 0 : c.S;
+    for (int64_t r = 0; r < QUERIES; ++r) {
       start[r] = r < count ? c.start[at + r] : 0;
       end[r] = r < count ? c.end[at + r] : 0;
       if (start[r] < end[r]) low = std::min<int64_t>(low, start[r]), high = std::max<int64_t>(high, end[r]);
@@ -38,25 +40,26 @@ struct Tile {
   }
 };
 
-// The keys of a block that a tile needs, [from, to) of the block, in steps; `whole` where every query sees all of them.
+// The keys of a block that a tile needs: [from, to) of the block, multiples of ALIGN.
 struct Span {
-  int64_t from, to, first;  // `first` is the place of the first of them among all keys
-  bool whole;
+  int64_t from, to, first;  // `first` is the index of the first of them among all keys
+  bool whole;               // every query of the tile sees all of them
   Span(const Tile& t, int64_t j, int64_t block)
-      : from(std::max<int64_t>(t.low - j * block, 0) / STEP * STEP),
-        to(std::min(round_up(std::max<int64_t>(t.high - j * block, 0), STEP), block)),
+      : from(std::max<int64_t>(t.low - j * block, 0) / ALIGN * ALIGN),
+        to(std::min(round_up(std::max<int64_t>(t.high - j * block, 0), ALIGN), block)),
         first(j * block + from),
         whole(t.all_from <= first && j * block + to <= t.all_to) {}
   int64_t size() const { return std::max<int64_t>(to - from, 0); }
 };
 
-// Keys or values x [B, S, K, W] as left operands, in place; a last block that is not whole is copied and filled up.
+// Blocks of keys or values x [B, S, K, W] as left operands [block, W], in place; a last block that is not whole is
+// copied and padded with zeros.
 template <typename T>
-struct Rows {
+struct BlockRows {
   const T* x;
   int64_t S, K, W, block;
-  Buffer<T> tails;
-  Rows(const T* x, const Call& c, int64_t W)
+  Buffer<T> tails;  // [B, K, block, W]
+  BlockRows(const T* x, const Call& c, int64_t W)
       : x(x), S(c.S), K(c.K), W(W), block(c.block()), tails(c.S % block ? c.B * c.K * block * W : 0) {
     if (S % block == 0) return;
 #pragma omp parallel for num_threads(c.threads)
@@ -75,9 +78,9 @@ struct Rows {
   int64_t stride(int64_t j) const { return (j + 1) * block > S ? W : K * W; }
 };
 
-// The same across: left operands [W, block] of every block, [B, K, blocks].
+// The same transposed: left operands [B, K, blocks] of [W, block].
 template <typename T>
-void across(const T* x, T* into, const Call& c, int64_t W) {
+void transpose_blocks(const T* x, T* into, const Call& c, int64_t W) {
   const int64_t block = c.block(), blocks = c.blocks();
 #pragma omp parallel for num_threads(c.threads)
   for (int64_t i = 0; i < c.B * c.K * blocks; ++i) {
@@ -91,258 +94,264 @@ void across(const T* x, T* into, const Call& c, int64_t W) {
   }
 }
 
-// A tile's rows of x [B, T, H, W] as right operands: across [W, ROWS], and as they are [ROWS, W] where `down` is given.
+// A tile's rows of x [B, T, H, W] as right operands: `transposed` [W, QUERIES] and, where it is given, `rows`
+// [QUERIES, W].
 template <typename T>
-void pack_rows(const T* x, const Call& c, const Tile& t, int64_t h, int64_t W, T* over, T* down = nullptr) {
-  for (int64_t r = 0; r < ROWS; ++r) {
+void pack_rows(const T* x, const Call& c, const Tile& t, int64_t h, int64_t W, T* transposed, T* rows = nullptr) {
+  for (int64_t r = 0; r < QUERIES; ++r) {
     const T* from = x + ((t.b * c.T + t.first + r) * c.H + h) * W;
     for (int64_t d = 0; d < W; ++d) {
       const T value = r < t.count ? from[d] : T(0);
-      over[packed_at<T>(d, r, ROWS)] = value;
-      if (down) down[packed_at<T>(r, d, W)] = value;
+      transposed[packed_at<T>(d, r, QUERIES)] = value;
+      if (rows) rows[packed_at<T>(r, d, W)] = value;
     }
   }
 }
 
-// [W, ROWS] of float32 into a tile's rows of x [B, T, H, W], each times its factor.
+// `transposed` [W, QUERIES] of float32 into a tile's rows of x [B, T, H, W], each times its factor.
 template <typename T>
-void unpack_rows(const float* over, const float* factor, const Call& c, const Tile& t, int64_t h, int64_t W, T* x) {
+void unpack_rows(const float* transposed, const float* factor, const Call& c, const Tile& t, int64_t h, int64_t W,
+                 T* x) {
   for (int64_t r = 0; r < t.count; ++r) {
     T* to = x + ((t.b * c.T + t.first + r) * c.H + h) * W;
-    for (int64_t d = 0; d < W; ++d) to[d] = T(over[d * ROWS + r] * factor[r]);
+    for (int64_t d = 0; d < W; ++d) to[d] = T(transposed[d * QUERIES + r] * factor[r]);
   }
 }
 
-// Two keys' weights into a right operand: bfloat16 is multiplied in pairs.
+// Stores the weights of two keys into a right operand [keys, QUERIES]: bfloat16 is multiplied in pairs of rows.
 inline void store_pair(float* to, int64_t i, Vec even, Vec odd) {
-  even.store(to + i), odd.store(to + ROWS + i);
+  even.store(to + i), odd.store(to + QUERIES + i);
 }
 inline void store_pair(BFloat16* to, int64_t i, Vec even, Vec odd) {
   const auto [first, second] = at::vec::interleave2(even, odd);
   at::vec::convert_from_float<BFloat16>(first, second).store(to + 2 * i);
 }
 
-// −∞, or 0, where a query may not see key s.
-inline Vec unseen(Vec x, const Tile& t, int64_t i, int64_t s, float value) {
+// x, or `value` in the lanes of the queries i … that do not see key s.
+inline Vec masked(Vec x, const Tile& t, int64_t i, int64_t s, float value) {
   using Int = at::vec::Vectorized<int32_t>;
   const Int key(static_cast<int32_t>(s)), start = Int::loadu(t.start + i), end = Int::loadu(t.end + i);
   const Vec hidden = at::vec::cast<float>((key < start) | (key >= end));
   return Vec::blendv(x, Vec(value), hidden);
 }
 
-// Products of a block into weights, and what the tile's sums so far must be multiplied by.
+// The products z [keys, QUERIES] of a block become weights p, a right operand, and update the rows' states.  `alpha`
+// holds the rows' factors for the accumulator; returns whether any of them is not 1.
 template <typename T>
-bool online_softmax(const Call& c, const Tile& t, const Span& span, float* z, T* p, float* peak, float* total,
-                    float* factor) {
-  if (!c.plain()) finish_scores(z, span.size() * ROWS, c.scale, c.softcap);
-  const Vec scale(c.plain() ? c.scale : 1.f);
+bool online_softmax(const Call& c, const Tile& t, const Span& span, float* z, T* p, float* row_max, float* row_sum,
+                    float* alpha) {
+  const bool folds = c.scoring.scale_folds();
+  if (!folds) c.scoring.apply(z, span.size() * QUERIES);
+  const Vec scale(folds ? c.scoring.scale : 1.f);
   bool grew = false;
-  for (int64_t i = 0; i < ROWS; i += LANES) {
-    Vec top(-INF);
+  for (int64_t i = 0; i < QUERIES; i += LANES) {
+    Vec tile_max(-INF), tile_sum(0.f);
     for (int64_t n = 0; n < span.size(); ++n) {
-      Vec x = Vec::loadu(z + n * ROWS + i);
-      if (!span.whole) (x = unseen(x, t, i, span.first + n, -INF)).store(z + n * ROWS + i);
-      top = at::vec::maximum(top, x);
+      Vec x = Vec::loadu(z + n * QUERIES + i);
+      if (!span.whole) (x = masked(x, t, i, span.first + n, -INF)).store(z + n * QUERIES + i);
+      tile_max = larger(tile_max, x);
     }
-    const Vec before = Vec::loadu(peak + i), now = at::vec::maximum(before, top * scale);
-    const Vec shift = Vec::blendv(now, Vec(0.f), now == Vec(-INF)), change = (before - shift).exp();
-    Vec sum(0.f);
+    RowState<Vec> state{Vec::loadu(row_max + i), Vec::loadu(row_sum + i)};
+    const Vec before = state.row_max, factor = state.raise(tile_max * scale), shift = state.shift();
     for (int64_t n = 0; n < span.size(); n += 2) {
-      const Vec even = exponential(at::vec::fmsub(Vec::loadu(z + n * ROWS + i), scale, shift), T());
-      const Vec odd = exponential(at::vec::fmsub(Vec::loadu(z + (n + 1) * ROWS + i), scale, shift), T());
-      sum = sum + (even + odd);
-      store_pair(p + n * ROWS, i, even, odd);
+      const Vec even = exponential(at::vec::fmsub(Vec::loadu(z + n * QUERIES + i), scale, shift), T());
+      const Vec odd = exponential(at::vec::fmsub(Vec::loadu(z + (n + 1) * QUERIES + i), scale, shift), T());
+      tile_sum = tile_sum + (even + odd);
+      store_pair(p + n * QUERIES, i, even, odd);
     }
-    grew |= (now == before).zero_mask() != 0;
-    now.store(peak + i);
-    (Vec::loadu(total + i) * change + sum).store(total + i);
-    change.store(factor + i);
+    state.add(factor, tile_sum);
+    grew |= (state.row_max == before).zero_mask() != 0;
+    state.row_max.store(row_max + i);
+    state.row_sum.store(row_sum + i);
+    factor.store(alpha + i);
   }
   return grew;
 }
 
 template <typename T>
-void forward(const Call& c, const T* q, const T* k, const T* v, const float* sink, T* out, float* lse, float* peaks,
-             float* shares) {
+void forward(const Call& c, const T* q, const T* k, const T* v, const float* sink, T* out, float* lse, float* row_maxes,
+             float* inv_row_sums) {
   const int64_t block = c.block(), blocks = c.blocks(), tiles = c.tiles();
-  const Rows<T> keys(k, c, c.D);
-  Buffer<T> values(c.B * c.K * blocks * block * c.Dv);
-  across(v, values.at(0), c, c.Dv);
+  const BlockRows<T> keys(k, c, c.D);
+  Buffer<T> values(c.B * c.K * blocks * block * c.Dv);  // [B, K, blocks] of [Dv, block]
+  transpose_blocks(v, values.at(0), c, c.Dv);
 #pragma omp parallel num_threads(c.threads)
   {
     MatrixUnits held;
-    Buffer<T> query(c.D * ROWS), p(block * ROWS);
-    Buffer<float> z(block * ROWS), sums(c.Dv * ROWS);
-    alignas(64) float peak[ROWS], total[ROWS], factor[ROWS];
+    Buffer<T> query(c.D * QUERIES), p(block * QUERIES);           // [D, QUERIES], [keys, QUERIES]
+    Buffer<float> z(block * QUERIES), acc(c.Dv * QUERIES);        // [keys, QUERIES], [Dv, QUERIES]
+    alignas(64) float row_max[QUERIES], row_sum[QUERIES], alpha[QUERIES];
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < c.B * c.H * tiles; ++unit) {
-      // The last queries see the most keys: begin with them, so that threads end together.
+      // The last queries see the most keys: they come first, so that threads end together.
       const int64_t h = unit % c.H, b = unit / c.H % c.B, group = b * c.K + h / c.heads();
       const Tile t(c, b, tiles - 1 - unit / c.H / c.B);
-      std::fill_n(peak, ROWS, sink[h]);
-      std::fill_n(total, ROWS, sink[h] == -INF ? 0.f : 1.f);
-      std::fill_n(sums.at(0), c.Dv * ROWS, 0.f);
+      const auto initial = RowState<float>::with_sink(sink[h]);
+      std::fill_n(row_max, QUERIES, initial.row_max);
+      std::fill_n(row_sum, QUERIES, initial.row_sum);
+      std::fill_n(acc.at(0), c.Dv * QUERIES, 0.f);
       pack_rows(q, c, t, h, c.D, query.at(0));
       for (int64_t j = t.low / block; j * block < t.high; ++j) {
         const Span span(t, j, block);
-        product(span.size(), ROWS, c.D, keys.at(group, j, span.from), query.at(0), z.at(0), false, keys.stride(j));
-        if (online_softmax(c, t, span, z.at(0), p.at(0), peak, total, factor))
+        product(span.size(), QUERIES, c.D, keys.at(group, j, span.from), query.at(0), z.at(0), false, keys.stride(j));
+        if (online_softmax(c, t, span, z.at(0), p.at(0), row_max, row_sum, alpha))
           for (int64_t d = 0; d < c.Dv; ++d)
-            for (int64_t i = 0; i < ROWS; i += LANES)
-              (Vec::loadu(sums.at(d * ROWS + i)) * Vec::loadu(factor + i)).store(sums.at(d * ROWS + i));
-        product(c.Dv, ROWS, span.size(), values.at((group * blocks + j) * block * c.Dv + span.from), p.at(0),
-                sums.at(0), true, block);
+            for (int64_t i = 0; i < QUERIES; i += LANES)
+              (Vec::loadu(acc.at(d * QUERIES + i)) * Vec::loadu(alpha + i)).store(acc.at(d * QUERIES + i));
+        product(c.Dv, QUERIES, span.size(), values.at((group * blocks + j) * block * c.Dv + span.from), p.at(0),
+                acc.at(0), true, block);
       }
       for (int64_t r = 0; r < t.count; ++r) {
         const int64_t at = (b * c.H + h) * c.T + t.first + r;
-        const bool nothing = t.start[r] >= t.end[r];
-        lse[at] = nothing ? -INF : peak[r] + std::log(total[r]);
-        peaks[at] = nothing ? 0.f : peak[r];
-        shares[at] = factor[r] = nothing ? 0.f : 1.f / total[r];
+        const bool empty = t.start[r] >= t.end[r];  // also where there is a sink
+        const RowState<float> state{row_max[r], row_sum[r]};
+        lse[at] = empty ? -INF : state.lse();
+        row_maxes[at] = empty ? 0.f : state.row_max;
+        inv_row_sums[at] = alpha[r] = empty ? 0.f : state.inv_row_sum();
       }
-      unpack_rows(sums.at(0), factor, c, t, h, c.Dv, out);
+      unpack_rows(acc.at(0), alpha, c, t, h, c.Dv, out);
     }
   }
 }
 
-// What a tile of queries brings to the backward pass; weights come from the forward's own peaks and sums.
+// The operands of a tile of queries in the backward pass, and its accumulator of d_q.
 template <typename T>
-struct Queries {
-  Buffer<T> over, down, up_over, up_down;
-  Buffer<float> d_over;
-  alignas(64) float peak[ROWS], share[ROWS], delta[ROWS];
-  explicit Queries(const Call& c)
-      : over(c.D * ROWS), down(c.D * ROWS), up_over(c.Dv * ROWS), up_down(c.Dv * ROWS), d_over(c.D * ROWS) {}
+struct QueryTile {
+  Buffer<T> q_transposed, q, d_out_transposed, d_out;  // [D, QUERIES], [QUERIES, D], [Dv, QUERIES], [QUERIES, Dv]
+  Buffer<float> d_q;                                   // [D, QUERIES]
+  alignas(64) float row_max[QUERIES], inv_row_sum[QUERIES], delta[QUERIES];
+  explicit QueryTile(const Call& c)
+      : q_transposed(c.D * QUERIES), q(c.D * QUERIES), d_out_transposed(c.Dv * QUERIES), d_out(c.Dv * QUERIES),
+        d_q(c.D * QUERIES) {}
 
-  void load(const Call& c, const Tile& t, int64_t h, const T* q, const T* d_out, const float* peaks, const float* shares,
-            const float* deltas) {
-    pack_rows(q, c, t, h, c.D, over.at(0), down.at(0));
-    pack_rows(d_out, c, t, h, c.Dv, up_over.at(0), up_down.at(0));
-    std::fill_n(d_over.at(0), c.D * ROWS, 0.f);
-    for (int64_t r = 0; r < ROWS; ++r) {
+  void load(const Call& c, const Tile& t, int64_t h, const T* all_q, const T* all_d_out, const float* row_maxes,
+            const float* inv_row_sums, const float* deltas) {
+    pack_rows(all_q, c, t, h, c.D, q_transposed.at(0), q.at(0));
+    pack_rows(all_d_out, c, t, h, c.Dv, d_out_transposed.at(0), d_out.at(0));
+    std::fill_n(d_q.at(0), c.D * QUERIES, 0.f);
+    for (int64_t r = 0; r < QUERIES; ++r) {
       const int64_t at = (t.b * c.H + h) * c.T + t.first + r;
       const bool exists = r < t.count;
-      peak[r] = exists ? peaks[at] : 0.f, share[r] = exists ? shares[at] : 0.f;
+      row_max[r] = exists ? row_maxes[at] : 0.f, inv_row_sum[r] = exists ? inv_row_sums[at] : 0.f;
       delta[r] = exists ? deltas[at] : 0.f;
     }
   }
 };
 
-// A block's products z and dp into weights and the gradient of their scores, as left operands and the latter as a right
-// one too; all 0 where a query sees nothing.
+// The products z and dp [keys, QUERIES] of a block become weights p and gradients d_z, left operands [keys, QUERIES];
+// d_z_pairs is d_z as a right operand of bfloat16.  All are 0 where a query does not see a key.
 template <typename T>
-void score_gradients(const Call& c, const Tile& t, const Queries<T>& x, const Span& span, const float* z, const float* dp,
-                     T* p, T* d_z, T* d_z_pairs) {
-  for (int64_t i = 0; i < ROWS; i += LANES) {
-    const Vec peak = Vec::loadu(x.peak + i), share = Vec::loadu(x.share + i), delta = Vec::loadu(x.delta + i);
-    const auto gradient = [&](int64_t n) {
-      const int64_t at = n * ROWS + i;
-      Vec above = at::vec::fmsub(Vec::loadu(z + at), Vec(c.scale), peak), slope(c.scale);
-      if (c.softcap != 0) {
-        const Vec capped = (Vec::loadu(z + at) * Vec(c.scale) / Vec(c.softcap)).tanh();
-        above = Vec(c.softcap) * capped - peak;
-        slope = slope * (Vec(1.f) - capped * capped);
-      }
-      Vec weight = exponential(above, T()) * share;
-      if (!span.whole) weight = unseen(weight, t, i, span.first + n, 0.f);
-      store(p + at, weight);
-      const Vec d = weight * (Vec::loadu(dp + at) - delta) * slope;
-      store(d_z + at, d);
-      return d;
+void score_grads(const Call& c, const Tile& t, const QueryTile<T>& x, const Span& span, const float* z, const float* dp,
+                 T* p, T* d_z, T* d_z_pairs) {
+  for (int64_t i = 0; i < QUERIES; i += LANES) {
+    const Vec row_max = Vec::loadu(x.row_max + i), inv_row_sum = Vec::loadu(x.inv_row_sum + i);
+    const Vec delta = Vec::loadu(x.delta + i);
+    const auto of_key = [&](int64_t n) {
+      const int64_t at = n * QUERIES + i;
+      const ScoreGrad grad =
+          score_grad<T>(c.scoring, Vec::loadu(z + at), Vec::loadu(dp + at), row_max, inv_row_sum, delta, [&](Vec p) {
+            return span.whole ? p : masked(p, t, i, span.first + n, 0.f);
+          });
+      store(p + at, grad.p);
+      store(d_z + at, grad.dz);
+      return grad.dz;
     };
     for (int64_t n = 0; n < span.size(); n += 2) {
-      const Vec even = gradient(n), odd = gradient(n + 1);
-      if constexpr (std::is_same_v<T, BFloat16>) store_pair(d_z_pairs + n * ROWS, i, even, odd);
+      const Vec even = of_key(n), odd = of_key(n + 1);
+      if constexpr (std::is_same_v<T, BFloat16>) store_pair(d_z_pairs + n * QUERIES, i, even, odd);
     }
   }
 }
 
-// Sums over lanes, in their order, of the keys [first, last) of one key head, into x [B, S, K, W].
+// Sums the splits' gradients of the keys [first, last) of one KV head, in their order, into x [B, S, K, W].
 template <typename T>
-void sum_lanes(const Call& c, int64_t group, int64_t first, int64_t last, const float* parts, int64_t lanes, int64_t W,
-               T* x) {
-  const int64_t lane = c.B * c.K * c.blocks() * c.block() * W;
+void sum_splits(const Call& c, int64_t group, int64_t first, int64_t last, const float* acc, int64_t splits, int64_t W,
+                T* x) {
+  const int64_t size = c.B * c.K * c.blocks() * c.block() * W;
   for (int64_t s = first; s < last; ++s) {
     T* to = x + ((group / c.K * c.S + s) * c.K + group % c.K) * W;
     for (int64_t d = 0; d < W; ++d) {
-      float sum = parts[s * W + d];
-      for (int64_t l = 1; l < lanes; ++l) sum += parts[l * lane + s * W + d];
+      float sum = acc[s * W + d];
+      for (int64_t i = 1; i < splits; ++i) sum += acc[i * size + s * W + d];
       to[d] = T(sum);
     }
   }
 }
 
-// Chunks of queries are dealt out to a fixed number of lanes; each has sums of its own for keys and values, so that
-// results do not depend on the number of threads.  Where one lane is all, a thread's own sums serve one key head after
-// the other.
+// Chunks of queries are dealt out to a fixed number of splits.  Each split accumulates d_k and d_v on its own, so that
+// results do not depend on the number of threads.  With one split, a thread reuses its accumulators for every KV head.
 template <typename T>
-void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v, const float* peaks, const float* shares,
-              const float* delta, T* d_q, T* d_k, T* d_v) {
+void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v, const float* row_maxes,
+              const float* inv_row_sums, const float* deltas, T* d_q, T* d_k, T* d_v) {
   const int64_t block = c.block(), blocks = c.blocks(), groups = c.B * c.K, size = blocks * block;
   const int64_t at_once = std::clamp<int64_t>(TILES / c.heads(), 1, std::max<int64_t>(c.tiles(), 1));
   const int64_t chunks = (c.tiles() + at_once - 1) / at_once;
-  const int64_t lanes = std::clamp<int64_t>(8 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(chunks, 1));
-  const Rows<T> keys(k, c, c.D), values(v, c, c.Dv);
-  Buffer<T> keys_across(groups * size * c.D);
-  across(k, keys_across.at(0), c, c.D);
-  const int64_t kept = lanes == 1 ? c.threads : lanes * groups;
-  Buffer<float> key_sums(kept * size * c.D), value_sums(kept * size * c.Dv);
-  const std::vector<float> one(ROWS, 1.f);
+  const int64_t splits = std::clamp<int64_t>(8 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(chunks, 1));
+  const BlockRows<T> keys(k, c, c.D), values(v, c, c.Dv);
+  Buffer<T> keys_transposed(groups * size * c.D);  // [B, K, blocks] of [D, block]
+  transpose_blocks(k, keys_transposed.at(0), c, c.D);
+  const int64_t accumulators = splits == 1 ? c.threads : splits * groups;
+  Buffer<float> key_acc(accumulators * size * c.D), value_acc(accumulators * size * c.Dv);
+  const std::vector<float> one(QUERIES, 1.f);
 #pragma omp parallel num_threads(c.threads)
   {
     MatrixUnits held;
-    std::vector<Queries<T>> mine;
-    for (int64_t i = 0; i < at_once * c.heads(); ++i) mine.emplace_back(c);
-    Buffer<T> p(block * ROWS), d_z(block * ROWS), d_z_pairs(block * ROWS);
-    Buffer<float> z(block * ROWS), dp(block * ROWS);
+    std::vector<QueryTile<T>> query_tiles;  // [tiles, heads] of a chunk
+    for (int64_t i = 0; i < at_once * c.heads(); ++i) query_tiles.emplace_back(c);
+    Buffer<T> p(block * QUERIES), d_z(block * QUERIES), d_z_pairs(block * QUERIES);  // [keys, QUERIES]
+    Buffer<float> z(block * QUERIES), dp(block * QUERIES);                           // [keys, QUERIES]
     const T* d_z_right = std::is_same_v<T, float> ? d_z.at(0) : d_z_pairs.at(0);
-    std::vector<Tile> found;
+    std::vector<Tile> tiles;
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < groups * lanes; ++unit) {
-      const int64_t lane = unit % lanes, group = unit / lanes, b = group / c.K, head = group % c.K * c.heads();
-      const int64_t own = lanes == 1 ? omp_get_thread_num() : lane * groups + group;
-      float *own_keys = key_sums.at(own * size * c.D), *own_values = value_sums.at(own * size * c.Dv);
-      std::fill_n(own_keys, size * c.D, 0.f);
-      std::fill_n(own_values, size * c.Dv, 0.f);
-      for (int64_t nth = lane; nth < chunks; nth += lanes) {
-        found.clear();
+    for (int64_t unit = 0; unit < groups * splits; ++unit) {
+      const int64_t split = unit % splits, group = unit / splits, b = group / c.K, head = group % c.K * c.heads();
+      const int64_t own = splits == 1 ? omp_get_thread_num() : split * groups + group;
+      float* d_keys = key_acc.at(own * size * c.D);       // [S, D]
+      float* d_values = value_acc.at(own * size * c.Dv);  // [S, Dv]
+      std::fill_n(d_keys, size * c.D, 0.f);
+      std::fill_n(d_values, size * c.Dv, 0.f);
+      for (int64_t nth = split; nth < chunks; nth += splits) {
+        tiles.clear();
         int64_t low = c.S, high = 0;
         for (int64_t i = nth * at_once; i < std::min((nth + 1) * at_once, c.tiles()); ++i) {
-          const Tile& t = found.emplace_back(c, b, i);
+          const Tile& t = tiles.emplace_back(c, b, i);
           low = std::min(low, t.low), high = std::max(high, t.high);
           for (int64_t g = 0; g < c.heads(); ++g)
-            mine[(found.size() - 1) * c.heads() + g].load(c, t, head + g, q, d_out, peaks, shares, delta);
+            query_tiles[(tiles.size() - 1) * c.heads() + g].load(c, t, head + g, q, d_out, row_maxes, inv_row_sums,
+                                                                 deltas);
         }
         for (int64_t j = low / block; j * block < high; ++j)
-          for (int64_t i = 0; i < static_cast<int64_t>(found.size()) * c.heads(); ++i) {
-            const Tile& t = found[i / c.heads()];
-            const Queries<T>& x = mine[i];
+          for (int64_t i = 0; i < static_cast<int64_t>(tiles.size()) * c.heads(); ++i) {
+            const Tile& t = tiles[i / c.heads()];
+            const QueryTile<T>& x = query_tiles[i];
             const Span span(t, j, block);
             const int64_t n = span.size();
             if (n == 0) continue;
-            product(n, ROWS, c.D, keys.at(group, j, span.from), x.over.at(0), z.at(0), false, keys.stride(j));
-            product(n, ROWS, c.Dv, values.at(group, j, span.from), x.up_over.at(0), dp.at(0), false, values.stride(j));
-            score_gradients(c, t, x, span, z.at(0), dp.at(0), p.at(0), d_z.at(0), d_z_pairs.at(0));
-            product(n, c.Dv, ROWS, p.at(0), x.up_down.at(0), own_values + span.first * c.Dv, true);
-            product(n, c.D, ROWS, d_z.at(0), x.down.at(0), own_keys + span.first * c.D, true);
-            product(c.D, ROWS, n, keys_across.at((group * blocks + j) * block * c.D + span.from), d_z_right,
-                    x.d_over.at(0), true, block);
+            product(n, QUERIES, c.D, keys.at(group, j, span.from), x.q_transposed.at(0), z.at(0), false,
+                    keys.stride(j));
+            product(n, QUERIES, c.Dv, values.at(group, j, span.from), x.d_out_transposed.at(0), dp.at(0), false,
+                    values.stride(j));
+            score_grads(c, t, x, span, z.at(0), dp.at(0), p.at(0), d_z.at(0), d_z_pairs.at(0));
+            product(n, c.Dv, QUERIES, p.at(0), x.d_out.at(0), d_values + span.first * c.Dv, true);
+            product(n, c.D, QUERIES, d_z.at(0), x.q.at(0), d_keys + span.first * c.D, true);
+            product(c.D, QUERIES, n, keys_transposed.at((group * blocks + j) * block * c.D + span.from), d_z_right,
+                    x.d_q.at(0), true, block);
           }
-        for (int64_t i = 0; i < static_cast<int64_t>(found.size()) * c.heads(); ++i)
-          unpack_rows(mine[i].d_over.at(0), one.data(), c, found[i / c.heads()], head + i % c.heads(), c.D, d_q);
+        for (int64_t i = 0; i < static_cast<int64_t>(tiles.size()) * c.heads(); ++i)
+          unpack_rows(query_tiles[i].d_q.at(0), one.data(), c, tiles[i / c.heads()], head + i % c.heads(), c.D, d_q);
       }
-      if (lanes == 1) {
-        sum_lanes(c, group, 0, c.S, own_keys, 1, c.D, d_k);
-        sum_lanes(c, group, 0, c.S, own_values, 1, c.Dv, d_v);
+      if (splits == 1) {
+        sum_splits(c, group, 0, c.S, d_keys, 1, c.D, d_k);
+        sum_splits(c, group, 0, c.S, d_values, 1, c.Dv, d_v);
       }
     }
   }
-  if (lanes == 1) return;
+  if (splits == 1) return;
 #pragma omp parallel for num_threads(c.threads)
   for (int64_t i = 0; i < groups * blocks; ++i) {
     const int64_t group = i / blocks, first = i % blocks * block, last = std::min(first + block, c.S);
-    sum_lanes(c, group, first, last, key_sums.at(group * size * c.D), lanes, c.D, d_k);
-    sum_lanes(c, group, first, last, value_sums.at(group * size * c.Dv), lanes, c.Dv, d_v);
+    sum_splits(c, group, first, last, key_acc.at(group * size * c.D), splits, c.D, d_k);
+    sum_splits(c, group, first, last, value_acc.at(group * size * c.Dv), splits, c.Dv, d_v);
   }
 }
 
@@ -350,15 +359,15 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
 
 #define CALL const int64_t *n, float scale, float softcap, const int32_t *start, const int32_t *end
 #define MADE \
-  Call { n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], scale, softcap, start, end }
-#define EXPORT(NAME, T)                                                                                               \
-  void attention_forward_##NAME(CALL, const T* q, const T* k, const T* v, const float* sink, T* out, float* lse,      \
-                                float* peaks, float* shares) {                                                        \
-    forward<T>(MADE, q, k, v, sink, out, lse, peaks, shares);                                                         \
-  }                                                                                                                   \
-  void attention_backward_##NAME(CALL, const T* d_out, const T* q, const T* k, const T* v, const float* peaks,        \
-                                 const float* shares, const float* delta, T* d_q, T* d_k, T* d_v) {                   \
-    backward<T>(MADE, d_out, q, k, v, peaks, shares, delta, d_q, d_k, d_v);                                           \
+  Call { n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], {scale, softcap}, start, end }
+#define EXPORT(NAME, T)                                                                                             \
+  void attention_forward_##NAME(CALL, const T* q, const T* k, const T* v, const float* sink, T* out, float* lse,    \
+                                float* row_maxes, float* inv_row_sums) {                                            \
+    forward<T>(MADE, q, k, v, sink, out, lse, row_maxes, inv_row_sums);                                             \
+  }                                                                                                                 \
+  void attention_backward_##NAME(CALL, const T* d_out, const T* q, const T* k, const T* v, const float* row_maxes,  \
+                                 const float* inv_row_sums, const float* deltas, T* d_q, T* d_k, T* d_v) {          \
+    backward<T>(MADE, d_out, q, k, v, row_maxes, inv_row_sums, deltas, d_q, d_k, d_v);                              \
   }
 
 extern "C" {

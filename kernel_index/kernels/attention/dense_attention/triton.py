@@ -1,147 +1,162 @@
-"""Attention by intervals: tiles outside a query's interval are never visited, those inside all of them need no mask.
+"""Attention by windows: tiles outside a query's window are never visited, those inside all of them need no mask.
 
 Forward and dQ go by tiles of queries over the keys, dK and dV by tiles of keys over the queries, so that nothing is
-summed by atomics.  Exponentials and the log-sum-exp are base 2; ``outer`` carries log2(e).
+summed by atomics.  Names and units are those of ``core/triton/attention.py``.
 """
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.target import Target, target_of
-from kernel_index.core.triton.attention import LOG2E, dot, load_tile, masked_step, narrow, plan_steps, store_tile, tanh
-from kernel_index.core.triton.launch import ceil_div, interpreting, next_power_of_2, on_device
+from kernel_index.core.triton.attention import (
+    LOG2E,
+    dot,
+    load_tile,
+    lse_of_grad,
+    masked_tile,
+    narrow,
+    online_softmax,
+    score_grad,
+    scores,
+    softmax_output,
+    store_tile,
+    weighted_values,
+    window_tiles,
+    within,
+)
+from kernel_index.core.triton.launch import (
+    INTERPRETED_CONFIG,
+    AttentionLaunch,
+    Config,
+    attention_launch,
+    ceil_div,
+    interpreting,
+    next_power_of_2,
+    on_device,
+    row_stride,
+    strides,
+)
 
 
 @triton.jit
 def _forward_step(
-    acc, m, total, q, k_base, v_base, k_stride, v_stride, at, start, end, S, inner, outer,
+    acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    key = at + tl.arange(0, BN)
-    k = load_tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
-    z = dot(q, tl.trans(k), UPCAST)
-    if CAPPED:
-        z = tanh(z * inner)
-    z = z * outer
+    o_k = first + tl.arange(0, BN)  # [BN]
+    b_k = load_tile(p_k, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
+    logits = scores(b_q, b_k, inner, CAPPED, UPCAST) * outer  # [BM, BN]
     if MASKED:
-        z = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), z, float("-inf"))
-    new_m = tl.maximum(m, tl.max(z, 1))
-    safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-    p = tl.exp2(z - safe_m[:, None])
-    shrink = tl.exp2(m - safe_m)
-    v = load_tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
-    acc = acc * shrink[:, None] + dot(narrow(p, v.dtype, UPCAST), v, UPCAST)
-    return acc, new_m, total * shrink + tl.sum(p, 1)
+        logits = tl.where(within(o_k[None, :], start[:, None], end[:, None]), logits, float("-inf"))
+    p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
+    b_v = load_tile(p_v, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
+    return acc * alpha[:, None] + weighted_values(p, b_v, UPCAST), row_max, row_sum
 
 
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, sink_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, H, G, inner, outer,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, H, G, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, CAPPED: tl.constexpr, HAS_SINK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries of one head; ``start`` and ``end`` are the window bounds of its rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the long rows of a causal mask begin first
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    start_ptr += b * interval_b
-    end_ptr += b * interval_b
-    row = first + tl.arange(0, BM)
-    start = tl.load(start_ptr + row, mask=row < T, other=0)
-    end = tl.load(end_ptr + row, mask=row < T, other=0)
-    low, left, full, right = plan_steps(start_ptr, end_ptr, first, T, BM, BN)
-    q = load_tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)
-    k_base, v_base = k_ptr + b * k_b + (h // G) * k_h, v_ptr + b * v_b + (h // G) * v_h
+    start_ptr += b * window_b
+    end_ptr += b * window_b
+    o_q = first + tl.arange(0, BM)  # [BM]
+    start = tl.load(start_ptr + o_q, mask=o_q < T, other=0)  # [BM]
+    end = tl.load(end_ptr + o_q, mask=o_q < T, other=0)  # [BM]
+    low, left, full, right = window_tiles(start_ptr, end_ptr, first, T, BM, BN)
+    b_q = load_tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)  # [BM, BLOCK_D]
+    kv_head = h // G
+    p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
     acc = tl.zeros((BM, BLOCK_DV), tl.float32)
-    m = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
+    row_max = tl.full((BM,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)
     for i in range(0, full):
-        acc, m, total = _forward_step(
-            acc, m, total, q, k_base, v_base, k_t, v_t, (low + left + i) * BN, start, end, S, inner, outer,
+        acc, row_max, row_sum = _forward_step(
+            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, (low + left + i) * BN, start, end, S, inner, outer,
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False,
         )  # fmt: skip
     for i in range(0, left + right):
-        at = masked_step(i, low, left, full, BN)
-        acc, m, total = _forward_step(
-            acc, m, total, q, k_base, v_base, k_t, v_t, at, start, end, S, inner, outer,
+        first_key = masked_tile(i, low, left, full, BN)
+        acc, row_max, row_sum = _forward_step(
+            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first_key, start, end, S, inner, outer,
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True,
         )  # fmt: skip
-    empty = start >= end
-    if HAS_SINK:  # it joins the denominator of every query that has a key
+    m_empty = start >= end  # [BM]
+    if HAS_SINK:  # the sink logit is part of the denominator of every query that has a key
         sink = tl.load(sink_ptr + h).to(tl.float32) * LOG2E
-        new_m = tl.where(empty, 0.0, tl.maximum(m, sink))
-        shrink = tl.exp2(m - new_m)
-        acc = acc * shrink[:, None]
-        total = total * shrink + tl.exp2(sink - new_m)
-        m = new_m
-    total = tl.where(empty, 1.0, total)
-    out = acc / total[:, None]
-    lse = tl.where(empty, float("-inf"), m + tl.log2(total))
+        new_max = tl.where(m_empty, 0.0, tl.maximum(row_max, sink))
+        alpha = tl.exp2(row_max - new_max)
+        acc = acc * alpha[:, None]
+        row_sum = row_sum * alpha + tl.exp2(sink - new_max)
+        row_max = new_max
+    out, lse = softmax_output(acc, row_max, row_sum, m_empty)
     store_tile(out_ptr + (b * T * H + h) * DV, first, H * DV, out, T, BM, DV, BLOCK_DV, UPCAST)
-    tl.store(lse_ptr + (b * H + h) * T + row, lse, mask=row < T)
+    tl.store(lse_ptr + (b * H + h) * T + o_q, lse, mask=o_q < T)
 
 
 @triton.jit
 def _queries_step(
-    dq, q, d_out, lse, delta, k_base, v_base, k_stride, v_stride, at, start, end, S, inner, outer,
+    dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    key = at + tl.arange(0, BN)
-    k = load_tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
-    z = dot(q, tl.trans(k), UPCAST)
-    if CAPPED:
-        z = tanh(z * inner)
+    o_k = first + tl.arange(0, BN)  # [BN]
+    b_k = load_tile(p_k, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
+    z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
     p = tl.exp2(z * outer - lse[:, None])
     if MASKED:
-        p = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), p, 0.0)
-    v = load_tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
-    dz = p * (dot(d_out, tl.trans(v), UPCAST) - delta[:, None])
-    if CAPPED:
-        dz = dz * (1.0 - z * z)
-    return dq + dot(narrow(dz, k.dtype, UPCAST), k, UPCAST)
+        p = tl.where(within(o_k[None, :], start[:, None], end[:, None]), p, 0.0)
+    b_v = load_tile(p_v, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
+    dz = score_grad(z, p, dot(b_do, tl.trans(b_v), UPCAST), delta[:, None], CAPPED)  # [BM, BN]
+    return dq + dot(narrow(dz, b_k.dtype, UPCAST), b_k, UPCAST)
 
 
 @triton.jit
 def _queries_kernel(
     d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, dq_ptr, delta_ptr,
-    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, H, G, scale, inner, outer,
+    do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, H, G, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """dQ of one tile of queries of one head, and its ``delta`` for the keys' kernel."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    start_ptr += b * interval_b
-    end_ptr += b * interval_b
-    row = first + tl.arange(0, BM)
-    start = tl.load(start_ptr + row, mask=row < T, other=0)
-    end = tl.load(end_ptr + row, mask=row < T, other=0)
-    low, left, full, right = plan_steps(start_ptr, end_ptr, first, T, BM, BN)
-    d_out = load_tile(d_out_ptr + b * g_b + h * g_h, first, g_t, T, BM, DV, BLOCK_DV)
-    out = load_tile(out_ptr + (b * T * H + h) * DV, first, H * DV, T, BM, DV, BLOCK_DV)
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    at_row = (b * H + h) * T + row
+    start_ptr += b * window_b
+    end_ptr += b * window_b
+    o_q = first + tl.arange(0, BM)  # [BM]
+    start = tl.load(start_ptr + o_q, mask=o_q < T, other=0)  # [BM]
+    end = tl.load(end_ptr + o_q, mask=o_q < T, other=0)  # [BM]
+    low, left, full, right = window_tiles(start_ptr, end_ptr, first, T, BM, BN)
+    b_do = load_tile(d_out_ptr + b * do_b + h * do_h, first, do_t, T, BM, DV, BLOCK_DV)  # [BM, BLOCK_DV]
+    b_out = load_tile(out_ptr + (b * T * H + h) * DV, first, H * DV, T, BM, DV, BLOCK_DV)  # [BM, BLOCK_DV]
+    delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)  # [BM]
+    o_row = (b * H + h) * T + o_q  # [BM]
     if HAS_D_LSE:
-        delta -= tl.load(d_lse_ptr + at_row, mask=row < T, other=0.0)
-    delta = tl.where(start < end, delta, 0.0)
-    tl.store(delta_ptr + at_row, delta, mask=row < T)
-    lse = tl.load(lse_ptr + at_row, mask=row < T, other=0.0)
-    lse = tl.where(start < end, lse, float("inf"))  # exp2(z − ∞) = 0: what a query without keys sends back
-    q = load_tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)
-    k_base, v_base = k_ptr + b * k_b + (h // G) * k_h, v_ptr + b * v_b + (h // G) * v_h
+        delta -= tl.load(d_lse_ptr + o_row, mask=o_q < T, other=0.0)
+    m_some = start < end  # [BM]
+    delta = tl.where(m_some, delta, 0.0)
+    tl.store(delta_ptr + o_row, delta, mask=o_q < T)
+    lse = lse_of_grad(tl.load(lse_ptr + o_row, mask=o_q < T, other=0.0), m_some)  # [BM]
+    b_q = load_tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)  # [BM, BLOCK_D]
+    kv_head = h // G
+    p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
     dq = tl.zeros((BM, BLOCK_D), tl.float32)
     for i in range(0, full):
         dq = _queries_step(
-            dq, q, d_out, lse, delta, k_base, v_base, k_t, v_t, (low + left + i) * BN, start, end, S, inner, outer,
+            dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, (low + left + i) * BN, start, end, S, inner, outer,
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False,
         )  # fmt: skip
     for i in range(0, left + right):
-        at = masked_step(i, low, left, full, BN)
+        first_key = masked_tile(i, low, left, full, BN)
         dq = _queries_step(
-            dq, q, d_out, lse, delta, k_base, v_base, k_t, v_t, at, start, end, S, inner, outer,
+            dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first_key, start, end, S, inner, outer,
             D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True,
         )  # fmt: skip
     store_tile(dq_ptr + (b * T * H + h) * D, first, H * D, dq * scale, T, BM, D, BLOCK_D, UPCAST)
@@ -149,74 +164,63 @@ def _queries_kernel(
 
 @triton.jit
 def _keys_step(
-    dk, dv, k, v, q_base, d_out_base, lse_base, delta_base, q_stride, g_stride, at, start, end, T, inner, outer,
+    dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, first, start, end, T, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    row = at + tl.arange(0, BM)
-    q = load_tile(q_base, at, q_stride, T, BM, D, BLOCK_D)
-    lse = tl.load(lse_base + row, mask=row < T, other=0.0)
-    delta = tl.load(delta_base + row, mask=row < T, other=0.0)
-    z = dot(k, tl.trans(q), UPCAST)  # transposed throughout: [keys, queries]
-    if CAPPED:
-        z = tanh(z * inner)
-    p = tl.exp2(z * outer - lse[None, :])
+    """Scores are transposed, [BN, BM], so that dK and dV are products without a transposed operand."""
+    o_q = first + tl.arange(0, BM)  # [BM]
+    b_q = load_tile(p_q, first, q_t, T, BM, D, BLOCK_D)  # [BM, BLOCK_D]
+    b_lse = tl.load(p_lse + o_q, mask=o_q < T, other=0.0)  # [BM]
+    b_delta = tl.load(p_delta + o_q, mask=o_q < T, other=0.0)  # [BM]
+    z = scores(b_k, b_q, inner, CAPPED, UPCAST)  # [BN, BM]
+    p = tl.exp2(z * outer - b_lse[None, :])
     if MASKED:
-        p = tl.where((row[None, :] >= start[:, None]) & (row[None, :] < end[:, None]), p, 0.0)
-    d_out = load_tile(d_out_base, at, g_stride, T, BM, DV, BLOCK_DV)
-    dv += dot(narrow(p, d_out.dtype, UPCAST), d_out, UPCAST)
-    dz = p * (dot(v, tl.trans(d_out), UPCAST) - delta[None, :])
-    if CAPPED:
-        dz = dz * (1.0 - z * z)
-    return dk + dot(narrow(dz, q.dtype, UPCAST), q, UPCAST), dv
+        p = tl.where(within(o_q[None, :], start[:, None], end[:, None]), p, 0.0)
+    b_do = load_tile(p_do, first, do_t, T, BM, DV, BLOCK_DV)  # [BM, BLOCK_DV]
+    dv += weighted_values(p, b_do, UPCAST)
+    dz = score_grad(z, p, dot(b_v, tl.trans(b_do), UPCAST), b_delta[None, :], CAPPED)  # [BN, BM]
+    return dk + dot(narrow(dz, b_q.dtype, UPCAST), b_q, UPCAST), dv
 
 
 @triton.jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, dk_ptr, dv_ptr,
-    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, H, G, scale, inner, outer,
+    do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, H, G, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """dK and dV of one tile of keys of one KV head; ``start`` and ``end`` bound the queries that see each key."""
     first = tl.program_id(0) * BN
     K = H // G
-    b, own = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
-    start_ptr += b * interval_b
-    end_ptr += b * interval_b
-    key = first + tl.arange(0, BN)
-    start = tl.load(start_ptr + key, mask=key < S, other=0)
-    end = tl.load(end_ptr + key, mask=key < S, other=0)
-    low, left, full, right = plan_steps(start_ptr, end_ptr, first, S, BN, BM)
-    k = load_tile(k_ptr + b * k_b + own * k_h, first, k_t, S, BN, D, BLOCK_D)
-    v = load_tile(v_ptr + b * v_b + own * v_h, first, v_t, S, BN, DV, BLOCK_DV)
+    b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
+    start_ptr += b * window_b
+    end_ptr += b * window_b
+    o_k = first + tl.arange(0, BN)  # [BN]
+    start = tl.load(start_ptr + o_k, mask=o_k < S, other=0)  # [BN]
+    end = tl.load(end_ptr + o_k, mask=o_k < S, other=0)  # [BN]
+    low, left, full, right = window_tiles(start_ptr, end_ptr, first, S, BN, BM)
+    b_k = load_tile(k_ptr + b * k_b + kv_head * k_h, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
+    b_v = load_tile(v_ptr + b * v_b + kv_head * v_h, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     dk = tl.zeros((BN, BLOCK_D), tl.float32)
     dv = tl.zeros((BN, BLOCK_DV), tl.float32)
     for g in range(0, G):
-        h = own * G + g
-        q_base, d_out_base = q_ptr + b * q_b + h * q_h, d_out_ptr + b * g_b + h * g_h
-        lse_base, delta_base = lse_ptr + (b * H + h) * T, delta_ptr + (b * H + h) * T
+        h = kv_head * G + g
+        p_q, p_do = q_ptr + b * q_b + h * q_h, d_out_ptr + b * do_b + h * do_h
+        p_lse, p_delta = lse_ptr + (b * H + h) * T, delta_ptr + (b * H + h) * T
         for i in range(0, full):
             dk, dv = _keys_step(
-                dk, dv, k, v, q_base, d_out_base, lse_base, delta_base, q_t, g_t, (low + left + i) * BM, start, end, T,
+                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, (low + left + i) * BM, start, end, T,
                 inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False,
             )  # fmt: skip
         for i in range(0, left + right):
-            at = masked_step(i, low, left, full, BM)
+            first_query = masked_tile(i, low, left, full, BM)
             dk, dv = _keys_step(
-                dk, dv, k, v, q_base, d_out_base, lse_base, delta_base, q_t, g_t, at, start, end, T,
+                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, first_query, start, end, T,
                 inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True,
             )  # fmt: skip
-    store_tile(dk_ptr + (b * S * K + own) * D, first, K * D, dk * scale, S, BN, D, BLOCK_D, UPCAST)
-    store_tile(dv_ptr + (b * S * K + own) * DV, first, K * DV, dv, S, BN, DV, BLOCK_DV, UPCAST)
-
-
-class Config(NamedTuple):
-    """Rows of a tile, rows of a step, warps, stages of the software pipeline."""
-
-    tile: int
-    step: int
-    num_warps: int
-    num_stages: int
+    store_tile(dk_ptr + (b * S * K + kv_head) * D, first, K * D, dk * scale, S, BN, D, BLOCK_D, UPCAST)
+    store_tile(dv_ptr + (b * S * K + kv_head) * DV, first, K * DV, dv, S, BN, DV, BLOCK_DV, UPCAST)
 
 
 def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> Config:
@@ -224,6 +228,8 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
 
     The fastest that spill no register on sm_90 and sm_100 without a softcap; timed on an H200, T = 16384, causal.
     """
+    if interpreting():
+        return INTERPRETED_CONFIG
     if element_bytes == 4:  # no tensor cores in full float32: small tiles keep the accumulators in registers
         return Config(64, 32, 4, 1) if width <= 64 else Config(32, 16, 4, 1)
     if width > 128:
@@ -239,37 +245,13 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
     return Config(128, 32, 8, 1) if roomy else Config(32, 32, 4, 1)
 
 
-class _Launch(NamedTuple):
-    """What the three launches share."""
-
-    config: Config
-    constants: dict[str, Any]
-    interval_b: int
-    scale: float
-    inner: float
-    outer: float
-
-
 def _launch_of(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, rows: int, start: Tensor, scale: float | None, softcap: float
-) -> _Launch:
-    width, value_width = q.shape[3], v.shape[3]
-    scale = width**-0.5 if scale is None else scale
-    if interpreting():
-        config = Config(16, 16, 4, 1)
-    else:
-        config = pick_config(kernel, max(width, value_width), q.element_size(), target_of(q.device))
-    tile = min(config.tile, max(16, next_power_of_2(rows)))  # few queries: no wider than they are
-    blocks = {"BLOCK_D": max(16, next_power_of_2(width)), "BLOCK_DV": max(16, next_power_of_2(value_width))}
-    geometry = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    constants = {"D": width, "DV": value_width, **blocks, "CAPPED": softcap > 0, "UPCAST": interpreting(), **geometry}
-    inner, outer = (scale / softcap, softcap * LOG2E.value) if softcap > 0 else (0.0, scale * LOG2E.value)
-    interval_b = 0 if start.shape[0] == 1 else start.shape[1]
-    return _Launch(config._replace(tile=tile), constants, interval_b, scale, inner, outer)
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [s for x in tensors for s in x.stride()[:3]]
+    kernel: str, q: Tensor, v: Tensor, rows: int, scale: float | None, softcap: float, **constants: bool
+) -> AttentionLaunch:
+    config = pick_config(kernel, max(q.shape[3], v.shape[3]), q.element_size(), target_of(q.device))
+    config = config._replace(tile=min(config.tile, max(16, next_power_of_2(rows))))  # few rows: no wider than they are
+    tile, step = ("BN", "BM") if kernel == "keys" else ("BM", "BN")
+    return attention_launch(config, q, v, scale, softcap, **{tile: config.tile, step: config.step}, **constants)
 
 
 def forward(
@@ -277,13 +259,12 @@ def forward(
     float, outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    how = _launch_of("forward", q, k, v, T, start, scale, softcap)
+    launch = _launch_of("forward", q, v, T, scale, softcap, HAS_SINK=sink is not None)
     if B * T * H:
         with on_device(q):
-            _forward_kernel[(ceil_div(T, how.config.tile), B * H)](
-                q, k, v, sink, start, end, *outputs, *_strides(q, k, v), how.interval_b, T, S, H, H // K,
-                how.inner, how.outer, BM=how.config.tile, BN=how.config.step, HAS_SINK=sink is not None,
-                **how.constants,
+            _forward_kernel[(ceil_div(T, launch.config.tile), B * H)](
+                q, k, v, sink, start, end, *outputs, *strides(q, k, v), row_stride(start), T, S, H, H // K,
+                launch.inner, launch.outer, **launch.constants,
             )  # fmt: skip
     return outputs
 
@@ -293,13 +274,12 @@ def backward_queries(
     end: Tensor, scale: float | None, softcap: float, outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    how = _launch_of("queries", q, k, v, T, start, scale, softcap)
+    launch = _launch_of("queries", q, v, T, scale, softcap, HAS_D_LSE=d_lse is not None)
     if B * T * H:
         with on_device(q):
-            _queries_kernel[(ceil_div(T, how.config.tile), B * H)](
-                d_out, d_lse, q, k, v, out, lse, start, end, *outputs, *_strides(d_out, q, k, v), how.interval_b,
-                T, S, H, H // K, how.scale, how.inner, how.outer, BM=how.config.tile, BN=how.config.step,
-                HAS_D_LSE=d_lse is not None, **how.constants,
+            _queries_kernel[(ceil_div(T, launch.config.tile), B * H)](
+                d_out, d_lse, q, k, v, out, lse, start, end, *outputs, *strides(d_out, q, k, v), row_stride(start),
+                T, S, H, H // K, launch.scale, launch.inner, launch.outer, **launch.constants,
             )  # fmt: skip
     return outputs
 
@@ -309,12 +289,11 @@ def backward_keys(
     float | None, softcap: float, outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    how = _launch_of("keys", q, k, v, S, start, scale, softcap)
+    launch = _launch_of("keys", q, v, S, scale, softcap)
     if B * S * K:
         with on_device(q):
-            _keys_kernel[(ceil_div(S, how.config.tile), B * K)](
-                d_out, q, k, v, lse, delta, start, end, *outputs, *_strides(d_out, q, k, v), how.interval_b,
-                T, S, H, H // K, how.scale, how.inner, how.outer, BM=how.config.step, BN=how.config.tile,
-                **how.constants,
+            _keys_kernel[(ceil_div(S, launch.config.tile), B * K)](
+                d_out, q, k, v, lse, delta, start, end, *outputs, *strides(d_out, q, k, v), row_stride(start),
+                T, S, H, H // K, launch.scale, launch.inner, launch.outer, **launch.constants,
             )  # fmt: skip
     return outputs

@@ -12,14 +12,10 @@ from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.kernels.attention.exact_token_sparse import contract
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
 from kernel_index.kernels.attention.exact_token_sparse.cpu import exact_token_cpu
-from kernel_index.kernels.attention.exact_token_sparse.reference import (
-    exact_token_reference,
-    lightning_indexer_reference,
-)
+from kernel_index.kernels.attention.exact_token_sparse.reference import exact_token_reference
 from kernel_index.kernels.attention.exact_token_sparse.torch_op import exact_token_triton
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.lightning_indexer.chunked import lightning_details, lightning_indexer_chunked
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
 
@@ -170,61 +166,3 @@ def exact_token_attention(
     call = contract.check(q, k, v, indices, indices_valid, mask, scale, softcap, backend)
     table = REROUTED if call.indices is None else BACKENDS
     return choose("exact_token_attention", table, backend, call).run(call)
-
-
-INDEXER_BACKENDS = (
-    Backend("chunked", contract.chunked_why_not, lightning_indexer_chunked, details=lightning_details),
-    Backend("reference", always, lightning_indexer_reference),
-)
-
-
-def lightning_indexer(
-    q_idx: Tensor,
-    k_idx: Tensor,
-    weights: Tensor,
-    *,
-    topk: int,
-    mask: MaskContract | None = None,
-    replay: TokenSelection | None = None,
-    backend: str = "auto",
-) -> TokenSelection:
-    """The ``topk`` best tokens of each query by the indexer's score, exactly, and the same ones every time.
-
-    ::
-
-        I[t, s] = Σ_j weights[t, j] · relu(q_idx[t, j]·k_idx[s])          over the keys s that the mask allows
-
-    in float32; among equal scores the smallest index wins, and relu makes many of them 0.  A query with fewer than
-    ``topk`` allowed keys picks them all.  Scores are formed in tiles of keys; no more than 16 queries' are ever stored.
-
-    The picks have no gradient.  The scores have that of the formula at the picks, which is what a loss for the indexer
-    trains: see ``lightning_indexer_loss``.
-
-    Args:
-        q_idx: [B, T, J, D], any floating dtype; J is the number of the indexer's heads.
-        k_idx: [B, S, D], q_idx's dtype; one key for all heads.
-        weights: [B, T, J], q_idx's dtype or float32; any scale of the scores belongs in here.
-        topk: tokens for each query, at least 1.
-        mask: who may attend to whom; causal by default.
-        replay: a selection that was recorded: its picks are returned, less those that this mask forbids, with the
-            scores that they have now.  For recomputation, and for training on what a rollout attended to.
-        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
-
-    Returns:
-        ``TokenSelection(indices, valid, scores)``, each [B, T, topk]; what ``exact_token_attention`` takes.
-
-    Raises:
-        TypeError, ValueError: an argument breaks its rule.
-        Ineligible: the named backend cannot run this call.
-
-    Source: the lightning indexer of DeepSeek-V3.2 (DeepSeek-AI, 2025), in float32.
-
-    >>> import torch, kernel_index as ki
-    >>> q, k = torch.ones(1, 4, 1, 1), torch.tensor([2.0, 5.0, 2.0, -1.0]).view(1, 4, 1)
-    >>> ki.lightning_indexer(q, k, torch.ones(1, 4, 1), topk=2).indices[0].tolist()
-    [[0, -1], [1, 0], [1, 0], [1, 0]]
-    """
-    mask = EVERYTHING_BEFORE if mask is None else mask
-    contract.check_indexer(q_idx, k_idx, weights, topk, mask, replay)
-    call = (q_idx, k_idx, weights, topk, mask, replay)
-    return choose("lightning_indexer", INDEXER_BACKENDS, backend, *call).run(*call)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, rules
-from kernel_index.core.rules import PLAIN, inside_functorch
 from kernel_index.core.target import target_of
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.masks.attention_arguments import check_attention
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.lightning_indexer.contract import check_in_range, check_indices
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
 INDEXER_RETURNED_NONE = "indexer_returned_none"
@@ -79,28 +79,7 @@ def _check_selection(q: Tensor, k: Tensor, indices: Any, valid: Any) -> None:
         checks.has_dtype("indices_valid", valid, torch.bool, "")
         checks.has_shape("indices_valid", valid, tuple(indices.shape), "of the shape of indices,")
         checks.on_device("indices_valid", valid, q, "q")
-    check_places("indices", indices, valid, keys)
-
-
-def check_indices(name: str, indices: Any, like: Tensor) -> None:
-    checks.is_tensor(name, indices)
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {indices.dtype}")
-    checks.on_device(name, indices, like, "q")
-
-
-def check_places(name: str, indices: Tensor, valid: Tensor | None, keys: int) -> None:
-    """Values are read on the host alone; on a device an index out of range selects nothing."""
-    if (
-        indices.numel() == 0
-        or not rules.host_readable(indices)
-        or (valid is not None and not rules.host_readable(valid))
-    ):
-        return
-    looked_at = indices if valid is None else torch.where(valid, indices, -1)
-    low, high = (int(x) for x in looked_at.aminmax())
-    if low < -1 or high >= keys:
-        raise ValueError(f"{name} must be below {keys}, or -1 for no pick, got {low if low < -1 else high}")
+    check_in_range("indices", indices, valid, keys)
 
 
 def runtime_mode(backend: str) -> str:
@@ -108,40 +87,6 @@ def runtime_mode(backend: str) -> str:
     if torch.compiler.is_compiling():
         return "compiled"
     return "interpreted" if backend == "triton" and launch.interpreting() else "eager"
-
-
-def check_indexer(q: Any, k: Any, weights: Any, topk: Any, mask: Any, replay: Any) -> None:
-    legends = ("[B, T, J, D]", "[B, S, D]", "[B, T, J]")
-    for name, value, legend in zip(("q_idx", "k_idx", "weights"), (q, k, weights), legends, strict=True):
-        checks.is_floating(name, value)
-        checks.has_rank(name, value, legend.count(",") + 1, legend)
-        checks.on_device(name, value, q, "q_idx")
-    batch, queries, heads, width = q.shape
-    checks.has_dtype("k_idx", k, q.dtype, "like q_idx")
-    if weights.dtype not in (q.dtype, torch.promote_types(q.dtype, torch.float32)):
-        raise TypeError(f"weights must be {q.dtype} like q_idx, or float32 beside less, got {weights.dtype}")
-    checks.has_shape("k_idx", k, (batch, k.shape[1], width), "[B, S, D] with q_idx's B and D,")
-    checks.has_shape("weights", weights, (batch, queries, heads), "[B, T, J] like q_idx,")
-    checks.is_int("topk", topk, minimum=1)
-    if not isinstance(mask, MaskContract):
-        raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
-    mask.sizes(batch, queries, k.shape[1], q.device)
-    if replay is None:
-        return
-    if not isinstance(replay, TokenSelection):
-        raise TypeError(f"replay must be a TokenSelection, got {type(replay).__name__}")
-    check_indices("replay.indices", replay.indices, q)
-    checks.has_shape("replay.indices", replay.indices, (batch, queries, topk), "[B, T, topk] with q_idx's B and T,")
-    checks.has_shape("replay.valid", replay.valid, (batch, queries, topk), "of the shape of replay.indices,")
-    check_places("replay.indices", replay.indices, replay.valid, k.shape[1])
-
-
-def chunked_why_not(q: Tensor, k: Tensor, weights: Tensor, *_: Any) -> str | None:
-    if inside_functorch():
-        return "inside a torch.func transform"
-    if any(type(t) not in PLAIN for t in (q, k, weights)):
-        return "needs plain tensors, not a tensor subclass"
-    return None
 
 
 def triton_why_not(call: ExactTokenCall) -> str | None:

@@ -1,168 +1,172 @@
-"""Exact-token attention with the gather inside: a program fetches the picked keys and values of one query itself.
+"""Exact-token attention with the gather inside: a program fetches the selected keys and values of one query itself.
 
-Forward and dQ take one query and all query heads of a key head, over the query's own picks; dK and dV one key, over the
-queries that picked it, in their order.  Nothing is staged and nothing is summed by atomics.
+Forward and dQ take one query and all query heads of a KV head, over the query's selected tokens; dK and dV take one
+key, over the queries that selected it, in their order.  Nothing is staged and nothing is summed by atomics.  Names and
+units are those of ``core/triton/attention.py``; BG rows are the heads of a group, BR rows are (query, head) pairs.
 """
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_index.core.triton.attention import LOG2E, dot, load_rows, narrow, store_rows, tanh
-from kernel_index.core.triton.launch import interpreting, next_power_of_2, on_device
+from kernel_index.core.triton.attention import (
+    dot,
+    load_rows,
+    lse_of_grad,
+    narrow,
+    online_softmax,
+    score_grad,
+    scores,
+    softcapped,
+    softmax_output,
+    store_rows,
+    weighted_values,
+)
+from kernel_index.core.triton.launch import (
+    INTERPRETED_CONFIG,
+    AttentionLaunch,
+    Config,
+    attention_launch,
+    dot_block,
+    interpreting,
+    on_device,
+    strides,
+)
 
 
 @triton.jit
-def _selection(picks_ptr, counts_ptr, b, own, t, T, K, PICKS, SHARED: tl.constexpr):
-    """Where a query's picks begin, and how many there are."""
-    at = b * T + t if SHARED else (b * T + t) * K + own
-    return picks_ptr + at * PICKS, tl.load(counts_ptr + at)
+def _selection(selected_ptr, counts_ptr, b, kv_head, t, T, K, SELECTED, SHARED: tl.constexpr):
+    """Where a query's selected tokens begin, and how many there are."""
+    o_list = b * T + t if SHARED else (b * T + t) * K + kv_head
+    return selected_ptr + o_list * SELECTED, tl.load(counts_ptr + o_list)
+
+
+@triton.jit
+def _load_selected(p_selected, first, count, BN: tl.constexpr):
+    """Positions of BN selected tokens in 64 bits, 0 where there is none, and which there are."""
+    o_slot = first + tl.arange(0, BN)  # [BN]
+    b_token = tl.load(p_selected + o_slot, mask=o_slot < count, other=-1)  # [BN]
+    m_k = b_token >= 0
+    return tl.where(m_k, b_token, 0).to(tl.int64), m_k
 
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, picks_ptr, counts_ptr, out_ptr, lse_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, PICKS, inner, outer,
+    q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, out_ptr, lse_ptr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
     BN: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """The heads of one group at one query."""
     t = tl.program_id(0).to(tl.int64)
-    b, own = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    picks, count = _selection(picks_ptr, counts_ptr, b, own, t, T, K, PICKS, SHARED)
-    group = tl.arange(0, BG)
-    head = (own * G + group).to(tl.int64)
-    q = load_rows(q_ptr + b * q_b + t * q_t, head * q_h, group < G, D, BLOCK_D)
-    k_base, v_base = k_ptr + b * k_b + own * k_h, v_ptr + b * v_b + own * v_h
+    b, kv_head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    p_selected, count = _selection(selected_ptr, counts_ptr, b, kv_head, t, T, K, SELECTED, SHARED)
+    o_g = tl.arange(0, BG)  # [BG]
+    m_g = o_g < G
+    o_h = (kv_head * G + o_g).to(tl.int64)  # [BG]
+    b_q = load_rows(q_ptr + b * q_b + t * q_t, o_h * q_h, m_g, D, BLOCK_D)  # [BG, BLOCK_D]
+    p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
     acc = tl.zeros((BG, BLOCK_DV), tl.float32)
-    m = tl.full((BG,), float("-inf"), tl.float32)
-    total = tl.zeros((BG,), tl.float32)
-    for at in range(0, count, BN):
-        place = at + tl.arange(0, BN)
-        row = tl.load(picks + place, mask=place < count, other=-1)
-        some = row >= 0
-        row = tl.where(some, row, 0).to(tl.int64)
-        k = load_rows(k_base, row * k_t, some, D, BLOCK_D)
-        z = dot(q, tl.trans(k), UPCAST)
-        if CAPPED:
-            z = tanh(z * inner)
-        z = tl.where(some[None, :], z * outer, float("-inf"))
-        new_m = tl.maximum(m, tl.max(z, 1))
-        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-        p = tl.exp2(z - safe_m[:, None])
-        shrink = tl.exp2(m - safe_m)
-        v = load_rows(v_base, row * v_t, some, DV, BLOCK_DV)
-        acc = acc * shrink[:, None] + dot(narrow(p, v.dtype, UPCAST), v, UPCAST)
-        m, total = new_m, total * shrink + tl.sum(p, 1)
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    out_at = (b * T + t) * K * G + head
-    store_rows(out_ptr, out_at * DV, group < G, acc / total[:, None], DV, BLOCK_DV, UPCAST)
-    tl.store(lse_ptr + out_at, tl.where(empty, float("-inf"), m + tl.log2(total)), mask=group < G)
+    row_max = tl.full((BG,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BG,), tl.float32)
+    for first in range(0, count, BN):
+        o_k, m_k = _load_selected(p_selected, first, count, BN)  # [BN]
+        b_k = load_rows(p_k, o_k * k_t, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+        z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BG, BN]
+        logits = tl.where(m_k[None, :], z * outer, float("-inf"))
+        p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
+        b_v = load_rows(p_v, o_k * v_t, m_k, DV, BLOCK_DV)  # [BN, BLOCK_DV]
+        acc = acc * alpha[:, None] + weighted_values(p, b_v, UPCAST)
+    out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
+    o_row = (b * T + t) * K * G + o_h
+    store_rows(out_ptr, o_row * DV, m_g, out, DV, BLOCK_DV, UPCAST)
+    tl.store(lse_ptr + o_row, lse, mask=m_g)
 
 
 @triton.jit
 def _queries_kernel(
-    d_out_ptr, q_ptr, k_ptr, v_ptr, picks_ptr, counts_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
-    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, PICKS, scale, inner, outer,
+    d_out_ptr, q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
     BN: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """dQ of the heads of one group at one query, and their ``delta`` for the keys' kernel."""
     t = tl.program_id(0).to(tl.int64)
-    b, own = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    picks, count = _selection(picks_ptr, counts_ptr, b, own, t, T, K, PICKS, SHARED)
-    group = tl.arange(0, BG)
-    head = (own * G + group).to(tl.int64)
-    out_at = (b * T + t) * K * G + head
-    d_out = load_rows(d_out_ptr + b * g_b + t * g_t, head * g_h, group < G, DV, BLOCK_DV)
-    out = load_rows(out_ptr, out_at * DV, group < G, DV, BLOCK_DV)
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(delta_ptr + out_at, delta, mask=group < G)
-    lse = tl.load(lse_ptr + out_at, mask=group < G, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # exp2(z − ∞) = 0: what a query without keys sends back
-    q = load_rows(q_ptr + b * q_b + t * q_t, head * q_h, group < G, D, BLOCK_D)
-    k_base, v_base = k_ptr + b * k_b + own * k_h, v_ptr + b * v_b + own * v_h
+    b, kv_head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    p_selected, count = _selection(selected_ptr, counts_ptr, b, kv_head, t, T, K, SELECTED, SHARED)
+    o_g = tl.arange(0, BG)  # [BG]
+    m_g = o_g < G
+    o_h = (kv_head * G + o_g).to(tl.int64)  # [BG]
+    o_row = (b * T + t) * K * G + o_h
+    b_do = load_rows(d_out_ptr + b * do_b + t * do_t, o_h * do_h, m_g, DV, BLOCK_DV)  # [BG, BLOCK_DV]
+    b_out = load_rows(out_ptr, o_row * DV, m_g, DV, BLOCK_DV)  # [BG, BLOCK_DV]
+    delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)  # [BG]
+    tl.store(delta_ptr + o_row, delta, mask=m_g)
+    b_lse = tl.load(lse_ptr + o_row, mask=m_g, other=float("inf"))  # [BG]
+    lse = lse_of_grad(b_lse, b_lse != float("-inf"))
+    b_q = load_rows(q_ptr + b * q_b + t * q_t, o_h * q_h, m_g, D, BLOCK_D)  # [BG, BLOCK_D]
+    p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
     dq = tl.zeros((BG, BLOCK_D), tl.float32)
-    for at in range(0, count, BN):
-        place = at + tl.arange(0, BN)
-        row = tl.load(picks + place, mask=place < count, other=-1)
-        some = row >= 0
-        row = tl.where(some, row, 0).to(tl.int64)
-        k = load_rows(k_base, row * k_t, some, D, BLOCK_D)
-        z = dot(q, tl.trans(k), UPCAST)
-        if CAPPED:
-            z = tanh(z * inner)
-        p = tl.where(some[None, :], tl.exp2(z * outer - lse[:, None]), 0.0)
-        v = load_rows(v_base, row * v_t, some, DV, BLOCK_DV)
-        dz = p * (dot(d_out, tl.trans(v), UPCAST) - delta[:, None])
-        if CAPPED:
-            dz = dz * (1.0 - z * z)
-        dq += dot(narrow(dz, k.dtype, UPCAST), k, UPCAST)
-    store_rows(dq_ptr, out_at * D, group < G, dq * scale, D, BLOCK_D, UPCAST)
+    for first in range(0, count, BN):
+        o_k, m_k = _load_selected(p_selected, first, count, BN)  # [BN]
+        b_k = load_rows(p_k, o_k * k_t, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+        z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BG, BN]
+        p = tl.where(m_k[None, :], tl.exp2(z * outer - lse[:, None]), 0.0)
+        b_v = load_rows(p_v, o_k * v_t, m_k, DV, BLOCK_DV)  # [BN, BLOCK_DV]
+        dz = score_grad(z, p, dot(b_do, tl.trans(b_v), UPCAST), delta[:, None], CAPPED)  # [BG, BN]
+        dq += dot(narrow(dz, b_k.dtype, UPCAST), b_k, UPCAST)
+    store_rows(dq_ptr, o_row * D, m_g, dq * scale, D, BLOCK_D, UPCAST)
 
 
 @triton.jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, queries_ptr, first_ptr, dk_ptr, dv_ptr,
-    g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, S, K, G, PICKS, scale, inner, outer,
+    do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, S, K, G, SELECTED, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BR: tl.constexpr,
     SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A row is one query with one head.  Products with a single key are sums over the head, in float32."""
+    """dK and dV of one key.  Products with a single key are sums over the head's columns, in float32."""
     s = tl.program_id(0).to(tl.int64)
-    b, own = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    selection = b if SHARED else b * K + own
-    first = tl.load(first_ptr + selection * (S + 1) + s)
-    last = tl.load(first_ptr + selection * (S + 1) + s + 1)
-    queries_ptr += selection * T * PICKS + first
-    column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    k = tl.load(k_ptr + b * k_b + s * k_t + own * k_h + column, mask=column < D, other=0.0).to(tl.float32)
-    v_at = v_ptr + b * v_b + s * v_t + own * v_h + value_column
-    v = tl.load(v_at, mask=value_column < DV, other=0.0).to(tl.float32)
+    b, kv_head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    selection = b if SHARED else b * K + kv_head
+    begin = tl.load(first_ptr + selection * (S + 1) + s)
+    stop = tl.load(first_ptr + selection * (S + 1) + s + 1)
+    queries_ptr += selection * T * SELECTED + begin
+    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    m_d, m_dv = o_d < D, o_dv < DV
+    b_k = tl.load(k_ptr + b * k_b + s * k_t + kv_head * k_h + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK_D]
+    b_v = tl.load(v_ptr + b * v_b + s * v_t + kv_head * v_h + o_dv, mask=m_dv, other=0.0).to(tl.float32)  # [BLOCK_DV]
     dk = tl.zeros((BLOCK_D,), tl.float32)
     dv = tl.zeros((BLOCK_DV,), tl.float32)
-    rows = ((last - first) * G).to(tl.int32)
-    for at in range(0, rows, BR):
-        row = at + tl.arange(0, BR)
-        exists = row < rows
-        t = tl.load(queries_ptr + row // G, mask=exists, other=0).to(tl.int64)
-        head = (own * G + row % G).to(tl.int64)
-        q = load_rows(q_ptr + b * q_b, t * q_t + head * q_h, exists, D, BLOCK_D).to(tl.float32)
-        d_out = load_rows(d_out_ptr + b * g_b, t * g_t + head * g_h, exists, DV, BLOCK_DV).to(tl.float32)
-        at_row = (b * T + t) * K * G + head
-        lse = tl.load(lse_ptr + at_row, mask=exists, other=float("inf"))
-        delta = tl.load(delta_ptr + at_row, mask=exists, other=0.0)
-        z = tl.sum(q * k[None, :], 1)
-        if CAPPED:
-            z = tanh(z * inner)
-        p = tl.exp2(z * outer - lse)
-        dz = p * (tl.sum(d_out * v[None, :], 1) - delta)
-        if CAPPED:
-            dz = dz * (1.0 - z * z)
-        dk += tl.sum(dz[:, None] * q, 0)
-        dv += tl.sum(p[:, None] * d_out, 0)
-    at_key = (b * S + s) * K + own
-    dk = narrow(dk * scale, dk_ptr.dtype.element_ty, UPCAST)
-    tl.store(dk_ptr + at_key * D + column, dk, mask=column < D)
-    dv = narrow(dv, dv_ptr.dtype.element_ty, UPCAST)
-    tl.store(dv_ptr + at_key * DV + value_column, dv, mask=value_column < DV)
-
-
-class Config(NamedTuple):
-    """Picks of a step, rows of a step over a key's queries, warps, stages of the software pipeline."""
-
-    picks: int
-    rows: int
-    num_warps: int
-    num_stages: int
+    rows = ((stop - begin) * G).to(tl.int32)
+    for first in range(0, rows, BR):
+        o_r = first + tl.arange(0, BR)  # [BR]
+        m_r = o_r < rows
+        b_t = tl.load(queries_ptr + o_r // G, mask=m_r, other=0).to(tl.int64)  # [BR]
+        o_h = (kv_head * G + o_r % G).to(tl.int64)
+        b_q = load_rows(q_ptr + b * q_b, b_t * q_t + o_h * q_h, m_r, D, BLOCK_D).to(tl.float32)  # [BR, BLOCK_D]
+        b_do = load_rows(d_out_ptr + b * do_b, b_t * do_t + o_h * do_h, m_r, DV, BLOCK_DV).to(tl.float32)
+        o_row = (b * T + b_t) * K * G + o_h
+        b_lse = tl.load(lse_ptr + o_row, mask=m_r, other=float("inf"))  # [BR]
+        b_delta = tl.load(delta_ptr + o_row, mask=m_r, other=0.0)  # [BR]
+        z = softcapped(tl.sum(b_q * b_k[None, :], 1), inner, CAPPED)  # [BR]
+        p = tl.exp2(z * outer - b_lse)
+        dz = score_grad(z, p, tl.sum(b_do * b_v[None, :], 1), b_delta, CAPPED)  # [BR]
+        dk += tl.sum(dz[:, None] * b_q, 0)
+        dv += tl.sum(p[:, None] * b_do, 0)
+    o_key = (b * S + s) * K + kv_head
+    tl.store(dk_ptr + o_key * D + o_d, narrow(dk * scale, dk_ptr.dtype.element_ty, UPCAST), mask=m_d)
+    tl.store(dv_ptr + o_key * DV + o_dv, narrow(dv, dv_ptr.dtype.element_ty, UPCAST), mask=m_dv)
 
 
 def pick_config(width: int, element_bytes: int) -> Config:
-    """The geometry from the larger head size alone; not tuned on a device.
+    """``tile``: rows that the kernel of one key reads at once; ``step``: tokens that the kernels of one query do.
 
-    Compiled ahead of time for sm_90 and sm_100 it spills no register, but for dQ in float32 above a head size of 128.
+    Depends on the larger head size alone; not tuned on a device.  Compiled ahead of time for sm_90 and sm_100 it spills
+    no register, but for dQ in float32 above a head size of 128.
     """
+    if interpreting():
+        return INTERPRETED_CONFIG
     if element_bytes == 4:
         return Config(32, 32, 4, 1) if width <= 64 else Config(16, 16, 8, 1)
     if width <= 64:
@@ -170,55 +174,38 @@ def pick_config(width: int, element_bytes: int) -> Config:
     return Config(32, 32, 4, 2) if width <= 128 else Config(16, 16, 4, 1)
 
 
-class _Launch(NamedTuple):
-    config: Config
-    constants: dict[str, Any]
-    scale: float
-    inner: float
-    outer: float
-
-
-def _launch_of(q: Tensor, v: Tensor, scale: float, softcap: float, shared: bool) -> _Launch:
-    width, value_width = q.shape[3], v.shape[3]
-    config = Config(16, 16, 4, 1) if interpreting() else pick_config(max(width, value_width), q.element_size())
-    blocks = {"BLOCK_D": max(16, next_power_of_2(width)), "BLOCK_DV": max(16, next_power_of_2(value_width))}
-    flags = {"SHARED": shared, "CAPPED": softcap > 0, "UPCAST": interpreting()}
-    geometry = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    inner, outer = (scale / softcap, softcap * LOG2E.value) if softcap > 0 else (0.0, scale * LOG2E.value)
-    return _Launch(config, {"D": width, "DV": value_width, **blocks, **flags, **geometry}, scale, inner, outer)
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [s for x in tensors for s in x.stride()[:3]]
+def _launch_of(q: Tensor, v: Tensor, scale: float, softcap: float, shared: bool) -> AttentionLaunch:
+    config = pick_config(max(q.shape[3], v.shape[3]), q.element_size())
+    return attention_launch(config, q, v, scale, softcap, SHARED=shared)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, places: Tensor, counts: Tensor, scale: float, softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, counts: Tensor, scale: float, softcap: float,
     outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), K = q.shape, k.shape[2]
-    how = _launch_of(q, v, scale, softcap, places.shape[2] == 1)
+    launch = _launch_of(q, v, scale, softcap, selected.shape[2] == 1)
     if B * T * H:
         with on_device(q):
             _forward_kernel[(T, B * K)](
-                q, k, v, places, counts, *outputs, *_strides(q, k, v), T, K, H // K, places.shape[3],
-                how.inner, how.outer, BG=max(16, next_power_of_2(H // K)), BN=how.config.picks, **how.constants,
+                q, k, v, selected, counts, *outputs, *strides(q, k, v), T, K, H // K, selected.shape[3],
+                launch.inner, launch.outer, BG=dot_block(H // K), BN=launch.config.step, **launch.constants,
             )  # fmt: skip
     return outputs
 
 
 def backward_queries(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, places: Tensor, counts: Tensor,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, selected: Tensor, counts: Tensor,
     scale: float, softcap: float, outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), K = q.shape, k.shape[2]
-    how = _launch_of(q, v, scale, softcap, places.shape[2] == 1)
+    launch = _launch_of(q, v, scale, softcap, selected.shape[2] == 1)
     if B * T * H:
         with on_device(q):
             _queries_kernel[(T, B * K)](
-                d_out, q, k, v, places, counts, out, lse, *outputs, *_strides(d_out, q, k, v), T, K, H // K,
-                places.shape[3], how.scale, how.inner, how.outer, BG=max(16, next_power_of_2(H // K)),
-                BN=how.config.picks, **how.constants,
+                d_out, q, k, v, selected, counts, out, lse, *outputs, *strides(d_out, q, k, v), T, K, H // K,
+                selected.shape[3], launch.scale, launch.inner, launch.outer, BG=dot_block(H // K),
+                BN=launch.config.step, **launch.constants,
             )  # fmt: skip
     return outputs
 
@@ -228,11 +215,12 @@ def backward_keys(
     scale: float, softcap: float, outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    how = _launch_of(q, v, scale, softcap, queries.shape[1] == 1)
+    launch = _launch_of(q, v, scale, softcap, queries.shape[1] == 1)
     if B * S * K:
         with on_device(q):
             _keys_kernel[(S, B * K)](
-                d_out, q, k, v, lse, delta, queries, first, *outputs, *_strides(d_out, q, k, v), T, S, K, H // K,
-                queries.shape[2] // max(1, T), how.scale, how.inner, how.outer, BR=how.config.rows, **how.constants,
+                d_out, q, k, v, lse, delta, queries, first, *outputs, *strides(d_out, q, k, v), T, S, K, H // K,
+                queries.shape[2] // max(1, T), launch.scale, launch.inner, launch.outer, BR=launch.config.tile,
+                **launch.constants,
             )  # fmt: skip
     return outputs

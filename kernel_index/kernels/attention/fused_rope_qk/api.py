@@ -1,7 +1,7 @@
 """Rotary position embedding of queries and keys in one pass, and the tables that it reads."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -10,6 +10,8 @@ from kernel_index.kernels.attention.fused_rope_qk import contract, tables
 from kernel_index.kernels.attention.fused_rope_qk.native import rope_qk_native
 from kernel_index.kernels.attention.fused_rope_qk.reference import rope_qk_reference
 from kernel_index.kernels.attention.fused_rope_qk.torch_op import rope_qk_inductor, rope_qk_triton
+
+RopeBackend = Literal["auto", "triton", "native", "inductor", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, rope_qk_triton, contract.triton_not_worth),
@@ -46,7 +48,7 @@ class RopeTables(NamedTuple):
 
 
 def fused_rope_qk(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str = "auto"
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: RopeBackend = "auto"
 ) -> RotatedQK:
     """Rotate queries and keys by their positions, both in one launch.
 
@@ -79,9 +81,8 @@ def fused_rope_qk(
     tensor([[1.0000, 0.0000],
             [0.5403, 0.8415]])
     """
-    contract.check(q, k, cos, sin, interleaved)
-    call = (q, k, cos, sin, interleaved)
-    return RotatedQK(*choose("fused_rope_qk", BACKENDS, backend, *call).run(*call))
+    call = contract.check(q, k, cos, sin, interleaved)
+    return RotatedQK(*choose("fused_rope_qk", BACKENDS, backend, call).run(call))
 
 
 def rope_tables(

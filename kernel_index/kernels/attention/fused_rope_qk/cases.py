@@ -71,14 +71,14 @@ def rotate_half_formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interlea
     else:
         cos, sin = (torch.cat((t, t), -1) for t in (cos, sin))
 
-    def turned(x: Tensor) -> Tensor:
+    def quarter_turned(x: Tensor) -> Tensor:
         if interleaved:
             even, odd = x[..., 0::2], x[..., 1::2]
             return torch.stack((-odd, even), -1).reshape(x.shape)
         return torch.cat((-x[..., n // 2 :], x[..., : n // 2]), -1)
 
     def apply(x: Tensor) -> Tensor:
-        head = x[..., :n] * cos + turned(x[..., :n]) * sin
+        head = x[..., :n] * cos + quarter_turned(x[..., :n]) * sin
         return torch.cat((head.to(x.dtype), x[..., n:]), -1)
 
     return apply(q), apply(k)

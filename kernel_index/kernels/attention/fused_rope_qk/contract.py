@@ -1,20 +1,25 @@
-"""Who may call ``fused_rope_qk`` and ``rope_tables``, and who may answer."""
+"""Argument checks and backend eligibility of ``fused_rope_qk``; argument checks of ``rope_tables``."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, native, rules
 from kernel_index.kernels.attention.fused_rope_qk import tables
 
-triton_not_worth = rules.triton_not_worth
-native_not_worth = native.rows_not_worth
-inductor_not_worth = inductor.not_worth
+
+class Call(NamedTuple):
+    """A checked call."""
+
+    q: Tensor
+    k: Tensor
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
 
 
-def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+def check(q: Any, k: Any, cos: Any, sin: Any, interleaved: Any) -> Call:
     for name, value in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         checks.is_floating(name, value)
     checks.is_bool("interleaved", interleaved)
@@ -28,6 +33,7 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
     _check_tables_fit(cos, sin, b, t, d)
     checks.on_device("cos", cos, q, "q")
     checks.on_device("sin", sin, q, "q")
+    return Call(q, k, cos, sin, interleaved)
 
 
 def _check_tables_fit(cos: Tensor, sin: Tensor, b: int, t: int, d: int) -> None:
@@ -60,19 +66,31 @@ def check_tables(positions: Tensor, dim: int, base: float, scaling: Mapping[str,
         tables.check_scaling(scaling, base)
 
 
-def inductor_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
-    return inductor.why_not(q, k, cos, sin) or _tables_rule(cos, sin)
+def inductor_why_not(call: Call) -> str | None:
+    return inductor.why_not(*call) or _tables_rule(call)
 
 
-def native_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
-    return native.rows_why_not((q, k), cos, sin)
+def inductor_not_worth(call: Call) -> str | None:
+    return inductor.not_worth(call.q)
 
 
-def triton_why_not(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
-    return rules.triton_why_not(q, k, cos, sin) or _tables_rule(cos, sin)
+def native_why_not(call: Call) -> str | None:
+    return native.rows_why_not((call.q, call.k), call.cos, call.sin)
 
 
-def _tables_rule(cos: Tensor, sin: Tensor) -> str | None:
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+def native_not_worth(call: Call) -> str | None:
+    return native.rows_not_worth(call.q)
+
+
+def triton_why_not(call: Call) -> str | None:
+    return rules.triton_why_not(*call) or _tables_rule(call)
+
+
+def triton_not_worth(call: Call) -> str | None:
+    return rules.triton_not_worth(call.q)
+
+
+def _tables_rule(call: Call) -> str | None:
+    if rules.wants_gradient(call.cos, call.sin):
         return "cos or sin needs a gradient: only the reference computes it"
     return None

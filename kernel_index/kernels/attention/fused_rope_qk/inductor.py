@@ -15,9 +15,9 @@ def _rotate(x: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool) -> Te
     first, second = (slice(0, n, 2), slice(1, n, 2)) if interleaved else (slice(n // 2), slice(n // 2, n))
     x1, x2 = x[..., first].to(dtype), x[..., second].to(dtype)
     y1, y2 = (x1 * c - x2 * s).to(x.dtype), (x2 * c + x1 * s).to(x.dtype)
-    # One cat over all the pieces: each is stored where it belongs, with no pass over a joined tensor afterwards.
-    pieces = (torch.stack((y1, y2), -1).flatten(-2),) if interleaved else (y1, y2)
-    return torch.cat((*pieces, x[..., n:]), -1)
+    # One cat over all channels: each is stored at its index, with no pass over a joined tensor afterwards.
+    rotated = (torch.stack((y1, y2), -1).flatten(-2),) if interleaved else (y1, y2)
+    return torch.cat((*rotated, x[..., n:]), -1)
 
 
 def _rotate_both(

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native
+from kernel_index.kernels.attention.fused_rope_qk.contract import Call
 
 
-def rope_qk_native(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    q, k = q.contiguous(), k.contiguous()
-    cos, sin = native.floats(cos), native.floats(sin)
-    turned = torch.empty_like(q), torch.empty_like(k)
+def rope_qk_native(call: Call) -> tuple[Tensor, Tensor]:
+    q, k = call.q.contiguous(), call.k.contiguous()
+    cos, sin = native.floats(call.cos), native.floats(call.sin)
+    rotated = torch.empty_like(q), torch.empty_like(k)
     (batch, tokens, heads, width), kv_heads, half = q.shape, k.shape[2], cos.shape[-1]
     low = q.dtype == torch.bfloat16
-    sizes = (batch, tokens, heads, kv_heads, width, half, interleaved, cos.shape[0], low, native.rows_threads(q))
-    native.call(native.ROWS, "rotate", sizes, (), q, k, cos, sin, *turned)
-    return turned
+    sizes = (batch, tokens, heads, kv_heads, width, half, call.interleaved, cos.shape[0], low, native.rows_threads(q))
+    native.call(native.ROWS, "rotate", sizes, (), q, k, cos, sin, *rotated)
+    return rotated

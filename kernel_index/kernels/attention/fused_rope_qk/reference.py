@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
+from kernel_index.kernels.attention.fused_rope_qk.contract import Call
 
-def rope_qk_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+def rope_qk_reference(call: Call) -> tuple[Tensor, Tensor]:
+    q, k = (_rotate(x, call.cos, call.sin, call.interleaved) for x in (call.q, call.k))
+    return q, k
 
 
 def _rotate(x_BTHD: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor, interleaved: bool) -> Tensor:

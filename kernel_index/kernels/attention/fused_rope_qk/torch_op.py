@@ -1,9 +1,9 @@
-"""The op's autograd Function, shared by every compiled backend, and the registered op behind ``triton``.
+"""The op's autograd Function, shared by every compiled backend, and the registered op of ``triton``.
 
-Backward is the inverse rotation, and keeps cos and sin only.
+Backward is the inverse rotation; only cos and sin are saved for it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from kernel_index.core import ops
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.fused_rope_qk import inductor
+from kernel_index.kernels.attention.fused_rope_qk.contract import Call
 
 
 def _allocate(q, k, cos, sin, interleaved, inverse):
@@ -44,6 +45,14 @@ def _triton(q, k, cos, sin, interleaved, inverse):
 _PASSES = {"triton": _triton, "inductor": inductor.rotate}
 
 
+class _Rotation(NamedTuple):
+    """What a call has beside its tensors; ``inverse`` rotates backwards."""
+
+    interleaved: bool
+    inverse: bool
+    backend: str
+
+
 class _RopeQK(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -52,30 +61,28 @@ class _RopeQK(torch.autograd.Function):
         k: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        interleaved: bool,
-        inverse: bool,
-        backend: str,
+        how: _Rotation,
     ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin)
-        ctx.how = interleaved, inverse, backend
-        return _PASSES[backend](q, k, cos, sin, interleaved, inverse)
+        ctx.how = how
+        return _PASSES[how.backend](q, k, cos, sin, how.interleaved, how.inverse)
 
     @staticmethod
     def backward(ctx: Any, gq: Tensor | None, gk: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        interleaved, inverse, backend = ctx.how
         gq = gq if ctx.needs_input_grad[0] else None
         gk = gk if ctx.needs_input_grad[1] else None
         if gq is None and gk is None:
-            return (None,) * 7
-        dq, dk = _RopeQK.apply(gq, gk, cos, sin, interleaved, not inverse, backend)  # apply(): double backward
-        return dq, dk, *(None,) * 5
+            return (None,) * 5
+        back = _Rotation(ctx.how.interleaved, not ctx.how.inverse, ctx.how.backend)
+        dq, dk = _RopeQK.apply(gq, gk, cos, sin, back)  # apply(): double backward
+        return dq, dk, None, None, None
 
 
-def rope_qk_inductor(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    return _RopeQK.apply(q, k, cos, sin, interleaved, False, "inductor")
+def rope_qk_inductor(call: Call) -> tuple[Tensor, Tensor]:
+    return _RopeQK.apply(call.q, call.k, call.cos, call.sin, _Rotation(call.interleaved, False, "inductor"))
 
 
-def rope_qk_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    return _RopeQK.apply(q, k, cos, sin, interleaved, False, "triton")
+def rope_qk_triton(call: Call) -> tuple[Tensor, Tensor]:
+    return _RopeQK.apply(call.q, call.k, call.cos, call.sin, _Rotation(call.interleaved, False, "triton"))

@@ -10,30 +10,30 @@ from torch import Tensor
 from kernel_index.core.triton.launch import next_power_of_2, on_device
 
 TILE = 512
-"""Channel pairs that a program has in hand: heads beyond it are looped over."""
+"""Channel pairs that a program rotates at once: it loops over the heads beyond that."""
 
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, y_ptr, token, heads, cos, sin, pair, in_pair, head_size, half, rest,
+    x_ptr, y_ptr, token, heads, cos, sin, o_pair, m_pair, head_size, half, rest,
     STEP: tl.constexpr, NEXT: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token: rotate 2·half channels of each, copy the rest.  A pair is (STEP·i, STEP·i + NEXT)."""
     base = token * heads * head_size
     distance = half if NEXT == 0 else NEXT
     for first in range(0, heads, HEADS):
-        head = first + tl.arange(0, HEADS)[:, None]
-        at = base + head * head_size + STEP * pair
-        mask = (head < heads) & in_pair
-        x1 = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + at + distance, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at, (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_ptr + at + distance, (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask)
+        o_h = first + tl.arange(0, HEADS)[:, None]  # [HEADS, 1]
+        o_x = base + o_h * head_size + STEP * o_pair  # [HEADS, PAIRS]
+        m_x = (o_h < heads) & m_pair
+        x1 = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)  # [HEADS, PAIRS]
+        x2 = tl.load(x_ptr + o_x + distance, mask=m_x, other=0.0).to(tl.float32)  # [HEADS, PAIRS]
+        tl.store(y_ptr + o_x, (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=m_x)
+        tl.store(y_ptr + o_x + distance, (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=m_x)
         if REST:
-            channel = tl.arange(0, REST)[None, :]
-            at = base + head * head_size + 2 * half + channel
-            mask = (head < heads) & (channel < rest)
-            tl.store(y_ptr + at, tl.load(x_ptr + at, mask=mask, other=0.0), mask=mask)
+            o_d = tl.arange(0, REST)[None, :]  # [1, REST]
+            o_x = base + o_h * head_size + 2 * half + o_d  # [HEADS, REST]
+            m_x = (o_h < heads) & (o_d < rest)
+            tl.store(y_ptr + o_x, tl.load(x_ptr + o_x, mask=m_x, other=0.0), mask=m_x)
 
 
 @triton.jit
@@ -44,19 +44,19 @@ def _rope_kernel(
 ):  # fmt: skip
     """``tokens`` counts those of one batch row: tables that the batch shares are read at token mod tokens."""
     token = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, PAIRS)[None, :]
-    in_pair = pair < half
-    angle = (token if BATCHED else token % tokens) * half + pair
-    cos = tl.load(cos_ptr + angle, mask=in_pair, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle, mask=in_pair, other=0.0).to(tl.float32) * sign
+    o_pair = tl.arange(0, PAIRS)[None, :]  # [1, PAIRS]
+    m_pair = o_pair < half
+    o_angle = (token if BATCHED else token % tokens) * half + o_pair
+    cos = tl.load(cos_ptr + o_angle, mask=m_pair, other=0.0).to(tl.float32)  # [1, PAIRS]
+    sin = tl.load(sin_ptr + o_angle, mask=m_pair, other=0.0).to(tl.float32) * sign  # [1, PAIRS]
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
     NEXT: tl.constexpr = 1 if INTERLEAVED else 0
     rest = head_size - 2 * half
     if HAS_Q:
-        _rotate_heads(q_ptr, q_out_ptr, token, q_heads, cos, sin, pair, in_pair, head_size, half, rest,
+        _rotate_heads(q_ptr, q_out_ptr, token, q_heads, cos, sin, o_pair, m_pair, head_size, half, rest,
                       STEP, NEXT, Q_HEADS, REST)  # fmt: skip
     if HAS_K:
-        _rotate_heads(k_ptr, k_out_ptr, token, k_heads, cos, sin, pair, in_pair, head_size, half, rest,
+        _rotate_heads(k_ptr, k_out_ptr, token, k_heads, cos, sin, o_pair, m_pair, head_size, half, rest,
                       STEP, NEXT, K_HEADS, REST)  # fmt: skip
 
 

@@ -1,15 +1,18 @@
 """Bias, dropout and the residual addition that end a block."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.boundary.fused_bias_dropout_add import contract
-from kernel_index.kernels.boundary.fused_bias_dropout_add.philox import seed_tensor
 from kernel_index.kernels.boundary.fused_bias_dropout_add.reference import bias_dropout_add_reference
 from kernel_index.kernels.boundary.fused_bias_dropout_add.torch_op import (
     bias_dropout_add_inductor,
     bias_dropout_add_triton,
 )
+
+BiasDropoutAddBackend = Literal["auto", "triton", "inductor", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, bias_dropout_add_triton, contract.triton_not_worth),
@@ -26,7 +29,7 @@ def fused_bias_dropout_add(
     p: float = 0.0,
     training: bool = True,
     seed: int | Tensor | None = None,
-    backend: str = "auto",
+    backend: BiasDropoutAddBackend = "auto",
 ) -> Tensor:
     """Bias, dropout and residual addition in one pass over memory, with a mask that is rebuilt and never stored.
 
@@ -63,7 +66,5 @@ def fused_bias_dropout_add(
     >>> ki.fused_bias_dropout_add(torch.ones(6), torch.zeros(6), p=0.5, seed=0)
     tensor([0., 2., 0., 2., 2., 0.])
     """
-    contract.check(x, residual, bias, p, training, seed)
-    p = p if training else 0.0
-    choice = choose("fused_bias_dropout_add", BACKENDS, backend, x, residual, bias, p)
-    return choice.run(x, residual, bias, p, seed_tensor(seed, x.device) if p > 0.0 else None)
+    call = contract.check(x, residual, bias, p, training, seed)
+    return choose("fused_bias_dropout_add", BACKENDS, backend, call).run(call)

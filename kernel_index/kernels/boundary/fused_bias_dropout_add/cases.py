@@ -68,7 +68,7 @@ CASES = (
     Case("no bias", "a bias-free projection", lambda m: call(m, 2, 24, 64)),
     Case("flat", "64 divides the count but not the width", lambda m: call(m, 64, 17)),
     Case("ragged", "no dimension is a multiple of the mask's block", lambda m: with_bias(m, 3, 5, 17)),
-    Case("ragged, no bias", "the last block of the mask is cut", lambda m: call(m, 5, 33)),
+    Case("ragged, no bias", "the last block of the mask is partial", lambda m: call(m, 5, 33)),
     Case("scalar", "rank 0", lambda m: call(m)),
     Case("empty", "a rank without tokens", lambda m: with_bias(m, 0, 64)),
     Case("empty, ragged", "the same with an odd width", lambda m: with_bias(m, 0, 17)),

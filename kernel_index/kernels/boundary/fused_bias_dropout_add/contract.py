@@ -1,19 +1,24 @@
-"""Who may call ``fused_bias_dropout_add``, and who may answer."""
+"""Argument checks and backend eligibility of ``fused_bias_dropout_add``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, rules
 
-triton_why_not = rules.triton_why_not
-triton_not_worth = rules.triton_not_worth
-inductor_why_not = inductor.why_not_or_traced
-inductor_not_worth = inductor.not_worth_or_traced
+
+class Call(NamedTuple):
+    """A checked call.  ``p`` is 0 outside of training; a ``seed`` of None is drawn by the backend that runs."""
+
+    x: Tensor
+    residual: Tensor
+    bias: Tensor | None
+    p: float
+    seed: int | Tensor | None
 
 
-def check(x: Any, residual: Any, bias: Any, p: Any, training: Any, seed: Any) -> None:
+def check(x: Any, residual: Any, bias: Any, p: Any, training: Any, seed: Any) -> Call:
     checks.is_floating("x", x)
     checks.is_floating("residual", residual)
     checks.on_device("residual", residual, x, "x")
@@ -29,6 +34,7 @@ def check(x: Any, residual: Any, bias: Any, p: Any, training: Any, seed: Any) ->
         raise ValueError(f"p must be between 0 and 1, got {p}")
     checks.is_bool("training", training)
     _check_seed(seed, x)
+    return Call(x, residual, bias, p if training else 0.0, seed)
 
 
 def _check_seed(seed: Any, x: Tensor) -> None:
@@ -43,7 +49,17 @@ def _check_seed(seed: Any, x: Tensor) -> None:
     checks.is_int("seed", seed)
 
 
-def compute_dtype(*values: Tensor | None) -> torch.dtype:
-    """The dtype of all arithmetic: float32, or float64 where an argument is."""
-    wide = any(v is not None and v.dtype == torch.float64 for v in values)
-    return torch.float64 if wide else torch.float32
+def triton_why_not(call: Call) -> str | None:
+    return rules.triton_why_not(call.x, call.residual, call.bias)
+
+
+def triton_not_worth(call: Call) -> str | None:
+    return rules.triton_not_worth(call.x)
+
+
+def inductor_why_not(call: Call) -> str | None:
+    return inductor.why_not_or_traced(call.x, call.residual, call.bias)
+
+
+def inductor_not_worth(call: Call) -> str | None:
+    return inductor.not_worth_or_traced(call.x)

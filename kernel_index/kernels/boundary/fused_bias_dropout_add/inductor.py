@@ -58,7 +58,7 @@ _backward_region = Region(gradients, g=_ROWS, mask=_ROWS)
 
 
 def _layout(shape: torch.Size, has_bias: bool) -> tuple[int, ...]:
-    """[rows, C], with C cut into blocks of the mask where they fit; without a bias the rows are free to choose."""
+    """[rows, C], with C divided into blocks of the mask where they fit; without a bias any number of rows will do."""
     count, width = math.prod(shape), shape[-1] if shape else 1
     if not has_bias and count % philox.BLOCK == 0:
         return count // philox.BLOCK, 1, *_WHOLE_BLOCKS

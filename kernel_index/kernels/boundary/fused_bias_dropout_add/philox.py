@@ -1,8 +1,8 @@
 """The dropout mask: Philox-4x32-10 of (seed, element index), in integer arithmetic that every backend can repeat.
 
-Number the elements in row-major order and cut them into blocks of 64.  One Philox call serves four elements that lie
-16 apart: element ``e`` takes word ``(e // 16) % 4`` of the call ``16·(e // 64) + e % 16``.  The 128-bit counter is
-``(call mod 2³², call >> 32, 0, 0)`` and the key is ``(seed mod 2³², (seed >> 32) mod 2³²)``.  The element is kept if
+Number the elements in row-major order and group them into blocks of 64.  One Philox call serves four elements at a
+distance of 16: element ``e`` takes word ``(e // 16) % 4`` of the call ``16·(e // 64) + e % 16``.  The 128-bit counter
+is ``(call mod 2³², call >> 32, 0, 0)``, the key is ``(seed mod 2³², (seed >> 32) mod 2³²)``.  The element is kept if
 its word, an unsigned 32-bit integer, is at least ``round(p·2³²)``.  See docs/decisions/0003-dropout-mask.md.
 """
 
@@ -61,7 +61,7 @@ def keep_bits(blocks: int, seed: Tensor, threshold: Tensor) -> Tensor:
 def threshold_and_scale(p: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """How many of the 2³² words drop an element, int64, and what a kept element is multiplied by, float64.
 
-    Tensors, so that another p is not compiled anew.  The threshold of p = 1 is 2³², which no word reaches; the factor
+    Tensors, so that another p is not compiled anew.  The threshold of p = 1 is 2³², above every word; the factor
     is held finite there, because 0 times infinity would be a NaN in the gradient.
     """
     drop = torch.ones((), dtype=torch.float64, device=device) * p
@@ -72,15 +72,20 @@ def _number(seed: int, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-# Inductor folds a seed that it can see into the rounds, and inlines rounds that read nothing into one another: the
-# code doubles with each of the ten, and takes minutes to write.  An op that it cannot look into keeps them apart.
+# Inductor folds a constant seed into the rounds, and inlines rounds that read no tensor into one another: the code
+# doubles with each of the ten, and takes minutes to write.  The result of an op is a tensor to it, which prevents that.
 torch.library.define("kernel_index::dropout_seed", "(SymInt seed, Device device) -> Tensor")
 torch.library.impl("kernel_index::dropout_seed", "CompositeExplicitAutograd", _number)
 torch.library.register_fake("kernel_index::dropout_seed", _number)
 
 
-def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed as an int64 scalar tensor; None draws one from the device's default generator."""
+def seed_tensor(seed: int | Tensor | None, p: float, device: torch.device) -> Tensor | None:
+    """The seed as an int64 scalar tensor, drawn from the device's default generator if it is None.
+
+    None where ``p`` is 0: no random number is used there, and none is drawn.
+    """
+    if p <= 0.0:
+        return None
     if seed is None:
         drawn = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
         # Inductor would draw the same number again at each use, that is for each element; a scan's result is stored.

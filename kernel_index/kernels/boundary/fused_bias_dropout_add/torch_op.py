@@ -1,18 +1,19 @@
-"""The op's autograd Function, shared by every compiled backend, and the registered ops behind ``triton``.
+"""The op's autograd Function, shared by every compiled backend, and the registered ops of ``triton``.
 
-Only the seed is kept, with the threshold and the factor that p stands for.
+It saves only the seed, and what follows from p: the threshold and the factor.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.dtypes import compute_dtype
 from kernel_index.core.triton import launch
 from kernel_index.kernels.boundary.fused_bias_dropout_add import inductor, philox
-from kernel_index.kernels.boundary.fused_bias_dropout_add.contract import compute_dtype
+from kernel_index.kernels.boundary.fused_bias_dropout_add.contract import Call
 
 
 def _allocate(x, residual, bias, seed, threshold, scale):
@@ -72,14 +73,9 @@ def _triton_backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_d
     return None if x_dtype is None else dx, None if bias_dtype is None else dbias
 
 
-class _Passes(NamedTuple):
-    forward: Any
-    backward: Any
-
-
 _PASSES = {
-    "triton": _Passes(_triton_forward, _triton_backward),
-    "inductor": _Passes(inductor.forward, inductor.backward),
+    "triton": ops.Passes(_triton_forward, _triton_backward),
+    "inductor": ops.Passes(inductor.forward, inductor.backward),
 }
 
 
@@ -113,27 +109,28 @@ class _BiasDropoutAdd(torch.autograd.Function):
         # torch.compile would see the mask of backward as the mask of forward and keep that, a byte for each element;
         # through the detour it sees two masks and keeps the seed.
         seed = None if inverted is None else ~inverted
-        needs_x, needs_residual, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, needs_residual, needs_bias = ctx.needs_input_grad[:3]
         x_dtype, bias_dtype = ctx.like[0] if needs_x else None, ctx.like[1] if needs_bias else None
         dx = dbias = None
         if seed is None and x_dtype is not None:
             dx, x_dtype = g.to(x_dtype), None  # the gradient passes through the additions
         if x_dtype is not None or bias_dtype is not None:
-            has_bias = ctx.like[1] is not None
-            call = (g, seed, threshold, scale, ctx.dtype, has_bias, x_dtype, bias_dtype)
-            own_dx, dbias = _PASSES[ctx.backend].backward(*call)
-            dx = dx if own_dx is None else own_dx
+            dropped_dx, dbias = _PASSES[ctx.backend].backward(
+                g, seed, threshold, scale, ctx.dtype, ctx.like[1] is not None, x_dtype, bias_dtype
+            )
+            dx = dx if dropped_dx is None else dropped_dx
         return dx, g if needs_residual else None, dbias, *(None,) * 4
 
 
-def bias_dropout_add_inductor(
-    x: Tensor, residual: Tensor, bias: Tensor | None, p: float, seed: Tensor | None
-) -> Tensor:
-    limits = (None, None) if seed is None else philox.threshold_and_scale(p, x.device)
-    return _BiasDropoutAdd.apply(x, residual, bias, seed, *limits, "inductor")
+def bias_dropout_add_inductor(call: Call) -> Tensor:
+    seed = philox.seed_tensor(call.seed, call.p, call.x.device)
+    threshold, scale = (None, None) if seed is None else philox.threshold_and_scale(call.p, call.x.device)
+    return _BiasDropoutAdd.apply(call.x, call.residual, call.bias, seed, threshold, scale, "inductor")
 
 
-def bias_dropout_add_triton(x: Tensor, residual: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
-    """The limits are arguments of the launch: tensors would cost a launch for each step of their making."""
-    limits = (None, None) if seed is None else (round(p * 2**32), 1.0 / max(1.0 - p, 2.0**-53))
-    return _BiasDropoutAdd.apply(x, residual, bias, seed, *limits, "triton")
+def bias_dropout_add_triton(call: Call) -> Tensor:
+    """Threshold and factor are numbers here: to compute them as tensors would cost several launches."""
+    seed = philox.seed_tensor(call.seed, call.p, call.x.device)
+    threshold = None if seed is None else round(call.p * 2**32)
+    scale = None if seed is None else 1.0 / max(1.0 - call.p, 2.0**-53)
+    return _BiasDropoutAdd.apply(call.x, call.residual, call.bias, seed, threshold, scale, "triton")

@@ -46,7 +46,7 @@ def _philox(c0, c1, seed):
         c1, c3 = (b & 0xFFFFFFFF).to(tl.uint32), (a & 0xFFFFFFFF).to(tl.uint32)
         k0 = ((k0.to(tl.uint64) + 0x9E3779B9) & 0xFFFFFFFF).to(tl.uint32)
         k1 = ((k1.to(tl.uint64) + 0xBB67AE85) & 0xFFFFFFFF).to(tl.uint32)
-    return c0, c1, c2, c3
+    return c0, c1, c2, c3  # each of c0's shape
 
 
 @triton.jit
@@ -62,10 +62,10 @@ def _keep_groups(group, seed, threshold, GROUPS: tl.constexpr):
     A thread holds all of the first dimension: the eight neighbours of one group, which have the upper half of the
     counter in common and go to one vector of elements.
     """
-    lane = tl.arange(0, 8)[:, None, None] + 8 * tl.arange(0, 2)[None, None, :]
-    group = group[None, :, None]
+    lane = tl.arange(0, 8)[:, None, None] + 8 * tl.arange(0, 2)[None, None, :]  # [8, 1, 2]
+    group = group[None, :, None]  # [1, GROUPS, 1]
     low = ((group << 4) & 0xFFFFFFFF).to(tl.uint32) | lane.to(tl.uint32)
-    w0, w1, w2, w3 = _philox(low, ((group >> 28) & 0xFFFFFFFF).to(tl.uint32), seed)
+    w0, w1, w2, w3 = _philox(low, ((group >> 28) & 0xFFFFFFFF).to(tl.uint32), seed)  # [8, GROUPS, 2]
     k0, k1 = _kept(w0, threshold).to(tl.int8), _kept(w1, threshold).to(tl.int8)
     k2, k3 = _kept(w2, threshold).to(tl.int8), _kept(w3, threshold).to(tl.int8)
     words = tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), (8, GROUPS, 2, 4))  # the last index is the word's
@@ -88,26 +88,26 @@ def _flat_kernel(
 ):  # fmt: skip
     """out = residual + dropout(x + bias), each of residual, bias and dropout optional, over flat memory."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = tl.arange(0, BLOCK)
-    mask = start + at < size
-    y = tl.load(x_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+    o_x = tl.arange(0, BLOCK)  # [BLOCK]
+    m_x = start + o_x < size
+    y = tl.load(x_ptr + start + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
     if BIAS:
-        column = (start % width).to(tl.int32) + at
+        o_d = (start % width).to(tl.int32) + o_x  # [BLOCK]
         if not WHOLE_BLOCKS:
-            column = column % width
-        y += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+            o_d = o_d % width
+        y += tl.load(bias_ptr + o_d, mask=m_x, other=0.0).to(tl.float32)
     r = tl.zeros((BLOCK,), tl.float32)
     if RESIDUAL:
-        r = tl.load(residual_ptr + start + at, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(residual_ptr + start + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
     if DROP:
-        group = start // 64 + tl.arange(0, BLOCK // 64)
-        keep = _keep_groups(group, tl.load(seed_ptr), tl.full((), threshold, tl.int64), BLOCK // 64)
+        o_group = start // 64 + tl.arange(0, BLOCK // 64)  # [BLOCK / 64]
+        m_keep = _keep_groups(o_group, tl.load(seed_ptr), tl.full((), threshold, tl.int64), BLOCK // 64)  # [BLOCK]
         dropped = r if RESIDUAL else 0.0  # not r + 0: a dropped −0 stays −0
         y = y * factor
-        y = tl.where(keep, r + y if RESIDUAL else y, dropped)
+        y = tl.where(m_keep, r + y if RESIDUAL else y, dropped)
     elif RESIDUAL:
         y = r + y
-    tl.store(out_ptr + start + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + start + o_x, y.to(out_ptr.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -123,31 +123,31 @@ def _column_kernel(
     first = run * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     first_column = tl.program_id(1) * COLUMNS
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    o_d = first_column + tl.arange(0, COLUMNS)[None, :]  # [1, COLUMNS]
     if DROP:
         seed = tl.load(seed_ptr)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
-        row = tl.arange(0, ROWS).to(tl.int64)[:, None] + start
-        mask = (row < last) & (column < width)
-        at = row * width + column
+        o_n = tl.arange(0, ROWS).to(tl.int64)[:, None] + start  # [ROWS, 1]
+        m_x = (o_n < last) & (o_d < width)
+        o_x = o_n * width + o_d  # [ROWS, COLUMNS]
         if DROP:
             if WHOLE_GROUPS:
                 PER_ROW: tl.constexpr = COLUMNS // 64
                 n = tl.arange(0, ROWS * PER_ROW)
-                group = (start + (n // PER_ROW).to(tl.int64)) * (width // 64) + first_column // 64 + n % PER_ROW
-                flags = _keep_groups(group, seed, tl.full((), threshold, tl.int64), ROWS * PER_ROW)
-                keep = tl.reshape(flags, (ROWS, COLUMNS))
+                o_group = (start + (n // PER_ROW).to(tl.int64)) * (width // 64) + first_column // 64 + n % PER_ROW
+                m_keep = _keep_groups(o_group, seed, tl.full((), threshold, tl.int64), ROWS * PER_ROW)
+                m_keep = tl.reshape(m_keep, (ROWS, COLUMNS))
             else:
-                keep = _keep_elements(at, seed, tl.full((), threshold, tl.int64))
-        dx = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                m_keep = _keep_elements(o_x, seed, tl.full((), threshold, tl.int64))  # [ROWS, COLUMNS]
+        dx = tl.load(g_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, COLUMNS]
         if DROP:
-            dx = tl.where(keep, dx * factor, 0.0)
+            dx = tl.where(m_keep, dx * factor, 0.0)
         if DX:
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        total += dx  # 0 where nothing was loaded: the factor is finite
-    place = first_column + tl.arange(0, COLUMNS)
-    tl.store(parts_ptr + run * width + place, tl.sum(total, 0), mask=place < width)
+            tl.store(dx_ptr + o_x, dx.to(dx_ptr.dtype.element_ty), mask=m_x)
+        acc += dx  # 0 where nothing was loaded: the factor is finite
+    o_part = first_column + tl.arange(0, COLUMNS)  # [COLUMNS]
+    tl.store(parts_ptr + run * width + o_part, tl.sum(acc, 0), mask=o_part < width)
 
 
 def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, out: Tensor) -> Tensor:

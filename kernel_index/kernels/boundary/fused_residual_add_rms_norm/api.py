@@ -1,6 +1,6 @@
 """Add a block's output to the residual stream and normalise the stream for the next block."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ from kernel_index.kernels.boundary.fused_residual_add_rms_norm.torch_op import (
     residual_add_rms_norm_inductor,
     residual_add_rms_norm_triton,
 )
+
+ResidualAddRMSNormBackend = Literal["auto", "triton", "native", "inductor", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, residual_add_rms_norm_triton, contract.triton_not_worth),
@@ -43,7 +45,7 @@ def fused_residual_add_rms_norm(
     eps: float = 1e-8,
     fp32_residual: bool = False,
     weight_offset: float = 0.0,
-    backend: str = "auto",
+    backend: ResidualAddRMSNormBackend = "auto",
 ) -> ResidualAndNormed:
     """Residual addition and RMS normalisation in one pass over memory.
 
@@ -82,6 +84,5 @@ def fused_residual_add_rms_norm(
     >>> ki.fused_residual_add_rms_norm(stream, out, torch.ones(2))
     ResidualAndNormed(new_residual=tensor([[3., 4.]]), normed=tensor([[0.8485, 1.1314]]))
     """
-    contract.check(residual, delta, weight, scale, eps, fp32_residual, weight_offset)
-    call = (residual, delta, weight, scale, eps, fp32_residual, weight_offset)
-    return ResidualAndNormed(*choose("fused_residual_add_rms_norm", BACKENDS, backend, *call).run(*call))
+    call = contract.check(residual, delta, weight, scale, eps, fp32_residual, weight_offset)
+    return ResidualAndNormed(*choose("fused_residual_add_rms_norm", BACKENDS, backend, call).run(call))

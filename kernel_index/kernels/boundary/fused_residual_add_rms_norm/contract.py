@@ -1,20 +1,26 @@
-"""Who may call ``fused_residual_add_rms_norm``, and who may answer."""
+"""Argument checks and backend eligibility of ``fused_residual_add_rms_norm``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, native, rules
 
-triton_why_not = rules.triton_why_not
-triton_not_worth = rules.triton_not_worth
-inductor_why_not = inductor.why_not_or_traced
-inductor_not_worth = inductor.not_worth_or_traced
-native_not_worth = native.rows_not_worth
+
+class Call(NamedTuple):
+    """A checked call; ``stored`` is the dtype in which the residual stream is stored."""
+
+    residual: Tensor
+    delta: Tensor
+    weight: Tensor
+    scale: float | Tensor
+    eps: float
+    weight_offset: float
+    stored: torch.dtype
 
 
-def check(residual: Any, delta: Any, weight: Any, scale: Any, eps: Any, fp32_residual: Any, weight_offset: Any) -> None:
+def check(residual: Any, delta: Any, weight: Any, scale: Any, eps: Any, fp32_residual: Any, weight_offset: Any) -> Call:
     checks.is_floating("residual", residual)
     if residual.ndim == 0:
         raise ValueError("residual must be [..., C], got a tensor of rank 0")
@@ -29,12 +35,8 @@ def check(residual: Any, delta: Any, weight: Any, scale: Any, eps: Any, fp32_res
         raise ValueError(f"eps must be at least 0, got {eps}")
     checks.is_bool("fp32_residual", fp32_residual)
     checks.is_real("weight_offset", weight_offset)
-
-
-def native_why_not(residual: Tensor, delta: Tensor, weight: Tensor, scale: Any, *_: Any) -> str | None:
-    if isinstance(scale, Tensor):
-        return "takes a number as scale, not a tensor"
-    return native.rows_why_not((residual, delta), weight)
+    stored = torch.promote_types(residual.dtype, torch.float32) if fp32_residual else residual.dtype
+    return Call(residual, delta, weight, scale, eps, weight_offset, stored)
 
 
 def _check_scale(scale: Any, residual: Tensor) -> None:
@@ -49,12 +51,27 @@ def _check_scale(scale: Any, residual: Tensor) -> None:
         raise ValueError(f"scale must be {legend}, got shape {tuple(scale.shape)}")
 
 
-def compute_dtype(*values: Any) -> torch.dtype:
-    """The dtype of all arithmetic: float32, or float64 where an argument is."""
-    wide = any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in values)
-    return torch.float64 if wide else torch.float32
+def triton_why_not(call: Call) -> str | None:
+    return rules.triton_why_not(call.residual, call.delta, call.weight, call.scale)
 
 
-def stream_dtype(residual: Tensor, fp32_residual: bool) -> torch.dtype:
-    """The dtype in which the residual stream is stored."""
-    return torch.promote_types(residual.dtype, torch.float32) if fp32_residual else residual.dtype
+def triton_not_worth(call: Call) -> str | None:
+    return rules.triton_not_worth(call.residual)
+
+
+def native_why_not(call: Call) -> str | None:
+    if isinstance(call.scale, Tensor):
+        return "takes a number as scale, not a tensor"
+    return native.rows_why_not((call.residual, call.delta), call.weight)
+
+
+def native_not_worth(call: Call) -> str | None:
+    return native.rows_not_worth(call.residual)
+
+
+def inductor_why_not(call: Call) -> str | None:
+    return inductor.why_not_or_traced(call.residual, call.delta, call.weight, call.scale)
+
+
+def inductor_not_worth(call: Call) -> str | None:
+    return inductor.not_worth_or_traced(call.residual)

@@ -16,8 +16,8 @@ def _forward(
     stored: torch.dtype,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    step = delta.to(dtype) if scale is None else delta.to(dtype) * scale.to(dtype)
-    new_residual = (residual.to(dtype) + step).to(stored)
+    scaled = delta.to(dtype) if scale is None else delta.to(dtype) * scale.to(dtype)
+    new_residual = (residual.to(dtype) + scaled).to(stored)
     x = new_residual.to(dtype)
     rstd = torch.rsqrt(x.square().mean(-1) + eps)
     normed = x * rstd[:, None] * (weight.to(dtype) + weight_offset)

@@ -1,6 +1,6 @@
-"""The op's autograd Function, shared by every compiled backend, and the registered ops behind ``triton``.
+"""The op's autograd Function, shared by every compiled backend, and the registered ops of ``triton``.
 
-Nothing is kept for backward but new_residual and 1/rms, and delta if scale learns.
+For backward it saves new_residual and 1/rms, and delta if scale needs a gradient.
 """
 
 import math
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.dtypes import compute_dtype
 from kernel_index.core.triton import launch
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm import inductor
-from kernel_index.kernels.boundary.fused_residual_add_rms_norm.contract import compute_dtype, stream_dtype
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm.contract import Call
 
 
 def _allocate(residual, delta, weight, scale, eps, weight_offset, stored):
@@ -79,15 +80,19 @@ def _triton_backward(d_new, d_normed, new_residual, rstd, weight, scale, delta, 
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
 
-class _Passes(NamedTuple):
-    forward: Any
-    backward: Any
-
-
 _PASSES = {
-    "triton": _Passes(_triton_forward, _triton_backward),
-    "inductor": _Passes(inductor.forward, inductor.backward),
+    "triton": ops.Passes(_triton_forward, _triton_backward),
+    "inductor": ops.Passes(inductor.forward, inductor.backward),
 }
+
+
+class _Constants(NamedTuple):
+    """What a call has beside its tensors."""
+
+    eps: float
+    weight_offset: float
+    stored: torch.dtype
+    backend: str
 
 
 class _ResidualAddRMSNorm(torch.autograd.Function):
@@ -98,19 +103,18 @@ class _ResidualAddRMSNorm(torch.autograd.Function):
         delta: Tensor,
         weight: Tensor,
         scale: Tensor | None,
-        eps: float,
-        stored: torch.dtype,
-        weight_offset: float,
-        backend: str,
+        constants: _Constants,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         dtype = compute_dtype(residual, delta, weight, scale)
-        call = (_rows(residual), _rows(delta), weight, scale, eps, weight_offset, stored, dtype)
-        new_residual, normed, rstd = _PASSES[backend].forward(*call)
+        eps, weight_offset, stored, backend = constants
+        new_residual, normed, rstd = _PASSES[backend].forward(
+            _rows(residual), _rows(delta), weight, scale, eps, weight_offset, stored, dtype
+        )
         new_residual = new_residual.view(residual.shape)
         kept_delta = delta if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(new_residual, rstd, weight, scale, kept_delta)
-        ctx.numbers, ctx.like, ctx.backend = (eps, weight_offset), (residual.dtype, delta.dtype), backend
+        ctx.constants, ctx.like = constants, (residual.dtype, delta.dtype)
         return new_residual, normed.view(delta.shape)
 
     @staticmethod
@@ -118,42 +122,45 @@ class _ResidualAddRMSNorm(torch.autograd.Function):
         new_residual, rstd, weight, scale, delta = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if d_new is None and d_normed is None:
-            return (None,) * 8
+            return (None,) * 5
         # d_delta = scale · d_residual: where that is the same tensor, it is computed once and given for both.  It must
         # be one tensor object, not two views: autograd copies a gradient that has a second owner before it keeps it.
         shared = scale is None and ctx.like[0] == ctx.like[1]
         wanted = (needs[0] or (shared and needs[1]), needs[1] and not shared, *needs[2:4])
         saved = _rows(new_residual), rstd, weight, scale, _rows(delta)
-        call: Any = (_rows(d_new), _rows(d_normed), *saved, *ctx.numbers, ctx.like, wanted)
+        numbers = ctx.constants.eps, ctx.constants.weight_offset
+        d_stream: Any = _rows(d_new)
+        arguments: Any = (d_stream, _rows(d_normed), *saved, *numbers, ctx.like, wanted)
         if torch.is_grad_enabled():  # create_graph: the same formula, uncompiled, so that it is differentiable
-            d_residual, d_delta, d_weight, d_scale = inductor.gradients(*call)
+            d_residual, d_delta, d_weight, d_scale = inductor.gradients(*arguments)
         elif d_normed is None and scale is None:  # nothing to compute: the gradient passes through the addition
-            d_residual, d_delta = (call[0].to(t) if w else None for t, w in zip(ctx.like, wanted, strict=False))
+            d_residual, d_delta = (d_stream.to(t) if w else None for t, w in zip(ctx.like, wanted, strict=False))
             d_weight = d_scale = None
         else:
-            d_residual, d_delta, d_weight, d_scale = _PASSES[ctx.backend].backward(*call)
+            d_residual, d_delta, d_weight, d_scale = _PASSES[ctx.constants.backend].backward(*arguments)
         d_residual = None if d_residual is None else d_residual.view(new_residual.shape)
         d_delta = d_residual if shared else None if d_delta is None else d_delta.view(new_residual.shape)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_scale = None if d_scale is None else d_scale.sum_to_size(scale.shape or (1,)).view_as(scale).to(scale.dtype)
-        return d_residual if needs[0] else None, d_delta if needs[1] else None, d_weight, d_scale, *(None,) * 4
+        return d_residual if needs[0] else None, d_delta if needs[1] else None, d_weight, d_scale, None
 
 
-def _apply(residual, delta, weight, scale, eps, fp32_residual, weight_offset, backend):
-    stored = stream_dtype(residual, fp32_residual)
+def _apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    scale = call.scale
     if not isinstance(scale, Tensor):
-        dtype = compute_dtype(residual, delta, weight)
+        dtype = compute_dtype(call.residual, call.delta, call.weight)
         # A tensor, so that each layer's own number is not compiled anew.
-        scale = None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=delta.device)
-    return _ResidualAddRMSNorm.apply(residual, delta, weight, scale, eps, stored, weight_offset, backend)
+        scale = None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=call.delta.device)
+    constants = _Constants(call.eps, call.weight_offset, call.stored, backend)
+    return _ResidualAddRMSNorm.apply(call.residual, call.delta, call.weight, scale, constants)
 
 
-def residual_add_rms_norm_inductor(*call: Any) -> tuple[Tensor, Tensor]:
-    return _apply(*call, backend="inductor")
+def residual_add_rms_norm_inductor(call: Call) -> tuple[Tensor, Tensor]:
+    return _apply(call, "inductor")
 
 
-def residual_add_rms_norm_triton(*call: Any) -> tuple[Tensor, Tensor]:
-    return _apply(*call, backend="triton")
+def residual_add_rms_norm_triton(call: Call) -> tuple[Tensor, Tensor]:
+    return _apply(call, "triton")
 
 
 def _rows(t: Tensor | None) -> Tensor | None:

@@ -1,7 +1,8 @@
 """One launch forward; backward one launch over the rows and one small reduction in a fixed order.
 
-A row of up to ``WHOLE`` elements stays in registers.  A wider one is looped over in blocks; its second read comes from
-the L2 cache, since a program has one row in hand at a time.
+A row of up to ``WHOLE`` elements stays in registers.  A program loops over the blocks of a wider one; its second read
+comes from the L2 cache, since a program works on one row at a time.  Names are those of ``core/triton/attention.py``:
+``o_d`` and ``m_d`` [BLOCK] are the columns of a block and which of them exist.
 """
 
 import torch
@@ -27,22 +28,22 @@ def pick_config(width: int, backward: bool) -> dict:
 
 
 @triton.jit
-def _load(ptr, at, mask):
-    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+def _load(p_row, o_d, m_d):
+    return tl.load(p_row + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
 
 
 @triton.jit
-def _store(ptr, at, value, mask):
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)
+def _store(p_row, o_d, value, m_d):
+    tl.store(p_row + o_d, value.to(p_row.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
-def _scaled(d, scale_ptr, at, mask, SCALE: tl.constexpr):
+def _scaled(d, scale_ptr, o_d, m_d, SCALE: tl.constexpr):
     """SCALE: 0 none, 1 one number, 2 one for each channel."""
     if SCALE == 1:
         d = d * tl.load(scale_ptr).to(tl.float32)
     if SCALE == 2:
-        d = d * _load(scale_ptr, at, mask)
+        d = d * _load(scale_ptr, o_d, m_d)
     return d
 
 
@@ -54,27 +55,28 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     base = row * width
     squares = tl.zeros((BLOCK,), tl.float32)
-    x = squares
+    x = squares  # [BLOCK]: a row of one block is kept between the loops
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        mask = at < width
-        d = _scaled(_load(delta_ptr + base, at, mask), scale_ptr, at, mask, SCALE)
-        stored = (_load(residual_ptr + base, at, mask) + d).to(new_ptr.dtype.element_ty)
-        tl.store(new_ptr + base + at, stored, mask=mask)
+        o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
+        m_d = o_d < width
+        d = _scaled(_load(delta_ptr + base, o_d, m_d), scale_ptr, o_d, m_d, SCALE)
+        stored = (_load(residual_ptr + base, o_d, m_d) + d).to(new_ptr.dtype.element_ty)
+        tl.store(new_ptr + base + o_d, stored, mask=m_d)
         x = stored.to(tl.float32)  # the norm is taken of the stream as stored
-        squares += tl.where(mask, x * x, 0.0)
+        squares += tl.where(m_d, x * x, 0.0)
     rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
     tl.store(rstd_ptr + row, rstd)
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        mask = at < width
+        o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
+        m_d = o_d < width
         if not ONE_BLOCK:
-            x = _load(new_ptr + base, at, mask)
-        _store(normed_ptr + base, at, x * rstd * (_load(weight_ptr, at, mask) + offset), mask)
+            x = _load(new_ptr + base, o_d, m_d)  # [BLOCK]
+        _store(normed_ptr + base, o_d, x * rstd * (_load(weight_ptr, o_d, m_d) + offset), m_d)
 
 
 @triton.jit
-def _through_norm(x, dy, w, rstd, mean):
+def _norm_grad(x, dy, w, rstd, mean):
+    """dx [BLOCK] of x · rstd · w; ``mean`` is that of dy · w · x · rstd over the row."""
     return rstd * (dy * w - x * rstd * mean)
 
 
@@ -85,15 +87,15 @@ def _backward_kernel(
     HAS_NEW: tl.constexpr, HAS_NORMED: tl.constexpr, SCALE: tl.constexpr, RESIDUAL: tl.constexpr, DELTA: tl.constexpr,
     WEIGHT: tl.constexpr, D_SCALE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a run of rows, each whole in registers, and sums its part of the weight's gradient there."""
+    """A program takes a run of rows, holds each in registers and sums its partial of the weight's gradient there."""
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
-    at = tl.arange(0, BLOCK)
-    mask = at < width
+    o_d = tl.arange(0, BLOCK)  # [BLOCK]
+    m_d = o_d < width
     w = tl.zeros((BLOCK,), tl.float32)
     if HAS_NORMED:
-        w = _load(weight_ptr, at, mask) + offset
+        w = _load(weight_ptr, o_d, m_d) + offset
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     scale_sum = tl.zeros((BLOCK,), tl.float32)
     for step in tl.range(0, last - first, num_stages=STAGES):
@@ -101,36 +103,36 @@ def _backward_kernel(
         base = row * width
         dx = tl.zeros((BLOCK,), tl.float32)
         if HAS_NEW:
-            dx = _load(d_new_ptr + base, at, mask)
+            dx = _load(d_new_ptr + base, o_d, m_d)  # [BLOCK]
         if HAS_NORMED:
-            x = _load(new_ptr + base, at, mask)
-            dy = _load(d_normed_ptr + base, at, mask)
+            x = _load(new_ptr + base, o_d, m_d)  # [BLOCK]
+            dy = _load(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
             rstd = tl.load(rstd_ptr + row)
             x_hat = x * rstd
             mean = tl.sum(dy * w * x_hat, 0) / width  # beyond the row dy is 0
-            dx += _through_norm(x, dy, w, rstd, mean)
+            dx += _norm_grad(x, dy, w, rstd, mean)
             if WEIGHT:
                 weight_sum += dy * x_hat
         if RESIDUAL:
-            _store(d_residual_ptr + base, at, dx, mask)
+            _store(d_residual_ptr + base, o_d, dx, m_d)
         if D_SCALE:
-            scale_sum += dx * _load(delta_ptr + base, at, mask)
+            scale_sum += dx * _load(delta_ptr + base, o_d, m_d)
         if DELTA:
-            _store(d_delta_ptr + base, at, _scaled(dx, scale_ptr, at, mask, SCALE), mask)
+            _store(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
     if WEIGHT:
-        tl.store(weight_parts_ptr + program * width + at, weight_sum, mask=mask)
+        tl.store(weight_parts_ptr + program * width + o_d, weight_sum, mask=m_d)
     if D_SCALE:
         if SCALE == 1:
             tl.store(scale_parts_ptr + program, tl.sum(scale_sum, 0))
         else:
-            tl.store(scale_parts_ptr + program * width + at, scale_sum, mask=mask)
+            tl.store(scale_parts_ptr + program * width + o_d, scale_sum, mask=m_d)
 
 
 @triton.jit
-def _add_to_part(parts_ptr, at, value, first, mask):
-    """``parts += value`` in this program's own row of the partial sums, which no other program touches."""
-    before = tl.load(parts_ptr + at, mask=mask & (first == 0), other=0.0)
-    tl.store(parts_ptr + at, before + value, mask=mask)
+def _add_to_partial(p_partial, o_d, value, is_first, m_d):
+    """Adds to this program's row of the partial sums, which no other program touches; begins it with the first row."""
+    b_part = tl.load(p_partial + o_d, mask=m_d & (is_first == 0), other=0.0)
+    tl.store(p_partial + o_d, b_part + value, mask=m_d)
 
 
 @triton.jit
@@ -155,33 +157,33 @@ def _backward_wide_kernel(
             rstd = tl.load(rstd_ptr + row)
             products = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, width, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                mask = at < width
-                dx_hat = _load(d_normed_ptr + base, at, mask) * (_load(weight_ptr, at, mask) + offset)
-                products += dx_hat * _load(new_ptr + base, at, mask) * rstd
+                o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
+                m_d = o_d < width
+                dx_hat = _load(d_normed_ptr + base, o_d, m_d) * (_load(weight_ptr, o_d, m_d) + offset)
+                products += dx_hat * _load(new_ptr + base, o_d, m_d) * rstd
             mean = tl.sum(products, 0) / width
         for start in range(0, width, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            mask = at < width
+            o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
+            m_d = o_d < width
             dx = tl.zeros((BLOCK,), tl.float32)
             if HAS_NEW:
-                dx = _load(d_new_ptr + base, at, mask)
+                dx = _load(d_new_ptr + base, o_d, m_d)  # [BLOCK]
             if HAS_NORMED:
-                x = _load(new_ptr + base, at, mask)
-                dy = _load(d_normed_ptr + base, at, mask)
-                dx += _through_norm(x, dy, _load(weight_ptr, at, mask) + offset, rstd, mean)
+                x = _load(new_ptr + base, o_d, m_d)  # [BLOCK]
+                dy = _load(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
+                dx += _norm_grad(x, dy, _load(weight_ptr, o_d, m_d) + offset, rstd, mean)
                 if WEIGHT:
-                    _add_to_part(weight_parts_ptr + program * width, at, dy * x * rstd, is_first, mask)
+                    _add_to_partial(weight_parts_ptr + program * width, o_d, dy * x * rstd, is_first, m_d)
             if RESIDUAL:
-                _store(d_residual_ptr + base, at, dx, mask)
+                _store(d_residual_ptr + base, o_d, dx, m_d)
             if D_SCALE:
-                products = dx * _load(delta_ptr + base, at, mask)
+                products = dx * _load(delta_ptr + base, o_d, m_d)
                 if SCALE == 1:
                     scale_sum += products
                 else:
-                    _add_to_part(scale_parts_ptr + program * width, at, products, is_first, mask)
+                    _add_to_partial(scale_parts_ptr + program * width, o_d, products, is_first, m_d)
             if DELTA:
-                _store(d_delta_ptr + base, at, _scaled(dx, scale_ptr, at, mask, SCALE), mask)
+                _store(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
     if D_SCALE and SCALE == 1:
         tl.store(scale_parts_ptr + program, tl.sum(scale_sum, 0))
 
@@ -225,9 +227,9 @@ def backward(
     rows, width = new_residual.shape
     d_residual, d_delta, d_weight, d_scale = outputs
     if rows == 0 or width == 0:
-        for total in (d_weight, d_scale):
-            if total is not None:
-                total.zero_()
+        for d_parameter in (d_weight, d_scale):
+            if d_parameter is not None:
+                d_parameter.zero_()
         return outputs
     count = programs(new_residual)
     parts = [
@@ -243,7 +245,7 @@ def backward(
             WEIGHT=d_weight is not None, D_SCALE=d_scale is not None,
             STAGES=STAGES, **pick_config(width, backward=True),
         )  # fmt: skip
-    for total, part in zip((d_weight, d_scale), parts, strict=True):
-        if total is not None and part is not None:
-            sum_parts(part, total.view(part.shape[1]))
+    for d_parameter, part in zip((d_weight, d_scale), parts, strict=True):
+        if d_parameter is not None and part is not None:
+            sum_parts(part, d_parameter.view(part.shape[1]))
     return outputs

@@ -1,11 +1,15 @@
 """relu(x)**2, the activation of Primer and of Nemotron's experts."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.experts.fused_relu_squared import contract
 from kernel_index.kernels.experts.fused_relu_squared.reference import relu_squared_reference
 from kernel_index.kernels.experts.fused_relu_squared.torch_op import relu_squared_inductor, relu_squared_triton
+
+ReluSquaredBackend = Literal["auto", "triton", "inductor", "reference"]
 
 BACKENDS = (
     Backend(
@@ -26,7 +30,7 @@ BACKENDS = (
 )
 
 
-def fused_relu_squared(x: Tensor, *, backend: str = "auto") -> Tensor:
+def fused_relu_squared(x: Tensor, *, backend: ReluSquaredBackend = "auto") -> Tensor:
     """Squared ReLU in one pass over memory.
 
     ``y = relu(x)**2``, computed in float32 at least, so that float16 overflows only where the result itself does.

@@ -9,7 +9,7 @@ CASES = (
     Case("expert", "an expert's hidden activations: tokens × features", lambda m: {"x": m.normal(48, 96)}),
     Case("odd", "no dimension is a multiple of a vector width", lambda m: {"x": m.normal(3, 5, 17)}),
     Case("scalar", "rank 0", lambda m: {"x": m.normal()}),
-    Case("empty", "an expert that no token picked", lambda m: {"x": m.normal(0, 96)}),
+    Case("empty", "an expert without tokens", lambda m: {"x": m.normal(0, 96)}),
     Case("expanded", "a stride of 0", lambda m: {"x": m.normal(1, 33).expand(7, 33)}),
     Case("transposed", "not contiguous", lambda m: {"x": m.normal(9, 31).t()}),
 )

@@ -1,4 +1,4 @@
-"""Who may call ``fused_relu_squared``, and who may answer."""
+"""Argument checks and backend eligibility of ``fused_relu_squared``."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ inductor_not_worth = inductor.not_worth
 
 
 def kept_bytes(x: Tensor) -> tuple[tuple[str, int], ...]:
-    """x is kept for backward; y is not, so a layer that recomputes it saves as much again."""
+    """x is saved for backward and y is not, so a layer that recomputes y saves as much again."""
     if torch.compiler.is_compiling():  # a size is a symbol there
         return ()
     size = x.numel() * x.element_size()

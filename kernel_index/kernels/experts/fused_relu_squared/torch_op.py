@@ -1,6 +1,6 @@
-"""The op's autograd Function, shared by every compiled backend, and the registered ops behind ``triton``."""
+"""The op's autograd Function, shared by every compiled backend, and the registered ops of ``triton``."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +25,12 @@ def allocate(x: Tensor, *_: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-class Passes(NamedTuple):
-    forward: Any
-    backward: Any
-
-
 PASSES = {
-    "triton": Passes(
+    "triton": ops.Passes(
         ops.register("relu_squared(Tensor x) -> Tensor", _launch_forward, allocate),
         ops.register("relu_squared_backward(Tensor x, Tensor g) -> Tensor", _launch_backward, allocate),
     ),
-    "inductor": Passes(inductor.forward, inductor.backward),
+    "inductor": ops.Passes(inductor.forward, inductor.backward),
 }
 
 

@@ -12,21 +12,21 @@ NUM_WARPS = 8
 
 @triton.jit
 def _relu_squared_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_x = o_x < size
+    x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
     y = tl.where(x <= 0, 0.0, x * x)  # not maximum(x, 0), which would swallow a NaN
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + o_x, y.to(y_ptr.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
 def _relu_squared_backward_kernel(x_ptr, g_ptr, dx_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_x = o_x < size
+    x = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
+    g = tl.load(g_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
     dx = tl.where(x <= 0, 0.0, 2.0 * x * g)
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + o_x, dx.to(dx_ptr.dtype.element_ty), mask=m_x)
 
 
 def forward(x: Tensor, y: Tensor) -> Tensor:

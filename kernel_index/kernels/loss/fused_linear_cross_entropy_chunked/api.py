@@ -1,24 +1,27 @@
 """Linear projection and cross-entropy without the logits: memory bounded by a chunk, forward and backward."""
 
-import torch
+from typing import Literal
+
 from torch import Tensor
 
-from kernel_index.core import checks
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import contract
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunked import (
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.reference import linear_cross_entropy_reference
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
     linear_cross_entropy_chunked,
     linear_cross_entropy_inductor,
-    linear_cross_entropy_triton,
 )
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.reference import linear_cross_entropy_reference
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_sliced import linear_cross_entropy_triton
 
 
-def _sharded(*call):
+def _sharded(call: contract.Call) -> Tensor:
+    """Imported at the call: torch.distributed takes longer to load than the rest of the index."""
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import vocab_parallel
 
-    return vocab_parallel.linear_cross_entropy_sharded(*call)
+    return vocab_parallel.linear_cross_entropy_sharded(call)
 
+
+LossBackend = Literal["auto", "sharded", "triton", "inductor", "chunked", "reference"]
 
 BACKENDS = (
     Backend("sharded", contract.sharded_why_not, _sharded),
@@ -40,10 +43,10 @@ def fused_linear_cross_entropy(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    reduction: str = "mean",
+    reduction: contract.Reduction = "mean",
     chunk_size: int | None = None,
     valid_vocab: int | None = None,
-    backend: str = "auto",
+    backend: LossBackend = "auto",
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T`` that never holds more than a chunk of logits, forward and backward.
 
@@ -68,7 +71,7 @@ def fused_linear_cross_entropy(
         ignore_index: targets with this value cost nothing, have no gradient, and are not counted by ``mean``.
         softcap: positive, or None for none.
         logit_scale: factor of the logits.
-        label_smoothing: share of the target mass spread evenly over the vocabulary, 0 to 1.
+        label_smoothing: fraction of the target mass spread evenly over the vocabulary, 0 to 1.
         z_loss: coefficient of the squared log-sum-exp.
         reduction: ``"mean"`` over the tokens not ignored (0, with zero gradients, if there is none, where PyTorch gives
             NaN), ``"sum"`` or ``"none"``.
@@ -81,7 +84,7 @@ def fused_linear_cross_entropy(
         A scalar, or the shape of targets for ``"none"``; float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError, ValueError: an argument breaks its rule; a target outside the vocabulary where it lies on the CPU.
+        TypeError, ValueError: an argument breaks its rule; a target on the CPU is outside the vocabulary.
         Ineligible: the named backend cannot run this call.
 
     Source: the chunked formulation follows Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024.
@@ -91,14 +94,21 @@ def fused_linear_cross_entropy(
     >>> ki.fused_linear_cross_entropy(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))
     tensor(1.6996)
     """
-    contract.check_tensors(hidden, weight, targets, bias)
-    options = contract.check_options(
-        weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, chunk_size, valid_vocab
+    call = contract.check(
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        chunk_size=chunk_size,
+        valid_vocab=valid_vocab,
     )
-    checks.one_of("reduction", reduction, contract.REDUCTIONS)
-    contract.check_targets(targets, options)
-    call = (*_autocast(hidden, weight), targets, _autocast_bias(hidden, bias), options, reduction, chunk_size)
-    return choose("fused_linear_cross_entropy", BACKENDS, backend, *call).run(*call)
+    return choose("fused_linear_cross_entropy", BACKENDS, backend, call).run(call)
 
 
 def token_log_probs(
@@ -112,7 +122,7 @@ def token_log_probs(
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
     valid_vocab: int | None = None,
-    backend: str = "auto",
+    backend: LossBackend = "auto",
 ) -> Tensor:
     """Log-probability of each target under the linear head, in the memory of a chunk; differentiable.
 
@@ -143,20 +153,16 @@ def token_log_probs(
     >>> ki.token_log_probs(torch.ones(1, 4), torch.zeros(8, 4), torch.tensor([3]))
     tensor([-2.0794])
     """
-    contract.check_tensors(hidden, weight, targets, bias)
-    options = contract.check_options(weight, ignore_index, softcap, logit_scale, 0.0, 0.0, chunk_size, valid_vocab)
-    contract.check_targets(targets, options)
-    call = (*_autocast(hidden, weight), targets, _autocast_bias(hidden, bias), options, "none", chunk_size)
-    losses = choose("token_log_probs", BACKENDS, backend, *call).run(*call)
+    call = contract.check(
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_size=chunk_size,
+        valid_vocab=valid_vocab,
+    )
+    losses = choose("token_log_probs", BACKENDS, backend, call).run(call)
     return 0.0 - losses  # not -losses: an ignored target gives 0, not -0
-
-
-def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if not checks.is_autocast(hidden.device) or hidden.dtype == torch.float64:
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype)
-
-
-def _autocast_bias(hidden: Tensor, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else _autocast(hidden, bias)[1]

@@ -1,6 +1,6 @@
-"""Who may call the chunked loss, who may answer, and how large a chunk is."""
+"""Argument checks and backend eligibility of the chunked loss, and how large a chunk is."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,21 +10,91 @@ from kernel_index.core import checks, inductor, rules
 CHUNK_BYTES = 128 << 20
 """Budget of one chunk of logits.  Few large chunks read the weight seldom; see docs/decisions/0004-loss-chunks.md."""
 
+Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 
 
 class Options(NamedTuple):
-    """The constants of a call; ``softcap`` 0 is none, ``vocab`` counts the rows of weight that take part."""
+    """What a call has beside its tensors.
+
+    ``softcap`` 0 is none, ``vocab`` counts the rows of weight that take part, ``chunk_size`` 0 is the byte budget's.
+    """
 
     ignore_index: int
     softcap: float
     logit_scale: float
     label_smoothing: float
     z_loss: float
+    reduction: Reduction
     vocab: int
+    chunk_size: int
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+class Call(NamedTuple):
+    """A checked call, its tensors cast as autocast asks; weight and bias may be DTensors."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    options: Options
+
+
+def check(
+    hidden: Any,
+    weight: Any,
+    targets: Any,
+    bias: Any,
+    *,
+    ignore_index: Any,
+    softcap: Any,
+    logit_scale: Any,
+    chunk_size: Any,
+    valid_vocab: Any,
+    label_smoothing: Any = 0.0,
+    z_loss: Any = 0.0,
+    reduction: Any = "none",
+) -> Call:
+    _check_tensors(hidden, weight, targets, bias)
+    checks.is_int("ignore_index", ignore_index)
+    checks.is_real("logit_scale", logit_scale)
+    checks.is_real("label_smoothing", label_smoothing)
+    checks.is_real("z_loss", z_loss)
+    if softcap is not None:
+        checks.is_real("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if z_loss < 0:
+        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
+    if chunk_size is not None:
+        checks.is_int("chunk_size", chunk_size, minimum=1)
+    vocab = weight.shape[0]
+    if valid_vocab is not None:
+        checks.is_int("valid_vocab", valid_vocab, minimum=1)
+        if valid_vocab > vocab:
+            raise ValueError(f"valid_vocab must be at most the {vocab} rows of weight, got {valid_vocab}")
+        vocab = valid_vocab
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    options = Options(
+        ignore_index=ignore_index,
+        softcap=float(softcap or 0.0),
+        logit_scale=float(logit_scale),
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        reduction=reduction,
+        vocab=vocab,
+        chunk_size=chunk_size or 0,
+    )
+    _check_targets(targets, options)
+    if checks.is_autocast(hidden.device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
+    return Call(hidden, weight, targets, bias, options)
+
+
+def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any) -> None:
     checks.is_floating("hidden", hidden)
     checks.is_floating("weight", weight)
     checks.is_tensor("targets", targets)
@@ -50,46 +120,9 @@ def check_tensors(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
             checks.has_dtype("bias", bias, hidden.dtype, "like hidden outside of autocast")
 
 
-def check_options(
-    weight: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    label_smoothing: float,
-    z_loss: float,
-    chunk_size: int | None,
-    valid_vocab: int | None,
-) -> Options:
-    checks.is_int("ignore_index", ignore_index)
-    checks.is_real("logit_scale", logit_scale)
-    checks.is_real("label_smoothing", label_smoothing)
-    checks.is_real("z_loss", z_loss)
-    if softcap is not None:
-        checks.is_real("softcap", softcap)
-        if softcap <= 0:
-            raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-    if z_loss < 0:
-        raise ValueError(f"z_loss must be at least 0, got {z_loss}")
-    if chunk_size is not None:
-        checks.is_int("chunk_size", chunk_size, minimum=1)
-    vocab = weight.shape[0]
-    if valid_vocab is not None:
-        checks.is_int("valid_vocab", valid_vocab, minimum=1)
-        if valid_vocab > vocab:
-            raise ValueError(f"valid_vocab must be at most the {vocab} rows of weight, got {valid_vocab}")
-        vocab = valid_vocab
-    return Options(
-        ignore_index, float(softcap or 0.0), float(logit_scale), float(label_smoothing), float(z_loss), vocab
-    )
-
-
-def check_targets(targets: Tensor, options: Options) -> None:
-    """Where the values can be seen without waiting for a device, a target outside the vocabulary is an error."""
-    if torch.compiler.is_compiling() or rules.inside_functorch():
-        return
-    if type(targets) is not Tensor or targets.device.type != "cpu":
+def _check_targets(targets: Tensor, options: Options) -> None:
+    """Where the values can be read without waiting for a device, a target outside the vocabulary is an error."""
+    if not rules.host_readable(targets):
         return
     wrong = ((targets < 0) | (targets >= options.vocab)) & (targets != options.ignore_index)
     if wrong.any():
@@ -112,12 +145,19 @@ def rows_per_chunk(hidden: Tensor, vocab: int, chunk_size: int = 0) -> int:
     return max(1, -(-tokens // chunks))
 
 
-def sharded_why_not(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *_: object) -> str | None:
-    if not _is_distributed(weight):
+def sharded_why_not(call: Call) -> str | None:
+    if not _is_distributed(call.weight):
         return "needs a weight sharded over the vocabulary (a DTensor)"
-    from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import vocab_parallel
+    from torch.distributed.tensor import DTensor, Shard  # loaded already where there is a DTensor
 
-    return vocab_parallel.rule(hidden, weight, bias)
+    hidden, weight, bias = call.hidden, call.weight, call.bias
+    if not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1 or weight.placements != (Shard(0),):
+        return "needs a weight sharded over the vocabulary on a mesh of one dimension"
+    if isinstance(hidden, DTensor) and not all(p.is_replicate() for p in hidden.placements):
+        return "needs hidden states that every process has in full"
+    if bias is not None and (not isinstance(bias, DTensor) or bias.placements != weight.placements):
+        return "needs a bias sharded like the weight"
+    return None
 
 
 def _is_distributed(weight: Tensor) -> bool:
@@ -125,26 +165,22 @@ def _is_distributed(weight: Tensor) -> bool:
     return type(weight) not in rules.PLAIN and hasattr(weight, "device_mesh")
 
 
-def triton_why_not(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *_: object) -> str | None:
-    return rules.triton_why_not(hidden, weight, bias)
+def triton_why_not(call: Call) -> str | None:
+    return rules.triton_why_not(call.hidden, call.weight, call.bias)
 
 
-def triton_not_worth(hidden: Tensor, *_: object) -> str | None:
-    return rules.triton_not_worth(hidden)
+def triton_not_worth(call: Call) -> str | None:
+    return rules.triton_not_worth(call.hidden)
 
 
-def inductor_why_not(hidden: Tensor, weight: Tensor, *_: object) -> str | None:
-    return inductor.why_not(hidden, weight)
+def inductor_why_not(call: Call) -> str | None:
+    return inductor.why_not(call.hidden, call.weight)
 
 
-def inductor_not_worth(hidden: Tensor, weight: Tensor, *_: object) -> str | None:
-    logits = hidden.numel() // max(1, hidden.shape[-1]) * weight.shape[0]
-    return "too small for a compiled region to pay" if logits < 16 * inductor.MIN_ELEMENTS else None
+def inductor_not_worth(call: Call) -> str | None:
+    logits = call.hidden.numel() // max(1, call.hidden.shape[-1]) * call.weight.shape[0]
+    return inductor.TOO_SMALL if logits < 16 * inductor.MIN_ELEMENTS else None
 
 
-def chunked_why_not(hidden: Tensor, weight: Tensor, *_: object) -> str | None:
-    if rules.inside_functorch():
-        return "inside a torch.func transform"
-    if not torch.compiler.is_compiling() and not {type(hidden), type(weight)} <= set(rules.PLAIN):
-        return "needs plain tensors, not a tensor subclass"
-    return None
+def chunked_why_not(call: Call) -> str | None:
+    return rules.plain_why_not(call.hidden, call.weight)

@@ -1,13 +1,16 @@
 """The specification: full logits in at least float32, plain autograd.  It holds all logits at once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Options
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Call
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+def token_losses(call: Call) -> Tensor:
     """Loss of each token, the shape of targets, 0 where the target is ignored."""
+    hidden, weight, targets, bias, options = call
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(dtype) @ weight[: options.vocab].to(dtype).T
     if bias is not None:
@@ -33,7 +36,9 @@ def reduce(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str) -
     return total if reduction == "sum" else total / (targets != ignore_index).sum().clamp(min=1)
 
 
-def linear_cross_entropy_reference(hidden, weight, targets, bias, options, reduction, chunk_size) -> Tensor:
+def linear_cross_entropy_reference(call: Call) -> Tensor:
+    weight: Any = call.weight
+    bias: Any = call.bias
     if hasattr(weight, "full_tensor"):  # a shard: the specification gathers the weight
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    return reduce(token_losses(hidden, weight, targets, bias, options), targets, options.ignore_index, reduction)
+        call = call._replace(weight=weight.full_tensor(), bias=None if bias is None else bias.full_tensor())
+    return reduce(token_losses(call), call.targets, call.options.ignore_index, call.options.reduction)

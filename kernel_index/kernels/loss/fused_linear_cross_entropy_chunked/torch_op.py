@@ -6,17 +6,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import ops, rules
 from kernel_index.core.inductor import Region
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import torch_op_sliced
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunk_pass import (
     gradient_pass,
     loss_pass,
     row_losses,
+    row_max,
     row_sums,
-    row_top,
 )
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Options, rows_per_chunk
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import (
+    Call,
+    Options,
+    rows_per_chunk,
+)
 
 WEIGHT_TILE = 8192
 """Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
@@ -31,10 +34,10 @@ _OPTIONS = (
     "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes, "
     "SymInt first_class, SymInt classes, str group"
 )
-"""``vocab`` of the ``classes`` are here, from ``first_class`` on; the others are in ``group``, if named."""
+"""This process has ``vocab`` of the ``classes``, from ``first_class`` on; other processes of ``group`` the rest."""
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
 
 
@@ -53,7 +56,7 @@ def _by_blocks(function: Callable[..., Any], z: Tensor, *vectors: Tensor) -> lis
 
 
 class _Chunks(NamedTuple):
-    """What is the same for every chunk of a call; the fields of ``_OPTIONS``, in their order."""
+    """What is the same for every chunk of a call: the constants of both ops, as ``_OPTIONS`` lists them."""
 
     softcap: float
     scale: float
@@ -67,8 +70,9 @@ class _Chunks(NamedTuple):
     group: str
 
     @property
-    def constants(self) -> Any:  # softcap, scale, smoothing, z_loss
-        return self[:4]
+    def terms(self) -> Any:
+        """The constants of the loss's formula."""
+        return self.softcap, self.scale, self.smoothing, self.z_loss
 
     def losses(self, z: Tensor, targets: Tensor, out: Tensor) -> None:
         out.copy_(self._statistics(z, targets)[0])
@@ -78,24 +82,24 @@ class _Chunks(NamedTuple):
         loss, *saved = self._statistics(z, targets)
         losses.copy_(loss)
         vectors: Any = (targets - self.first_class, rows, *saved)
-        last: Any = (*self.constants, self.classes)
+        constants: Any = (*self.terms, self.classes)
         if self.passes == "inductor":
-            _gradient_region(z, *vectors, *last)
+            _gradient_region(z, *vectors, *constants)
             return
-        _by_blocks(lambda *block: gradient_pass(*block, *last), z, *vectors)
+        _by_blocks(lambda *block: gradient_pass(*block, *constants), z, *vectors)
 
     def _statistics(self, z: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Loss, log-sum-exp and 1 − p of each row; two small all-reduces where the classes are spread over a group."""
         if self.passes == "inductor":
-            return _loss_region(z, targets, *self.constants)
+            return _loss_region(z, targets, *self.terms)
         if not self.group:
-            blocks = _by_blocks(lambda *block: loss_pass(*block, *self.constants), z, targets)
-            return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+            blocks = _by_blocks(lambda *block: loss_pass(*block, *self.terms), z, targets)
+            return tuple(torch.cat(rows) for rows in zip(*blocks, strict=True))
         cap: Any = (self.softcap, self.scale)
-        top = all_reduce(torch.cat(_by_blocks(lambda block: row_top(block, *cap), z)), "max", self.group)
+        maxima = all_reduce(torch.cat(_by_blocks(lambda block: row_max(block, *cap), z)), "max", self.group)
         local = targets - self.first_class
-        sums = torch.cat(_by_blocks(lambda *block: row_sums(*block, *cap), z, local, top))
-        return row_losses(top, all_reduce(sums, "sum", self.group), self.smoothing, self.z_loss, self.classes)
+        sums = torch.cat(_by_blocks(lambda *block: row_sums(*block, *cap), z, local, maxima))
+        return row_losses(maxima, all_reduce(sums, "sum", self.group), self.smoothing, self.z_loss, self.classes)
 
 
 def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
@@ -109,23 +113,25 @@ def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
 def _all_losses(hidden, weight, targets, bias, *options):
     chunks = _Chunks(*options)
     weight, bias = weight[: chunks.vocab], None if bias is None else bias[: chunks.vocab]
-    losses = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+    losses = _allocate_losses(hidden)
     chunk = rows_per_chunk(hidden, chunks.vocab, chunks.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
-        z = _logits(hidden[at], weight, bias)
+        z = logits_of(hidden[at], weight, bias)
         chunks.losses(z, targets[at], losses[at])
         del z  # before the next chunk is allocated
     return losses
 
 
 def _gradients(hidden, weight, targets, bias, rows, factor, needs, *options):
-    chunks, vocab = _Chunks(*options), options[4]
-    if hidden.dtype != torch.float16:  # float16 would lose a token's share of the mean: there it is applied to the sums
+    chunks = _Chunks(*options)
+    vocab = chunks.vocab
+    if hidden.dtype != torch.float16:  # a token's part of a mean would underflow there: the sums get the factor
         rows, factor = rows * factor, None
-    losses, d_hidden, d_weight, d_bias = _allocate(hidden, weight, needs)
+    losses = _allocate_losses(hidden)
+    d_hidden, d_weight, d_bias = empty_gradients(hidden, weight, needs)
     exact = _loss_dtype(hidden)
-    if chunks.group:  # a share of the sum over all classes: not rounded before it is complete
+    if chunks.group:  # the sum over all classes is rounded only when it is complete
         d_hidden = d_hidden.to(exact)
     weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
     bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
@@ -133,7 +139,7 @@ def _gradients(hidden, weight, targets, bias, rows, factor, needs, *options):
     chunk = rows_per_chunk(hidden, vocab, chunks.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
-        z = _logits(hidden[at], used, used_bias)
+        z = logits_of(hidden[at], used, used_bias)
         chunks.gradient(z, targets[at], rows[at], losses[at])
         if needs[0]:
             product = torch.mm(z, used)
@@ -167,29 +173,29 @@ def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
             total[at] += torch.mm(z[:, at].T, hidden)
 
 
-def _allocate(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of hidden, weight and bias; one that is not wanted is empty: an op's outputs have a fixed number."""
     nothing = (0,)
     return (
-        hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)),
         hidden.new_empty(hidden.shape if needs[0] else nothing),
         weight.new_empty(weight.shape if needs[1] else nothing),
         weight.new_empty((weight.shape[0],) if needs[2] else nothing),
     )
 
 
-def _fake_losses(hidden, *_):
+def _allocate_losses(hidden, *_):
     return hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
 
 
 def _fake_gradients(hidden, weight, targets, bias, rows, factor, needs, *_):
-    return _allocate(hidden, weight, needs)
+    return _allocate_losses(hidden), *empty_gradients(hidden, weight, needs)
 
 
 _EVERYWHERE = ("CompositeExplicitAutograd",)
 _losses_op = ops.register(
     f"linear_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
     _all_losses,
-    _fake_losses,
+    _allocate_losses,
     _EVERYWHERE,
 )
 _gradients_op = ops.register(
@@ -201,27 +207,52 @@ _gradients_op = ops.register(
 )
 
 
-def _refuse_create_graph() -> None:
-    """Grad mode is on in a backward only under create_graph=True, which would get gradients without a history."""
+def refuse_create_graph() -> None:
+    """Grad mode is on in a backward only under create_graph=True, which would get gradients without a graph."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "the chunked linear cross-entropy has no double backward: create_graph=True needs backend='reference'"
         )
 
 
+class Tokens(NamedTuple):
+    """The tensors of a call, hidden [N, C] and targets [N], and the reduction's weights.
+
+    ``rows`` [N] are 0 for ignored tokens, else 1; the sum over tokens is multiplied by ``factor``.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    rows: Tensor
+    factor: Tensor
+
+    def wanted(self) -> list[bool]:
+        """Whether hidden, weight and bias need a gradient."""
+        return [rules.wants_gradient(t) for t in (self.hidden, self.weight, self.bias)]
+
+
+def tokens_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> Tokens:
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows = (targets != options.ignore_index).to(_loss_dtype(hidden))
+    factor = 1 / rows.sum().clamp(min=1) if options.reduction == "mean" else rows.new_ones(())
+    return Tokens(hidden, weight, bias, targets, rows, factor)
+
+
 class _Reduced(torch.autograd.Function):
     """Mean or sum: the gradients are formed with the loss, in one pass over the logits, and scaled in backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, constants):
-        losses, *gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, needs, *constants)
+    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, chunks):
+        losses, *gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, needs, *chunks)
         ctx.save_for_backward(*gradients)
         ctx.needs = needs
         return torch.where(rows == 0, 0.0, losses).sum() * factor
 
     @staticmethod
     def backward(ctx, g):
-        _refuse_create_graph()
+        refuse_create_graph()
         # Out of place: a second backward must find the unscaled gradients.
         scaled = (d * g if need else None for d, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
         return *scaled, None, None, None, None, None
@@ -231,48 +262,67 @@ class _PerToken(torch.autograd.Function):
     """Unreduced: upstream gradients differ by token, so backward forms the logits of each chunk once more."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, constants):
-        ctx.save_for_backward(hidden, weight, bias, targets, rows, factor)
-        ctx.needs, ctx.constants = needs, constants
-        losses = _losses_op(hidden, weight, targets, bias, *constants)
+    def forward(ctx, hidden, weight, bias, targets, rows, needs, chunks):
+        ctx.save_for_backward(hidden, weight, bias, targets, rows)
+        ctx.needs, ctx.chunks = needs, chunks
+        losses = _losses_op(hidden, weight, targets, bias, *chunks)
         return torch.where(rows == 0, 0.0, losses)
 
     @staticmethod
     def backward(ctx, g):
-        _refuse_create_graph()
-        hidden, weight, bias, targets, rows, factor = ctx.saved_tensors
-        _, *gradients = _gradients_op(
-            hidden, weight, targets, bias, torch.where(rows == 0, 0.0, g), factor, ctx.needs, *ctx.constants
-        )
+        refuse_create_graph()
+        hidden, weight, bias, targets, rows = ctx.saved_tensors
+        upstream = torch.where(rows == 0, 0.0, g)
+        one = rows.new_ones(())
+        _, *gradients = _gradients_op(hidden, weight, targets, bias, upstream, one, ctx.needs, *ctx.chunks)
         out = (d if need else None for d, need in zip(gradients, ctx.needs, strict=True))
-        return *out, None, None, None, None, None
+        return *out, None, None, None, None
 
 
-def run(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    options: Options,
-    reduction: str,
-    chunk_size: int,
-    passes: str,
-    shard: tuple[int, int, str] | None = None,
-) -> Tensor:
-    """The loss of flat tokens: hidden [N, C], targets [N].  ``shard``: first class here, classes here, group."""
-    valid = targets != options.ignore_index
-    rows = valid.to(_loss_dtype(hidden))
-    factor = rows.new_ones(())
-    if reduction == "mean":
-        factor = 1 / rows.sum().clamp(min=1)
-    first, here, group = shard or (0, options.vocab, "")
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    if passes == "triton":
-        return torch_op_sliced.run(
-            hidden, weight, bias, targets, rows, factor, needs, (*options[1:], chunk_size), reduction
-        )
-    constants = (*options[1:-1], here, chunk_size, passes, first, options.vocab, group)
-    if reduction == "none" or not any(needs):
-        losses = _PerToken.apply(hidden, weight, bias, targets, rows, factor.new_ones(()), needs, constants)
-        return losses if reduction == "none" else losses.sum() * factor
-    return _Reduced.apply(hidden, weight, bias, targets, rows, factor, needs, constants)
+class VocabShard(NamedTuple):
+    """The classes of this process: the first one, how many, and the name of the process group."""
+
+    first_class: int
+    vocab: int
+    group: str
+
+
+def by_chunks(tokens: Tokens, options: Options, passes: str, shard: VocabShard | None = None) -> Tensor:
+    """The loss, in chunks of tokens."""
+    shard = shard or VocabShard(0, options.vocab, "")
+    chunks = _Chunks(
+        softcap=options.softcap,
+        scale=options.logit_scale,
+        smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        vocab=shard.vocab,
+        chunk_size=options.chunk_size,
+        passes=passes,
+        first_class=shard.first_class,
+        classes=options.vocab,
+        group=shard.group,
+    )
+    needs = tokens.wanted()
+    if options.reduction != "none" and any(needs):
+        return _Reduced.apply(*tokens, needs, chunks)
+    hidden, weight, bias, targets, rows, factor = tokens
+    losses = _PerToken.apply(hidden, weight, bias, targets, rows, needs, chunks)
+    return losses if options.reduction == "none" else losses.sum() * factor
+
+
+def _run(call: Call, passes: str) -> Tensor:
+    tokens = tokens_of(call.hidden, call.weight, call.bias, call.targets, call.options)
+    return shaped(by_chunks(tokens, call.options, passes), call)
+
+
+def shaped(loss: Tensor, call: Call) -> Tensor:
+    """The losses of flat tokens in the shape of targets; a reduced loss is a scalar already."""
+    return loss.view(call.targets.shape) if call.options.reduction == "none" else loss
+
+
+def linear_cross_entropy_chunked(call: Call) -> Tensor:
+    return _run(call, "plain")
+
+
+def linear_cross_entropy_inductor(call: Call) -> Tensor:
+    return _run(call, "inductor")

@@ -1,17 +1,24 @@
-"""The loss of a GPU: rows of logits forward, slices of the vocabulary backward, so no gradient needs a second tensor.
+"""The loss of a GPU: rows of logits forward, slices of the vocabulary backward, so no gradient is held twice.
 
 A slice of logits has all tokens, so its rows of the weight's gradient are one product, summed in float32 inside it and
 rounded once; only the gradient of the hidden states is summed over slices, in float32.  Logits are formed twice for
 that: four products in all.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import rows_per_chunk
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Call, rows_per_chunk
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
+    empty_gradients,
+    logits_of,
+    refuse_create_graph,
+    shaped,
+    tokens_of,
+)
 
 SLICE_BYTES = 64 << 20
 """Budget of a slice of logits; the hidden states' bytes, if that is more, so that products stay wide."""
@@ -28,40 +35,43 @@ def classes_per_slice(hidden: Tensor, vocab: int, chunk_size: int = 0) -> int:
     return max(1, min(vocab, most // ALIGNED * ALIGNED or most))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
+class _Slices(NamedTuple):
+    """What is the same for every slice of a call: the constants of both ops, as ``_OPTIONS`` lists them."""
+
+    softcap: float
+    scale: float
+    smoothing: float
+    z_loss: float
+    vocab: int
+    chunk_size: int
+
+    @property
+    def terms(self) -> tuple[float, float, float, float]:
+        """The constants of the loss's formula."""
+        return self.softcap, self.scale, self.smoothing, self.z_loss
 
 
-def _allocate_losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size):
+def _allocate_losses(hidden, *_):
     return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
 
 
-def _losses(hidden, weight, targets, bias, softcap, scale, smoothing, z_loss, vocab, chunk_size):
+def _losses(hidden, weight, targets, bias, *constants):
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
 
-    constants = softcap, scale, smoothing, z_loss
-    outputs = _allocate_losses(hidden, weight, targets, bias, *constants, vocab, chunk_size)
-    weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
-    chunk = rows_per_chunk(hidden, vocab, chunk_size)
+    slices = _Slices(*constants)
+    outputs = _allocate_losses(hidden)
+    weight, bias = weight[: slices.vocab], None if bias is None else bias[: slices.vocab]
+    chunk = rows_per_chunk(hidden, slices.vocab, slices.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
-        z = _logits(hidden[at], weight, bias)
-        triton.losses(z, targets[at], tuple(x[at] for x in outputs), constants)
+        z = logits_of(hidden[at], weight, bias)
+        triton.losses(z, targets[at], tuple(x[at] for x in outputs), slices.terms)
         del z  # before the next chunk is allocated
     return outputs
 
 
-def _allocate_gradients(hidden, weight, needs):
-    nothing = (0,)
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else nothing),
-        weight.new_empty(weight.shape if needs[1] else nothing),
-        weight.new_empty((weight.shape[0],) if needs[2] else nothing),
-    )
-
-
 def _fake_gradients(hidden, weight, targets, bias, rows, factor, lse, missing, needs, *_):
-    return _allocate_gradients(hidden, weight, needs)
+    return empty_gradients(hidden, weight, needs)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -74,47 +84,33 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _gradients(
-    hidden,
-    weight,
-    targets,
-    bias,
-    rows,
-    factor,
-    lse,
-    missing,
-    needs,
-    softcap,
-    scale,
-    smoothing,
-    z_loss,
-    vocab,
-    chunk_size,
-):
+def _gradients(hidden, weight, targets, bias, rows, factor, lse, missing, needs, *constants):
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
 
-    late = hidden.dtype == torch.float16  # it would lose a token's share of the mean: there it is applied to the sums
+    slices = _Slices(*constants)
+    vocab = slices.vocab
+    late = hidden.dtype == torch.float16  # a token's part of a mean would underflow: the sums get the factor
     rows = rows if late else rows * factor
-    _, d_weight, d_bias = _allocate_gradients(hidden, weight, [False, *needs[1:]])
+    _, d_weight, d_bias = empty_gradients(hidden, weight, [False, *needs[1:]])
     for d in (d_weight, d_bias):
         d[vocab:] = 0  # padding
     sums = hidden.new_zeros(hidden.shape if needs[0] else (0,), dtype=torch.float32)
-    step = classes_per_slice(hidden, vocab, chunk_size)
+    step = classes_per_slice(hidden, vocab, slices.chunk_size)
     for first in range(0, vocab, step):
         at = slice(first, min(first + step, vocab))
-        z = _logits(hidden, weight[at], None if bias is None else bias[at])
-        triton.gradient(z, targets, rows, lse, missing, first, vocab, (softcap, scale, smoothing, z_loss))
+        z = logits_of(hidden, weight[at], None if bias is None else bias[at])
+        triton.gradient(z, targets, rows, lse, missing, first, vocab, slices.terms)
         if needs[0]:
             _add_product(sums, z, weight[at])
         if needs[1] and late:
-            own = torch.zeros_like(d_weight[at], dtype=torch.float32)
-            _add_product(own, z.T, hidden)
-            d_weight[at] = own * factor
+            total = torch.zeros_like(d_weight[at], dtype=torch.float32)
+            _add_product(total, z.T, hidden)
+            d_weight[at] = total * factor
         elif needs[1]:
             torch.mm(z.T, hidden, out=d_weight[at])
         if needs[2]:
-            own = z.sum(0, dtype=torch.float32)
-            d_bias[at] = own * factor if late else own
+            total = z.sum(0, dtype=torch.float32)
+            d_bias[at] = total * factor if late else total
         del z  # before the next slice is allocated
     return (sums * factor if late else sums).to(hidden.dtype), d_weight, d_bias
 
@@ -141,39 +137,36 @@ class _Sliced(torch.autograd.Function):
     """A loss for each token, or their weighted sum; what is saved are inputs and three numbers of each token."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, constants, reduced):
-        losses, *saved = _losses_op(hidden, weight, targets, bias, *constants)
+    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, slices, reduced):
+        losses, *saved = _losses_op(hidden, weight, targets, bias, *slices)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, factor, *saved)
-        ctx.needs, ctx.constants, ctx.reduced = needs, constants, reduced
+        ctx.needs, ctx.slices, ctx.reduced = needs, slices, reduced
         losses = torch.where(rows == 0, 0.0, losses)
         return losses.sum() * factor if reduced else losses
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the chunked linear cross-entropy has no double backward: create_graph=True needs backend='reference'"
-            )
-        hidden, weight, bias, targets, rows, factor, *saved = ctx.saved_tensors
+        refuse_create_graph()
+        hidden, weight, bias, targets, rows, factor, lse, missing = ctx.saved_tensors
         if ctx.reduced:
             factor = factor * g
         else:
             rows = torch.where(rows == 0, 0.0, g)
-        call = (hidden, weight, targets, bias, rows, factor, *saved, ctx.needs, *ctx.constants)
-        out = (d if need else None for d, need in zip(_gradients_op(*call), ctx.needs, strict=True))
+        gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, lse, missing, ctx.needs, *ctx.slices)
+        out = (d if need else None for d, need in zip(gradients, ctx.needs, strict=True))
         return *out, *[None] * 6
 
 
-def run(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    rows: Tensor,
-    factor: Tensor,
-    needs: list[bool],
-    constants: tuple[Any, ...],
-    reduction: str,
-) -> Tensor:
-    """``rows`` are 0 for ignored tokens, else 1; ``factor`` is the reduction's."""
-    return _Sliced.apply(hidden, weight, bias, targets, rows, factor, needs, constants, reduction != "none")
+def linear_cross_entropy_triton(call: Call) -> Tensor:
+    options = call.options
+    tokens = tokens_of(call.hidden, call.weight, call.bias, call.targets, options)
+    slices = _Slices(
+        softcap=options.softcap,
+        scale=options.logit_scale,
+        smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        vocab=options.vocab,
+        chunk_size=options.chunk_size,
+    )
+    loss = _Sliced.apply(*tokens, tokens.wanted(), slices, options.reduction != "none")
+    return shaped(loss, call)

@@ -10,13 +10,13 @@ from torch import Tensor
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 BLOCK = 2048
-"""Columns of a step."""
+"""Columns that a program reads at once."""
 
 
 @triton.jit
-def _capped(z_ptr, at, mask, softcap, scale, CAP: tl.constexpr):
-    """Capped logits and tanh of the step; −inf and 0 beyond the row."""
-    x = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
+def _capped(p_row, o_v, m_v, softcap, scale, CAP: tl.constexpr):
+    """Capped logits and their tanh [BLOCK]; −inf and 0 beyond the row."""
+    x = tl.load(p_row + o_v, mask=m_v, other=0.0).to(tl.float32) * scale
     t = x
     if CAP:
         # tanh by exp of a negative argument: no overflow, and exact at ±1
@@ -24,7 +24,7 @@ def _capped(z_ptr, at, mask, softcap, scale, CAP: tl.constexpr):
         t = (1.0 - e) / (1.0 + e)
         t = tl.where(x < 0, -t, t)
         x = softcap * t
-    return tl.where(mask, x, float("-inf")), t
+    return tl.where(m_v, x, float("-inf")), t
 
 
 @triton.jit
@@ -35,42 +35,42 @@ def _losses_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride
     target = tl.load(targets_ptr + row)
-    columns = tl.arange(0, BLOCK)
-    # Per lane: the maximum so far, Σ exp(x − maximum) over the other classes, and Σ x for smoothing.
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    others = tl.zeros((BLOCK,), tl.float32)
-    total_x = tl.zeros((BLOCK,), tl.float32)
-    own = tl.zeros((BLOCK,), tl.float32)
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
+    # Per lane: the maximum so far, Σ exp(x − maximum) over the other classes, Σ x for smoothing, the target's logit.
+    lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)
+    lane_others = tl.zeros((BLOCK,), tl.float32)
+    lane_x = tl.zeros((BLOCK,), tl.float32)
+    lane_target = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
-        at = start + columns
-        mask = at < vocab
-        x, _ = _capped(z_ptr, at, mask, softcap, scale, CAP)
-        is_target = at == target
-        new_top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # −inf − (−inf) would be NaN
-        others = others * tl.exp(top - base) + tl.where(is_target, 0.0, tl.exp(x - base))
-        own += tl.where(is_target, x, 0.0)
+        o_v = start + columns  # [BLOCK]
+        m_v = o_v < vocab
+        x, _ = _capped(z_ptr, o_v, m_v, softcap, scale, CAP)  # [BLOCK]
+        is_target = o_v == target
+        new_max = tl.maximum(lane_max, x, propagate_nan=tl.PropagateNan.ALL)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # −inf − (−inf) would be NaN
+        lane_others = lane_others * tl.exp(lane_max - shift) + tl.where(is_target, 0.0, tl.exp(x - shift))
+        lane_target += tl.where(is_target, x, 0.0)
         if SMOOTH:
-            total_x += tl.where(mask, x, 0.0)
-        top = new_top
-    row_top = tl.max(top, 0)
-    lanes_base = tl.where(top == float("-inf"), 0.0, top)
-    row_others = tl.sum(others * tl.exp(lanes_base - row_top), 0)
-    row_own = tl.sum(own, 0) - row_top
-    row_total = row_others + tl.exp(row_own)
-    lse = row_top + tl.log(row_total)
+            lane_x += tl.where(m_v, x, 0.0)
+        lane_max = new_max
+    row_max = tl.max(lane_max, 0)
+    shift = tl.where(lane_max == float("-inf"), 0.0, lane_max)
+    row_others = tl.sum(lane_others * tl.exp(shift - row_max), 0)
+    target_logit = tl.sum(lane_target, 0) - row_max
+    row_sum = row_others + tl.exp(target_logit)
+    lse = row_max + tl.log(row_sum)
     # With p of the target near 1, log(1 + others) keeps what log(Σ) − x would round away.
     small = row_others * (1.0 - row_others * (0.5 - row_others * (1.0 / 3.0)))
     near_one = tl.where(row_others < 1e-2, small, tl.log(1.0 + row_others))
-    likelihood = tl.where(row_own == 0.0, near_one, tl.log(row_total) - row_own)
+    likelihood = tl.where(target_logit == 0.0, near_one, tl.log(row_sum) - target_logit)
     loss = (1.0 - smoothing) * likelihood
     if SMOOTH:
-        loss += smoothing * (lse - tl.sum(total_x, 0) / vocab)
+        loss += smoothing * (lse - tl.sum(lane_x, 0) / vocab)
     if Z_LOSS:
         loss += z_loss * lse * lse
     tl.store(losses_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
-    tl.store(missing_ptr + row, row_others / row_total)  # 1 − p of the target, without cancellation
+    tl.store(missing_ptr + row, row_others / row_sum)  # 1 − p of the target, without cancellation
 
 
 @triton.jit
@@ -80,20 +80,20 @@ def _gradient_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < width
+    o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_v = o_v < width
     factor, lse, missing = tl.load(rows_ptr + row), tl.load(lse_ptr + row), tl.load(missing_ptr + row)
-    x, t = _capped(z_ptr, at, mask, softcap, scale, CAP)
+    x, t = _capped(z_ptr, o_v, m_v, softcap, scale, CAP)  # [BLOCK]
     p = tl.exp(x - lse)
-    d = tl.where(at + first == tl.load(targets_ptr + row), smoothing - missing, p)
+    dz = tl.where(o_v + first == tl.load(targets_ptr + row), smoothing - missing, p)
     if SMOOTH:
-        d -= smoothing / classes
+        dz -= smoothing / classes
     if Z_LOSS:
-        d += 2.0 * z_loss * lse * p
+        dz += 2.0 * z_loss * lse * p
     if CAP:
-        d *= 1.0 - t * t
-    d = tl.where(factor == 0.0, 0.0, d * (factor * scale))  # an ignored row may hold NaN
-    tl.store(z_ptr + at, d.to(z_ptr.dtype.element_ty), mask=mask)
+        dz *= 1.0 - t * t
+    dz = tl.where(factor == 0.0, 0.0, dz * (factor * scale))  # an ignored row may hold NaN
+    tl.store(z_ptr + o_v, dz.to(z_ptr.dtype.element_ty), mask=m_v)
 
 
 Constants = tuple[float, float, float, float]
@@ -131,9 +131,9 @@ def gradient(
 ) -> None:
     """Turn the columns of logits that begin with class ``first`` into the gradient of Σ rows · loss."""
     if z.numel():
-        how = _geometry(z.shape[1])
+        geometry = _geometry(z.shape[1])
         with on_device(z):
-            _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], how["BLOCK"]))](
+            _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], geometry["BLOCK"]))](
                 z, targets.contiguous(), rows.contiguous(), lse, missing, z.stride(0), first, z.shape[1], classes,
-                *constants, **_flags(constants), **how,
+                *constants, **_flags(constants), **geometry,
             )  # fmt: skip

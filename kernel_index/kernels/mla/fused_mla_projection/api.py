@@ -1,5 +1,7 @@
 """The low-rank projection of multi-head latent attention: down, RMS norm, up."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
@@ -10,6 +12,8 @@ from kernel_index.kernels.mla.fused_mla_projection.torch_op import (
     mla_projection_inductor,
     mla_projection_triton,
 )
+
+MLAProjectionBackend = Literal["auto", "triton", "inductor", "eager", "reference"]
 
 BACKENDS = (
     Backend(
@@ -34,8 +38,8 @@ def fused_mla_projection(
     norm_weight: Tensor | None = None,
     *,
     eps: float = 1e-6,
-    recompute: str = "latent",
-    backend: str = "auto",
+    recompute: contract.Recompute = "latent",
+    backend: MLAProjectionBackend = "auto",
 ) -> Tensor:
     """Project down to a latent, normalise it, project up; the latent need not be kept for backward.
 
@@ -43,8 +47,8 @@ def fused_mla_projection(
     ``out = normed · w_upᵀ``.
 
     The products run in x's dtype, or in autocast's; statistics and the norm are float32 (float64 for float64
-    arguments).  ``recompute`` names the first thing that backward computes again, and so what is kept beside x and the
-    weights, which live anyway: with N rows,
+    arguments).  ``recompute`` names the first tensor that backward recomputes, and so what is kept beside x and the
+    weights, which the caller holds: with N rows,
 
     - ``"latent"``: 4·N bytes, 1/rms of each row.  Backward has one product more: 2·N·Din·L FLOPs beside
       4·N·L·(Din + Dout).
@@ -81,6 +85,5 @@ def fused_mla_projection(
     >>> ki.explain("fused_mla_projection", x, w_down, w_up, recompute="norm").details["kept_bytes"]
     12
     """
-    contract.check(x, w_down, w_up, norm_weight, eps, recompute)
-    call = (x, w_down, w_up, norm_weight, eps, recompute, contract.product_dtype(x))
-    return choose("fused_mla_projection", BACKENDS, backend, *call).run(*call)
+    call = contract.check(x, w_down, w_up, norm_weight, eps, recompute)
+    return choose("fused_mla_projection", BACKENDS, backend, call).run(call)

@@ -1,22 +1,36 @@
-"""Who may call ``fused_mla_projection``, who may answer, and what each policy keeps for backward."""
+"""Argument checks and backend eligibility of ``fused_mla_projection``, and what each policy keeps for backward."""
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, rules
 
+Recompute = Literal["latent", "norm", "none"]
+
 KEPT = {"latent": "1/rms", "norm": "1/rms, latent", "none": "1/rms, latent, normed"}
-"""What each ``recompute`` policy keeps beside x and the weights; the rest is computed again in backward."""
+"""What each ``recompute`` policy keeps beside x and the weights; backward recomputes the rest."""
 
 POLICIES = tuple(KEPT)
 
 WIDEST = 16384
-"""Channels of the widest latent whose rows the Triton kernels hold in registers."""
+"""Channels of the widest latent of which the Triton kernels hold a row in registers."""
 
 
-def check(x: Any, w_down: Any, w_up: Any, norm_weight: Any, eps: Any, recompute: Any) -> None:
+class Call(NamedTuple):
+    """A checked call; ``dtype`` is that of both products and of the result."""
+
+    x: Tensor
+    w_down: Tensor
+    w_up: Tensor
+    norm_weight: Tensor | None
+    eps: float
+    recompute: Recompute
+    dtype: torch.dtype
+
+
+def check(x: Any, w_down: Any, w_up: Any, norm_weight: Any, eps: Any, recompute: Any) -> Call:
     checks.is_floating("x", x)
     if x.ndim == 0:
         raise ValueError("x must be [..., Din], got a tensor of rank 0")
@@ -36,10 +50,11 @@ def check(x: Any, w_down: Any, w_up: Any, norm_weight: Any, eps: Any, recompute:
     if eps < 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     checks.one_of("recompute", recompute, POLICIES)
+    return Call(x, w_down, w_up, norm_weight, eps, recompute, _product_dtype(x))
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What both products run in, and the result's dtype: x's, or autocast's, which leaves float64 alone."""
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """x's, or autocast's, which does not apply to float64."""
     autocast = autocasts(x) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
@@ -55,45 +70,42 @@ def statistics_dtype(dtype: torch.dtype, norm_weight: Tensor | None) -> torch.dt
     return wide if norm_weight is None else torch.promote_types(wide, norm_weight.dtype)
 
 
-def details(
-    x: Tensor, w_down: Tensor, w_up: Tensor, norm_weight: Tensor | None, eps: float, recompute: str, dtype: torch.dtype
-) -> tuple[tuple[str, Any], ...]:
+def _row_count(call: Call) -> int:
+    return call.x.numel() // max(1, call.x.shape[-1])
+
+
+def details(call: Call) -> tuple[tuple[str, Any], ...]:
     """What a call whose result needs a gradient keeps beside x and the weights; bytes where sizes are known."""
-    policy = (("recompute", recompute), ("kept", KEPT[recompute]))
+    policy = (("recompute", call.recompute), ("kept", KEPT[call.recompute]))
     if torch.compiler.is_compiling():
         return policy
-    rows = x.numel() // max(1, x.shape[-1])
-    statistics = rows * statistics_dtype(dtype, norm_weight).itemsize
-    latent = rows * w_down.shape[0] * dtype.itemsize
+    statistics = _row_count(call) * statistics_dtype(call.dtype, call.norm_weight).itemsize
+    latent = _row_count(call) * call.w_down.shape[0] * call.dtype.itemsize
     sizes = {name: statistics + copies * latent for copies, name in enumerate(POLICIES)}
-    return (*policy, ("kept_bytes", sizes[recompute]), ("kept_bytes_by_policy", sizes))
+    return (*policy, ("kept_bytes", sizes[call.recompute]), ("kept_bytes_by_policy", sizes))
 
 
-def reference_details(*_: Any) -> tuple[tuple[str, Any], ...]:
+def reference_details(_: Call) -> tuple[tuple[str, Any], ...]:
     return (("recompute", "not applied"), ("kept", "whatever autograd keeps of the plain formula"))
 
 
-def eager_why_not(*call: Any) -> str | None:
-    if rules.inside_functorch():
-        return "inside a torch.func transform"
-    if any(isinstance(t, Tensor) and type(t) not in rules.PLAIN for t in call):
-        return "needs plain tensors, not a tensor subclass"
-    return None
+def eager_why_not(call: Call) -> str | None:
+    return rules.plain_why_not(*call)
 
 
-def inductor_why_not(*call: Any) -> str | None:
+def inductor_why_not(call: Call) -> str | None:
     return inductor.why_not(*call)
 
 
-def inductor_not_worth(x: Tensor, w_down: Tensor, *_: Any) -> str | None:
-    elements = x.numel() // max(1, x.shape[-1]) * w_down.shape[0]
-    return "too small for a compiled region to pay" if elements < inductor.MIN_ELEMENTS else None
+def inductor_not_worth(call: Call) -> str | None:
+    return inductor.TOO_SMALL if _row_count(call) * call.w_down.shape[0] < inductor.MIN_ELEMENTS else None
 
 
-def triton_why_not(x: Tensor, w_down: Tensor, *call: Any) -> str | None:
-    if w_down.shape[0] > WIDEST:
+def triton_why_not(call: Call) -> str | None:
+    if call.w_down.shape[0] > WIDEST:
         return "needs a latent of at most 16384 channels"
-    return rules.triton_why_not(x, w_down, *call)
+    return rules.triton_why_not(*call)
 
 
-triton_not_worth = rules.triton_not_worth
+def triton_not_worth(call: Call) -> str | None:
+    return rules.triton_not_worth(call.x)

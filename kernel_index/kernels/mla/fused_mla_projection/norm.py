@@ -21,7 +21,7 @@ def normalise(latent: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor
 def gradients(
     d_normed: Tensor | None, latent: Tensor, rstd: Tensor, weight: Tensor | None, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """normed once more, the gradient of latent, the gradient of weight; ``wanted`` says which."""
+    """normed recomputed, the gradient of latent, the gradient of weight; ``wanted`` says which of the three."""
     dtype = rstd.dtype
     normed = d_latent = d_weight = None
     x_hat = latent.to(dtype) * rstd[:, None]

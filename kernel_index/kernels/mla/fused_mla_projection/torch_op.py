@@ -1,6 +1,6 @@
 """Both directions as registered ops, opaque to torch.compile: a compiled model recomputes what the policy says.
 
-Traced, forward's and backward's ``x·w_downᵀ`` would be one node, kept from the one to the other.
+If they were traced, ``x·w_downᵀ`` of forward and of backward would be one node, whose result would be kept.
 """
 
 import contextlib
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from kernel_index.core import ops
 from kernel_index.kernels.mla.fused_mla_projection import norm
-from kernel_index.kernels.mla.fused_mla_projection.contract import POLICIES, autocasts, statistics_dtype
+from kernel_index.kernels.mla.fused_mla_projection.contract import (
+    POLICIES,
+    Call,
+    autocasts,
+    statistics_dtype,
+)
 from kernel_index.kernels.mla.fused_mla_projection.reference import mla_projection_reference
 
 
@@ -22,10 +27,10 @@ def _triton_normalise(latent: Tensor, weight: Tensor | None, eps: float) -> tupl
     return triton.normalise(latent, weight, eps)
 
 
-def _triton_gradients(*call: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _triton_gradients(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     from kernel_index.kernels.mla.fused_mla_projection import triton
 
-    return triton.gradients(*call)
+    return triton.gradients(*arguments)
 
 
 class _Norm(NamedTuple):
@@ -117,6 +122,15 @@ _backward_op = ops.register(
 )
 
 
+class _Constants(NamedTuple):
+    """What a call has beside its tensors; ``copies`` of ``[N, L]`` are kept for backward: the latent, then normed."""
+
+    eps: float
+    dtype: torch.dtype
+    copies: int
+    backend: str
+
+
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,16 +139,14 @@ class _Projection(torch.autograd.Function):
         w_down: Tensor,
         w_up: Tensor,
         norm_weight: Tensor | None,
-        eps: float,
-        recompute: str,
-        dtype: torch.dtype,
-        backend: str,
+        constants: _Constants,
     ) -> Tensor:
-        kept = POLICIES.index(recompute) if any(ctx.needs_input_grad) else 0
+        eps, dtype, copies, backend = constants
+        kept = copies if any(ctx.needs_input_grad) else 0
         out, rstd, latent, normed = _forward_op(_rows(x), w_down, w_up, norm_weight, eps, dtype, kept, backend)
         latent, normed = latent if kept >= 1 else None, normed if kept >= 2 else None
         ctx.save_for_backward(x, w_down, w_up, norm_weight, rstd, latent, normed)
-        ctx.eps, ctx.dtype, ctx.backend = eps, dtype, backend
+        ctx.constants = constants
         return out.view(*x.shape[:-1], w_up.shape[0])
 
     @staticmethod
@@ -142,32 +154,38 @@ class _Projection(torch.autograd.Function):
         x, w_down, w_up, norm_weight, rstd, latent, normed = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # create_graph: the plain formula, so that any further derivative exists too
-            return *_with_history(ctx, g, (x, w_down, w_up, norm_weight), needs), None, None, None, None
+            return *_with_history(ctx.constants, g, (x, w_down, w_up, norm_weight), needs), None
         saved = (norm_weight, rstd, latent, normed)
-        gradients = _backward_op(_rows(g), _rows(x), w_down, w_up, *saved, list(needs), ctx.backend)
+        gradients = _backward_op(_rows(g), _rows(x), w_down, w_up, *saved, list(needs), ctx.constants.backend)
         d_x, *d_weights = (d if need else None for d, need in zip(gradients, needs, strict=True))
-        return None if d_x is None else d_x.view(x.shape), *d_weights, None, None, None, None
+        return None if d_x is None else d_x.view(x.shape), *d_weights, None
 
 
 def _rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def _with_history(ctx: Any, g: Tensor, inputs: tuple, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    x, w_down, w_up, norm_weight = inputs
-    out = mla_projection_reference(x, w_down, w_up, norm_weight, ctx.eps, "latent", ctx.dtype)
+def _with_history(
+    constants: _Constants, g: Tensor, inputs: tuple[Any, Any, Any, Any], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    out = mla_projection_reference(Call(*inputs, constants.eps, "latent", constants.dtype))
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
-def mla_projection_triton(*call: Any) -> Tensor:
-    return _Projection.apply(*call, "triton")
+def _apply(call: Call, backend: str) -> Tensor:
+    constants = _Constants(call.eps, call.dtype, POLICIES.index(call.recompute), backend)
+    return _Projection.apply(call.x, call.w_down, call.w_up, call.norm_weight, constants)
 
 
-def mla_projection_inductor(*call: Any) -> Tensor:
-    return _Projection.apply(*call, "inductor")
+def mla_projection_triton(call: Call) -> Tensor:
+    return _apply(call, "triton")
 
 
-def mla_projection_eager(*call: Any) -> Tensor:
-    return _Projection.apply(*call, "eager")
+def mla_projection_inductor(call: Call) -> Tensor:
+    return _apply(call, "inductor")
+
+
+def mla_projection_eager(call: Call) -> Tensor:
+    return _apply(call, "eager")

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 
 TILE = 2048
-"""Elements of a tile, if a row has no more."""
+"""Elements of a tile; a longer row is a tile of its own."""
 
 WAVES = 4
 """Programs of the backward pass for each processor."""
@@ -29,11 +29,11 @@ def pick_config(width: int) -> dict:
 
 
 @triton.jit
-def _weight(ptr, at, width, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def _weight(weight_ptr, o_d, width, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     w = tl.full((1, BLOCK), 1.0, tl.float32)
     if HAS_WEIGHT:
-        w = tl.load(ptr + at, mask=at < width, other=0.0).to(tl.float32)
-    return w
+        w = tl.load(weight_ptr + o_d, mask=o_d < width, other=0.0).to(tl.float32)
+    return w  # [1, BLOCK]
 
 
 @triton.jit
@@ -41,14 +41,14 @@ def _normalise_kernel(
     latent_ptr, weight_ptr, normed_ptr, rstd_ptr, rows, width, eps,
     HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    at = tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (at < width)
-    c = tl.load(latent_ptr + row * width + at, mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(c * c, 1, keep_dims=True) / width + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    normed = c * rstd * _weight(weight_ptr, at, width, HAS_WEIGHT, BLOCK)
-    tl.store(normed_ptr + row * width + at, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    o_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    o_d = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    m_x = (o_n < rows) & (o_d < width)
+    x = tl.load(latent_ptr + o_n * width + o_d, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+    rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / width + eps)  # [ROWS, 1]
+    tl.store(rstd_ptr + o_n, rstd, mask=o_n < rows)
+    normed = x * rstd * _weight(weight_ptr, o_d, width, HAS_WEIGHT, BLOCK)
+    tl.store(normed_ptr + o_n * width + o_d, normed.to(normed_ptr.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -59,31 +59,31 @@ def _gradients_kernel(
 ):  # fmt: skip
     """A program takes a run of tiles and sums its part of the weight's gradient in registers."""
     program = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)[None, :]
-    w = _weight(weight_ptr, at, width, HAS_WEIGHT, BLOCK)
+    o_d = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    w = _weight(weight_ptr, o_d, width, HAS_WEIGHT, BLOCK)
     first = program * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tl.cdiv(rows, ROWS).to(tl.int64))
     weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-        mask = (row < rows) & (at < width)
-        here = row * width + at
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-        x_hat = tl.load(latent_ptr + here, mask=mask, other=0.0).to(tl.float32) * rstd
+        o_n = tile * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+        o_x = o_n * width + o_d  # [ROWS, BLOCK]
+        m_x = (o_n < rows) & (o_d < width)
+        rstd = tl.load(rstd_ptr + o_n, mask=o_n < rows, other=0.0)  # [ROWS, 1]
+        x_hat = tl.load(latent_ptr + o_x, mask=m_x, other=0.0).to(tl.float32) * rstd  # [ROWS, BLOCK]
         if NORMED:
-            tl.store(normed_ptr + here, (x_hat * w).to(normed_ptr.dtype.element_ty), mask=mask)
+            tl.store(normed_ptr + o_x, (x_hat * w).to(normed_ptr.dtype.element_ty), mask=m_x)
         if D_LATENT or D_WEIGHT:
-            dy = tl.load(d_normed_ptr + here, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(d_normed_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
             if D_LATENT:
-                g = dy * w
-                mean = tl.sum(g * x_hat, 1, keep_dims=True) / width
-                d_latent = rstd * (g - x_hat * mean)
-                tl.store(d_latent_ptr + here, d_latent.to(d_latent_ptr.dtype.element_ty), mask=mask)
+                dx_hat = dy * w
+                mean = tl.sum(dx_hat * x_hat, 1, keep_dims=True) / width  # [ROWS, 1]
+                d_latent = rstd * (dx_hat - x_hat * mean)
+                tl.store(d_latent_ptr + o_x, d_latent.to(d_latent_ptr.dtype.element_ty), mask=m_x)
             if D_WEIGHT:
                 weight_sum += dy * x_hat
     if D_WEIGHT:
-        part = tl.sum(weight_sum, 0, keep_dims=True)
-        tl.store(parts_ptr + program * width + at, part, mask=at < width)
+        d_weight = tl.sum(weight_sum, 0, keep_dims=True)  # [1, BLOCK]
+        tl.store(parts_ptr + program * width + o_d, d_weight, mask=o_d < width)
 
 
 def normalise(latent: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

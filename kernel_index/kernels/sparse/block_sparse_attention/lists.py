@@ -4,15 +4,21 @@ It is for heads that select alone.  The plan is one stable sort of the selection
 the device.  No product is formed of a query and a block that it did not select.
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core.target import Target, target_of
-from kernel_index.core.triton.launch import interpreting, next_power_of_2
-from kernel_index.kernels.sparse.block_sparse_attention.geometry import SMALLEST, Cut
+from kernel_index.core.triton.launch import (
+    INTERPRETED_CONFIG,
+    AttentionLaunch,
+    Config,
+    attention_launch,
+    dot_block,
+    interpreting,
+)
+from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut
 
 STEP = 64
 """Keys of a block at most: larger blocks are split into these, each with its own partial result."""
@@ -105,58 +111,29 @@ def _index_dtype(selected: Tensor) -> torch.dtype:
     return torch.int32 if selected.numel() < 2**31 else torch.int64
 
 
-class ListConfig(NamedTuple):
-    """Entries of a step, warps, stages of the software pipeline."""
+def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> Config:
+    """The geometry for ``forward`` or ``backward``; a tile is a block of keys, a step are entries of its list.
 
-    rows: int
-    num_warps: int
-    num_stages: int
-
-
-def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> ListConfig:
-    """The geometry for ``forward`` or ``backward``: on an H100 the fastest of those tried, at 128 columns."""
+    On an H100 the fastest of those tried, at 128 columns.
+    """
     if interpreting():
-        return ListConfig(SMALLEST, 4, 1)
+        return INTERPRETED_CONFIG
     forward = kernel == "forward"
     if element_bytes == 4:
-        return ListConfig(32 if forward else 16, 8, 2)
+        return Config(STEP, 32 if forward else 16, 8, 2)
     if target.kind == "hip":
-        return ListConfig(32, 4, 1)
+        return Config(STEP, 32, 4, 1)
     if forward:
-        return ListConfig(128 if target.arch == 90 else 64, 4, 2)
-    return ListConfig(32, 8 if target.arch == 120 and width > 64 else 4, 2)
-
-
-class ListLaunch(NamedTuple):
-    """What the launches of a call share."""
-
-    constants: dict[str, Any]
-    scale: float
-    inner: float
-    outer: float
+        return Config(STEP, 128 if target.arch == 90 else 64, 4, 2)
+    return Config(STEP, 32, 8 if target.arch == 120 and width > 64 else 4, 2)
 
 
 def launch_of(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float | None, softcap: float
-) -> ListLaunch:
-    width, value_width = q.shape[3], v.shape[3]
-    scale = width**-0.5 if scale is None else scale
-    config = pick_config(kernel, max(width, value_width), q.element_size(), target_of(q.device))
-    inner, outer = (scale / softcap, softcap) if softcap > 0 else (0.0, scale)
-    constants = {
-        "D": width,
-        "DV": value_width,
-        "BLOCK_D": max(SMALLEST, next_power_of_2(width)),
-        "BLOCK_DV": max(SMALLEST, next_power_of_2(value_width)),
-        "BM": config.rows,
-        "BN": max(SMALLEST, next_power_of_2(block_size)),
-        "BLOCK": block_size,
-        "CAPPED": softcap > 0,
-        "UPCAST": interpreting(),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    return ListLaunch(constants, scale, inner, outer / math.log(2))
+) -> AttentionLaunch:
+    config = pick_config(kernel, max(q.shape[3], v.shape[3]), q.element_size(), target_of(q.device))
+    config = config._replace(tile=dot_block(block_size))
+    return attention_launch(config, q, v, scale, softcap, BM=config.step, BN=config.tile, BLOCK=block_size)
 
 
 def heads_at_once(bytes_of_head: int, heads: int, kv_heads: int, batch: int) -> int:

@@ -1,8 +1,8 @@
-"""Forward: a tile of queries, with the heads that share their picks, goes over the union of their blocks.
+"""Forward: a tile of queries, with the heads that share their selected blocks, goes over the union of these blocks.
 
-A program reads each block of its union once, for all its rows; a row counts it if its query picked it and the token
-mask allows the keys.  The blocks that the mask allows to all of the tile's queries come first and need no token mask.
-Exponentials and the log-sum-exp are base 2; ``outer`` carries log2(e).
+A program reads each block of its union once, for all its rows; a row uses it if its query selected it and the token
+mask allows the keys.  Blocks that are inside the window of all of the tile's queries need no token mask.  Names and
+units are those of ``core/triton/attention.py``; a row of a tile is one query with one head of the group.
 """
 
 import triton
@@ -10,52 +10,49 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.attention import (
-    dot,
     load_rows,
     load_tile,
-    narrow,
+    online_softmax,
+    scores,
+    softmax_output,
     store_rows,
-    tanh,
     union_visits,
+    weighted_values,
+    within,
 )
-from kernel_index.core.triton.launch import on_device
-from kernel_index.kernels.sparse.block_sparse_attention.geometry import Launch, row_stride, strides
+from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
 from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
 
 
 @triton.jit
 def _step(
-    acc, m, total, q, k_base, v_base, k_stride, v_stride, at, stop, member, partial, start, end, S, inner, outer,
+    acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first, stop, m_member, is_partial, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
     RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    key = at + tl.arange(0, BN)
-    k = load_tile(k_base, at, k_stride, S, BN, D, BLOCK_D)
-    z = dot(q, tl.trans(k), UPCAST)
-    if CAPPED:
-        z = tanh(z * inner)
-    z = z * outer + tl.where(member, 0.0, float("-inf"))[:, None]
-    if partial:
-        z = tl.where((key[None, :] >= start[:, None]) & (key[None, :] < end[:, None]), z, float("-inf"))
+    """BN keys from ``first`` on, of a block that ends before ``stop`` and that the rows ``m_member`` [BM] selected."""
+    o_k = first + tl.arange(0, BN)  # [BN]
+    b_k = load_tile(p_k, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
+    z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
+    logits = z * outer + tl.where(m_member, 0.0, float("-inf"))[:, None]
+    if is_partial:
+        logits = tl.where(within(o_k[None, :], start[:, None], end[:, None]), logits, float("-inf"))
     if RAGGED:
-        z = tl.where((key < stop)[None, :], z, float("-inf"))
-    new_m = tl.maximum(m, tl.max(z, 1))
-    safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-    p = tl.exp2(z - safe_m[:, None])
-    shrink = tl.exp2(m - safe_m)
-    v = load_tile(v_base, at, v_stride, S, BN, DV, BLOCK_DV)
-    acc = acc * shrink[:, None] + dot(narrow(p, v.dtype, UPCAST), v, UPCAST)
-    return acc, new_m, total * shrink + tl.sum(p, 1)
+        logits = tl.where((o_k < stop)[None, :], logits, float("-inf"))
+    p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
+    b_v = load_tile(p_v, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
+    return acc * alpha[:, None] + weighted_values(p, b_v, UPCAST), row_max, row_sum
 
 
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, blocks_ptr, members_ptr, sizes_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, T, S, K, TILES, PLACES, inner, outer,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, K, TILES, UNION, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     GROUPS: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
+    """QUERIES queries and HEADS heads of a group of GROUP; a KV head has GROUPS groups, a union UNION slots."""
     STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
     RAGGED: tl.constexpr = BLOCK % BN != 0
     CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -65,43 +62,41 @@ def _forward_kernel(
     H = G * GROUP
     b, g = (group // G).to(tl.int64), (group % G).to(tl.int64)
     first = tile * QUERIES
-    row = tl.arange(0, BM)
-    query, of_group = first + row // HEADS, chunk * HEADS + row % HEADS
-    exists = (query < T) & (of_group < GROUP)
-    head = g * GROUP + of_group
+    o_m = tl.arange(0, BM)  # [BM]
+    o_q, o_g = first + o_m // HEADS, chunk * HEADS + o_m % HEADS  # [BM]: the row's query, and its head in the group
+    m_m = (o_q < T) & (o_g < GROUP)
+    o_h = g * GROUP + o_g
 
-    start_ptr += b * interval_b
-    end_ptr += b * interval_b
-    start = tl.load(start_ptr + query, mask=exists, other=0)
-    end = tl.load(end_ptr + query, mask=exists, other=0)
+    start_ptr += b * window_b
+    end_ptr += b * window_b
+    start = tl.load(start_ptr + o_q, mask=m_m, other=0)  # [BM]
+    end = tl.load(end_ptr + o_q, mask=m_m, other=0)  # [BM]
     union = (b * G + g) * TILES + tile
-    blocks_ptr += union * PLACES
-    members_ptr += union * PLACES
+    blocks_ptr += union * UNION
+    members_ptr += union * UNION
     size = tl.load(sizes_ptr + union)
-    begin, whole, cease, stop = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
+    begin, full_begin, full_stop, stop = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
 
-    q = load_rows(q_ptr + b * q_b, query.to(tl.int64) * q_t + head * q_h, exists, D, BLOCK_D)
-    of_keys = g // GROUPS
-    k_base, v_base = k_ptr + b * k_b + of_keys * k_h, v_ptr + b * v_b + of_keys * v_h
-    bit = (row // HEADS).to(tl.int64)
+    b_q = load_rows(q_ptr + b * q_b, o_q.to(tl.int64) * q_t + o_h * q_h, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
+    kv_head = g // GROUPS
+    p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
+    o_bit = (o_m // HEADS).to(tl.int64)
     acc = tl.zeros((BM, BLOCK_DV), tl.float32)
-    m = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
+    row_max = tl.full((BM,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)
     for i in range(0, (stop - begin) * STEPS):
-        place = begin + i // STEPS
-        at = tl.load(blocks_ptr + place) * BLOCK
-        member = ((tl.load(members_ptr + place) >> bit) & 1) != 0
-        partial = (place < whole) | (place >= cease)
-        acc, m, total = _step(
-            acc, m, total, q, k_base, v_base, k_t, v_t, at + i % STEPS * BN, at + BLOCK, member, partial,
-            start, end, S, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST,
+        slot = begin + i // STEPS
+        first_key = tl.load(blocks_ptr + slot) * BLOCK
+        m_member = ((tl.load(members_ptr + slot) >> o_bit) & 1) != 0  # [BM]
+        is_partial = (slot < full_begin) | (slot >= full_stop)
+        acc, row_max, row_sum = _step(
+            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first_key + i % STEPS * BN, first_key + BLOCK, m_member,
+            is_partial, start, end, S, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST,
         )  # fmt: skip
-    empty = m == float("-inf")
-    total = tl.where(empty, 1.0, total)
-    lse = tl.where(empty, float("-inf"), m + tl.log2(total))
-    token = b * T + query
-    store_rows(out_ptr, (token * H + head) * DV, exists, acc / total[:, None], DV, BLOCK_DV, UPCAST)
-    tl.store(lse_ptr + token * H + head, lse, mask=exists)
+    out, lse = softmax_output(acc, row_max, row_sum, row_max == float("-inf"))
+    token = b * T + o_q
+    store_rows(out_ptr, (token * H + o_h) * DV, m_m, out, DV, BLOCK_DV, UPCAST)
+    tl.store(lse_ptr + token * H + o_h, lse, mask=m_m)
 
 
 def forward(
@@ -110,16 +105,17 @@ def forward(
     v: Tensor,
     plan: Plan,
     bounds: tuple[Tensor, Tensor],
-    how: Launch,
+    launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H]."""
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    G, tiles, places = plan.blocks.shape[1:]
+    G, tiles, union = plan.blocks.shape[1:]
+    chunks = ceil_div(launch.constants["GROUP"], launch.constants["HEADS"])
     if B * T * H:
         with on_device(q):
-            _forward_kernel[(tiles, B * G * how.chunks)](
+            _forward_kernel[(tiles, B * G * chunks)](
                 q, k, v, plan.blocks, plan.members, plan.sizes, *bounds, *outputs, *strides(q, k, v),
-                row_stride(bounds[0]), T, S, K, tiles, places, how.inner, how.outer, **how.constants,
+                row_stride(bounds[0]), T, S, K, tiles, union, launch.inner, launch.outer, **launch.constants,
             )  # fmt: skip
     return outputs

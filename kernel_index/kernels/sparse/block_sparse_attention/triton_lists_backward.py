@@ -1,6 +1,6 @@
-"""Backward by key block: one pass over the lists makes dK, dV and, for every pick, a part of dQ.
+"""Backward by key block: one pass over the lists makes dK, dV and, for every selected block of a row, a partial of dQ.
 
-Parts are joined in a fixed order, never by atomics, so two runs give the same bits.
+Partials are added in a fixed order, never by atomics, so two runs give the same bits.
 """
 
 import torch
@@ -8,146 +8,152 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_index.core.triton.attention import dot, load_rows, load_tile, narrow, store_rows, tanh
-from kernel_index.core.triton.launch import ceil_div, on_device
-from kernel_index.kernels.sparse.block_sparse_attention.geometry import row_stride, strides
-from kernel_index.kernels.sparse.block_sparse_attention.lists import ListLaunch, ListPlan, heads_at_once, parts_of
-from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import ROWS, load_picks
+from kernel_index.core.triton.attention import (
+    dot,
+    load_rows,
+    load_tile,
+    lse_of_grad,
+    narrow,
+    score_grad,
+    scores,
+    store_rows,
+    weighted_values,
+    within,
+)
+from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
+from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, heads_at_once, parts_of
+from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import ROWS, load_entries, load_part
 
 
 @triton.jit
 def _delta_kernel(
-    out_ptr, d_out_ptr, d_lse_ptr, delta_ptr, g_b, g_t, g_h, l_b, l_h, l_t, TOKENS, T, H,
+    out_ptr, d_out_ptr, d_lse_ptr, delta_ptr, do_b, do_t, do_h, dl_b, dl_h, dl_t, TOKENS, T, H,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_D_LSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < TOKENS.to(tl.int64) * H
-    h, token = row % H, row // H
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    m_m = o_row < TOKENS.to(tl.int64) * H
+    h, token = o_row % H, o_row // H
     b, t = token // T, token % T
-    out = load_rows(out_ptr, row * DV, exists, DV, BLOCK_DV).to(tl.float32)
-    d_out = load_rows(d_out_ptr, b * g_b + t * g_t + h * g_h, exists, DV, BLOCK_DV).to(tl.float32)
-    delta = tl.sum(out * d_out, 1)
+    b_out = load_rows(out_ptr, o_row * DV, m_m, DV, BLOCK_DV).to(tl.float32)  # [ROWS, BLOCK_DV]
+    b_do = load_rows(d_out_ptr, b * do_b + t * do_t + h * do_h, m_m, DV, BLOCK_DV).to(tl.float32)
+    delta = tl.sum(b_out * b_do, 1)  # [ROWS]
     if HAS_D_LSE:
-        delta -= tl.load(d_lse_ptr + b * l_b + h * l_h + t * l_t, mask=exists, other=0.0)
-    tl.store(delta_ptr + row, delta, mask=exists)
+        delta -= tl.load(d_lse_ptr + b * dl_b + h * dl_h + t * dl_t, mask=m_m, other=0.0)
+    tl.store(delta_ptr + o_row, delta, mask=m_m)
 
 
 @triton.jit
 def _lists_step(
-    dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, live_ptr, i, stop, key,
-    last, base, q_t, g_t, T, H, N, scale, inner, outer,
+    dk, dv, b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, i, stop, o_k,
+    last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    pick, row, exists = load_picks(order_ptr, i + tl.arange(0, BM), stop, N)
-    token = (row // H) % T
-    start = tl.load(start_ptr + token, mask=exists, other=0)
-    end = tl.minimum(tl.load(end_ptr + token, mask=exists, other=0), last)
-    lse = tl.load(lse_ptr + row, mask=exists, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # exp2(z − ∞) = 0: what a query without keys sends back
-    delta = tl.load(delta_ptr + row, mask=exists, other=0.0)
-    q = load_rows(q_ptr, token.to(tl.int64) * q_t, exists, D, BLOCK_D)
-    d_out = load_rows(d_out_ptr, token.to(tl.int64) * g_t, exists, DV, BLOCK_DV)
-    z = dot(k, tl.trans(q), UPCAST)  # transposed throughout: [keys, rows]
-    if CAPPED:
-        z = tanh(z * inner)
+    """BM entries of a list.  Scores are transposed, [BN, BM]: dK and dV are products without a transposed operand."""
+    b_entry, o_row, m_m = load_entries(p_order, i + tl.arange(0, BM), stop, N)  # [BM]
+    token = (o_row // H) % T
+    start = tl.load(p_start + token, mask=m_m, other=0)  # [BM]
+    end = tl.minimum(tl.load(p_end + token, mask=m_m, other=0), last_key)  # [BM]
+    b_lse = tl.load(lse_ptr + o_row, mask=m_m, other=float("inf"))  # [BM]
+    lse = lse_of_grad(b_lse, b_lse != float("-inf"))
+    b_delta = tl.load(delta_ptr + o_row, mask=m_m, other=0.0)  # [BM]
+    b_q = load_rows(p_q, token.to(tl.int64) * q_t, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
+    b_do = load_rows(p_do, token.to(tl.int64) * do_t, m_m, DV, BLOCK_DV)  # [BM, BLOCK_DV]
+    z = scores(b_k, b_q, inner, CAPPED, UPCAST)  # [BN, BM]
     p = tl.exp2(z * outer - lse[None, :])
-    p = tl.where((key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]), p, 0.0)
-    dv += dot(narrow(p, d_out.dtype, UPCAST), d_out, UPCAST)
-    dz = p * (dot(v, tl.trans(d_out), UPCAST) - delta[None, :])
-    if CAPPED:
-        dz = dz * (1.0 - z * z)
-    dz = narrow(dz, q.dtype, UPCAST)
-    dk += dot(dz, q, UPCAST)
-    slot = base + token.to(tl.int64) * N + (pick - row * N)
-    store_rows(dq_ptr, slot * D, exists, dot(tl.trans(dz), k, UPCAST) * scale, D, BLOCK_D, UPCAST)
-    tl.store(live_ptr + slot, tl.full((BM,), 1, tl.int8), mask=exists)
+    p = tl.where(within(o_k[:, None], start[None, :], end[None, :]), p, 0.0)
+    dv += weighted_values(p, b_do, UPCAST)
+    dz = score_grad(z, p, dot(b_v, tl.trans(b_do), UPCAST), b_delta[None, :], CAPPED)
+    dz = narrow(dz, b_q.dtype, UPCAST)  # [BN, BM]
+    dk += dot(dz, b_q, UPCAST)
+    o_partial = first_partial + token.to(tl.int64) * N + (b_entry - o_row * N)
+    store_rows(dq_ptr, o_partial * D, m_m, dot(tl.trans(dz), b_k, UPCAST) * scale, D, BLOCK_D, UPCAST)
+    tl.store(written_ptr + o_partial, tl.full((BM,), 1, tl.int8), mask=m_m)
     return dk, dv
 
 
 @triton.jit
 def _lists_kernel(
-    d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, order_ptr, items_ptr, start_ptr, end_ptr, dq_ptr, live_ptr,
-    dk_ptr, dv_ptr, g_b, g_t, g_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, interval_b, first_head, T, S, H,
-    GROUPS, N, M, scale, inner, outer,
+    d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, order_ptr, items_ptr, start_ptr, end_ptr, dq_ptr, written_ptr,
+    dk_ptr, dv_ptr, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, first_head, T, S, H,
+    G, N, M, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    here = tl.program_id(1)
-    head = first_head + here
+    """The partials of dQ, dK and dV that one part of a head's lists gives."""
+    o_launch = tl.program_id(1)
+    head = first_head + o_launch
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    item = items_ptr + (head.to(tl.int64) * M + tl.program_id(0)) * 4
-    block = tl.load(item).to(tl.int32)
-    begin = tl.load(item + 1)
+    block, begin, first, stop = load_part(items_ptr, head, M)
     order_ptr += begin
-    first, stop = (tl.load(item + 2) - begin).to(tl.int32), (tl.load(item + 3) - begin).to(tl.int32)
     if first < stop:
-        at = block * BLOCK
-        last = tl.minimum(at + BLOCK, S)
-        own = h // GROUPS
-        k = load_tile(k_ptr + b * k_b + own * k_h, at, k_t, last, BN, D, BLOCK_D)
-        v = load_tile(v_ptr + b * v_b + own * v_h, at, v_t, last, BN, DV, BLOCK_DV)
-        key = at + tl.arange(0, BN)
+        first_key = block * BLOCK
+        last_key = tl.minimum(first_key + BLOCK, S)
+        kv_head = h // G
+        b_k = load_tile(k_ptr + b * k_b + kv_head * k_h, first_key, k_t, last_key, BN, D, BLOCK_D)  # [BN, BLOCK_D]
+        b_v = load_tile(v_ptr + b * v_b + kv_head * v_h, first_key, v_t, last_key, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
+        o_k = first_key + tl.arange(0, BN)  # [BN]
         q_ptr += b * q_b + h * q_h
-        d_out_ptr += b * g_b + h * g_h
-        start_ptr += b * interval_b
-        end_ptr += b * interval_b
+        d_out_ptr += b * do_b + h * do_h
+        start_ptr += b * window_b
+        end_ptr += b * window_b
         dk = tl.zeros((BN, BLOCK_D), tl.float32)
         dv = tl.zeros((BN, BLOCK_DV), tl.float32)
         for i in range(first, stop, BM):
             dk, dv = _lists_step(
-                dk, dv, k, v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, live_ptr,
-                i, stop, key, last, here.to(tl.int64) * T * N, q_t, g_t, T, H, N, scale, inner, outer,
-                D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST,
+                dk, dv, b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr,
+                written_ptr, i, stop, o_k, last_key, o_launch.to(tl.int64) * T * N, q_t, do_t, T, H, N,
+                scale, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST,
             )  # fmt: skip
-        place = (here.to(tl.int64) * M + tl.program_id(0)) * BN + tl.arange(0, BN)
-        every = tl.full((BN,), 1, tl.int1)
-        store_rows(dk_ptr, place * D, every, dk * scale, D, BLOCK_D, UPCAST)
-        store_rows(dv_ptr, place * DV, every, dv, DV, BLOCK_DV, UPCAST)
+        o_n = (o_launch.to(tl.int64) * M + tl.program_id(0)) * BN + tl.arange(0, BN)  # [BN]
+        m_all = tl.full((BN,), 1, tl.int1)
+        store_rows(dk_ptr, o_n * D, m_all, dk * scale, D, BLOCK_D, UPCAST)
+        store_rows(dv_ptr, o_n * DV, m_all, dv, DV, BLOCK_DV, UPCAST)
 
 
 @triton.jit
-def _join_queries_kernel(
-    parts_ptr, live_ptr, dq_ptr, first_head, T, H, N,
+def _merge_queries_kernel(
+    partial_ptr, written_ptr, dq_ptr, first_head, T, H, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    here = tl.program_id(1)
-    head = first_head + here
+    """Adds the partials of dQ of a row that were written, in the order of its selected blocks."""
+    o_launch = tl.program_id(1)
+    head = first_head + o_launch
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    exists = token < T
-    slot = (here.to(tl.int64) * T + token) * N
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    m_m = token < T
+    o_partial = (o_launch.to(tl.int64) * T + token) * N
     dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for j in range(0, N):
-        live = tl.load(live_ptr + slot + j, mask=exists, other=0) != 0
-        dq += load_rows(parts_ptr, (slot + j) * D, live, D, BLOCK_D).to(tl.float32)
-    store_rows(dq_ptr, ((b * T + token) * H + h) * D, exists, dq, D, BLOCK_D, UPCAST)
+        m_written = tl.load(written_ptr + o_partial + j, mask=m_m, other=0) != 0  # [ROWS]
+        dq += load_rows(partial_ptr, (o_partial + j) * D, m_written, D, BLOCK_D).to(tl.float32)
+    store_rows(dq_ptr, ((b * T + token) * H + h) * D, m_m, dq, D, BLOCK_D, UPCAST)
 
 
 @triton.jit
-def _join_keys_kernel(
-    dk_parts_ptr, dv_parts_ptr, parts_ptr, dk_ptr, dv_ptr, first_head, S, K, H, BLOCKS, M, TOGETHER,
+def _merge_keys_kernel(
+    dk_partial_ptr, dv_partial_ptr, parts_ptr, dk_ptr, dv_ptr, first_head, S, K, H, BLOCKS, M, TOGETHER,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
     BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts of ``TOGETHER`` query heads of one key head, in order, to float32 sums."""
+    """Adds the partials of ``TOGETHER`` query heads of one KV head, in order, to float32 sums."""
     block = tl.program_id(0)
-    here = tl.program_id(1) * TOGETHER
-    head = first_head + here
-    b, own = (head // H).to(tl.int64), ((head % H) // (H // K)).to(tl.int64)
-    row = tl.arange(0, BN)
-    exists = (row < BLOCK) & (block * BLOCK + row < S)
-    at = (b * S + block * BLOCK + row) * K + own
-    dk = load_rows(dk_ptr, at * D, exists, D, BLOCK_D)
-    dv = load_rows(dv_ptr, at * DV, exists, DV, BLOCK_DV)
+    o_launch = tl.program_id(1) * TOGETHER
+    head = first_head + o_launch
+    b, kv_head = (head // H).to(tl.int64), ((head % H) // (H // K)).to(tl.int64)
+    o_n = tl.arange(0, BN)  # [BN]
+    m_n = (o_n < BLOCK) & (block * BLOCK + o_n < S)
+    o_k = (b * S + block * BLOCK + o_n) * K + kv_head
+    dk = load_rows(dk_ptr, o_k * D, m_n, D, BLOCK_D)  # [BN, BLOCK_D]
+    dv = load_rows(dv_ptr, o_k * DV, m_n, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     for n in range(0, TOGETHER):
-        bounds = parts_ptr + (head + n).to(tl.int64) * (BLOCKS + 1) + block
-        for item in range(tl.load(bounds), tl.load(bounds + 1)):
-            place = ((here + n).to(tl.int64) * M + item) * BN + row
-            dk += load_rows(dk_parts_ptr, place * D, exists, D, BLOCK_D)
-            dv += load_rows(dv_parts_ptr, place * DV, exists, DV, BLOCK_DV)
-    store_rows(dk_ptr, at * D, exists, dk, D, BLOCK_D, UPCAST)
-    store_rows(dv_ptr, at * DV, exists, dv, DV, BLOCK_DV, UPCAST)
+        p_parts = parts_ptr + (head + n).to(tl.int64) * (BLOCKS + 1) + block
+        for part in range(tl.load(p_parts), tl.load(p_parts + 1)):
+            o_partial = ((o_launch + n).to(tl.int64) * M + part) * BN + o_n
+            dk += load_rows(dk_partial_ptr, o_partial * D, m_n, D, BLOCK_D)
+            dv += load_rows(dv_partial_ptr, o_partial * DV, m_n, DV, BLOCK_DV)
+    store_rows(dk_ptr, o_k * D, m_n, dk, D, BLOCK_D, UPCAST)
+    store_rows(dv_ptr, o_k * DV, m_n, dv, DV, BLOCK_DV, UPCAST)
 
 
 def _delta(d_out: Tensor, d_lse: Tensor | None, out: Tensor, widths: dict[str, int]) -> Tensor:
@@ -171,35 +177,36 @@ def backward(
     lse: Tensor,
     plan: ListPlan,
     bounds: tuple[Tensor, Tensor],
-    how: ListLaunch,
+    launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill dQ, and dK and dV of float32, which begin as zeros; some heads at a time, so that parts are few."""
+    """Fill dQ, and dK and dV of float32, which begin as zeros; some heads at a time, so that partials are few."""
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     dq, dk, dv = outputs
     if B * T * H == 0:
         return outputs
-    c, DV = how.constants, v.shape[3]
-    picks, items, blocks = plan.order.numel() // (B * T * H), plan.items.shape[1], plan.parts.shape[1] - 1
+    c, DV = launch.constants, v.shape[3]
+    count, items, blocks = plan.order.numel() // (B * T * H), plan.items.shape[1], plan.parts.shape[1] - 1
     queries = {name: c[name] for name in ("D", "BLOCK_D", "UPCAST")} | {"ROWS": ROWS}
     keys = {name: c[name] for name in ("D", "DV", "BLOCK_D", "BLOCK_DV", "BN", "BLOCK", "UPCAST")}
-    of_head = T * picks * D * q.element_size() + items * c["BN"] * (D + DV) * 4
+    of_head = T * count * D * q.element_size() + items * c["BN"] * (D + DV) * 4
     at_once = heads_at_once(of_head, H, K, B)
-    dq_parts, live = q.new_empty((at_once, T, picks, D)), q.new_empty((at_once, T, picks), dtype=torch.int8)
-    dk_parts, dv_parts = dk.new_empty((at_once, items, c["BN"], D)), dk.new_empty((at_once, items, c["BN"], DV))
+    dq_partials, written = q.new_empty((at_once, T, count, D)), q.new_empty((at_once, T, count), dtype=torch.int8)
+    dk_partials, dv_partials = dk.new_empty((at_once, items, c["BN"], D)), dk.new_empty((at_once, items, c["BN"], DV))
     with on_device(q):
         delta = _delta(d_out, d_lse, out, {name: c[name] for name in ("DV", "BLOCK_DV")})
         for first, heads in parts_of(B * H, at_once):
-            live.zero_()
+            written.zero_()
             _lists_kernel[(items, heads)](
-                d_out, q, k, v, lse, delta, plan.order, plan.items, *bounds, dq_parts, live, dk_parts, dv_parts,
-                *strides(d_out, q, k, v), row_stride(bounds[0]), first, T, S, H, H // K, picks, items, how.scale,
-                how.inner, how.outer, **c,
+                d_out, q, k, v, lse, delta, plan.order, plan.items, *bounds, dq_partials, written, dk_partials,
+                dv_partials, *strides(d_out, q, k, v), row_stride(bounds[0]), first, T, S, H, H // K, count, items,
+                launch.scale, launch.inner, launch.outer, **c,
             )  # fmt: skip
-            _join_queries_kernel[(ceil_div(T, ROWS), heads)](dq_parts, live, dq, first, T, H, picks, **queries)
+            _merge_queries_kernel[(ceil_div(T, ROWS), heads)](dq_partials, written, dq, first, T, H, count, **queries)
             together = min(heads, H // K)
             if blocks:
-                _join_keys_kernel[(blocks, heads // together)](
-                    dk_parts, dv_parts, plan.parts, dk, dv, first, S, K, H, blocks, items, together, **keys, num_warps=8
-                )
+                _merge_keys_kernel[(blocks, heads // together)](
+                    dk_partials, dv_partials, plan.parts, dk, dv, first, S, K, H, blocks, items, together, **keys,
+                    num_warps=8,
+                )  # fmt: skip
     return outputs

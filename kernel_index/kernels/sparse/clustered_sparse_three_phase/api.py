@@ -1,36 +1,68 @@
-"""Attention in three phases: score blocks, join the picks of neighbouring queries, attend to what was picked."""
+"""Attention in three phases: score blocks, join the selections of neighbouring queries, attend to what was selected."""
 
 import functools
-from dataclasses import replace
+from typing import Literal
 
 from torch import Tensor
 
-from kernel_index.core.dispatch import Backend, choose
+from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.kernels.attention.dense_attention.api import BACKENDS as DENSE_BACKENDS
 from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseOutput
-from kernel_index.kernels.sparse.clustered_sparse_three_phase import contract
+from kernel_index.kernels.sparse.clustered_sparse_three_phase import contract, routers
+from kernel_index.kernels.sparse.clustered_sparse_three_phase.attend import join, run_dense, run_sparse
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
-from kernel_index.kernels.sparse.clustered_sparse_three_phase.phases import routed, run_dense, run_sparse
-from kernel_index.kernels.sparse.clustered_sparse_three_phase.scoring import pick_blocks
-from kernel_index.masks.attention_arguments import sizes_of
+from kernel_index.kernels.sparse.clustered_sparse_three_phase.contract import ClusteredCall
+from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.block_router.api import RouterBackend
 from kernel_index.routing.legal_blocks import TopBlocks
+
+ClusteredBackend = Literal["auto", "triton", "native", "cpu", "reference"]
 
 
 def _on_core(core: Backend) -> Backend:
-    """A backend of the block-sparse core behind the phases of routing, under the core's own rules."""
+    """The phases of routing and then a backend of the block-sparse core, under the core's own rules."""
     return Backend(
         core.name,
-        contract.as_core(core.why_not),
+        functools.partial(contract.core_why_not, core.why_not),
         functools.partial(run_sparse, core),
-        None if core.not_worth is None else contract.as_core(core.not_worth),
+        None if core.not_worth is None else functools.partial(contract.core_why_not, core.not_worth),
         functools.partial(contract.details, core.name),
     )
 
 
-BACKENDS = tuple(_on_core(core) for core in CORE_BACKENDS)
+def _on_dense(dense: Backend) -> Backend:
+    """A backend of dense attention for a call whose unions hold too much."""
+    return Backend(
+        dense.name,
+        functools.partial(contract.on_dense, dense.why_not),
+        functools.partial(run_dense, dense),
+        None if dense.not_worth is None else functools.partial(contract.on_dense, dense.not_worth),
+        None if dense.details is None else functools.partial(contract.on_dense, dense.details),
+    )
 
-EVERYTHING_BEFORE = MaskContract()
+
+BACKENDS = tuple(_on_core(core) for core in CORE_BACKENDS)
+REROUTED = tuple(_on_dense(dense) for dense in DENSE_BACKENDS)
+ROUTERS = (
+    Backend(
+        "triton",
+        contract.triton_router_why_not,
+        routers.route_triton,
+        contract.triton_router_not_worth,
+        contract.router_details,
+    ),
+    Backend(
+        "native",
+        contract.native_router_why_not,
+        routers.route_native,
+        contract.native_router_not_worth,
+        contract.router_details,
+    ),
+    Backend("chunked", always, routers.route_chunked, details=contract.router_details),
+    Backend("reference", always, routers.route_reference, details=contract.router_details),
+)
 
 
 def clustered_sparse_attention(
@@ -42,25 +74,27 @@ def clustered_sparse_attention(
     mask: MaskContract = EVERYTHING_BEFORE,
     scale: float | None = None,
     softcap: float = 0.0,
-    backend: str = "auto",
+    backend: ClusteredBackend = "auto",
 ) -> Tensor:
-    """Attention of each query to its own block and to the past blocks that its group of heads scores best.
+    """Attention of each query to its current block and to the past blocks that its group of heads scores best.
 
-    Three phases, of which only the last has a gradient.  With ``q̄[t, g]`` the mean query of the H / K heads of key
+    Three phases, of which only the last has a gradient.  With ``q̄[t, g]`` the mean query of the H / K heads of KV
     head g, and c the block that holds t::
 
         1  score[j] = q̄[t, g] · mean(k[s, g] for s in block j)      past blocks with a key that the mask allows
-           picks    = {c} ∪ the topk − 1 best j, the smallest index among equals
-        2  union    = the picks of query_tile_size neighbouring queries, each query's own kept apart
-        3  out[t]   = softmax(scale · q·k over the keys of t's own picks that the mask allows) · v
+           selected = {c} ∪ the topk − 1 best j, the smallest index among equals
+        2  union    = the blocks selected by query_tile_size neighbouring queries; each query's own are kept apart
+        3  out[t]   = softmax(scale · q·k over the keys of t's own selected blocks that the mask allows) · v
 
-    Scores are float32.  No future token has any influence on a pick; a query never attends to a block that only its
-    neighbours picked; with ``topk ≥ blocks`` the result is ``ki.attention``.  Backward gives the same bits every time.
+    Scores are float32.  No future token has any influence on a selection; a query never attends to a block that only
+    its neighbours selected; with ``topk ≥ blocks`` the result is ``ki.attention``.  Backward gives the same bits every
+    time.
 
     The receipt's details: ``path`` (``clustered``, ``reroute_to_dense``), ``reason``, ``phase_order``, the backend of
-    each phase, ``routing_is_stop_gradient``, ``attention_is_differentiable``, ``blocks``, ``picks``, ``density``, tiles
-    scored and skipped by the causal windowing plan, whether this mask and config were met before (``mask_cache``), and
-    the unions' sizes where the config asks for them.
+    each phase, ``routed_by`` (the backend of ``clustered_route`` that ran), ``routing_is_stop_gradient``,
+    ``attention_is_differentiable``, ``blocks``, ``picks``, ``density``, tiles scored and skipped by the causal
+    windowing plan, whether this mask and config were met before (``mask_cache``), and the unions' sizes where the
+    config asks for them.  After a reroute the receipt's ``ran`` is the backend of dense attention that ran.
 
     Args:
         q: [B, T, H, D], any floating dtype.
@@ -70,7 +104,8 @@ def clustered_sparse_attention(
         mask: who may attend to whom beside that; causal.
         scale: factor of the attention's scores; ``D ** -0.5`` by default.
         softcap: bound of the attention's scores; 0 is off.
-        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.  ``"reference"`` routes
+            by the reference too; otherwise the router is chosen as by ``clustered_route``.
 
     Returns:
         [B, T, H, Dv], contiguous, q's dtype.  A query that may attend to nothing gives exactly 0.
@@ -80,7 +115,8 @@ def clustered_sparse_attention(
         ValueError: shapes, heads or devices do not fit, or the mask is not causal.
         Ineligible: the named backend cannot run this call.
 
-    Source: Yuan et al., "Native Sparse Attention", 2025: blocks picked by groups of heads; union: ``union_selection``.
+    Source: Yuan et al., "Native Sparse Attention", 2025, for blocks selected by groups of heads; the union is that of
+        ``union_selection``.
 
     >>> import torch, kernel_index as ki
     >>> k = torch.tensor([1.0, 1.0, 5.0, 5.0, 0.0, 0.0, 0.0, 0.0]).view(1, 8, 1, 1)
@@ -89,7 +125,8 @@ def clustered_sparse_attention(
     >>> ki.clustered_sparse_attention(torch.ones(1, 8, 1, 1), k, v, config=config)[0, :, 0, 0]
     tensor([0.0000, 0.5000, 2.0000, 2.5000, 4.0000, 4.5000, 6.0000, 6.5000])
     """
-    return _attend("clustered_sparse_attention", q, k, v, config, mask, scale, softcap, backend)[0]
+    call = contract.check(q, k, v, config, mask, scale, softcap, with_lse=False)
+    return _attend("clustered_sparse_attention", call, backend)[0]
 
 
 def clustered_sparse_attention_with_lse(
@@ -101,7 +138,7 @@ def clustered_sparse_attention_with_lse(
     mask: MaskContract = EVERYTHING_BEFORE,
     scale: float | None = None,
     softcap: float = 0.0,
-    backend: str = "auto",
+    backend: ClusteredBackend = "auto",
 ) -> BlockSparseOutput:
     """``clustered_sparse_attention`` together with the log-sum-exp of each query's scores, natural logarithm.
 
@@ -121,40 +158,40 @@ def clustered_sparse_attention_with_lse(
     >>> ki.clustered_sparse_attention_with_lse(x, x, x, config=config).lse.exp()
     tensor([[[1., 2., 1., 2.]]])
     """
-    op = "clustered_sparse_attention_with_lse"
-    return BlockSparseOutput(*_attend(op, q, k, v, config, mask, scale, softcap, backend))
+    call = contract.check(q, k, v, config, mask, scale, softcap, with_lse=True)
+    out, lse = _attend("clustered_sparse_attention_with_lse", call, backend)
+    assert lse is not None
+    return BlockSparseOutput(out, lse)
 
 
-def _attend(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: ClusteredSparseConfig,
-    mask: MaskContract,
-    scale: float | None,
-    softcap: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    contract.check(q, k, v, config, mask, scale, softcap)
-    asked = config.dense_above is not None or config.report_unions
-    known = routed(q, k, config, mask) if asked else None
-    call = (q, k, v, config, mask, scale, softcap, known)
-    choice = choose(op, BACKENDS, backend, *call)
-    if known is None or not known.dense:
-        return choice.run(*call)
-    # The same contract served by the dense wrapper, which writes a receipt of its own about the kernel that it takes.
-    run = functools.partial(run_dense, backend, with_lse=op.endswith("_with_lse"))
-    return replace(choice, backend=replace(choice.backend, name="dense", run=run)).run(*call)
+def _attend(op: str, call: ClusteredCall, backend: str) -> tuple[Tensor, Tensor | None]:
+    choice = choose(op, BACKENDS, backend, call)
+    router = choice.choose("clustered_route", ROUTERS, call.routing)
+    scoring = contract.scoring_name(call.routing, router.backend.name)
+    choice = choice.with_details(routed_by=router.backend.name, scoring_backend=scoring)
+    if call.config.dense_above is None and not call.config.report_unions:
+        return choice.run(call, router, None)
+    joined = join(choice, call, router)
+    choice = choice.with_details(union_backend=joined.joined_by, **contract.union_shares(joined.unions))
+    if not joined.above:
+        return choice.run(call, router, joined)
+    said = dict(choice.details) | contract.rerouted()
+    return choose(op, REROUTED, backend, call).with_details(**said).run(call)
 
 
 def clustered_route(
-    q: Tensor, k: Tensor, *, config: ClusteredSparseConfig, mask: MaskContract = EVERYTHING_BEFORE
+    q: Tensor,
+    k: Tensor,
+    *,
+    config: ClusteredSparseConfig,
+    mask: MaskContract = EVERYTHING_BEFORE,
+    backend: RouterBackend = "auto",
 ) -> TopBlocks:
-    """The blocks that ``clustered_sparse_attention`` picks: to record, to look at, or to join by ``union_selection``.
+    """The blocks that ``clustered_sparse_attention`` selects: to record, to look at, or to join by ``union_selection``.
 
     Args:
         q: [B, T, H, D], and the others as in ``clustered_sparse_attention``.
+        backend: ``"auto"`` or the name of a backend of the router; a named backend runs or raises ``Ineligible``.
 
     Returns:
         ``TopBlocks(indices, valid)``, int32 and bool [B, T, K, n] with ``n = min(topk, blocks)``: ascending, −1 and
@@ -162,6 +199,7 @@ def clustered_route(
 
     Raises:
         TypeError, ValueError: as ``clustered_sparse_attention``.
+        Ineligible: the named backend cannot run this call.
 
     Source: as ``clustered_sparse_attention``.
 
@@ -170,5 +208,5 @@ def clustered_route(
     >>> ki.clustered_route(x, x, config=ki.ClusteredSparseConfig(block_size=2, topk=1)).indices.flatten()
     tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32)
     """
-    contract.check(q, k, k, config, mask, None, 0.0)
-    return pick_blocks(q, k, config, mask, sizes_of(q, k, mask))
+    call = contract.check(q, k, k, config, mask, None, 0.0, with_lse=False).routing
+    return choose("clustered_route", ROUTERS, backend, call).run(call)

@@ -1,9 +1,9 @@
-"""What a clustered layer is built with."""
+"""The static choices of clustered attention."""
 
 from dataclasses import dataclass
 
 from kernel_index.core import checks
-from kernel_index.routing.union_selection_query_mask.contract import MODES
+from kernel_index.routing.union_selection_query_mask.contract import MODES, UnionMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,8 +12,8 @@ class ClusteredSparseConfig:
 
     Args:
         block_size: keys of a block.
-        topk: blocks for each query, the one that holds it counted.
-        query_tile_size: queries whose picks are joined.
+        topk: blocks for each query, the current one counted.
+        query_tile_size: queries whose selections are joined.
         hierarchy: ``(ratio, topc)`` to score groups of ``ratio`` blocks first, then only the children of the ``topc``
             best groups; None scores every legal block.
         fused_scoring: take the best blocks chunk by chunk of queries, so that the scores of all are never held.
@@ -37,7 +37,7 @@ class ClusteredSparseConfig:
     query_tile_size: int = 64
     hierarchy: tuple[int, int] | None = None
     fused_scoring: bool = True
-    union_mode: str = "auto"
+    union_mode: UnionMode = "auto"
     dense_above: float | None = None
     report_unions: bool = False
 

@@ -1,32 +1,34 @@
-"""Mixture of block attention: each query attends to the few key blocks that its router picks, and to its own."""
+"""Mixture of block attention: each query attends to its current block and to the few blocks that its router selects."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from kernel_index.core import checks, rules
-from kernel_index.core.dispatch import Backend
+from kernel_index.core import rules
+from kernel_index.core.dispatch import Backend, choose
 from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
 from kernel_index.kernels.sparse.moba_block_sparse import contract
 from kernel_index.kernels.sparse.moba_block_sparse.attend import attend
+from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import pick, resolve_block_sparse_backend
 from kernel_index.kernels.sparse.moba_block_sparse.cpu import decode_cpu
 from kernel_index.kernels.sparse.moba_block_sparse.flash import attend_flash
-from kernel_index.kernels.sparse.moba_block_sparse.names import pick, resolve_block_sparse_backend
 from kernel_index.kernels.sparse.moba_block_sparse.native import decode_native
 from kernel_index.kernels.sparse.moba_block_sparse.reference import decode_reference
 from kernel_index.kernels.sparse.moba_block_sparse.torch_op import decode_triton
 from kernel_index.kvcache.cache import CacheLayer, KVCache
+from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.contract import normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.block_router.router import route
+from kernel_index.routing.block_router.api import BACKENDS as ROUTERS
+from kernel_index.routing.block_router.api import RouterBackend
 from kernel_index.routing.legal_blocks import TopBlocks
 
 __all__ = ["moba_attention", "moba_decode", "moba_route", "resolve_block_sparse_backend"]
 
 
 def _on_core(core: Backend) -> Backend:
-    """A backend of the block-sparse core behind MoBA's router, under the core's own rules."""
+    """MoBA's router and then a backend of the block-sparse core, under the core's own rules."""
     not_worth = None if core.not_worth is None else functools.partial(contract.core_why_not, core.not_worth)
     return Backend(
         core.name,
@@ -36,6 +38,9 @@ def _on_core(core: Backend) -> Backend:
         contract.details,
     )
 
+
+MobaBackend = Literal["auto", "triton", "flash", "native", "cpu", "reference"]
+RoutePer = Literal["query_head", "kv_group"]
 
 FLASH = Backend("flash", contract.flash_why_not, attend_flash, details=contract.details)
 BACKENDS = tuple(_on_core(core) for core in CORE_BACKENDS)
@@ -47,8 +52,6 @@ DECODE_BACKENDS = (
     Backend("reference", contract.decode_reference_why_not, decode_reference, details=contract.decode_details),
 )
 
-EVERYTHING_BEFORE = MaskContract()
-
 
 def moba_attention(
     q: Tensor,
@@ -58,42 +61,44 @@ def moba_attention(
     block_size: int,
     topk: int,
     mask: MaskContract = EVERYTHING_BEFORE,
-    route_per: str = "query_head",
+    route_per: RoutePer = "query_head",
     scale: float | None = None,
     softcap: float = 0.0,
     query_tile_size: int = 64,
-    backend: str | None = "auto",
+    backend: MobaBackend | None = "auto",
 ) -> Tensor:
-    """Attention of each query to its own block and to the past blocks whose mean keys suit it best.
+    """Attention of each query to its current block and to the past blocks whose mean keys score best.
 
     Block j holds the keys ``[j·block_size, (j + 1)·block_size)``.  For a query at position p, in block ``c = p //
-    block_size``, and with G = H / K query heads for each key head::
+    block_size``, and with G = H / K query heads for each KV head::
 
         score[j] = q[t, h] · mean(k[s, h // G] for s in block j)     j < c, with a key that the mask allows; float32
-        picked   = {c} ∪ the topk − 1 best j, the smallest index among equals
-        out[t]   = softmax(scale · q·k over the keys of picked blocks that the mask allows) · v
+        selected = {c} ∪ the topk − 1 best j, the smallest index among equals
+        out[t]   = softmax(scale · q·k over the keys of selected blocks that the mask allows) · v
 
-    So ``topk = 1`` is the own block alone, and ``topk ≥ blocks`` is ``ki.attention``.  Future blocks are never picked,
-    and a change of a future token changes no pick.  Where documents meet inside a block, its mean is over the last one
-    of them; a document that begins at a block has the picks that it has alone.  Routing is exact and without gradient;
-    attention is differentiable in q, k and v.
+    So ``topk = 1`` is the current block alone, and ``topk ≥ blocks`` is ``ki.attention``.  Future blocks are never
+    selected, and a change of a future token changes no selection.  Where documents meet inside a block, its mean is
+    over the last one of them; a document that begins at a block has the selection that it has alone.  Routing is exact
+    and has no gradient; attention is differentiable in q, k and v.
 
     Receipts carry ``semantic_branch``, ``router_type``, ``requested_backend`` as written, ``requested_backend_source``,
-    ``actual_backend``, ``runtime_mode``, ``fallback_reason``, and ``blocks``, ``picks``, ``density``.
+    ``actual_backend``, ``runtime_mode``, ``fallback_reason``, ``blocks``, ``picks``, ``density``, and ``routed_by``,
+    the backend of ``moba_route`` that ran.
 
     Args:
         q: [B, T, H, D], any floating dtype.
         k: [B, S, K, D], q's dtype; H is a multiple of K.
         v: [B, S, K, Dv], q's dtype.
         block_size: keys of a block; the last block may be shorter.
-        topk: blocks for each query, its own counted.
+        topk: blocks for each query, the current one counted.
         mask: who may attend to whom beside that; causal.  Routing honours its documents, windows and valid prefixes.
-        route_per: ``"query_head"``, or ``"kv_group"`` for one selection by the mean query of a key head's query heads.
+        route_per: ``"query_head"``, or ``"kv_group"`` for one selection by the mean query of a KV head's query heads.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
         query_tile_size: queries that a backend treats together where it works by tiles.
         backend: a name that ``resolve_block_sparse_backend`` takes.  ``"flash"`` falls back to what ``"auto"`` takes,
-            and the receipt says so; any other named backend runs or raises ``Ineligible``.
+            and the receipt says so; any other named backend runs or raises ``Ineligible``.  ``"reference"`` routes by
+            the reference too; otherwise the router is chosen as by ``moba_route``.
 
     Returns:
         [B, T, H, Dv], contiguous, q's dtype.  A query that may attend to nothing gives exactly 0.
@@ -113,11 +118,10 @@ def moba_attention(
     >>> ki.moba_route(torch.ones(1, 8, 1, 1), k, block_size=2, topk=2).indices[0, -1, 0]
     tensor([1, 3], dtype=torch.int32)
     """
-    contract.check(q, k, v, block_size, topk, mask, route_per, scale, softcap)
-    checks.is_int("query_tile_size", query_tile_size, minimum=1)
-    groups = contract.groups_of(q.shape[2], k.shape[2], route_per)
-    call = (q, k, v, block_size, topk, mask, groups, scale, softcap, query_tile_size)
-    return pick("moba_attention", BACKENDS, FLASH, backend, call).run(*call)
+    call = contract.check(q, k, v, block_size, topk, mask, route_per, scale, softcap, query_tile_size)
+    choice = pick("moba_attention", BACKENDS, FLASH, backend, (call,))
+    router = choice.choose("moba_route", ROUTERS, call.routing)
+    return choice.with_details(routed_by=router.backend.name).run(call, router)
 
 
 def moba_route(
@@ -127,12 +131,14 @@ def moba_route(
     block_size: int,
     topk: int,
     mask: MaskContract = EVERYTHING_BEFORE,
-    route_per: str = "query_head",
+    route_per: RoutePer = "query_head",
+    backend: RouterBackend = "auto",
 ) -> TopBlocks:
-    """The blocks that ``moba_attention`` picks: to record, to look at, or to attend to by other means.
+    """The blocks that ``moba_attention`` selects: to record, to look at, or to attend to by other means.
 
     Args:
         q: [B, T, H, D], and the others as in ``moba_attention``.
+        backend: ``"auto"`` or the name of a backend of the router; a named backend runs or raises ``Ineligible``.
 
     Returns:
         ``TopBlocks(indices, valid)``, int32 and bool [B, T, G, n] with ``n = min(topk, blocks)`` and G = H or K:
@@ -140,6 +146,7 @@ def moba_route(
 
     Raises:
         TypeError, ValueError: as ``moba_attention``.
+        Ineligible: the named backend cannot run this call.
 
     Source: as ``moba_attention``.
 
@@ -148,8 +155,8 @@ def moba_route(
     >>> ki.moba_route(x, x, block_size=2, topk=1).indices.flatten()
     tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32)
     """
-    contract.check(q, k, k, block_size, topk, mask, route_per, None, 0.0)
-    return route(q, k, block_size, topk, mask, contract.groups_of(q.shape[2], k.shape[2], route_per))
+    call = contract.check_route(q, k, block_size, topk, mask, route_per)
+    return choose("moba_route", ROUTERS, backend, call).run(call)
 
 
 def moba_decode(

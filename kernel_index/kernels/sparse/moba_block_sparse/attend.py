@@ -1,26 +1,12 @@
-"""MoBA over whole sequences: route, then the block-sparse core."""
+"""MoBA over whole sequences: the router, then the block-sparse core."""
 
 from torch import Tensor
 
-from kernel_index.core.dispatch import Backend
-from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
-from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.block_router.router import route
+from kernel_index.core.dispatch import Backend, Choice
+from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaCall
 
 
-def attend(
-    core: Backend,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: int,
-    topk: int,
-    mask: MaskContract,
-    groups: int,
-    scale: float | None,
-    softcap: float,
-    query_tile_size: int,
-) -> Tensor:
-    """``core`` was chosen before and is not chosen again: the receipt tells what ran.  A router has no gradient."""
-    picks = route(q, k, block_size, topk, mask, groups)
-    return core.run(BlockSparseCall(q, k, v, *picks, block_size, mask, scale, softcap, query_tile_size, None))[0]
+def attend(core: Backend, call: MobaCall, router: Choice) -> Tensor:
+    """``core`` and ``router`` were chosen before: nothing is chosen here.  A router has no gradient."""
+    selected = router.run_inside(call.routing)
+    return core.run(call.on_core(selected.indices, selected.valid))[0]

@@ -1,30 +1,83 @@
-"""Who may call MoBA's functions, and who may answer."""
+"""Argument checks and backend eligibility of ``moba_attention``, ``moba_route`` and ``moba_decode``."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks, native, rules
-from kernel_index.core.rules import inside_functorch
 from kernel_index.core.target import target_of
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode import contract as cached
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
-from kernel_index.kernels.sparse.moba_block_sparse.names import flash_runtime_why_not
+from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import flash_runtime_why_not
 from kernel_index.kvcache.cache import CacheLayer
 from kernel_index.masks import attention_arguments as arguments
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.block_router.contract import RouterCall
+from kernel_index.routing.block_router.contract import details as router_details
 from kernel_index.routing.legal_blocks import check_causal, num_blocks
 
 ROUTES = ("query_head", "kv_group")
 
 
+class MobaCall(NamedTuple):
+    """One checked call of ``moba_attention``, with ``groups`` selections for each query."""
+
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, S, K, D]
+    v: Tensor  # [B, S, K, Dv]
+    block_size: int
+    topk: int
+    mask: MaskContract
+    groups: int  # G: H or K
+    scale: float | None
+    softcap: float
+    query_tile_size: int
+
+    @property
+    def routing(self) -> RouterCall:
+        return RouterCall(self.q, self.k, self.block_size, self.topk, self.mask, self.groups)
+
+    def on_core(self, selected: Tensor, selected_valid: Tensor | None) -> BlockSparseCall:
+        """The call of the block-sparse core that attends to these blocks."""
+        return BlockSparseCall(
+            self.q,
+            self.k,
+            self.v,
+            selected,
+            selected_valid,
+            self.block_size,
+            self.mask,
+            self.scale,
+            self.softcap,
+            self.query_tile_size,
+            None,
+        )
+
+
 def check(
-    q: Tensor, k: Tensor, v: Tensor, block_size: Any, topk: Any, mask: Any, route_per: Any, scale: Any, softcap: Any
-) -> None:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    topk: int,
+    mask: MaskContract,
+    route_per: str,
+    scale: float | None,
+    softcap: float,
+    query_tile_size: int,
+) -> MobaCall:
     arguments.check_attention(q, k, v, mask, scale, softcap)
     check_causal(mask)
     _check_router(q, block_size, topk, route_per)
+    checks.is_int("query_tile_size", query_tile_size, minimum=1)
+    groups = groups_of(q.shape[2], k.shape[2], route_per)
+    return MobaCall(q, k, v, block_size, topk, mask, groups, scale, softcap, query_tile_size)
+
+
+def check_route(q: Tensor, k: Tensor, block_size: int, topk: int, mask: MaskContract, route_per: str) -> RouterCall:
+    return check(q, k, k, block_size, topk, mask, route_per, None, 0.0, 1).routing
 
 
 def _check_router(q: Tensor, block_size: Any, topk: Any, route_per: Any) -> None:
@@ -98,28 +151,24 @@ def decode_details(
     return ("blocks", blocks), ("picks", picks), ("density", picks / blocks if blocks else 0.0)
 
 
-def core_why_not(rule: Callable[..., str | None], q: Tensor, k: Tensor, v: Tensor, *call: Any) -> str | None:
-    """A rule of the block-sparse core, asked before there are picks: of their shape, which is all that rules read."""
-    block_size, topk, mask, groups, scale, softcap, tile = call
-    picks = min(topk, max(1, num_blocks(k.shape[1], block_size)))
-    stand_in = torch.empty((), dtype=torch.int32, device=q.device).expand(*q.shape[:2], groups, picks)
-    return rule(BlockSparseCall(q, k, v, stand_in, None, block_size, mask, scale, softcap, tile, None))
+def core_why_not(rule: Callable[..., str | None], call: MobaCall) -> str | None:
+    """A rule of the block-sparse core before there is a selection: a rule reads its shape and device alone."""
+    stand_in = torch.empty((), dtype=torch.int32, device=call.q.device)
+    shape = (*call.q.shape[:2], call.groups, call.routing.selected)
+    return rule(call.on_core(stand_in.expand(shape), None))
 
 
-def details(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[tuple[str, Any], ...]:
-    """The share of blocks that a query picks at most; what it picks, and shares with others, only a count can tell."""
-    if torch.compiler.is_compiling():  # sizes are symbols there
-        return ()
-    blocks = num_blocks(k.shape[1], call[0])
-    picks = min(call[1], blocks)
-    return ("blocks", blocks), ("picks", picks), ("density", picks / blocks if blocks else 0.0)
+def details(call: MobaCall) -> tuple[tuple[str, Any], ...]:
+    """The share of blocks that a query selects at most; only a count can tell how many it shares with others."""
+    return router_details(call.routing)
 
 
-def flash_why_not(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> str | None:
+def flash_why_not(call: MobaCall) -> str | None:
+    q, k, v = call.q, call.k, call.v
     if (rule := flash_runtime_why_not(q)) is not None:
         return rule
-    if inside_functorch():
-        return "inside a torch.func transform"
+    if rules.inside_functorch():
+        return rules.INSIDE_FUNCTORCH
     if q.dtype not in rules.HALF:
         return "flash-attn-4 takes float16 and bfloat16"
     if q.shape[3] != v.shape[3] or not 16 <= q.shape[3] <= rules.WIDEST_HEAD:

@@ -10,7 +10,7 @@ from kernel_index.kvcache.cache import CacheLayer
 from kernel_index.kvcache.slots import append
 from kernel_index.masks.doc_window_mask.contract import Window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.block_router.router import scored
+from kernel_index.routing.block_router.scores import block_scores
 from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks, num_blocks, top_blocks
 
 PROMPT = 32
@@ -48,7 +48,7 @@ def route(
         current = torch.where(some, position // block_size, -1)
         legal = LegalBlocks(torch.where(some, start // block_size, 0), current)
         blocks = num_blocks(max(cache.lengths_after, default=0), block_size)
-        scores = scored(q, cache.block_means(block_size), groups)
+        scores = block_scores(q, cache.block_means(block_size), groups)
         # The block that is still growing has no mean and needs none: it is picked as the query's own.
         scores = torch.nn.functional.pad(scores, (0, max(0, blocks - scores.shape[-1])))
         return Routed(top_blocks(scores, legal, min(topk, max(1, blocks))), start, position)

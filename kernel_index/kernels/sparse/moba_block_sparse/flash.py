@@ -1,56 +1,47 @@
-"""FlexAttention with its FlashAttention-4 kernels: the picks become a block mask, and a predicate for each pair."""
+"""FlexAttention with its FlashAttention-4 kernels: a selection becomes a block mask and a predicate for each pair."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernel_index.core.dispatch import Choice
+from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaCall
 from kernel_index.masks.attention_arguments import scale_of, sizes_of
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.block_router.router import route
 from kernel_index.routing.legal_blocks import TopBlocks, num_blocks
+from kernel_index.routing.membership import membership
 
 TILE = 128
 """Queries and keys of a tile of those kernels."""
 
 
-def attend_flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: int,
-    topk: int,
-    mask: MaskContract,
-    groups: int,
-    scale: float | None,
-    softcap: float,
-    query_tile_size: int,
-) -> Tensor:
+def attend_flash(call: MobaCall, router: Choice) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     def cap(score: Tensor, *_: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return call.softcap * torch.tanh(score / call.softcap)
 
-    picks = route(q, k, block_size, topk, mask, groups)
+    selected = router.run_inside(call.routing)
     # Sizes that vary would become symbols, which those kernels cannot take from a mask's predicate.
     attend = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention, dynamic=False)
     out = attend(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        score_mod=cap if softcap else None,
-        block_mask=block_mask(picks, q, k, block_size, mask),
-        scale=scale_of(q, scale),
-        enable_gqa=q.shape[2] != k.shape[2],
+        *(x.transpose(1, 2) for x in (call.q, call.k, call.v)),
+        score_mod=cap if call.softcap else None,
+        block_mask=block_mask(selected, call.q, call.k, call.block_size, call.mask),
+        scale=scale_of(call.q, call.scale),
+        enable_gqa=call.q.shape[2] != call.k.shape[2],
         kernel_options={"BACKEND": "FLASH"},
     )
     return out.transpose(1, 2).contiguous()
 
 
-def block_mask(picks: TopBlocks, q: Tensor, k: Tensor, block_size: int, mask: MaskContract) -> Any:
-    """FlexAttention's ``BlockMask``: a tile of keys is visited where some query of the tile picked a block in it."""
+def block_mask(selected: TopBlocks, q: Tensor, k: Tensor, block_size: int, mask: MaskContract) -> Any:
+    """FlexAttention's ``BlockMask``: a tile of keys is visited where a query of the tile selected a block in it."""
     from torch.nn.attention.flex_attention import BlockMask
 
     sizes, keys = sizes_of(q, k, mask), k.shape[1]
-    member = _member(picks, num_blocks(keys, block_size))
+    member = membership(*selected, num_blocks(keys, block_size))  # [B, T, G, blocks]
     group = q.shape[2] // member.shape[2]
     start, end = mask.intervals(sizes.batch, sizes.queries, keys, device=q.device)
 
@@ -71,16 +62,9 @@ def block_mask(picks: TopBlocks, q: Tensor, k: Tensor, block_size: int, mask: Ma
     return BlockMask.from_kv_blocks(
         count,
         order,
-        torch.zeros_like(count),  # no tile skips the predicate; those kernels want the list all the same
+        torch.zeros_like(count),  # no tile skips the predicate; those kernels need the list anyway
         torch.zeros_like(order),
         BLOCK_SIZE=TILE,
         mask_mod=allowed,
         seq_lengths=(sizes.queries, keys),
     )
-
-
-def _member(picks: TopBlocks, blocks: int) -> Tensor:
-    """Which blocks each query picked, bool [B, T, G, blocks]; what is no pick goes to a column that is cut off."""
-    place = torch.where(picks.valid, picks.indices, blocks).to(torch.int64)
-    table = torch.zeros((*place.shape[:3], blocks + 1), dtype=torch.bool, device=place.device)
-    return table.scatter_(-1, place, True)[..., :blocks]

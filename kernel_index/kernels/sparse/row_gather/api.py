@@ -1,6 +1,6 @@
 """Gather rows of one tensor, or the same rows of keys and of values, by index."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -9,6 +9,8 @@ from kernel_index.kernels.sparse.row_gather import contract
 from kernel_index.kernels.sparse.row_gather.contract import GIANT as GIANT
 from kernel_index.kernels.sparse.row_gather.reference import gather_reference
 from kernel_index.kernels.sparse.row_gather.torch_op import gather_eager, gather_triton
+
+GatherBackend = Literal["auto", "triton", "eager", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, gather_triton, contract.triton_not_worth),
@@ -30,11 +32,11 @@ class GatheredPair(NamedTuple):
     b: Tensor
 
 
-def gather_rows(src: Tensor, idx: Tensor, *, backend: str = "auto") -> Tensor:
+def gather_rows(src: Tensor, idx: Tensor, *, backend: GatherBackend = "auto") -> Tensor:
     """Rows of a tensor by index, bit for bit: ``out[r] = src[idx[r]]``.
 
-    The gradient of a row is the sum over its picks, added up in float32 at least in a fixed order and rounded once; a
-    row that nobody picked gets zeros.
+    The gradient of a row is the sum over the indices that select it, added up in float32 at least in a fixed order and
+    rounded once; a row that no index selects gets zeros.
 
     Args:
         src: [N, H, D], any dtype.  The Triton backend takes a contiguous one.
@@ -61,7 +63,7 @@ def gather_rows(src: Tensor, idx: Tensor, *, backend: str = "auto") -> Tensor:
     return choose("gather_rows", BACKENDS, backend, *call).run(*call)[0]
 
 
-def gather_rows_pair(a: Tensor, b: Tensor, idx: Tensor, *, backend: str = "auto") -> GatheredPair:
+def gather_rows_pair(a: Tensor, b: Tensor, idx: Tensor, *, backend: GatherBackend = "auto") -> GatheredPair:
     """The same rows of two tensors, with one check and one launch: ``(a[idx], b[idx])``.
 
     Args:

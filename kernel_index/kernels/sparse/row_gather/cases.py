@@ -9,21 +9,21 @@ from kernel_index.core.testing import Case, Maker, Suite, size_of
 from kernel_index.kernels.sparse.row_gather.api import BACKENDS, gather_rows, gather_rows_pair
 
 
-def one(m: Maker, rows: int, heads: int, width: int, picks: int, dtype: torch.dtype = torch.int64) -> dict[str, Any]:
-    return {"src": m.normal(rows, heads, width), "idx": m.integers(0, rows, picks, dtype=dtype)}
+def one(m: Maker, rows: int, heads: int, width: int, indices: int, dtype: torch.dtype = torch.int64) -> dict[str, Any]:
+    return {"src": m.normal(rows, heads, width), "idx": m.integers(0, rows, indices, dtype=dtype)}
 
 
-def pair(m: Maker, rows: int, heads: int, widths: tuple[int, int], picks: int) -> dict[str, Any]:
+def pair(m: Maker, rows: int, heads: int, widths: tuple[int, int], indices: int) -> dict[str, Any]:
     a, b = (m.normal(rows, heads, width) for width in widths)
-    return {"a": a, "b": b, "idx": m.integers(0, rows, picks)}
+    return {"a": a, "b": b, "idx": m.integers(0, rows, indices)}
 
 
 CASES = (
-    Case("stage", "rows repeat and some are never picked", lambda m: one(m, 24, 2, 16, 31)),
+    Case("stage", "rows repeat and some are never selected", lambda m: one(m, 24, 2, 16, 31)),
     Case("odd", "no dimension is a power of two", lambda m: one(m, 7, 3, 17, 5, torch.int32)),
-    Case("one row", "every pick is the same row", lambda m: one(m, 1, 2, 8, 40)),
+    Case("one row", "every index is the same row", lambda m: one(m, 1, 2, 8, 40)),
     Case("wide", "several blocks of elements in a row", lambda m: one(m, 3, 5, 500, 4)),
-    Case("no picks", "nothing was selected", lambda m: one(m, 6, 2, 8, 0)),
+    Case("no indices", "nothing was selected", lambda m: one(m, 6, 2, 8, 0)),
     Case("strided", "a view of a cache", lambda m: one(m, 9, 2, 8, 6) | {"src": m.normal(2, 9, 8).transpose(0, 1)}),
 )
 
@@ -35,7 +35,7 @@ PAIRS = (
         "values in float32",
         lambda m: pair(m, 9, 2, (8, 8), 12) | {"b": m.normal(9, 2, 8, dtype=torch.float32)},
     ),
-    Case("no picks", "nothing was selected", lambda m: pair(m, 6, 2, (8, 4), 0)),
+    Case("no indices", "nothing was selected", lambda m: pair(m, 6, 2, (8, 4), 0)),
 )
 
 
@@ -44,11 +44,11 @@ def select(source: Tensor, idx: Tensor) -> Tensor:
 
 
 def moved(call: dict[str, Any], sources: tuple[str, ...]) -> tuple[int, int]:
-    """A row that is picked often is read once; backward reads every picked row and writes every row of the source."""
+    """A row that several indices select is read once; backward reads a row of each index, and writes the source."""
     idx, whole = call["idx"], sum(size_of(call[name]) for name in sources)
     row = whole // call[sources[0]].shape[0]
-    picks, distinct = idx.shape[0], idx.unique().numel()
-    return size_of(idx) + (distinct + picks) * row, size_of(idx) + whole + picks * row
+    indices, distinct = idx.shape[0], idx.unique().numel()
+    return size_of(idx) + (distinct + indices) * row, size_of(idx) + whole + indices * row
 
 
 SUITES = (

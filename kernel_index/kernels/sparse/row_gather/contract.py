@@ -1,4 +1,4 @@
-"""Who may call the row gathers, and who may answer."""
+"""Argument checks and backend eligibility of the row gathers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from kernel_index.core import checks, rules
 
 GIANT = 1_000_000
-"""Rows of a gather above which ``index_select`` takes over."""
+"""Indices of a gather above which ``index_select`` runs instead of ``triton``."""
 
 
 def check(sources: dict[str, Any], idx: Any) -> None:
@@ -51,11 +51,7 @@ triton_not_worth = rules.triton_not_worth
 
 
 def eager_why_not(a: Tensor, b: Tensor | None, idx: Tensor) -> str | None:
-    if rules.inside_functorch():
-        return "inside a torch.func transform"
-    if any(t is not None and type(t) not in rules.PLAIN for t in (a, b, idx)):
-        return "needs plain tensors, not a tensor subclass"
-    return None
+    return rules.plain_why_not(a, b, idx)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

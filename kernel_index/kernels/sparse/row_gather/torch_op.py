@@ -1,4 +1,4 @@
-"""The autograd Function of the row gathers: by ``index_select`` and by registered ops behind ``triton``."""
+"""The autograd Function of the row gathers: by ``index_select``, and by the registered ops of ``triton``."""
 
 from typing import Any
 

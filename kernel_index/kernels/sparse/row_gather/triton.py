@@ -20,25 +20,27 @@ def pick_config(*widths: int) -> dict:
 def _gather_kernel(
     a_ptr, b_ptr, idx_ptr, a_out_ptr, b_out_ptr, rows, a_width, b_width, PAIR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    out = tl.program_id(0).to(tl.int64)
-    row = tl.load(idx_ptr + out).to(tl.int64)
-    inside = (row >= 0) & (row < rows)
-    tl.device_assert(inside, "index out of range")  # as index_select: the device stops
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(a_ptr + row * a_width + at, mask=(at < a_width) & inside)
-    tl.store(a_out_ptr + out * a_width + at, values, mask=at < a_width)
+    o_out = tl.program_id(0).to(tl.int64)
+    row = tl.load(idx_ptr + o_out).to(tl.int64)
+    in_range = (row >= 0) & (row < rows)
+    tl.device_assert(in_range, "index out of range")  # as index_select: the device stops
+    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    b_row = tl.load(a_ptr + row * a_width + o_d, mask=(o_d < a_width) & in_range)  # [BLOCK]
+    tl.store(a_out_ptr + o_out * a_width + o_d, b_row, mask=o_d < a_width)
     if PAIR:
-        values = tl.load(b_ptr + row * b_width + at, mask=(at < b_width) & inside)
-        tl.store(b_out_ptr + out * b_width + at, values, mask=at < b_width)
+        b_row = tl.load(b_ptr + row * b_width + o_d, mask=(o_d < b_width) & in_range)  # [BLOCK]
+        tl.store(b_out_ptr + o_out * b_width + o_d, b_row, mask=o_d < b_width)
 
 
 @triton.jit
-def _segment(g_ptr, order_ptr, first, last, out_ptr, width, at, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float32)
+def _sum_segment(g_ptr, order_ptr, first, last, p_out, width, o_d, BLOCK: tl.constexpr):
+    """Columns ``o_d`` [BLOCK] of the sum of the gradient's rows ``order[first:last]``."""
+    m_d = o_d < width
+    acc = tl.zeros((BLOCK,), tl.float32)
     for i in range(first, last):
-        source = tl.load(order_ptr + i)
-        total += tl.load(g_ptr + source * width + at, mask=at < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < width)
+        row = tl.load(order_ptr + i)
+        acc += tl.load(g_ptr + row * width + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
+    tl.store(p_out + o_d, acc.to(p_out.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
@@ -46,15 +48,15 @@ def _add_up_kernel(
     g_ptr, h_ptr, order_ptr, starts_ptr, g_out_ptr, h_out_ptr, g_width, h_width,
     G: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every row of the gradient is written once, those that nobody picked with zeros."""
+    """Every row of the gradient is written once; rows that no index names get zeros."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.load(starts_ptr + row)
     last = tl.load(starts_ptr + row + 1)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     if G:
-        _segment(g_ptr, order_ptr, first, last, g_out_ptr + row * g_width, g_width, at, BLOCK)
+        _sum_segment(g_ptr, order_ptr, first, last, g_out_ptr + row * g_width, g_width, o_d, BLOCK)
     if H:
-        _segment(h_ptr, order_ptr, first, last, h_out_ptr + row * h_width, h_width, at, BLOCK)
+        _sum_segment(h_ptr, order_ptr, first, last, h_out_ptr + row * h_width, h_width, o_d, BLOCK)
 
 
 def _width(t: Tensor | None) -> int:

@@ -1,6 +1,6 @@
 """Static hyper-connections: read a branch's input from four residual streams, merge its output back into them."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -9,6 +9,9 @@ from kernel_index.kernels.streams.mhc_fused_static import contract
 from kernel_index.kernels.streams.mhc_fused_static.native import mix_native
 from kernel_index.kernels.streams.mhc_fused_static.reference import mix_reference, sinkhorn_reference
 from kernel_index.kernels.streams.mhc_fused_static.torch_op import mix_inductor, mix_triton
+
+StreamsBackend = Literal["auto", "triton", "native", "inductor", "reference"]
+SinkhornBackend = Literal["auto", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, mix_triton, contract.triton_not_worth),
@@ -34,7 +37,7 @@ class StreamsAndBranchInput(NamedTuple):
     branch_input: Tensor
 
 
-def mhc_branch_input(hidden: Tensor, h_pre: Tensor, *, backend: str = "auto") -> Tensor:
+def mhc_branch_input(hidden: Tensor, h_pre: Tensor, *, backend: StreamsBackend = "auto") -> Tensor:
     """The input of a branch: a weighted sum of the residual streams.
 
     ``branch_input = Σ_n h_pre[n] · hidden[n]``, summed in float32 (float64 if an argument is) and rounded once.
@@ -61,12 +64,13 @@ def mhc_branch_input(hidden: Tensor, h_pre: Tensor, *, backend: str = "auto") ->
     >>> ki.mhc_branch_input(hidden, torch.tensor([1.0, 0.0, 0.0, 1.0]))
     tensor([[[6., 8.]]])
     """
-    call = (hidden, None, None, None, h_pre)
-    contract.check(*call, merges=False)
-    return choose("mhc_branch_input", BACKENDS, backend, *call).run(*call)[0]
+    call = contract.check(hidden, None, None, None, h_pre, merges=False)
+    return choose("mhc_branch_input", BACKENDS, backend, call).run(call)[0]
 
 
-def mhc_merge(hidden: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor, *, backend: str = "auto") -> Tensor:
+def mhc_merge(
+    hidden: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor, *, backend: StreamsBackend = "auto"
+) -> Tensor:
     """Mix the residual streams among each other and add a branch's output to each.
 
     ``out[o] = Σ_n h_res[o, n] · hidden[n] + h_post[o] · branch_out``, summed in float32 (float64 if an argument is)
@@ -76,7 +80,7 @@ def mhc_merge(hidden: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor,
         hidden: the streams, [B, T, 4, C], any floating dtype.
         branch_out: [B, T, C], any floating dtype.
         h_post: [4] or [B, 4].
-        h_res: [4, 4] or [B, 4, 4].  Coefficients are told apart by rank, each on its own; see ``mhc_branch_input``.
+        h_res: [4, 4] or [B, 4, 4].  The rank of each coefficient alone says which; see ``mhc_branch_input``.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
@@ -93,13 +97,18 @@ def mhc_merge(hidden: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor,
     >>> ki.mhc_merge(hidden, torch.full((1, 1, 1), 10.0), torch.ones(4), swap).flatten()
     tensor([12., 11., 13., 14.])
     """
-    call = (hidden, branch_out, h_post, h_res, None)
-    contract.check(*call, reads=False)
-    return choose("mhc_merge", BACKENDS, backend, *call).run(*call)[0]
+    call = contract.check(hidden, branch_out, h_post, h_res, None, reads=False)
+    return choose("mhc_merge", BACKENDS, backend, call).run(call)[0]
 
 
 def mhc_merge_and_branch_input(
-    hidden: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tensor, h_pre: Tensor, *, backend: str = "auto"
+    hidden: Tensor,
+    branch_out: Tensor,
+    h_post: Tensor,
+    h_res: Tensor,
+    h_pre: Tensor,
+    *,
+    backend: StreamsBackend = "auto",
 ) -> StreamsAndBranchInput:
     """``mhc_merge`` and the next branch's ``mhc_branch_input`` in one pass over memory: 10·C elements, not 14·C.
 
@@ -128,13 +137,12 @@ def mhc_merge_and_branch_input(
     >>> ki.mhc_merge_and_branch_input(hidden, out, torch.ones(4), torch.eye(4), torch.full((4,), 0.25)).branch_input
     tensor([[[3., 3.]]])
     """
-    call = (hidden, branch_out, h_post, h_res, h_pre)
-    contract.check(*call)
-    return StreamsAndBranchInput(*choose("mhc_merge_and_branch_input", BACKENDS, backend, *call).run(*call))
+    call = contract.check(hidden, branch_out, h_post, h_res, h_pre)
+    return StreamsAndBranchInput(*choose("mhc_merge_and_branch_input", BACKENDS, backend, call).run(call))
 
 
 def sinkhorn(
-    logits: Tensor, iters: int = 20, temperature: float = 1.0, eps: float = 1e-8, *, backend: str = "auto"
+    logits: Tensor, iters: int = 20, temperature: float = 1.0, eps: float = 1e-8, *, backend: SinkhornBackend = "auto"
 ) -> Tensor:
     """A doubly stochastic matrix: Sinkhorn's alternating normalisation of ``exp(logits / temperature)``.
 

@@ -80,7 +80,7 @@ def cases(build: Any) -> tuple[Case, ...]:
 
 
 def over_tokens(coefficient: Tensor, rank: int, hidden: Tensor) -> Tensor:
-    """Every token's own copy."""
+    """A copy for every token."""
     lead = hidden.shape[:-2]
     if coefficient.ndim > rank:
         coefficient = coefficient[(slice(None), *(None,) * (len(lead) - 1))]
@@ -138,7 +138,7 @@ def suite(function: Any, build: Any, oracle: Any, more: tuple[Case, ...], nonfin
         double_backward=True,
         nonfinite=nonfinite,
         without_gradient=("native",),
-        real=lambda m, rows=65536: build(m, 1, rows // 8, 4, 4096),  # a row: 512 channels, the item of backward
+        real=lambda m, rows=65536: build(m, 1, rows // 8, 4, 4096),  # a row: the 512 channels of a backward program
         compulsory=compulsory,
         units=UNITS,
     )

@@ -1,6 +1,6 @@
-"""Who may call the stream-mixing functions, and who may answer."""
+"""Argument checks and backend eligibility of the stream-mixing functions and of ``sinkhorn``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,32 @@ STREAMS = 4
 """What the fused backends are written for."""
 
 
+class Call(NamedTuple):
+    """A checked call.  branch_out, h_post and h_res are None where nothing is merged, h_pre where nothing is read."""
+
+    hidden: Tensor
+    branch_out: Tensor | None
+    h_post: Tensor | None
+    h_res: Tensor | None
+    h_pre: Tensor | None
+
+
+class Rows(NamedTuple):
+    """A call with its leading dimensions flattened, as every pass reads it; None for what the pass does not need.
+
+    hidden ``[batches, N, 4, C]``, branch_out ``[batches, N, C]``; ``batches`` is 1 where every coefficient is shared.
+    """
+
+    hidden: Tensor | None
+    branch_out: Tensor | None
+    h_post: Tensor | None
+    h_res: Tensor | None
+    h_pre: Tensor | None
+
+
 def check(
     hidden: Any, branch_out: Any, h_post: Any, h_res: Any, h_pre: Any, *, merges: bool = True, reads: bool = True
-) -> None:
-    """branch_out, h_post and h_res are None for a call that does not merge alone, h_pre for one that does not read."""
+) -> Call:
     checks.is_floating("hidden", hidden)
     if hidden.ndim < 2:
         raise ValueError(f"hidden must be [..., streams, C], got shape {tuple(hidden.shape)}")
@@ -28,10 +50,11 @@ def check(
         _check_coefficient("h_res", h_res, hidden, 2)
     if reads:
         _check_coefficient("h_pre", h_pre, hidden, 1)
+    return Call(hidden, branch_out, h_post, h_res, h_pre)
 
 
 def _check_coefficient(name: str, value: Any, hidden: Tensor, rank: int) -> None:
-    """One coefficient for the whole call, or one for each batch row: told apart by rank alone."""
+    """One coefficient for the whole call, or one for each batch row: its rank alone says which."""
     checks.is_floating(name, value)
     checks.on_device(name, value, hidden, "hidden")
     shared = (hidden.shape[-2],) * rank
@@ -47,40 +70,42 @@ def is_per_row(value: Tensor | None, rank: int) -> bool:
     return value is not None and value.ndim > rank
 
 
-def compute_dtype(*values: Tensor | None) -> torch.dtype:
-    """The dtype of all arithmetic: float32, or float64 where an argument is."""
-    wide = any(v is not None and v.dtype == torch.float64 for v in values)
-    return torch.float64 if wide else torch.float32
-
-
-def _form_why_not(hidden: Tensor, coefficients: tuple[Tensor | None, ...]) -> str | None:
-    if hidden.ndim != 4:
+def _form_why_not(call: Call) -> str | None:
+    if call.hidden.ndim != 4:
         return "needs hidden [B, T, streams, C]"
-    if hidden.shape[2] != STREAMS:
+    if call.hidden.shape[2] != STREAMS:
         return "needs 4 streams"
+    coefficients = (call.h_post, call.h_res, call.h_pre)
     if any(c is not None and c.dtype not in (torch.float32, torch.float64) for c in coefficients):
         return "needs float32 coefficients"
     return None
 
 
-def triton_why_not(hidden: Tensor, branch_out: Tensor | None, *coefficients: Tensor | None) -> str | None:
-    return _form_why_not(hidden, coefficients) or rules.triton_why_not(hidden, branch_out, *coefficients)
+def triton_why_not(call: Call) -> str | None:
+    return _form_why_not(call) or rules.triton_why_not(*call)
 
 
-def inductor_why_not(hidden: Tensor, branch_out: Tensor | None, *coefficients: Tensor | None) -> str | None:
-    return _form_why_not(hidden, coefficients) or inductor.why_not_or_traced(hidden, branch_out, *coefficients)
+def triton_not_worth(call: Call) -> str | None:
+    return rules.triton_not_worth(call.hidden)
 
 
-def native_why_not(hidden: Tensor, branch_out: Tensor | None, *coefficients: Tensor | None) -> str | None:
-    if (rule := _form_why_not(hidden, coefficients)) is not None:
+def inductor_why_not(call: Call) -> str | None:
+    return _form_why_not(call) or inductor.why_not_or_traced(*call)
+
+
+def inductor_not_worth(call: Call) -> str | None:
+    return inductor.not_worth_or_traced(call.hidden)
+
+
+def native_why_not(call: Call) -> str | None:
+    if (rule := _form_why_not(call)) is not None:
         return rule
-    rows = (hidden,) if branch_out is None else (hidden, branch_out)
-    return native.rows_why_not(rows, *(c for c in coefficients if c is not None))
+    rows = (call.hidden,) if call.branch_out is None else (call.hidden, call.branch_out)
+    return native.rows_why_not(rows, *(c for c in (call.h_post, call.h_res, call.h_pre) if c is not None))
 
 
-triton_not_worth = rules.triton_not_worth
-native_not_worth = native.rows_not_worth
-inductor_not_worth = inductor.not_worth_or_traced
+def native_not_worth(call: Call) -> str | None:
+    return native.rows_not_worth(call.hidden)
 
 
 def check_sinkhorn(logits: Any, iters: Any, temperature: Any, eps: Any) -> None:

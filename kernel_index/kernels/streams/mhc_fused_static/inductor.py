@@ -5,13 +5,13 @@
 
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernel_index.core.dtypes import compute_dtype
 from kernel_index.core.inductor import Region
-from kernel_index.kernels.streams.mhc_fused_static.contract import STREAMS, compute_dtype
+from kernel_index.kernels.streams.mhc_fused_static.contract import STREAMS, Rows
 
 _ALL = range(STREAMS)
 
@@ -60,30 +60,30 @@ def gradients(
     through = [] if d_merged is None else [d_merged.to(dtype)]
     if dy is not None and h_pre is not None:
         through.append(h_pre[:, None, :, None] * dy)
-    total = _add(through)
-    d_hidden = d_branch = parts = None
+    d_new = _add(through)  # of the merged streams
+    d_hidden = d_branch = products = None
     merging = h_post is not None and h_res is not None
     if wanted[0]:
-        back = [_add(_column(h_res, o, n) * total[:, :, o] for o in _ALL) for n in _ALL] if merging else None
-        d_hidden = (total if back is None else torch.stack(back, 2)).to(like[0])
+        back = [_add(_column(h_res, o, n) * d_new[:, :, o] for o in _ALL) for n in _ALL] if merging else None
+        d_hidden = (d_new if back is None else torch.stack(back, 2)).to(like[0])
     if wanted[1] and merging:
-        d_branch = _add(_column(h_post, o) * total[:, :, o] for o in _ALL).to(like[1])
+        d_branch = _add(_column(h_post, o) * d_new[:, :, o] for o in _ALL).to(like[1])
     if wanted[2] and hidden is not None:
         x = hidden.to(dtype)
         read = torch.zeros_like(x[..., 0]) if dy is None else (dy * x).sum(-1)
         if merging and branch_out is not None:
             f = branch_out.to(dtype)[:, :, None]
-            post, res = (total * f).sum(-1), (total[:, :, :, None] * x[:, :, None]).sum(-1)
+            post, res = (d_new * f).sum(-1), (d_new[:, :, :, None] * x[:, :, None]).sum(-1)
             branch = torch.zeros_like(read[..., :1]) if dy is None else (dy * f).sum(-1)
-            parts = torch.cat([post, res.flatten(2), read, branch], -1)
+            products = torch.cat([post, res.flatten(2), read, branch], -1)
         else:
-            parts = read
-    return d_hidden, d_branch, parts
+            products = read
+    return d_hidden, d_branch, products
 
 
-def add_up(parts: Tensor, h_post: Tensor | None, h_res: Tensor | None) -> Tensor:
+def add_up(products: Tensor, h_post: Tensor | None, h_res: Tensor | None) -> Tensor:
     """``[batches, N, …]`` products into ``[batches, 24]`` gradients of h_post, h_res and h_pre."""
-    sums = parts.sum(1)
+    sums = products.sum(1)
     if h_post is None or h_res is None:
         return torch.nn.functional.pad(sums, (STREAMS + STREAMS**2, 0))
     post, res, read, branch = sums.split([STREAMS, STREAMS**2, STREAMS, 1], 1)
@@ -99,7 +99,16 @@ forward = Region(mix, hidden=_TOKENS, branch_out=_TOKENS, **_COEFFICIENTS)
 _backward = Region(gradients, d_merged=_TOKENS, d_read=_TOKENS, hidden=_TOKENS, branch_out=_TOKENS, **_COEFFICIENTS)
 
 
-def backward(*call: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``gradients`` with those of the coefficients added up."""
-    d_hidden, d_branch, parts = _backward(*call)
-    return d_hidden, d_branch, None if parts is None else add_up(parts, *call[4:6])
+def backward(
+    upstream: tuple[Tensor | None, Tensor | None],
+    saved: Rows,
+    like: tuple[torch.dtype, torch.dtype],
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``gradients`` with those of the coefficients added up.
+
+    Under create_graph the same formula, uncompiled, so that it is differentiable.
+    """
+    formula = gradients if torch.is_grad_enabled() else _backward
+    d_hidden, d_branch, products = formula(*upstream, *saved, like, wanted)
+    return d_hidden, d_branch, None if products is None else add_up(products, saved.h_post, saved.h_res)

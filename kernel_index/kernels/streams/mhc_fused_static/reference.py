@@ -5,14 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from kernel_index.kernels.streams.mhc_fused_static.contract import compute_dtype
+from kernel_index.core.dtypes import compute_dtype
+from kernel_index.kernels.streams.mhc_fused_static.contract import Call
 
 
-def mix_reference(
-    hidden: Tensor, branch_out: Tensor | None, h_post: Tensor | None, h_res: Tensor | None, h_pre: Tensor | None
-) -> tuple[Tensor, ...]:
+def mix_reference(call: Call) -> tuple[Tensor, ...]:
     """The merged streams if there is a branch_out, and the branch input if there is an h_pre."""
-    dtype = compute_dtype(hidden, branch_out, h_post, h_res, h_pre)
+    hidden, branch_out, h_post, h_res, h_pre = call
+    dtype = compute_dtype(*call)
     streams = hidden.to(dtype)
     outputs: tuple[Tensor, ...] = ()
     if branch_out is not None and h_post is not None and h_res is not None:

@@ -1,10 +1,10 @@
-"""The autograd Function behind the three mixing functions, and the registered ops behind ``triton``.
+"""The autograd Function of the three mixing functions, and the registered ops of ``triton``.
 
-hidden and branch_out are kept for backward only if a coefficient learns.
+It saves hidden and branch_out for backward only if a coefficient needs a gradient.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from kernel_index.core import ops
 from kernel_index.core.triton import launch
 from kernel_index.kernels.streams.mhc_fused_static import inductor
-from kernel_index.kernels.streams.mhc_fused_static.contract import STREAMS, is_per_row
+from kernel_index.kernels.streams.mhc_fused_static.contract import STREAMS, Call, Rows, is_per_row
 
 COEFFICIENTS = STREAMS + STREAMS**2 + STREAMS
 """h_post, h_res and h_pre of one batch row, in this order, wherever their gradients are one tensor."""
@@ -70,20 +70,14 @@ _backward_op = ops.register(
 )
 
 
-def _triton_backward(*call):
-    *tensors, like, wanted = call
-    gradients = _backward_op(*tensors, *like, list(wanted))
+def _triton_backward(upstream, saved, like, wanted):
+    gradients = _backward_op(*upstream, *saved, *like, list(wanted))
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
 
-class _Passes(NamedTuple):
-    forward: Any
-    backward: Any
-
-
 _PASSES = {
-    "triton": _Passes(_forward_op, _triton_backward),
-    "inductor": _Passes(inductor.forward, inductor.backward),
+    "triton": ops.Passes(_forward_op, _triton_backward),
+    "inductor": ops.Passes(inductor.forward, inductor.backward),
 }
 
 
@@ -101,8 +95,7 @@ class _Mix(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         coefficients = (h_post, h_res, h_pre)
         ctx.batches = hidden.shape[0] if any(map(is_per_row, coefficients, (1, 2, 1))) else 1
-        flat = (_flat(hidden, ctx.batches, 2), _flat(branch_out, ctx.batches, 1))
-        merged, read = _PASSES[backend].forward(*flat, *_rows(coefficients))
+        merged, read = _PASSES[backend].forward(*_rows(hidden, branch_out, coefficients, ctx.batches))
         kept = (hidden, branch_out) if any(ctx.needs_input_grad[2:5]) else (None, None)
         ctx.save_for_backward(*kept, *coefficients)
         ctx.like = hidden.dtype, (hidden if branch_out is None else branch_out).dtype
@@ -115,18 +108,14 @@ class _Mix(torch.autograd.Function):
         hidden, branch_out, *coefficients = ctx.saved_tensors
         h_post, _, h_pre = coefficients
         d_merged = None if h_post is None else upstream[0]
-        d_read = None if h_pre is None else upstream[-1]
+        d_read = None if h_pre is None else upstream[0 if h_post is None else 1]
         needs = ctx.needs_input_grad
         if d_merged is None and d_read is None:
             return (None,) * 6
-        saved = _flat(hidden, ctx.batches, 2), _flat(branch_out, ctx.batches, 1), *_rows(coefficients)
-        flat = _flat(d_merged, ctx.batches, 2), _flat(d_read, ctx.batches, 1), *saved
-        call: Any = (*flat, ctx.like, (needs[0], needs[1], any(needs[2:5])))
-        if torch.is_grad_enabled():  # create_graph: the same formula, uncompiled, so that it is differentiable
-            d_hidden, d_branch, parts = inductor.gradients(*call)
-            sums = None if parts is None else inductor.add_up(parts, *call[4:6])
-        else:
-            d_hidden, d_branch, sums = _PASSES[ctx.backend].backward(*call)
+        saved = _rows(hidden, branch_out, coefficients, ctx.batches)
+        flat = _flat(d_merged, ctx.batches, 2), _flat(d_read, ctx.batches, 1)
+        backward = inductor.backward if torch.is_grad_enabled() else _PASSES[ctx.backend].backward
+        d_hidden, d_branch, sums = backward(flat, saved, ctx.like, (needs[0], needs[1], any(needs[2:5])))
         d_hidden = None if d_hidden is None else d_hidden.view(ctx.shape)
         d_branch = None if d_branch is None else d_branch.view(*ctx.shape[:-2], ctx.shape[-1])
         return d_hidden, d_branch, *_split(sums, coefficients, needs[2:5]), None
@@ -137,13 +126,13 @@ def _split(sums: Tensor | None, coefficients: list[Tensor | None], needs: tuple[
     if sums is None:
         return [None] * 3
     found: list[Tensor | None] = []
-    parts = sums.split([STREAMS, STREAMS**2, STREAMS], 1)
-    for part, value, rank, need in zip(parts, coefficients, (1, 2, 1), needs, strict=True):
+    gradients = sums.split([STREAMS, STREAMS**2, STREAMS], 1)
+    for gradient, value, rank, need in zip(gradients, coefficients, (1, 2, 1), needs, strict=True):
         if value is None or not need:
             found.append(None)
             continue
-        own = part if is_per_row(value, rank) else part.sum(0)
-        found.append(own.reshape(value.shape).to(value.dtype))
+        total = gradient if is_per_row(value, rank) else gradient.sum(0)
+        found.append(total.reshape(value.shape).to(value.dtype))
     return found
 
 
@@ -155,15 +144,16 @@ def _flat(t: Tensor | None, batches: int, trailing: int) -> Tensor | None:
     return t.reshape(batches, math.prod(t.shape[:-trailing]) // max(1, batches), *kept)
 
 
-def _rows(coefficients: Any) -> list[Tensor | None]:
-    """One row for every batch, or a single row."""
+def _rows(hidden: Tensor | None, branch_out: Tensor | None, coefficients: Any, batches: int) -> Rows:
+    """A coefficient has one row for every batch, or a single row."""
     ranks = (1, 2, 1)
-    return [c if c is None or is_per_row(c, r) else c[None] for c, r in zip(coefficients, ranks, strict=True)]
+    rows = (c if c is None or is_per_row(c, rank) else c[None] for c, rank in zip(coefficients, ranks, strict=True))
+    return Rows(_flat(hidden, batches, 2), _flat(branch_out, batches, 1), *rows)
 
 
-def mix_inductor(*call: Any) -> tuple[Tensor, ...]:
+def mix_inductor(call: Call) -> tuple[Tensor, ...]:
     return _Mix.apply(*call, "inductor")
 
 
-def mix_triton(*call: Any) -> tuple[Tensor, ...]:
+def mix_triton(call: Call) -> tuple[Tensor, ...]:
     return _Mix.apply(*call, "triton")

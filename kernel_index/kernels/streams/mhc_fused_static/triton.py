@@ -1,8 +1,9 @@
 """One launch forward; backward one launch and one small sum in a fixed order.
 
-The four streams of a block of channels are in registers together, so every element is read once and written once.
-The 24 coefficients are scalars.  Their gradients are sums of products of two streams over tokens and channels; each
-program adds up its own share in registers and writes 24 numbers at its end.
+The four streams of a block of channels are in registers together, so every element is read once and written once:
+``x`` and ``d`` are tuples of four [BLOCK], one for each stream.  The 24 coefficients are scalars.  Their gradients are
+sums of products of two streams over tokens and channels; each program adds up its partial sums in registers and writes
+24 numbers at its end.  Names are those of ``core/triton/attention.py``.
 """
 
 import torch
@@ -16,7 +17,7 @@ WAVES = 4
 """Programs of the backward pass for each processor."""
 
 STAGES = 3
-"""Items in flight in a program of the backward pass."""
+"""Tiles in flight in a program of the backward pass."""
 
 
 def pick_config(width: int, sums: bool) -> dict:
@@ -27,24 +28,24 @@ def pick_config(width: int, sums: bool) -> dict:
 
 
 @triton.jit
-def _load(ptr, mask):
-    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+def _load(p_x, m_d):
+    return tl.load(p_x, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
 
 
 @triton.jit
-def _store(ptr, value, mask):
-    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+def _store(p_x, value, m_d):
+    tl.store(p_x, value.to(p_x.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
-def _load_streams(ptr, width, mask):
-    return _load(ptr, mask), _load(ptr + width, mask), _load(ptr + 2 * width, mask), _load(ptr + 3 * width, mask)
+def _load_streams(p_x, width, m_d):
+    return _load(p_x, m_d), _load(p_x + width, m_d), _load(p_x + 2 * width, m_d), _load(p_x + 3 * width, m_d)
 
 
 @triton.jit
-def _load_four(ptr):
+def _load_four(p_h):
     """Coefficients are float32."""
-    return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
+    return tl.load(p_h), tl.load(p_h + 1), tl.load(p_h + 2), tl.load(p_h + 3)
 
 
 @triton.jit
@@ -58,10 +59,10 @@ def _add_products(sums, d, x):
 
 
 @triton.jit
-def _merge(x, f, post_ptr, res_ptr, out_ptr, mask):
-    """One merged stream: stored rounded, returned as it is."""
-    merged = _dot(_load_four(res_ptr), x) + tl.load(post_ptr) * f
-    _store(out_ptr, merged, mask)
+def _merge(x, f, p_post, p_res, p_out, m_d):
+    """One merged stream [BLOCK]: stored rounded, returned in float32."""
+    merged = _dot(_load_four(p_res), x) + tl.load(p_post) * f
+    _store(p_out, merged, m_d)
     return merged
 
 
@@ -75,22 +76,22 @@ def _forward_kernel(
     blocks = tl.cdiv(width, BLOCK)
     token = program // blocks
     batch = token // tokens
-    at = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < width
-    x = _load_streams(hidden_ptr + 4 * token * width + at, width, mask)
+    o_d = (program % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_d = o_d < width
+    x = _load_streams(hidden_ptr + 4 * token * width + o_d, width, m_d)
     if MERGE:
-        f = _load(branch_ptr + token * width + at, mask)
-        out = merged_ptr + 4 * token * width + at
-        post = post_ptr + batch * post_row
-        res = res_ptr + batch * res_row
+        f = _load(branch_ptr + token * width + o_d, m_d)  # [BLOCK]
+        p_out = merged_ptr + 4 * token * width + o_d
+        p_post = post_ptr + batch * post_row
+        p_res = res_ptr + batch * res_row
         x = (
-            _merge(x, f, post, res, out, mask),
-            _merge(x, f, post + 1, res + 4, out + width, mask),
-            _merge(x, f, post + 2, res + 8, out + 2 * width, mask),
-            _merge(x, f, post + 3, res + 12, out + 3 * width, mask),
+            _merge(x, f, p_post, p_res, p_out, m_d),
+            _merge(x, f, p_post + 1, p_res + 4, p_out + width, m_d),
+            _merge(x, f, p_post + 2, p_res + 8, p_out + 2 * width, m_d),
+            _merge(x, f, p_post + 3, p_res + 12, p_out + 3 * width, m_d),
         )
     if READ:
-        _store(read_ptr + token * width + at, _dot(_load_four(pre_ptr + batch * pre_row), x), mask)
+        _store(read_ptr + token * width + o_d, _dot(_load_four(pre_ptr + batch * pre_row), x), m_d)
 
 
 @triton.jit
@@ -105,26 +106,26 @@ def _four_sums(sums):
 
 
 @triton.jit
-def _store_four(ptr, values):
-    tl.store(ptr, values[0])
-    tl.store(ptr + 1, values[1])
-    tl.store(ptr + 2, values[2])
-    tl.store(ptr + 3, values[3])
+def _store_four(p_out, values):
+    tl.store(p_out, values[0])
+    tl.store(p_out + 1, values[1])
+    tl.store(p_out + 2, values[2])
+    tl.store(p_out + 3, values[3])
 
 
 @triton.jit
 def _backward_kernel(
     d_merged_ptr, d_read_ptr, hidden_ptr, branch_ptr, post_ptr, res_ptr, pre_ptr, d_hidden_ptr, d_branch_ptr, parts_ptr,
-    tokens, width, items_per_program, post_row, res_row, pre_row,
+    tokens, width, tiles_per_program, post_row, res_row, pre_row,
     MERGE: tl.constexpr, D_MERGED: tl.constexpr, D_READ: tl.constexpr, HIDDEN: tl.constexpr, BRANCH: tl.constexpr,
     SUMS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a run of items, an item being a block of channels of one token, all of the same batch."""
+    """A program takes a run of tiles of one batch; a tile is a block of channels of one token."""
     program = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(width, BLOCK)
-    first = program * items_per_program
-    last = tl.minimum(first + items_per_program, tl.full((), tokens, tl.int64) * blocks)  # 1 is a constexpr
+    first = program * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, tl.full((), tokens, tl.int64) * blocks)  # 1 is a constexpr
     if D_READ:
         pre = _load_four(pre_ptr + batch * pre_row)
     if MERGE:
@@ -134,43 +135,43 @@ def _backward_kernel(
         res2 = _load_four(res_ptr + batch * res_row + 8)
         res3 = _load_four(res_ptr + batch * res_row + 12)
     zero = tl.zeros((BLOCK,), tl.float32)
-    df_sum = zero  # d_read · branch_out
+    df_sum = zero  # d_read · branch_out [BLOCK]
     dx_sums = _zero_four(BLOCK)  # d_read · stream n
     post_sums = _zero_four(BLOCK)
     sums0 = _zero_four(BLOCK)  # gradient of merged stream 0 · stream n
     sums1 = _zero_four(BLOCK)
     sums2 = _zero_four(BLOCK)
     sums3 = _zero_four(BLOCK)
-    for item in tl.range(first, last, num_stages=STAGES):
-        token = batch * tokens + item // blocks
-        at = (item % blocks) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < width
+    for tile in tl.range(first, last, num_stages=STAGES):
+        token = batch * tokens + tile // blocks
+        o_d = (tile % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        m_d = o_d < width
         d = _zero_four(BLOCK)  # the whole gradient of the merged streams
         if D_MERGED:
-            d = _load_streams(d_merged_ptr + 4 * token * width + at, width, mask)
+            d = _load_streams(d_merged_ptr + 4 * token * width + o_d, width, m_d)
         if D_READ:
-            dy = _load(d_read_ptr + token * width + at, mask)
+            dy = _load(d_read_ptr + token * width + o_d, m_d)  # [BLOCK]
             d = _add_products(d, dy, pre)
         if HIDDEN:
-            out = d_hidden_ptr + 4 * token * width + at
+            p_out = d_hidden_ptr + 4 * token * width + o_d
             dx = d
             if MERGE:  # the transpose of h_res
                 dx = _add_products(_zero_four(BLOCK), d[0], res0)
                 dx = _add_products(dx, d[1], res1)
                 dx = _add_products(dx, d[2], res2)
                 dx = _add_products(dx, d[3], res3)
-            _store(out, dx[0], mask)
-            _store(out + width, dx[1], mask)
-            _store(out + 2 * width, dx[2], mask)
-            _store(out + 3 * width, dx[3], mask)
+            _store(p_out, dx[0], m_d)
+            _store(p_out + width, dx[1], m_d)
+            _store(p_out + 2 * width, dx[2], m_d)
+            _store(p_out + 3 * width, dx[3], m_d)
         if BRANCH:
-            _store(d_branch_ptr + token * width + at, _dot(post, d), mask)
+            _store(d_branch_ptr + token * width + o_d, _dot(post, d), m_d)
         if SUMS:
-            x = _load_streams(hidden_ptr + 4 * token * width + at, width, mask)
+            x = _load_streams(hidden_ptr + 4 * token * width + o_d, width, m_d)
             if D_READ:
                 dx_sums = _add_products(dx_sums, dy, x)
             if MERGE:
-                f = _load(branch_ptr + token * width + at, mask)
+                f = _load(branch_ptr + token * width + o_d, m_d)  # [BLOCK]
                 post_sums = _add_products(post_sums, f, d)
                 sums0 = _add_products(sums0, d[0], x)
                 sums1 = _add_products(sums1, d[1], x)
@@ -179,12 +180,12 @@ def _backward_kernel(
                 if D_READ:
                     df_sum += dy * f
     if SUMS:
-        part = parts_ptr + (batch * tl.num_programs(0) + program) * 24
-        _store_four(part, _four_sums(post_sums))
-        _store_four(part + 4, _four_sums(sums0))
-        _store_four(part + 8, _four_sums(sums1))
-        _store_four(part + 12, _four_sums(sums2))
-        _store_four(part + 16, _four_sums(sums3))
+        p_part = parts_ptr + (batch * tl.num_programs(0) + program) * 24
+        _store_four(p_part, _four_sums(post_sums))
+        _store_four(p_part + 4, _four_sums(sums0))
+        _store_four(p_part + 8, _four_sums(sums1))
+        _store_four(p_part + 12, _four_sums(sums2))
+        _store_four(p_part + 16, _four_sums(sums3))
         read = _four_sums(dx_sums)
         if MERGE and D_READ:  # d h_pre[n] = Σ d_read · merged stream n, and that stream is linear in the five
             fs = tl.sum(df_sum, 0)
@@ -194,7 +195,7 @@ def _backward_kernel(
                 _dot(res2, read) + post[2] * fs,
                 _dot(res3, read) + post[3] * fs,
             )
-        _store_four(part + 20, read)
+        _store_four(p_part + 20, read)
 
 
 def _row_strides(*coefficients: Tensor | None) -> list[int]:
@@ -241,13 +242,13 @@ def backward(
         return
     batches, tokens, width = like.shape[0], like.shape[1], like.shape[-1]
     config = pick_config(width, sums=sums is not None)
-    items = tokens * ceil_div(width, config["BLOCK"])
-    programs = min(items, ceil_div(WAVES * processors(like), batches))
+    tiles = tokens * ceil_div(width, config["BLOCK"])
+    programs = min(tiles, ceil_div(WAVES * processors(like), batches))
     parts = None if sums is None else like.new_empty((batches, programs, sums.shape[1]), dtype=torch.float32)
     with on_device(like):
         _backward_kernel[(programs, batches)](
             d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, d_hidden, d_branch, parts,
-            tokens, width, ceil_div(items, programs), *_row_strides(h_post, h_res, h_pre),
+            tokens, width, ceil_div(tiles, programs), *_row_strides(h_post, h_res, h_pre),
             MERGE=h_post is not None, D_MERGED=d_merged is not None, D_READ=d_read is not None,
             HIDDEN=d_hidden is not None, BRANCH=d_branch is not None, SUMS=sums is not None, STAGES=STAGES, **config,
         )  # fmt: skip

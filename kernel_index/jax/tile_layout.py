@@ -1,4 +1,4 @@
-"""From [B, T, H, D] to tiles and back, and how large tiles and blocks are."""
+"""The layout that Pallas kernels read, [B, T, H, D] as tiles and back; and the sizes of tiles and blocks."""
 
 from typing import NamedTuple
 
@@ -8,15 +8,16 @@ import jax.numpy as jnp
 from kernel_index.jax.mask import Intervals
 
 COLUMNS, QUERIES, KEYS = 1024, 512, 512
-"""Queries × heads of a tile, queries of it, and keys of a block, for interval attention.  More columns read keys less
-often; more queries or keys compute more scores that a mask discards.
+"""Upper bounds for interval attention: queries × heads of a tile, queries of a tile, keys of a block.
+
+More columns read the keys less often.  More queries or keys compute more scores that a mask discards.
 """
 SMALLEST = 16
 """Rows of a bfloat16 vector register."""
 
 
 class Sizes(NamedTuple):
-    """``tile`` queries and ``block`` keys at once; ``groups`` query heads for each key head."""
+    """``tile`` queries and ``block`` keys at once; ``groups`` query heads for each KV head."""
 
     tile: int
     block: int
@@ -31,8 +32,8 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def pick_sizes(queries: int, keys: int, groups: int, block_sizes: tuple[int, int] | None) -> Sizes:
-    """The geometry for a call, or the one that the caller wants."""
+def choose_sizes(queries: int, keys: int, groups: int, block_sizes: tuple[int, int] | None) -> Sizes:
+    """The sizes for a call, or those that the caller gives."""
     if block_sizes is not None:
         return Sizes(*block_sizes, groups)
     tile = min(QUERIES, max(SMALLEST, next_power_of_2(COLUMNS // groups + 1) // 2))
@@ -41,7 +42,7 @@ def pick_sizes(queries: int, keys: int, groups: int, block_sizes: tuple[int, int
 
 
 def to_tiles(x: jax.Array, kv_heads: int, tile: int) -> jax.Array:
-    """[B, T, H, D] as [B, K, tiles, G · tile, D], zeros behind the last query."""
+    """[B, T, H, D] as [B, K, tiles, G · tile, D], zeros after the last query."""
     batch, queries, heads, width = x.shape
     tiles = -(-queries // tile)
     x = jnp.pad(x, ((0, 0), (0, tiles * tile - queries), (0, 0), (0, 0)))
@@ -57,13 +58,8 @@ def from_tiles(x: jax.Array, queries: int, tile: int) -> jax.Array:
     return x.reshape(batch, tiles * tile, kv_heads * groups, width)[:, :queries]
 
 
-def to_rows(x: jax.Array, kv_heads: int, tile: int) -> jax.Array:
-    """[B, H, T] as [B, K, tiles, 1, G · tile]."""
-    return jnp.swapaxes(to_tiles(x.swapaxes(1, 2)[..., None], kv_heads, tile), 3, 4)
-
-
 def from_rows(x: jax.Array, queries: int, tile: int) -> jax.Array:
-    """The inverse of ``to_rows``."""
+    """[B, K, tiles, 1, G · tile] as [B, H, T]."""
     return from_tiles(jnp.swapaxes(x, 3, 4), queries, tile)[..., 0].swapaxes(1, 2)
 
 
@@ -74,10 +70,10 @@ def to_blocks(x: jax.Array, block: int) -> jax.Array:
 
 
 def to_columns(bounds: Intervals, sizes: Sizes) -> jax.Array:
-    """Intervals [B', T] as int32 [B', tiles, 2, G · tile]; queries that do not exist see nothing."""
-    both = jnp.stack(bounds, 1).astype(jnp.int32)
+    """Intervals [B', T] as int32 [B', tiles, 2, G · tile]; padding queries attend to nothing."""
+    both = jnp.stack(bounds, 1).astype(jnp.int32)  # [B', 2, T]
     rows, _, queries = both.shape
     tiles = -(-queries // sizes.tile)
     both = jnp.pad(both, ((0, 0), (0, 0), (0, tiles * sizes.tile - queries)))
-    both = both.reshape(rows, 2, tiles, sizes.tile).swapaxes(1, 2)
+    both = both.reshape(rows, 2, tiles, sizes.tile).swapaxes(1, 2)  # [B', tiles, 2, tile]
     return jnp.tile(both, (1, 1, 1, sizes.groups))

@@ -1,5 +1,6 @@
-"""What callers may name as a backend of MoBA, what a name stands for, and the telemetry that says so."""
+"""Backend-name aliases of MoBA, their resolution, and the receipt fields that report it."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,9 @@ NAMES = ("triton", "flash", "native", "cpu", "reference")
 
 
 class BlockSparseBackend(NamedTuple):
-    """``requested`` as the caller wrote it, ``actual`` the backend that is tried first, and why it is another one.
+    """``requested`` as the caller wrote it, ``actual`` the backend that is tried first, and why the two differ.
 
-    ``fallback_reason`` is empty where the request is what is tried.
+    ``fallback_reason`` is empty where they do not differ.
 
     >>> import kernel_index as ki
     >>> ki.resolve_block_sparse_backend("reference").actual
@@ -29,11 +30,11 @@ class BlockSparseBackend(NamedTuple):
 
 
 def resolve_block_sparse_backend(requested: str | None = "auto") -> BlockSparseBackend:
-    """The backend that a name stands for on this machine, before any call is looked at.
+    """The backend that a name means on this machine, before any call is looked at.
 
-    ``auto``, in any case, an empty name and None stand for ``triton``.  ``flash`` is FlexAttention with its
-    FlashAttention-4 kernels; without them it is ``triton``, and the reason says so.  Whether that backend takes a
-    particular call is decided there, and its receipt tells: on a CPU ``auto`` goes on to the CPU's own kernel.
+    ``auto``, in any case, an empty name and None mean ``triton``.  ``flash`` is FlexAttention with its FlashAttention-4
+    kernels; without them it is ``triton``, and the reason says so.  The call itself decides whether that backend can
+    run it, and its receipt tells: on a CPU ``auto`` goes on to the CPU's own kernel.
 
     Args:
         requested: ``auto``, ``triton``, ``flash``, ``cpu`` or ``reference``.
@@ -98,11 +99,11 @@ def pick(
         ("requested_backend", requested),
         ("requested_backend_source", _source(choice, requested)),
         ("actual_backend", ran),
-        ("runtime_mode", _runtime_mode(call[0], ran)),
+        ("runtime_mode", _runtime_mode(call[0] if isinstance(call[0], Tensor) else call[0].q, ran)),
         ("fallback_reason", reason),
     )
     asked = "auto" if requested is None else requested
-    return Choice(op, asked, choice.backend, choice.declined, choice.forced_by, (*telemetry, *choice.details))
+    return replace(choice, requested=asked, details=(*telemetry, *choice.details))
 
 
 def _source(choice: Choice, requested: Any) -> str:

@@ -1,13 +1,16 @@
-"""Coarse groups first, then the children of the best: the two steps, chunk by chunk of queries."""
+"""The two steps in PyTorch, one chunk of queries at a time: coarse groups first, then the children of the best."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks
-from kernel_index.routing.topk_keys import FORCED, NOTHING, best_keys, pack, place_of
+from kernel_index.routing.hierarchical_block_expansion.contract import HierarchyCall
+from kernel_index.routing.hierarchical_block_expansion.forced import forced_blocks
+from kernel_index.routing.legal_blocks import TopBlocks, best_blocks
+from kernel_index.routing.topk_keys import NOTHING, best_keys, index_of
 
 SCORES_AT_ONCE = 1 << 22
 """Queries are taken in chunks of at most this many scores."""
@@ -26,24 +29,23 @@ class Chunk(NamedTuple):
     forced: Tensor
 
 
-def forced_blocks(legal: LegalBlocks, blocks: int, names: tuple[str, ...]) -> Tensor:
-    """int64 [rows, T, 1, F]; −1 where the block does not exist, is not legal, or is forced already."""
-    first, current = (x.to(torch.int64) for x in legal)
-    here = torch.where(current < blocks, current, -1)
-    found = {
-        "current": here,
-        "sink": torch.where(first < current, first, -1),
-        "local": torch.where((current - 1 >= first) & (current > 0), current - 1, -1),
-    }
-    columns: list[Tensor] = []
-    for name in names:
-        column = found[name]
-        for earlier in columns:
-            column = torch.where(column == earlier, -1, column)
-        columns.append(column)
-    if not columns:
-        return first.new_empty((*first.shape, 1, 0))
-    return torch.stack(columns, -1)[:, :, None]
+def select_chunked(call: HierarchyCall) -> TopBlocks:
+    with torch.no_grad():
+        queries, keys, legal = call.operands()
+        forced = forced_blocks(legal, keys.shape[1], call.plan.forced)
+        first, current = (x.to(torch.int64)[..., None] for x in legal)
+
+        def select(at: slice) -> TopBlocks:
+            chunk = Chunk(queries[:, at], first[:, at], current[:, at], forced[:, at])
+            if call.plan.exhaustive:
+                return exhaustive(chunk, keys, call.topk)
+            return expanded(chunk, keys, call.plan.coarse_ratio, call.plan.coarse_topc, call.topk)
+
+        step = max(1, SCORES_AT_ONCE // max(1, math.prod(keys.shape[:3])))
+        if torch.compiler.is_compiling() or step >= queries.shape[1]:
+            return select(slice(None))
+        chunks = [select(slice(t, t + step)) for t in range(0, queries.shape[1], step)]
+        return TopBlocks(*(torch.cat(x, 1) for x in zip(*chunks, strict=True)))
 
 
 def exhaustive(chunk: Chunk, block_keys: Tensor, topk: int) -> TopBlocks:
@@ -71,10 +73,10 @@ def expanded(chunk: Chunk, block_keys: Tensor, ratio: int, topc: int, topk: int)
         def children(at: Tensor) -> Tensor:
             return every.gather(3, at[..., None].expand(*every.shape[:3], at.shape[3], ratio))
 
-    picked, taken = _best_groups(chunk, _with_ends(coarse, children, ratio, chunk), ratio, topc)
-    scores = children(picked)
-    block = picked[..., None] * ratio + torch.arange(ratio, device=picked.device)
-    block = torch.where(taken[..., None], block, -1)
+    opened, exists = _best_groups(chunk, _with_ends(coarse, children, ratio, chunk), ratio, topc)
+    scores = children(opened)
+    block = opened[..., None] * ratio + torch.arange(ratio, device=opened.device)
+    block = torch.where(exists[..., None], block, -1)
     return _take(scores.flatten(3), block.flatten(3), chunk, topk)
 
 
@@ -104,8 +106,8 @@ def _best_groups(chunk: Chunk, scores: Tensor, ratio: int, topc: int) -> tuple[T
     group = torch.arange(scores.shape[-1], device=scores.device)
     legal = (group >= (chunk.first // ratio)[..., None]) & (group * ratio < chunk.current[..., None])
     best = best_keys(scores, legal, group, topc)
-    taken = best > NOTHING
-    return torch.where(taken, place_of(best), 0), taken
+    exists = best > NOTHING
+    return torch.where(exists, index_of(best), 0), exists
 
 
 def _take(scores: Tensor, block: Tensor, chunk: Chunk, topk: int) -> TopBlocks:
@@ -114,12 +116,5 @@ def _take(scores: Tensor, block: Tensor, chunk: Chunk, topk: int) -> TopBlocks:
     legal = (block >= first) & (block < current)
     for i in range(chunk.forced.shape[-1]):
         legal = legal & (block != chunk.forced[..., i : i + 1])
-    key = best_keys(scores, legal, block, min(topk, scores.shape[-1]))
-    forced = chunk.forced.expand(*key.shape[:-1], -1)
-    key = torch.cat([key, torch.where(forced >= 0, pack(torch.full_like(forced, FORCED), forced), NOTHING)], -1)
-    best = torch.topk(key, min(topk, key.shape[-1]), dim=-1, sorted=False).values
-    behind = torch.iinfo(torch.int32).max
-    places = torch.where(best > NOTHING, place_of(best), behind).to(torch.int32).sort(-1).values
-    places = torch.nn.functional.pad(places, (0, topk - places.shape[-1]), value=behind)
-    valid = places < behind
-    return TopBlocks(torch.where(valid, places, -1), valid)
+    keys = best_keys(scores, legal, block, min(topk, scores.shape[-1]))
+    return best_blocks(keys, chunk.forced, topk)

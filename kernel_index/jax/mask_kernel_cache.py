@@ -1,4 +1,4 @@
-"""Compiled JAX functions by the static part of their mask: ``exact_mask_contract_cache`` at work."""
+"""Compiled JAX functions, cached by the static part of their mask in an ``exact_mask_contract_cache``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 
 def key_of(mask: MaskContract, dtype: Any, backend: str, block_sizes: tuple[int, int] | None) -> ExactMaskKey:
-    """What is static in a call's mask; no array, and nothing that a batch brings, is part of it."""
+    """The static part of a call's mask: no array, and nothing that may differ between two batches."""
     fields = {name: getattr(mask, name) for name in ("causal", "window", "doc_ids", "validity")}
     fields["has_q_offset"] = mask.q_offset is not None
     return exact_mask_key(fields, dtype=dtype, backend=backend, block_sizes=block_sizes)
@@ -19,7 +19,7 @@ def key_of(mask: MaskContract, dtype: Any, backend: str, block_sizes: tuple[int,
 class MaskKernels:
     """The compiled functions of one op.
 
-    A function is built from its key alone and takes the batch's documents, counts and offset as arguments, so a new
+    A function is built from its key alone.  It takes the documents, counts and offset of a batch as arguments, so a new
     batch compiles nothing.  ``cache`` holds ``hits``, ``misses`` and ``evictions``.
     """
 
@@ -33,7 +33,7 @@ class MaskKernels:
         return self.cache.get(key_of(*what), self.build)
 
     def compilations(self) -> int:
-        """How many programs XLA has compiled for the functions that are kept: one for each shape of theirs."""
+        """How many programs XLA has compiled for the cached functions: one for each shape of their arguments."""
         return sum(function._cache_size() for function in self.cache._kernels.values())
 
     def __repr__(self) -> str:

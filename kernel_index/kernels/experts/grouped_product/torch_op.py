@@ -1,0 +1,49 @@
+"""The op's autograd Function and the registered op: PyTorch's grouped product, traceable in every dtype.
+
+PyTorch's own fake of ``grouped_mm`` refuses dtypes that its kernels take; the registered op has a fake that does not.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+from kernel_index.core import ops
+
+
+def _launch(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    if a.numel() == 0:  # no rows: PyTorch's kernels check the strides of an empty tensor, which mean nothing
+        return _allocate(a, b, offsets).zero_()
+    return grouped_mm(a, b, offs=offsets)
+
+
+def _allocate(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """[S, C] · [E, C, F] to [S, F], or for the gradient of weight [F, S] · [S, C] to [E, F, C]."""
+    groups = (offsets.shape[0],) if b.ndim == 2 else ()
+    return a.new_empty((*groups, a.shape[0], b.shape[-1]))
+
+
+_op = ops.register("grouped_product(Tensor a, Tensor b, Tensor offsets) -> Tensor", _launch, _allocate)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, offsets)
+        return _op(x, weight.transpose(1, 2), offsets)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, offsets = ctx.saved_tensors
+        g = g.contiguous()
+        d_x = _op(g, weight, offsets) if ctx.needs_input_grad[0] else None
+        d_weight = _op(g.T, x, offsets) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight, None
+
+
+def grouped_product_op(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    x, weight, offsets = x.contiguous(), weight.contiguous(), offsets.contiguous()
+    if torch.is_grad_enabled():
+        return _GroupedProduct.apply(x, weight, offsets)
+    return _op(x, weight.transpose(1, 2), offsets)
