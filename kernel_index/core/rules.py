@@ -26,6 +26,8 @@ NEEDS_PLAIN = "needs plain tensors, not a tensor subclass"
 NEEDS_CPU = "needs CPU tensors"
 NEEDS_CUDA = "needs CUDA tensors"
 ON_A_CPU = "needs CUDA or ROCm tensors (or TRITON_INTERPRET=1)"
+NEEDS_NARROW_HEADS = "needs head sizes of at most 256"  # WIDEST_HEAD
+NEEDS_TRITON_DTYPE = "needs float32, bfloat16 or float16"
 NO_BACKWARD = "has no backward; use backend='reference' when gradients are needed"
 ONLY_FLOAT32 = "computes in float32: float64 is the reference's"
 

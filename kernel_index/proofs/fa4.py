@@ -1,13 +1,13 @@
 """``kernel-index prove fa4`` and ``kernel-index prove --verify``: the terminal's side of the execute proof."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
 from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
-from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DTYPES, ProofShape
+from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DTYPES, DtypeName, ProofShape
 from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import verify_file
 
 FAILED, COMPILED, REFUSED = 1, 3, 4
@@ -33,8 +33,10 @@ def fa4(
     there is no CUDA device; 4: refused, the package is missing.
     """
     shape = ProofShape(batch, seq, heads, kv_heads, head_dim)
-    try:
-        proof = fa4_execute_proof(shape, dtype=dtype, causal=causal, seed=seed, time_limit=time_limit, out=out)
+    try:  # fa4_execute_proof checks the name of the dtype
+        proof = fa4_execute_proof(
+            shape, dtype=cast(DtypeName, dtype), causal=causal, seed=seed, time_limit=time_limit, out=out
+        )
     except (TypeError, ValueError, OSError) as error:
         errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error

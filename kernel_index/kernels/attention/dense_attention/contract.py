@@ -94,9 +94,9 @@ NO_MASK = "torch's own kernel needs no mask here"
 
 def triton_why_not(call: AttentionCall) -> str | None:
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
-        return "needs head sizes of at most 256"
+        return rules.NEEDS_NARROW_HEADS
     if call.q.dtype not in (torch.float32, *rules.HALF):
-        return "needs float32, bfloat16 or float16"
+        return rules.NEEDS_TRITON_DTYPE
     return rules.triton_why_not(call.q, call.k, call.v, call.sink)
 
 
@@ -194,7 +194,7 @@ def flex_why_not(call: AttentionCall) -> str | None:
     if rules.inside_functorch():
         return rules.INSIDE_FUNCTORCH
     if call.q.dtype not in (torch.float32, *rules.HALF):
-        return "needs float32, bfloat16 or float16"
+        return rules.NEEDS_TRITON_DTYPE
     if not all(16 <= x.shape[3] <= rules.WIDEST_HEAD for x in (call.q, call.v)):
         return "needs head sizes from 16 to 256"
     return "needs at least one query and one key" if call.is_empty else None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DTYPES, ProofRequest, ProofShape
+from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DTYPES, DtypeName, ProofRequest, ProofShape
 from kernel_index.kernels.attention.dense_fa4_execute_proof.runner import prove
 from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import problems
 
@@ -45,7 +45,7 @@ class Proof:
 def fa4_execute_proof(
     shape: ProofShape | tuple[int, int, int, int, int] = ProofShape(),  # noqa: B008 -- a tuple, immutable
     *,
-    dtype: torch.dtype | Literal["bfloat16", "float16"] = torch.bfloat16,
+    dtype: torch.dtype | DtypeName = torch.bfloat16,
     causal: bool = True,
     seed: int = 0,
     time_limit: float = 600.0,

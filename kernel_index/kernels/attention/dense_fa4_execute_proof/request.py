@@ -1,13 +1,14 @@
 """The request of a proof: sizes, dtype, mask and seed of one attention call, checked before anything runs."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from kernel_index.core import checks
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DtypeName = Literal["bfloat16", "float16"]
+DTYPES: dict[DtypeName, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ProofShape(NamedTuple):

@@ -15,6 +15,7 @@ from kernel_index.routing.lightning_indexer.contract import check_in_range, chec
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
 INDEXER_RETURNED_NONE = "indexer_returned_none"
+UNION_NEEDS_CPU = f"{rules.NEEDS_CPU}: the union of a chunk's selected tokens is read on the host"
 
 
 class ExactTokenCall(NamedTuple):
@@ -91,11 +92,11 @@ def runtime_mode(backend: str) -> str:
 
 def triton_why_not(call: ExactTokenCall) -> str | None:
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
-        return "needs head sizes of at most 256"
+        return rules.NEEDS_NARROW_HEADS
     if call.q.shape[2] > 64 * call.k.shape[2]:
         return "needs at most 64 query heads for each KV head"
     if call.q.dtype not in (torch.float32, *rules.HALF):
-        return "needs float32, bfloat16 or float16"
+        return rules.NEEDS_TRITON_DTYPE
     return rules.triton_why_not(call.q, call.k, call.v, call.indices, call.valid)
 
 
@@ -105,7 +106,7 @@ def triton_not_worth(call: ExactTokenCall) -> str | None:
 
 def cpu_why_not(call: ExactTokenCall) -> str | None:
     if target_of(call.q.device).kind != "cpu":
-        return "needs CPU tensors: the union of a chunk's selected tokens is read on the host"
+        return UNION_NEEDS_CPU
     if rules.inside_functorch():
         return rules.INSIDE_FUNCTORCH
     if any(t is not None and type(t) not in rules.PLAIN for t in call[:5]):

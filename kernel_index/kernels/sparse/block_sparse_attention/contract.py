@@ -83,9 +83,9 @@ def _check_maps(selected: Tensor, query_tile_size: int, maps: Any) -> None:
 
 def triton_why_not(call: BlockSparseCall) -> str | None:
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
-        return "needs head sizes of at most 256"
+        return rules.NEEDS_NARROW_HEADS
     if call.q.dtype not in (torch.float32, *rules.HALF):
-        return "needs float32, bfloat16 or float16"
+        return rules.NEEDS_TRITON_DTYPE
     return rules.triton_why_not(call.q, call.k, call.v, call.selected)
 
 
