@@ -38,7 +38,7 @@ class MaskContract:
     work; it rebuilds one whose source tensors or result were changed in place.  Inside torch.compile nothing is kept:
     the compiler merges equal computations.
 
-    Equality compares all fields, tensors by value; the hash is made of metadata only.  See ``AttentionValidity``.
+    Equality compares window bounds, offset, documents and validity, tensors by value; the hash reads metadata only.
 
     Args:
         causal: no query attends to a later position.

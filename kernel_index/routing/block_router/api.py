@@ -51,7 +51,7 @@ def block_router(
         block_size: keys of a block; the last block may be shorter.
         topk: blocks for each query, the current one counted.
         groups: G, the selections of a query: a multiple of K and a divisor of H.
-        mask: who may attend to whom; causal.
+        mask: which keys each query may attend to; causal.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:

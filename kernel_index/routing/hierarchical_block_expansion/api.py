@@ -56,7 +56,7 @@ def hierarchical_block_select(
         coarse_ratio: children of a group.
         coarse_topc: groups that are expanded.
         final_topk: blocks for each query, the forced ones counted.
-        mask: who may attend to whom; causal.
+        mask: which keys each query may attend to; causal.
         block_size: tokens of a block.
         forced: blocks that are selected whatever their score, of ``"current"`` (it holds the query), ``"sink"`` (the
             first legal one) and ``"local"`` (the one before the current).  Without ``"current"`` only past blocks are

@@ -49,7 +49,7 @@ def lightning_indexer(
         k_idx: [B, S, D], q_idx's dtype; one key for all heads.
         weights: [B, T, J], q_idx's dtype or float32; any scale of the scores belongs in here.
         topk: tokens for each query, at least 1.
-        mask: who may attend to whom; causal by default.
+        mask: which keys each query may attend to; causal by default.
         replay: a recorded selection: its tokens are returned, without those that this mask forbids, and with the scores
             that they have now.  For recomputation, and for training on what a rollout attended to.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.

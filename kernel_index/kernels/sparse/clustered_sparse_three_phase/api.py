@@ -101,7 +101,7 @@ def clustered_sparse_attention(
         k: [B, S, K, D], q's dtype; H is a multiple of K.
         v: [B, S, K, Dv], q's dtype.
         config: sizes and choices.
-        mask: who may attend to whom beside that; causal.
+        mask: which keys each query may attend to, besides its selection; causal.
         scale: factor of the attention's scores; ``D ** -0.5`` by default.
         softcap: bound of the attention's scores; 0 is off.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.  ``"reference"`` routes
