@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.nn.mixer import Mixer
-from kernel_index.nn.recompute import recomputed
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
 
 
@@ -54,7 +54,7 @@ class HybridBlock(nn.Module):
         cache: Any = None,
     ) -> tuple[Tensor, Branch]:
         if self.recompute and cache is None and torch.is_grad_enabled():
-            return recomputed(self._forward, stream, branch, mask, rope, None)
+            return checkpoint(self._forward, stream, branch, mask, rope, None, use_reentrant=False)
         return self._forward(stream, branch, mask, rope, cache)
 
     def _forward(

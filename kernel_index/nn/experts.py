@@ -5,11 +5,11 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.core import checks
 from kernel_index.nn.mlp import MLPS, Activation, swiglu
-from kernel_index.nn.recompute import recomputed
 from kernel_index.nn.residual import Branch
 
 Scores = Literal["sigmoid", "softmax"]
@@ -132,7 +132,7 @@ class Experts(nn.Module):
         x_SC = ki.gather_rows(x_NC.to(dtype)[:, None], order_S // self.router.topk)[:, 0]
         h_SF = ki.grouped_product(x_SC, self.up.to(dtype), offsets_E)
         if self.recompute and torch.is_grad_enabled():
-            out_SC = recomputed(self._second_half, h_SF, offsets_E, preserve_rng_state=False)
+            out_SC = checkpoint(self._second_half, h_SF, offsets_E, use_reentrant=False, preserve_rng_state=False)
         else:
             out_SC = self._second_half(h_SF, offsets_E)
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))

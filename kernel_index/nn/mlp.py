@@ -4,10 +4,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.core import checks
-from kernel_index.nn.recompute import recomputed
 from kernel_index.nn.residual import Branch
 
 Activation = Literal["relu2", "swiglu"]
@@ -34,7 +34,7 @@ class SquaredReLUMLP(nn.Module):
     def forward(self, x_BTC: Tensor) -> Branch:
         h_BTF = self.up(x_BTC)
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(self._second_half, h_BTF, preserve_rng_state=False), None
+            return checkpoint(self._second_half, h_BTF, use_reentrant=False, preserve_rng_state=False), None
         return self._second_half(h_BTF), None
 
     def _second_half(self, h_BTF: Tensor) -> Tensor:

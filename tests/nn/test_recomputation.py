@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.nn import Experts, HybridBlock, SquaredReLUMLP
@@ -52,3 +54,74 @@ def test_a_block_around_backward_alone_does_not_change_the_recomputation(layer):
     with ki.receipts() as log, ki.force("reference"):
         out.sum().backward()
     assert {(r.tried, r.forced_by) for r in log if r.op == "fused_relu_squared"} == {("inductor", None)}
+
+
+def assert_nothing_is_forced():
+    with ki.receipts() as log:
+        ki.fused_relu_squared(torch.ones(3))
+    assert log[0].forced_by is None
+
+
+def test_backward_may_run_twice_and_leaves_no_force_behind():
+    call, x = mlp(), torch.randn(1, 5, 16, requires_grad=True)
+    with ki.force("reference"):
+        out = call(x).sum()
+    grads = [torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+    assert_nothing_is_forced()
+
+
+def test_a_failed_recomputation_leaves_no_force_behind():
+    calls = []
+
+    def fails_the_second_time(x):
+        calls.append(x)
+        if len(calls) > 1:
+            raise RuntimeError("the second time")
+        return ki.fused_relu_squared(x)
+
+    x = torch.ones(2, requires_grad=True)
+    with ki.force("reference"):
+        out = checkpoint(fails_the_second_time, x, use_reentrant=False).sum()
+    with pytest.raises(RuntimeError, match="the second time"):
+        out.backward()
+    assert_nothing_is_forced()
+
+
+def test_the_op_in_which_a_recomputation_stops_has_run():
+    """A checkpoint ends its recomputation by an exception inside the last op that it needs: that is no failure."""
+    call, x = experts(), torch.randn(1, 5, 16, requires_grad=True)
+    out = call(x).sum()
+    with ki.receipts() as log:
+        out.backward()
+    assert [(r.op, r.error) for r in log] == [("fused_relu_squared", None), ("grouped_product", None)]
+    assert log[-1].ran == "grouped_mm"
+
+
+class Launches(TorchDispatchMode):
+    """The names of our registered operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "kernel_index":
+            self.names.add(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", [mlp, experts, block, nested_block])
+def test_a_layer_under_the_reference_runs_no_operator_of_ours(layer):
+    call, x = layer(), torch.randn(1, SIZE, 16, requires_grad=True)
+    with Launches() as launches:
+        with ki.force("reference"):
+            out = call(x)
+        out.square().sum().backward()
+    assert launches.names == set()
+
+
+def test_experts_under_the_reference_are_a_single_graph():
+    call, x = experts(), torch.randn(1, 5, 16)
+    with ki.force("reference"):
+        torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))

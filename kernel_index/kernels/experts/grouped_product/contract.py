@@ -36,13 +36,6 @@ def _check_values(ends: list[int], rows: int) -> None:
 def grouped_mm_why_not(x: Tensor, weight: Tensor, offsets: Tensor) -> str | None:
     if x.dtype not in SUPPORTED:
         return "computes in float32, bfloat16 or float16"
-    if rules.inside_functorch():
-        return rules.INSIDE_FUNCTORCH
-    for tensor in (x, weight, offsets):
-        if type(tensor) not in rules.PLAIN:
-            return rules.NEEDS_PLAIN
-        if not torch.compiler.is_compiling() and tensor.is_neg():
-            return rules.NEGATED
     if any(size * x.element_size() % ALIGNMENT for size in weight.shape[1:]):
         return "needs rows of C and of F elements that are multiples of 16 bytes"
-    return None
+    return rules.plain_why_not(x, weight, offsets)
