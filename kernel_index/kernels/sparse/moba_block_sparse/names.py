@@ -98,7 +98,7 @@ def pick(
         ("requested_backend", requested),
         ("requested_backend_source", _source(choice, requested)),
         ("actual_backend", ran),
-        ("runtime_mode", _runtime_mode(call[0], ran)),
+        ("runtime_mode", _runtime_mode(call[0] if isinstance(call[0], Tensor) else call[0].q, ran)),
         ("fallback_reason", reason),
     )
     asked = "auto" if requested is None else requested

@@ -1,14 +1,12 @@
-"""The registered op behind ``triton`` of ``moba_decode``: it reads the cache, which was written and routed before."""
+"""The registered op of ``triton`` for ``moba_decode``: writing the cache and routing come before it."""
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
 from kernel_index.core.triton import launch
+from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaDecodeCall
 from kernel_index.kernels.sparse.moba_block_sparse.decoding import route
-from kernel_index.kvcache.cache import CacheLayer
-from kernel_index.masks.attention_arguments import scale_of
-from kernel_index.masks.doc_window_mask.contract import Window
 
 
 def _allocate(q, k_cache, v_cache, picks, start, position, table, block_size, scale, softcap):
@@ -31,20 +29,9 @@ _decode_op = ops.register(
 )
 
 
-def decode_triton(
-    q: Tensor,
-    cache: CacheLayer,
-    k: Tensor | None,
-    v: Tensor | None,
-    block_size: int,
-    topk: int,
-    window: Window,
-    groups: int,
-    scale: float | None,
-    softcap: float,
-) -> Tensor:
-    routed = route(q, cache, k, v, block_size, topk, window, groups)
-    picks = torch.where(routed.picks.valid, routed.picks.indices, -1)
-    caches = cache["k_cache"], cache["v_cache"]
-    where = routed.start, routed.position, cache["block_table"]
-    return _decode_op(q, *caches, picks, *where, block_size, float(scale_of(q, scale)), float(softcap))
+def decode_triton(call: MobaDecodeCall) -> Tensor:
+    selected, (start, position) = route(call)
+    caches, table = (call.cache["k_cache"], call.cache["v_cache"]), call.cache["block_table"]
+    blocks = torch.where(selected.valid, selected.indices, -1)
+    scale, softcap = float(call.scale), float(call.softcap)
+    return _decode_op(call.q, *caches, blocks, start, position, table, call.block_size, scale, softcap)
