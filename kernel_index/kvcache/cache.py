@@ -3,14 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks
 from kernel_index.kvcache.block_means import BlockMeans, Row
-from kernel_index.kvcache.slots import append, gathered
+from kernel_index.kvcache.slots import append, gathered, slots
 
 
 @dataclass
@@ -138,6 +138,16 @@ class _Step:
     rows: list[Row]
 
 
+class AlignedKeys(NamedTuple):
+    """``keys`` [B, S, K, D], and the column ``first`` of each row's first token, int64 [B].
+
+    The columns before it repeat that token, so that they hold nothing that was never written.
+    """
+
+    keys: Tensor
+    first: Tensor
+
+
 class CacheLayer(dict[str, Any]):
     """The arguments of ``fa4_kvcache_decode`` for one layer of one step, and the cache's bookkeeping of that step.
 
@@ -177,6 +187,29 @@ class CacheLayer(dict[str, Any]):
             return self["k_cache"][one, :total], self["v_cache"][one, :total]
         k, v = (gathered(self[name], table[one])[:, :total] for name in ("k_cache", "v_cache"))
         return k, v
+
+    def right_aligned_keys(self) -> "AlignedKeys":
+        """A copy of the keys of all rows, this step's included once they are written, that end in the same column.
+
+        Rows of different lengths then share one mask: the queries of each end where its keys end.
+
+        >>> import torch, kernel_index as ki
+        >>> cache = ki.ContiguousKVCache(1, 2, 8, 1, 1)
+        >>> cache.begin(3)
+        >>> cache.append(0, torch.arange(6.0).view(2, 3, 1, 1), torch.zeros(2, 3, 1, 1))
+        >>> cache.advance([3, 1])
+        >>> cache.begin(0)
+        >>> aligned = cache.layer(0).right_aligned_keys()
+        >>> aligned.keys[..., 0, 0].tolist(), aligned.first.tolist()
+        ([[0.0, 1.0, 2.0], [3.0, 3.0, 3.0]], [0, 2])
+        """
+        k_cache, lengths = self["k_cache"], self.lengths_after
+        longest = max(lengths, default=0)
+        first = longest - _sent(lengths, k_cache.device).to(torch.int64)
+        token = torch.arange(longest, device=k_cache.device) - first[:, None]
+        page = k_cache.shape[1]
+        index = slots(self["block_table"], token.clamp_min(0), page).flat(page)
+        return AlignedKeys(k_cache.flatten(0, 1)[index], first)
 
     def scratch(self, elements: int) -> Tensor:
         """Memory of the cache's dtype for one call, [elements]; the next call overwrites it.
