@@ -164,6 +164,7 @@ class CacheLayer(dict[str, Any]):
             k_cache=cache.k[index], v_cache=cache.v[index], cache_seqlens=step.lengths, block_table=step.table
         )
         self._cache, self._index, self._step = cache, index, step
+        self.written = False
 
     @property
     def new_tokens(self) -> int:
@@ -176,7 +177,12 @@ class CacheLayer(dict[str, Any]):
         return [row.after for row in self._step.rows]
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Write this step's keys and values [B, tokens, K, D]; the decoding functions do it themselves."""
+        """Write this step's keys and values [B, tokens, K, D]; the decoding functions do it themselves.
+
+        Needed only before ``block_means`` or another look at the new keys.  ``written`` is True from then on, so that
+        ``selected_decode`` does not write them again.
+        """
+        self.written = True
         append(self["k_cache"], self["v_cache"], self["cache_seqlens"], k, v, self["block_table"])
 
     def prefix(self, row: int) -> tuple[Tensor, Tensor]:

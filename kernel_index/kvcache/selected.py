@@ -13,22 +13,10 @@ ELEMENTS_AT_ONCE = 1 << 24
 """Queries are taken in chunks of at most this many gathered elements."""
 
 
-class KeyIntervals(NamedTuple):
-    """A query at ``position`` may attend to the tokens ``start ≤ s ≤ position`` of its row, int64 [B, Lq].
-
-    A position is negative where a row has fewer tokens than queries: then there is no such token.
-    """
-
-    start: Tensor
-    position: Tensor
-
-
-def key_intervals(cache: CacheLayer, queries: int, left: int | None) -> KeyIntervals:
-    """For the last ``queries`` tokens of each row, with a window of ``left`` earlier tokens; None is unlimited."""
-    total = cache["cache_seqlens"].to(torch.int64)[:, None] + cache.new_tokens
-    position = total - queries + torch.arange(queries, device=total.device)
-    start = torch.zeros_like(position) if left is None else (position - left).clamp(min=0)
-    return KeyIntervals(start, position)
+def query_positions(cache: CacheLayer, queries: int) -> Tensor:
+    """Positions of the last ``queries`` tokens of each row, int64 [B, Lq]; negative where the row has fewer tokens."""
+    lengths, new = cache["cache_seqlens"], cache.new_tokens
+    return lengths.to(torch.int64)[:, None] + torch.arange(new - queries, new, device=lengths.device)
 
 
 class SelectedTokens(NamedTuple):
@@ -42,16 +30,25 @@ class SelectedTokens(NamedTuple):
     allowed: Tensor
 
 
-def selected_tokens(blocks: Tensor, block_size: int, intervals: KeyIntervals, cache: CacheLayer) -> SelectedTokens:
-    """The ``m = n · block_size`` tokens of each query's selected blocks [B, Lq, G, n], −1 for none."""
+def selected_tokens(
+    blocks: Tensor, block_size: int, position: Tensor, left: int | None, cache: CacheLayer
+) -> SelectedTokens:
+    """The ``m = n · block_size`` tokens of each query's selected blocks [B, Lq, G, n], −1 for none.
+
+    A query at ``position`` [B, Lq] attends to none after it, and to ``left`` before it; None is unlimited.
+    """
     page = cache["k_cache"].shape[1]
-    width = min(block_size, max(cache.lengths_after, default=0))  # a larger block ends with the longest row
-    offset = torch.arange(width, device=blocks.device)
-    token_BTGM = (blocks[..., None].to(torch.int64) * block_size + offset).flatten(3)
-    start, position = (x[:, :, None, None] for x in intervals)
-    allowed = (token_BTGM >= start) & (token_BTGM <= position)  # start is at least 0, the tokens of block −1 are not
+    token_BTGM = blocks.to(torch.int64)
+    if block_size > 1:
+        width = min(block_size, max(cache.lengths_after, default=0))  # a larger block ends with the longest row
+        offset = torch.arange(width, device=blocks.device)
+        token_BTGM = (token_BTGM[..., None] * block_size + offset).flatten(3)
+    position = position.view(*position.shape, 1, 1)
+    allowed = (token_BTGM >= 0) & (token_BTGM <= position)  # those of block −1 are negative
+    if left is not None:
+        allowed &= token_BTGM >= position - left
     if token_BTGM.shape[3]:
-        last = token_BTGM.masked_fill(~allowed, -1).amax(3, keepdim=True).clamp(min=0)
+        last = torch.where(allowed, token_BTGM, -1).amax(3, keepdim=True).clamp_(min=0)
         token_BTGM = torch.where(allowed, token_BTGM, last)
     return SelectedTokens(slots(cache["block_table"], token_BTGM, page).flat(page), allowed)
 

@@ -30,9 +30,9 @@ def slots(table: Tensor | None, token: Tensor, page: int, *, first_row: int = 0)
     if table is None:
         row = torch.arange(first_row, first_row + token.shape[0], device=token.device)
         return Slots(row.view(-1, *[1] * (token.ndim - 1)).expand_as(token), token)
-    column = (token // page).flatten(1)
-    pages = table.to(torch.int64).gather(1, column).clamp(min=0)
-    return Slots(pages.view_as(token), token % page)
+    column = token // page
+    pages = table.to(torch.int64).gather(1, column if column.ndim == 2 else column.flatten(1)).clamp_(min=0)
+    return Slots(pages if column.ndim == 2 else pages.view_as(token), token % page)
 
 
 def next_tokens(lengths: Tensor, count: int) -> Tensor:

@@ -171,14 +171,14 @@ class SparseAttention(Mixer):
         if self.dense:
             return ki.fa4_kvcache_decode(q, **step, **cache.attention)
         keys_BS1I, first_B = cache.index.right_aligned_keys()
-        lengths = cache.index.lengths_after
-        doc_ids = None  # rows of one length need none
-        if min(lengths) < max(lengths):
+        padding = None
+        if len(set(cache.index.lengths_after)) > 1:  # the columns before a row's first token
             column = torch.arange(keys_BS1I.shape[1], device=q.device)
-            doc_ids = torch.where(column >= first_B[:, None], 0, -1)
-        mask = ki.MaskContract(doc_ids=doc_ids, window=(self.window, 0))
-        selected = self.index.select(x, keys_BS1I.squeeze(2), self.tokens, mask)
-        token_BTn = torch.where(selected.valid, selected.indices - first_B[:, None, None], -1)
+            padding = torch.where(column < first_B[:, None], -1, 0)
+        mask = ki.MaskContract(doc_ids=padding, window=(self.window, 0))
+        token_BTn, valid_BTn, _ = self.index.select(x, keys_BS1I.squeeze(2), self.tokens, mask)
+        if padding is not None:
+            token_BTn = torch.where(valid_BTn, token_BTn - first_B[:, None, None], -1)
         return ki.selected_decode(q, cache.attention, token_BTn, **step)
 
 

@@ -206,7 +206,7 @@ def test_the_indexer_learns_by_its_own_loss_alone():
 
 
 def test_the_indexer_learns_while_attention_is_still_dense():
-    """Else the first sparse step would read what a random indexer selects; the result itself is that of dense attention."""
+    """Else the first sparse step would read what a random indexer selects; the result is that of dense attention."""
     mixer, x = layer("exact_token"), stream()
     mixer.dense = True
     out = run(mixer, x)

@@ -16,12 +16,13 @@ ELEMENTS_AT_ONCE = 1 << 18
 
 
 def decode_cpu(call: MobaDecodeCall) -> Tensor:
-    selected, intervals = route(call)
+    routed = route(call)
     if call.q.shape[1] > PROMPT:
-        return attend_prompt(call, selected)
+        return attend_prompt(call, routed.selected)
     out = call.q.new_empty(call.q.shape)
     if out.numel():
-        _fill(out, call, selected_tokens(selected.indices, call.block_size, intervals, call.cache))
+        blocks, left = routed.selected.indices, call.window[0]
+        _fill(out, call, selected_tokens(blocks, call.block_size, routed.position, left, call.cache))
     return out
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaDecodeCall
-from kernel_index.kvcache.selected import KeyIntervals, key_intervals
+from kernel_index.kvcache.selected import query_positions
 from kernel_index.kvcache.slots import append
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.router import scored
@@ -18,10 +18,14 @@ PROMPT = 32
 
 
 class Routed(NamedTuple):
-    """The selected blocks of a step [B, Lq, G, n], and the tokens that each query may attend to at all."""
+    """The selected blocks of a step [B, Lq, G, n]; a query may attend to their tokens ``start ≤ s ≤ position``.
+
+    int64 [B, Lq]; a position is negative where a row has fewer tokens than queries.
+    """
 
     selected: TopBlocks
-    intervals: KeyIntervals
+    start: Tensor
+    position: Tensor
 
 
 def route(call: MobaDecodeCall) -> Routed:
@@ -29,8 +33,8 @@ def route(call: MobaDecodeCall) -> Routed:
     q, cache, block_size = call.q, call.cache, call.block_size
     with torch.no_grad():
         append(cache["k_cache"], cache["v_cache"], cache["cache_seqlens"], call.k, call.v, cache["block_table"])
-        intervals = key_intervals(cache, q.shape[1], call.window[0])
-        start, position = intervals
+        position, left = query_positions(cache, q.shape[1]), call.window[0]
+        start = torch.zeros_like(position) if left is None else (position - left).clamp(min=0)
         has_tokens = position >= 0
         current = torch.where(has_tokens, position // block_size, -1)
         legal = LegalBlocks(torch.where(has_tokens, start // block_size, 0), current)
@@ -38,7 +42,7 @@ def route(call: MobaDecodeCall) -> Routed:
         scores = scored(q, cache.block_means(block_size), call.groups)
         # The block that is still growing has no mean and needs none: it is selected as the query's current block.
         scores = torch.nn.functional.pad(scores, (0, max(0, blocks - scores.shape[-1])))
-        return Routed(top_blocks(scores, legal, min(call.topk, max(1, blocks))), intervals)
+        return Routed(top_blocks(scores, legal, min(call.topk, max(1, blocks))), start, position)
 
 
 def attend_prompt(call: MobaDecodeCall, selected: TopBlocks) -> Tensor:

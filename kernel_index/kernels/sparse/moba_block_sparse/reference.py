@@ -8,6 +8,7 @@ from kernel_index.kvcache.selected import attend_selected, selected_tokens
 
 
 def decode_reference(call: MobaDecodeCall) -> Tensor:
-    selected, intervals = route(call)
-    tokens = selected_tokens(selected.indices, call.block_size, intervals, call.cache)
+    routed = route(call)
+    blocks, left = routed.selected.indices, call.window[0]
+    tokens = selected_tokens(blocks, call.block_size, routed.position, left, call.cache)
     return attend_selected(call.q, call.cache, call.k, call.v, tokens, call.scale, call.softcap)

@@ -30,7 +30,7 @@ _decode_op = ops.register(
 
 
 def decode_triton(call: MobaDecodeCall) -> Tensor:
-    selected, (start, position) = route(call)
+    selected, start, position = route(call)
     caches, table = (call.cache["k_cache"], call.cache["v_cache"]), call.cache["block_table"]
     blocks = torch.where(selected.valid, selected.indices, -1)
     scale, softcap = float(call.scale), float(call.softcap)

@@ -51,7 +51,8 @@ def selected_decode(
             lengths are advanced by ``cache.advance``, once per step.
         indices: int32 or int64, blocks for all heads [B, Lq, n] or for each KV head [B, Lq, K, n], counted from the
             beginning of the row; −1 for none.
-        k: keys [B, Ln, K, D] of the step's new tokens, or None where ``CacheLayer.write`` has stored them already.
+        k: keys [B, Ln, K, D] of the step's new tokens.  Where ``CacheLayer.write`` has stored them they are not written
+            again, and may be None if they need no gradient.
         v: values, as k.
         block_size: tokens of a block; any, whatever the pages.
         window_size: ``(left, right)`` tokens around a query; None or negative is unlimited.  Decoding is causal.
