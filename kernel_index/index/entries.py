@@ -200,5 +200,13 @@ ENTRIES = (
         "nn.Attention",
         jax="jax.attention_backends",
     ),
+    entry(
+        "selected_decode",
+        "Sparse staging",
+        "kernels/sparse/selected_decode",
+        "selected_decode",
+        "Decode over exactly the cached tokens or blocks that a router selected for each query.",
+        "nn.SparseAttention",
+    ),
 )
 """The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""

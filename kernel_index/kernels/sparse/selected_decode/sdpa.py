@@ -31,12 +31,12 @@ def selected_decode_sdpa(call: SelectedDecodeCall) -> Tensor:
 
 def _attend(call: SelectedDecodeCall, q_BTHD: Tensor, blocks_BTGn: Tensor, position_BT: Tensor) -> Tensor:
     index, allowed = selected_tokens(blocks_BTGn, call.block_size, position_BT, call.window[0], call.cache)
-    pools = [call.cache[name].flatten(0, 1) for name in ("k_cache", "v_cache")]  # [slots, K, D]
-    (groups, keys), (kv_heads, width) = index.shape[2:], pools[0].shape[1:]
+    k_SKD, v_SKD = (call.cache[name].flatten(0, 1) for name in ("k_cache", "v_cache"))
+    (groups, keys), (kv_heads, width) = index.shape[2:], k_SKD.shape[1:]
     if groups > 1:  # a row of the gather is then one head of a token
-        pools = [pool.view(-1, 1, width) for pool in pools]
+        k_SKD, v_SKD = (x.view(-1, 1, width) for x in (k_SKD, v_SKD))
         index = index * kv_heads + torch.arange(kv_heads, device=index.device)[:, None]
-    found = gather_rows_pair(*pools, index.flatten())
+    found = gather_rows_pair(k_SKD, v_SKD, index.flatten())
     k_NKMD, v_NKMD = (x.view(-1, keys, *x.shape[1:]).transpose(1, 2) for x in found)
     rows, heads = k_NKMD.shape[:2]
     empty = ~allowed.any(3, keepdim=True)  # PyTorch's kernels disagree about a row that sees nothing: open it, then 0
