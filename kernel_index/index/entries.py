@@ -108,7 +108,7 @@ ENTRIES = (
         "kernels/sparse/row_gather",
         "gather_rows_pair",
         "Gather the same rows of keys and of values with one check and one launch.",
-        "nn.SparseAttention",
+        "kernels.sparse.selected_decode.selected_decode",
     ),
     seed_entry(
         "moba_block_sparse_decode",

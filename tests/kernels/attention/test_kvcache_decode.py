@@ -102,8 +102,8 @@ def triton_config(capacity):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"window_size": (300, 0)}, {"window_size": (20, 3), "causal": False}], ids=str)
 @pytest.mark.parametrize("length", [0, 255, 256, 530, 597])
-def test_native_merges_its_chunks(length, options, dtype):
-    """Chunks of 256 keys; lengths at their ends, windows that leave whole chunks empty; any number of threads."""
+def test_native_merges_its_splits(length, options, dtype):
+    """Splits of 256 keys; lengths at their ends, windows that leave whole splits empty; any number of threads."""
     q, k, v = (x.to(dtype) for x in stream(2, rows=1))
     cache = [torch.randn(1, 600, K, D).to(dtype) for _ in range(2)]
     cache[1][:, length + 2 :] = float("nan")

@@ -1,7 +1,7 @@
 """A decoding step on the CPU in C++: it reads keys and values in the cache itself, page by page, without a gather.
 
-A row is split into chunks of 256 keys, which are shared among the threads and merged in order: the same bits for any
-number of threads.
+A row has splits of 256 keys, which are shared among the threads and merged in order: the same bits for any number of
+threads.
 """
 
 from pathlib import Path
