@@ -19,6 +19,11 @@ def query_positions(cache: CacheLayer, queries: int) -> Tensor:
     return lengths.to(torch.int64)[:, None] + torch.arange(new - queries, new, device=lengths.device)
 
 
+def window_starts(position: Tensor, left: int | None) -> Tensor:
+    """The first token that each query's window holds, never negative; ``left`` None is unlimited."""
+    return torch.zeros_like(position) if left is None else (position - left).clamp(min=0)
+
+
 class SelectedTokens(NamedTuple):
     """Indices into the cache seen as [slots, K, D], int64 [B, Lq, G, m], and whether the query may attend to each.
 

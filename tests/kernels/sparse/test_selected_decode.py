@@ -6,7 +6,7 @@ import torch
 import kernel_index as ki
 
 B, H, K, D, PAGE = 2, 4, 2, 8, 6
-BACKENDS = ["sdpa", "reference"]
+BACKENDS = ["triton", "sdpa", "reference"]
 
 
 def qkv(tokens, seed=0):
@@ -76,6 +76,16 @@ def test_exactly_the_selected_tokens_are_read(kind, backend):
     assert torch.equal(out, expected)
     assert not out[0, 1].any()
     assert out[1, 1].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_selection_and_an_empty_cache_give_0(backend):
+    q, k, v = qkv(1)
+    cache, *_ = opened("paged", 1, 12)
+    nothing = torch.zeros(B, 1, 0, dtype=torch.int32)
+    assert not ki.selected_decode(q, cache, nothing, k=k, v=v, backend=backend).any()
+    cache, *_ = opened("contiguous", 0)
+    assert not ki.selected_decode(q, cache, torch.full((B, 1, 2), -1), backend=backend).any()
 
 
 def test_nan_outside_the_selection_leaves_gradients_alone():

@@ -11,11 +11,11 @@ from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as C
 from kernel_index.kernels.sparse.moba_block_sparse import contract
 from kernel_index.kernels.sparse.moba_block_sparse.attend import attend
 from kernel_index.kernels.sparse.moba_block_sparse.cpu import decode_cpu
+from kernel_index.kernels.sparse.moba_block_sparse.decoding import decode_triton
 from kernel_index.kernels.sparse.moba_block_sparse.flash import attend_flash
 from kernel_index.kernels.sparse.moba_block_sparse.names import pick, resolve_block_sparse_backend
 from kernel_index.kernels.sparse.moba_block_sparse.native import decode_native
 from kernel_index.kernels.sparse.moba_block_sparse.reference import decode_reference
-from kernel_index.kernels.sparse.moba_block_sparse.torch_op import decode_triton
 from kernel_index.kvcache.cache import CacheLayer, KVCache
 from kernel_index.kvcache.decode_arguments import layer_of
 from kernel_index.masks.doc_window_mask.mask import MaskContract

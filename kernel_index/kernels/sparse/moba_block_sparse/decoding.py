@@ -1,4 +1,4 @@
-"""What the backends of ``moba_decode`` share: the write, the routing, and the path of a prompt."""
+"""What the backends of ``moba_decode`` share: the write, the routing, the path of a prompt; and ``triton``."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaDecodeCall
-from kernel_index.kvcache.selected import query_positions
+from kernel_index.kernels.sparse.selected_decode.api import attend_blocks
+from kernel_index.kvcache.selected import query_positions, window_starts
 from kernel_index.kvcache.slots import append
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.router import scored
@@ -33,8 +34,8 @@ def route(call: MobaDecodeCall) -> Routed:
     q, cache, block_size = call.q, call.cache, call.block_size
     with torch.no_grad():
         append(cache["k_cache"], cache["v_cache"], cache["cache_seqlens"], call.k, call.v, cache["block_table"])
-        position, left = query_positions(cache, q.shape[1]), call.window[0]
-        start = torch.zeros_like(position) if left is None else (position - left).clamp(min=0)
+        position = query_positions(cache, q.shape[1])
+        start = window_starts(position, call.window[0])
         has_tokens = position >= 0
         current = torch.where(has_tokens, position // block_size, -1)
         legal = LegalBlocks(torch.where(has_tokens, start // block_size, 0), current)
@@ -43,6 +44,12 @@ def route(call: MobaDecodeCall) -> Routed:
         # The block that is still growing has no mean and needs none: it is selected as the query's current block.
         scores = torch.nn.functional.pad(scores, (0, max(0, blocks - scores.shape[-1])))
         return Routed(top_blocks(scores, legal, min(call.topk, max(1, blocks))), start, position)
+
+
+def decode_triton(call: MobaDecodeCall) -> Tensor:
+    selected, start, position = route(call)
+    blocks = torch.where(selected.valid, selected.indices, -1)
+    return attend_blocks(call.q, call.cache, blocks, start, position, call.block_size, call.scale, call.softcap)
 
 
 def attend_prompt(call: MobaDecodeCall, selected: TopBlocks) -> Tensor:

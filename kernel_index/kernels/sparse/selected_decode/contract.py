@@ -87,6 +87,22 @@ def reference_why_not(call: SelectedDecodeCall) -> str | None:
     return None
 
 
+def triton_why_not(call: SelectedDecodeCall) -> str | None:
+    if (rule := reference_why_not(call)) is not None:
+        return rule
+    if (rule := rules.triton_why_not(call.q, call.cache["k_cache"], call.cache["v_cache"], call.indices)) is not None:
+        return rule
+    if rules.wants_gradient(call.q, call.k, call.v):
+        return rules.NO_BACKWARD
+    if call.q.shape[-1] > rules.WIDEST_HEAD:
+        return "takes head sizes up to 256"
+    return None
+
+
+def triton_not_worth(call: SelectedDecodeCall) -> str | None:
+    return rules.triton_not_worth(call.q)
+
+
 def sdpa_why_not(call: SelectedDecodeCall) -> str | None:
     if (rule := reference_why_not(call)) is not None:
         return rule

@@ -1,4 +1,4 @@
-"""The first steps of both backends of ``selected_decode``: write the new tokens, drop repeated blocks."""
+"""The first steps of every backend of ``selected_decode``: write the new tokens, drop repeated blocks."""
 
 import torch
 from torch import Tensor
