@@ -35,6 +35,7 @@ from kernel_index.kernels.sparse.moba_block_sparse.api import (
 )
 from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import BlockSparseBackend
 from kernel_index.kernels.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
+from kernel_index.kernels.sparse.selected_decode.api import selected_decode
 from kernel_index.kernels.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,
     mhc_branch_input,
@@ -124,6 +125,7 @@ __all__ = [
     "receipts",
     "resolve_block_sparse_backend",
     "rope_tables",
+    "selected_decode",
     "sinkhorn",
     "strict",
     "token_log_probs",

@@ -108,7 +108,7 @@ ENTRIES = (
         "kernels/sparse/row_gather",
         "gather_rows_pair",
         "Gather the same rows of keys and of values with one check and one launch.",
-        "nn.SparseAttention",
+        "kernels.sparse.selected_decode.selected_decode",
     ),
     seed_entry(
         "moba_block_sparse_decode",
@@ -199,6 +199,14 @@ ENTRIES = (
         "Attend under one mask contract: dense, causal, packed documents, windows and padding.",
         "nn.Attention",
         jax="jax.attention_backends",
+    ),
+    entry(
+        "selected_decode",
+        "Sparse staging",
+        "kernels/sparse/selected_decode",
+        "selected_decode",
+        "Decode over exactly the cached tokens or blocks that a router selected for each query.",
+        "nn.SparseAttention",
     ),
 )
 """The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""

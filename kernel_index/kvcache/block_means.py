@@ -1,6 +1,6 @@
-"""Means of the blocks of a cache, for routers: each is computed once, in the step that completes its block.
+"""Mean keys of the blocks of a cache, for routers: each is computed once, in the step that completes its block.
 
-A block that is still growing has no mean: routers take the block of the query itself without scoring it.
+A block that is still growing has no mean: routers select the block of the query itself without scoring it.
 """
 
 import math
@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.kvcache.slots import Slots, slots
+
 TOKENS_AT_ONCE = 1 << 14
-"""Keys that are averaged in one go: a long prompt completes many blocks in one step."""
+"""Keys that are averaged at a time: a long prompt completes many blocks in one step."""
 
 
 class Row(NamedTuple):
-    """One row of a step: its name in the books, tokens cached before the step and after it, its pages in order."""
+    """One row of a step: its row or sequence number, tokens cached before the step and after it, its pages in order."""
 
     name: int
     before: int
@@ -23,21 +25,21 @@ class Row(NamedTuple):
 
 
 class BlockMeans:
-    """The means of all complete blocks of a cache's keys, kept beside each block's last token.
+    """The means of all complete blocks of a cache's keys, stored with each block's last token.
 
-    So they are shared, copied and freed with its page, whatever the sizes of blocks and pages: who shares that page
-    shares all that lies before it.
+    So they are shared, copied and freed with its page, whatever the sizes of blocks and pages: sequences that share
+    that page share all tokens before it.
 
     Args:
         keys: the cache's keys [layers, rows or pages, tokens, K, D].
         block_size: tokens of a block.
-        paged: whether the cache is in pages, which blocks may be smaller or larger than.
+        paged: whether the cache is in pages; a block may be smaller or larger than a page.
     """
 
     def __init__(self, keys: Tensor, block_size: int, *, paged: bool):
         layers, outer, inner, *heads = keys.shape
         self.keys, self.block_size = keys, block_size
-        self.unit = math.gcd(block_size, inner) if paged else block_size  # no two blocks end in the same one
+        self.unit = math.gcd(block_size, inner) if paged else block_size  # at most one block ends in a unit
         dtype = torch.promote_types(keys.dtype, torch.float32)
         self.values = torch.zeros(layers, outer, inner // self.unit, *heads, dtype=dtype, device=keys.device)
         self.known: list[dict[int, int]] = [{} for _ in range(layers)]
@@ -49,14 +51,14 @@ class BlockMeans:
             known[copy] = known.get(source, 0)
 
     def forget(self, row: int) -> None:
-        """A row that is gone."""
+        """A row that was freed."""
         for known in self.known:
             known.pop(row, None)
 
     def of(self, layer: int, rows: list[Row], table: Tensor | None) -> Tensor:
         """The means [B, blocks, K, D] of every row's complete blocks, at least float32, brought up to date.
 
-        ``blocks`` is that of the longest row; a shorter row has anything finite behind its own.
+        ``blocks`` is that of the longest row; a shorter row has finite values of no meaning after its own.
         """
         for row in rows:
             self._update(layer, row)
@@ -65,12 +67,11 @@ class BlockMeans:
         if table is None:
             return values[:, :blocks]
         last = torch.arange(1, blocks + 1, device=table.device) * self.block_size - 1
-        inner = self.keys.shape[2]
-        pages = table[:, last // inner].to(torch.int64).clamp(min=0)  # −1 behind a row's last page
-        return values[pages, (last % inner // self.unit).expand_as(pages)]
+        outer, inner = slots(table, last.expand(table.shape[0], -1), self.keys.shape[2])
+        return values[outer, inner // self.unit]
 
     def _update(self, layer: int, row: Row) -> None:
-        """Average what this step completes.  What an abandoned step had put behind ``before`` counts as unknown."""
+        """Average the blocks that this step completes, and again those that an abandoned step had completed."""
         known, size = self.known[layer], self.block_size
         have, complete = min(known.get(row.name, 0), row.before // size), row.after // size
         known[row.name] = complete
@@ -78,15 +79,12 @@ class BlockMeans:
         step = max(1, TOKENS_AT_ONCE // size)
         for first in range(have, complete, step):
             end = min(first + step, complete)
-            outer, inner = self._places(row, torch.arange(first * size, end * size, device="cpu").view(-1, size))
+            outer, inner = self._slots(row, torch.arange(first * size, end * size, device="cpu").view(-1, size))
             means = self.keys[layer][outer, inner].to(self.values.dtype).mean(1)
             self.values[layer].index_put_((outer[:, -1], inner[:, -1] // self.unit), means)
 
-    def _places(self, row: Row, token: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens of a row lie, int64 on the cache's device."""
-        if row.pages is None:
-            outer, inner = torch.full_like(token, row.name), token
-        else:
-            page = self.keys.shape[2]
-            outer, inner = torch.tensor(row.pages, device="cpu")[token // page], token % page
-        return outer.to(self.keys.device, non_blocking=True), inner.to(self.keys.device, non_blocking=True)
+    def _slots(self, row: Row, token: Tensor) -> Slots:
+        """The slots of tokens of one row, on the cache's device."""
+        table = None if row.pages is None else torch.tensor([row.pages], device="cpu")
+        found = slots(table, token[None], self.keys.shape[2], first_row=row.name)
+        return Slots(*(x[0].to(self.keys.device, non_blocking=True) for x in found))

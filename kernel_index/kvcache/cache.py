@@ -1,21 +1,21 @@
-"""The books of a cache: what a step may write, which layers it has served, and when lengths advance."""
+"""KV-cache bookkeeping: capacity, per-layer progress within a step, sequence lengths."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks
 from kernel_index.kvcache.block_means import BlockMeans, Row
-from kernel_index.kvcache.slots import append, gathered
+from kernel_index.kvcache.slots import append, gathered, slots
 
 
 @dataclass
 class CacheCounters:
-    """What a cache has done so far: per layer and step for reads and writes, per step for advances, else per page."""
+    """How often a cache did what: reads and writes count per layer and step, advances per step, the others per page."""
 
     reads: int = 0
     writes: int = 0
@@ -39,13 +39,13 @@ class KVCache(ABC):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}")
         checks.is_device("device", device)
-        with torch.inference_mode(False):  # a cache outlives the mode that it is made in
+        with torch.inference_mode(False):  # a cache outlives the mode of its construction
             self.k = torch.zeros(shape, dtype=dtype, device=device)
             self.v = torch.zeros(shape, dtype=dtype, device=device)
             self._scratch = torch.empty(0, dtype=dtype, device=device)
         self.counters = CacheCounters()
         self._step: _Step | None = None
-        self._means: dict[int, BlockMeans] = {}  # by block size, from the first time that somebody asks
+        self._means: dict[int, BlockMeans] = {}  # by block size, from the first call of block_means on
 
     @property
     def layers(self) -> int:
@@ -59,9 +59,9 @@ class KVCache(ABC):
         return CacheLayer(self, index, step)
 
     def peek(self, index: int) -> "CacheLayer":
-        """What ``layer`` would return, not counted as the layer's turn."""
+        """What ``layer`` would return, without counting as the layer's call in this step."""
         step = self._open()
-        self._check_turn(index, step)
+        self._check_unserved(index, step)
         return CacheLayer(self, index, step)
 
     def append(self, index: int, k: Tensor, v: Tensor) -> None:
@@ -102,10 +102,10 @@ class KVCache(ABC):
         device = self.k.device
         with torch.inference_mode(False):
             ids = None if table is None else _sent(table, device)
-            at = _sent(lengths, device)
+            before = _sent(lengths, device)
         pages = [None] * len(names) if table is None else table
         rows = [Row(name, n, n + tokens, p) for name, n, p in zip(names, lengths, pages, strict=True)]
-        self._step = _Step(tokens, at, ids, set(), rows)
+        self._step = _Step(tokens, before, ids, set(), rows)
 
     def _open(self) -> "_Step":
         if self._step is None:
@@ -114,18 +114,18 @@ class KVCache(ABC):
 
     def _serve(self, index: int) -> "_Step":
         step = self._open()
-        self._check_turn(index, step)
+        self._check_unserved(index, step)
         step.served.add(index)
         return step
 
-    def _check_turn(self, index: int, step: "_Step") -> None:
+    def _check_unserved(self, index: int, step: "_Step") -> None:
         checks.is_int("index", index, minimum=0)
         if index >= self.layers or index in step.served:
             raise ValueError(f"index must be a layer below {self.layers} not yet served in this step, got {index}")
 
 
 def _sent(numbers: list[Any], device: torch.device) -> Tensor:
-    """Numbers of the host, int32 on a device."""
+    """Numbers of the host as int32 on a device, without waiting for it."""
     return torch.tensor(numbers, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
 
 
@@ -138,8 +138,18 @@ class _Step:
     rows: list[Row]
 
 
+class AlignedKeys(NamedTuple):
+    """``keys`` [B, S, K, D], and the column ``first`` of each row's first token, int64 [B].
+
+    The columns before it repeat that token, so that they hold nothing that was never written.
+    """
+
+    keys: Tensor
+    first: Tensor
+
+
 class CacheLayer(dict[str, Any]):
-    """The arguments of ``fa4_kvcache_decode`` for one layer of one step, and what the cache's books know beside them.
+    """The arguments of ``fa4_kvcache_decode`` for one layer of one step, and the cache's bookkeeping of that step.
 
     >>> import torch, kernel_index as ki
     >>> cache = ki.ContiguousKVCache(1, 1, 8, 1, 2)
@@ -154,6 +164,7 @@ class CacheLayer(dict[str, Any]):
             k_cache=cache.k[index], v_cache=cache.v[index], cache_seqlens=step.lengths, block_table=step.table
         )
         self._cache, self._index, self._step = cache, index, step
+        self.written = False
 
     @property
     def new_tokens(self) -> int:
@@ -162,26 +173,54 @@ class CacheLayer(dict[str, Any]):
 
     @property
     def lengths_after(self) -> list[int]:
-        """Tokens of each row once this step's are written; known on the host, so that nothing waits for a device."""
+        """Tokens of each row, this step's included; known on the host, so that nothing waits for a device."""
         return [row.after for row in self._step.rows]
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Write this step's keys and values [B, tokens, K, D]; ``fa4_kvcache_decode`` and its like do it themselves."""
+        """Write this step's keys and values [B, tokens, K, D]; the decoding functions do it themselves.
+
+        Needed only before ``block_means`` or another look at the new keys.  ``written`` is True from then on, so that
+        ``selected_decode`` does not write them again.
+        """
+        self.written = True
         append(self["k_cache"], self["v_cache"], self["cache_seqlens"], k, v, self["block_table"])
 
     def prefix(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values [1, n, K, D] of one row, this step's included once they are written; a copy where paged."""
         table, total = self._step.table, self._step.rows[row].after
-        at = slice(row, row + 1)
+        one = slice(row, row + 1)
         if table is None:
-            return self["k_cache"][at, :total], self["v_cache"][at, :total]
-        k, v = (gathered(self[name], table[at])[:, :total] for name in ("k_cache", "v_cache"))
+            return self["k_cache"][one, :total], self["v_cache"][one, :total]
+        k, v = (gathered(self[name], table[one])[:, :total] for name in ("k_cache", "v_cache"))
         return k, v
 
-    def scratch(self, elements: int) -> Tensor:
-        """Memory of the cache's dtype for one call, [elements]; the next one writes over it.
+    def right_aligned_keys(self) -> "AlignedKeys":
+        """A copy of the keys of all rows, this step's included once they are written, that end in the same column.
 
-        Fresh memory would cost a step more than what it copies there: the machine has to find and zero it.
+        Rows of different lengths then share one mask: the queries of each end where its keys end.
+
+        >>> import torch, kernel_index as ki
+        >>> cache = ki.ContiguousKVCache(1, 2, 8, 1, 1)
+        >>> cache.begin(3)
+        >>> cache.append(0, torch.arange(6.0).view(2, 3, 1, 1), torch.zeros(2, 3, 1, 1))
+        >>> cache.advance([3, 1])
+        >>> cache.begin(0)
+        >>> aligned = cache.layer(0).right_aligned_keys()
+        >>> aligned.keys[..., 0, 0].tolist(), aligned.first.tolist()
+        ([[0.0, 1.0, 2.0], [3.0, 3.0, 3.0]], [0, 2])
+        """
+        k_cache, lengths = self["k_cache"], self.lengths_after
+        longest = max(lengths, default=0)
+        first = longest - _sent(lengths, k_cache.device).to(torch.int64)
+        token = torch.arange(longest, device=k_cache.device) - first[:, None]
+        page = k_cache.shape[1]
+        index = slots(self["block_table"], token.clamp_min(0), page).flat(page)
+        return AlignedKeys(k_cache.flatten(0, 1)[index], first)
+
+    def scratch(self, elements: int) -> Tensor:
+        """Memory of the cache's dtype for one call, [elements]; the next call overwrites it.
+
+        Reuses one buffer: allocating and page-faulting new memory each step costs more than the copy.
         """
         if self._cache._scratch.numel() < elements:
             with torch.inference_mode(False):
@@ -191,8 +230,8 @@ class CacheLayer(dict[str, Any]):
     def block_means(self, block_size: int) -> Tensor:
         """The mean key of each complete block, [B, blocks, K, D], at least float32: what a router scores.
 
-        To be called when this step's keys are written.  A block is averaged once, in the step that completes it, and
-        all at the first call for a block size.  ``blocks`` is that of the longest row.
+        Call it after this step's keys are written.  A block is averaged once, in the step that completes it; the first
+        call for a block size averages all complete blocks.  ``blocks`` is that of the longest row.
 
         Raises:
             ValueError: the block size is not positive, or the step has been closed.
@@ -211,7 +250,7 @@ class CacheLayer(dict[str, Any]):
         if cache._step is not self._step:
             raise ValueError("block_means must be called within the step of this layer, got a step that is over")
         if block_size not in cache._means:
-            with torch.inference_mode(False):  # it outlives the mode that it is first asked for in
+            with torch.inference_mode(False):  # the means outlive the mode of this call
                 cache._means[block_size] = BlockMeans(cache.k, block_size, paged=self._step.table is not None)
         return cache._means[block_size].of(self._index, self._step.rows, self._step.table)
 
@@ -222,7 +261,7 @@ class ContiguousKVCache(KVCache):
     Args:
         layers, rows, capacity, kv_heads, head_dim: sizes of ``k`` and ``v`` [layers, rows, capacity, K, D].
         dtype: of keys and values.
-        device: where they are.
+        device: of keys and values.
 
     >>> import torch, kernel_index as ki
     >>> cache = ki.ContiguousKVCache(1, 2, 8, 1, 4)
@@ -264,7 +303,7 @@ class ContiguousKVCache(KVCache):
         self._begin(list(range(len(self.lengths))), self.lengths, tokens, None)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Empty the given rows, all by default, and zero them: what they held reaches nobody."""
+        """Reset rows (default: all) to length 0 and zero their keys and values."""
         chosen = list(range(len(self.lengths))) if rows is None else list(rows)
         for row in chosen:
             if not 0 <= row < len(self.lengths):

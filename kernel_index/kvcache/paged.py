@@ -1,4 +1,4 @@
-"""A cache in pages: sequences of any length share one pool, and share pages until one of them writes."""
+"""A KV cache in pages: sequences of any length share one pool, and share pages until one of them writes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,16 +30,16 @@ class _Sequence:
 
 
 class PagedKVCache(KVCache):
-    """A cache of pages that sequences take when they grow and give back when they are freed.
+    """A cache of pages: a sequence takes pages when it grows and returns them when it is freed.
 
     A page has a reference count.  ``share`` gives a new sequence the pages of another; a step that would write to a
-    page with several owners copies it first, so that each writer has its own.  Pages are zero when they are handed out:
-    nothing that another sequence left there, not even NaN, can reach an output.
+    page with several owners copies it first, so that each writer has its own.  A page is zeroed before a sequence gets
+    it: what another sequence left there, even NaN, never influences an output.
 
     Args:
         layers, pages, page_size, kv_heads, head_dim: sizes of ``k`` and ``v`` [layers, pages, page, K, D].
         dtype: of keys and values.
-        device: where they are.
+        device: of keys and values.
 
     >>> import torch, kernel_index as ki
     >>> cache = ki.PagedKVCache(1, 8, 4, 1, 2)
@@ -51,7 +51,7 @@ class PagedKVCache(KVCache):
     >>> second = cache.share(first)
     >>> cache.length(second), cache.free_pages
     (6, 6)
-    >>> cache.begin([first, second], 1)      # both write behind token 6: one of them gets a page of its own
+    >>> cache.begin([first, second], 1)      # both write after token 6: one of them gets a page of its own
     >>> cache.free_pages, cache.counters.copied
     (5, 1)
     """
@@ -93,7 +93,7 @@ class PagedKVCache(KVCache):
         return tuple(self._find(sequence).pages)
 
     def owners(self, page: int) -> int:
-        """How many sequences hold a page."""
+        """The number of sequences that hold a page."""
         checks.is_int("page", page, minimum=0)
         return self._owners[page]
 
@@ -116,7 +116,7 @@ class PagedKVCache(KVCache):
         return copy
 
     def free(self, sequence: int) -> None:
-        """Forget a sequence; pages that nobody else holds return to the pool.  Abandons a step that it is part of."""
+        """Forget a sequence; pages without another owner return to the pool.  Abandons a step that it is part of."""
         for page in self._find(sequence).pages:
             self._release(page)
         del self._sequences[sequence]
@@ -138,8 +138,8 @@ class PagedKVCache(KVCache):
         shared, missing = self._plan(rows, tokens)
         if len(shared) + missing > self.free_pages:
             raise OutOfPages(f"tokens must need at most {self.free_pages} free pages, got {len(shared) + missing}")
-        for row, slot in shared:
-            self._copy(row, slot)
+        for row, column in shared:
+            self._copy(row, column)
         fresh: list[int] = []
         for row in rows:
             while len(row.pages) * self.page_size < row.length + tokens:
@@ -159,9 +159,9 @@ class PagedKVCache(KVCache):
         return k, v
 
     def _plan(self, rows: list[_Sequence], tokens: int) -> tuple[list[tuple[_Sequence, int]], int]:
-        """The (row, slot) pairs to copy before writing, and the number of pages to add.
+        """The (row, table column) pairs to copy before writing, and the number of pages to add.
 
-        Of n owners that write to a page in one step, the last keeps it if nobody else holds it.
+        Of n owners that write to a page in one step, the last keeps it if no other sequence holds it.
         """
         size, left = self.page_size, dict[int, int]()
         shared: list[tuple[_Sequence, int]] = []
@@ -169,23 +169,23 @@ class PagedKVCache(KVCache):
         for row in rows:
             end = -(-(row.length + tokens) // size)
             missing += max(0, end - len(row.pages))
-            for slot in range(row.length // size, min(end, len(row.pages)) if tokens else 0):
-                page = row.pages[slot]
+            for column in range(row.length // size, min(end, len(row.pages)) if tokens else 0):
+                page = row.pages[column]
                 owners = left.setdefault(page, self._owners[page])
                 if owners > 1:
-                    shared.append((row, slot))
+                    shared.append((row, column))
                     left[page] = owners - 1
         return shared, missing
 
-    def _copy(self, row: _Sequence, slot: int) -> None:
-        old, new = row.pages[slot], self._take()
-        used = row.length - slot * self.page_size
+    def _copy(self, row: _Sequence, column: int) -> None:
+        old, new = row.pages[column], self._take()
+        used = row.length - column * self.page_size
         self._zero([new])
         for pool in (self.k, self.v):
             pool[:, new, :used] = pool[:, old, :used]
         for means in self._means.values():
             means.values[:, new] = means.values[:, old]
-        row.pages[slot] = new
+        row.pages[column] = new
         self._release(old)
         self.counters.copied += 1
 

@@ -1,4 +1,4 @@
-"""Attention that reads a few blocks or tokens of the past: three ways to choose them, one layer."""
+"""Attention that reads a few blocks or tokens of the past: three ways to select them, one layer."""
 
 from typing import Any, NamedTuple
 
@@ -12,37 +12,34 @@ from kernel_index.nn.residual import Branch
 
 KINDS = ("exact_token", "moba", "clustered")
 
-QUERIES_AT_ONCE = 64
-"""Queries whose picked tokens are gathered together while decoding."""
-
 
 class ExactTokenCache(NamedTuple):
-    """What ``kind="exact_token"`` decodes with: its keys and values, and the keys of its indexer."""
+    """The caches of one layer with ``kind="exact_token"``: its keys and values, and the keys of its indexer."""
 
     attention: "ki.CacheLayer"
     index: "ki.CacheLayer"
 
 
 class SparseAttention(Mixer):
-    """Rotary grouped-query attention over what a router picks.
+    """Rotary grouped-query attention over the blocks or tokens that a router selects.
 
-    - ``"moba"``: each query head picks ``topk`` blocks by their mean keys (``ki.moba_attention``);
-    - ``"clustered"``: each key head does, and a tile of queries shares the union (``ki.clustered_sparse_attention``);
-    - ``"exact_token"``: an indexer of its own picks ``tokens`` single tokens (``ki.lightning_indexer``).
+    - ``"moba"``: each query head selects ``topk`` blocks by their mean keys (``ki.moba_attention``);
+    - ``"clustered"``: each KV head does, and a tile of queries shares the union (``ki.clustered_sparse_attention``);
+    - ``"exact_token"``: the layer's indexer selects ``tokens`` single tokens (``ki.lightning_indexer``).
 
-    The routers of blocks have no parameters.  While it trains, the indexer learns by a loss of its own, which joins the
-    gradient at this layer's result and reaches nothing but the indexer: ``ki.lightning_indexer_loss``.
+    The routers of blocks have no parameters.  The indexer learns by a loss of its own, ``ki.lightning_indexer_loss``,
+    which is added to the gradient at this layer's result and changes nothing but the indexer's gradient.
 
     ``dense = True`` attends to everything instead, for a dense warm-up, and so that the two can be compared.  The
-    indexer learns meanwhile, from what it would have picked.
+    indexer learns meanwhile, from the tokens that it would have selected.
     ``hierarchy = (ratio, topc)`` lets ``"clustered"`` score groups of blocks first; ``report_unions = True`` joins the
-    picks of a tile by ``ki.union_selection`` before anything else, so that its receipt tells how much they share.
+    selections of a tile by ``ki.union_selection`` first, so that the receipt tells how many blocks they share.
 
     Args:
         dim, heads, kv_heads, head_dim, window, bias: as of ``Attention``.
         kind: one of the three.
         block: tokens of a block.
-        topk: blocks for each query, its own counted.
+        topk: blocks for each query, the current one counted.
         tokens: tokens for each query of ``"exact_token"``.
         index_heads, index_dim: of the indexer.
         index_loss: factor of the indexer's loss; 0 leaves the indexer as it is.
@@ -113,11 +110,13 @@ class SparseAttention(Mixer):
         if self.kind == "exact_token":
             assert self.index is not None
             learns = bool(self.index_loss) and self.training and torch.is_grad_enabled()
-            picked = self.index.pick(x, self.index.keys(x), self.tokens, mask) if learns or not self.dense else None
-            out = ki.exact_token_attention(q, k, v, None if self.dense else picked, mask=mask)
-            if picked is None or not learns:
+            selected = None
+            if learns or not self.dense:
+                selected = self.index.select(x, self.index.keys(x), self.tokens, mask)
+            out = ki.exact_token_attention(q, k, v, None if self.dense else selected, mask=mask)
+            if selected is None or not learns:
                 return out
-            return _JoinLoss.apply(out, self.index_loss * ki.lightning_indexer_loss(picked, q, k))
+            return _JoinLoss.apply(out, self.index_loss * ki.lightning_indexer_loss(selected, q, k))
         if self.dense:
             return ki.attention(q, k, v, mask)
         if self.kind == "moba":
@@ -131,106 +130,60 @@ class SparseAttention(Mixer):
         return ki.clustered_sparse_attention(q, k, v, config=config, mask=mask)
 
     def _decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
-        window = (self.window, 0)
+        step: dict[str, Any] = {"k": k, "v": v, "window_size": (self.window, 0)}
         if self.kind == "exact_token":
-            return _NoGradient.apply(self._decode_tokens(x, q, k, v, cache))
+            return self._decode_tokens(x, q, cache, step)
         if self.dense:
-            return ki.fa4_kvcache_decode(q, k=k, v=v, window_size=window, **cache)
+            return ki.fa4_kvcache_decode(q, **step, **cache)
         if self.kind == "clustered" and self.hierarchy is not None:
-            return _NoGradient.apply(self._decode_by_groups(q, k, v, cache, self.hierarchy))
-        # A selection by key head is what the clustered kernel makes; the union only says what is loaded together.
+            cache.write(k, v)  # this step may complete a block, whose mean is then scored
+            blocks = self._select_cached_blocks(q, cache, self.hierarchy)
+            return ki.selected_decode(q, cache, blocks, block_size=self.block, **step)
+        # The clustered kernel selects by KV head; the union only tells which blocks are loaded together.
         per = "query_head" if self.kind == "moba" else "kv_group"
-        options = {"block_size": self.block, "topk": self.topk, "window_size": window}
-        return ki.moba_decode(q, cache, k=k, v=v, route_per=per, **options)
+        return ki.moba_decode(q, cache, block_size=self.block, topk=self.topk, route_per=per, **step)
 
-    def _decode_by_groups(
-        self, q: Tensor, k: Tensor, v: Tensor, kept: "ki.CacheLayer", hierarchy: tuple[int, int]
-    ) -> Tensor:
-        """Groups of cached block means, then their children; of keys and values only the picked blocks are read."""
-        kept.write(k, v)
-        means, T = kept.block_means(self.block), q.shape[1]
+    def _select_cached_blocks(self, q: Tensor, cache: "ki.CacheLayer", hierarchy: tuple[int, int]) -> Tensor:
+        """The blocks [B, T, K, topk] of each query: groups of cached block means first, then their children."""
+        means, T = cache.block_means(self.block), q.shape[1]
         rows = []
-        for b, total in enumerate(kept.lengths_after):
-            whole = means[b : b + 1, : total // self.block]
-            if total % self.block:  # the block that is still growing is every later query's own: it needs no mean
-                whole = torch.cat([whole, means.new_zeros(1, 1, *means.shape[2:])], 1)
-            picked = ki.hierarchical_block_select(
+        for b, total in enumerate(cache.lengths_after):
+            block_keys = means[b : b + 1, : total // self.block]
+            if total % self.block:  # the block that is still growing is selected as the current one: it needs no mean
+                block_keys = torch.nn.functional.pad(block_keys, (0, 0, 0, 0, 0, 1))
+            selection = ki.hierarchical_block_select(
                 q[b : b + 1],
-                whole,
+                block_keys,
                 coarse_ratio=hierarchy[0],
                 coarse_topc=hierarchy[1],
-                final_topk=min(self.topk, whole.shape[1]),
+                final_topk=self.topk,
                 mask=ki.MaskContract(window=(self.window, 0), q_offset=total - T),
                 block_size=self.block,
                 kv_len=total,
             )
-            at = torch.arange(total - T, total, device=q.device)
-            for t in range(0, T, QUERIES_AT_ONCE):
-                now = slice(t, t + QUERIES_AT_ONCE)
-                rows.append(self._attend_blocks(q[b, now], kept, b, picked.indices[0, now], at[now]))
-        return torch.cat(rows).view(q.shape)
+            rows.append(selection.indices)
+        return torch.cat(rows)
 
-    def _attend_blocks(
-        self, q_THD: Tensor, kept: "ki.CacheLayer", row: int, blocks_TKn: Tensor, at_T: Tensor
-    ) -> Tensor:
-        """Every query of every key head is a batch row of its own, with the keys of the blocks picked for it."""
-        (T, H, D), K = q_THD.shape, self.k.out_features // self.head_dim
-        token = blocks_TKn.long()[..., None] * self.block + torch.arange(self.block, device=at_T.device)
-        now = at_T[:, None, None, None]
-        seen = (blocks_TKn >= 0)[..., None] & (token <= now)
-        if self.window is not None:
-            seen = seen & (token >= now - self.window)
-        token = torch.where(seen, token, now)
-        page = kept["k_cache"].shape[1]
-        place = kept["block_table"][row].long()[token // page] * page + token % page
-        head = torch.arange(K, device=place.device)[:, None, None]
-        pools = (kept["k_cache"].view(-1, 1, D), kept["v_cache"].view(-1, 1, D))
-        k, v = (x.view(T * K, -1, 1, D) for x in ki.gather_rows_pair(*pools, (place * K + head).flatten()))
-        return attend_each(q_THD.reshape(T * K, H // K, D), k, v, seen.view(T * K, -1)).view(T, H, D)
-
-    def _decode_tokens(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: ExactTokenCache) -> Tensor:
-        """The indexer scores all cached tokens; of keys and values only the picked rows are read."""
+    def _decode_tokens(self, x: Tensor, q: Tensor, cache: ExactTokenCache, step: dict[str, Any]) -> Tensor:
+        """The indexer scores all cached tokens; of keys and values only the selected rows are read."""
         assert self.index is not None
-        kept = cache.attention
+        self.index.remember(x, cache.index)
         if self.dense:
-            self.index.remember(x, cache.index)
-            return ki.fa4_kvcache_decode(q, k=k, v=v, window_size=(self.window, 0), **kept)
-        kept.write(k, v)
-        places, mask = right_aligned(kept, self.window)
-        keys_BSI = self.index.remember(x, cache.index)[places.clamp_min(0)]
-        picked = self.index.pick(x, keys_BSI, self.tokens, mask)
-        pools = (kept["k_cache"].flatten(0, 1), kept["v_cache"].flatten(0, 1))
-        rows = [
-            self._attend_picked(
-                q[:, t : t + QUERIES_AT_ONCE], pools, places, picked.indices[:, t : t + QUERIES_AT_ONCE]
-            )
-            for t in range(0, q.shape[1], QUERIES_AT_ONCE)
-        ]
-        return torch.cat(rows, 1)
-
-    def _attend_picked(
-        self, q_BTHD: Tensor, pools: tuple[Tensor, Tensor], places_BS: Tensor, picks_BTn: Tensor
-    ) -> Tensor:
-        """Every query is a batch row of its own, with the keys that were picked for it."""
-        B, T, n = picks_BTn.shape
-        at = places_BS.gather(1, picks_BTn.clamp_min(0).flatten(1)).clamp_min(0)
-        k, v = ki.gather_rows_pair(*pools, at.flatten())
-        k, v = (t.view(B * T, n, *t.shape[1:]) for t in (k, v))
-        seen = picks_BTn >= 0  # the best first: only a query of padding has none, and what it reads goes nowhere
-        seen[..., 0] = True
-        return attend_each(q_BTHD.flatten(0, 1), k, v, seen.view(B * T, n)).view(q_BTHD.shape)
-
-
-def attend_each(q_NHD: Tensor, k_NnKD: Tensor, v_NnKD: Tensor, seen_Nn: Tensor) -> Tensor:
-    """Queries with keys of their own, those that ``seen`` allows; the heads of a key head are rows of one product."""
-    N, H, D = q_NHD.shape
-    k, v = (x.transpose(1, 2) for x in (k_NnKD, v_NnKD))
-    q = q_NHD.view(N, k.shape[1], H // k.shape[1], D)
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen_Nn[:, None, None]).reshape(N, H, D)
+            return ki.fa4_kvcache_decode(q, **step, **cache.attention)
+        keys_BS1I, first_B = cache.index.right_aligned_keys()
+        padding = None
+        if len(set(cache.index.lengths_after)) > 1:  # the columns before a row's first token
+            column = torch.arange(keys_BS1I.shape[1], device=q.device)
+            padding = torch.where(column < first_B[:, None], -1, 0)
+        mask = ki.MaskContract(doc_ids=padding, window=(self.window, 0))
+        token_BTn, valid_BTn, _ = self.index.select(x, keys_BS1I.squeeze(2), self.tokens, mask)
+        if padding is not None:
+            token_BTn = torch.where(valid_BTn, token_BTn - first_B[:, None, None], -1)
+        return ki.selected_decode(q, cache.attention, token_BTn, **step)
 
 
 class Indexer(nn.Module):
-    """Scores past tokens for every query, ``Σ_j w_j·relu(q_j·k)``; it reads the stream but sends no gradient there."""
+    """Scores past tokens for every query, ``Σ_j w_j·relu(q_j·k)``; it sends no gradient to the stream."""
 
     def __init__(self, dim: int, heads: int, width: int):
         super().__init__()
@@ -242,21 +195,20 @@ class Indexer(nn.Module):
     def keys(self, x_BSC: Tensor) -> Tensor:
         return self.k(x_BSC.detach())
 
-    def pick(self, x_BTC: Tensor, keys_BSI: Tensor, topk: int, mask: "ki.MaskContract") -> "ki.TokenSelection":
+    def select(self, x_BTC: Tensor, keys_BSI: Tensor, topk: int, mask: "ki.MaskContract") -> "ki.TokenSelection":
         """The ``topk`` tokens, of those whose keys these are, for each query."""
         x, dtype = x_BTC.detach(), keys_BSI.dtype
         q_BTJI = self.q(x).to(dtype).unflatten(-1, (self.heads, -1))
         return ki.lightning_indexer(q_BTJI, keys_BSI, self.w(x).to(dtype), topk=topk, mask=mask)
 
-    def remember(self, x_BTC: Tensor, cache: "ki.CacheLayer") -> Tensor:
-        """Write the keys of new tokens; all cached keys, one row for each slot of the pool."""
+    def remember(self, x_BTC: Tensor, cache: "ki.CacheLayer") -> None:
+        """Write the keys of new tokens."""
         new = self.keys(x_BTC)[:, :, None].to(cache["k_cache"].dtype)
         cache.write(new, new)
-        return cache["k_cache"].flatten(0, 2)
 
 
 class _JoinLoss(torch.autograd.Function):
-    """Hands a result on, and lets a loss of the layer's own into the gradient as if it had been added at the end."""
+    """Returns a result unchanged, and adds the gradient of a loss as if the loss had been added to the model's own."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
@@ -267,32 +219,3 @@ class _JoinLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         dtype, device = ctx.like
         return grad, torch.ones((), dtype=dtype, device=device)
-
-
-class _NoGradient(torch.autograd.Function):
-    """Keys and values that are read from a cache are constants: a backward pass would leave out their part."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError("cache must be None where gradients are wanted: this kind reads new keys back as constants")
-
-
-def right_aligned(layer: "ki.CacheLayer", window: int | None) -> tuple[Tensor, "ki.MaskContract"]:
-    """Where the tokens of each row lie in a paged pool, [B, S], the last in the last column, −1 in front of the first.
-
-    Rows of different lengths then share one contract: their queries end where their keys end.
-    """
-    lengths, device = layer.lengths_after, layer["cache_seqlens"].device
-    longest = max(lengths)
-    token = torch.arange(longest, device=device) - (longest - torch.tensor(lengths, device=device)[:, None])
-    page, table = layer["k_cache"].shape[1], layer["block_table"].long()
-    slot = table.gather(1, token.clamp_min(0) // page) * page + token % page
-    if min(lengths) == longest:
-        return slot, ki.MaskContract(window=(window, 0))
-    inside = token >= 0
-    mask = ki.MaskContract(doc_ids=torch.where(inside, 0, -1), window=(window, 0))
-    return torch.where(inside, slot, -1), mask

@@ -230,6 +230,16 @@ def moba_decode(rng: random.Random) -> dict[str, Any]:
     return {"q": q, "cache": cache, "k": k, "v": v, "block_size": 2, "topk": rng.randrange(1, 4)}
 
 
+def selected_decode(rng: random.Random) -> dict[str, Any]:
+    cache = ki.ContiguousKVCache(1, B, 8, K, D)
+    cache.begin(4)
+    q, k, v = floats(rng, B, 4, H, D), floats(rng, B, 4, K, D), floats(rng, B, 4, K, D)
+    block_size = rng.choice([1, 2])
+    shape = rng.choice([(B, 4, 3), (B, 4, K, 3)])
+    indices = whole(rng, -1, 4 // block_size, *shape)
+    return {"q": q, "cache": cache, "indices": indices, "k": k, "v": v, "block_size": block_size}
+
+
 def finite(kwargs: dict[str, Any], out: Any) -> None:
     given = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
     if all(v.isfinite().all() for v in given):
@@ -264,6 +274,7 @@ CALLS = {
     "lightning_indexer_loss": Call(ki.lightning_indexer_loss, indexer_loss),
     "fa4_kvcache_decode": Call(ki.fa4_kvcache_decode, decode, finite),
     "moba_decode": Call(ki.moba_decode, moba_decode, finite),
+    "selected_decode": Call(ki.selected_decode, selected_decode, finite),
     "MaskContract": Call(
         ki.MaskContract,
         lambda r: {"causal": True, "window": (2, 0), "doc_ids": whole(r, -1, 3, B, T), "q_offset": r.choice([None, 1])},

@@ -1,4 +1,4 @@
-"""Sparse attention layers: nothing of the future, of another document or from outside the window reaches a query."""
+"""Sparse attention layers: the future, other documents and tokens outside the window never influence a query."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def rope(positions):
 
 
 def run(mixer, x, mask=None, positions=None):
-    """The output and, for random upstream gradients of the queries in ``upto``, the gradient of x."""
+    """The output."""
     at = torch.arange(x.shape[1])[None] if positions is None else positions
     return mixer(x, mixer.contract(mask or ki.MaskContract()), rope(at))[0]
 
@@ -41,12 +41,12 @@ def gradient(mixer, x, rows, mask=None, positions=None):
     return torch.autograd.grad((out * weight).sum(), leaf)[0]
 
 
-def picks(mixer, x, mask=None, positions=None):
-    """What the router picks, as sets in a table: bool [B, T, G, blocks or tokens]."""
+def selections(mixer, x, mask=None, positions=None):
+    """What the router selects, as sets in a table: bool [B, T, G, blocks or tokens]."""
     at = torch.arange(x.shape[1])[None] if positions is None else positions
     mask = mixer.contract(mask or ki.MaskContract())
     if mixer.kind == "exact_token":
-        indices, width = mixer.index.pick(x, mixer.index.keys(x), 9, mask).indices[:, :, None], x.shape[1]
+        indices, width = mixer.index.select(x, mixer.index.keys(x), 9, mask).indices[:, :, None], x.shape[1]
     else:
         q, k = (p(x).unflatten(2, (-1, D)) for p in (mixer.q, mixer.k))
         q, k = ki.fused_rope_qk(q, k, *rope(at))
@@ -66,7 +66,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("window", [None, 13])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_changed_future_changes_no_output_gradient_or_pick(kind, window):
+def test_a_changed_future_changes_no_output_gradient_or_selection(kind, window):
     mixer, x, cut = layer(kind, window=window), stream(), 22  # inside a block
     changed = torch.cat([x[:, :cut], 5 * stream(2)[:, cut:]], 1)
     early = slice(0, cut)
@@ -75,7 +75,7 @@ def test_a_changed_future_changes_no_output_gradient_or_pick(kind, window):
     after, before = (gradient(mixer, value, early) for value in (changed, x))
     assert_same(after[:, early], before[:, early])
     assert not before[:, cut:].any()
-    assert torch.equal(picks(mixer, changed)[:, early], picks(mixer, x)[:, early])
+    assert torch.equal(selections(mixer, changed)[:, early], selections(mixer, x)[:, early])
     assert not torch.equal(run(mixer, changed)[:, cut:], run(mixer, x)[:, cut:])
 
 
@@ -95,8 +95,8 @@ def test_packed_documents_equal_each_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_document_and_what_a_window_hides_reach_nothing(kind):
-    """A document that begins inside a block, and padding behind a valid prefix."""
+def test_another_document_and_tokens_outside_a_window_have_no_influence(kind):
+    """A document that begins inside a block, and padding after a valid prefix."""
     mixer, x, cut = layer(kind), stream(), 22
     mixer.eval()
     mask = ki.MaskContract(
@@ -107,7 +107,7 @@ def test_another_document_and_what_a_window_hides_reach_nothing(kind):
     other[1, 37:] = 7.0
     late = slice(cut, 37)
     assert_same(run(mixer, other, mask)[:, late], run(mixer, x, mask)[:, late])
-    assert torch.equal(picks(mixer, other, mask)[:, late], picks(mixer, x, mask)[:, late])
+    assert torch.equal(selections(mixer, other, mask)[:, late], selections(mixer, x, mask)[:, late])
     assert not run(mixer, other, mask)[1, 37:].any()
     assert not gradient(mixer, x, late, mask)[:, :cut].any()
     windowed = layer(kind, window=7).eval()
@@ -119,7 +119,7 @@ def test_another_document_and_what_a_window_hides_reach_nothing(kind):
 @pytest.mark.parametrize("window", [None, 13])
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_with_a_cache_equals_recomputation(kind, window):
-    """A padded prompt, then token by token, each row at its own place, in pages that are no multiple of a block."""
+    """A padded prompt, then token by token, each row at its own position, in pages that are no multiple of a block."""
     mixer, x = layer(kind, window=window).eval(), stream()
     expected = run(mixer, x)
     cache = ModelCache([mixer], 240, page_size=6)
@@ -137,17 +137,31 @@ def test_decoding_with_a_cache_equals_recomputation(kind, window):
         assert_same(out[:, 0], expected[torch.arange(B), at])
 
 
-@pytest.mark.parametrize("kind", ["exact_token", "clustered by groups"])
-def test_decoding_that_would_lose_a_gradient_says_so(kind):
-    mixer, x = layer(kind).eval(), stream()[:1]
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_differentiates_the_tokens_of_its_step(kind):
+    """From an empty cache these are all tokens, so that the gradient is that of recomputation."""
+    mixer, x = layer(kind).eval(), stream()[:1, :20]
     cache = ModelCache([mixer], 240, page_size=6)
     cache.begin([cache.allocate()], 20)
-    out = mixer(x[:, :20], None, rope(torch.arange(20)[None]), cache.layer(0))[0]
-    with pytest.raises(RuntimeError, match="cache must be None where gradients are wanted"):
-        out.sum().backward()
+    leaf = x.clone().requires_grad_()
+    out = mixer(leaf, None, rope(torch.arange(20)[None]), cache.layer(0))[0]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    assert_same(torch.autograd.grad((out * weight).sum(), leaf)[0], gradient(mixer, x, slice(None)))
 
 
-def test_groups_are_picked_from_and_the_unions_told():
+@pytest.mark.parametrize("kind", ["exact_token", "clustered by groups"])
+def test_decoding_writes_receipts(kind):
+    mixer, x = layer(kind).eval(), stream()[:1, :20]
+    cache = ModelCache([mixer], 240, page_size=6)
+    cache.begin([cache.allocate()], 20)
+    with torch.no_grad(), ki.receipts() as log:
+        mixer(x, None, rope(torch.arange(20)[None]), cache.layer(0))
+    (receipt,) = (r for r in log if r.op == "selected_decode")
+    expected = (20, 9) if kind == "exact_token" else (5, 3)
+    assert (receipt.ran, receipt.details["blocks"], receipt.details["selected"]) == ("sdpa", *expected)
+
+
+def test_groups_are_selected_from_and_unions_are_reported():
     mixer, x = layer("clustered by groups").eval(), stream()
     with ki.receipts() as log:
         by_groups = run(mixer, x)
@@ -192,7 +206,7 @@ def test_the_indexer_learns_by_its_own_loss_alone():
 
 
 def test_the_indexer_learns_while_attention_is_still_dense():
-    """Else the first sparse step would read what a random indexer picks; the result itself is that of everything."""
+    """Else the first sparse step would read what a random indexer selects; the result is that of dense attention."""
     mixer, x = layer("exact_token"), stream()
     mixer.dense = True
     out = run(mixer, x)

@@ -80,7 +80,7 @@ def test_ragged_rows_equal_each_row_alone(backend):
 
 @pytest.mark.parametrize("options", [{}, {"window_size": (300, 0)}, {"window_size": (20, 0)}], ids=str)
 @pytest.mark.parametrize("length", [0, 255, 256, 530, 597])
-def test_triton_joins_its_splits(length, options):
+def test_triton_merges_its_splits(length, options):
     """Three splits of 256 keys; lengths at their ends, windows that leave whole splits empty."""
     q, k, v = (x[:, :, :1] for x in stream(2, rows=1))
     cache = [torch.randn(1, 600, 1, D) for _ in range(2)]
@@ -102,8 +102,8 @@ def triton_config(capacity):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"window_size": (300, 0)}, {"window_size": (20, 3), "causal": False}], ids=str)
 @pytest.mark.parametrize("length", [0, 255, 256, 530, 597])
-def test_native_joins_its_parts(length, options, dtype):
-    """Parts of 256 keys; lengths at their ends, windows that leave whole parts empty; any number of threads."""
+def test_native_merges_its_splits(length, options, dtype):
+    """Splits of 256 keys; lengths at their ends, windows that leave whole splits empty; any number of threads."""
     q, k, v = (x.to(dtype) for x in stream(2, rows=1))
     cache = [torch.randn(1, 600, K, D).to(dtype) for _ in range(2)]
     cache[1][:, length + 2 :] = float("nan")
@@ -173,7 +173,7 @@ def test_a_long_window_prompt_is_taken_in_chunks():
 
 
 @pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
-def test_what_lies_beyond_a_row_reaches_nothing(backend):
+def test_slots_after_the_last_token_have_no_influence(backend):
     q, k, v = stream(1)
     lengths = torch.tensor([5, 0, 3], dtype=torch.int32)
     clean = [torch.randn(3, 8, K, D) for _ in range(2)]
@@ -184,7 +184,7 @@ def test_what_lies_beyond_a_row_reaches_nothing(backend):
     torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0)
 
 
-def test_lengths_are_not_advanced_and_only_new_places_are_written():
+def test_lengths_are_not_advanced_and_only_new_slots_are_written():
     call = a_call()
     before = call["k_cache"].clone()
     ki.fa4_kvcache_decode(**call)
@@ -210,7 +210,7 @@ def fa4_verdict(**changes):
 
 
 @pytest.mark.parametrize("first", range(len(GATES)))
-def test_gates_answer_in_order(first):
+def test_gates_are_checked_in_order(first):
     """With this fault and every later one, this one's name is given."""
     faults = {}
     for _, change in reversed(GATES[first:]):
@@ -320,7 +320,7 @@ def test_a_length_may_be_one_number():
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """The rules behind the gate, as a Hopper with the package would ask them."""
+    """The rules after the gate, as on a Hopper with the package."""
     monkeypatch.setattr(contract, "has_package", lambda name: True)
 
     def at(arch):
@@ -332,13 +332,10 @@ def on_cuda(monkeypatch):
 
 def rule(**changes):
     c = {"causal": True, "window_size": (None, None), "softcap": 0.0} | a_call(**changes)
-    return contract.fa4_why_not(
-        c["q"], c["k_cache"], c["v_cache"], c["cache_seqlens"], c["k"], c["v"], c["causal"], c["window_size"],
-        c["softcap"], c["block_table"],
-    )  # fmt: skip
+    return contract.fa4_why_not(contract.check(**c))
 
 
-def test_rules_behind_the_gate(on_cuda):
+def test_rules_after_the_gate(on_cuda):
     half = {n: a_call()[n].bfloat16() for n in ("q", "k", "v", "k_cache", "v_cache")}
     assert rule() == "flash-attn-4 takes float16 and bfloat16"
     assert rule(**half) is None
@@ -369,7 +366,7 @@ def test_a_step_reads_no_length_one_by_one(rows, monkeypatch):
     """``.item()`` once per row is what made the public samples slow: the reference does not call it at all."""
     q, k, v = stream(1, rows)
     cache = [torch.zeros(rows, 8, K, D) for _ in range(2)]
-    monkeypatch.setattr(contract, "readable", lambda tensor: False)  # as on a device
+    monkeypatch.setattr(contract.rules, "host_readable", lambda *tensors: False)  # as on a device
     calls = []
     for name in ("item", "tolist", "__int__", "__bool__"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: calls.append(name))

@@ -1,29 +1,28 @@
-"""One step of decoding: append to a cache, attend over what it then holds."""
+"""One step of decoding: append keys and values to a cache, then attend over all that it holds."""
 
-from typing import Any
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from kernel_index.core import checks, rules
 from kernel_index.core.dispatch import Backend, choose
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode import contract
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.native import decode_native
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.reference import decode_reference
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.sdpa import decode_sdpa
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.torch_op import decode_triton
-from kernel_index.masks.doc_window_mask.contract import normalize_window
+
+DecodeBackend = Literal["auto", "fa4", "triton", "native", "sdpa", "reference"]
 
 
-def _run_fa4(*call: Any) -> Tensor:
+def _run_fa4(call: contract.DecodeCall) -> Tensor:
     from kernel_index.kernels.attention.dense_fa4_kvcache_decode.fa4 import decode_fa4
 
-    return decode_fa4(*call)
+    return decode_fa4(call)
 
 
 BACKENDS = (
     Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
-    Backend("triton", contract.triton_why_not, decode_triton, not_worth=rules.triton_not_worth),
+    Backend("triton", contract.triton_why_not, decode_triton, contract.triton_not_worth),
     Backend("native", contract.native_why_not, decode_native, contract.native_not_worth),
     Backend("sdpa", contract.sdpa_why_not, decode_sdpa),
     Backend("reference", contract.reference_why_not, decode_reference),
@@ -42,21 +41,21 @@ def fa4_kvcache_decode(
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     block_table: Tensor | None = None,
-    backend: str = "auto",
+    backend: DecodeBackend = "auto",
 ) -> Tensor:
-    """Append k and v to the cache and attend with q over what it then holds.
+    """Append k and v to the cache, then attend with q over all keys and values that it holds.
 
     With ``n = cache_seqlens[b]`` cached tokens and Ln new ones, row b becomes ``keys = cache[b, : n + Ln]`` and::
 
         cache[b, n : n + Ln] = k[b], v[b]                       through block_table where the cache is paged
-        p       = n + Ln - Lq + t                               the last query stands at the last key
+        p       = n + Ln - Lq + t                               the last query is at the last key
         z[t, s] = D ** -0.5 · q[t, h]·keys[s, h // G]           softcap · tanh(z / softcap) with a softcap
         out[t]  = softmax(z[t]) · values                        over p - left ≤ s ≤ p (≤ p + right, not causal)
 
     A query without a key gives 0.  Position i of a paged row is ``k_cache[block_table[b, i // page], i % page]``.
     Lengths are not advanced here, since every layer of a model uses the same: ``ContiguousKVCache.advance`` and
     ``PagedKVCache.advance`` do it once per step.  Nothing waits for a device.  Nothing is written before the whole call
-    is known to be good: lengths and pages on the host are checked here, those on a device by the caches' own books.
+    has been checked: lengths and pages on the host here, those on a device by the caches' own ``begin``.
 
     Args:
         q: [B, Lq, H, D], any floating dtype.
@@ -68,17 +67,17 @@ def fa4_kvcache_decode(
         causal: no query attends to a later position.
         window_size: ``(left, right)`` tokens around a query; None or negative is unlimited.
         softcap: bound of the scores; 0 is off.
-        block_table: int32 [B, max_pages], the pages of each row in order; what lies behind a row's tokens is not read.
+        block_table: int32 [B, max_pages], the pages of each row in order; entries after its last token are not read.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
-        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k and v; what was cached before is a constant.
+        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k and v; earlier cache content is a constant.
 
     Raises:
         TypeError: a tensor is not floating (or integer, for lengths and table), or dtypes differ.
         ValueError: shapes, heads or devices do not fit, the cache is full, a page id is out of range, or a page that is
             written belongs to two rows.
-        Ineligible: no backend takes this block table, or the named one cannot run this call.
+        Ineligible: the block table is of the wrong rank or batch, or the named backend cannot run this call.
 
     Source: FlashAttention's kvcache convention (Dao, 2023); paged caches: Kwon et al., 2023.
 
@@ -91,12 +90,5 @@ def fa4_kvcache_decode(
     >>> cache[1, 0, :, 0, 0]
     tensor([1., 3., 0., 0.])
     """
-    if isinstance(cache_seqlens, int) and isinstance(q, Tensor) and q.ndim > 0:
-        checks.is_int("cache_seqlens", cache_seqlens, minimum=0)
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-    window = normalize_window(window_size)
-    contract.check(q, k_cache, v_cache, cache_seqlens, k, v, causal, softcap, block_table)
-    assert isinstance(cache_seqlens, Tensor)
-    contract.check_values(k_cache, cache_seqlens, 0 if k is None else k.shape[1], block_table)
-    call = (q, k_cache, v_cache, cache_seqlens, k, v, causal, window, softcap, block_table)
-    return choose("fa4_kvcache_decode", BACKENDS, backend, *call).run(*call)
+    call = contract.check(q, k_cache, v_cache, cache_seqlens, k, v, causal, window_size, softcap, block_table)
+    return choose("fa4_kvcache_decode", BACKENDS, backend, call).run(call)

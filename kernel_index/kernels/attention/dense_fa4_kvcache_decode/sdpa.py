@@ -1,81 +1,43 @@
-"""Decoding on the CPU with PyTorch's own kernel: each row attends to its own prefix, nothing beyond it is read."""
+"""Decoding on the CPU with PyTorch's own kernel: each row attends to its own prefix, and only that is read."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import reach_of
-from kernel_index.kvcache.slots import append
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import DecodeCall
+from kernel_index.kvcache.slots import PrefixReader, append
 from kernel_index.masks.doc_window_mask.contract import Window
 
 QUERIES_AT_ONCE = 256
-"""More new tokens than this are taken in chunks, each with the keys that it may see: no mask grows with T · S."""
+"""More new tokens than this are taken in chunks, each with the keys inside its window: no mask grows with T · S."""
 
 
-def decode_sdpa(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    causal: bool,
-    window: Window,
-    softcap: float,
-    table: Tensor | None,
-) -> Tensor:
-    append(k_cache, v_cache, lengths, k, v, table)
-    new = 0 if k is None else k.shape[1]
-    totals = [n + new for n in lengths.tolist()]
-    reach = reach_of(causal, window)
+def decode_sdpa(call: DecodeCall) -> Tensor:
+    q, k_cache, v_cache, table = call.q, call.k_cache, call.v_cache, call.block_table
+    append(k_cache, v_cache, call.cache_seqlens, call.k, call.v, table)
+    totals = [n + call.new_tokens for n in call.cache_seqlens.tolist()]
+    window_bounds = call.window_bounds
+    left = window_bounds[0]
     out = q.new_empty(q.shape)
     if table is None and len(set(totals)) == 1:
-        _attend(out, q, k_cache[:, : totals[0]], v_cache[:, : totals[0]], reach)
+        _attend(out, q, k_cache[:, : totals[0]], v_cache[:, : totals[0]], window_bounds)
         return out
-    pages = None if table is None else _Pages(k_cache, v_cache, table, max(totals, default=0))
+    reader = None if table is None else PrefixReader(k_cache, v_cache, table, max(totals, default=0))
     for row, total in enumerate(totals):
-        at = slice(row, row + 1)
-        first = 0 if reach[0] is None else max(0, total - q.shape[1] - reach[0])  # what no query of the row sees
-        if pages is None:
-            keys, values = k_cache[at, first:total], v_cache[at, first:total]
+        one = slice(row, row + 1)
+        first = 0 if left is None else max(0, total - q.shape[1] - left)  # before every query's window
+        if reader is None:
+            keys, values = k_cache[one, first:total], v_cache[one, first:total]
         else:
-            keys, values = pages.prefix(row, first, total)
-        _attend(out[at], q[at], keys, values, reach)
+            keys, values = reader.read(row, first, total)
+        _attend(out[one], q[one], keys, values, window_bounds)
     return out
 
 
-class _Pages:
-    """Reads rows out of a paged cache, one after the other through the same two buffers.
-
-    Fresh memory for every row would cost more than the copy: the machine has to find and zero it page by page.
-    """
-
-    def __init__(self, k_cache: Tensor, v_cache: Tensor, table: Tensor, longest: int):
-        self.caches, self.page = (k_cache, v_cache), k_cache.shape[1]
-        self.table, self.ids = table.to(torch.int64), table.tolist()
-        slots = -(-longest // self.page)
-        self.buffers = [cache.new_empty(slots, *cache.shape[1:]) for cache in self.caches]
-
-    def prefix(self, row: int, first: int, total: int) -> tuple[Tensor, ...]:
-        """Keys and values [1, S, K, D] of tokens [first, total): views where the pages follow each other."""
-        low, high = first // self.page, -(-total // self.page)
-        ids = self.ids[row][low:high]
-        in_order = bool(ids) and ids == list(range(ids[0], ids[0] + len(ids)))
-        found = []
-        for cache, buffer in zip(self.caches, self.buffers, strict=True):
-            if in_order:
-                pages = cache[ids[0] : ids[0] + len(ids)]
-            else:
-                pages = torch.index_select(cache, 0, self.table[row, low:high], out=buffer[: high - low])
-            flat = pages.reshape(1, len(ids) * self.page, *cache.shape[2:])
-            found.append(flat[:, first - low * self.page : total - low * self.page])
-        return tuple(found)
-
-
-def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window) -> None:
-    """Fill out [B, Lq, H, D]; keys and values [B, S, K, D] end with the key at which the last query stands."""
+def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, window_bounds: Window) -> None:
+    """Fill out [B, Lq, H, D]; keys and values [B, S, K, D] end with the key of the last query's own token."""
     queries, total = q.shape[1], keys.shape[1]
-    left, right = reach
+    left, right = window_bounds
     for t in range(0, queries, QUERIES_AT_ONCE):
         chunk = slice(t, min(t + QUERIES_AT_ONCE, queries))
         position = total - queries + torch.arange(chunk.start, chunk.stop, device=q.device)
@@ -84,7 +46,7 @@ def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window)
         if high <= low:
             out[:, chunk] = 0
             continue
-        if chunk.stop - chunk.start == 1:  # one query sees every key that is left
+        if chunk.stop - chunk.start == 1:  # one query sees every key of its interval
             out[:, chunk] = _call(q[:, chunk], keys[:, low:high], values[:, low:high], None)
             continue
         key = torch.arange(low, high, device=q.device)
@@ -99,7 +61,7 @@ def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, reach: Window)
 
 
 def _call(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-    """One call of the kernel.  The query heads of a key head join as queries, so that its keys are read once."""
+    """One call of the kernel.  The query heads of a KV head become queries, so that its keys are read once."""
     batch, queries, heads, width = q.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads

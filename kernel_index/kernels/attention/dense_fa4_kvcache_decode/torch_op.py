@@ -1,12 +1,11 @@
-"""The registered op behind ``triton``: it only reads the cache, which was written before by a plain scatter."""
+"""The registered op of ``triton``: it only reads the cache, which a plain scatter has written before."""
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import reach_of
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import DecodeCall
 from kernel_index.kvcache.slots import append
-from kernel_index.masks.doc_window_mask.contract import Window
 
 
 def _allocate(q, k_cache, v_cache, lengths, table, new, left, right, softcap):
@@ -29,19 +28,8 @@ _decode_op = ops.register(
 )
 
 
-def decode_triton(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    causal: bool,
-    window: Window,
-    softcap: float,
-    table: Tensor | None,
-) -> Tensor:
-    append(k_cache, v_cache, lengths, k, v, table)
-    left, right = (-1 if side is None else side for side in reach_of(causal, window))
-    new = 0 if k is None else k.shape[1]
-    return _decode_op(q, k_cache, v_cache, lengths, table, new, left, right, float(softcap))
+def decode_triton(call: DecodeCall) -> Tensor:
+    q, k_cache, v_cache, lengths, table = call.q, call.k_cache, call.v_cache, call.cache_seqlens, call.block_table
+    append(k_cache, v_cache, lengths, call.k, call.v, table)
+    left, right = (-1 if side is None else side for side in call.window_bounds)
+    return _decode_op(q, k_cache, v_cache, lengths, table, call.new_tokens, left, right, float(call.softcap))

@@ -1,24 +1,23 @@
 """Mixture of block attention: each query attends to its current block and to the few blocks that its router selects."""
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from kernel_index.core import rules
 from kernel_index.core.dispatch import Backend, choose
 from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
 from kernel_index.kernels.sparse.moba_block_sparse import contract
 from kernel_index.kernels.sparse.moba_block_sparse.attend import attend
 from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import pick, resolve_block_sparse_backend
 from kernel_index.kernels.sparse.moba_block_sparse.cpu import decode_cpu
+from kernel_index.kernels.sparse.moba_block_sparse.decoding import decode_triton
 from kernel_index.kernels.sparse.moba_block_sparse.flash import attend_flash
 from kernel_index.kernels.sparse.moba_block_sparse.native import decode_native
 from kernel_index.kernels.sparse.moba_block_sparse.reference import decode_reference
-from kernel_index.kernels.sparse.moba_block_sparse.torch_op import decode_triton
 from kernel_index.kvcache.cache import CacheLayer, KVCache
+from kernel_index.kvcache.decode_arguments import layer_of
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
-from kernel_index.masks.doc_window_mask.contract import normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.api import BACKENDS as ROUTERS
 from kernel_index.routing.block_router.api import RouterBackend
@@ -46,7 +45,13 @@ FLASH = Backend("flash", contract.flash_why_not, attend_flash, details=contract.
 BACKENDS = tuple(_on_core(core) for core in CORE_BACKENDS)
 
 DECODE_BACKENDS = (
-    Backend("triton", contract.decode_triton_why_not, decode_triton, rules.triton_not_worth, contract.decode_details),
+    Backend(
+        "triton",
+        contract.decode_triton_why_not,
+        decode_triton,
+        contract.decode_triton_not_worth,
+        contract.decode_details,
+    ),
     Backend("native", contract.decode_native_why_not, decode_native, details=contract.decode_details),
     Backend("cpu", contract.decode_cpu_why_not, decode_cpu, details=contract.decode_details),
     Backend("reference", contract.decode_reference_why_not, decode_reference, details=contract.decode_details),
@@ -172,13 +177,13 @@ def moba_decode(
     scale: float | None = None,
     softcap: float = 0.0,
     layer: int = 0,
-    backend: str | None = "auto",
+    backend: MobaBackend | None = "auto",
 ) -> Tensor:
-    """One step of decoding: append k and v to the cache, and attend to the blocks that the router picks from it.
+    """One step of decoding: append k and v to the cache, and attend to the blocks that the router selects.
 
-    The result is that of ``moba_attention`` over all tokens of a row, for its last Lq queries.  What is read is the
-    mean key of each complete block, which the cache averages once, in the step that completes it, and the keys and
-    values of the picked blocks, never the whole cache.  Nothing waits for a device: the books are on the host.
+    The result is that of ``moba_attention`` over all tokens of a row, for its last Lq queries.  A step reads the mean
+    key of each complete block, which the cache averages once, in the step that completes it, and the keys and values
+    of the selected blocks, never the whole cache.  Nothing waits for a device: KV-cache bookkeeping is on the host.
 
     Args:
         q: [B, Lq, H, D], any floating dtype.
@@ -187,7 +192,7 @@ def moba_decode(
         k: keys [B, Ln, K, D] of the step's new tokens; None for a step of none.
         v: values, as k.
         block_size: tokens of a block; any, whatever the pages.
-        topk: blocks for each query, its own counted.
+        topk: blocks for each query, the current one counted.
         window_size: ``(left, right)`` tokens around a query; None or negative is unlimited.  Decoding is causal.
         route_per: ``"query_head"`` or ``"kv_group"``.
         scale: factor of the scores; ``D ** -0.5`` by default.
@@ -196,10 +201,10 @@ def moba_decode(
         backend: as in ``moba_attention``.
 
     Returns:
-        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k and v; what was cached before is a constant.
+        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k and v; earlier cache content is a constant.
 
     Raises:
-        TypeError: the cache keeps no books, or a tensor is of the wrong type.
+        TypeError: the cache is of another type, or a tensor is of the wrong type.
         ValueError: shapes, heads or devices do not fit, a size is not positive, or k is not of the step's tokens.
         Ineligible: the backend is unknown, or cannot run this call.
 
@@ -212,12 +217,9 @@ def moba_decode(
     >>> ki.moba_decode(torch.zeros(1, 1, 1, 1), cache, k=k, v=v, block_size=2, topk=2)  # a tie: blocks 0 and 2
     tensor([[[[1.6667]]]])
     """
-    view = cache.peek(layer) if isinstance(cache, KVCache) else cache
-    contract.check_decode(q, view, k, v, block_size, topk, route_per, scale, softcap)
-    window = normalize_window(window_size)
-    groups = contract.groups_of(q.shape[2], view["k_cache"].shape[2], route_per)
-    call: tuple[Any, ...] = (q, view, k, v, block_size, topk, window, groups, scale, softcap)
-    choice = pick("moba_decode", DECODE_BACKENDS, None, backend, call)
+    view = layer_of(cache, layer)
+    call = contract.check_decode(q, view, k, v, block_size, topk, window_size, route_per, scale, softcap)
+    choice = pick("moba_decode", DECODE_BACKENDS, None, backend, (call,))
     if isinstance(cache, KVCache):
-        cache.layer(layer)  # its turn, counted once nothing can refuse the call any more
-    return choice.run(*call)
+        cache.layer(layer)  # counts as this layer's call in the step, once nothing can refuse it any more
+    return choice.run(call)

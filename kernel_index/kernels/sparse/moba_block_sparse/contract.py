@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, native, rules
-from kernel_index.core.target import target_of
-from kernel_index.kernels.attention.dense_fa4_kvcache_decode import contract as cached
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import flash_runtime_why_not
 from kernel_index.kvcache.cache import CacheLayer
+from kernel_index.kvcache.decode_arguments import check_layer
 from kernel_index.masks import attention_arguments as arguments
+from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.contract import RouterCall
 from kernel_index.routing.block_router.contract import details as router_details
@@ -88,66 +88,91 @@ def _check_router(q: Tensor, block_size: Any, topk: Any, route_per: Any) -> None
     checks.one_of("route_per", route_per, ROUTES)
 
 
+class MobaDecodeCall(NamedTuple):
+    """A checked call of ``moba_decode``: one layer of a cache, ``groups`` selections for each query."""
+
+    q: Tensor
+    cache: CacheLayer
+    k: Tensor | None
+    v: Tensor | None
+    block_size: int
+    topk: int
+    window: Window
+    groups: int
+    scale: float
+    softcap: float
+
+
 def check_decode(
-    q: Tensor, cache: Any, k: Any, v: Any, block_size: Any, topk: Any, route_per: Any, scale: Any, softcap: Any
-) -> None:
-    if not isinstance(cache, CacheLayer):
-        kinds = "a KVCache or what its layer(index) returns"
-        raise TypeError(f"cache must be {kinds}: block means are kept there, got {type(cache).__name__}")
-    table = cache["block_table"]
-    cached.check(q, cache["k_cache"], cache["v_cache"], cache["cache_seqlens"], k, v, True, softcap, table)
-    new = 0 if k is None else k.shape[1]
-    if new != cache.new_tokens:
-        raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got {new}")
-    if scale is not None:
-        checks.is_real("scale", scale)
+    q: Tensor,
+    cache: Any,
+    k: Tensor | None,
+    v: Tensor | None,
+    block_size: int,
+    topk: int,
+    window_size: Any,
+    route_per: str,
+    scale: float | None,
+    softcap: float,
+) -> MobaDecodeCall:
+    check_layer(q, cache, k, v)
+    if k is None and cache.new_tokens:
+        raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got 0")
+    arguments.check_scoring(scale, softcap)
     _check_router(q, block_size, topk, route_per)
+    window, groups = normalize_window(window_size), groups_of(q.shape[2], cache["k_cache"].shape[2], route_per)
+    factor = arguments.scale_of(q, scale)
+    return MobaDecodeCall(q, cache, k, v, block_size, topk, window, groups, factor, softcap)
 
 
 def groups_of(heads: int, kv_heads: int, route_per: str) -> int:
     return heads if route_per == "query_head" else kv_heads
 
 
-def decode_reference_why_not(*_: Any) -> str | None:
-    return "torch.compile is tracing: the books are kept on the host" if torch.compiler.is_compiling() else None
+def decode_reference_why_not(call: MobaDecodeCall) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: KV-cache bookkeeping is on the host"
+    return None
 
 
-def decode_cpu_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
-    if (rule := decode_reference_why_not()) is not None:
+def decode_cpu_why_not(call: MobaDecodeCall) -> str | None:
+    if (rule := decode_reference_why_not(call)) is not None:
         return rule
-    if target_of(q.device).kind != "cpu":
-        return "needs CPU tensors"
-    if not rules.host_readable(q):
+    if not call.q.is_cpu:
+        return rules.NEEDS_CPU
+    if not rules.host_readable(call.q):
         return "inside a transform or a dispatch mode"
-    if rules.wants_gradient(q, k, v):
+    if rules.wants_gradient(call.q, call.k, call.v):
         return rules.NO_BACKWARD
     return None
 
 
-def decode_native_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
-    if (rule := decode_cpu_why_not(q, cache, k, v)) is not None:
+def decode_native_why_not(call: MobaDecodeCall) -> str | None:
+    if (rule := decode_cpu_why_not(call)) is not None:
         return rule
-    return native.why_not(q, cache["k_cache"], cache["v_cache"])
+    return native.why_not(call.q, call.cache["k_cache"], call.cache["v_cache"])
 
 
-def decode_triton_why_not(q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, *rest: Any) -> str | None:
-    if (rule := decode_reference_why_not()) is not None:
+def decode_triton_why_not(call: MobaDecodeCall) -> str | None:
+    if (rule := decode_reference_why_not(call)) is not None:
         return rule
-    if (rule := rules.triton_why_not(q, cache["k_cache"], cache["v_cache"])) is not None:
+    if (rule := rules.triton_why_not(call.q, call.cache["k_cache"], call.cache["v_cache"])) is not None:
         return rule
-    if rules.wants_gradient(q, k, v):
+    if rules.wants_gradient(call.q, call.k, call.v):
         return rules.NO_BACKWARD
-    if q.shape[-1] > rules.WIDEST_HEAD:
+    if call.q.shape[-1] > rules.WIDEST_HEAD:
         return "takes head sizes up to 256"
     return None
 
 
-def decode_details(
-    q: Tensor, cache: CacheLayer, k: Tensor | None, v: Tensor | None, block_size: int, topk: int, *rest: Any
-) -> tuple[tuple[str, Any], ...]:
-    """What the host's books say; density is the share of the longest row's blocks that a query attends to."""
-    blocks = num_blocks(max(cache.lengths_after, default=0), block_size)
-    picks = min(topk, blocks)
+def decode_triton_not_worth(call: MobaDecodeCall) -> str | None:
+    return rules.triton_not_worth(call.q)
+
+
+def decode_details(call: MobaDecodeCall) -> tuple[tuple[str, Any], ...]:
+    """Known on the host; ``density`` is the share of the longest row's blocks that a query attends to."""
+    blocks = num_blocks(max(call.cache.lengths_after, default=0), call.block_size)
+    picks = min(call.topk, blocks)
     return ("blocks", blocks), ("picks", picks), ("density", picks / blocks if blocks else 0.0)
 
 

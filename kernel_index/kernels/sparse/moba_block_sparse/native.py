@@ -1,4 +1,4 @@
-"""Decoding on the CPU in C++: a step is one pass over the means and one over the picked keys, where they lie.
+"""Decoding on the CPU in C++: one pass over the block means, then one over the selected keys, read in the cache itself.
 
 A prompt's many queries go to the block-sparse core instead, row by row, as in ``cpu``.
 """
@@ -9,47 +9,32 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native
-from kernel_index.kernels.sparse.moba_block_sparse.decoding import PROMPT, prompt, route
-from kernel_index.kvcache.cache import CacheLayer
+from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaDecodeCall
+from kernel_index.kernels.sparse.moba_block_sparse.decoding import PROMPT, attend_prompt, route
 from kernel_index.kvcache.slots import append
-from kernel_index.masks.attention_arguments import scale_of
-from kernel_index.masks.doc_window_mask.contract import Window
 from kernel_index.routing.legal_blocks import num_blocks
 
 SOURCE = Path(__file__).with_name("moba_decode.cpp")
 
 
-def decode_native(
-    q: Tensor,
-    cache: CacheLayer,
-    k: Tensor | None,
-    v: Tensor | None,
-    block_size: int,
-    topk: int,
-    window: Window,
-    groups: int,
-    scale: float | None,
-    softcap: float,
-) -> Tensor:
-    if q.shape[1] > PROMPT:
-        routed = route(q, cache, k, v, block_size, topk, window, groups)
-        return prompt(q, cache, routed, block_size, window, scale, softcap)
-    lengths, table = cache["cache_seqlens"], cache["block_table"]
-    k_cache, v_cache = cache["k_cache"], cache["v_cache"]
+def decode_native(call: MobaDecodeCall) -> Tensor:
+    if call.q.shape[1] > PROMPT:
+        return attend_prompt(call, route(call).selected)
+    cache, left = call.cache, call.window[0]
+    lengths, table, k_cache, v_cache = (cache[n] for n in ("cache_seqlens", "block_table", "k_cache", "v_cache"))
     with torch.no_grad():
-        append(k_cache, v_cache, lengths, k, v, table)
-        means = cache.block_means(block_size)
-    (batch, queries, heads, width), (page, kv_heads) = q.shape, k_cache.shape[1:3]
-    topk = min(topk, max(1, num_blocks(max(cache.lengths_after, default=0), block_size)))
-    block_size = min(block_size, max(1, *cache.lengths_after, page))  # one block holds all: its size is no matter
-    left = -1 if window[0] is None else window[0]
+        append(k_cache, v_cache, lengths, call.k, call.v, table)
+        means = cache.block_means(call.block_size)
+    (batch, queries, heads, width), (page, kv_heads) = call.q.shape, k_cache.shape[1:3]
+    topk = min(call.topk, max(1, num_blocks(max(cache.lengths_after, default=0), call.block_size)))
+    block_size = min(call.block_size, max(1, *cache.lengths_after, page))  # of a block that holds all, any size serves
     pages = 0 if table is None else table.shape[1]
-    sizes = (batch, queries, heads, kv_heads, groups, width, block_size, topk, page, pages, means.stride(0))
-    sizes = (*sizes, means.shape[1], cache.new_tokens, left, torch.get_num_threads())
-    q = q.contiguous()
+    sizes = (batch, queries, heads, kv_heads, call.groups, width, block_size, topk, page, pages, means.stride(0))
+    sizes = (*sizes, means.shape[1], cache.new_tokens, -1 if left is None else left, torch.get_num_threads())
+    q = call.q.contiguous()
     out = torch.empty_like(q)
-    some_table = lengths if table is None else table.contiguous()
+    table = lengths if table is None else table.contiguous()
     function = f"moba_decode_{native.suffix(q.dtype)}"
-    tensors = (lengths, some_table, q, k_cache, v_cache, means, out)
-    native.call(SOURCE, function, sizes, (scale_of(q, scale), softcap), *tensors)
+    tensors = (lengths, table, q, k_cache, v_cache, means, out)
+    native.call(SOURCE, function, sizes, (call.scale, call.softcap), *tensors)
     return out

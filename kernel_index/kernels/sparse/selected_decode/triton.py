@@ -29,7 +29,8 @@ def _selected_kernel(
     k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s,
     QUERIES, GROUPS, SELECTED, PER_SPLIT, BLOCK, inner, outer,
     GROUPS_PER_KV: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr, SINGLE: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The softmax state of one query's J heads of one group over PER_SPLIT of its SELECTED blocks."""
     split, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)  # a pair is a query and a group
@@ -42,12 +43,19 @@ def _selected_kernel(
     row_max = tl.full((BM,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BM,), tl.float32)
     begin = split * PER_SPLIT
-    for i in range(begin, tl.minimum(begin + PER_SPLIT, SELECTED)):
-        block = tl.load(selected_ptr + pair * SELECTED + i).to(tl.int64)
+    end = tl.minimum(begin + PER_SPLIT, SELECTED)
+    for i in range(begin, end, BN if SINGLE else 1):
         for first in range(0, BLOCK, BN):
             o_n = first + tl.arange(0, BN)  # [BN]
-            o_k = block * BLOCK + o_n
-            m_k = (block >= 0) & (o_n < BLOCK) & (o_k >= start) & (o_k <= position)  # no other slot is read
+            if SINGLE:  # blocks of one token: BN of them at once
+                block = tl.load(selected_ptr + pair * SELECTED + i + o_n, mask=i + o_n < end, other=-1).to(tl.int64)
+                o_k = block
+                m_k = (o_k >= start) & (o_k <= position)
+            else:
+                block = tl.load(selected_ptr + pair * SELECTED + i).to(tl.int64)
+                o_k = block * BLOCK + o_n
+                m_k = (o_n < BLOCK) & (o_k >= start) & (o_k <= position)
+            m_k = m_k & (block >= 0)  # no other slot is read
             b_page, o_slot = cache_slots(table_ptr, b, table_b, table_s, o_k, m_k, PAGE, PAGED)  # [BN]
             b_k = load_rows(k_ptr, b_page * k_page + o_slot * k_slot + kv_head * k_h, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
             z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
@@ -71,7 +79,7 @@ class Config(NamedTuple):
 
 def pick_config(pairs: int, heads: int, selected: int, block_size: int, width: int, programs: int) -> Config:
     """As few splits as keep ``programs`` busy twice over; a function of sizes alone."""
-    block_keys = min(64 if width <= 128 else 32, dot_block(block_size))
+    block_keys = min(64 if width <= 128 else 32, dot_block(selected if block_size == 1 else block_size))
     splits = max(1, min(selected, ceil_div(2 * programs, max(1, pairs))))
     return Config(dot_block(heads), block_keys, ceil_div(selected, splits))
 
@@ -89,10 +97,10 @@ def decode(
     softcap: float,
     out: Tensor,
 ) -> Tensor:
-    """Fill ``out`` [B, Lq, H, D]; ``selected`` int32 [B, Lq, G, n] with −1 for none."""
+    """Fill ``out`` [B, Lq, H, D]; ``selected`` int32 or int64 [B, Lq, G, n] with −1 for none."""
     (batch, queries, heads, width), (groups, count) = q.shape, selected.shape[2:]
-    if out.numel() == 0:
-        return out
+    if out.numel() == 0 or count == 0:
+        return out.zero_()
     pairs, each = batch * queries * groups, heads // groups
     config = pick_config(pairs, each, count, block_size, width, processors(q))
     splits = allocate_splits(ceil_div(count, config.split), pairs, each, q)
@@ -105,6 +113,6 @@ def decode(
             queries, groups, count, config.split, block_size, inner, outer,
             GROUPS_PER_KV=groups // k_cache.shape[2], J=each, D=width, BLOCK_D=dot_block(width),
             BM=config.block_rows, BN=config.block_keys, PAGE=k_cache.shape[1], PAGED=table is not None,
-            CAPPED=softcap > 0, UPCAST=interpreting(), num_warps=4, num_stages=2,
+            SINGLE=block_size == 1, CAPPED=softcap > 0, UPCAST=interpreting(), num_warps=4, num_stages=2,
         )  # fmt: skip
         return merge_splits(splits, out, 1, groups, each, config.block_rows)

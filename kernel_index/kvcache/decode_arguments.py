@@ -1,0 +1,73 @@
+"""Argument checks that every decoding function shares: the queries of a step, a cache, and the new keys and values."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kernel_index.core import checks
+from kernel_index.kvcache.cache import CacheLayer, KVCache
+
+REQUIRES_APPEND_KV = "dense_fa4_kvcache_requires_append_kv"
+CACHE_LEGEND = "[B, Tmax, K, D] or [pages, page, K, D]"
+
+
+def check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Any, k: Any, v: Any, table: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for metadata that does not fit, except the table's rank and rows."""
+    for name, value, legend in (
+        ("q", q, "[B, Lq, H, D]"),
+        ("k_cache", k_cache, CACHE_LEGEND),
+        ("v_cache", v_cache, CACHE_LEGEND),
+    ):
+        checks.is_floating(name, value)
+        checks.has_rank(name, value, 4, legend)
+        checks.has_dtype(name, value, q.dtype, "like q")
+        checks.on_device(name, value, q, "q")
+    batch, _, heads, width = q.shape
+    kv_heads = k_cache.shape[2]
+    checks.has_shape("k_cache", k_cache, (*k_cache.shape[:2], kv_heads, width), "of q's head size,")
+    checks.has_shape("v_cache", v_cache, tuple(k_cache.shape), "of k_cache's shape")
+    if width < 1:
+        raise ValueError(f"q must be of head size at least 1, got shape {tuple(q.shape)}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"q must be of a multiple of k_cache's {kv_heads} heads, got {heads}")
+    if k_cache.requires_grad or v_cache.requires_grad:
+        raise ValueError("k_cache and v_cache must be without gradients: they are written in place, got requires_grad")
+    _check_new(q, k, v, kv_heads)
+    checks.is_integer_tensor("cache_seqlens", lengths)
+    checks.has_shape("cache_seqlens", lengths, (batch,), "one length for each row of q, [B]")
+    checks.on_device("cache_seqlens", lengths, q, "q")
+    if table is None:
+        checks.has_shape("k_cache", k_cache, (batch, *k_cache.shape[1:]), "of q's batch size where no table is given,")
+    else:
+        checks.is_integer_tensor("block_table", table)
+        checks.on_device("block_table", table, q, "q")
+
+
+def _check_new(q: Tensor, k: Any, v: Any, kv_heads: int) -> None:
+    if (k is None) != (v is None):
+        missing, given = ("k", "v") if k is None else ("v", "k")
+        raise ValueError(f"{missing} must be given where {given} is ({REQUIRES_APPEND_KV}), got None")
+    if k is None:
+        return
+    for name, value in (("k", k), ("v", v)):
+        checks.is_floating(name, value)
+        checks.has_rank(name, value, 4, "[B, Ln, K, D]")
+        checks.has_dtype(name, value, q.dtype, "like q")
+        checks.on_device(name, value, q, "q")
+        legend = "[B, Ln, K, D] with q's B and D, and the heads of the cache,"
+        checks.has_shape(name, value, (q.shape[0], k.shape[1], kv_heads, q.shape[3]), legend)
+
+
+def layer_of(cache: Any, layer: Any) -> Any:
+    """One layer's view of a cache that is given whole; anything else is left to ``check_layer``."""
+    return cache.peek(layer) if isinstance(cache, KVCache) else cache
+
+
+def check_layer(q: Tensor, cache: Any, k: Any, v: Any) -> None:
+    """``check_tensors`` for a layer of a cache with an open step; k, where given, holds that step's tokens."""
+    if not isinstance(cache, CacheLayer):
+        raise TypeError(f"cache must be a KVCache or what its layer(index) returns, got {type(cache).__name__}")
+    caches = cache["k_cache"], cache["v_cache"]
+    check_tensors(q, *caches, cache["cache_seqlens"], k, v, cache["block_table"])
+    if k is not None and k.shape[1] != cache.new_tokens:
+        raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got {k.shape[1]}")
