@@ -91,7 +91,7 @@ def moba_attention(
         v: [B, S, K, Dv], q's dtype.
         block_size: keys of a block; the last block may be shorter.
         topk: blocks for each query, the current one counted.
-        mask: who may attend to whom beside that; causal.  Routing honours its documents, windows and valid prefixes.
+        mask: the keys that each query may attend to at all; causal.  Routing honours its documents, windows and valid prefixes.
         route_per: ``"query_head"``, or ``"kv_group"`` for one selection by the mean query of a KV head's query heads.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
