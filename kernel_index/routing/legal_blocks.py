@@ -90,10 +90,10 @@ def block_means(k: Tensor, block_size: int, mask: MaskContract) -> Tensor:
         whole = keys // block_size
         docs = mask.doc_rows
         if docs is None:
-            parts = [wide[:, : whole * block_size].unflatten(1, (whole, block_size)).mean(2)]
+            means = [wide[:, : whole * block_size].unflatten(1, (whole, block_size)).mean(2)]
             if whole < blocks:
-                parts.append(wide[:, whole * block_size :].mean(1, keepdim=True))
-            return torch.cat(parts, 1)
+                means.append(wide[:, whole * block_size :].mean(1, keepdim=True))
+            return torch.cat(means, 1)
         position = torch.arange(keys, device=k.device)
         last = ((position // block_size + 1) * block_size - 1).clamp(max=max(0, keys - 1))
         begin, _ = segments(docs)

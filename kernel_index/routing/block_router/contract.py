@@ -59,8 +59,8 @@ def check_routing(q: Tensor, block_size: Any, topk: Any) -> None:
 
 def shares(blocks: int, topk: int) -> tuple[tuple[str, Any], ...]:
     """The receipt's numbers: blocks, how many of them a query selects at most, and their share."""
-    picks = min(topk, blocks)
-    return ("blocks", blocks), ("picks", picks), ("density", picks / blocks if blocks else 0.0)
+    selected = min(topk, blocks)
+    return ("blocks", blocks), ("picks", selected), ("density", selected / blocks if blocks else 0.0)
 
 
 def details(call: RouterCall) -> tuple[tuple[str, Any], ...]:

@@ -96,8 +96,8 @@ def _with_ends(coarse: Tensor, children: Callable[[Tensor], Tensor], ratio: int,
     for end in (chunk.first // ratio, (chunk.current - 1).clamp(min=0) // ratio):
         block = end[..., None, None] * ratio + child
         legal = (block >= chunk.first[..., None, None]) & (block < chunk.current[..., None, None])
-        own = torch.where(legal, children(end[..., None]), 0.0).sum(-1) / legal.sum(-1).clamp(min=1)
-        coarse = torch.where(group == end[..., None], own, coarse)
+        mean = torch.where(legal, children(end[..., None]), 0.0).sum(-1) / legal.sum(-1).clamp(min=1)
+        coarse = torch.where(group == end[..., None], mean, coarse)
     return coarse
 
 

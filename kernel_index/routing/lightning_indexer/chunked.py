@@ -94,12 +94,12 @@ def run_backward(g: Tensor, q: Tensor, k: Tensor, weights: Tensor, indices: Tens
     for t in _chunks(q, indices) if k.shape[1] else ():
         keys, rows = _fetched(k, indices[:, t])
         grad = g[:, t].to(keys.dtype).masked_fill(indices[:, t] < 0, 0.0)
-        own = _wide(q[:, t])
-        z = torch.einsum("btjd,btnd->btjn", own, keys)
+        q_BTJD = _wide(q[:, t])
+        z = torch.einsum("btjd,btnd->btjn", q_BTJD, keys)
         d_w[:, t] = torch.einsum("btn,btjn->btj", grad, z.relu()).to(d_w.dtype)
         d_z = torch.where(z > 0, grad[:, :, None] * _wide(weights[:, t])[..., None], 0.0)
         d_q[:, t] = torch.einsum("btjn,btnd->btjd", d_z, keys).to(d_q.dtype)
-        d_rows = torch.einsum("btjn,btjd->btnd", d_z, own).flatten(0, 2)
+        d_rows = torch.einsum("btjn,btjd->btnd", d_z, q_BTJD).flatten(0, 2)
         if d_k.device.type == "cpu":
             d_k.index_add_(0, rows, d_rows)
         else:

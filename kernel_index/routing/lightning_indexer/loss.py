@@ -32,7 +32,7 @@ def lightning_indexer_loss(
         softcap: bound of the attention's scores; 0 is off.
 
     Returns:
-        A scalar, float32 (float64 for float64).  Memory is O(T · topk), beside a chunk of fetched keys.
+        A scalar, float32 (float64 for float64).  Memory is O(T · topk) and one chunk of fetched keys.
 
     Raises:
         TypeError, ValueError: an argument breaks its rule.
@@ -41,19 +41,19 @@ def lightning_indexer_loss(
 
     >>> import torch, kernel_index as ki
     >>> q_idx, k_idx = torch.ones(1, 3, 1, 2), torch.zeros(1, 3, 2)
-    >>> picked = ki.lightning_indexer(q_idx, k_idx, torch.ones(1, 3, 1), topk=2)
-    >>> ki.lightning_indexer_loss(picked, torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, 2, 8))
+    >>> selected = ki.lightning_indexer(q_idx, k_idx, torch.ones(1, 3, 1), topk=2)
+    >>> ki.lightning_indexer_loss(selected, torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, 2, 8))
     tensor(0.)
     """
     _check(selection, q, k, scale, softcap)
     with torch.no_grad():
         target = attention_shares(selection, q.detach(), k.detach(), scale_of(q, scale), softcap)
     scores = torch.where(selection.valid, selection.scores, -torch.inf)
-    some = selection.valid.any(-1, keepdim=True)
-    log_shares = torch.where(some, scores, 0.0).log_softmax(-1)  # a row of −∞ would be NaN, and so its gradient
+    not_empty = selection.valid.any(-1, keepdim=True)
+    log_shares = torch.where(not_empty, scores, 0.0).log_softmax(-1)  # a row of −∞ would be NaN, and so its gradient
     divergence = target * (target.clamp(min=torch.finfo(target.dtype).tiny).log() - log_shares)
     rows = torch.where(selection.valid & (target > 0), divergence, 0.0).sum(-1)
-    return rows.sum() / some.sum().clamp(min=1)
+    return rows.sum() / not_empty.sum().clamp(min=1)
 
 
 def attention_shares(selection: TokenSelection, q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
@@ -75,8 +75,8 @@ def attention_shares(selection: TokenSelection, q: Tensor, k: Tensor, scale: flo
         valid = selection.valid[:, at, None, None]
         row = ((selection.indices[:, at].long().clamp(min=0) + first) * kv_heads).unsqueeze(2) + head
         fetched = vectors.index_select(0, row.flatten()).view(*row.shape, width).to(dtype)
-        own = q[:, at].to(dtype).unflatten(2, (kv_heads, heads // kv_heads))
-        z = own @ fetched.transpose(-1, -2) * scale
+        q_BTKGD = q[:, at].to(dtype).unflatten(2, (kv_heads, heads // kv_heads))
+        z = q_BTKGD @ fetched.transpose(-1, -2) * scale
         z = softcap * torch.tanh(z / softcap) if softcap else z
         z = z.masked_fill(~valid, -torch.inf).masked_fill(~valid.any(-1, keepdim=True), 0.0)
         shares[:, at] = z.softmax(-1).masked_fill(~valid, 0.0).mean((2, 3))
@@ -98,10 +98,10 @@ def _check(selection: TokenSelection, q: Tensor, k: Tensor, scale: float | None,
     topk = selection.indices.shape[-1]
     checks.has_shape("selection.scores", selection.scores, (batch, queries, topk), "[B, T, topk] with q's B and T,")
     if not torch.compiler.is_compiling() and selection.indices.device.type == "cpu" and topk > 0:
-        # Read where nothing waits for it; on a device PyTorch's own gather stops at a key that is not there.
-        picked = selection.indices.masked_fill(~selection.valid, -1)
-        if picked.numel() and int(picked.max()) >= keys:
-            raise ValueError(f"selection.indices must be below k's {keys} keys, got {int(picked.max())}")
+        # Read on the host alone: on a device PyTorch's own gather stops at a key that does not exist.
+        selected = selection.indices.masked_fill(~selection.valid, -1)
+        if selected.numel() and int(selected.max()) >= keys:
+            raise ValueError(f"selection.indices must be below k's {keys} keys, got {int(selected.max())}")
     if scale is not None:
         checks.is_real("scale", scale)
     checks.is_real("softcap", softcap)

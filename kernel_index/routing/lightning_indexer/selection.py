@@ -15,8 +15,8 @@ class TokenSelection(NamedTuple):
 
     >>> import torch, kernel_index as ki
     >>> q, k, w = torch.ones(1, 2, 1, 1), torch.tensor([[[1.0], [3.0]]]), torch.ones(1, 2, 1)
-    >>> picked = ki.lightning_indexer(q, k, w, topk=2)
-    >>> picked.indices.tolist(), picked.scores.tolist()
+    >>> selected = ki.lightning_indexer(q, k, w, topk=2)
+    >>> selected.indices.tolist(), selected.scores.tolist()
     ([[[0, -1], [1, 0]]], [[[1.0, -inf], [3.0, 1.0]]])
     """
 

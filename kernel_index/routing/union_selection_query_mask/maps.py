@@ -45,5 +45,5 @@ class UnionMaps(NamedTuple):
         """
         sizes = self.union_sizes.double()
         mean, largest = (float(sizes.mean()), float(sizes.max())) if sizes.numel() else (0.0, 0.0)
-        picks, blocks = max(1, self.query_union_indices.shape[-1]), max(1, num_blocks)
-        return UnionTelemetry(mean / picks, largest / picks, mean / blocks, largest / blocks)
+        each, blocks = max(1, self.query_union_indices.shape[-1]), max(1, num_blocks)
+        return UnionTelemetry(mean / each, largest / each, mean / blocks, largest / blocks)

@@ -60,18 +60,18 @@ def oracle(
             seen = allowed[b, t].nonzero().flatten().tolist()
             for g in range(kv_heads if seen else 0):
                 at = slice(g * group, (g + 1) * group)
-                own, past = t // size, sorted({s // size for s in seen} - {t // size})
+                current, past = t // size, sorted({s // size for s in seen} - {t // size})
                 query = q[b, t, at].detach().float().mean(0)
                 score = {j: float(query @ k[b, _meant(allowed[b], j, size), g].detach().float().mean(0)) for j in past}
-                picked = {own, *sorted(past, key=lambda j: (-score[j], j))[: config.topk - 1]}
-                kept = [s for s in seen if s // size in picked]
+                selected = {current, *sorted(past, key=lambda j: (-score[j], j))[: config.topk - 1]}
+                kept = [s for s in seen if s // size in selected]
                 z = q[b, t, at] @ k[b, kept, g].T * width**-0.5
                 out[b, t, at] = z.softmax(-1) @ v[b, kept, g]
     return out
 
 
 def real(m: Maker) -> dict[str, Any]:
-    """A layer of production size, with its router; of another head size than the core's own."""
+    """A layer of production size, with its router; of another head size than the core's case."""
     return {**qkv(m, 1, 8192, 8192, 16, 4, 64), "config": ClusteredSparseConfig(block_size=64, topk=16)}
 
 

@@ -14,7 +14,7 @@ from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
 def qkv(m: Maker, b: int, t: int, s: int, h: int, k: int, d: int, dv: int | None = None) -> dict[str, Any]:
-    """Scores grow with the square root of the maker's scale: beyond a few tens softmax only picks the largest."""
+    """Scores grow with the square root of the maker's scale: beyond a few tens softmax only selects the largest."""
     return {
         "q": m.normal(b, t, h, d),
         "k": m.normal(b, s, k, d, scale=m.scale**-0.5),
@@ -27,7 +27,7 @@ def call(m: Maker, t: int, s: int | None = None, **more: Any) -> dict[str, Any]:
 
 
 def documents(m: Maker, t: int) -> Tensor:
-    """Three documents whose ends lie inside blocks, and padding."""
+    """Three documents that end inside blocks, and padding."""
     ids = torch.tensor([0] * (t // 3) + [5] * (t // 3 + 1) + [2] * t)[: t - 2]
     return torch.nn.functional.pad(ids, (0, 2), value=-1).expand(2, -1).contiguous().to(m.device)
 
@@ -35,14 +35,14 @@ def documents(m: Maker, t: int) -> Tensor:
 PREFIX = attention_validity(valid_token_counts=[22, 9])
 
 CASES = (
-    Case("heads", "each query head picks for itself; the last block is short", lambda m: call(m, 22)),
-    Case("groups", "the heads of a key head pick together", lambda m: call(m, 22, route_per="kv_group")),
+    Case("heads", "a selection for each query head; the last block is short", lambda m: call(m, 22)),
+    Case("groups", "the heads of a KV head share a selection", lambda m: call(m, 22, route_per="kv_group")),
     Case("documents", "documents that end inside blocks, padding, a window", lambda m: call(
         m, 22, mask=MaskContract(window=(9, 0), doc_ids=documents(m, 22)))),
     Case("prefix", "valid prefixes, one that ends inside a block; a softcap and a scale", lambda m: call(
         m, 22, mask=MaskContract(validity=PREFIX.to(m.device)), softcap=2.0, scale=0.7)),
-    Case("own", "topk = 1: the own block alone", lambda m: call(m, 13, topk=1)),
-    Case("everything", "more picks than blocks: dense attention", lambda m: call(m, 13, topk=9)),
+    Case("current", "topk = 1: the current block alone", lambda m: call(m, 13, topk=1)),
+    Case("everything", "more wanted than there are blocks: dense attention", lambda m: call(m, 13, topk=9)),
     Case("chunk", "the last queries of a longer row, values of another size", lambda m: {
         **call(m, 7, 18), **qkv(m, 2, 7, 18, 6, 3, 8, 5)}),
     Case("more_queries", "T > S: the first queries have no key", lambda m: call(m, 12, 9)),
@@ -50,7 +50,7 @@ CASES = (
 )  # fmt: skip
 
 
-def picked_by_hand(
+def selected_by_hand(
     q_JD: Tensor, k_SD: Tensor, seen: list[int], position: int, block_size: int, topk: int, doc: list[int] | None
 ) -> set[int]:
     """Python's own sort over the scores of past blocks that hold a key the query sees; ties by the smaller index."""
@@ -96,8 +96,8 @@ def oracle(
                     rows.append(q[b, t, h].sum() * 0.0 + v_SD.sum(0) * 0.0)
                     continue
                 doc = None if docs is None else docs[b]
-                own = picked_by_hand(q[b, t, at], k_SD, seen, t + offset, block_size, topk, doc)
-                kept = [s for s in seen if s // block_size in own]
+                blocks = selected_by_hand(q[b, t, at], k_SD, seen, t + offset, block_size, topk, doc)
+                kept = [s for s in seen if s // block_size in blocks]
                 z = k_SD[kept] @ q[b, t, h] * (width**-0.5 if scale is None else scale)
                 z = softcap * (z / softcap).tanh() if softcap else z
                 rows.append(z.softmax(0) @ v_SD[kept])
