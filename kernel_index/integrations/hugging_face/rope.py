@@ -5,14 +5,13 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, agree, draw, replace_forward
-from kernel_index.kernels.attention.fused_rope_qk.api import RopeBackend
 
 KIND = "rope"
 PREFIX = "apply_rotary_pos_emb"
@@ -93,7 +92,7 @@ def _behaves(function: Callable[..., Any], paired: bool, rotated: int) -> bool:
 
 
 def _rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backend: RopeBackend
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, paired: bool, backend: Literal["auto", "reference"]
 ) -> tuple[Tensor, Tensor]:
     """q and k are [B, heads, T, D]; cos and sin [1 or B, T, R], both halves alike."""
     half = cos.shape[-1] // 2
