@@ -208,5 +208,13 @@ ENTRIES = (
         "Decode over exactly the cached tokens or blocks that a router selected for each query.",
         "nn.SparseAttention",
     ),
+    entry(
+        "grouped_product",
+        "Experts and activations",
+        "kernels/experts/grouped_product",
+        "grouped_product",
+        "Multiply the rows of each expert by that expert's matrix, all experts in one call.",
+        "nn.Experts",
+    ),
 )
 """The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""
