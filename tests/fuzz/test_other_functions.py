@@ -16,6 +16,7 @@ from tests.fuzz.outcome import Refused, nothing_written, outcome_of
 NOT_CALLED = {  # they take no data: blocks of a with statement, a subprocess, a function's own arguments
     "receipts": "a context",
     "strict": "a context",
+    "force": "a context",
     "explain": "runs the checks of another function, which are fuzzed there",
     "fa4_execute_proof": "starts a process; its request is checked in its own tests",
 }
