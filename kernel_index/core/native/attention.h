@@ -1,6 +1,9 @@
 // Softmax attention in float32: how a product becomes a score, the state of an online softmax, the gradient of a score.
 //
 // V is float for one row, or Vec for LANES rows, one in each lane.
+// Calls left out of line cost the bfloat16 backward pass 3 %.
+#define INLINE [[gnu::always_inline]] inline
+
 namespace {
 
 inline float larger(float a, float b) { return std::max(a, b); }
@@ -71,7 +74,7 @@ struct RowState {
 };
 
 // acc [width] = alpha · acc + beta · more
-inline void rescale_add(float* acc, float alpha, const float* more, float beta, int64_t width) {
+INLINE void rescale_add(float* acc, float alpha, const float* more, float beta, int64_t width) {
   int64_t i = 0;
   for (; i + LANES <= width; i += LANES)
     (Vec::loadu(acc + i) * Vec(alpha) + Vec::loadu(more + i) * Vec(beta)).store(acc + i);
@@ -81,7 +84,7 @@ inline void rescale_add(float* acc, float alpha, const float* more, float beta, 
 // A tile of one row: z [width], −∞ where masked, becomes its weights p [width] = exp(scale · z − row_max), with the
 // exponential of dtype E.  Returns alpha.  Both hold whole vectors, and may be the same.
 template <typename E, typename T>
-inline float softmax_row(RowState<float>& state, const float* z, T* p, int64_t width, float scale) {
+INLINE float softmax_row(RowState<float>& state, const float* z, T* p, int64_t width, float scale) {
   Vec tile_max(-INF), tile_sum(0.f);
   for (int64_t i = 0; i < width; i += LANES) tile_max = larger(tile_max, Vec::loadu(z + i));
   const float alpha = state.raise(max_of(tile_max) * scale);
@@ -104,7 +107,7 @@ struct ScoreGrad {
 // `masked` sets weights to 0.  p comes from row_max and inv_row_sum, since lse loses digits: at 50 its rounding error
 // is 2⁻¹⁹, and so would be that of every weight.
 template <typename T, typename Mask>
-inline ScoreGrad score_grad(Scoring scoring, Vec z, Vec dp, Vec row_max, Vec inv_row_sum, Vec delta, Mask masked) {
+INLINE ScoreGrad score_grad(Scoring scoring, Vec z, Vec dp, Vec row_max, Vec inv_row_sum, Vec delta, Mask masked) {
   Vec above = at::vec::fmsub(z, Vec(scoring.scale), row_max), slope(scoring.scale);
   if (scoring.softcap != 0) {
     const Vec t = scoring.tanh(z);
