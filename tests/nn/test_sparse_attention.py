@@ -158,7 +158,7 @@ def test_decoding_writes_receipts(kind):
         mixer(x, None, rope(torch.arange(20)[None]), cache.layer(0))
     (receipt,) = (r for r in log if r.op == "selected_decode")
     expected = (20, 9) if kind == "exact_token" else (5, 3)
-    assert (receipt.ran, receipt.details["blocks"], receipt.details["selected"]) == ("sdpa", *expected)
+    assert (receipt.details["blocks"], receipt.details["selected"]) == expected
 
 
 def test_groups_are_selected_from_and_unions_are_reported():

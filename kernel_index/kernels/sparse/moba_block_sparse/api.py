@@ -124,7 +124,7 @@ def moba_attention(
     tensor([1, 3], dtype=torch.int32)
     """
     call = contract.check(q, k, v, block_size, topk, mask, route_per, scale, softcap, query_tile_size)
-    choice = pick("moba_attention", BACKENDS, FLASH, backend, (call,))
+    choice = pick("moba_attention", BACKENDS, FLASH, backend, call)
     router = choice.choose("moba_route", ROUTERS, call.routing)
     return choice.with_details(routed_by=router.backend.name).run(call, router)
 
@@ -219,7 +219,7 @@ def moba_decode(
     """
     view = layer_of(cache, layer)
     call = contract.check_decode(q, view, k, v, block_size, topk, window_size, route_per, scale, softcap)
-    choice = pick("moba_decode", DECODE_BACKENDS, None, backend, (call,))
+    choice = pick("moba_decode", DECODE_BACKENDS, None, backend, call)
     if isinstance(cache, KVCache):
         cache.layer(layer)  # counts as this layer's call in the step, once nothing can refuse it any more
     return choice.run(call)

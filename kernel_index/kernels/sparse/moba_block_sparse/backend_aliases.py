@@ -77,9 +77,7 @@ def flash_runtime_why_not(q: Tensor) -> str | None:
     return None if _flash_runtime(target_of(q.device).kind == "cuda") else FLASH_UNAVAILABLE
 
 
-def pick(
-    op: str, backends: tuple[Backend, ...], flash: Backend | None, requested: Any, call: tuple[Any, ...]
-) -> Choice:
+def pick(op: str, backends: tuple[Backend, ...], flash: Backend | None, requested: Any, call: Any) -> Choice:
     """``choose`` with this family's names and telemetry.
 
     ``flash`` is the one name that may fall back: where it cannot run, the others are tried in their order.
@@ -87,7 +85,7 @@ def pick(
     name = normalized(requested)
     if name == "flash":
         backends, name = (backends if flash is None else (flash, *backends)), "auto"
-    choice = choose(op, backends, name, *call)
+    choice = choose(op, backends, name, call)
     ran, reason = choice.backend.name, ""
     if normalized(requested) == "flash" and ran != "flash":
         reason = dict(choice.declined).get("flash", FLASH_UNAVAILABLE)
@@ -99,7 +97,7 @@ def pick(
         ("requested_backend", requested),
         ("requested_backend_source", _source(choice, requested)),
         ("actual_backend", ran),
-        ("runtime_mode", _runtime_mode(call[0] if isinstance(call[0], Tensor) else call[0].q, ran)),
+        ("runtime_mode", _runtime_mode(call.q, ran)),
         ("fallback_reason", reason),
     )
     asked = "auto" if requested is None else requested

@@ -132,8 +132,8 @@ SUITES = (
         oracle=oracle,
         sized=lambda m, n: call(m, (n, n - 2), 2, 5),
         scales=SCALES,
-        rounding=("triton", "sdpa"),
-        without_gradient=("triton", "sdpa"),
+        rounding=("triton", "native", "sdpa"),
+        without_gradient=("triton", "native", "sdpa"),
         real=real,
     ),
 )

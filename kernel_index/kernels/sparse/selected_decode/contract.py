@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, rules
+from kernel_index.core import checks, native, rules
 from kernel_index.kvcache.cache import CacheLayer
 from kernel_index.kvcache.decode_arguments import check_layer
 from kernel_index.masks.attention_arguments import check_scoring, scale_of
@@ -101,6 +101,18 @@ def triton_why_not(call: SelectedDecodeCall) -> str | None:
 
 def triton_not_worth(call: SelectedDecodeCall) -> str | None:
     return rules.triton_not_worth(call.q)
+
+
+def native_why_not(call: SelectedDecodeCall) -> str | None:
+    if (rule := reference_why_not(call)) is not None:
+        return rule
+    if not call.q.is_cpu:
+        return rules.NEEDS_CPU
+    if not rules.host_readable(call.q, call.indices):
+        return "inside a transform or a dispatch mode"
+    if rules.wants_gradient(call.q, call.k, call.v):
+        return rules.NO_BACKWARD
+    return native.why_not(call.q, call.cache["k_cache"], call.cache["v_cache"])
 
 
 def sdpa_why_not(call: SelectedDecodeCall) -> str | None:
