@@ -136,8 +136,7 @@ def top_blocks(scores: Tensor, legal: LegalBlocks, topk: int, *, first_block: in
         block = torch.arange(first_block, first_block + columns, device=scores.device)
         first, current = (x.to(torch.int64)[:, :, None, None] for x in legal)
         routable = (block >= first) & (block < current)
-        # A NaN keeps its sign, as in the kernels of block_router.
-        keys = best_keys(scores, routable, block, min(topk, columns), signed_nan=True)
+        keys = best_keys(scores, routable, block, min(topk, columns))
         here = (current >= first_block) & (current < first_block + columns)
         return best_blocks(keys, torch.where(here, current, -1), topk)
 

@@ -3,7 +3,7 @@
 ``key = rank · 2³¹ + (2³¹ − 1 − index)``, int64, where ``rank`` is the order of the float32 score as a signed integer: a
 larger score has a larger key, and among equal scores the smaller index has.  All keys of a row differ, so ``topk`` has
 one answer on every device, and score and index are read back from the key without a gather.  −0 and 0 are a tie.  NaN
-ranks above +∞, as in ``torch.topk``, unless its sign is asked for.
+of either sign ranks above +∞, as in ``torch.topk``.
 """
 
 import torch
@@ -21,16 +21,11 @@ FORCED = 2**31
 """A rank above that of every score."""
 
 
-def rank_of(scores: Tensor, *, signed_nan: bool = False) -> Tensor:
-    """int64 of the same order as the scores, which are compared in float32.
-
-    ``signed_nan``: a NaN with its sign bit set ranks below −∞, as the bits have it.
-    """
+def rank_of(scores: Tensor) -> Tensor:
+    """int64 of the same order as the scores, which are compared in float32."""
     fp32 = scores.to(torch.float32) + 0.0  # −0 becomes 0
     bits = fp32.view(torch.int32)
     rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative numbers: the larger the magnitude, the smaller
-    if signed_nan:
-        return rank.to(torch.int64)
     return torch.where(fp32.isnan(), INDICES - 1, rank.to(torch.int64))
 
 
@@ -50,32 +45,30 @@ def score_of(key: Tensor) -> Tensor:
     return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def best_keys(scores: Tensor, allowed: Tensor, index: Tensor, count: int, *, signed_nan: bool = False) -> Tensor:
+def best_keys(scores: Tensor, allowed: Tensor, index: Tensor, count: int) -> Tensor:
     """The keys of the ``count`` best allowed scores along the last dimension, in any order; then ``NOTHING``.
 
     On a host the scores themselves decide where no tie does, which is several times cheaper; the choice is the same.
     ``allowed`` and ``index`` broadcast with the scores; ``count`` is at most their number.
     """
-    found = _by_value(scores, allowed, index, count, signed_nan) if host_readable(scores) else None
+    found = _by_value(scores, allowed, index, count) if host_readable(scores) else None
     if found is not None:
         return found
-    keys = torch.where(allowed, pack(rank_of(scores, signed_nan=signed_nan), index), NOTHING)
+    keys = torch.where(allowed, pack(rank_of(scores), index), NOTHING)
     return torch.topk(keys, count, dim=-1, sorted=False).values
 
 
-def _by_value(scores: Tensor, allowed: Tensor, index: Tensor, count: int, signed_nan: bool) -> Tensor | None:
+def _by_value(scores: Tensor, allowed: Tensor, index: Tensor, count: int) -> Tensor | None:
     """None where the values alone do not decide.
 
     One more than needed is asked for: a tie between the last one selected and the first one left, a NaN among those
-    left, a NaN whose sign counts, or an allowed score of −∞ leaves the choice to the keys.
+    left, or an allowed score of −∞ leaves the choice to the keys.
     """
     columns = scores.shape[-1]
     values, at = torch.topk(torch.where(allowed, scores.to(torch.float32), -torch.inf), min(count + 1, columns), dim=-1)
     best = values[..., :count]
     selected = best != -torch.inf
     if not bool(selected.all()) and bool((selected.sum(-1) != allowed.sum(-1).clamp(max=count)).any()):
-        return None
-    if signed_nan and columns and bool(values[..., 0].isnan().any()):  # the first of a row, as topk ranks NaN highest
         return None
     if 0 < count < columns:
         left = values[..., count]

@@ -33,11 +33,17 @@ def draw(sizes, mask, dtype=torch.float32):
     return q, block_means(key, block, mask), legal_blocks(mask, mask.sizes(b, t, s, q.device), block)
 
 
+SPECIAL = (0.0, float("nan"), float("inf"), -float("inf"))
+
+
 @interpreted
 @pytest.mark.parametrize("name", CALLS)
-def test_picks_are_those_of_top_blocks(name):
+@pytest.mark.parametrize("special", [None, *SPECIAL])
+def test_picks_are_those_of_top_blocks(name, special):
     sizes, mask = CALLS[name]
     q, means, legal = draw(sizes, mask)
+    if special is not None:
+        q[:, ::3], means[:, ::4, :, 0] = -0.0, special
     groups, topk = sizes[4], sizes[8]
     expected = top_blocks(block_scores(q, means, groups), legal, topk)
     actual = triton_top_blocks(q, means, legal, topk, groups)
@@ -47,7 +53,7 @@ def test_picks_are_those_of_top_blocks(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("special", SPECIAL)
 def test_native_picks_are_those_of_top_blocks(name, special):
     """Also where scores are equal or not numbers: of 0 only the sign differs between some of them."""
     sizes, mask = CALLS[name]

@@ -25,7 +25,7 @@ def _ordered(score, block):
     Two's complement turns float32 into an integer of its order once the bits of negative numbers are flipped.
     """
     bits = (score + 0.0).to(tl.int32, bitcast=True)
-    rank = bits ^ ((bits >> 31) & LOW)
+    rank = tl.where(score != score, LOW, bits ^ ((bits >> 31) & LOW))  # NaN of either sign is above +∞
     return (rank.to(tl.int64) << 31) + (block ^ LOW)
 
 

@@ -47,7 +47,7 @@ def check(selected: Any, query_tile_size: Any, num_blocks: Any, selected_valid: 
     checks.is_int("num_blocks", num_blocks, minimum=0)
     check_valid(selected, selected_valid)
     checks.one_of("mode", mode, MODES)
-    check_picks(selected, selected_valid, num_blocks)
+    check_blocks_exist(selected, selected_valid, num_blocks)
     return UnionCall(selected, selected_valid, query_tile_size, num_blocks, mode)
 
 
@@ -59,7 +59,7 @@ def check_valid(selected: Tensor, selected_valid: Any) -> None:
         checks.on_device("selected_valid", selected_valid, selected, "selected")
 
 
-def check_picks(selected: Tensor, selected_valid: Tensor | None, num_blocks: int) -> None:
+def check_blocks_exist(selected: Tensor, selected_valid: Tensor | None, num_blocks: int) -> None:
     """Blocks that do not exist are refused where they can be read without waiting for a device."""
     if not host_readable(selected, selected_valid):
         return

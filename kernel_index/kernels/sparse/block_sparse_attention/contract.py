@@ -10,7 +10,7 @@ from kernel_index.masks.attention_arguments import check_attention, host_plan_wh
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.legal_blocks import num_blocks
-from kernel_index.routing.union_selection_query_mask.contract import check_picks, check_valid
+from kernel_index.routing.union_selection_query_mask.contract import check_blocks_exist, check_valid
 from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
 
 
@@ -52,7 +52,7 @@ def check(call: BlockSparseCall) -> BlockSparseCall:
     checks.is_int("block_size", call.block_size, minimum=1)
     checks.is_int("query_tile_size", call.query_tile_size, minimum=1)
     check_selection(call.q, call.k.shape[2], call.selected, call.selected_valid)
-    check_picks(call.selected, call.selected_valid, call.blocks)
+    check_blocks_exist(call.selected, call.selected_valid, call.blocks)
     if call.maps is not None:
         _check_maps(call.selected, call.query_tile_size, call.maps)
     return call

@@ -5,19 +5,10 @@ from torch import Tensor
 
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.masks.attention_arguments import scale_of
+from kernel_index.routing.membership import membership
 
 SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores: 256 MiB of float32."""
-
-
-def membership(selected: Tensor, selected_valid: Tensor | None, blocks: int) -> Tensor:
-    """Which blocks are selected, bool [B, T, G, blocks]; a duplicate counts once."""
-    is_selected = selected >= 0 if selected_valid is None else (selected >= 0) & selected_valid
-    column = torch.where(is_selected, selected, blocks).to(torch.int64)  # one more column for invalid entries
-    member = torch.zeros((*selected.shape[:3], blocks + 1), dtype=torch.bool, device=selected.device)
-    return member.scatter(-1, column, torch.ones((), dtype=torch.bool, device=column.device).expand_as(column))[
-        ..., :-1
-    ]
 
 
 def block_sparse_reference(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
