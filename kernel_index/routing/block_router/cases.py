@@ -103,7 +103,7 @@ SUITES = (
         cases=CASES,
         differentiable=(),
         oracle=oracle,
-        sized=lambda m, n: call(m, n, n, 2, 1, 4, 1),
+        sized=lambda m, n: call(m, n, n, 2, 1, 4, 1, topk=2),
         scales=(1e-3, 1.0, 16.0),
     ),
 )

@@ -49,4 +49,4 @@ def _in_best_groups(scores: Tensor, legal: Tensor, call: HierarchyCall) -> Tenso
     counted = torch.nn.functional.pad(legal, padding).unflatten(3, (groups, ratio)).sum(4)
     means = children.sum(4) / counted.clamp(min=1)
     opened = membership(best_by_sorting(means, counted > 0, call.plan.coarse_topc), None, groups)
-    return opened.repeat_interleave(ratio, 3)[..., :blocks]
+    return opened.index_select(3, torch.arange(blocks, device=opened.device) // ratio)
