@@ -130,16 +130,9 @@ SCALES = (1e-3, 1.0, 16.0)
 
 SUITES = (
     Suite(
-        op="fa4_kvcache_decode",
-        function=on_copies,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q", "k", "v"),
-        oracle=oracle,
-        sized=sized,
-        scales=SCALES,
-        rounding=("native", "sdpa", "triton"),
-        real=real,
+        op="fa4_kvcache_decode", function=on_copies, backends=BACKENDS, cases=CASES,
+        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,
+        scales=SCALES, rounding=("native", "sdpa", "triton"), real=real,
         without_gradient=("fa4", "native", "sdpa", "triton"),
     ),
-)
+)  # fmt: skip

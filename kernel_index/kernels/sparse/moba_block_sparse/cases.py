@@ -190,27 +190,16 @@ SCALES = (1e-3, 1.0, 16.0)
 
 SUITES = (
     Suite(
-        op="moba_attention",
-        function=moba_attention,
-        backends=tuple(b for b in BACKENDS if b.name != "triton"),  # the core's own suite interprets that kernel
-        cases=CASES,
-        differentiable=("q", "k", "v"),
-        oracle=oracle,
-        sized=sized,
-        scales=SCALES,
-        rounding=("native", "cpu"),
+        op="moba_attention", function=moba_attention,
+        backends=tuple(b for b in BACKENDS if b.name != "triton"), cases=CASES,
+        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,  # the core's own suite interprets that kernel
+        scales=SCALES, rounding=("native", "cpu"),
     ),
     Suite(
-        op="moba_decode",
-        function=decode_on_copies,
-        backends=DECODE_BACKENDS,
-        cases=DECODE_CASES,
-        differentiable=("q", "k", "v"),
-        oracle=decode_oracle,
+        op="moba_decode", function=decode_on_copies, backends=DECODE_BACKENDS, cases=DECODE_CASES,
+        differentiable=("q", "k", "v"), oracle=decode_oracle,
         sized=lambda m, n: decode_call(m, (n, n - 2), 2),
-        scales=SCALES,
-        rounding=("triton", "native", "cpu"),
-        without_gradient=("native", "cpu", "triton"),
+        scales=SCALES, rounding=("triton", "native", "cpu"), without_gradient=("native", "cpu", "triton"),
         real=real_decode,
     ),
-)
+)  # fmt: skip
