@@ -78,6 +78,7 @@ def test_a_hybrid_run_resumes_bit_for_bit(plain, corpus, tmp_path):
 
 
 def test_receipts_name_every_computing_entry(plain):
+    """Except ``gather_rows_pair``, which ``selected_decode`` needs only where it has no kernel that reads the cache."""
     trainer, _ = plain
     with ki.receipts() as log:
         "".join(generate(trainer.model.eval(), "x", 2))
@@ -85,9 +86,9 @@ def test_receipts_name_every_computing_entry(plain):
     assert {row.op for row in receipt_rows(trainer.receipts)} >= {
         "attention", "clustered_sparse_attention", "exact_token_attention", "fa4_kvcache_decode",
         "fused_bias_dropout_add", "fused_linear_cross_entropy", "fused_mla_projection", "fused_relu_squared",
-        "fused_residual_add_rms_norm", "fused_rope_qk", "gather_rows", "gather_rows_pair", "hierarchical_block_select",
+        "fused_residual_add_rms_norm", "fused_rope_qk", "gather_rows", "hierarchical_block_select",
         "lightning_indexer", "mhc_branch_input", "mhc_merge", "mhc_merge_and_branch_input", "moba_attention",
-        "moba_decode", "sinkhorn", "union_selection",
+        "moba_decode", "selected_decode", "sinkhorn", "union_selection",
     }  # fmt: skip
 
 

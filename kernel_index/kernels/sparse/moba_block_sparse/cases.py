@@ -178,7 +178,7 @@ def sized(m: Maker, n: int) -> dict[str, Any]:
 
 
 def real_decode(m: Maker) -> dict[str, Any]:
-    """Four rows of 32768 tokens in pages of 64, 32 query heads on 8, blocks of 64 tokens of which 16 are picked."""
+    """Four rows of 32768 tokens in pages of 64, 32 query heads on 8, blocks of 64 tokens of which 16 are selected."""
     rows, sizes = 4, (8, 128)
     past = {name: m.normal(rows, 32767, *sizes) for name in ("past_k", "past_v")}
     new = {"q": m.normal(rows, 1, 32, 128), "k": m.normal(rows, 1, *sizes), "v": m.normal(rows, 1, *sizes)}
