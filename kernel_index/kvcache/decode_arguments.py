@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernel_index.core import checks
+from kernel_index.core import checks, rules
 from kernel_index.kvcache.cache import CacheLayer, KVCache
 
 REQUIRES_APPEND_KV = "dense_fa4_kvcache_requires_append_kv"
@@ -71,3 +71,14 @@ def check_layer(q: Tensor, cache: Any, k: Any, v: Any) -> None:
     check_tensors(q, *caches, cache["cache_seqlens"], k, v, cache["block_table"])
     if k is not None and k.shape[1] != cache.new_tokens:
         raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got {k.shape[1]}")
+
+
+def triton_decode_why_not(q: Tensor, k: Tensor | None, v: Tensor | None, *cached: Tensor | None) -> str | None:
+    """The rules of every Triton kernel that decodes: ``cached`` are the tensors that it reads beside q."""
+    if (rule := rules.triton_why_not(q, *cached)) is not None:
+        return rule
+    if rules.wants_gradient(q, k, v):
+        return rules.NO_BACKWARD
+    if q.shape[-1] > rules.WIDEST_HEAD:
+        return "takes head sizes up to 256"
+    return None

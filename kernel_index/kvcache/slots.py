@@ -36,7 +36,7 @@ def slots(table: Tensor | None, token: Tensor, page: int, *, first_row: int = 0)
 
 
 def next_tokens(lengths: Tensor, count: int) -> Tensor:
-    """The positions of ``count`` new tokens in each row, int64 [B, count]: the first stands at ``lengths[b]``."""
+    """The positions of ``count`` new tokens in each row, int64 [B, count]: the first is at ``lengths[b]``."""
     return lengths.to(torch.int64)[:, None] + torch.arange(count, device=lengths.device)
 
 

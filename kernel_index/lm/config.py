@@ -7,7 +7,7 @@ from kernel_index.core import checks
 from kernel_index.lm.data import START
 from kernel_index.nn.experts import Scores
 from kernel_index.nn.mlp import Activation
-from kernel_index.nn.sparse_attention import KINDS
+from kernel_index.nn.sparse_attention import KINDS, SparseKind
 
 LAYERS = {
     "A": "attention, then a feed-forward layer",
@@ -50,7 +50,7 @@ class Sparse:
     ``report_unions`` are those of the clustered blocks: see ``nn.SparseAttention``.
     """
 
-    kinds: tuple[str, ...] = ("clustered",)
+    kinds: tuple[SparseKind, ...] = ("clustered",)
     block: int = 32
     topk: int = 4
     tokens: int = 64
@@ -171,7 +171,7 @@ class ModelConfig:
                 raise ValueError(f"windows must be None but for A and S blocks, got one for block {i}")
             checks.is_int("windows", window, minimum=0)
 
-    def sparse_kind(self, block: int) -> str:
+    def sparse_kind(self, block: int) -> SparseKind:
         """The kind of the S block at this index of the pattern."""
         return self.sparse.kinds[self.pattern[:block].count("S") % len(self.sparse.kinds)]
 

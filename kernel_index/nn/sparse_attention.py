@@ -1,6 +1,6 @@
 """Attention that reads a few blocks or tokens of the past: three ways to select them, one layer."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from kernel_index.core import checks
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
-KINDS = ("exact_token", "moba", "clustered")
+SparseKind = Literal["exact_token", "moba", "clustered"]
+KINDS: tuple[SparseKind, ...] = get_args(SparseKind)
 
 
 class ExactTokenCache(NamedTuple):
@@ -56,7 +57,7 @@ class SparseAttention(Mixer):
         kv_heads: int,
         head_dim: int,
         *,
-        kind: str,
+        kind: SparseKind,
         block: int = 64,
         topk: int = 4,
         tokens: int = 64,

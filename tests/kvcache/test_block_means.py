@@ -38,7 +38,7 @@ def test_contiguous_through_padding_abandoned_steps_and_reset():
     cache = ki.ContiguousKVCache(1, 2, 32, K, D)
     put(cache, 11, keep=[11, 5], seed=1)
     put(cache, 3, seed=2)
-    put(cache, 9, advance=False, seed=3)  # abandoned: other keys come to the same places
+    put(cache, 9, advance=False, seed=3)  # abandoned: other keys come to the same slots
     put(cache, 9, seed=4)
     cache.reset([0])
     put(cache, 5, seed=5)

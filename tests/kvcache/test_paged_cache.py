@@ -26,7 +26,7 @@ class Walk(RuleBasedStateMachine):
         self.clock = 0
         self.steps = 0
 
-    def pick(self, data) -> int:
+    def any_row(self, data) -> int:
         return data.draw(st.sampled_from(sorted(self.rows)))
 
     @initialize(count=st.integers(1, 3))
@@ -42,13 +42,13 @@ class Walk(RuleBasedStateMachine):
     @rule(data=st.data())
     def share(self, data):
         if self.rows and len(self.rows) < 5:
-            source = self.pick(data)
+            source = self.any_row(data)
             self.rows[self.cache.share(source)] = list(self.rows[source])
 
     @rule(data=st.data())
     def free(self, data):
         if self.rows:
-            chosen = self.pick(data)
+            chosen = self.any_row(data)
             self.cache.free(chosen)
             del self.rows[chosen]
             with pytest.raises(ValueError, match="sequence must be"):
@@ -57,7 +57,7 @@ class Walk(RuleBasedStateMachine):
     @rule(data=st.data())
     def share_and_write_both(self, data):
         if self.rows and len(self.rows) < 5:
-            source = self.pick(data)
+            source = self.any_row(data)
             copy = self.cache.share(source)
             self.rows[copy] = list(self.rows[source])
             self.write([source, copy], 1, [1, 1])
@@ -71,7 +71,7 @@ class Walk(RuleBasedStateMachine):
         self.write(chosen, count, kept if advance else None)
 
     def write(self, chosen, count, kept):
-        """One step; without ``kept`` it is abandoned, and what it wrote is nobody's."""
+        """One step; without ``kept`` it is abandoned, and what it wrote no longer counts."""
         before = {s: self.cache.pages(s) for s in self.rows}
         state = (self.cache.free_pages, self.cache.counters.__dict__.copy(), self.cache.k.clone())
         try:
@@ -183,7 +183,7 @@ def test_a_page_that_returns_is_zeroed_before_it_is_read_again():
     cache.free(row)
     cache.free(kept)
     new = cache.allocate()
-    write(cache, [new], 4)  # the same pages; the second has one token and two that nobody wrote
+    write(cache, [new], 4)  # the same pages; the second has one token and two slots that were not written
     assert set(cache.pages(new)) == {0, 1}
     assert torch.isfinite(cache.k).all()
     assert cache.counters.zeroed == 2

@@ -20,3 +20,11 @@ def finished(corpus, tmp_path_factory):
     trainer = Trainer.start(config(corpus), folder)
     list(trainer.steps())
     return trainer
+
+
+@pytest.fixture(scope="module")
+def small_corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        (folder / f"module_{i}.py").write_text(f"def function_{i}(value):\n    return value + {i}\n" * (1 + i % 3))
+    return str(folder)

@@ -1,4 +1,4 @@
-"""A model's cache refuses a step that nobody can fulfil, and serves every mode that PyTorch computes in."""
+"""A model's cache refuses a step that it has no room for, and serves every mode that PyTorch computes in."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ def prompt(tokens=8):
 
 
 def step(model, cache, sequence, tokens):
-    """Logits behind these tokens of one sequence."""
+    """Logits after these tokens of one sequence."""
     start = cache.length(sequence)
     cache.begin([sequence], len(tokens))
     logits = model.decode(tokens[None], start, cache)

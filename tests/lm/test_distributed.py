@@ -21,14 +21,6 @@ EPS = torch.finfo(torch.float32).eps
 PLAIN = {"KERNEL_INDEX_BACKEND": "reference"}  # the arithmetic is at stake here, not the compiler
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(60):
-        (folder / f"module_{i}.py").write_text(f"def function_{i}(value):\n    return value + {i}\n" * (1 + i % 3))
-    return str(folder)
-
-
 def both(*args, **environment):
     """Run the module in two processes that find each other, as torchrun would."""
     with socket.socket() as free:
@@ -44,22 +36,22 @@ def both(*args, **environment):
     assert [p.returncode for p in running] == [0, 0], "\n".join(printed)
 
 
-def alone(corpus, folder, **changes):
-    trainer = Trainer.start(run_config(corpus, backend="reference", **changes), folder)
+def alone(small_corpus, folder, **changes):
+    trainer = Trainer.start(run_config(small_corpus, backend="reference", **changes), folder)
     return [r.loss for r in trainer.steps()]
 
 
 @pytest.fixture(scope="module")
-def together(corpus, tmp_path_factory):
+def together(small_corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "two"
-    both("train", folder, corpus, **PLAIN)
+    both("train", folder, small_corpus, **PLAIN)
     return folder
 
 
-def test_sharded_training_gives_the_losses_of_one_process(together, corpus, tmp_path):
+def test_sharded_training_gives_the_losses_of_one_process(together, small_corpus, tmp_path):
     """Splitting a batch moves the losses by rounding; how far, a split within one process tells."""
-    whole = alone(corpus, tmp_path / "one")
-    split = alone(corpus, tmp_path / "accumulated", batch_rows=2, accumulate=2)
+    whole = alone(small_corpus, tmp_path / "one")
+    split = alone(small_corpus, tmp_path / "accumulated", batch_rows=2, accumulate=2)
     losses = [m.loss for m in read_metrics(together)]
     assert len(losses) == len(whole) == len(split)
     moved = max(abs(a - b) for a, b in zip(whole, split, strict=True))
@@ -99,8 +91,8 @@ def test_one_process_continues_what_two_have_saved(together, tmp_path):
     assert "".join(generate(load_model(together), "def ", 5)), "a sharded checkpoint also generates"
 
 
-def test_two_processes_continue_what_one_has_saved(corpus, tmp_path):
-    whole = alone(corpus, tmp_path / "one")
+def test_two_processes_continue_what_one_has_saved(small_corpus, tmp_path):
+    whole = alone(small_corpus, tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "checkpoint-00000004")
     both("resume", tmp_path / "one", **PLAIN)
     found = json.loads((tmp_path / "one" / "resumed.json").read_text())
@@ -130,10 +122,10 @@ def test_tensor_parallel_loss_and_gradients(tmp_path):
         assert (found[name] - right).abs().max() <= allowed, name
 
 
-def test_a_tensor_parallel_run_takes_the_steps_of_one_process(corpus, tmp_path):
+def test_a_tensor_parallel_run_takes_the_steps_of_one_process(small_corpus, tmp_path):
     """Dropout included: every process draws the same masks.  One process then continues it."""
-    both("train_split", tmp_path / "two", corpus)
-    trainer = Trainer.start(split_run(corpus), tmp_path / "one")
+    both("train_split", tmp_path / "two", small_corpus)
+    trainer = Trainer.start(split_run(small_corpus), tmp_path / "one")
     alone = [(r.loss, r.gradient_norm, r.validation) for r in trainer.steps()]
     found = [(m.loss, m.gradient_norm, m.validation) for m in read_metrics(tmp_path / "two")]
     for (loss, norm, validation), (expected, expected_norm, expected_validation) in zip(found, alone, strict=True):

@@ -25,33 +25,25 @@ HYBRID = replace(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(60):
-        (folder / f"module_{i}.py").write_text(f"def function_{i}(value):\n    return value + {i}\n" * (1 + i % 3))
-    return str(folder)
-
-
-def config(corpus, **changes) -> RunConfig:
-    base = RunConfig.from_preset("nano", data=corpus, model=HYBRID, seed=3, steps=3, backend="reference")
+def config(small_corpus, **changes) -> RunConfig:
+    base = RunConfig.from_preset("nano", data=small_corpus, model=HYBRID, seed=3, steps=3, backend="reference")
     return replace(base, checkpoint_every=100, evaluate_every=100, validation_rows=4, **changes)
 
 
-def run(corpus, folder, **changes):
-    trainer = Trainer.start(config(corpus, **changes), folder)
+def run(small_corpus, folder, **changes):
+    trainer = Trainer.start(config(small_corpus, **changes), folder)
     return trainer, [(r.loss, r.gradient_norm) for r in trainer.steps()]
 
 
 @pytest.fixture(scope="module")
-def plain(corpus, tmp_path_factory):
-    return run(corpus, tmp_path_factory.mktemp("runs") / "plain")
+def plain(small_corpus, tmp_path_factory):
+    return run(small_corpus, tmp_path_factory.mktemp("runs") / "plain")
 
 
-def test_kernels_train_to_the_losses_of_the_plain_path(plain, corpus, tmp_path):
+def test_kernels_train_to_the_losses_of_the_plain_path(plain, small_corpus, tmp_path):
     """Both against the rounding of float32, measured by splitting the batch in the plain path."""
-    ours, losses = run(corpus, tmp_path / "kernels", backend="auto")
-    _, split = run(corpus, tmp_path / "split", batch_rows=2, accumulate=2)
+    ours, losses = run(small_corpus, tmp_path / "kernels", backend="auto")
+    _, split = run(small_corpus, tmp_path / "split", batch_rows=2, accumulate=2)
     assert {r.ran for r in plain[0].receipts} == {"reference"}
     assert len({r.ran for r in ours.receipts}) > 2
     moved = max(abs(a[0] - b[0]) for a, b in zip(plain[1], split, strict=True))
@@ -59,13 +51,13 @@ def test_kernels_train_to_the_losses_of_the_plain_path(plain, corpus, tmp_path):
         assert abs(loss - expected) <= 8 * moved + 64 * EPS * expected
 
 
-def test_recomputing_blocks_changes_no_bit(plain, corpus, tmp_path):
-    assert run(corpus, tmp_path / "run", recompute=True)[1] == plain[1]
+def test_recomputing_blocks_changes_no_bit(plain, small_corpus, tmp_path):
+    assert run(small_corpus, tmp_path / "run", recompute=True)[1] == plain[1]
 
 
-def test_a_hybrid_run_resumes_bit_for_bit(plain, corpus, tmp_path):
+def test_a_hybrid_run_resumes_bit_for_bit(plain, small_corpus, tmp_path):
     """Weights, moments, the experts' biases, and the order of the data all come back."""
-    trainer = Trainer.start(config(corpus), tmp_path / "run")
+    trainer = Trainer.start(config(small_corpus), tmp_path / "run")
     for report in trainer.steps():
         if report.step == 2:
             trainer.save()
@@ -78,6 +70,7 @@ def test_a_hybrid_run_resumes_bit_for_bit(plain, corpus, tmp_path):
 
 
 def test_receipts_name_every_computing_entry(plain):
+    """Except ``gather_rows_pair``, which ``selected_decode`` needs only where it has no kernel that reads the cache."""
     trainer, _ = plain
     with ki.receipts() as log:
         "".join(generate(trainer.model.eval(), "x", 2))
@@ -85,9 +78,9 @@ def test_receipts_name_every_computing_entry(plain):
     assert {row.op for row in receipt_rows(trainer.receipts)} >= {
         "attention", "clustered_sparse_attention", "exact_token_attention", "fa4_kvcache_decode",
         "fused_bias_dropout_add", "fused_linear_cross_entropy", "fused_mla_projection", "fused_relu_squared",
-        "fused_residual_add_rms_norm", "fused_rope_qk", "gather_rows", "gather_rows_pair", "hierarchical_block_select",
+        "fused_residual_add_rms_norm", "fused_rope_qk", "gather_rows", "hierarchical_block_select",
         "lightning_indexer", "mhc_branch_input", "mhc_merge", "mhc_merge_and_branch_input", "moba_attention",
-        "moba_decode", "sinkhorn", "union_selection",
+        "moba_decode", "selected_decode", "sinkhorn", "union_selection",
     }  # fmt: skip
 
 
@@ -102,8 +95,8 @@ def test_tiny_has_every_letter_of_the_hybrid_above():
     assert any(window is not None for window in tiny.windows)
 
 
-def test_dense_warm_up_says_when_it_ended(corpus, tmp_path):
-    trainer = Trainer.start(config(corpus, sparse_from_step=2), tmp_path / "run")
+def test_dense_warm_up_says_when_it_ended(small_corpus, tmp_path):
+    trainer = Trainer.start(config(small_corpus, sparse_from_step=2), tmp_path / "run")
     seen = []
     for _ in trainer.steps():
         seen.append({(r.op, r.details.get("path")) for r in trainer.receipts})
@@ -157,7 +150,7 @@ def test_unknown_parts_are_errors(changes, message):
         Sparse(("nearest",))
 
 
-def test_the_head_that_looks_further_adds_its_loss_while_training(plain, corpus):
+def test_the_head_that_looks_further_adds_its_loss_while_training(plain, small_corpus):
     torch.manual_seed(0)
     model = LanguageModel(replace(HYBRID, pattern="A", windows=(None,), residual="fp32", ahead=0.5))
     batch = plain[0].rows.at_step(0, 2, 0)
@@ -211,27 +204,27 @@ def test_every_letter_compiles_into_one_graph(plain):
     assert_same_gradients(*(torch.autograd.grad(y, weights) for y in (compiled, eager)))
 
 
-def test_a_compiled_run_takes_the_steps_of_an_eager_one(corpus, tmp_path):
+def test_a_compiled_run_takes_the_steps_of_an_eager_one(small_corpus, tmp_path):
     model = replace(PRESETS["nano"].model, pattern="A", windows=(16,), dropout=0.0, context=64)
-    runs = [run(corpus, tmp_path / str(c), model=model, backend="auto", compile=c)[1] for c in (True, False)]
+    runs = [run(small_corpus, tmp_path / str(c), model=model, backend="auto", compile=c)[1] for c in (True, False)]
     for (loss, norm), (expected, expected_norm) in zip(*runs, strict=True):
         assert loss == pytest.approx(expected, rel=64 * EPS)
         assert norm == pytest.approx(expected_norm, rel=1024 * EPS)
 
 
-def test_mixed_precision_keeps_float32_weights_and_a_close_loss(plain, corpus, tmp_path):
-    trainer, losses = run(corpus, tmp_path / "run", dtype="bfloat16")
+def test_mixed_precision_keeps_float32_weights_and_a_close_loss(plain, small_corpus, tmp_path):
+    trainer, losses = run(small_corpus, tmp_path / "run", dtype="bfloat16")
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert losses != plain[1]
     for (loss, _), (expected, _) in zip(losses, plain[1], strict=True):
         assert loss == pytest.approx(expected, rel=2**-7)  # the weights and activations have 8 bits
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path):
+def test_accumulated_gradients_are_those_of_the_whole_batch(small_corpus, tmp_path):
     """Rows with very different numbers of targets: a mean of the parts' means would be far off."""
     found = []
     for rows, parts in ((4, 1), (2, 2), (1, 4)):
-        c = config(corpus, batch_rows=rows, accumulate=parts)
+        c = config(small_corpus, batch_rows=rows, accumulate=parts)
         trainer = Trainer.start(
             replace(c, model=replace(c.model, pattern="AM", windows=(16, None))), tmp_path / f"{rows}"
         )
@@ -251,8 +244,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, tmp_path):
         assert_same_gradients(grads, found[0][1])
 
 
-def test_the_learning_rate_warms_up_and_decays_and_gradients_are_clipped(corpus, tmp_path):
-    trainer = Trainer.start(config(corpus, clip=1e-3), tmp_path / "run")
+def test_the_learning_rate_warms_up_and_decays_and_gradients_are_clipped(small_corpus, tmp_path):
+    trainer = Trainer.start(config(small_corpus, clip=1e-3), tmp_path / "run")
     trainer.config = replace(trainer.config, steps=100)
     rates = [trainer.learning_rate(step) / trainer.config.learning_rate for step in range(100)]
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
@@ -265,8 +258,8 @@ def test_the_learning_rate_warms_up_and_decays_and_gradients_are_clipped(corpus,
     assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_resumed_run_reports_the_time_of_both(corpus, tmp_path):
-    trainer = Trainer.start(config(corpus), tmp_path / "run")
+def test_a_resumed_run_reports_the_time_of_both(small_corpus, tmp_path):
+    trainer = Trainer.start(config(small_corpus), tmp_path / "run")
     next(trainer.steps())
     trainer.save()
     before = trainer.goodput.seconds()["step"]

@@ -31,7 +31,7 @@ def model():
     return make("AAA", (5, None, 11))
 
 
-PARTS = {
+SIZES = {
     "latent": Latent(latent=16, rope=8),
     "state_space": StateSpace(heads=4, head_dim=16, state=8, chunk=8),
     "experts": ExpertLayer(count=4, topk=2, hidden=64, shared=32),
@@ -42,15 +42,15 @@ KINDS = {
         kind: make("AS", (None, w), sparse=Sparse((kind,), **SPARSE))
         for kind, w in (("moba", 9), ("exact_token", None), ("clustered", None))
     },
-    "L": make("L", (None,), **PARTS),
-    "M": make("M", (None,), **PARTS),
-    "AE": make("AE", (7, None), **PARTS),
+    "L": make("L", (None,), **SIZES),
+    "M": make("M", (None,), **SIZES),
+    "AE": make("AE", (7, None), **SIZES),
     "S by groups": make("AS", (None, 9), sparse=Sparse(("clustered",), **SPARSE, hierarchy=(2, 1))),
     "MASLSSE": make(
-        "MASLSSE", (None, 9, *5 * (None,)), residual="mhc", **PARTS,
+        "MASLSSE", (None, 9, *5 * (None,)), residual="mhc", **SIZES,
         sparse=Sparse(("exact_token", "moba", "clustered"), **SPARSE, hierarchy=(2, 1)),
     ),
-    "MALEM": make("MALEM", (None, 9, None, None, None), residual="mhc", **PARTS),
+    "MALEM": make("MALEM", (None, 9, None, None, None), residual="mhc", **SIZES),
 }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone():
 
 
 def decoded(model, cache, prompt):
-    """Logits behind a new sequence of a cache: its prompt, then one token."""
+    """Logits after a new sequence of a cache: its prompt, then one token."""
     row = cache.allocate()
     for start, tokens in ((0, prompt[:-1]), (len(prompt) - 1, prompt[-1:])):
         cache.begin([row], len(tokens))
@@ -100,7 +100,7 @@ def decoded(model, cache, prompt):
 
 def test_a_cache_that_outlives_a_change_of_the_weights_serves_new_sequences_with_the_new_ones():
     """Streams mix by a matrix of weights alone, which a step takes from the cache: it must be that of the prompt."""
-    model, prompt = make("MAA", (None, None, 9), residual="mhc", **PARTS), torch.randint(0, 256, (6,))
+    model, prompt = make("MAA", (None, None, 9), residual="mhc", **SIZES), torch.randint(0, 256, (6,))
     cache = model.new_cache(2 * CONTEXT, page_size=4)
     with torch.no_grad():
         before = decoded(model, cache, prompt)
@@ -193,7 +193,7 @@ def test_a_step_feeds_one_token_and_every_layer_decodes(model):
 
 
 def test_text_streams_token_by_token(model):
-    """Each piece is handed out before the next token is computed, and never half a character."""
+    """Each piece of text is yielded before the next token is computed, and never half a character."""
     stream = generate(model, "abc", 6)
     for seen in (1, 2, 3):
         with ki.receipts() as log:

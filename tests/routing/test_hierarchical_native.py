@@ -12,20 +12,6 @@ from kernel_index.core import native
 SIZE = 2
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """How often the native search ran."""
-    calls = []
-
-    def counted(source, function, *args):
-        calls.append(function)
-        return call(source, function, *args)
-
-    call = native.call
-    monkeypatch.setattr(native, "call", counted)
-    return calls
-
-
 def drawn(seed, queries=None, blocks=None, whole=True, dtype=torch.float32):
     """The arguments of one call: few or many queries, any mask, scores that are whole numbers and mostly tied."""
     chance, g = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -11,20 +11,6 @@ from kernel_index.core import native
 from kernel_index.routing.lightning_indexer import native as module
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """How often the native indexer ran."""
-    calls = []
-
-    def counted(source, function, *args):
-        calls.append(function)
-        return call(source, function, *args)
-
-    call = native.call
-    monkeypatch.setattr(native, "call", counted)
-    return calls
-
-
 def drawn(seed, whole=True):
     """Few or many queries, any mask; whole numbers, so that scores are exact and mostly tied."""
     chance, g = random.Random(seed), torch.Generator().manual_seed(seed)

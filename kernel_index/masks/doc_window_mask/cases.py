@@ -9,7 +9,7 @@ from torch import Tensor
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
-SUITES = ()  # a mask is metadata: it has no backends of its own
+SUITES = ()  # a mask is metadata: it has no backends of its own  # fmt: skip
 
 PACKED = ((7, 7, 7, 4, 4, 7, 7, 7, -1, 9, 9, 9, -1), (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
 

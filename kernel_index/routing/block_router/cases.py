@@ -97,13 +97,8 @@ def oracle(
 
 SUITES = (
     Suite(
-        op="block_router",
-        function=outcome,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=(),
-        oracle=oracle,
+        op="block_router", function=outcome, backends=BACKENDS, cases=CASES, differentiable=(), oracle=oracle,
         sized=lambda m, n: call(m, n, n, 2, 1, 4, 1, topk=2),
         scales=(1e-3, 1.0, 16.0),
     ),
-)
+)  # fmt: skip

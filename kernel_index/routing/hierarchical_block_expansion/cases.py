@@ -89,13 +89,8 @@ def oracle(
 
 SUITES = (
     Suite(
-        op="hierarchical_block_select",
-        function=outcome,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=(),
-        oracle=oracle,
-        sized=lambda m, n: call(m, n, n, 2, 1, 4, coarse_ratio=2, coarse_topc=1, final_topk=2),
+        op="hierarchical_block_select", function=outcome, backends=BACKENDS, cases=CASES, differentiable=(),
+        oracle=oracle, sized=lambda m, n: call(m, n, n, 2, 1, 4, coarse_ratio=2, coarse_topc=1, final_topk=2),
         scales=(1e-3, 1.0, 16.0),
     ),
-)
+)  # fmt: skip

@@ -57,12 +57,8 @@ def oracle(q_idx: Tensor, k_idx: Tensor, weights: Tensor, topk: int, mask: MaskC
 
 SUITES = (
     Suite(
-        op="lightning_indexer",
-        function=scores_of,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q_idx", "k_idx", "weights"),
-        oracle=oracle,
+        op="lightning_indexer", function=scores_of, backends=BACKENDS, cases=CASES,
+        differentiable=("q_idx", "k_idx", "weights"), oracle=oracle,
         sized=lambda m, n: indexer(m, n, n, 2, 4, 3, mask=MaskContract(causal=False)),  # no score of −∞ to differ from
     ),
-)
+)  # fmt: skip

@@ -63,13 +63,8 @@ def oracle(
 
 SUITES = (
     Suite(
-        op="union_selection",
-        function=outcome,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=(),
-        oracle=oracle,
-        sized=lambda m, n: call(m, n, 3, 7, 4),
+        op="union_selection", function=outcome, backends=BACKENDS, cases=CASES, differentiable=(),
+        oracle=oracle, sized=lambda m, n: call(m, n, 3, 7, 4),
         scales=(1.0,),
     ),
-)
+)  # fmt: skip

@@ -177,8 +177,8 @@ def test_slots_after_the_last_token_have_no_influence(backend):
     q, k, v = stream(1)
     lengths = torch.tensor([5, 0, 3], dtype=torch.int32)
     clean = [torch.randn(3, 8, K, D) for _ in range(2)]
-    behind = (torch.arange(8) >= lengths[:, None])[:, :, None, None]
-    dirty = [x.masked_fill(behind, float("nan")) for x in clean]
+    after = (torch.arange(8) >= lengths[:, None])[:, :, None, None]
+    dirty = [x.masked_fill(after, float("nan")) for x in clean]
     outs = [ki.fa4_kvcache_decode(q, *c, cache_seqlens=lengths, k=k, v=v, backend=backend) for c in (clean, dirty)]
     assert torch.isfinite(outs[1]).all()
     torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0)

@@ -10,7 +10,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import cut_of
 from kernel_index.proofs.errors import floor, relative_error
 from kernel_index.proofs.traffic import counted
-from tests.kernels.sparse.test_block_sparse_triton import DOCUMENTS, draw, formula, with_gradients
+from tests.kernels.sparse.test_block_sparse_triton import DOCUMENTS, contenders, draw, with_gradients
 
 interpreted = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
 
@@ -34,16 +34,7 @@ def test_values_and_gradients(name, small, by_lists, monkeypatch):
     if small:  # many parts of a list, few heads at a time
         monkeypatch.setattr(lists, "PART", 6)
         monkeypatch.setattr(lists, "PARTIAL_BYTES", 1)
-    sizes, extra = CALLS[name]
-    q, k, v, picks = draw(*sizes)
-    block, mask, softcap = sizes[-1], extra.get("mask", ki.MaskContract()), extra.get("softcap", 0.0)
-
-    def ours(q, k, v):
-        return block_sparse_attention(q, k, v, picks, block_size=block, mask=mask, softcap=softcap, backend="triton")
-
-    def plain(q, k, v):
-        return formula(q, k, v, picks, block, mask, softcap)
-
+    (q, k, v), ours, plain = contenders(*CALLS[name])
     truth = with_gradients(plain, q, k, v, torch.float64)
     naive = with_gradients(plain, q, k, v, torch.float32)
     got, again = (with_gradients(ours, q, k, v, torch.float32) for _ in range(2))

@@ -61,10 +61,8 @@ CALLS = {
 }
 
 
-@interpreted
-@pytest.mark.parametrize("name", CALLS)
-def test_values_and_gradients(name):
-    sizes, extra = CALLS[name]
+def contenders(sizes, extra):
+    """Inputs, the kernel under test, and the plain formula."""
     q, k, v, picks = draw(*sizes)
     block, mask, softcap = sizes[-1], extra.get("mask", ki.MaskContract()), extra.get("softcap", 0.0)
 
@@ -74,6 +72,13 @@ def test_values_and_gradients(name):
     def plain(q, k, v):
         return formula(q, k, v, picks, block, mask, softcap)
 
+    return (q, k, v), ours, plain
+
+
+@interpreted
+@pytest.mark.parametrize("name", CALLS)
+def test_values_and_gradients(name):
+    (q, k, v), ours, plain = contenders(*CALLS[name])
     single, double = torch.float32, torch.float64
     actual, eager, truth = (
         with_gradients(f, q, k, v, t) for f, t in ((ours, single), (plain, single), (plain, double))

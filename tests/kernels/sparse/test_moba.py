@@ -139,8 +139,8 @@ def test_token_by_token_equals_recomputation(kind, backend, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_decoding_reads_the_picked_blocks_alone(backend):
-    """What was not picked may hold NaN once its mean is known: it is not read, where dense attention would read it."""
+def test_decoding_reads_the_selected_blocks_alone(backend):
+    """Blocks that were not selected may hold NaN once their means are known: they are not read."""
     q, k, v = qkv(40)
     cache, begin = filled("contiguous", B, 41)
     begin(40)
@@ -149,11 +149,13 @@ def test_decoding_reads_the_picked_blocks_alone(backend):
     begin(1)
     new = {"k": k[:, :1], "v": v[:, :1]}
     last = q[:, :1]
-    picks = ki.moba_route(last, torch.cat([k, k[:, :1]], 1), block_size=BLOCK, topk=2, mask=ki.MaskContract()).indices
+    selected = ki.moba_route(
+        last, torch.cat([k, k[:, :1]], 1), block_size=BLOCK, topk=2, mask=ki.MaskContract()
+    ).indices
     used = torch.zeros(B, 11, K, dtype=torch.bool)
     for b in range(B):
         for h in range(H):
-            used[b, picks[b, 0, h].tolist(), h // (H // K)] = True
+            used[b, selected[b, 0, h].tolist(), h // (H // K)] = True
     assert 0 < used.sum() < used.numel() / 2
     unused = ~used.repeat_interleave(BLOCK, 1)[:, :41, :, None]
     expected = ki.attention(last, torch.cat([k, new["k"]], 1), torch.cat([v, new["v"]], 1), backend="reference")

@@ -117,29 +117,14 @@ ROUNDING = tuple(b.name for b in BACKENDS if b.name != "reference")  # each roun
 
 SUITES = (
     Suite(
-        op="attention",
-        function=attention,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q", "k", "v", "sink"),
-        oracle=oracle,
-        sized=sized,
-        scales=SCALES,
-        rounding=ROUNDING,
-        real=lambda m: real(m, 128),
-        units=UNITS,
+        op="attention", function=attention, backends=BACKENDS, cases=CASES,
+        differentiable=("q", "k", "v", "sink"), oracle=oracle, sized=sized,
+        scales=SCALES, rounding=ROUNDING, real=lambda m: real(m, 128), units=UNITS,
     ),
     Suite(
-        op="attention_with_lse",
-        function=attention_with_lse,
-        backends=tuple(b for b in BACKENDS if b.name not in ("sdpa", "varlen")),  # they return no log-sum-exp
-        cases=CASES,
-        differentiable=("q", "k", "v", "sink"),
-        oracle=oracle_with_lse,
-        sized=sized,
-        scales=SCALES,
-        rounding=ROUNDING,
-        real=lambda m: real(m, 64),
-        units=UNITS,
+        op="attention_with_lse", function=attention_with_lse,
+        backends=tuple(b for b in BACKENDS if b.name not in ("sdpa", "varlen")), cases=CASES,
+        differentiable=("q", "k", "v", "sink"), oracle=oracle_with_lse, sized=sized,  # they return no log-sum-exp
+        scales=SCALES, rounding=ROUNDING, real=lambda m: real(m, 64), units=UNITS,
     ),
-)
+)  # fmt: skip

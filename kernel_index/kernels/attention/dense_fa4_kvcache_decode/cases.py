@@ -18,7 +18,7 @@ def on_copies(*, k_cache: Tensor, v_cache: Tensor, **call: Any) -> tuple[Tensor,
 def contiguous(
     m: Maker, lengths: list[int], capacity: int, queries: int, new: int, h: int, k: int, d: int
 ) -> dict[str, Any]:
-    """Scores grow with the square root of the maker's scale: beyond a few tens softmax only picks the largest."""
+    """Scores grow with the square root of the maker's scale: beyond a few tens softmax only selects the largest."""
     b, small = len(lengths), m.scale**-0.5
     return {
         "q": m.normal(b, queries, h, d),
@@ -33,7 +33,7 @@ def contiguous(
 def paged(
     m: Maker, lengths: list[int], page: int, slots: int, queries: int, new: int, h: int, k: int, d: int
 ) -> dict[str, Any]:
-    """Pages in a shuffled order, spare ones between them, and -1 behind each row's last page."""
+    """Pages in a shuffled order, spare ones between them, and -1 after each row's last page."""
     call = contiguous(m, lengths, slots * page, queries, new, h, k, d)
     rows, pages = len(lengths), len(lengths) * slots + 3
     order = torch.randperm(pages, generator=m.generator)[: rows * slots].view(rows, slots)
@@ -50,7 +50,7 @@ CASES = (
     Case("step", "one token for each row, ragged lengths, one row empty", lambda m: contiguous(
         m, [7, 0, 12], 16, 1, 1, 4, 2, 8)),
     Case("even", "all rows of one length: one kernel call", lambda m: contiguous(m, [9, 9], 16, 1, 1, 6, 2, 8)),
-    Case("full", "the last place of the cache", lambda m: contiguous(m, [15, 3], 16, 1, 1, 2, 2, 8)),
+    Case("full", "the last slot of the cache", lambda m: contiguous(m, [15, 3], 16, 1, 1, 2, 2, 8)),
     Case("several", "five new tokens at once, ragged", lambda m: contiguous(m, [7, 0, 11], 16, 5, 5, 4, 1, 8)),
     Case("paged", "shuffled pages, ragged lengths across page ends", lambda m: paged(
         m, [7, 0, 12, 3], 4, 4, 1, 1, 4, 2, 8)),
@@ -86,7 +86,7 @@ def oracle(
     softcap: float = 0.0,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token by token in Python: where each key lies, who may see it, one softmax for each query."""
+    """Token by token in Python: the slot of each key, the queries that may see it, one softmax for each query."""
     batch, queries, heads, width = q.shape
     page, group = k_cache.shape[1], heads // k_cache.shape[2]
     caches, out = (k_cache.clone(), v_cache.clone()), []
@@ -96,11 +96,11 @@ def oracle(
         cached = int(cache_seqlens[b])
         rows: list[list[Tensor]] = [[], []]
         for at in range(cached + (0 if k is None else k.shape[1])):
-            place = (b, at) if block_table is None else (int(block_table[b, at // page]), at % page)
+            slot = (b, at) if block_table is None else (int(block_table[b, at // page]), at % page)
             for row, cache, new in zip(rows, caches, (k, v), strict=True):
                 if new is not None and at >= cached:
-                    cache[place] = new[b, at - cached].detach()
-                row.append(cache[place] if new is None or at < cached else new[b, at - cached])
+                    cache[slot] = new[b, at - cached].detach()
+                row.append(cache[slot] if new is None or at < cached else new[b, at - cached])
         total = len(rows[0])
         for t in range(queries):
             p = total - queries + t
@@ -125,21 +125,14 @@ def real(m: Maker) -> dict[str, Any]:
     return paged(m, [4095 - 128 * i for i in range(16)], 64, 64, 1, 1, 8, 2, 64)
 
 
-# At 300 scores pass 50, and softmax only picks the largest key.
+# At 300 scores pass 50, and softmax only selects the largest key.
 SCALES = (1e-3, 1.0, 16.0)
 
 SUITES = (
     Suite(
-        op="fa4_kvcache_decode",
-        function=on_copies,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q", "k", "v"),
-        oracle=oracle,
-        sized=sized,
-        scales=SCALES,
-        rounding=("native", "sdpa", "triton"),
-        real=real,
+        op="fa4_kvcache_decode", function=on_copies, backends=BACKENDS, cases=CASES,
+        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,
+        scales=SCALES, rounding=("native", "sdpa", "triton"), real=real,
         without_gradient=("fa4", "native", "sdpa", "triton"),
     ),
-)
+)  # fmt: skip

@@ -91,16 +91,9 @@ UNITS = 2.0 * (1 + 3) + 6
 
 SUITES = (
     Suite(
-        op="exact_token_attention",
-        function=exact_token_attention,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q", "k", "v"),
-        oracle=oracle,
-        sized=sized,
+        op="exact_token_attention", function=exact_token_attention, backends=BACKENDS, cases=CASES,
+        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,
         scales=(1e-3, 1.0, 16.0),  # as in dense attention
-        rounding=("triton", "cpu"),
-        real=real,
-        units={"triton": UNITS, "cpu": UNITS},
+        rounding=("triton", "cpu"), real=real, units={"triton": UNITS, "cpu": UNITS},
     ),
-)
+)  # fmt: skip

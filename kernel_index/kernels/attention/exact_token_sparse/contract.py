@@ -9,13 +9,18 @@ from kernel_index.core import checks, rules
 from kernel_index.core.target import target_of
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
-from kernel_index.masks.attention_arguments import check_attention
+from kernel_index.masks.attention_arguments import check_attention, scale_of, sizes_of
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.contract import check_in_range, check_indices
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
 INDEXER_RETURNED_NONE = "indexer_returned_none"
 UNION_NEEDS_CPU = f"{rules.NEEDS_CPU}: the union of a chunk's selected tokens is read on the host"
+
+
+class Scoring(NamedTuple):
+    scale: float
+    softcap: float
 
 
 class ExactTokenCall(NamedTuple):
@@ -31,6 +36,16 @@ class ExactTokenCall(NamedTuple):
     softcap: float
     requested: str
     indexer: str
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(scale_of(self.q, self.scale), self.softcap)
+
+    @property
+    def selection(self) -> list[Tensor]:
+        """The interval of keys of each query, then the indices, then their validity where it is given."""
+        bounds = self.mask.row_intervals(sizes_of(self.q, self.k, self.mask))
+        return [*bounds, *(t for t in (self.indices, self.valid) if t is not None)]
 
     @property
     def as_dense(self) -> AttentionCall:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from kernel_index.core import ops
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
-from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
+from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall, Scoring
 from kernel_index.kernels.sparse.row_gather.api import GIANT, gather_eager
-from kernel_index.masks.attention_arguments import scale_of, sizes_of
 
 CHUNK = 64
 """Queries that are staged together."""
@@ -214,13 +213,8 @@ _backward_op = ops.register(
 )
 
 
-class _Scoring(NamedTuple):
-    scale: float
-    softcap: float
-
-
 def _forward(
-    scoring: _Scoring, q: Tensor, k: Tensor, v: Tensor, sink: None, start: Tensor, end: Tensor, indices: Tensor,
+    scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: None, start: Tensor, end: Tensor, indices: Tensor,
     *valid: Tensor,
 ) -> Forward:  # fmt: skip
     selection = (indices, valid[0] if valid else None, start, end)
@@ -228,7 +222,7 @@ def _forward(
     return Forward(out, lse.detach(), (lse, *selection))
 
 
-def _backward(scoring: _Scoring, given: Backward) -> Gradients:
+def _backward(scoring: Scoring, given: Backward) -> Gradients:
     # The log-sum-exp is not handed out: d_lse is None, or the zeros that torch.compile makes of it.
     return Gradients(*_backward_op(given.d_out, given.q, given.k, given.v, given.out, *given.saved, *scoring))
 
@@ -237,7 +231,4 @@ PASSES = Passes("the cpu backend of exact_token_attention", _forward, _backward)
 
 
 def exact_token_cpu(call: ExactTokenCall) -> Tensor:
-    bounds = call.mask.row_intervals(sizes_of(call.q, call.k, call.mask))
-    scoring = _Scoring(scale_of(call.q, call.scale), call.softcap)
-    selection = [t for t in (call.indices, call.valid) if t is not None]
-    return attend(PASSES, scoring, call.q, call.k, call.v, None, *bounds, *selection)[0]
+    return attend(PASSES, call.scoring, call.q, call.k, call.v, None, *call.selection)[0]

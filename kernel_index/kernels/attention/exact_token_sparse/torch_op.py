@@ -1,16 +1,13 @@
 """The registered ops of the ``triton`` backend, and its two passes."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
 from kernel_index.core.triton.launch import dense_heads
-from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
+from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall, Scoring
 from kernel_index.kernels.attention.exact_token_sparse.selection_order import inverse_selection, sort_selected
-from kernel_index.masks.attention_arguments import scale_of, sizes_of
 
 
 def _allocate(q, k, v, indices, valid, start, end, scale, softcap):
@@ -77,20 +74,15 @@ _keys_op = ops.register(
 )
 
 
-class _Scoring(NamedTuple):
-    scale: float
-    softcap: float
-
-
 def _forward(
-    scoring: _Scoring, q: Tensor, k: Tensor, v: Tensor, sink: None, start: Tensor, end: Tensor, indices: Tensor,
+    scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: None, start: Tensor, end: Tensor, indices: Tensor,
     *valid: Tensor,
 ) -> Forward:  # fmt: skip
     out, log2_sum, slots, counts = _forward_op(q, k, v, indices, valid[0] if valid else None, start, end, *scoring)
     return Forward(out, log2_sum.detach(), (log2_sum, slots, counts))
 
 
-def _backward(scoring: _Scoring, given: Backward) -> Gradients:
+def _backward(scoring: Scoring, given: Backward) -> Gradients:
     # The log-sum-exp is not handed out: d_lse is None, or the zeros that torch.compile makes of it.
     d_out, _, q, k, v, _, out = given[:7]
     log2_sum, slots, counts = given.saved
@@ -105,7 +97,4 @@ PASSES = Passes("the triton backend of exact_token_attention", _forward, _backwa
 
 
 def exact_token_triton(call: ExactTokenCall) -> Tensor:
-    bounds = call.mask.row_intervals(sizes_of(call.q, call.k, call.mask))
-    scoring = _Scoring(scale_of(call.q, call.scale), call.softcap)
-    selection = [t for t in (call.indices, call.valid) if t is not None]
-    return attend(PASSES, scoring, call.q, call.k, call.v, None, *bounds, *selection)[0]
+    return attend(PASSES, call.scoring, call.q, call.k, call.v, None, *call.selection)[0]

@@ -86,17 +86,10 @@ def rotate_half_formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interlea
 
 SUITES = (
     Suite(
-        op="fused_rope_qk",
-        function=fused_rope_qk,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q", "k"),
-        oracle=rotate_half_formula,
-        sized=lambda m, n: _call(m, 2, n, 4, 2, 8, 8),
+        op="fused_rope_qk", function=fused_rope_qk, backends=BACKENDS, cases=CASES, differentiable=("q", "k"),
+        oracle=rotate_half_formula, sized=lambda m, n: _call(m, 2, n, 4, 2, 8, 8),
         real=lambda m, rows=8192: _call(m, 1, rows, 32, 8, 128, 128),
         compulsory=lambda call: (2 * size_of(call["q"], call["k"]) + size_of(call["cos"], call["sin"]),) * 2,
-        double_backward=True,
-        nonfinite=("q", "k"),
-        without_gradient=("native",),
+        double_backward=True, nonfinite=("q", "k"), without_gradient=("native",),
     ),
-)
+)  # fmt: skip

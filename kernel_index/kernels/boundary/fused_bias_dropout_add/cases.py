@@ -85,19 +85,13 @@ CASES = (
 
 SUITES = (
     Suite(
-        op="fused_bias_dropout_add",
-        function=fused_bias_dropout_add,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("x", "residual", "bias"),
-        oracle=oracle,
-        sized=lambda m, n: with_bias(m, n, 24),
+        op="fused_bias_dropout_add", function=fused_bias_dropout_add, backends=BACKENDS, cases=CASES,
+        differentiable=("x", "residual", "bias"), oracle=oracle, sized=lambda m, n: with_bias(m, n, 24),
         real=lambda m, rows=8192: with_bias(m, rows, 4096, p=0.1),
         compulsory=lambda call: (
             size_of(call["x"], call["bias"]) + 2 * size_of(call["residual"]),
             size_of(call["x"], call["residual"], call["bias"]),
         ),
-        double_backward=True,
-        nonfinite=("x", "residual", "bias"),
+        double_backward=True, nonfinite=("x", "residual", "bias"),
     ),
-)
+)  # fmt: skip

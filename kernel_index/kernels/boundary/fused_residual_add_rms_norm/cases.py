@@ -62,17 +62,10 @@ CASES = (
 
 SUITES = (
     Suite(
-        op="fused_residual_add_rms_norm",
-        function=fused_residual_add_rms_norm,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("residual", "delta", "weight", "scale"),
-        oracle=oracle,
+        op="fused_residual_add_rms_norm", function=fused_residual_add_rms_norm, backends=BACKENDS,
+        cases=CASES, differentiable=("residual", "delta", "weight", "scale"), oracle=oracle,
         sized=lambda m, n: call(m, n, 24, scale=m.normal(scale=1.0)),
-        real=lambda m, rows=8192: call(m, rows, 4096),
-        compulsory=compulsory,
-        double_backward=True,
-        nonfinite=("residual", "delta", "weight"),
-        without_gradient=("native",),
+        real=lambda m, rows=8192: call(m, rows, 4096), compulsory=compulsory, double_backward=True,
+        nonfinite=("residual", "delta", "weight"), without_gradient=("native",),
     ),
-)
+)  # fmt: skip

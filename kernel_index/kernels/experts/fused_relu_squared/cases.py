@@ -16,16 +16,11 @@ CASES = (
 
 SUITES = (
     Suite(
-        op="fused_relu_squared",
-        function=fused_relu_squared,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("x",),
-        oracle=lambda x: torch.nn.functional.relu(x).square(),
+        op="fused_relu_squared", function=fused_relu_squared, backends=BACKENDS, cases=CASES,
+        differentiable=("x",), oracle=lambda x: torch.nn.functional.relu(x).square(),
         sized=lambda m, n: {"x": m.normal(n, 24)},
         real=lambda m, rows=8192: {"x": m.normal(rows, 4096)},
-        compulsory=lambda call: (2 * size_of(call["x"]), 3 * size_of(call["x"])),
-        double_backward=True,
+        compulsory=lambda call: (2 * size_of(call["x"]), 3 * size_of(call["x"])), double_backward=True,
         nonfinite=("x",),
     ),
-)
+)  # fmt: skip

@@ -38,15 +38,9 @@ def compulsory(kwargs: dict[str, Any]) -> tuple[int, int]:
 
 SUITES = (
     Suite(
-        op="grouped_product",
-        function=grouped_product,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("x", "weight"),
-        oracle=oracle,
-        sized=lambda m, n: call(m, (n, 0, 3), 16, 8),
-        real=lambda m, rows=8192: call(m, (rows // 8,) * 8, 1024, 2048),
-        compulsory=compulsory,
+        op="grouped_product", function=grouped_product, backends=BACKENDS, cases=CASES,
+        differentiable=("x", "weight"), oracle=oracle, sized=lambda m, n: call(m, (n, 0, 3), 16, 8),
+        real=lambda m, rows=8192: call(m, (rows // 8,) * 8, 1024, 2048), compulsory=compulsory,
         nonfinite=("x", "weight"),
     ),
-)
+)  # fmt: skip

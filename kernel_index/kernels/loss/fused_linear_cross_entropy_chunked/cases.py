@@ -93,15 +93,10 @@ def oracle_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, **options:
 
 SUITES = (
     Suite(
-        op="fused_linear_cross_entropy",
-        function=fused_linear_cross_entropy,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("hidden", "weight", "bias"),
-        oracle=oracle,
+        op="fused_linear_cross_entropy", function=fused_linear_cross_entropy, backends=BACKENDS, cases=CASES,
+        differentiable=("hidden", "weight", "bias"), oracle=oracle,
         sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4},
-        real=lambda m: call(m, (8192,), 4096, 128256),
-        rounding=("triton", "inductor", "chunked"),
+        real=lambda m: call(m, (8192,), 4096, 128256), rounding=("triton", "inductor", "chunked"),
         scales=(1e-3, 1.0, 16.0),  # at 300 every softmax is one-hot and only overflow would be left to see
     ),
     Suite(
@@ -126,4 +121,4 @@ SUITES = (
         rounding=("triton", "inductor", "chunked"),
         scales=(1e-3, 1.0, 16.0),
     ),
-)
+)  # fmt: skip

@@ -67,15 +67,10 @@ CASES = (
 
 SUITES = (
     Suite(
-        op="fused_mla_projection",
-        function=fused_mla_projection,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("x", "w_down", "w_up", "norm_weight"),
-        oracle=oracle,
+        op="fused_mla_projection", function=fused_mla_projection, backends=BACKENDS, cases=CASES,
+        differentiable=("x", "w_down", "w_up", "norm_weight"), oracle=oracle,
         sized=lambda m, n: call(m, (n, 12), 6, 8),
-        double_backward=True,
-        rounding=("triton", "inductor", "eager"),
+        double_backward=True, rounding=("triton", "inductor", "eager"),
         real=lambda m, rows=8192: call(m, (rows, 7168), 1536, 24576),
     ),
-)
+)  # fmt: skip

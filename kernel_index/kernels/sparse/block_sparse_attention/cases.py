@@ -102,16 +102,8 @@ def real(m: Maker) -> dict[str, Any]:
 
 SUITES = (
     Suite(
-        op="block_sparse_attention",
-        function=block_sparse_attention,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q", "k", "v"),
-        oracle=oracle,
-        sized=sized,
-        scales=SCALES,
-        rounding=("triton", "native", "cpu"),
-        units=UNITS,
-        real=real,
+        op="block_sparse_attention", function=block_sparse_attention, backends=BACKENDS, cases=CASES,
+        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,
+        scales=SCALES, rounding=("triton", "native", "cpu"), units=UNITS, real=real,
     ),
-)
+)  # fmt: skip

@@ -77,16 +77,9 @@ def real(m: Maker) -> dict[str, Any]:
 
 SUITES = (
     Suite(
-        op="clustered_sparse_attention",
-        function=clustered_sparse_attention,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q", "k", "v"),
-        oracle=oracle,
+        op="clustered_sparse_attention", function=clustered_sparse_attention, backends=BACKENDS, cases=CASES,
+        differentiable=("q", "k", "v"), oracle=oracle,
         sized=lambda m, n: _call(m, n, MaskContract(window=(9, 0), doc_ids=packed(n))),
-        scales=(1e-3, 1.0, 16.0),
-        rounding=("triton", "native", "cpu"),
-        units=UNITS,
-        real=real,
+        scales=(1e-3, 1.0, 16.0), rounding=("triton", "native", "cpu"), units=UNITS, real=real,
     ),
-)
+)  # fmt: skip

@@ -178,7 +178,7 @@ def sized(m: Maker, n: int) -> dict[str, Any]:
 
 
 def real_decode(m: Maker) -> dict[str, Any]:
-    """Four rows of 32768 tokens in pages of 64, 32 query heads on 8, blocks of 64 tokens of which 16 are picked."""
+    """Four rows of 32768 tokens in pages of 64, 32 query heads on 8, blocks of 64 tokens of which 16 are selected."""
     rows, sizes = 4, (8, 128)
     past = {name: m.normal(rows, 32767, *sizes) for name in ("past_k", "past_v")}
     new = {"q": m.normal(rows, 1, 32, 128), "k": m.normal(rows, 1, *sizes), "v": m.normal(rows, 1, *sizes)}
@@ -190,27 +190,16 @@ SCALES = (1e-3, 1.0, 16.0)
 
 SUITES = (
     Suite(
-        op="moba_attention",
-        function=moba_attention,
-        backends=tuple(b for b in BACKENDS if b.name != "triton"),  # the core's own suite interprets that kernel
-        cases=CASES,
-        differentiable=("q", "k", "v"),
-        oracle=oracle,
-        sized=sized,
-        scales=SCALES,
-        rounding=("native", "cpu"),
+        op="moba_attention", function=moba_attention,
+        backends=tuple(b for b in BACKENDS if b.name != "triton"), cases=CASES,
+        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,  # the core's own suite interprets that kernel # the core's own suite interprets that kernel # the core's own suite interprets that kernel
+        scales=SCALES, rounding=("native", "cpu"),
     ),
     Suite(
-        op="moba_decode",
-        function=decode_on_copies,
-        backends=DECODE_BACKENDS,
-        cases=DECODE_CASES,
-        differentiable=("q", "k", "v"),
-        oracle=decode_oracle,
+        op="moba_decode", function=decode_on_copies, backends=DECODE_BACKENDS, cases=DECODE_CASES,
+        differentiable=("q", "k", "v"), oracle=decode_oracle,
         sized=lambda m, n: decode_call(m, (n, n - 2), 2),
-        scales=SCALES,
-        rounding=("triton", "native", "cpu"),
-        without_gradient=("native", "cpu", "triton"),
+        scales=SCALES, rounding=("triton", "native", "cpu"), without_gradient=("native", "cpu", "triton"),
         real=real_decode,
     ),
-)
+)  # fmt: skip

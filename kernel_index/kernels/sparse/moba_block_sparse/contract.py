@@ -10,7 +10,7 @@ from kernel_index.core import checks, native, rules
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import flash_runtime_why_not
 from kernel_index.kvcache.cache import CacheLayer
-from kernel_index.kvcache.decode_arguments import check_layer
+from kernel_index.kvcache.decode_arguments import check_layer, triton_decode_why_not
 from kernel_index.masks import attention_arguments as arguments
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -156,13 +156,7 @@ def decode_native_why_not(call: MobaDecodeCall) -> str | None:
 def decode_triton_why_not(call: MobaDecodeCall) -> str | None:
     if (rule := decode_reference_why_not(call)) is not None:
         return rule
-    if (rule := rules.triton_why_not(call.q, call.cache["k_cache"], call.cache["v_cache"])) is not None:
-        return rule
-    if rules.wants_gradient(call.q, call.k, call.v):
-        return rules.NO_BACKWARD
-    if call.q.shape[-1] > rules.WIDEST_HEAD:
-        return "takes head sizes up to 256"
-    return None
+    return triton_decode_why_not(call.q, call.k, call.v, call.cache["k_cache"], call.cache["v_cache"])
 
 
 def decode_triton_not_worth(call: MobaDecodeCall) -> str | None:

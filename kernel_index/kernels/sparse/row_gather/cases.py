@@ -53,29 +53,17 @@ def moved(call: dict[str, Any], sources: tuple[str, ...]) -> tuple[int, int]:
 
 SUITES = (
     Suite(
-        op="gather_rows",
-        function=gather_rows,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("src",),
-        oracle=lambda src, idx: select(src, idx),
-        sized=lambda m, n: one(m, 6, 2, 4, n),
-        double_backward=True,
-        nonfinite=("src",),
-        real=lambda m, rows=65536: one(m, 8192, 8, 128, rows),
+        op="gather_rows", function=gather_rows, backends=BACKENDS, cases=CASES, differentiable=("src",),
+        oracle=lambda src, idx: select(src, idx), sized=lambda m, n: one(m, 6, 2, 4, n),
+        double_backward=True, nonfinite=("src",), real=lambda m, rows=65536: one(m, 8192, 8, 128, rows),
         compulsory=lambda call: moved(call, ("src",)),
     ),
     Suite(
-        op="gather_rows_pair",
-        function=gather_rows_pair,
-        backends=BACKENDS,
-        cases=PAIRS,
-        differentiable=("a", "b"),
-        oracle=lambda a, b, idx: (select(a, idx), select(b, idx)),
+        op="gather_rows_pair", function=gather_rows_pair, backends=BACKENDS, cases=PAIRS,
+        differentiable=("a", "b"), oracle=lambda a, b, idx: (select(a, idx), select(b, idx)),
         sized=lambda m, n: pair(m, 6, 2, (4, 3), n),
-        double_backward=True,
-        nonfinite=("a", "b"),
+        double_backward=True, nonfinite=("a", "b"),
         real=lambda m, rows=65536: pair(m, 8192, 8, (128, 128), rows),
         compulsory=lambda call: moved(call, ("a", "b")),
     ),
-)
+)  # fmt: skip

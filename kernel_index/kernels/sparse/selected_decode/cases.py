@@ -124,16 +124,9 @@ SCALES = (1e-3, 1.0, 16.0)
 
 SUITES = (
     Suite(
-        op="selected_decode",
-        function=decode_on_copies,
-        backends=BACKENDS,
-        cases=CASES,
-        differentiable=("q", "k", "v"),
-        oracle=oracle,
-        sized=lambda m, n: call(m, (n, n - 2), 2, 5),
-        scales=SCALES,
-        rounding=("triton", "native", "sdpa"),
-        without_gradient=("triton", "native", "sdpa"),
+        op="selected_decode", function=decode_on_copies, backends=BACKENDS, cases=CASES,
+        differentiable=("q", "k", "v"), oracle=oracle, sized=lambda m, n: call(m, (n, n - 2), 2, 5),
+        scales=SCALES, rounding=("triton", "native", "sdpa"), without_gradient=("triton", "native", "sdpa"),
         real=real,
     ),
-)
+)  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, native, rules
 from kernel_index.kvcache.cache import CacheLayer
-from kernel_index.kvcache.decode_arguments import check_layer
+from kernel_index.kvcache.decode_arguments import check_layer, triton_decode_why_not
 from kernel_index.masks.attention_arguments import check_scoring, scale_of
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 
@@ -90,13 +90,8 @@ def reference_why_not(call: SelectedDecodeCall) -> str | None:
 def triton_why_not(call: SelectedDecodeCall) -> str | None:
     if (rule := reference_why_not(call)) is not None:
         return rule
-    if (rule := rules.triton_why_not(call.q, call.cache["k_cache"], call.cache["v_cache"], call.indices)) is not None:
-        return rule
-    if rules.wants_gradient(call.q, call.k, call.v):
-        return rules.NO_BACKWARD
-    if call.q.shape[-1] > rules.WIDEST_HEAD:
-        return "takes head sizes up to 256"
-    return None
+    cached = (call.cache["k_cache"], call.cache["v_cache"], call.indices)
+    return triton_decode_why_not(call.q, call.k, call.v, *cached)
 
 
 def triton_not_worth(call: SelectedDecodeCall) -> str | None:

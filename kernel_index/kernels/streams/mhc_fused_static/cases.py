@@ -165,4 +165,4 @@ SUITES = (
         double_backward=True,
         scales=(1e-3, 1.0),
     ),
-)
+)  # fmt: skip
