@@ -192,7 +192,7 @@ SUITES = (
     Suite(
         op="moba_attention", function=moba_attention,
         backends=tuple(b for b in BACKENDS if b.name != "triton"), cases=CASES,
-        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,  # the core's own suite interprets that kernel # the core's own suite interprets that kernel # the core's own suite interprets that kernel
+        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,  # the core's own suite interprets that kernel
         scales=SCALES, rounding=("native", "cpu"),
     ),
     Suite(
