@@ -126,6 +126,11 @@ def forced_for(op: str, *, inside: bool = False) -> tuple[str, str] | None:
     ``inside``: the op is a part of another call, such as its router.  What forces every op then speaks of that other
     call, and of the part only where it asks for the reference.
     """
+    if not torch.compiler.is_compiling():
+        if _saved_tensor_hooks(False) is not None:
+            _keep_for_recomputation(forced_here())
+        if not _EVER_FORCED and not _FORCED:  # nearly every call: choosing one costs a few microseconds in all
+            return None
     found, by_name = _forced_for(op)
     if found is None or (inside and not by_name and found[0] != "reference"):
         return None
@@ -134,17 +139,14 @@ def forced_for(op: str, *, inside: bool = False) -> tuple[str, str] | None:
 
 def _forced_for(op: str) -> tuple[tuple[str, str] | None, bool]:
     """The same, and whether the op was named."""
-    if torch.compiler.is_compiling():
-        for ops, backend in reversed(_THREAD.forced):
-            if not ops or op in ops:
-                return (backend, BY_FORCE), op in ops
-    else:
-        blocks = forced_here()
-        _keep_for_recomputation(blocks)
-        for block in reversed(blocks):
-            if not block.ops or op in block.ops:
-                return (block.backend, BY_FORCE), op in block.ops
+    blocks = _THREAD.forced if torch.compiler.is_compiling() else tuple((b.ops, b.backend) for b in forced_here())
+    for ops, backend in reversed(blocks):
+        if not ops or op in ops:
+            return (backend, BY_FORCE), op in ops
     return _FORCED.get(op) or _FORCED.get(""), op in _FORCED
+
+
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _checkpoint_frame() -> Any:
@@ -152,7 +154,7 @@ def _checkpoint_frame() -> Any:
 
     ``torch.utils.checkpoint`` has no hook that a library may register, but its saved-tensor hooks hold the record.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = _saved_tensor_hooks(False)
     if hooks is None or not torch.is_grad_enabled() or not isinstance(hooks[0], FunctionType):
         return None
     pack = hooks[0]
