@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernel_index.lm.generate import Sampling, generate, generate_batch
-from tests.lm.test_generate import CONTEXT, KINDS, PARTS, make
+from tests.lm.test_generate import CONTEXT, KINDS, SIZES, make
 
 BAD = [
     ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
@@ -57,7 +57,7 @@ def test_wrong_arguments_are_named_before_anything_is_asked_for(call, message):
 
 def in_training():
     """Dropout, and a router that notes its load; one module does not train."""
-    model = make("AE", (7, None), **PARTS)
+    model = make("AE", (7, None), **SIZES)
     model.train()
     for module in model.modules():
         if hasattr(module, "dropout"):
