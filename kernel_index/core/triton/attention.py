@@ -147,9 +147,9 @@ def weighted_sum(w, b_x, m_seen, CAREFUL: tl.constexpr, UPCAST: tl.constexpr):
     they become NaN, all others have the bits that finite values give.
     """
     if CAREFUL:
-        zero = b_x.to(tl.float32) * 0.0  # [BN, BLOCK_D]: NaN where x is not finite
-        w = tl.where(m_seen, w + tl.sum(zero, 1)[None, :], 0.0)
-        b_x = tl.where(zero == 0.0, b_x, 0.0)
+        flag = tl.sum(b_x.to(tl.float32) * 0.0, 1)  # [BN]: NaN where a row of x is not finite, else 0
+        w = tl.where(m_seen, w + flag[None, :], 0.0)
+        b_x = tl.where((flag == 0.0)[:, None], b_x, 0.0)
     return dot(narrow(w, b_x.dtype, UPCAST), b_x, UPCAST)
 
 

@@ -82,7 +82,7 @@ SMALLEST_DOT = 16
 class Config(NamedTuple):
     """Rows of a program's tile, rows of the tiles it loops over, warps, stages of the software pipeline.
 
-    ``registers`` of a thread at most, so that as many programs run at once as before; None: as the compiler likes.
+    ``registers``: of a thread at most, so that enough programs run at once; None for as many as the compiler wants.
     """
 
     tile: int
@@ -91,6 +91,9 @@ class Config(NamedTuple):
     num_stages: int
     registers: int | None = None
 
+
+THREE_PROGRAMS = 168
+"""``Config.registers`` with which three programs of four warps share the 65536 of an NVIDIA multiprocessor."""
 
 INTERPRETED_CONFIG = Config(SMALLEST_DOT, SMALLEST_DOT, 4, 1)
 

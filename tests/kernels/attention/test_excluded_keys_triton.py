@@ -10,6 +10,7 @@ from torch import Tensor
 import kernel_index as ki
 from kernel_index.core.triton import launch
 from kernel_index.kernels.sparse.block_sparse_attention import lists
+from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 
 interpreted = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
 
@@ -108,3 +109,101 @@ def test_attention(name, softcap):
         return ki.attention_with_lse(q, k, v, law.mask, softcap=softcap, sink=sink, backend="triton")
 
     hold(call, law, drawn(2, 1, torch.bfloat16 if softcap else torch.float32))
+
+
+def every_block(size: int, groups: int) -> Tensor:
+    blocks = -(-T // size)
+    return torch.arange(blocks).expand(1, T, groups, blocks)
+
+
+SPARSE = ("padding", "the next document", "the document before", "beside a window")
+
+
+@interpreted
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("by_lists", [False, True])
+def test_block_sparse(name, by_lists, monkeypatch):
+    """Every query selects every block, so that the mask alone excludes."""
+    law = LAWS[name]
+    if by_lists:
+        monkeypatch.setattr(lists, "WASTE", 0)
+
+    def call(q, k, v):
+        selected = every_block(8, 2 if by_lists else 1)
+        return block_sparse_attention(q, k, v, selected, block_size=8, mask=law.mask, backend="triton")
+
+    hold(call, law, drawn(2, 1, torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize("by_lists", [False, True])
+def test_blocks_that_were_not_selected(by_lists, monkeypatch):
+    """The queries of a tile share a union: one that selected a block does not show it to another one."""
+    if by_lists:
+        monkeypatch.setattr(lists, "WASTE", 0)
+    bad = slice(16, 24)
+    selected = every_block(8, 2).clone()
+    selected[:, 1::2][selected[:, 1::2] == 2] = -1  # odd queries do without the block
+
+    def call(q, k, v):
+        return block_sparse_attention(q, k, v, selected, block_size=8, backend="triton")
+
+    law = Law(ki.MaskContract(), bad, slice(25, T, 2), slice(0, 0))
+    tensors = drawn(2, 2, torch.float32)
+    clean = results(call, tensors)
+    for names in (("k",), ("v",)):
+        got = results(call, poisoned(tensors, names, law.bad, math.nan))
+        for name in ("out", "lse", "d_q"):
+            assert torch.equal(got[name][:, law.queries], clean[name][:, law.queries]), (name, names)
+        assert not got["out"][:, 24::2].isfinite().all(-1).any()
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["padding", "the document before", "the future"])
+def test_exact_tokens(name):
+    law = LAWS[name]
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, T, (1, T, 1, 12), generator=generator)
+    tokens[..., 0] = torch.arange(T)[:, None]  # its own, so that every row of what is not finite sees it
+
+    def call(q, k, v):
+        return ki.exact_token_attention(q, k, v, tokens, mask=law.mask, backend="triton"), None
+
+    hold(call, law, drawn(2, 1, torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["padding", "the next document", "the document before"])
+def test_moba(name):
+    """Routed by Triton, too: a mean key of another document's keys would change what is selected."""
+    law = LAWS[name]
+
+    def call(q, k, v):
+        return ki.moba_attention(q, k, v, mask=law.mask, block_size=8, topk=3, backend="triton"), None
+
+    hold(call, law, drawn(2, 1, torch.float32))
+
+
+@interpreted
+@pytest.mark.parametrize(("queries", "window", "bad", "rows"), [
+    (1, (5, -1), slice(0, 14), slice(0, 1)),  # behind the window, in the tile that it begins in
+    (3, (-1, -1), slice(19, 20), slice(0, 2)),  # the last of three new tokens is the future of the others
+    (3, (4, -1), slice(0, 14), slice(1, 3)),
+])  # fmt: skip
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_decoding(queries, window, bad, rows, value):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn((1, n, h, 8), generator=generator) for n, h in ((queries, 2), (32, 1), (32, 1)))
+    lengths = torch.tensor([20])
+
+    def call(k, v):
+        return ki.fa4_kvcache_decode(q, k, v, k=None, v=None, cache_seqlens=lengths, window_size=window, backend="triton")
+
+    clean = call(k, v)
+    k, v = k.clone(), v.clone()
+    k[:, bad, :, 3], v[:, bad, :, 3] = value, value
+    k[:, 20:], v[:, 20:] = value, value  # slots of the cache that hold no token
+    got = call(k, v)
+    assert torch.equal(got[:, rows], clean[:, rows])
+    others = [row for row in range(queries) if row not in range(*rows.indices(queries))]
+    assert not got[:, others].isfinite().all(-1).any(), "a row that sees it does not hide it"

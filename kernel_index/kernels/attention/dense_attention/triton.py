@@ -27,6 +27,7 @@ from kernel_index.core.triton.attention import (
 )
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
+    THREE_PROGRAMS,
     AttentionLaunch,
     Config,
     attention_launch,
@@ -291,15 +292,11 @@ def _keys_kernel(
     store_tile(dv_ptr + (b * S * K + kv_head) * DV, first, K * DV, dv, S, BN, DV, BLOCK_DV, UPCAST)
 
 
-THREE_PROGRAMS = 168
-"""Registers of a thread with which three programs of four warps share a multiprocessor's 65536."""
-
-
 def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> Config:
     """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size alone.
 
-    The fastest that spill no register on sm_90 and sm_100 without a softcap; timed on an H200, T = 16384, causal.  Only
-    dQ in float32 spills at 128 columns on sm_90.
+    The fastest on an H200, T = 16384, causal, whose tiles spill no register on sm_90 and sm_100 without a softcap.  Only
+    dQ in float32 spills at 128 columns on sm_90; the repeated walk spills a few everywhere (docs/decisions/0015).
     """
     if interpreting():
         return INTERPRETED_CONFIG
