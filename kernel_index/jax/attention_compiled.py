@@ -44,12 +44,13 @@ def _build(key: ExactMaskKey) -> Any:
 
 def with_sink(out: jax.Array, lse: jax.Array, sink: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Add ``exp(sink)`` to each denominator; a query without keys stays as it is."""
-    empty = jnp.isneginf(lse)  # [B, H, T]
+    empty, dtype = jnp.isneginf(lse), out.dtype  # [B, H, T]
     known = jnp.where(empty, 0.0, lse)
     logit = sink.astype(lse.dtype)[None, :, None]  # [1, H, 1]
     factor = jax.nn.sigmoid(known - logit).swapaxes(1, 2)[..., None]  # [B, T, H, 1]
     joined = jnp.where(empty, -jnp.inf, jnp.logaddexp(known, logit))
-    return (out * factor).astype(out.dtype), joined
+    out = jnp.where(empty.swapaxes(1, 2)[..., None], 0, out * factor)  # no gradient of the sink where nothing is seen
+    return out.astype(dtype), joined
 
 
 KERNELS = MaskKernels("attention", _build)
