@@ -11,7 +11,7 @@ from kernel_index.jax.attention_pallas import attention_pallas
 from kernel_index.jax.mask import MaskContract
 from kernel_index.jax.mask_kernel_cache import MaskKernels
 from kernel_index.jax.reference import attention_with_lse_xla
-from kernel_index.jax.target import mode_of
+from kernel_index.jax.target import is_interpreted
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 
@@ -64,5 +64,5 @@ def is_cached(backend: str, call: AttentionCall) -> bool:
 def run_cached(backend: str, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """``out`` [B, T, H, Dv] and ``lse`` [B, H, T]."""
     attend = KERNELS.get(call.mask, call.q.dtype, backend, call.block_sizes)
-    how = {"scale": call.scale, "softcap": call.softcap, "interpret": mode_of(call.q) == "interpreted"}
+    how = {"scale": call.scale, "softcap": call.softcap, "interpret": is_interpreted(call.q)}
     return attend(call.q, call.k, call.v, call.mask, call.sink, **how)

@@ -1,7 +1,9 @@
 """Attention over a block walk as one differentiable function, for interval attention and clustered attention."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,21 @@ from kernel_index.jax.attention_forward import forward
 from kernel_index.jax.block_walk import Walk, inverted
 from kernel_index.jax.excluded_rows import finite_rows, not_finite, seen_operands
 from kernel_index.jax.kernel_launch import TileMasks
+from kernel_index.jax.target import by_platform
 from kernel_index.jax.tile_scores import MASKED, Setup
+
+INTERPRETED_WIDTH = 2
+"""Blocks of a chunk at most where a kernel is interpreted: the copies of a chunk are unrolled, which is slow there."""
+
+
+def _run(kernel: Callable[..., Any], setup: Setup, walk: Walk, *arrays: Any) -> Any:
+    """``kernel(setup, walk, *arrays)``, compiled or interpreted."""
+
+    def run(interpret: bool, walk: Walk, *arrays: Any) -> Any:
+        walk = walk.narrowed(INTERPRETED_WIDTH) if interpret else walk
+        return kernel(dataclasses.replace(setup, interpret=interpret), walk, *arrays)
+
+    return by_platform(setup.interpret, run, walk, *arrays)
 
 
 class Plan(NamedTuple):
@@ -24,7 +40,7 @@ class Plan(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(setup: Setup, plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Output and log-sum-exp in tiles, as ``attention_forward.forward``; differentiable once in q, k and v."""
-    return forward(setup, plan.walk, plan.masks, *seen_operands(q, k, v))
+    return _run(forward, setup, plan.walk, plan.masks, *seen_operands(q, k, v))
 
 
 def _forward(setup: Setup, plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
@@ -38,9 +54,9 @@ def _backward(setup: Setup, saved: tuple, gradients: tuple[jax.Array, jax.Array]
     do = do.astype(q.dtype)
     stats = backward_stats(out, jnp.where(_rows(not_finite(q, do)), jnp.nan, lse), do, d_lse)
     operands = (*map(finite_rows, (q, k, v, do)), stats)
-    dq = gradient_q(setup, plan.walk, plan.masks, *operands)
+    dq = _run(gradient_q, setup, plan.walk, plan.masks, *operands)
     by_keys = inverted(plan.walk, k.shape[2] // setup.block)
-    dk, dv = gradient_kv(setup, by_keys, plan.masks, *operands)
+    dk, dv = _run(gradient_kv, setup, by_keys, plan.masks, *operands)
     return None, dq, dk, dv
 
 

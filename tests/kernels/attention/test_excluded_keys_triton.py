@@ -197,7 +197,9 @@ def test_decoding(queries, window, bad, rows, value):
     lengths = torch.tensor([20])
 
     def call(k, v):
-        return ki.fa4_kvcache_decode(q, k, v, k=None, v=None, cache_seqlens=lengths, window_size=window, backend="triton")
+        return ki.fa4_kvcache_decode(
+            q, k, v, k=None, v=None, cache_seqlens=lengths, window_size=window, backend="triton"
+        )
 
     clean = call(k, v)
     k, v = k.clone(), v.clone()

@@ -295,8 +295,9 @@ def _keys_kernel(
 def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> Config:
     """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size alone.
 
-    The fastest on an H200, T = 16384, causal, whose tiles spill no register on sm_90 and sm_100 without a softcap.  Only
-    dQ in float32 spills at 128 columns on sm_90; the repeated walk spills a few everywhere (docs/decisions/0015).
+    The fastest that spill no register on sm_90 and sm_100 without a softcap; timed on an H200, T = 16384, causal.  Only
+    dQ in float32 spills at 128 columns on sm_90, and a few bytes where the careful walk stands beside the first one
+    (docs/decisions/0015).
     """
     if interpreting():
         return INTERPRETED_CONFIG

@@ -85,7 +85,7 @@ def _split_kernel(
         k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s, inner, outer,
         D, BLOCK_D, BM, BN, PAGE, PAGED, CAPPED, UPCAST, False,
     )  # fmt: skip
-    if not ALIKE:
+    if not ALIKE:  # noqa: SIM102 (a constant: where rows are alike, the second walk is not compiled)
         if has_nan(acc):
             acc, row_max, row_sum = _split_walk(
                 b_q, k_ptr, v_ptr, table_ptr, b, kv_head, low, high, first_seen, length, start, end,

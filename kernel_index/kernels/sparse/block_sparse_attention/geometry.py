@@ -47,8 +47,8 @@ def cut_of(group: int, element_bytes: int, query_tile_size: int) -> Cut:
 def pick_config(kernel: str, rows: int, width: int, element_bytes: int, capped: bool, target: Target) -> Config:
     """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size and whether there is a softcap.
 
-    The largest that spill no register on sm_90 and sm_100, but for the repeated walk (docs/decisions/0015); compiled
-    ahead of time, not timed.
+    The largest that spilled no register on sm_90 and sm_100 before the careful walk stood beside the first one
+    (docs/decisions/0015); compiled ahead of time, not timed.
     """
     if interpreting():
         return INTERPRETED_CONFIG._replace(tile=rows)
