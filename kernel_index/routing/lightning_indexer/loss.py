@@ -27,7 +27,7 @@ def lightning_indexer_loss(
 
     Args:
         selection: what ``lightning_indexer`` returned, its scores with their graph.
-        q: [B, T, H, D], the queries of the attention over the selected tokens.  Autocast casts q and k as for attention.
+        q: [B, T, H, D], the queries of the attention over the selected tokens; autocast casts q and k.
         k: [B, S, K, D], its keys.
         scale: factor of the attention's scores; ``D ** -0.5`` by default.
         softcap: bound of the attention's scores; 0 is off.
