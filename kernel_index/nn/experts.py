@@ -28,8 +28,9 @@ class Router(nn.Module):
 
     ``bias`` [E] is added to the scores for the selection alone.  The weights are the scores of the selected experts,
     divided by their sum.  With ``topk=1`` the weight is the score itself (Fedus et al., 2021): divided by itself it
-    would be 1, and the router would get no gradient.  A single expert has the weight 1.  ``balance`` changes the bias against the counted load, instead of an auxiliary loss (Wang et
-    al., 2024).  Of equal scores the expert of smaller index is selected.
+    would be 1, and the router would get no gradient.  A single expert has the weight 1.  ``balance`` changes the bias
+    against the counted load, instead of an auxiliary loss (Wang et al., 2024).  Of equal scores the expert of smaller
+    index is selected.
     """
 
     weight: Tensor

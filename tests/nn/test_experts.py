@@ -34,7 +34,13 @@ def plain(module, x):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"topk": 1}, {"activation": "swiglu", "shared": 12}, {"scores": "softmax", "topk": 5, "shared": 4}, {"recompute": False}],
+    [
+        {},
+        {"topk": 1},
+        {"activation": "swiglu", "shared": 12},
+        {"scores": "softmax", "topk": 5, "shared": 4},
+        {"recompute": False},
+    ],
 )
 def test_values_and_gradients(changes):
     module, x = layer(**changes), torch.randn(3, 7, 8, requires_grad=True)

@@ -169,5 +169,5 @@ def linear_cross_entropy_triton(call: Call) -> Tensor:
         vocab=options.vocab,
         chunk_size=options.chunk_size,
     )
-    loss = _Sliced.apply(*tokens, tokens.wanted(), slices, options.reduction != "none")
+    loss = ops.apply(_Sliced, *tokens, tokens.wanted(), slices, options.reduction != "none")
     return shaped(loss, call)
