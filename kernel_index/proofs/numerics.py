@@ -25,7 +25,7 @@ class Verdict:
 
     @property
     def passes(self) -> bool:
-        """Refused, or all that was compared is within its budget; a call of which nothing was compared proves nothing."""
+        """Refused, or all that was compared is within its budget.  Where nothing was compared nothing is proven."""
         return bool(self.refused) or (not self.raised and bool(self.findings) and all(f.passes for f in self.findings))
 
     @property
