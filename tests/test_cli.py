@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from kernel_index.cli.main import cache_folder
 from kernel_index.core import target
 from kernel_index.core.dispatch import Backend, always
 from kernel_index.core.target import machine_rules, machine_why_not
-from kernel_index.core.testing import suites
+from kernel_index.core.testing import Maker, suites
 from kernel_index.index import entries
 from kernel_index.index.entries import ENTRIES
 from kernel_index.index.rule_sentences import sentences
@@ -77,13 +78,10 @@ def test_an_entry_is_what_the_tree_says(entry):
 def test_the_index_shows_each_function_the_table_that_it_chooses_from():
     """In the order of ``auto``, without what its module imports for other functions."""
     shown = {n: [b.name for b in table] for e in ENTRIES for names, table in e.tables().items() for n in names}
-    declined = {("attention_with_lse", "varlen"), ("attention_with_lse", "sdpa")}  # each call, by a rule
-    tested = {(s.op, b.name) for s in suites() for b in s.backends} | declined
     for suite in suites():
         if suite.op in shown:
-            names = [b.name for b in suite.backends]
-            assert [name for name in shown[suite.op] if name in names] == names, suite.op
-            assert {(suite.op, name) for name in shown[suite.op]} <= tested
+            found = kernel_index.explain(suite.function, **suite.sized(Maker(torch.float32), 8))
+            assert shown[suite.op] == list(found.verdicts), suite.op
     named = {n for e in ENTRIES for n, text in e.signatures().items() if "backend=" in text}
     assert named - {"resolve_block_sparse_backend"} <= set(shown)
     assert shown["clustered_route"] == ["triton", "native", "chunked", "reference"]

@@ -68,6 +68,8 @@ def prove_peers(ops: tuple[str, ...] | None = None) -> Iterator[Ratio]:
         for suite in suites():
             if not is_counted(suite) or (ops is not None and suite.op not in ops):
                 continue
+            assert suite.real is not None
+            assert suite.compulsory is not None
             found = []
             for rows in ROWS:
                 call: dict[str, Any] = suite.real(Maker(torch.float32), rows)
