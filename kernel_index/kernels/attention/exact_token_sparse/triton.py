@@ -77,7 +77,8 @@ def _forward_kernel(
         p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
         b_v = load_rows(p_v, o_k * v_t, m_k, DV, BLOCK_DV)  # [BN, BLOCK_DV]
         acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_k, False, UPCAST)
-    out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
+    m_empty = tl.zeros((BG,), tl.int32) + count == 0  # not row_sum = 0, which keys of infinity make, too
+    out, lse = softmax_output(acc, row_max, row_sum, m_empty)
     o_row = (b * T + t) * K * G + o_h
     store_rows(out_ptr, o_row * DV, m_g, out, DV, BLOCK_DV, UPCAST)
     tl.store(lse_ptr + o_row, lse, mask=m_g)

@@ -74,6 +74,8 @@ def _partials_walk(
         p = tl.exp2(logits - finite_max(row_max)[:, None])
         row_sum = tl.sum(p, 1)
         acc = weighted_sum(p, b_v, m_seen, CAREFUL, UPCAST)
+        if CAREFUL:  # the merge must not take a row of NaN for an empty one
+            row_sum += tl.sum(acc * 0.0, 1)
         out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
         o_partial = first_partial + token.to(tl.int64) * N + (b_entry - o_row * N)
         store_rows(out_ptr, o_partial * DV, m_m, out, DV, BLOCK_DV, UPCAST)
