@@ -43,6 +43,10 @@ def fused_rope_qk(
     sin: Tensor | None = None,
     *,
     interleaved: bool = False,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
     backend: RopeBackend = "auto",
 ) -> RotatedQK:
     """Rotate queries and keys by their positions, both in one launch.
@@ -52,6 +56,14 @@ def fused_rope_qk(
     channels from R on pass through.  ``sin → −sin`` undoes the rotation, and is what the backward pass does: it keeps
     cos and sin only, and costs nothing for a q or k that needs no gradient.  Double backward works.
 
+    With ``q_weight``, and likewise for k, each head is normalized before its rotation, in the same launch::
+
+        q ← q / √(mean(q², over D) + eps) · (q_weight + weight_offset)
+
+    in float32 at least, all D channels, with one rounding after the rotation; models that round between the two differ
+    by that rounding.  Backward keeps q, k and the weights too, and computes 1/rms again; the weights' gradients are
+    sums in float32 in a fixed order.
+
     Args:
         q: ``[B, T, H, D]``, any floating dtype.  Under autocast q and k are cast as those of
             ``F.scaled_dot_product_attention``; cos and sin are not.
@@ -60,6 +72,10 @@ def fused_rope_qk(
             ``rope_tables`` returned, and then no sin.
         sin: cos's shape and dtype.  A cos or sin that needs a gradient gets one, from the reference.
         interleaved: whether a pair is two neighbouring channels.
+        q_weight: ``[D]``, any floating dtype, for an RMS norm of every head of q; None for no norm.
+        k_weight: the same for k.
+        eps: what is added to the mean square.
+        weight_offset: what is added to the weights: 1 for a weight stored around 0.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
@@ -69,7 +85,7 @@ def fused_rope_qk(
         TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         Ineligible: the named backend cannot run this call.
 
-    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021; the norm: Qwen3, 2025.
 
     >>> import torch, kernel_index as ki
     >>> q = torch.tensor([1.0, 0.0]).expand(1, 2, 1, 2)
@@ -77,7 +93,7 @@ def fused_rope_qk(
     tensor([[1.0000, 0.0000],
             [0.5403, 0.8415]])
     """
-    call = contract.check(q, k, cos, sin, interleaved)
+    call = contract.check(q, k, cos, sin, interleaved, q_weight, k_weight, eps, weight_offset)
     return RotatedQK(*choose("fused_rope_qk", BACKENDS, backend, call).run(call))
 
 

@@ -18,9 +18,27 @@ class Call(NamedTuple):
     cos: Tensor
     sin: Tensor
     interleaved: bool
+    q_weight: Tensor | None  # [D]; None is no norm of q
+    k_weight: Tensor | None
+    eps: float
+    weight_offset: float
+
+    @property
+    def norms(self) -> bool:
+        return self.q_weight is not None or self.k_weight is not None
 
 
-def check(q: Any, k: Any, cos: Any, sin: Any, interleaved: Any) -> Call:
+def check(
+    q: Any,
+    k: Any,
+    cos: Any,
+    sin: Any,
+    interleaved: Any,
+    q_weight: Any = None,
+    k_weight: Any = None,
+    eps: Any = 1e-6,
+    weight_offset: Any = 0.0,
+) -> Call:
     if isinstance(cos, tuple):
         cos, sin = _both_tables(cos, sin)
     q, k = cast_like_sdpa(q, k)
@@ -37,7 +55,16 @@ def check(q: Any, k: Any, cos: Any, sin: Any, interleaved: Any) -> Call:
     _check_tables_fit(cos, sin, b, t, d)
     checks.on_device("cos", cos, q, "q")
     checks.on_device("sin", sin, q, "q")
-    return Call(q, k, cos, sin, interleaved)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            checks.is_floating(name, weight)
+            checks.has_shape(name, weight, (d,), "[D] with q's D,")
+            checks.on_device(name, weight, q, "q")
+    checks.is_real("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    checks.is_real("weight_offset", weight_offset)
+    return Call(q, k, cos, sin, interleaved, q_weight, k_weight, eps, weight_offset)
 
 
 def _both_tables(pair: tuple, sin: Any) -> tuple[Any, Any]:
@@ -100,6 +127,8 @@ def inductor_not_worth(call: Call) -> str | None:
 
 
 def native_why_not(call: Call) -> str | None:
+    if call.norms:
+        return "has no norm: it rotates only"
     return native.rows_why_not((call.q, call.k), call.cos, call.sin)
 
 
