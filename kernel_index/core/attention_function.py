@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.core import ops
 from kernel_index.core.autocast import without_autocast
 
 
@@ -87,7 +88,7 @@ def attend(
     passes: Passes, statics: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` with their gradients."""
-    return AttentionFunction.apply(passes, statics, q, k, v, sink, *tensors)
+    return ops.apply(AttentionFunction, passes, statics, q, k, v, sink, *tensors)
 
 
 def delta_of(given: Backward) -> Tensor:

@@ -164,13 +164,13 @@ def test_rope(late):
 
 def test_loss(late):
     (z,) = tensors(1)
-    losses, lse, missing, rows = tensors(4, torch.float32)
+    losses, row_max, log_sum, missing, rows = tensors(5, torch.float32)
     targets = torch.zeros(64, dtype=torch.int64)
     vocab, row = 10000, 3 * 2**31 // 10000
     flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss.BLOCK}
-    call = (z, targets, losses, lse, missing, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
+    call = (z, targets, losses, row_max, log_sum, missing, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     holds(late(loss._losses_kernel, row, *call, **flags), z, row * vocab, (row + 1) * vocab - 1)
-    call = (z, targets, rows, lse, missing, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
+    call = (z, targets, rows, row_max, log_sum, missing, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     holds(late(loss._gradient_kernel, row, *call, **flags), z, row * vocab, row * vocab + loss.BLOCK - 1)
 
 

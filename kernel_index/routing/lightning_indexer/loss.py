@@ -23,7 +23,8 @@ def lightning_indexer_loss(
         loss      = mean over the queries of KL(target[t] ‖ softmax(scores[t]))
 
     The target has no gradient: the loss trains the indexer alone; give the indexer detached inputs to stop the gradient
-    there.  Queries without a token do not count; if no query has one the loss is 0.
+    there.  Queries without a token do not count; if no query has one the loss is 0.  With one token for each query both
+    shares are 1: the loss is 0, and the indexer learns from ``topk`` of 2 or more.
 
     Args:
         selection: what ``lightning_indexer`` returned, its scores with their graph.

@@ -81,4 +81,4 @@ def _selection(call: IndexerCall, indices: Tensor, scores: Tensor | None) -> Tok
     """``scores`` are those of the indices where they are known already."""
     if scores is not None and not wants_gradient(call.q, call.k, call.weights):
         return TokenSelection(indices, indices >= 0, scores)
-    return TokenSelection(indices, indices >= 0, _Scores.apply(call.q, call.k, call.weights, indices, scores))
+    return TokenSelection(indices, indices >= 0, ops.apply(_Scores, call.q, call.k, call.weights, indices, scores))

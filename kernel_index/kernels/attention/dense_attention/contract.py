@@ -117,12 +117,8 @@ def _packing_rule(call: AttentionCall) -> str | None:
         return rules.INSIDE_FUNCTORCH
     if call.is_empty:
         return "needs at least one query and one key"
-    return lowerings.varlen_why_not(call.sizes, call.mask.has_tensors)
+    return call.mask.row_varlen_why_not(call.sizes)
 
-
-# Run on an H100 on 2026-11-24 with 4.0.0b36: outputs right, gradients of q, k and v wrong by a factor, where the same
-# packing around the reference is right to float64 (tests/kernels/attention/test_attention_packages.py).
-PACKED_BACKWARD = "flash-attn-4 4.0.0b36 gives wrong gradients for packed documents (run on an H100)"
 
 WAITS = "documents and prefixes as packed lengths: reading them waits for the device"
 
@@ -142,8 +138,6 @@ def fa4_why_not(call: AttentionCall) -> str | None:
         return "flash-attn-4 does not know this architecture"
     if not support.takes_head_size(call.q.shape[3]) or call.q.shape[3] != call.v.shape[3]:
         return "flash-attn-4 does not take these head sizes on this architecture"
-    if call.mask.has_tensors and rules.wants_gradient(call.q, call.k, call.v):
-        return PACKED_BACKWARD
     return _packing_rule(call)
 
 

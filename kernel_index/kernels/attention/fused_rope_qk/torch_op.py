@@ -76,7 +76,7 @@ class _RopeQK(torch.autograd.Function):
         if gq is None and gk is None:
             return (None,) * 5
         back = _Rotation(ctx.how.interleaved, not ctx.how.inverse, ctx.how.backend)
-        dq, dk = _RopeQK.apply(gq, gk, cos, sin, back)  # apply(): double backward
+        dq, dk = ops.apply(_RopeQK, gq, gk, cos, sin, back)  # apply(): double backward
         return dq, dk, None, None, None
 
 
@@ -188,8 +188,8 @@ def _apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     q, k, cos, sin, interleaved, q_weight, k_weight, eps, offset = call
     if call.norms:
         norm = inductor.Norm(eps, offset, interleaved)
-        return _NormRopeQK.apply(q, k, cos, sin, q_weight, k_weight, norm, backend)
-    return _RopeQK.apply(q, k, cos, sin, _Rotation(interleaved, False, backend))
+        return ops.apply(_NormRopeQK, q, k, cos, sin, q_weight, k_weight, norm, backend)
+    return ops.apply(_RopeQK, q, k, cos, sin, _Rotation(interleaved, False, backend))
 
 
 def rope_qk_inductor(call: Call) -> tuple[Tensor, Tensor]:

@@ -170,7 +170,7 @@ def _with_history(
 
 def _apply(call: Call, backend: str) -> Tensor:
     constants = _Constants(call.eps, call.dtype, POLICIES.index(call.recompute), backend)
-    return _Projection.apply(call.x, call.w_down, call.w_up, call.norm_weight, constants)
+    return ops.apply(_Projection, call.x, call.w_down, call.w_up, call.norm_weight, constants)
 
 
 def mla_projection_triton(call: Call) -> Tensor:
