@@ -197,7 +197,7 @@ def test_show(name):
     """By the entry's name or by one of its functions'."""
     result = run("show", name)
     assert result.exit_code == 0
-    assert "ki.fused_rope_qk(q, k, cos, sin, *, interleaved=False, backend='auto')" in result.output
+    assert "ki.fused_rope_qk(q, k, cos, sin=None, *, interleaved=False, q_weight=None," in result.output
     assert kernel_index.fused_rope_qk.__doc__.splitlines()[0] in result.output
     assert "[1 or B, T, 1, R/2]" in result.output, "brackets are text, not markup"
     assert "    declines: cos or sin needs a gradient: only the reference computes it" in result.output
