@@ -41,6 +41,7 @@ FLOORS = (
     ("nn", "integrations", "jax"),
     ("lm", "proofs"),
     ("cli",),
+    ("__main__",),
 )
 """Packages by floor, the lowest first; the empty name is the front."""
 

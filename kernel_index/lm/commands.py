@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 import kernel_index as ki
 from kernel_index.lm.checkpoint import CheckpointError
@@ -127,7 +127,7 @@ def generate_command(
 
 def presets_command() -> None:
     """The presets of `train --preset`: blocks, parameters, and the FLOPs of a training step."""
-    table = Table("preset", "blocks", "parameters", "for one token", "MFLOP a token", "GFLOP a step", "trains in, on")
+    columns = []
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             model = LanguageModel(preset.model)
@@ -135,7 +135,12 @@ def presets_command() -> None:
         tokens = preset.batch_rows * preset.accumulate * preset.model.context
         sizes = (f"{model.parameter_count():,}", f"{active_parameters(model):,}")
         work = (f"{flops / 1e6:,.1f}", f"{flops * tokens / 1e9:,.1f}")
-        table.add_row(name, preset.model.pattern, *sizes, *work, f"{preset.dtype}, {preset.about}")
+        columns.append((name, preset.model.pattern, *sizes, *work, preset.dtype, preset.about))
+    facts = ("preset", "blocks", "parameters", "of a token", "MFLOP a token", "GFLOP a step", "trains in", "trains on")
+    rows = list(zip(facts, *columns, strict=True))  # a column for each preset: 80 characters hold them
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
+    for row in rows[1:]:
+        table.add_row(*row)
     console.print(table)
 
 
