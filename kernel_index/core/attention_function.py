@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.autocast import without_autocast
 
 
 class Forward(NamedTuple):
@@ -78,7 +79,8 @@ class AttentionFunction(torch.autograd.Function):
         q, k, v, sink, out, *saved = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
         given = Backward(d_out, d_lse, q, k, v, sink, out, saved, ctx.needs_input_grad[2:6])
-        d_q, d_k, d_v, d_sink = ctx.passes.backward(ctx.statics, given)
+        with without_autocast(q):  # for a backward() that is called inside of it
+            d_q, d_k, d_v, d_sink = ctx.passes.backward(ctx.statics, given)
         return None, None, d_q, d_k, d_v, d_sink, *[None] * ctx.others
 
 

@@ -14,6 +14,7 @@ from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.fused_rope_qk import triton as rope
 from kernel_index.kernels.boundary.fused_bias_dropout_add import triton as dropout
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm import triton as norm
+from kernel_index.kernels.experts.fused_gated_activation import triton as gated
 from kernel_index.kernels.experts.fused_relu_squared import triton as relu
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton as loss
 from kernel_index.kernels.sparse.block_sparse_attention import triton as block_sparse
@@ -82,6 +83,24 @@ def test_relu_squared(late):
     seen = late(relu._relu_squared_backward_kernel, index, x, g, y, size, BLOCK=relu.BLOCK)
     for tensor in (x, g, y):
         holds(seen, tensor, first, size - 1)
+
+
+@pytest.mark.parametrize("rows", [1, ROWS], ids=["one long row", "rows of halves"])
+def test_gated_activation(late, rows):
+    gate, up, g, y, z = tensors(5)
+    size, width = ROWS * WIDTH, ROWS * WIDTH // rows
+    blocks, stride = width // gated.BLOCK, 2 * width if rows > 1 else 0
+    first, last = size - gated.BLOCK, size - 1
+    read = last + (rows - 1) * (stride - width) if rows > 1 else last  # the last element of a strided input
+    shape = {"KIND": "silu", "BLOCK": gated.BLOCK}
+    seen = late(gated._gated_kernel, size // gated.BLOCK - 1, gate, up, y, width, blocks, stride, stride, **shape)
+    holds(seen, y, first, last)
+    for tensor in (gate, up):
+        holds(seen, tensor, read - gated.BLOCK + 1, read)
+    index, strides = size // gated.BLOCK - 1, (stride, stride, 0 if rows == 1 else width)
+    seen = late(gated._gated_backward_kernel, index, gate, up, g, y, z, width, blocks, *strides, **shape)
+    for tensor in (g, y, z):
+        holds(seen, tensor, first, last)
 
 
 @pytest.mark.parametrize("width", [WIDTH, 3 * norm.WHOLE], ids=["one block", "looped"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native, rules
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.fa4_support import support_of
 from kernel_index.core.target import has_package, target_of
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
@@ -45,6 +46,7 @@ OutAndLse = tuple[Tensor, Tensor | None]
 def check(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, softcap: Any, sink: Any, *, with_lse: bool
 ) -> AttentionCall:
+    q, k, v = cast_like_sdpa(q, k, v)
     check_attention(q, k, v, mask, scale, softcap, sink)
     return AttentionCall(q, k, v, mask, scale, softcap, sink, with_lse)
 
@@ -115,7 +117,7 @@ def _packing_rule(call: AttentionCall) -> str | None:
         return rules.INSIDE_FUNCTORCH
     if call.is_empty:
         return "needs at least one query and one key"
-    return lowerings.varlen_why_not(call.sizes, call.mask.has_tensors)
+    return call.mask.row_varlen_why_not(call.sizes)
 
 
 WAITS = "documents and prefixes as packed lengths: reading them waits for the device"
