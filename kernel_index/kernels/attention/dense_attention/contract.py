@@ -12,7 +12,6 @@ from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.fa4_support import support_of
 from kernel_index.core.target import has_package, target_of
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
-from kernel_index.masks.doc_window_mask import lowerings
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
