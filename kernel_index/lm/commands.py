@@ -23,7 +23,7 @@ from kernel_index.lm.data import DataError
 from kernel_index.lm.distributed import processes
 from kernel_index.lm.generate import generate, load_model
 from kernel_index.lm.model import LanguageModel, active_parameters, flops_per_token
-from kernel_index.lm.report import LN2, against_baseline, receipt_rows, write_report
+from kernel_index.lm.report import LN2, against_baseline, receipt_rows, with_notes, write_report
 from kernel_index.lm.train import (
     RunConfig,
     StepReport,
@@ -269,9 +269,12 @@ def _conclude(trainer: Trainer, finished: bool) -> None:
             sample = prompt + "".join(generate(trainer.model, prompt, SAMPLE_TOKENS))
         trainer.receipts += log.counts()
     table = Table("op", "backend", "calls", "why not an earlier backend", title="Which kernels ran")
-    for row in receipt_rows(trainer.receipts):
+    rows, notes = with_notes(receipt_rows(trainer.receipts))
+    for row in rows:
         table.add_row(row.op, row.backend, f"{row.count:,}", row.reason)
     console.print(table)
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}", markup=False, highlight=False)
     console.print(f"{str(trainer.goodput).capitalize()}.", highlight=False)
     if finished:
         console.print("[bold]Generated:[/]")

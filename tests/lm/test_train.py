@@ -17,7 +17,7 @@ from kernel_index.core.force import reload_environment
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import commands
 from kernel_index.lm.generate import generate, load_model
-from kernel_index.lm.report import against_baseline, receipt_rows
+from kernel_index.lm.report import ReceiptRow, against_baseline, receipt_rows, with_notes
 from kernel_index.lm.train import RunConfig, Trainer, TrainingError, read_metrics
 from tests.lm.runs import config, losses
 
@@ -305,3 +305,14 @@ def test_generate_prints_nothing_before_an_error(finished):
     failed = cli("generate", "--checkpoint", finished.folder, "--prompt", "abc", "--top-p", 2)
     assert failed.returncode == 1
     assert failed.stdout == ""
+
+
+def test_a_reason_of_many_rows_is_written_once():
+    rows = [ReceiptRow(op, "cpu", 1, "triton: needs a GPU; native: too small") for op in "abc"]
+    rows += [ReceiptRow("d", "cpu", 1, "triton: needs a GPU"), ReceiptRow("e", "native", 1, "first choice")]
+    rows[0] = rows[0]._replace(reason="triton: needs a GPU; native: no C++ compiler; flex: no GPU")
+    short, notes = with_notes(rows)
+    assert notes == ["triton: needs a GPU"]
+    assert [r.reason for r in short] == [
+        "(1) native: no C++ compiler; flex: no GPU", *["(1) native: too small"] * 2, "(1)", "first choice",
+    ]  # fmt: skip
