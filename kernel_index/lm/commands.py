@@ -146,14 +146,15 @@ def presets_command() -> None:
 
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
-    """Print an expected error as one line and exit with status 1, without a traceback."""
+    """Print an expected error as one line, without a traceback; exit with 2 for wrong use and with 1 for the rest."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(
         console=errors, show_time=False, show_level=False, show_path=False)])  # fmt: skip
     try:
         yield
     except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
         errors.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from error
+        wrong_use = isinstance(error, ValueError) and not isinstance(error, CheckpointError)
+        raise typer.Exit(2 if wrong_use else 1) from error
 
 
 def _fresh_folder(name: str) -> Path:
