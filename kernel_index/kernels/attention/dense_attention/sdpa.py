@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernel_index.core.excluded import guarded
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, lowering
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
+@guarded
 def attention_sdpa(call: AttentionCall) -> OutAndLse:
     q, k, v, mask, sizes, scale = call.q, call.k, call.v, call.mask, call.sizes, call.scale
     form = lowering(sizes, mask)

@@ -1,0 +1,192 @@
+"""What a mask excludes has no influence, also where it is NaN or infinity: a law of every function that takes a mask.
+
+Each call is made twice: with the case's finite values, and with NaN or infinity in some keys and values (and in the
+queries of rows that see nothing, and in the gradient that they get).  Rows that may not see those keys, and keys that
+no row sees which sees those, have the same bits; rows that see them are not finite.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernel_index as ki
+from kernel_index.core.testing import Case, Maker, Suite, suites
+from kernel_index.kernels.attention.dense_attention.cases import qkv
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.proofs.errors import differentiable, run, tensors_of
+from kernel_index.routing.membership import membership
+
+NAN, INF = float("nan"), float("inf")
+
+
+class Sees(NamedTuple):
+    """Bool [B, T, H, S]: the keys that a query head may see, and those that it attends to whatever its router does."""
+
+    may: Tensor
+    must: Tensor
+
+
+def by_mask(call: dict[str, Any]) -> Tensor:
+    (batch, queries, heads, _), keys = call["q"].shape, call["k"].shape[1]
+    allowed = (call.get("mask") or MaskContract()).dense(batch, queries, keys)
+    return allowed.transpose(1, 2).expand(-1, -1, heads, -1)
+
+
+def dense(call: dict[str, Any]) -> Sees:
+    may = by_mask(call)
+    return Sees(may, may)
+
+
+def selected(call: dict[str, Any]) -> Sees:
+    """``exact_token_attention`` and ``block_sparse_attention``."""
+    heads, keys = call["q"].shape[2], call["k"].shape[1]
+    size = call.get("block_size", 1)
+    lists = call.get("selected", call.get("indices"))
+    valid = call.get("selected_valid", call.get("indices_valid"))
+    lists, valid = (x if x is None or x.ndim == 4 else x[:, :, None] for x in (lists, valid))
+    of_groups = membership(lists, valid, -(-keys // size)).repeat_interleave(heads // lists.shape[2], 2)
+    both = of_groups.index_select(3, torch.arange(keys) // size) & by_mask(call)
+    return Sees(both, both)
+
+
+def routed(call: dict[str, Any]) -> Sees:
+    """What is allowed in the current block is always attended to."""
+    may, (queries, keys) = by_mask(call), (call["q"].shape[1], call["k"].shape[1])
+    size = call["config"].block_size if "config" in call else call["block_size"]
+    current = (torch.arange(queries) + keys - queries) // size
+    return Sees(may, may & (torch.arange(keys) // size == current[:, None])[:, None])
+
+
+LAWS: dict[str, Callable[[dict[str, Any]], Sees]] = {
+    "attention": dense,
+    "attention_with_lse": dense,
+    "exact_token_attention": selected,
+    "block_sparse_attention": selected,
+    "moba_attention": routed,
+    "clustered_sparse_attention": routed,
+}
+ATTENTION = [s for s in suites() if s.op in LAWS]
+
+
+def large(op: str) -> Case | None:
+    """Several tiles of every kernel; a document, and the padding, begin inside one."""
+
+    def build(m: Maker) -> dict[str, Any]:
+        ids = torch.tensor([3] * 170 + [8] * 120 + [-1] * 30).expand(2, -1)
+        call = {**qkv(m, 2, 320, 320, 4, 2, 16), "mask": MaskContract(doc_ids=ids, window=(120, 0))}
+        if op == "exact_token_attention":
+            call["indices"] = m.integers(-1, 320, 2, 320, 2, 40)
+        if op == "block_sparse_attention":
+            call |= {"selected": m.integers(-1, 10, 2, 320, 2, 6), "block_size": 32}
+        return call
+
+    return Case("large", "several tiles", build) if LAWS[op] is not routed else None
+
+
+def cases() -> list[Any]:
+    return list(_cases())
+
+
+def _cases() -> Iterator[Any]:
+    for suite in ATTENTION:
+        for backend in suite.backends:
+            own = large(suite.op) if backend.name != "triton" else None
+            for case in (*suite.cases, *([] if own is None else [own])):
+                yield pytest.param(suite, backend.name, case, id=f"{suite.op}-{backend.name}-{case.name}")
+
+
+def poisoned_keys(call: dict[str, Any], sees: Sees) -> dict[str, Tensor]:
+    """Sets of keys, bool [B, S], of which some rows may see none."""
+    batch, keys = call["k"].shape[:2]
+    key = torch.arange(keys).expand(batch, -1)
+    found = {"padding": ~sees.may.any(1).any(1), "future": key >= keys // 2}
+    docs = (call.get("mask") or MaskContract()).doc_rows
+    if docs is not None:
+        found["document"] = (docs == docs[:, keys // 2 : keys // 2 + 1]).expand(batch, -1)
+    elif sees.may is sees.must:  # not routed: the mean of a block has the keys that a window cuts off
+        found["middle"] = (key >= keys // 3) & (key < keys // 2)
+    return {name: which for name, which in found.items() if which.any()}
+
+
+def with_poison(call: dict[str, Any], sees: Sees, which: Tensor, values: dict[str, float]) -> dict[str, Any]:
+    made = dict(call)
+    for name, value in values.items():
+        made[name] = call[name].clone()
+        made[name][which] = value
+        made[name][which & (torch.arange(which.shape[1]) % 3 == 1), ..., 1:] = -0.5  # only some of the elements
+    made["q"] = call["q"].clone()
+    made["q"][~sees.may.any(-1).any(-1)] = NAN
+    return made
+
+
+class Result(NamedTuple):
+    out: Tensor
+    lse: Tensor | None
+    grads: dict[str, Tensor]
+
+
+def result_of(suite: Suite, backend: str, call: dict[str, Any], silent: Tensor, of_silent: float) -> Result:
+    """``silent`` rows [B, T, H] get the gradient ``of_silent`` from above."""
+    names = differentiable(suite, call, backend)
+
+    def upstream(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        made = [Maker(o.dtype, seed=3).normal(*o.shape) for o in outputs]
+        rows = silent[..., None], silent.transpose(1, 2)  # of out [B, T, H, D] and lse [B, H, T]
+        return [g.masked_fill(at, of_silent) for g, at in zip(made, rows, strict=False)]
+
+    shapes = tuple(o for o in tensors_of(suite.function(**call, backend=backend)) if o.is_floating_point())
+    outputs, grads = run(suite.function, call, names, upstream(shapes), backend=backend)
+    return Result(outputs[0], outputs[1] if len(outputs) > 1 else None, dict(zip(names, grads, strict=False)))
+
+
+def assert_law(suite: Suite, backend: str, call: dict[str, Any], values: dict[str, float], of_silent: float) -> None:
+    sees = LAWS[suite.op](call)
+    empty = ~sees.may.any(-1)  # [B, T, H]
+    for name, which in poisoned_keys(call, sees).items():
+        bad = (sees.may & which[:, None, None]).any(-1)
+        plain = result_of(suite, backend, call, bad | empty, 0.0)
+        found = result_of(suite, backend, with_poison(call, sees, which, values), bad | empty, of_silent)
+        label = f"{name} {values}"
+        assert torch.equal(found.out[~bad], plain.out[~bad]), f"out, {label}"
+        assert (found.out[empty] == 0).all(), f"out of empty rows, {label}"
+        if found.lse is not None and plain.lse is not None:
+            good = ~bad.transpose(1, 2)
+            assert torch.equal(found.lse[good], plain.lse[good]), f"lse, {label}"
+        assert torch.equal(found.grads["q"][~bad], plain.grads["q"][~bad]), f"dq, {label}"
+        assert (found.grads["q"][empty] == 0).all(), f"dq of empty rows, {label}"
+        reached = (sees.may & bad[..., None]).any(1).unflatten(1, (call["k"].shape[2], -1)).any(2)  # [B, K, S]
+        for x in ("k", "v"):  # of keys that no row sees which sees poison
+            kept = ~reached.transpose(1, 2)
+            assert torch.equal(found.grads[x][kept], plain.grads[x][kept]), f"d{x}, {label}"
+        if "sink" in found.grads and not bad.any():
+            assert torch.equal(found.grads["sink"], plain.grads["sink"]), f"dsink, {label}"
+        certain = (sees.must & which[:, None, None]).any(-1)
+        assert not found.out[certain].isfinite().any(), f"{label}: hidden in out"
+        assert not found.grads["q"][certain].isfinite().all(-1).any(), f"{label}: hidden in dq"
+
+
+def built(suite: Suite, backend: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    call = case.build(Maker(dtype))
+    reason = ki.explain(suite.function, **call, backend=backend).verdicts[backend]
+    if reason:
+        pytest.skip(reason)
+    return call
+
+
+BY_VALUE = ({"k": NAN}, {"v": INF}, {"k": INF, "v": NAN})
+
+
+@pytest.mark.parametrize(("suite", "backend", "case"), cases())
+def test_what_is_excluded_has_no_influence(suite, backend, case):
+    call = built(suite, backend, case, torch.float32)
+    for values in BY_VALUE[2:] if backend == "triton" else BY_VALUE:
+        assert_law(suite, backend, call, values, 0.0)
+
+
+@pytest.mark.parametrize(("suite", "backend", "case"), [p for p in cases() if p.values[1] != "triton"])
+def test_nan_from_above_stays_with_the_rows_that_have_it(suite, backend, case):
+    """A loss makes NaN of a row that is NaN, and an average makes it of rows that see nothing."""
+    assert_law(suite, backend, built(suite, backend, case, torch.bfloat16), {"k": NAN, "v": INF}, NAN)
