@@ -5,6 +5,7 @@ queries of rows that see nothing, and in the gradient that they get).  Rows that
 no row sees which sees those, have the same bits; rows that see them are not finite.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -142,6 +143,11 @@ def result_of(suite: Suite, backend: str, call: dict[str, Any], silent: Tensor, 
     return Result(outputs[0], outputs[1] if len(outputs) > 1 else None, dict(zip(names, grads, strict=False)))
 
 
+def keys_reached(sees: Sees, rows: Tensor, kv_heads: int) -> Tensor:
+    """Which keys [B, S, K] one of the rows [B, T, H] may see."""
+    return (sees.may & rows[..., None]).any(1).unflatten(1, (kv_heads, -1)).any(2).transpose(1, 2)
+
+
 def assert_law(suite: Suite, backend: str, call: dict[str, Any], values: dict[str, float], of_silent: float) -> None:
     sees = LAWS[suite.op](call)
     empty = ~sees.may.any(-1)  # [B, T, H]
@@ -157,9 +163,8 @@ def assert_law(suite: Suite, backend: str, call: dict[str, Any], values: dict[st
             assert torch.equal(found.lse[good], plain.lse[good]), f"lse, {label}"
         assert torch.equal(found.grads["q"][~bad], plain.grads["q"][~bad]), f"dq, {label}"
         assert (found.grads["q"][empty] == 0).all(), f"dq of empty rows, {label}"
-        reached = (sees.may & bad[..., None]).any(1).unflatten(1, (call["k"].shape[2], -1)).any(2)  # [B, K, S]
-        for x in ("k", "v"):  # of keys that no row sees which sees poison
-            kept = ~reached.transpose(1, 2)
+        kept = ~keys_reached(sees, bad, call["k"].shape[2])
+        for x in ("k", "v"):
             assert torch.equal(found.grads[x][kept], plain.grads[x][kept]), f"d{x}, {label}"
         if "sink" in found.grads and not bad.any():
             assert torch.equal(found.grads["sink"], plain.grads["sink"]), f"dsink, {label}"
@@ -190,3 +195,79 @@ def test_what_is_excluded_has_no_influence(suite, backend, case):
 def test_nan_from_above_stays_with_the_rows_that_have_it(suite, backend, case):
     """A loss makes NaN of a row that is NaN, and an average makes it of rows that see nothing."""
     assert_law(suite, backend, built(suite, backend, case, torch.bfloat16), {"k": NAN, "v": INF}, NAN)
+
+
+OURS = ("native", "cpu")  # their backward passes are the project's own
+
+
+@pytest.mark.parametrize(("suite", "backend", "case"), [p for p in cases() if p.values[1] in OURS])
+def test_a_gradient_from_above_reaches_what_its_row_sees(suite, backend, case):
+    """NaN that comes from above to rows whose output is finite."""
+    call = built(suite, backend, case, torch.float32)
+    sees = LAWS[suite.op](call)
+    row = torch.arange(call["q"].shape[1])[:, None].expand(call["q"].shape[:3])
+    bad = (row >= row.shape[1] // 2) & sees.may.any(-1)
+    plain, found = (result_of(suite, backend, call, bad, value) for value in (0.0, NAN))
+    assert torch.equal(found.out, plain.out)
+    assert torch.equal(found.grads["q"][~bad], plain.grads["q"][~bad])
+    kept = ~keys_reached(sees, bad, call["k"].shape[2])
+    for x in ("k", "v"):
+        assert torch.equal(found.grads[x][kept], plain.grads[x][kept]), x
+        assert not bad.any() or not found.grads[x].isfinite().all(), x
+    assert not found.grads["q"][bad].isfinite().any()
+
+
+def padded(dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call of attention with finite padding, and the same with NaN there."""
+    mask = MaskContract(doc_ids=torch.tensor([[0] * 9 + [1] * 7 + [-1] * 4]))
+    call = {**qkv(Maker(dtype), 1, 20, 20, 4, 2, 8), "mask": mask}
+    return call, with_poison(call, dense(call), mask.doc_ids < 0, {"k": NAN, "v": NAN})
+
+
+def rows_and_gradients(attend: Callable[..., Tensor], call: dict[str, Any]) -> list[Tensor]:
+    leaves = [call[x].clone().requires_grad_() for x in ("q", "k", "v")]
+    out = attend(*leaves, call["mask"])
+    return [out.detach(), *torch.autograd.grad(out.sin().sum(), leaves)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+def test_in_a_compiled_graph(backend):
+    """Nothing is read there: the operands are always cleaned."""
+    compiled = torch.compile(functools.partial(ki.attention, backend=backend), backend="aot_eager", fullgraph=True)
+    for plain, found in zip(*(rows_and_gradients(compiled, call) for call in padded()), strict=True):
+        assert torch.equal(plain, found)
+
+
+def test_in_torch_func():
+    plain, found = padded()
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ki.attention(q[None], k[None], v[None], plain["mask"], backend="reference").sin().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))
+    for a, b in zip(*(mapped(*(call[x] for x in ("q", "k", "v"))) for call in (plain, found)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_reference_differentiates_twice_beside_padding_that_is_nan():
+    plain, found = padded(torch.float64)
+
+    def second(call: dict[str, Any]) -> list[Tensor]:
+        q = call["q"].clone().requires_grad_()
+        out = ki.attention(q, call["k"], call["v"], call["mask"], backend="reference")
+        (first,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+        return [first.detach(), *torch.autograd.grad(first.square().sum(), q)]
+
+    for a, b in zip(second(plain), second(found), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_went_wrong_is_not_hidden_from_the_keys_that_did_it():
+    for backend in ("reference", "sdpa", "cpu", "native"):
+        call = qkv(Maker(torch.float32), 1, 8, 8, 2, 1, 8)
+        call["v"][0, 3, 0, 2] = INF
+        leaves = [call[x].requires_grad_() for x in ("q", "k", "v")]
+        out = ki.attention(*leaves, backend=backend)
+        grads = torch.autograd.grad(out[:, 3:].sum() + out[:, :3].sum(), leaves)
+        assert not any(g[0, 3].isfinite().any() for g in grads), backend
+        assert grads[0][0, :3].isfinite().all(), backend
