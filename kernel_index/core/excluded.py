@@ -120,8 +120,9 @@ def _spoiled(found: Any, call: Any, sight: Sight) -> Any:
     keys = keys & sight.keys_seen_by(sees, *k.shape[1:3])
     # Every term has a gradient, which is NaN as well; ``where`` keeps it from all that is not to become NaN.
     each = torch.where(rows[..., None], q, 0.0).sum(-1)
-    shared = sum(torch.where(keys[..., None], x, 0.0).sum((1, 3)) for x in (k, v))  # [B, K]
-    spoil = (each + shared.repeat_interleave(q.shape[2] // k.shape[2], 1)[:, None]) * math.nan
+    of_keys, of_values = (torch.where(keys[..., None], x, 0.0).sum((1, 3)) for x in (k, v))  # [B, K]
+    shared = (of_keys + of_values).repeat_interleave(q.shape[2] // k.shape[2], 1)[:, None]
+    spoil = (each + shared) * math.nan  # [B, T, H]
     if isinstance(found, Tensor):
         return torch.where(rows[..., None], spoil[..., None], found)
     out, lse = found

@@ -21,6 +21,8 @@ CASES = [
     pytest.param(s, b.name, c, id=f"{s.op}-{b.name}-{c.name}") for s in DECODING for b in s.backends for c in s.cases
 ]
 
+INTERPRETED = ("paged_several", "window", "both_sides", "more_queries", "paged", "tokens_paged", "blocks")
+
 
 def slot(call: dict[str, Any], b: int, s: int) -> tuple[int, int]:
     """Where token s of row b is in ``past``: tokens of a row, or a page and a slot in it."""
@@ -70,6 +72,8 @@ def poisoned(call: dict[str, Any], value: float) -> Iterator[tuple[str, dict[str
 @pytest.mark.parametrize("value", [NAN, INF], ids=str)
 @pytest.mark.parametrize(("suite", "backend", "case"), CASES)
 def test_what_is_excluded_has_no_influence(suite, backend, case, value):
+    if backend == "triton" and (value == INF or case.name not in INTERPRETED):
+        pytest.skip("the interpreter takes seconds for each")
     call = case.build(Maker(torch.float32))
     reason = ki.explain(suite.function, **call, backend=backend).verdicts[backend]
     if reason:
@@ -81,6 +85,8 @@ def test_what_is_excluded_has_no_influence(suite, backend, case, value):
         upstream[0][~good] = 0.0
         plain, found = (run(suite.function, x, names, upstream, backend=backend) for x in (call, made))
         assert torch.equal(found[0][0][good], plain[0][0][good]), label
+        if label == "last token" and suite.op != "selected_decode":  # the last query sees it
+            assert not found[0][0][:, -1].isfinite().any()
         if "q" in names:
             assert torch.equal(found[1][0][good], plain[1][0][good]), f"dq, {label}"
         if label == "no token":

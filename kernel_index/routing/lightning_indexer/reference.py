@@ -17,13 +17,13 @@ def lightning_indexer_reference(call: IndexerCall) -> TokenSelection:
     (batch, queries, heads, _), keys = call.q.shape, call.k.shape[1]
     topk, replay = call.topk, call.replay
     dtype = torch.promote_types(call.q.dtype, torch.float32)
-    operands = tuple(x.to(dtype) for x in (call.q, call.k, call.weights))
+    operands = [x.to(dtype) for x in (call.q, call.k, call.weights)]
     needs_care = rules.wants_gradient(*operands) and not (rules.host_readable(*operands) and all_finite(*operands))
     start, end = call.intervals()
     key = torch.arange(keys, device=call.q.device)
 
     def select(at: slice) -> tuple[Tensor, Tensor]:
-        scores = _scores(*operands, at)
+        scores = _scores(operands, at)
         if replay is not None:
             indices = replayed(TokenSelection(*(x[:, at] for x in replay)), start[:, at], end[:, at])
         else:
@@ -31,7 +31,7 @@ def lightning_indexer_reference(call: IndexerCall) -> TokenSelection:
             indices = best_by_sorting(scores.detach(), allowed, topk)
         known = scores.gather(2, indices.clamp(min=0))
         if needs_care:
-            known = _with_gradient_of(_scores(*(finite_part(x) for x in operands), at), indices, known.detach())
+            known = _with_gradient_of(_scores([finite_part(x) for x in operands], at), indices, known.detach())
         return indices, known.masked_fill(indices < 0, -torch.inf)
 
     if keys == 0:
@@ -46,7 +46,8 @@ def lightning_indexer_reference(call: IndexerCall) -> TokenSelection:
     return TokenSelection(indices, indices >= 0, scores)
 
 
-def _scores(q: Tensor, k: Tensor, weights: Tensor, at: slice) -> Tensor:
+def _scores(operands: list[Tensor], at: slice) -> Tensor:
+    q, k, weights = operands
     z = torch.einsum("btjd,bsd->btjs", q[:, at], k).relu()
     return torch.einsum("btjs,btj->bts", z, weights[:, at])
 
