@@ -73,6 +73,9 @@ def questions(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, Callabl
     def streams():
         return leaf(N, N, dtype=dtype), leaf(N, N, dtype=dtype), leaf(N, dtype=dtype)
 
+    def pair():
+        return leaf(N, N, dtype=dtype), leaf(N, N, dtype=dtype)
+
     def bda(p: float):
         return (
             lambda x, r, b: ki.fused_bias_dropout_add(x, r, bias=b, p=p),
@@ -87,6 +90,7 @@ def questions(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable, Callabl
             lambda x: torch.relu(x).square(),
             lambda: (leaf(N, N, dtype=dtype),),
         ),
+        "SwiGLU": (ki.fused_gated_activation, lambda gate, up: torch.nn.functional.silu(gate) * up, pair),
         "bias + dropout 0.1 + add": bda(0.1),
         "bias + add (dropout 0)": bda(0.0),
         "RoPE of Q and K": (

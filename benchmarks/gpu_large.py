@@ -25,6 +25,10 @@ def _relu(x: Tensor) -> Any:
     return ki.fused_relu_squared(x, backend="triton")
 
 
+def _gated(gate: Tensor, up: Tensor) -> Any:
+    return ki.fused_gated_activation(gate, up, backend="triton")
+
+
 def _dropout(x: Tensor, r: Tensor) -> Any:
     return ki.fused_bias_dropout_add(x, r, p=0.0, backend="triton")
 
@@ -46,6 +50,7 @@ def _gather(x: Tensor) -> Any:
 
 LARGE: tuple[Check, ...] = (
     ("relu²", 1, _relu),
+    ("SwiGLU", 2, _gated),
     ("bias + add", 2, _dropout),
     ("residual + RMSNorm", 2, _norm),
     ("RoPE of Q and K", 2, _rope),

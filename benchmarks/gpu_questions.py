@@ -1,5 +1,6 @@
 """What ``benchmarks.gpu`` compares: our public functions, the plain formulas, and Liger-Kernel's where it has one."""
 
+import functools
 import importlib.util
 
 import torch
@@ -70,10 +71,42 @@ def questions(dry: bool) -> list[Question]:
     ]
     more = [
         rope_question(dry, device, backend),
-        *streams_questions(dry, device, backend),
+        *(*gated_questions(dry, device, backend), *streams_questions(dry, device, backend)),
         *(*attention_questions(dry, device), *sparse_questions(dry, device)),
     ]
     return [*found, *more, cross_entropy(dry, device, backend)]
+
+
+def gated_questions(dry: bool, device: str, backend: dict) -> list[Question]:
+    """SwiGLU and GEGLU, gate and up as two tensors and as the halves of one projection."""
+    rows, width = (8, 64) if dry else (8192, 4096)
+    plain = {
+        "silu": lambda gate, up: F.silu(gate) * up,
+        "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    }
+
+    def pair() -> tuple[Tensor, ...]:
+        return tuple(torch.randn(rows, width, dtype=BF16, device=device).requires_grad_() for _ in range(2))
+
+    def halves() -> tuple[Tensor, ...]:
+        joined = torch.randn(rows, 2 * width, dtype=BF16, device=device)
+        return tuple(half.detach().requires_grad_() for half in joined.chunk(2, -1))
+
+    return [
+        Question(
+            f"{name}{suffix}",
+            {
+                "kernel_index": functools.partial(ki.fused_gated_activation, kind=kind, **backend),
+                "eager": plain[kind],
+                "torch.compile": plain[kind] if dry else torch.compile(plain[kind]),
+                **liger_gated(kind),
+            },
+            inputs,
+            (6 * rows * width, 10 * rows * width),
+        )
+        for name, kind in (("SwiGLU", "silu"), ("GEGLU", "gelu_tanh"))
+        for suffix, inputs in (("", pair), (" of halves", halves))
+    ]
 
 
 def cross_entropy(dry: bool, device: str, backend: dict) -> Question:
@@ -160,17 +193,18 @@ def attention_questions(dry: bool, device: str) -> list[Question]:
     def ours(mask, backend="triton"):
         return lambda q, k, v: ki.attention(q, k, v, mask, backend=backend)
 
-    fa4 = {"fa4": ours(causal, "fa4")} if has_flash() else {}  # it declines gradients of packed documents
+    def fa4(mask):
+        return {"fa4": ours(mask, "fa4")} if has_flash() else {}
 
     return [
         Question(
             f"attention over {documents} documents in {tokens} tokens",
-            {"kernel_index": ours(packed), "SDPA over the whole row": flash},
+            {"kernel_index": ours(packed), **fa4(packed), "SDPA over the whole row": flash},
             inputs(tokens),
         ),
         Question(
             f"causal attention over {tokens // 4} tokens",
-            {"kernel_index": ours(causal), **fa4, "SDPA": flash},
+            {"kernel_index": ours(causal), **fa4(causal), "SDPA": flash},
             inputs(tokens // 4),
         ),
     ]
@@ -269,6 +303,16 @@ def liger_relu() -> dict:
     from liger_kernel.ops.relu_squared import LigerReLUSquaredFunction as Function
 
     return {"Liger": lambda x: Function.apply(x)}
+
+
+def liger_gated(kind: str) -> dict:
+    if not has_liger():
+        return {}
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    function = {"silu": LigerSiLUMulFunction, "gelu_tanh": LigerGELUMulFunction}[kind]
+    return {"Liger": lambda gate, up: function.apply(gate, up)}
 
 
 def liger_rope(cos: Tensor, sin: Tensor) -> dict:

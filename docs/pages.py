@@ -11,7 +11,6 @@ from pathlib import Path
 import kernel_index
 from benchmarks.figures import saved, show
 from docs import states, text
-from kernel_index.core.testing import suites
 from kernel_index.index.entries import ENTRIES, FAMILIES
 from kernel_index.index.entry import ROOT, Entry
 
@@ -124,13 +123,10 @@ def _link(e: Entry) -> str:
 
 def operations(e: Entry, seen: Iterable[states.State]) -> dict[str, list[str]]:
     """The entry's functions, and the backends of each: none for metadata and plain functions."""
-    tables = {suite.op: [b.name for b in suite.backends] for suite in suites()}
-    of_entry, signatures = [b.name for b in e.backends()], e.signatures()
-    found = {}
-    for op in e.functions:
-        names = tables.get(op, of_entry if "backend=" in signatures.get(op, "") else [])
-        found[op] = list(dict.fromkeys([*names, *(s.backend for s in seen if s.op == op)]))
-    return found
+    tables = {name: [b.name for b in table] for names, table in e.tables().items() for name in names}
+    return {
+        op: list(dict.fromkeys([*tables.get(op, ()), *(s.backend for s in seen if s.op == op)])) for op in e.functions
+    }
 
 
 def _cell(op: str, backend: str, names: list[str], seen: Iterable[states.State]) -> str:
@@ -188,15 +184,18 @@ def _result(state: states.State) -> str:
 
 
 def _rules(e: Entry) -> str:
-    backends = e.backends()
-    if not backends:
+    tables = e.tables()
+    if not tables:
         return ""
     lines = ['## Backends and their rules\n\nIn the order in which `backend="auto"` tries them.\n']
-    for b in backends:
-        lines.append(f"**{b.name}**\n")
-        lines += [f"- declines: {text.prose(rule)}" for rule in b.rules]
-        lines += [f"- `auto` passes over it: {text.prose(rule)}" for rule in b.advice]
-        lines.append("- runs every legal call\n" if not b.rules + b.advice else "")
+    for names, table in tables.items():
+        if len(tables) > 1:
+            lines.append(f"### {', '.join(f'`{name}`' for name in names)}\n")
+        for b in table:
+            lines.append(f"**{b.name}**\n")
+            lines += [f"- declines: {text.prose(rule)}" for rule in b.rules]
+            lines += [f"- `auto` passes over it: {text.prose(rule)}" for rule in b.advice]
+            lines.append("- runs every legal call\n" if not b.rules + b.advice else "")
     return "\n".join(lines)
 
 

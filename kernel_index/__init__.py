@@ -17,6 +17,7 @@ from kernel_index.kernels.attention.exact_token_sparse.api import exact_token_at
 from kernel_index.kernels.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
 from kernel_index.kernels.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
+from kernel_index.kernels.experts.fused_gated_activation.api import fused_gated_activation
 from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.kernels.experts.grouped_product.api import grouped_product
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
@@ -104,6 +105,7 @@ __all__ = [
     "fa4_kvcache_decode",
     "force",
     "fused_bias_dropout_add",
+    "fused_gated_activation",
     "fused_linear_cross_entropy",
     "fused_mla_projection",
     "fused_relu_squared",

@@ -9,13 +9,17 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import kernel_index
 from kernel_index.cli import commands
 from kernel_index.cli.main import cache_folder
+from kernel_index.core import target
 from kernel_index.core.dispatch import Backend, always
 from kernel_index.core.target import machine_rules, machine_why_not
+from kernel_index.core.testing import Maker, suites
 from kernel_index.index import entries
 from kernel_index.index.entries import ENTRIES
 from kernel_index.index.rule_sentences import sentences
@@ -63,12 +67,25 @@ def test_an_entry_is_what_the_tree_says(entry):
     if entry.implemented:
         assert all(entry.docstrings().values())
         assert all(entry.users().values()), "it is used where the index says so"
-        if entry.backends():
-            assert entry.backends()[-1].name == "reference"
-        for backend in entry.backends():
-            assert backend.machine == machine_rules().get(backend.name)
-            plain = backend.name in ("reference", "xla", "chunked", "eager")  # PyTorch or JAX, which run every call
-            assert plain or backend.rules, f"{backend.name} states no rule"
+        for names, table in entry.tables().items():
+            assert table[-1].name == ("xla" if names[0].startswith("jax.") else "reference")
+            for backend in table:
+                assert backend.machine == machine_rules().get(backend.name)
+                plain = backend.name in ("reference", "xla", "chunked", "eager")  # PyTorch or JAX: every call
+                assert plain or backend.rules, f"{backend.name} states no rule"
+
+
+def test_the_index_shows_each_function_the_table_that_it_chooses_from():
+    """In the order of ``auto``, without what its module imports for other functions."""
+    shown = {n: [b.name for b in table] for e in ENTRIES for names, table in e.tables().items() for n in names}
+    for suite in suites():
+        if suite.op in shown:
+            found = kernel_index.explain(suite.function, **suite.sized(Maker(torch.float32), 8))
+            assert shown[suite.op] == list(found.verdicts), suite.op
+    named = {n for e in ENTRIES for n, text in e.signatures().items() if "backend=" in text}
+    assert named - {"resolve_block_sparse_backend"} <= set(shown)
+    assert shown["clustered_route"] == ["triton", "native", "chunked", "reference"]
+    assert shown["jax.attention"] == ["pallas", "xla"]
 
 
 def test_every_public_function_is_in_the_index():
@@ -91,7 +108,8 @@ def test_an_entry_without_its_folder_is_not_implemented():
     absent = entries.entry("x", "Loss", "kernels/loss/absent", "absent_loss", "Nothing.", "nn.Absent")
     assert not absent.implemented
     assert absent.missing() == ("absent_loss",)
-    assert (absent.backends(), absent.docstrings(), absent.users()) == ((), {}, {"nn.Absent": False})
+    assert (absent.tables(), absent.backends()) == ({}, ())
+    assert (absent.docstrings(), absent.users()) == ({}, {"nn.Absent": False})
 
 
 def test_a_function_that_is_not_exported_is_missing():
@@ -137,9 +155,18 @@ def test_list():
     assert line.split()[:2] == ["✓", "fused_relu_squared"]
     assert "inductor ✓" in line
     assert "reference ✓" in line
-    assert "ki.attention, ki.attention_with_lse" in result.output, "what users call, beside the entry's name"
+    for line in ("  ki.attention_with_lse", "  ki.lightning_indexer ", "  ki.jax.attention "):
+        assert line in result.output, "what users call, below the entry's name"
     assert "20 of 20 entries implemented" in result.output
     assert "Beside these: dense_attention" in result.output
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_a_backend_and_its_mark_stay_together(monkeypatch, columns):
+    monkeypatch.setattr(commands, "console", Console(width=columns))
+    lines = run("list").output.splitlines()
+    assert not [line for line in lines if line.strip() in ("✓", "✗") or line.strip().startswith(("✓ ✓", "✗  "))]
+    assert not [line for line in lines if "…" in line]
 
 
 def test_list_marks_what_the_machine_lacks(monkeypatch):
@@ -150,7 +177,7 @@ def test_list_marks_what_the_machine_lacks(monkeypatch):
     assert "✗ inductor: no C++ compiler (g++ or clang++) found" in result.output
     shown = {e["name"]: e for e in json.loads(run("list", "--json").output)}
     state = {"name": "inductor", "available": False, "reason": "no C++ compiler (g++ or clang++) found"}
-    assert state in shown["fused_relu_squared"]["backends"]
+    assert state in shown["fused_relu_squared"]["backends"][0]["backends"]
 
 
 def test_list_json():
@@ -160,7 +187,9 @@ def test_list_json():
     relu = next(e for e in shown if e["name"] == "fused_relu_squared")
     assert relu["implemented"] is True
     assert relu["functions"] == ["fused_relu_squared"]
-    assert {b["name"] for b in relu["backends"]} >= {"inductor", "reference"}
+    (table,) = relu["backends"]
+    assert table["functions"] == ["fused_relu_squared"]
+    assert [b["name"] for b in table["backends"]] == ["triton", "inductor", "reference"]
 
 
 @pytest.mark.parametrize("name", ["fused_rope_qk", "rope_tables"])
@@ -193,8 +222,9 @@ def test_tools_of_developers_are_no_commands_of_the_package(name):
 def test_show_json():
     shown = json.loads(run("show", "fused_relu_squared", "--json").output)
     assert shown["contract"]["fused_relu_squared"].startswith("Squared ReLU")
-    assert shown["rules"]["reference"] == {"declines": [], "auto_declines": []}
-    assert "needs CPU tensors" in shown["rules"]["inductor"]["declines"]
+    rules = shown["rules"]["fused_relu_squared"]
+    assert rules["reference"] == {"declines": [], "auto_declines": []}
+    assert "needs CPU tensors" in rules["inductor"]["declines"]
 
 
 def test_show_says_what_is_not_implemented(monkeypatch):
@@ -239,6 +269,11 @@ def test_doctor():
     for name, reason in machine_rules().items():
         assert f"{'✗' if reason else '✓'} {name}" in result.output
         assert (reason or "") in result.output
+
+
+def test_native_needs_avx512(monkeypatch):
+    monkeypatch.setattr(target, "has_vectors", lambda: False)
+    assert "✗ native: needs a CPU with AVX-512" in run("doctor").output
 
 
 def test_doctor_json(monkeypatch):

@@ -148,7 +148,7 @@ def test_a_change_of_the_environment_is_found(line, writes):
 FOLDERS = {module.removesuffix(".api") for module in MODULES if module.endswith(".api")}
 """The kernels, dotted; those of ``masks`` and ``routing`` among them."""
 
-BACKENDS = {backend.name for e in ENTRIES for backend in e.backends()} | set(machine_rules())
+BACKENDS = {name for e in ENTRIES for name in e.backends()} | set(machine_rules())
 FRAMEWORK = {"triton": "triton", "fa4": "flash_attn", "pallas": "jax"}  # module of a backend -> what it may import
 
 

@@ -44,7 +44,9 @@ def test_every_file_of_the_package_is_python_or_said_to_be_shipped():
 
 
 def test_a_rule_about_a_missing_package_holds_the_command():
-    rules = [r for e in ENTRIES for b in e.backends() for r in b.rules] + [r for r in machine_rules().values() if r]
+    rules = [r for e in ENTRIES for table in e.tables().values() for b in table for r in b.rules] + [
+        r for r in machine_rules().values() if r
+    ]
     about = [r for r in rules if re.search(r"needs the \S+ package", r)]
     assert about
     assert [r for r in about if not re.search(r"needs the (\S+) package \(pip install \1\)", r)] == []

@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +23,7 @@ from rich.text import Text
 import kernel_index
 from kernel_index.core.target import has_cxx_compiler, machine_rules
 from kernel_index.index.entries import ENTRIES, FAMILIES, find
-from kernel_index.index.entry import Entry
+from kernel_index.index.entry import BackendState, Entry
 
 ELSEWHERE = {
     "train": "kernel_index.lm.commands:train_command",
@@ -88,7 +90,13 @@ def _as_json(entry: Entry) -> dict[str, Any]:
         "purpose": entry.purpose,
         "implemented": entry.implemented,
         "backends": [
-            {"name": b.name, "available": b.machine is None, "reason": b.machine or ""} for b in entry.backends()
+            {
+                "functions": list(names),
+                "backends": [
+                    {"name": b.name, "available": b.machine is None, "reason": b.machine or ""} for b in table
+                ],
+            }
+            for names, table in entry.tables().items()
         ],
         "used_by": [{"name": name, "present": present} for name, present in entry.users().items()],
     }
@@ -104,11 +112,11 @@ def list_command(as_json: Json = False) -> None:
     for family in FAMILIES:
         console.print(f"\n[bold]{family}[/]")
         table = Table(show_header=False, box=None, pad_edge=False)
-        table.add_column(no_wrap=True, width=max(len(e.name) for e in ENTRIES) + 2)
+        first = max(len(f"  ki.{name}") for e in ENTRIES for name in e.functions)
+        table.add_column(no_wrap=True, width=first)
         for e in (e for e in ENTRIES if e.family == family):
-            table.add_row(f"{'✓' if e.implemented else '–'} {e.name}", _backend_line(e, notes))
-            if e.functions != (e.name,):
-                table.add_row("", Text(", ".join(f"ki.{name}" for name in e.functions), "dim"))
+            for name, backends in _rows(e, notes):
+                table.add_row(name, _wrapped(backends, console.width - first - 3))
         console.print(table)
     seed, others = ([e for e in ENTRIES if e.seed is kind] for kind in (True, False))
     done = f"{sum(e.implemented for e in seed)} of {len(seed)} entries implemented"
@@ -118,12 +126,32 @@ def list_command(as_json: Json = False) -> None:
         console.print(f"✗ {name}: {reason}", markup=False, highlight=False)
 
 
-def _backend_line(e: Entry, notes: dict[str, str]) -> str:
+def _rows(e: Entry, notes: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """A row for the entry, and one for the functions of each table where they are called otherwise."""
     if not e.implemented:
-        return "not implemented"
-    states = e.backends()
-    notes.update({b.name: b.machine for b in states if b.machine})
-    return "  ".join(f"{b.name} {'✗' if b.machine else '✓'}" for b in states) or "metadata: no backend"
+        yield f"– {e.name}", "not implemented"
+        return
+    tables = dict(e.tables())
+    plain = tuple(name for name in e.functions if not any(name in names for names in tables))
+    yield f"✓ {e.name}", _backend_line(tables.pop((e.name,), ()), notes)
+    for names, table in tables.items():
+        yield "\n".join(f"  ki.{name}" for name in names), _backend_line(table, notes)
+    if plain and plain != (e.name,):
+        yield "\n".join(f"  ki.{name}" for name in plain), "no backend"
+
+
+def _wrapped(line: str, width: int) -> Text:
+    """Lines that break between backends, not between a backend and its mark."""
+    return Text("\n".join(textwrap.wrap(line, max(20, width))).replace("\N{NO-BREAK SPACE}", " "), no_wrap=True)
+
+
+def _called(names: tuple[str, ...]) -> str:
+    return ", ".join(f"ki.{name}" for name in names)
+
+
+def _backend_line(table: tuple[BackendState, ...], notes: dict[str, str]) -> str:
+    notes.update({b.name: b.machine for b in table if b.machine})
+    return "  ".join(f"{b.name}\N{NO-BREAK SPACE}{'✗' if b.machine else '✓'}" for b in table)
 
 
 @app.command("show")
@@ -137,7 +165,11 @@ def show_command(
         errors.print(_no_entry(name), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(NOT_FOUND)
     if as_json:
-        rules = {b.name: {"declines": list(b.rules), "auto_declines": list(b.advice)} for b in e.backends()}
+        rules = {
+            name: {b.name: {"declines": list(b.rules), "auto_declines": list(b.advice)} for b in table}
+            for names, table in e.tables().items()
+            for name in names
+        }
         _print_json(_as_json(e) | {"signatures": e.signatures(), "contract": e.docstrings(), "rules": rules})
         return
     console.print(f"[bold]{e.name}[/]  ({e.family}, kernel_index/{e.folder})", highlight=False)
@@ -147,18 +179,16 @@ def show_command(
     for function, text in e.docstrings().items():
         console.print(f"\n[bold]ki.{e.signatures()[function]}[/]", highlight=False)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    _show_backends(e)
+    for names, table in e.tables().items():
+        _show_backends(names, table)
     console.print("\n[bold]Where it is used[/]")
     for user, present in e.users().items():
         console.print(f"  kernel_index.{user}{'' if present else ' (not yet)'}", highlight=False)
 
 
-def _show_backends(e: Entry) -> None:
-    states = e.backends()
-    if not states:
-        return
-    console.print('\n[bold]Backends[/], in the order in which backend="auto" tries them')
-    for b in states:
+def _show_backends(names: tuple[str, ...], table: tuple[BackendState, ...]) -> None:
+    console.print(f'\n[bold]Backends of {_called(names)}[/], in the order in which backend="auto" tries them')
+    for b in table:
         console.print(
             f"  {b.name}: {'available here' if b.machine is None else b.machine}",
             markup=False,

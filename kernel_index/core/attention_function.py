@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.core import ops
+from kernel_index.core.autocast import without_autocast
+
 
 class Forward(NamedTuple):
     """``out`` [B, T, H, Dv], ``lse`` [B, H, T] by the natural logarithm, and the tensors that backward needs of it."""
@@ -76,7 +79,8 @@ class AttentionFunction(torch.autograd.Function):
         q, k, v, sink, out, *saved = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
         given = Backward(d_out, d_lse, q, k, v, sink, out, saved, ctx.needs_input_grad[2:6])
-        d_q, d_k, d_v, d_sink = ctx.passes.backward(ctx.statics, given)
+        with without_autocast(q):  # for a backward() that is called inside of it
+            d_q, d_k, d_v, d_sink = ctx.passes.backward(ctx.statics, given)
         return None, None, d_q, d_k, d_v, d_sink, *[None] * ctx.others
 
 
@@ -84,7 +88,7 @@ def attend(
     passes: Passes, statics: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` with their gradients."""
-    return AttentionFunction.apply(passes, statics, q, k, v, sink, *tensors)
+    return ops.apply(AttentionFunction, passes, statics, q, k, v, sink, *tensors)
 
 
 def delta_of(given: Backward) -> Tensor:

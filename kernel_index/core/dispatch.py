@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kernel_index.core.autocast import without_autocast
 from kernel_index.core.force import PUBLIC, STRICT, forced_for
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.target import target_of
@@ -222,21 +223,26 @@ class Choice:
         return _choose(op, backends, self.below, forced_for(op, inside=True), call)
 
     def run_inside(self, *args: Any) -> Any:
-        """Carry out a part of another call, which writes the one receipt."""
-        return self.backend.run(*args)
+        """Carry out a part of another call, which writes the one receipt.
+
+        Autocast is off: what it means for an op's arguments was decided when they were checked.
+        """
+        like = _first_tensor(args)
+        with contextlib.nullcontext() if like is None else without_autocast(like):
+            return self.backend.run(*args)
 
     def with_details(self, **details: Any) -> "Choice":
         """The same decision with more telemetry."""
         return replace(self, details=(*self.details, *details.items()))
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any) -> Any:
         decision = (self.op, self.requested, self.backend.name, self.declined, self.forced_by, self.details)
         if torch.compiler.is_compiling():
-            out = self.backend.run(*args, **kwargs)
+            out = self.run_inside(*args)
             _write(*decision)  # after it: a launch that cannot be traced is not said to have run
             return out
         try:
-            out = self.backend.run(*args, **kwargs)
+            out = self.run_inside(*args)
         except BaseException as error:  # re-raised: a failed launch is the caller's to see, and the receipt's to tell
             _write(*decision, error=None if _ends_a_recomputation(error) else f"{type(error).__name__}: {error}")
             raise
@@ -344,12 +350,20 @@ def _verdict(backend: Backend, wanted: str, call: tuple) -> str | None:
 
 
 def _on_accelerator(call: tuple) -> bool:
+    tensor = _first_tensor(call)
+    if tensor is not None:
+        return target_of(tensor.device).kind != "cpu"
+    return any(ask(call) for ask in ACCELERATORS)
+
+
+def _first_tensor(call: tuple) -> torch.Tensor | None:
+    """A tensor on the device where the call runs; None for arrays of another library."""
     for value in call:
         if isinstance(value, torch.Tensor):
-            return target_of(value.device).kind != "cpu"
+            return value
         if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):  # a Call
-            return target_of(value[0].device).kind != "cpu"
-    return any(ask(call) for ask in ACCELERATORS)
+            return value[0]
+    return None
 
 
 def _explanation(op, backends, requested, wanted, forced_by, call) -> Explanation:

@@ -18,6 +18,21 @@ class Passes(NamedTuple):
     backward: Callable[..., Any]
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, in a trace too where one tensor is two arguments, such as keys that are the values.
+
+    Dynamo refuses such a call.  A view of the tensor is another argument with the same values, and autograd adds up the
+    two gradients as it does in eager code.
+    """
+    if not torch.compiler.is_compiling():
+        return function.apply(*args)
+    distinct: list[Any] = []
+    for arg in args:
+        twice = isinstance(arg, torch.Tensor) and any(arg is other for other in distinct)
+        distinct.append(arg.view_as(arg) if twice else arg)
+    return function.apply(*distinct)
+
+
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
 """Qualified name of each registered op -> its launcher."""
 

@@ -59,6 +59,10 @@ def has_package(name: str) -> bool:
     return _find_package(name)
 
 
+NO_COMPILER = "no C++ compiler (g++ or clang++) found"
+NO_VECTORS = "needs a CPU with AVX-512 and PyTorch's oneDNN"
+
+
 @functools.cache
 def _find_compiler() -> bool:
     chosen = os.environ.get("CXX")
@@ -68,6 +72,18 @@ def _find_compiler() -> bool:
 def has_cxx_compiler() -> bool:
     """Whether there is a C++ compiler, which Inductor needs on a CPU even for a cached kernel."""
     return _find_compiler()
+
+
+@functools.cache
+def has_vectors() -> bool:
+    """Whether native kernels run here: a CPU with AVX-512, and PyTorch's oneDNN for their products."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+def _native_why_not() -> str | None:
+    if not has_cxx_compiler():
+        return NO_COMPILER
+    return None if has_vectors() else NO_VECTORS
 
 
 def machine_rules() -> dict[str, str | None]:
@@ -80,7 +96,7 @@ def machine_rules() -> dict[str, str | None]:
     return {
         "reference": None,
         "sdpa": None,
-        "native": None if has_cxx_compiler() else "no C++ compiler (g++ or clang++) found",
+        "native": _native_why_not(),
         "cpu": None,
         "chunked": None,
         "sharded": None
@@ -88,7 +104,7 @@ def machine_rules() -> dict[str, str | None]:
         else "needs a process group (torch.distributed.init_process_group)",
         "eager": None,
         "grouped_mm": None,
-        "inductor": None if has_cxx_compiler() else "no C++ compiler (g++ or clang++) found",
+        "inductor": None if has_cxx_compiler() else NO_COMPILER,
         "triton": None
         if has_package("triton") and (cuda or interpreting)
         else "needs the triton package (pip install triton) and a CUDA or ROCm device (or TRITON_INTERPRET=1)",
@@ -108,5 +124,5 @@ def machine_why_not(backend: str) -> str | None:
 
 
 # See dispatch.py: Dynamo runs these as plain Python while it traces and keeps the result.
-for _constant in (target_of, has_package, has_cxx_compiler):
+for _constant in (target_of, has_package, has_cxx_compiler, has_vectors):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

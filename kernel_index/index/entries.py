@@ -216,5 +216,13 @@ ENTRIES = (
         "Multiply the rows of each expert by that expert's matrix, all experts in one call.",
         "nn.Experts",
     ),
+    entry(
+        "fused_gated_activation",
+        "Experts and activations",
+        "kernels/experts/fused_gated_activation",
+        "fused_gated_activation",
+        "Apply a gated MLP's activation, SwiGLU or GEGLU for example, in one pass without keeping its result.",
+        "nn.SwiGLUMLP nn.Experts",
+    ),
 )
 """The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""

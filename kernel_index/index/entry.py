@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType
 from typing import Any
 
 import kernel_index
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True, slots=True)
 class BackendState:
-    """One backend of an entry: its rules as sentences, and why this machine cannot run it, or None."""
+    """One backend of a function: its rules as sentences, and why this machine cannot run it, or None."""
 
     name: str
     machine: str | None
@@ -59,17 +59,24 @@ class Entry:
         """The public functions that the tree does not have yet."""
         return tuple(name for name in self.functions if name not in kernel_index.__all__)
 
-    def backends(self) -> tuple[BackendState, ...]:
-        """The backends in the order in which ``auto`` tries them; empty for metadata, which has none."""
-        found: dict[str, BackendState] = {}
-        for b in self._tables():
-            rules = sentences(b.why_not)
-            advice = () if b.not_worth is None else sentences(b.not_worth)
-            if b.name in found:
-                rules = tuple(dict.fromkeys(found[b.name].rules + rules))
-                advice = tuple(dict.fromkeys(found[b.name].advice + advice))
-            found[b.name] = BackendState(b.name, machine_why_not(b.name), rules, advice)
-        return tuple(sorted(found.values(), key=lambda b: b.name == "reference"))
+    def tables(self) -> dict[tuple[str, ...], tuple[BackendState, ...]]:
+        """The backends in the order in which ``auto`` tries them, for the functions that share a table.
+
+        Functions without backends are left out.  ``jax.<function>`` stands for the table of JAX arrays.
+        """
+        sharing: dict[tuple[Backend, ...], list[str]] = {}
+        for name, function in self._functions().items():
+            if table := _table_of(function):
+                sharing.setdefault(table, []).append(name)
+        if self.jax and self.implemented:  # read without importing JAX
+            table = importlib.import_module(f"kernel_index.{self.jax}").JAX_BACKENDS
+            sharing.setdefault(table, []).append(f"jax.{self.functions[0]}")
+        return {tuple(names): tuple(map(_state_of, table)) for table, names in sharing.items()}
+
+    def backends(self) -> tuple[str, ...]:
+        """The names of all backends of all functions, each once; the reference is the last."""
+        names = dict.fromkeys(b.name for table in self.tables().values() for b in table)
+        return tuple(sorted(names, key=lambda name: name == "reference"))
 
     def docstrings(self) -> dict[str, str]:
         """The public functions' contracts, by name."""
@@ -102,17 +109,33 @@ class Entry:
         """The public functions by name; none before all of them are there."""
         return {} if self.missing() else {name: getattr(kernel_index, name) for name in self.functions}
 
-    def _tables(self) -> Iterator[Backend]:
-        """Every backend of every table beside the functions; those for JAX arrays are read without importing JAX."""
-        names = [*self.modules(), *([f"kernel_index.{self.jax}"] if self.jax and self.implemented else ())]
-        for module in map(importlib.import_module, names):
-            yield from _backends_of(module)
+
+def _table_of(function: Callable[..., Any]) -> tuple[Backend, ...]:
+    """The table that a function chooses from, read from its code; empty without one.
+
+    Of several it is the one whose name ends in BACKENDS: the others are of its router, or of another function.
+    """
+    found = dict(_tables_in(inspect.unwrap(function), set()))
+    named = [name for name in found if name.endswith("BACKENDS")]
+    return found[(named or list(found))[0]] if found else ()
 
 
-def _backends_of(module: ModuleType) -> Iterator[Backend]:
-    for value in vars(module).values():
+def _tables_in(function: Any, seen: set[Any]) -> Iterator[tuple[str, tuple[Backend, ...]]]:
+    """The tables that the code of a function and of its module's other functions names."""
+    if not isinstance(function, FunctionType) or function in seen:
+        return
+    seen.add(function)
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
         if isinstance(value, tuple) and value and all(isinstance(v, Backend) for v in value):
-            yield from value
+            yield name, value
+        elif getattr(value, "__module__", None) == function.__module__:
+            yield from _tables_in(value, seen)
+
+
+def _state_of(backend: Backend) -> BackendState:
+    advice = () if backend.not_worth is None else sentences(backend.not_worth)
+    return BackendState(backend.name, machine_why_not(backend.name), sentences(backend.why_not), advice)
 
 
 def _signature(function: Callable[..., Any]) -> str:

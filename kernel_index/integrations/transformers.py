@@ -1,20 +1,23 @@
 """Kernels of the index inside one instance of a Hugging Face Transformers model, with a report and an undo."""
 
 import re
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from torch import nn
 
 from kernel_index.core import checks
+from kernel_index.core.target import has_package
 from kernel_index.integrations.extras import require
-from kernel_index.integrations.hugging_face import activation, attention, loss, norms, rope
-from kernel_index.integrations.hugging_face.change import Change, Kind, Plan
+from kernel_index.integrations.hugging_face import activation, attention, loss, mlp, norms, rope
+from kernel_index.integrations.hugging_face.change import Change, Kind, Plan, tried
 
 __all__ = ["Change", "Report", "apply"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MARK = "_kernel_index_is_applied"
+MARKING = threading.Lock()
 
 
 class Report:
@@ -29,6 +32,7 @@ class Report:
     def __init__(self, model: Any, changes: Iterable[Change], undo: list[Callable[[], None]]):
         self.changes = tuple(changes)
         self._model, self._undo = model, undo
+        self._calls_left: dict[tuple[str, str], int] = {}
 
     @property
     def replaced(self) -> tuple[Change, ...]:
@@ -38,11 +42,23 @@ class Report:
     def left(self) -> tuple[Change, ...]:
         return tuple(c for c in self.changes if not c.replaced)
 
+    @property
+    def calls_left(self) -> dict[tuple[str, str], int]:
+        """How many calls of a replaced attention layer went to the model's own, by module and reason."""
+        if self._model is None:
+            return dict(self._calls_left)
+        found = ((name, vars(m).get(attention.NOTES, {})) for name, m in self._model.named_modules())
+        return {(name, why): count for name, notes in found for why, count in notes.items()}
+
     def undo(self) -> None:
-        """Restore every forward, hook and setting of the model; a second call does nothing."""
+        """Restore every forward and setting of the model; a second call does nothing."""
+        self._calls_left = self.calls_left
         while self._undo:
             self._undo.pop()()
         if self._model is not None:
+            for module in self._model.modules():
+                vars(module).pop(attention.NOTES, None)
+                vars(module).pop(attention.TRIED, None)
             vars(self._model).pop(MARK, None)
         self._model = None
 
@@ -50,10 +66,23 @@ class Report:
         """One line for each group of modules that differ only in their layer's number."""
         lines: dict[tuple[str, str, str], int] = {}
         for c in self.changes:
-            pattern = re.sub(r"\b\d+\b", "*", c.module) or "the model"
-            said = c.by or f"left: {c.why}"
-            lines[c.kind, pattern, said] = lines.get((c.kind, pattern, said), 0) + 1
-        return "\n".join(f"{k}: {m}{f' ({n})' if n > 1 else ''}: {said}" for (k, m, said), n in lines.items())
+            said = ", ".join(filter(None, (c.by, c.when))) if c.replaced else f"left: {c.why}"
+            key = (c.kind, _pattern(c.module), said)
+            lines[key] = lines.get(key, 0) + 1
+        calls: dict[tuple[str, str], int] = {}
+        for (module, why), count in self.calls_left.items():
+            calls[_pattern(module), why] = calls.get((_pattern(module), why), 0) + count
+        return "\n".join(
+            [f"{k}: {m}{f' ({n})' if n > 1 else ''}: {said}" for (k, m, said), n in lines.items()]
+            + [f"attention: {m}: {n} calls went to the model's own: {why}" for (m, why), n in calls.items()]
+        )
+
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.replaced)} modules replaced, {len(self.left)} left>\n{self}"
+
+
+def _pattern(module: str) -> str:
+    return re.sub(r"\b\d+\b", "*", module) or "the model"
 
 
 def apply(
@@ -117,47 +146,70 @@ def apply(
     require("transformers", "hf")
     from transformers import PreTrainedModel
 
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # of PEFT
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
     wanted = dict(zip(KINDS, (norms, rope, loss, experts, attention), strict=True))
     for name, value in wanted.items():
         checks.is_bool(name, value)
-    if MARK in vars(model):
-        raise ValueError("model must be one that is not patched, got one with a report: undo() that first")
-    plans = [plan for kind in KINDS if wanted[kind] for plan in PLANNERS[kind](model)]
+    with MARKING:
+        if MARK in vars(model):
+            raise ValueError("model must be one that is not patched, got one with a report: undo() that first")
+        vars(model)[MARK] = True
     undo: list[Callable[[], None]] = []
-    for plan in plans:
-        if plan.do is not None:
-            undo.append(plan.do())
-    vars(model)[MARK] = True
+    try:
+        plans = [plan for kind in KINDS if wanted[kind] for plan in PLANNERS[kind](model, wanted)]
+        undo += [plan.do() for plan in plans if plan.do is not None]
+    except BaseException:
+        Report(model, (), undo).undo()
+        raise
     return Report(model, (p.change for p in plans), undo)
 
 
-def _of_each(module_of: Any) -> Callable[[nn.Module], list[Plan]]:
-    def planner(model: nn.Module) -> list[Plan]:
-        return [module_of.plan(name, m) for name, m in model.named_modules() if module_of.is_candidate(m)]
-
-    return planner
-
-
-def _rope(model: nn.Module) -> list[Plan]:
-    return [rope.plan(name, m) for name, m in model.named_modules() if rope.names_in(m)]
-
-
-def _activations(model: nn.Module) -> list[Plan]:
-    found = ((f"{name}.{a}", act) for name, m in model.named_modules() for a, act in activation.activations_of(m))
-    unique = {id(act): (name, act) for name, act in found}
-    return [activation.plan(name, act) for name, act in unique.values()]
+def _norms(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
+    """Norms of heads are done by the rotation where it is ours as well."""
+    heads = {id(m) for m in _norms_of_heads(model)} if wanted["rope"] else set()
+    return [
+        tried(name, "norms", lambda name=name, m=m: norms.plan(name, m, id(m) in heads))
+        for name, m in model.named_modules()
+        if norms.is_candidate(m)
+    ]
 
 
-def _attention(model: nn.Module) -> list[Plan]:
-    return attention.plan(model, [(n, m) for n, m in model.named_modules() if attention.is_candidate(m)])
+def _norms_of_heads(model: nn.Module) -> list[nn.Module]:
+    rotating = [m for m in model.modules() if rope.names_in(m) and rope.plan("", m).change.replaced]
+    return [child for m in rotating for child in m.children() if norms.is_candidate(child)]
 
 
-PLANNERS: dict[str, Callable[[Any], list[Plan]]] = {
-    "norms": _of_each(norms),
+def _rope(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
+    found = [(name, m) for name, m in model.named_modules() if rope.names_in(m)]
+    return [tried(name, "rope", lambda name=name, m=m: rope.plan(name, m)) for name, m in found]
+
+
+def _feed_forward(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
+    layers = [(name, m) for name, m in model.named_modules() if mlp.is_candidate(m)]
+    plans = [tried(name, "experts", lambda name=name, m=m: mlp.plan(name, m)) for name, m in layers]
+    gated = {plan.change.module for plan in plans if plan.change.replaced}
+    acts = [(n, a, act) for n, m in model.named_modules() if n not in gated for a, act in activation.activations_of(m)]
+    unique = {id(act): (f"{n}.{a}", act) for n, a, act in acts}
+    alone = [tried(name, "experts", lambda name=name, a=a: activation.plan(name, a)) for name, a in unique.values()]
+    squared = {plan.change.module.rsplit(".", 1)[0] for plan in alone if plan.change.replaced}
+    return [p for p in plans if p.change.replaced or p.change.module not in squared] + alone
+
+
+def _attention(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
+    named = [(n, m) for n, m in model.named_modules() if attention.is_candidate(m)]
+    return attention.plan(model, named) if named else []
+
+
+PLANNERS: dict[Kind, Callable[[Any, dict[Kind, bool]], list[Plan]]] = {
+    "norms": _norms,
     "rope": _rope,
-    "loss": lambda model: [loss.plan(model)],
-    "experts": _activations,
+    "loss": lambda model, wanted: [tried("", "loss", lambda: loss.plan(model))],
+    "experts": _feed_forward,
     "attention": _attention,
 }
+
+if has_package("transformers"):
+    attention.register()

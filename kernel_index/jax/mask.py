@@ -234,6 +234,8 @@ def as_contract(mask: Any) -> MaskContract:
         return mask
     if not isinstance(mask, torch_mask.MaskContract):
         raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
+    if mask.key_counts is not None:
+        raise ValueError("mask must have no key_validity in JAX, got one")
     docs = None if mask.doc_ids is None else jnp.asarray(_from_torch(mask.doc_ids), jnp.int32)
     validity = mask.validity
     if validity is not None:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from kernel_index.core import checks, rules
+from kernel_index.core.autocast import autocast_dtype
 from kernel_index.kvcache.cache import CacheLayer, KVCache
 
 REQUIRES_APPEND_KV = "dense_fa4_kvcache_requires_append_kv"
@@ -41,6 +42,22 @@ def check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Any, k: 
     else:
         checks.is_integer_tensor("block_table", table)
         checks.on_device("block_table", table, q, "q")
+
+
+def cast_to_cache(k_cache: Any, *values: Any) -> tuple[Any, ...]:
+    """Queries and new keys and values as autocast has them: in the dtype of the cache, which is written as it is.
+
+    Where autocast is off, or never casts (float64), nothing changes.
+    """
+    if autocast_dtype(k_cache) is None:
+        return values
+    return tuple(value if autocast_dtype(value) is None else value.to(k_cache.dtype) for value in values)
+
+
+def cast_result(out: Tensor) -> Tensor:
+    """The result of a step of decoding, in autocast's dtype where it is on."""
+    dtype = autocast_dtype(out)
+    return out if dtype is None else out.to(dtype)
 
 
 def _check_new(q: Tensor, k: Any, v: Any, kv_heads: int) -> None:

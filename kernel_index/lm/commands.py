@@ -1,6 +1,7 @@
 """The commands ``kernel-index train``, ``generate`` and ``presets``."""
 
 import contextlib
+import itertools
 import logging
 import signal
 import sys
@@ -22,7 +23,7 @@ from kernel_index.lm.data import DataError
 from kernel_index.lm.distributed import processes
 from kernel_index.lm.generate import generate, load_model
 from kernel_index.lm.model import LanguageModel, active_parameters, flops_per_token
-from kernel_index.lm.report import LN2, receipt_rows, write_report
+from kernel_index.lm.report import LN2, against_baseline, receipt_rows, write_report
 from kernel_index.lm.train import (
     RunConfig,
     StepReport,
@@ -43,22 +44,26 @@ errors = Console(stderr=True)
 
 def train_command(
     preset: Annotated[
-        str | None, typer.Option(help=f"Model and schedule: {', '.join(PRESETS)}. [default: tiny]")
+        str | None, typer.Option(help=f"Model and schedule: {', '.join(PRESETS)}.", show_default="tiny")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps. [default: the preset's]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: a new folder under runs/]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the preset's")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="a new folder under runs/")] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints. [default: 100]")
+        int | None, typer.Option(min=1, help="Steps between checkpoints.", show_default="100")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out (or the newest run).")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout. [default: 0]")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of text. [default: Python's standard library]")] = None,
-    glob: Annotated[str | None, typer.Option(help="Files of the folder. [default: **/*.py]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast). [default: float32]")] = None,
-    sparse_from_step: Annotated[
-        int | None, typer.Option(min=0, help="S blocks attend to everything before this step. [default: 0]")
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout.", show_default="0")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of text, or one file.", show_default="Python's standard library")
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="reference runs the plain formulas. [default: auto]")] = None,
+    glob: Annotated[
+        str | None, typer.Option(help="Files of the folder.", show_default="all text; **/*.py without --data")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast).", show_default="float32")] = None,
+    sparse_from_step: Annotated[
+        int | None, typer.Option(min=0, help="S blocks attend to everything before this step.", show_default="0")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="reference runs the plain formulas.", show_default="auto")] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compile", help="Put the whole model through torch.compile.")
     ] = None,
@@ -112,9 +117,9 @@ def generate_command(
     """Continue a prompt with a trained model."""
     with _clear_errors():
         model = load_model(checkpoint)
-        sys.stdout.write(prompt)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        for text in generate(model, prompt, tokens, **options):
+        texts = generate(model, prompt, tokens, **options)
+        for text in itertools.chain([prompt], texts):  # after the options were checked
             sys.stdout.write(text)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -183,11 +188,15 @@ def _introduce(trainer: Trainer) -> None:
     of_a_token = "" if active == trainer.parameters else f" ({active:,} for one token)"
     console.print(
         f"[bold]{c.preset}[/]: {trainer.parameters:,} parameters{of_a_token}, blocks {c.model.pattern}, "
-        f"{trainer.flops_per_step / 1e9:,.0f} GFLOP per step of {rows} × {c.model.context} tokens, {c.dtype}",
+        f"{_rounded(trainer.flops_per_step / 1e9)} GFLOP per step of {rows} × {c.model.context} tokens, {c.dtype}",
         highlight=False,
     )
     source = c.data or "Python's standard library"
     console.print(f"Data: {source}, {len(trainer.rows):,} packed rows; run folder: {trainer.folder}", highlight=False)
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _run(trainer: Trainer) -> bool:
@@ -236,6 +245,13 @@ def _print_line(report: StepReport, config: RunConfig) -> None:
         console.print(f"step {report.step:>5}/{config.steps}: {_status(report)}, ETA {left:,.0f} s", highlight=False)
 
 
+def _sample_prompt(trainer: Trainer) -> str:
+    """How the training text begins; ``def `` where that is Python's standard library."""
+    if trainer.config.data is None:
+        return SAMPLE_PROMPT
+    return bytes(trainer.rows.documents[0][1:9].astype("uint8")).decode(errors="ignore")
+
+
 def _conclude(trainer: Trainer, finished: bool) -> None:
     metrics = read_metrics(trainer.folder)
     if not metrics:
@@ -244,7 +260,8 @@ def _conclude(trainer: Trainer, finished: bool) -> None:
     if finished:
         trainer.model.eval()
         with ki.receipts() as log, forced_backend(trainer.config.backend):
-            sample = SAMPLE_PROMPT + "".join(generate(trainer.model, SAMPLE_PROMPT, SAMPLE_TOKENS))
+            prompt = _sample_prompt(trainer)
+            sample = prompt + "".join(generate(trainer.model, prompt, SAMPLE_TOKENS))
         trainer.receipts += log.counts()
     table = Table("op", "backend", "calls", "why not an earlier backend", title="Which kernels ran")
     for row in receipt_rows(trainer.receipts):
@@ -258,7 +275,7 @@ def _conclude(trainer: Trainer, finished: bool) -> None:
         if last is not None:
             console.print(
                 f"\nValidation: [bold]{last:.3f} bits per byte[/], unigram baseline {trainer.unigram:.3f}: "
-                f"{100 * (1 - last / trainer.unigram):.0f} % below it.",
+                f"{against_baseline(last, trainer.unigram)}.",
                 highlight=False,
             )
     console.print(f"Report: {write_report(trainer, metrics, sample)}", highlight=False)

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+TEXT = "**/*"
+"""The pattern of every text file of a folder: files that are not hidden and hold no NUL byte."""
+
 START = 256
 IGNORED = -100
 
@@ -58,16 +61,20 @@ class Chunk:
     length: int
 
 
-def find_files(folder: Path | None, pattern: str) -> tuple[Path, list[Path]]:
-    """The text files of a folder, by default of the running Python's standard library, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
+def find_files(data: Path | None, pattern: str) -> tuple[Path, list[Path]]:
+    """A folder and its files in a fixed order, by default of the running Python's standard library; or the one file."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if data is None else data
+    if root.is_file():
+        return root.parent, [root]
     if not root.is_dir():
-        raise DataError(f"--data must be a folder, got {root}")
+        raise DataError(f"--data must be a folder or a file of text, got {root}")
     try:
         matching = sorted(root.glob(pattern))
     except (NotImplementedError, ValueError) as error:
         raise DataError(f"--glob must be a pattern of paths below the folder, got {pattern!r}: {error}") from error
     found = [path for path in matching if path.is_file() and "site-packages" not in path.relative_to(root).parts]
+    if pattern == TEXT:
+        found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not found:
         raise DataError(f"--glob must match at least one file in {root}, got {pattern!r}")
     return root, found
@@ -78,25 +85,35 @@ def is_held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] * 20 < 256
 
 
-def load_documents(folder: Path | None, pattern: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Training and held-out documents, each START followed by a file's bytes."""
-    root, paths = find_files(folder, pattern)
-    train: list[np.ndarray] = []
-    held_out: list[np.ndarray] = []
+def load_documents(data: Path | None, pattern: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Training and held-out documents, each START followed by a file's bytes.
+
+    Where the names leave one of the two empty, as for a single file, the last twentieth of each file is held out.
+    """
+    root, paths = find_files(data, pattern)
+    files: dict[str, bytes] = {}
     for path in paths:
         try:
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"--data holds a file that cannot be read: {error}") from error
-        if content:
-            document = np.concatenate([[START], np.frombuffer(content, np.uint8)]).astype(np.int16)
-            (held_out if is_held_out(path.relative_to(root).as_posix()) else train).append(document)
+        if content and not (pattern == TEXT and len(paths) > 1 and b"\0" in content):
+            files[path.relative_to(root).as_posix()] = content
+    held_out = [content for name, content in files.items() if is_held_out(name)]
+    train = [content for name, content in files.items() if not is_held_out(name)]
     if not train or not held_out:
+        ends = [len(content) - max(1, len(content) // 20) for content in files.values()]
+        train = [content[:end] for content, end in zip(files.values(), ends, strict=True) if end]
+        held_out = [content[end:] for content, end in zip(files.values(), ends, strict=True) if end]
+    if not train:
         raise DataError(
-            f"--data must hold enough files to train on and to hold one in twenty out, "
-            f"got {len(train)} and {len(held_out)} non-empty files in {root}"
+            f"--data must hold text to train on and to hold out, got {len(files)} files with text in {root}"
         )
-    return train, held_out
+    return [_document(content) for content in train], [_document(content) for content in held_out]
+
+
+def _document(content: bytes) -> np.ndarray:
+    return np.concatenate([[START], np.frombuffer(content, np.uint8)]).astype(np.int16)
 
 
 def digest(documents: list[np.ndarray]) -> str:

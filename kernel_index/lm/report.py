@@ -60,7 +60,7 @@ def loss_curve(metrics: list[StepReport], unigram: float) -> str:
     axes = figure.subplots()
     axes.plot([m.step for m in metrics], [m.loss / LN2 for m in metrics], linewidth=1, alpha=0.6, label="training")
     measured = [(m.step, m.validation) for m in metrics if m.validation is not None]
-    axes.plot([s for s, _ in measured], [v for _, v in measured], marker="o", label="validation (held-out files)")
+    axes.plot([s for s, _ in measured], [v for _, v in measured], marker="o", label="validation (held out)")
     axes.axhline(unigram, linestyle="--", color="grey", label="unigram baseline")
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
@@ -71,6 +71,12 @@ def loss_curve(metrics: list[StepReport], unigram: float) -> str:
     figure.savefig(out, format="svg", metadata={"Date": None})
     svg = out.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def against_baseline(bits: float, unigram: float) -> str:
+    """How far the validation is from the baseline without a model."""
+    share = 100 * (1 - bits / unigram)
+    return f"{abs(share):.0f} % {'below' if share >= 0 else 'above'} it"
 
 
 def write_report(trainer: Trainer, metrics: list[StepReport], sample: str) -> Path:
@@ -84,6 +90,7 @@ def write_report(trainer: Trainer, metrics: list[StepReport], sample: str) -> Pa
         flops=trainer.flops_per_step,
         metrics=metrics,
         last=metrics[-1],
+        against_baseline=against_baseline,
         unigram=trainer.unigram,
         curve=loss_curve(metrics, trainer.unigram),
         receipts=receipt_rows(trainer.receipts),

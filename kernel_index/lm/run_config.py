@@ -11,6 +11,7 @@ import torch
 
 from kernel_index.lm.checkpoint import CheckpointError
 from kernel_index.lm.config import PRESETS, Device, Dtype, ModelConfig
+from kernel_index.lm.data import TEXT
 
 Backend = Literal["auto", "reference"]
 Parallel = Literal["fsdp", "tensor"]
@@ -57,6 +58,8 @@ class RunConfig:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         preset = {f.name: getattr(PRESETS[name], f.name) for f in fields(PRESETS[name]) if f.name != "about"}
         given = {k: v for k, v in changes.items() if v is not None}
+        if "data" in given:  # the default pattern is of the default data
+            given.setdefault("glob", TEXT)
         settings: dict[str, Any] = {**preset, **given}
         return cls(name, **settings)
 
@@ -95,8 +98,8 @@ class RunConfig:
         kinds = {name: kind for name, kind in kinds.items() if kind in (int, float, bool, str)}
         found: dict[str, Any] = {}
         for setting in given:
-            name, _, value = setting.partition("=")
-            if name not in kinds:
+            name, equals, value = setting.partition("=")
+            if name not in kinds or not equals:
                 raise ValueError(f"--set must be NAME=VALUE with a name of {', '.join(kinds)}, got {setting!r}")
             kind = kinds[name]
             try:
@@ -148,6 +151,8 @@ class StepReport:
 def read_config(folder: Path) -> RunConfig:
     """The configuration of a run folder."""
     path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"--out must be a run folder, got {folder}, which holds no config.json")
     try:
         return RunConfig.from_json(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

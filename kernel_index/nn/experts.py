@@ -27,8 +27,10 @@ class Router(nn.Module):
     """Scores every expert for every token in float32, in any dtype of the model, and selects the best ``topk``.
 
     ``bias`` [E] is added to the scores for the selection alone.  The weights are the scores of the selected experts,
-    divided by their sum.  ``balance`` changes the bias against the counted load, instead of an auxiliary loss (Wang et
-    al., 2024).  Of equal scores the expert of smaller index is selected.
+    divided by their sum.  With ``topk=1`` the weight is the score itself (Fedus et al., 2021): divided by itself it
+    would be 1, and the router would get no gradient.  A single expert has the weight 1.  ``balance`` changes the bias
+    against the counted load, instead of an auxiliary loss (Wang et al., 2024).  Of equal scores the expert of smaller
+    index is selected.
     """
 
     weight: Tensor
@@ -56,7 +58,8 @@ class Router(nn.Module):
         ranked = (scores_NE.detach() + self.bias).sort(stable=True, dim=-1, descending=True).indices
         experts_Nk = ranked[:, : self.topk]
         weights_Nk = scores_NE.gather(-1, experts_Nk)
-        weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True).clamp_min(1e-20)
+        if self.topk > 1 or self.bias.numel() == 1:
+            weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True).clamp_min(1e-20)
         every = torch.arange(self.bias.numel(), device=x_NC.device)
         load_E = (experts_Nk.reshape(-1, 1) == every).sum(0)
         if self.training:

@@ -78,12 +78,15 @@ class Launch:
 def prove(targets: tuple[str, ...], ops: tuple[str, ...] | None = None) -> Iterator[Compiled]:
     """Yield what each kernel compiles to, for the production-size call of each suite in bfloat16."""
     for suite in suites():
-        if suite.real is None or "triton" not in [b.name for b in suite.backends]:
-            continue
-        if ops is None or suite.op in ops:
+        if is_compiled(suite) and (ops is None or suite.op in ops):
             for name in targets:
                 for launch in launches(suite, TARGETS[name]):
                     yield compile_for(suite.op, launch, name)
+
+
+def is_compiled(suite: Suite) -> bool:
+    """Whether it has a Triton backend and a call of production size."""
+    return suite.real is not None and "triton" in [b.name for b in suite.backends]
 
 
 def launches(suite: Suite, target: Target) -> list[Launch]:

@@ -1,6 +1,5 @@
 """``kernel-index prove``: evidence that anyone can make again, without the hardware where that is possible."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -8,7 +7,6 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +18,8 @@ from rich.table import Table
 
 import kernel_index
 from kernel_index.core.atomic_write import write_whole
-from kernel_index.core.testing import suites
-from kernel_index.proofs import record
+from kernel_index.core.target import has_package
+from kernel_index.proofs import choice, record
 from kernel_index.proofs.fa4 import fa4, verify
 from kernel_index.proofs.tpu_command import tpu
 
@@ -36,7 +34,10 @@ Record = Annotated[Path | None, typer.Option("--record", help="Also write counts
 @app.callback(invoke_without_command=True)
 def _group(
     context: typer.Context,
-    receipt: Annotated[Path | None, typer.Option("--verify", help="Accept or refuse a receipt of `prove fa4`.")] = None,
+    receipt: Annotated[
+        Path | None,
+        typer.Option("--verify", help="Accept or refuse a receipt of `prove fa4`.", exists=True, dir_okay=False),
+    ] = None,
 ) -> None:
     """Proofs: numerics against float64, ahead-of-time compilation, memory traffic, FlashAttention-4 executed."""
     if receipt is not None:
@@ -62,12 +63,15 @@ def numerics(
 ) -> None:
     """Every entry × backend that runs here, forward and backward, against float64 within derived budgets."""
     _check_record(recorded)
-    _interpret(device)
+    choice.device(device)
+    if device == "cpu":
+        _interpret()
     from kernel_index.proofs.numerics import Verdict
     from kernel_index.proofs.numerics import prove as verdicts
 
+    ops = choice.operators(op)
     rows: dict[tuple[str, str], list[Verdict]] = {}
-    for v in verdicts(device, backend, _known(op), every=not quick):
+    for v in verdicts(device, choice.backends(backend, ops), ops, every=not quick):
         rows.setdefault((v.op, v.backend), []).append(v)
         if not v.passes:
             worst = max(v.findings, key=lambda f: f.error, default=None)
@@ -83,7 +87,10 @@ def numerics(
     every = [v for found in rows.values() for v in found]
     if recorded is not None:
         record.write(recorded, "numerics", record.of_numerics(every, device), device)
-    _finish(out, "numerics", [asdict(v) for v in every], all(v.passes for v in every))
+    compared = any(v.findings for v in every)
+    if not compared:
+        console.print("nothing was compared", highlight=False)
+    _finish(out, "numerics", [asdict(v) for v in every], compared and all(v.passes for v in every))
 
 
 @app.command()
@@ -103,11 +110,10 @@ def aot(
     from kernel_index.proofs import aot as proof
 
     for name in target or ():
-        if name not in proof.TARGETS:
-            raise typer.BadParameter(f"--target must be one of {', '.join(proof.TARGETS)}, got {name!r}")
+        choice.of_list("--target", name, proof.TARGETS)
     found = []
     table = Table("op", "kernel", "target", "warps", "registers", "spilled bytes", "shared memory", "code", "")
-    for c in proof.prove(tuple(target or proof.TARGETS), _known(op)):
+    for c in proof.prove(tuple(target or proof.TARGETS), choice.operators(op, proof.is_compiled)):
         found.append(c)
         mark = f"[red]{c.error}[/]" if c.error else "[red]spills[/]" if c.spilled else ""
         figures = (c.warps, c.registers, c.spilled, c.shared, c.bytes)
@@ -125,14 +131,16 @@ def traffic(op: Ops = None, out: Out = None) -> None:
 
     Where liger_kernel is installed, its kernels for the same calls are counted too.
     """
-    _interpret("cpu")
+    _need_triton()
+    _interpret()
     from kernel_index.proofs import peers, ratios
 
+    ops = choice.operators(op, ratios.is_counted)
     found = []
     title = f"bfloat16, width 4096, at {ratios.AT} rows (along the line through {ratios.ROWS[:2]} rows)"
     table = Table("op", "direction", "bytes ÷ compulsory", "affine", "launches", "ATen ops", "atomics", title=title)
-    ours = ratios.prove(_known(op))
-    theirs = ratios.prove_peers(_known(op)) if peers.installed() else ()
+    ours = ratios.prove(ops)
+    theirs = ratios.prove_peers(ops) if peers.installed() else ()
     for r in itertools.chain(ours, theirs):
         found.append(r)
         counts = map(str, (r.launches, r.others, r.atomics))
@@ -152,25 +160,16 @@ def _check_record(path: Path | None) -> None:
         raise typer.BadParameter(str(error)) from error
 
 
-def _interpret(device: str) -> None:
+def _interpret() -> None:
     """Triton's interpreter, where there is no GPU; before Triton is imported."""
-    if device == "cpu" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    _need_triton()
 
 
 def _need_triton() -> None:
-    if importlib.util.find_spec("triton") is None:
+    if not has_package("triton"):
         console.print("[red]needs the triton package: pip install 'kernel-index\\[triton]'[/]")
         raise typer.Exit(2)
-
-
-def _known(ops: Iterable[str] | None) -> tuple[str, ...] | None:
-    names = [s.op for s in suites()]
-    for op in ops or ():
-        if op not in names:
-            raise typer.BadParameter(f"--op must be one of {', '.join(names)}, got {op!r}")
-    return tuple(ops) if ops else None
 
 
 def _finish(out: Path | None, proof: str, rows: list[dict[str, Any]], passed: bool) -> None:
@@ -179,7 +178,7 @@ def _finish(out: Path | None, proof: str, rows: list[dict[str, Any]], passed: bo
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    if importlib.util.find_spec("triton") is not None:
+    if has_package("triton"):
         import triton
 
         versions["triton"] = triton.__version__

@@ -25,7 +25,8 @@ class Verdict:
 
     @property
     def passes(self) -> bool:
-        return not self.raised and all(f.passes for f in self.findings)
+        """Refused, or all that was compared is within its budget.  Where nothing was compared nothing is proven."""
+        return bool(self.refused) or (not self.raised and bool(self.findings) and all(f.passes for f in self.findings))
 
     @property
     def worst(self) -> float:

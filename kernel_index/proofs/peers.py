@@ -46,13 +46,15 @@ def prepare(op: str, call: dict[str, Any]) -> Callable[..., Any] | None:
     On a CPU it counts one processor, so of the partial sums of a weight's gradient, one row for each processor, all
     but one are missing from its figure.
     """
-    from liger_kernel.ops import fused_add_rms_norm, relu_squared, rope
+    from liger_kernel.ops import fused_add_rms_norm, relu_squared, rope, swiglu
 
     if op == "fused_residual_add_rms_norm":
         norm = fused_add_rms_norm.LigerFusedAddRMSNormFunction
         return lambda residual, delta, weight: norm.apply(delta, residual, weight, 1e-8, 0.0, "llama", False)
     if op == "fused_relu_squared":
         return lambda x: relu_squared.LigerReLUSquaredFunction.apply(x)
+    if op == "fused_gated_activation":
+        return lambda gate, up: swiglu.LigerSiLUMulFunction.apply(gate, up)
     if op == "fused_rope_qk":
         tables = [torch.cat((call[n], call[n]), -1)[..., 0, :] for n in ("cos", "sin")]
         return lambda q, k: rope.LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *tables)  # in place

@@ -51,18 +51,25 @@ def prove(ops: tuple[str, ...] | None = None) -> Iterator[Ratio]:
     before, launch.INTERPRETED[0] = launch.INTERPRETED[0], launch.PROCESSORS[90]
     try:
         for suite in suites():
-            if suite.real is not None and suite.compulsory is not None and (ops is None or suite.op in ops):
+            if is_counted(suite) and (ops is None or suite.op in ops):
                 yield from _directions(suite.op, [_count(suite, rows) for rows in ROWS])
     finally:
         launch.INTERPRETED[0] = before
+
+
+def is_counted(suite: Suite) -> bool:
+    """Whether it says which bytes any kernel must move, and has a call of production size."""
+    return suite.real is not None and suite.compulsory is not None
 
 
 def prove_peers(ops: tuple[str, ...] | None = None) -> Iterator[Ratio]:
     """The same for Liger-Kernel's kernels, in float32: its bfloat16 arithmetic fails in the interpreter."""
     with peers.on_the_interpreter():
         for suite in suites():
-            if suite.real is None or suite.compulsory is None or (ops is not None and suite.op not in ops):
+            if not is_counted(suite) or (ops is not None and suite.op not in ops):
                 continue
+            assert suite.real is not None
+            assert suite.compulsory is not None
             found = []
             for rows in ROWS:
                 call: dict[str, Any] = suite.real(Maker(torch.float32), rows)

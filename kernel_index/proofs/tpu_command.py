@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernel_index.core.atomic_write import write_whole
+from kernel_index.proofs import choice
 from kernel_index.proofs import tpu as proof
 from kernel_index.proofs.tpu_dumps import KernelFigures, believable
 
@@ -21,17 +22,17 @@ console = Console(width=None if sys.stdout.isatty() else 170)
 def tpu(
     generation: Annotated[list[str] | None, typer.Option(help="v5e, v6e, v5p, 7x.")] = None,
     case: Annotated[list[str] | None, typer.Option(help=f"{', '.join(proof.CASES)}.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Lengths; 8192 and 32768 by default.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths; 8192 and 32768 by default.")] = None,
     cycles: Annotated[bool, typer.Option(help="Also ask for libtpu's estimated cycles; slow.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="Also write the figures as JSON.")] = None,
 ) -> None:
     """Compile every Pallas kernel, forward and backward, for TPUs that need not be here; compare with Splash."""
+    generations = _chosen("--generation", generation, tuple(proof.GENERATIONS))
+    cases = _chosen("--case", case, proof.CASES)
     reason = proof.why_not()
     if reason is not None:
         console.print(f"[red]{reason}[/]".replace("[tpu]", "\\[tpu]"), highlight=False)
         raise typer.Exit(2)
-    generations = _chosen("--generation", generation, tuple(proof.GENERATIONS))
-    cases = _chosen("--case", case, proof.CASES)
     lengths = tuple(tokens or (8192, 32768))
     found = []
     table = Table(
@@ -61,8 +62,7 @@ def tpu(
 
 def _chosen(option: str, given: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
     for name in given or ():
-        if name not in known:
-            raise typer.BadParameter(f"{option} must be one of {', '.join(known)}, got {name!r}")
+        choice.of_list(option, name, known)
     return tuple(given or known)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kernel_index.lm.data import (
     IGNORED,
     START,
+    TEXT,
     Batch,
     DataError,
     PackedRows,
@@ -76,15 +77,51 @@ def test_standard_library_is_found_and_split_by_name():
 @pytest.mark.parametrize(
     ("folder", "pattern", "message"),
     [
-        ("missing", "*", "--data must be a folder"),
+        ("missing", "*", "--data must be a folder or a file"),
         (".", "*.nothing", "--glob must match"),
         (".", "*.txt", "--data must hold"),
+        ("one.txt", TEXT, "--data must hold"),
     ],
 )
 def test_unusable_data_is_named(tmp_path, folder, pattern, message):
     (tmp_path / "one.txt").write_text("x")
     with pytest.raises(DataError, match=message):
         load_documents(tmp_path / folder, pattern)
+
+
+def texts(documents):
+    assert all(d[0] == START for d in documents)
+    return [bytes(d[1:].astype(np.uint8)) for d in documents]
+
+
+def test_a_folder_of_text_needs_no_pattern(tmp_path):
+    """Text of any suffix; what is hidden and what holds a NUL byte is no text."""
+    (tmp_path / ".git").mkdir()
+    for name, content in ((".git/config", b"hidden"), ("picture.png", b"\x89PNG\0"), ("empty.md", b"")):
+        (tmp_path / name).write_bytes(content)
+    wanted = {f"{i}.{suffix}": f"text {i}".encode() for i, suffix in enumerate(("md", "txt", "rst") * 20)}
+    for name, content in wanted.items():
+        (tmp_path / name).write_bytes(content)
+    train, held_out = load_documents(tmp_path, TEXT)
+    assert sorted(texts(train) + texts(held_out)) == sorted(wanted.values())
+    assert texts(held_out) == [content for name, content in sorted(wanted.items()) if is_held_out(name)]
+
+
+def test_the_tail_of_one_file_is_held_out(tmp_path):
+    corpus = bytes(range(32, 127)) * 10
+    (tmp_path / "corpus.txt").write_bytes(corpus)
+    for data in (tmp_path / "corpus.txt", tmp_path):
+        train, held_out = load_documents(data, TEXT)
+        (begin,), (tail,) = texts(train), texts(held_out)
+        assert begin + tail == corpus
+        assert len(tail) == len(corpus) // 20
+
+
+def test_a_pattern_is_the_users_own(tmp_path):
+    for name in ("a.bin", ".hidden.bin"):
+        (tmp_path / name).write_bytes(b"\0" * 100)
+    train, held_out = load_documents(tmp_path, "*.bin")
+    assert len(train) == len(held_out) == 2, "each held out by its tail"
 
 
 def test_unigram_of_uniform_bytes_is_eight_bits():

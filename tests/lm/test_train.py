@@ -17,7 +17,7 @@ from kernel_index.core.force import reload_environment
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import commands
 from kernel_index.lm.generate import generate, load_model
-from kernel_index.lm.report import receipt_rows
+from kernel_index.lm.report import against_baseline, receipt_rows
 from kernel_index.lm.train import RunConfig, Trainer, TrainingError, read_metrics
 from tests.lm.runs import config, losses
 
@@ -216,11 +216,12 @@ def test_full_disk_stops_clearly_and_keeps_the_last_checkpoint(corpus, tmp_path)
     ("args", "message"),
     [
         (("train", "--preset", "huge"), "preset must be one of"),
-        (("train", "--data", "/nowhere/at/all"), "--data must be a folder"),
-        (("train", "--resume", "--out", "/nowhere/at/all"), "cannot read the run's configuration"),
+        (("train", "--data", "/nowhere/at/all"), "--data must be a folder or a file of text"),
+        (("train", "--resume", "--out", "/nowhere/at/all"), "--out must be a run folder, got /nowhere/at/all"),
         (("train", "--dtype", "int8"), "dtype must be one of"),
         (("train", "--glob", "/etc/*"), "--glob must be a pattern of paths below the folder"),
         (("train", "--steps", "3", "--set", "steps=4"), "--set steps must not repeat --steps, got 4 beside 3"),
+        (("train", "--set", "accumulate"), "--set must be NAME=VALUE with a name of"),
         (("generate", "--checkpoint", "/nowhere/at/all"), "must be a checkpoint"),
     ],
 )
@@ -276,3 +277,31 @@ def test_forced_reference_trains_to_the_same_loss(finished, corpus, tmp_path, mo
     assert {r.forced_by for r in trainer.receipts} == {"KERNEL_INDEX_BACKEND"}
     for ours, plain in zip(read_metrics(finished.folder), read_metrics(trainer.folder), strict=False):
         assert ours.loss == pytest.approx(plain.loss, rel=1e-4)
+
+
+def test_help_shows_what_is_used_if_an_option_is_not_given():
+    shown = " ".join(cli("train", "--help").stdout.replace("│", " ").split())
+    for default in ("tiny", "100", "0", "Python's standard library", "float32", "auto", "a new folder under runs/"):
+        assert f"[default: ({default})]" in shown, default
+
+
+def test_one_file_of_text_is_trained_on(tmp_path):
+    data = tmp_path / "corpus.txt"
+    data.write_text("To be, or not to be, that is the question.\n" * 200)
+    done = cli("train", "--preset", "nano", "--data", data, "--out", tmp_path / "run", "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "To be, " in done.stdout.split("Generated:")[1], "the sample continues the data, not Python"
+    assert "0 GFLOP" not in done.stdout
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["data"], saved["glob"]) == (str(data), "**/*")
+
+
+def test_a_loss_above_the_baseline_is_not_said_to_be_below_it():
+    assert against_baseline(3.0, 4.0) == "25 % below it"
+    assert against_baseline(5.0, 4.0) == "25 % above it"
+
+
+def test_generate_prints_nothing_before_an_error(finished):
+    failed = cli("generate", "--checkpoint", finished.folder, "--prompt", "abc", "--top-p", 2)
+    assert failed.returncode == 1
+    assert failed.stdout == ""

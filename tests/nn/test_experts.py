@@ -20,7 +20,8 @@ def plain(module, x):
     scores = logits.sigmoid() if module.router.scores == "sigmoid" else logits.softmax(-1)
     chosen = (scores + module.router.bias).topk(module.router.topk).indices
     weight = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen))
-    weight = weight / weight.sum(-1, keepdim=True)
+    if module.router.topk > 1:
+        weight = weight / weight.sum(-1, keepdim=True)
     h = torch.einsum("nc,efc->nef", rows, module.up)
     if module.activation == "relu2":
         h = h.relu().square()
@@ -33,7 +34,13 @@ def plain(module, x):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"activation": "swiglu", "shared": 12}, {"scores": "softmax", "topk": 5, "shared": 4}, {"recompute": False}],
+    [
+        {},
+        {"topk": 1},
+        {"activation": "swiglu", "shared": 12},
+        {"scores": "softmax", "topk": 5, "shared": 4},
+        {"recompute": False},
+    ],
 )
 def test_values_and_gradients(changes):
     module, x = layer(**changes), torch.randn(3, 7, 8, requires_grad=True)

@@ -14,6 +14,7 @@ from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.fused_rope_qk import triton as rope
 from kernel_index.kernels.boundary.fused_bias_dropout_add import triton as dropout
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm import triton as norm
+from kernel_index.kernels.experts.fused_gated_activation import triton as gated
 from kernel_index.kernels.experts.fused_relu_squared import triton as relu
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton as loss
 from kernel_index.kernels.sparse.block_sparse_attention import triton as block_sparse
@@ -84,6 +85,24 @@ def test_relu_squared(late):
         holds(seen, tensor, first, size - 1)
 
 
+@pytest.mark.parametrize("rows", [1, ROWS], ids=["one long row", "rows of halves"])
+def test_gated_activation(late, rows):
+    gate, up, g, y, z = tensors(5)
+    size, width = ROWS * WIDTH, ROWS * WIDTH // rows
+    blocks, stride = width // gated.BLOCK, 2 * width if rows > 1 else 0
+    first, last = size - gated.BLOCK, size - 1
+    read = last + (rows - 1) * (stride - width) if rows > 1 else last  # the last element of a strided input
+    shape = {"KIND": "silu", "BLOCK": gated.BLOCK}
+    seen = late(gated._gated_kernel, size // gated.BLOCK - 1, gate, up, y, width, blocks, stride, stride, **shape)
+    holds(seen, y, first, last)
+    for tensor in (gate, up):
+        holds(seen, tensor, read - gated.BLOCK + 1, read)
+    index, strides = size // gated.BLOCK - 1, (stride, stride, 0 if rows == 1 else width)
+    seen = late(gated._gated_backward_kernel, index, gate, up, g, y, z, width, blocks, *strides, **shape)
+    for tensor in (g, y, z):
+        holds(seen, tensor, first, last)
+
+
 @pytest.mark.parametrize("width", [WIDTH, 3 * norm.WHOLE], ids=["one block", "looped"])
 def test_rms_norm(late, width):
     residual, delta, weight, new, normed = tensors(5)
@@ -145,13 +164,13 @@ def test_rope(late):
 
 def test_loss(late):
     (z,) = tensors(1)
-    losses, lse, missing, rows = tensors(4, torch.float32)
+    losses, row_max, log_sum, missing, rows = tensors(5, torch.float32)
     targets = torch.zeros(64, dtype=torch.int64)
     vocab, row = 10000, 3 * 2**31 // 10000
     flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss.BLOCK}
-    call = (z, targets, losses, lse, missing, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
+    call = (z, targets, losses, row_max, log_sum, missing, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     holds(late(loss._losses_kernel, row, *call, **flags), z, row * vocab, (row + 1) * vocab - 1)
-    call = (z, targets, rows, lse, missing, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
+    call = (z, targets, rows, row_max, log_sum, missing, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     holds(late(loss._gradient_kernel, row, *call, **flags), z, row * vocab, row * vocab + loss.BLOCK - 1)
 
 

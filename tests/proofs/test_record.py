@@ -16,11 +16,12 @@ from kernel_index.proofs import record
 from kernel_index.proofs.errors import Finding
 from kernel_index.proofs.numerics import Verdict
 
+RIGHT = (Finding("output 0", 0.1, 1.0),)
 PASSED = {"passed": 1, "refused": 0, "failed": 0}
 
 
 def test_a_triton_kernel_on_the_cpu_is_interpreted_and_elsewhere_run(monkeypatch):
-    verdicts = [Verdict("op", backend, "case", "float32") for backend in ("triton", "reference")]
+    verdicts = [Verdict("op", backend, "case", "float32", RIGHT) for backend in ("triton", "reference")]
     monkeypatch.setattr(launch, "interpreting", lambda: True)
     assert record.of_numerics(verdicts, "cpu")["op"] == {
         "triton": {"interpreted": PASSED},
@@ -31,7 +32,7 @@ def test_a_triton_kernel_on_the_cpu_is_interpreted_and_elsewhere_run(monkeypatch
 
 def test_each_outcome_is_counted():
     wrong = (Finding("output 0", 1.0, 0.1),)
-    rest = [{"refused": "a rule"}, {"raised": "RuntimeError"}, {"findings": wrong}, {}]
+    rest = [{"refused": "a rule"}, {"raised": "RuntimeError"}, {"findings": wrong}, {"findings": RIGHT}]
     counts = record.of_numerics([Verdict("op", "cpu", "case", "float32", **r) for r in rest], "cpu")
     assert counts["op"]["cpu"]["run"] == {"passed": 1, "refused": 1, "failed": 2}
 

@@ -57,7 +57,9 @@ def test_nothing_is_counted_after_the_block():
     assert run(kernels.copy_kernel).lanes == before
 
 
-@pytest.mark.parametrize("op", ["fused_relu_squared", "fused_rope_qk", "fused_residual_add_rms_norm"])
+@pytest.mark.parametrize(
+    "op", ["fused_relu_squared", "fused_gated_activation", "fused_rope_qk", "fused_residual_add_rms_norm"]
+)
 def test_our_kernels_move_what_they_must(op):
     """``prove traffic`` at full width does the same for every kernel; here at 132 rows."""
     suite = next(s for s in suites() if s.op == op)
@@ -70,18 +72,26 @@ def test_our_kernels_move_what_they_must(op):
         assert traffic.sectors <= 1.07 * compulsory, "at so few rows the partial sums still weigh"
 
 
+def test_the_halves_of_a_projection_are_read_where_they_are():
+    gate, up = torch.randn(132, 2 * 4096).bfloat16().chunk(2, -1)
+    directions = both_ways(ki.fused_gated_activation, {"gate": gate, "up": up}, ["gate", "up"])
+    for traffic, tensors in zip(directions, (3, 5), strict=True):
+        assert (traffic.launches, traffic.others) == (1, 0)
+        assert traffic.sectors == tensors * gate.numel() * 2
+
+
 def test_a_chunk_of_logits_is_read_once_forward_and_a_slice_read_and_written_once_backward():
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
 
     z, targets = torch.randn(6, 5000).bfloat16(), torch.arange(6)
     logits, constants = z.numel() * z.element_size(), (30.0, 1.0, 0.1, 1e-4)
-    rows, (losses, lse, missing) = torch.ones(6), torch.empty(3, 6)
+    rows, (losses, *statistics) = torch.ones(6), torch.empty(4, 6)
     with counted() as traffic:
-        triton.losses(z, targets, (losses, lse, missing), constants)
+        triton.losses(z, targets, (losses, *statistics), constants)
     assert traffic.launches == 1
     assert traffic.sectors <= 1.05 * logits
     with counted() as traffic:
-        triton.gradient(z, targets, rows, lse, missing, 0, 5000, constants)
+        triton.gradient(z, targets, rows, statistics, 0, 5000, constants)
     assert traffic.launches == 1
     assert traffic.sectors <= 1.05 * 2 * logits
 

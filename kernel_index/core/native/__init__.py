@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernel_index.core.inductor import MIN_ELEMENTS, announce
 from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOAT32, PLAIN, opaque_why_not
-from kernel_index.core.target import has_cxx_compiler
+from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
 
 DTYPES = (torch.float32, torch.bfloat16)
 HEADERS = ("common.h", "topk.h", "attention.h", "kv_cache.h")
@@ -33,7 +33,7 @@ def why_not(*tensors: Tensor) -> str | None:
     if not has_cxx_compiler():
         return "needs a C++ compiler (g++ or clang++)"
     if not _has_vectors():
-        return "needs a CPU with AVX-512 and PyTorch's oneDNN"
+        return NO_VECTORS
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return NEEDS_PLAIN
@@ -73,15 +73,10 @@ def rows_threads(x: Tensor) -> int:
 
 
 def _has_vectors() -> bool:
-    return _machine_has_vectors() and torch._C._get_mkldnn_enabled()
+    return has_vectors() and torch._C._get_mkldnn_enabled()
 
 
 _has_vectors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
-
-
-@functools.cache
-def _machine_has_vectors() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
 
 @functools.cache

@@ -1,10 +1,11 @@
 """Replacements on one model instance that can be undone, and the report line of each."""
 
 import copy
-import types
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,14 @@ Kind = Literal["norms", "rope", "loss", "experts", "attention"]
 class Change:
     """The result for one module: ``by`` names the function that now computes it; if it is empty, ``why`` is the reason.
 
-    ``kind`` is the option of ``apply`` that the module belongs to.
+    ``kind`` is the option of ``apply`` that the module belongs to.  ``when`` limits a replacement to some calls.
     """
 
     module: str
     kind: Kind
     by: str = ""
     why: str = ""
+    when: str = ""
 
     @property
     def replaced(self) -> bool:
@@ -44,13 +46,79 @@ class Plan:
 ALREADY = "its forward has been replaced by something else"
 
 
-def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Callable[[], None]:
-    """Give one instance another forward and return the function that removes it.
+def tried(name: str, kind: Kind, planner: Callable[[], Plan]) -> Plan:
+    """The plan of ``planner``, or "left" with the reason where a trial raises.
 
-    A bound method, and not a closure over the module: a deep copy of the model is then bound to the copied module.
+    A trial runs code of other people: it may raise anything, and that must not stop the other plans.
     """
-    module.forward = types.MethodType(function, module)
-    return lambda: module.__dict__.pop("forward", None)
+    try:
+        return planner()
+    except Exception as error:
+        line = str(error).strip().split("\n")[0][:120]
+        return Plan(Change(name, kind, why=f"could not be tried: {type(error).__name__}: {line}"))
+
+
+class Recipe(NamedTuple):
+    """How a forward is made: ``make(base, *settings)`` returns it for a module whose class is ``base``.
+
+    Both parts can be pickled, so a patched module can be.
+    """
+
+    make: Callable[..., Callable[..., Any]]
+    settings: tuple[Any, ...] = ()
+
+
+UNDONE = "_kernel_index_is_undone"
+
+
+@functools.cache
+def patched_class(base: type, recipe: Recipe) -> type:
+    """A subclass of ``base`` with another forward, and with its name.
+
+    An instance whose class is replaced behaves as before for everything that copies, pickles, wraps, shards,
+    replicates or compiles modules; a forward stored in the instance does not.
+    """
+    ours = recipe.make(base, *recipe.settings)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if UNDONE in self.__dict__:
+            return base.forward(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        return _rebuilt, (base, recipe), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+    members = {"forward": forward, "__reduce_ex__": reduce_ex, "__doc__": base.__doc__, "__module__": base.__module__}
+    ours_class = type(base.__name__, (base,), members)
+    ours_class.__qualname__ = base.__qualname__
+    return ours_class
+
+
+def _rebuilt(base: type, recipe: Recipe) -> nn.Module:
+    cls = patched_class(base, recipe)
+    return cls.__new__(cls)
+
+
+def replace_forward(module: nn.Module, recipe: Recipe) -> Callable[[], None]:
+    """Give one instance another forward and return the function that removes it."""
+    base = type(module)
+    ours = patched_class(base, recipe)
+    module.__class__ = ours
+
+    def undo() -> None:
+        if type(module) is ours:
+            module.__class__ = base
+        else:  # something made a class of its own from ours, as FSDP does
+            vars(module)[UNDONE] = True
+
+    return undo
+
+
+def takes_one_tensor(module: nn.Module) -> bool:
+    """Whether the forward has one parameter; a second one, also an optional one, has a meaning that we do not know."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    return len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def twin(module: nn.Module, **parameters: Tensor) -> nn.Module:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from kernel_index.integrations.hugging_face.lazy import Lazy
 
 
 class Factors(NamedTuple):
@@ -16,12 +17,12 @@ class Factors(NamedTuple):
     softcap: float | None
 
 
-class LazyLogits(Tensor):
+class LazyLogits(Lazy):
     """``hidden · weightᵀ + bias`` and the elementwise steps after it, as a formula.
 
-    Shape, dtype and device are known.  Scaling, ``tanh`` and casts are recorded.  Any other operation computes the
-    values first, once, with their gradients.  If the weights have changed since, it raises ``RuntimeError``: the logits
-    of the old weights can no longer be computed.
+    Scaling, ``tanh`` and casts are recorded.  Any other operation computes the values first, once, with their gradients;
+    from then on the values are the logits, so what a model writes into them counts.  If the operands have changed since
+    the product was asked for, ``values`` raises ``RuntimeError``: the old logits can no longer be computed.
 
     >>> import torch
     >>> from kernel_index.integrations.hugging_face.logits import LazyLogits
@@ -34,44 +35,45 @@ class LazyLogits(Tensor):
     weight: Tensor
     bias: Tensor | None
     steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
-    made: list[Tensor]
-    stamp: tuple[int, ...]
+    product: torch.dtype
+    stamp: "Stamp"
     grad_was_on: bool
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "LazyLogits":
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        lazy = _wrapper((*hidden.shape[:-1], weight.shape[0]), dtype, hidden.device)
-        lazy.hidden, lazy.weight, lazy.bias, lazy.steps, lazy.made = hidden, weight, bias, (), []
-        lazy.stamp, lazy.grad_was_on = _versions(hidden, weight, bias), torch.is_grad_enabled()
-        if dtype != hidden.dtype:
-            lazy.hidden, lazy.weight = hidden.to(dtype), weight.to(dtype)
-            lazy.bias = None if bias is None else bias.to(dtype)
-            lazy.stamp = _versions(lazy.hidden, lazy.weight, lazy.bias)
+        lazy = LazyLogits.wrap((*hidden.shape[:-1], weight.shape[0]), dtype, hidden.device)
+        lazy.hidden, lazy.weight, lazy.bias, lazy.steps, lazy.product = hidden, weight, bias, (), dtype
+        lazy.stamp, lazy.grad_was_on = Stamp.of(hidden, weight, bias), torch.is_grad_enabled()
         return lazy
 
-    def then(self, function: Callable[..., Tensor], args: tuple[Any, ...]) -> "LazyLogits":
-        """The same with one more elementwise step."""
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states, weight and bias in the dtype of the product."""
+        hidden, weight = self.hidden.to(self.product), self.weight.to(self.product)
+        return hidden, weight, None if self.bias is None else self.bias.to(self.product)
+
+    def record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func not in STEPS or kwargs or not _is_constant(func, args[1:]):
+            return NotImplemented
         with torch._C.DisableTorchFunctionSubclass():
-            dtype = function(torch.empty(0, dtype=self.dtype), *args).dtype
-            lazy = _wrapper(self.shape, dtype, self.device)
+            dtype = func(torch.empty(0, dtype=self.dtype), *args[1:]).dtype
+        if func in CASTS and dtype == self.dtype:
+            return self  # as PyTorch returns the tensor itself
+        lazy = LazyLogits.wrap(self.shape, dtype, self.device)
         vars(lazy).update(vars(self))
-        lazy.steps, lazy.made = (*self.steps, (function, args)), []
+        lazy.steps, lazy.made = (*self.steps, (func, args[1:])), []
         return lazy
 
-    def values(self) -> Tensor:
-        """The logits as an ordinary tensor, computed at the first call."""
-        if not self.made:
-            if _versions(self.hidden, self.weight, self.bias) != self.stamp:
-                raise RuntimeError("logits must be read before the weights change: they are computed when first used")
-            kind = self.hidden.device.type
-            with torch.set_grad_enabled(self.grad_was_on), torch.autocast(kind, enabled=False):
-                found = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
-                for function, args in self.steps:
-                    found = function(found, *args)
-            self.made.append(found)
-        return self.made[0]
+    def compute(self) -> Tensor:
+        if not self.stamp.equals(Stamp.of(self.hidden, self.weight, self.bias)):
+            raise RuntimeError("logits must be read before the weights change: they are computed when first used")
+        kind = self.hidden.device.type
+        with torch.set_grad_enabled(self.grad_was_on), torch.autocast(kind, enabled=False):
+            found = torch.nn.functional.linear(*self.operands())
+            for function, args in self.steps:
+                found = function(found, *args)
+        return found
 
     def factors(self) -> Factors | None:
         """The steps as one scale and one softcap, or None if they are not of this form."""
@@ -96,43 +98,12 @@ class LazyLogits(Tensor):
             return None
         return Factors(scale if cap is None else scale * cap, cap)
 
-    @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in METADATA:
-            return _plain(func, *args, **kwargs)
-        if func in STEPS and isinstance(args[0], LazyLogits) and not kwargs and _is_constant(func, args[1:]):
-            return args[0].then(func, args[1:])
-        made = tree_map(lambda x: x.values() if isinstance(x, LazyLogits) else x, (tuple(args), kwargs))
-        return func(*made[0], **made[1])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(
-            f"lazy logits cannot be passed to {func}, which is called outside of Python: pass logits.values() there"
-        )
-
 
 TIMES = frozenset({Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul})
 OVER = frozenset({Tensor.div, Tensor.__truediv__, torch.div, Tensor.true_divide})
 TANH = frozenset({Tensor.tanh, torch.tanh})
 CASTS = frozenset({Tensor.float, Tensor.to})
 STEPS = TIMES | OVER | TANH | CASTS
-METADATA = frozenset(
-    {getattr(Tensor, n).__get__ for n in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta")}
-    | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.element_size}
-)
-
-
-def _wrapper(shape: Any, dtype: torch.dtype, device: torch.device) -> LazyLogits:
-    return Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-
-
-def _plain(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
-
-
 def _is_constant(func: Any, args: tuple[Any, ...]) -> bool:
     if func is Tensor.to:
         return len(args) == 1 and isinstance(args[0], torch.dtype)
@@ -143,5 +114,25 @@ def _widens(function: Any, args: tuple[Any, ...]) -> bool:
     return function is Tensor.float or args[0] in (torch.float32, torch.float64)
 
 
-def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if t is None or t.is_inference() else t._version for t in tensors)
+class Stamp(NamedTuple):
+    """What tells whether operands were changed in place: version counters, and the sum of all bits of each.
+
+    A write through ``.data`` counts no version, so that values are looked at as well: one pass over the operands,
+    which waits for no device before somebody compares.
+    """
+
+    versions: tuple[int, ...]
+    bits: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(*tensors: Tensor | None) -> "Stamp":
+        given = [t for t in tensors if t is not None]
+        with torch.no_grad():
+            bits = tuple(t.detach().view(BITS[t.element_size()]).sum(dtype=torch.int64) for t in given)
+        return Stamp(tuple(0 if t.is_inference() else t._version for t in given), bits)
+
+    def equals(self, other: "Stamp") -> bool:
+        return self.versions == other.versions and all(map(torch.equal, self.bits, other.bits))
+
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

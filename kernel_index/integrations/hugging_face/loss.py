@@ -5,24 +5,27 @@ to replace, takes from them the operands of the fused loss.  A call without labe
 """
 
 import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, replace_forward
+from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, Recipe, replace_forward
 from kernel_index.integrations.hugging_face.logits import LazyLogits
 
 KIND = "loss"
-WANTED = "_kernel_index_loss_is_wanted"
+WANTED: ContextVar[nn.Module | None] = ContextVar("kernel_index_head_of_a_call_with_labels", default=None)
 
 
 def plan(model: Any) -> Plan:
     why = why_not(model)
     if why is not None:
         return Plan(Change("", KIND, why=why))
-    return Plan(Change("", KIND, by="fused_linear_cross_entropy"), lambda: _replace(model))
+    when = "in calls with labels"
+    return Plan(Change("", KIND, by="fused_linear_cross_entropy", when=when), lambda: _replace(model))
 
 
 def why_not(model: Any) -> str | None:
@@ -37,47 +40,57 @@ def why_not(model: Any) -> str | None:
         return "the model's forward takes no labels"
     if model.loss_function is not ForCausalLMLoss:
         return "its loss is not that of a causal language model"
+    if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
+        return "its forward does not call its loss_function"
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
         return "the output layer is not a plain torch.nn.Linear"
-    if "forward" in vars(head):
+    if "forward" in vars(head) or "forward" in vars(model):
         return ALREADY
     return None
 
 
 def _replace(model: Any) -> Any:
     head = model.get_output_embeddings()
-    restore_head = replace_forward(head, _head_forward)
-    before = model.register_forward_pre_hook(_before, with_kwargs=True)
-    after = model.register_forward_hook(_after, with_kwargs=True, always_call=True)
+    undo_head = replace_forward(head, Recipe(head_forward))
+    undo_model = replace_forward(model, Recipe(model_forward))
     model.loss_function = causal_lm_loss
 
     def undo() -> None:
-        before.remove()
-        after.remove()
-        restore_head()
-        vars(head).pop(WANTED, None)
-        del model._loss_function
+        undo_model()
+        undo_head()
+        vars(model).pop("_loss_function", None)
 
     return undo
 
 
-def _before(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    labels = kwargs.get("labels")
-    if labels is None and args:
-        names = list(inspect.signature(model.forward).parameters)
-        labels = dict(zip(names, args, strict=False)).get("labels")
-    vars(model.get_output_embeddings())[WANTED] = labels is not None
+def model_forward(base: type) -> Callable[..., Any]:
+    """The model's own forward, during which its head knows whether there are labels.
+
+    A forward and not a hook: adapters call ``model.forward``, which runs no hooks.
+    """
+    names = list(inspect.signature(base.forward).parameters)[1:]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return base.forward(self, *args, **kwargs)
+        labels = kwargs.get("labels", dict(zip(names, args, strict=False)).get("labels"))
+        token = WANTED.set(None if labels is None else self.get_output_embeddings())
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            WANTED.reset(token)
+
+    return forward
 
 
-def _after(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    vars(model.get_output_embeddings())[WANTED] = False
+def head_forward(base: type) -> Callable[..., Tensor]:
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        # Under torch.compile the product is traced as it is: lazy logits would hide it from the compiler.
+        if not torch.compiler.is_compiling() and WANTED.get() is self:
+            return LazyLogits.of(input, self.weight, self.bias)
+        return nn.functional.linear(input, self.weight, self.bias)
 
-
-def _head_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    # Under torch.compile the product is traced as it is: lazy logits would hide it from the compiler.
-    if vars(self).get(WANTED) and not torch.compiler.is_compiling():
-        return LazyLogits.of(input, self.weight, self.bias)
-    return nn.functional.linear(input, self.weight, self.bias)
+    return forward
 
 
 def causal_lm_loss(
@@ -100,16 +113,17 @@ def causal_lm_loss(
     if not isinstance(logits, LazyLogits):
         return ForCausalLMLoss(logits, *rest, **kwargs)
     factors = logits.factors()
-    if factors is None or logits.shape[-1] != vocab_size:
+    targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+    targets = targets.reshape(-1).to(logits.device)
+    fits = logits.shape[-1] == vocab_size and logits.shape[:-1].numel() == targets.shape[0]
+    if logits.made or factors is None or not fits:
         return ForCausalLMLoss(logits.values(), *rest, **kwargs)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(logits.device)
+    hidden, weight, bias = logits.operands()
     total = ki.fused_linear_cross_entropy(
-        logits.hidden.reshape(targets.shape[0], -1),
-        logits.weight,
+        hidden.flatten(0, -2),
+        weight,
         targets,
-        bias=logits.bias,
+        bias=bias,
         ignore_index=ignore_index,
         softcap=factors.softcap,
         logit_scale=factors.scale,
@@ -120,3 +134,4 @@ def causal_lm_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+

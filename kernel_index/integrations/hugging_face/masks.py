@@ -1,30 +1,69 @@
 """Turns a mask function of Transformers into the ``MaskContract`` that equals it, if there is one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernel_index as ki
+from kernel_index.integrations.hugging_face.implementation import own_implementation
+from kernel_index.integrations.hugging_face.lazy import Lazy
 
 ROWS = 1024
 """Queries whose rows of the dense mask are compared at a time, so that the mask is never in memory as a whole."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A contract that a model passes to its attention layers, with the members that Transformers expects of a mask."""
+class LazyMask(Lazy):
+    """A contract in the place of the dense mask that the model had before: bool or additive, [B, 1, T, S].
+
+    Our attention takes the contract.  Code that reads the mask, as an indexer or a position bias does, gets the dense
+    one, made as the model's own attention asks for it.
+    """
 
     contract: ki.MaskContract
-    ndim = 4
+    request: dict[str, Any]
+    own: str
 
-    def contiguous(self) -> "Prepared":
-        return self
+    @staticmethod
+    def of(contract: ki.MaskContract, request: dict[str, Any], own: str) -> "LazyMask":
+        shape = (request["batch_size"], 1, request["q_length"], request["kv_length"])
+        dtype = request.get("dtype", torch.float32) if own == "eager" else torch.bool
+        lazy = LazyMask.wrap(shape, dtype, torch.device(request["device"]))
+        lazy.contract, lazy.request, lazy.own = contract, request, own
+        return lazy
 
-    def to(self, device: Any) -> "Prepared":
-        return Prepared(self.contract.to(device))
+    def record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in SAME or (func is Tensor.__getitem__ and self._is_whole(args[1])):
+            return self
+        if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.device | str | int):
+            device = torch.empty(0, device=args[1]).device
+            return LazyMask.of(self.contract.to(device), {**self.request, "target": device}, self.own)
+        return NotImplemented
+
+    def _is_whole(self, index: Any) -> bool:
+        """Whether ``mask[index]`` is the mask, as models write ``mask[:, :, :, :keys]``."""
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) > 4 or not all(isinstance(i, slice) for i in index):
+            return False
+        return all(range(*i.indices(n)) == range(n) for i, n in zip(index, self.shape, strict=False))
+
+    def compute(self) -> Tensor:
+        return self.for_implementation(self.own if self.own in DENSE else "sdpa")
+
+    def for_implementation(self, name: str) -> Any:
+        """The mask that Transformers makes for this attention: dense, its own object, or None."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        request = {k: v for k, v in self.request.items() if k != "target"}
+        if name in DENSE:
+            request["allow_is_causal_skip"] = request["allow_is_bidirectional_skip"] = False
+        made = ALL_MASK_ATTENTION_FUNCTIONS[name](**request)
+        return made.to(self.request["target"]) if "target" in self.request and isinstance(made, Tensor) else made
+
+
+SAME = frozenset({Tensor.contiguous, Tensor.detach})
+DENSE = ("eager", "sdpa")
 
 
 class Call(NamedTuple):
@@ -55,39 +94,22 @@ def contract_for(
     local_size: int | None = None,
     use_vmap: bool = False,
     device: Any = "cpu",
+    config: Any = None,
     **kwargs: Any,
 ) -> Any:
     """The mask of one forward pass, in the signature of ``AttentionMaskInterface``.
 
-    A ``Prepared`` contract if one equals the mask function; else the dense mask that PyTorch's attention takes, as for
+    A ``LazyMask`` if a contract equals the mask function; else what the model's own attention takes, as for
     a static cache, whose keys go on after the last query.  Plain causal and padded calls are recognised by their
     arguments.  Any other function is evaluated along the diagonal, which gives the documents; the contract found is
     compared with it everywhere before it is used.
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 
-    if isinstance(attention_mask, Prepared):
+    if isinstance(attention_mask, LazyMask):
         return attention_mask
-    readable = not (torch.compiler.is_compiling() or isinstance(q_offset, Tensor) or use_vmap)
-    if readable and q_offset + q_length == kv_offset + kv_length:
-        padding = _padding(attention_mask, kv_length, kv_offset)
-        call = Call(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            padding,
-            local_size,
-            torch.device(device),
-        )
-        plain = mask_function is causal_mask_function
-        known = plain and (padding is None or _is_one_run(padding))
-        found = ki.MaskContract() if plain and padding is None else _recovered(call, compare=not known)
-        if found is not None:
-            return Prepared(found)
-    return sdpa_mask(
+    own = own_implementation(config)
+    request = dict(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -95,10 +117,23 @@ def contract_for(
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
-        allow_is_causal_skip=False,
+        local_size=local_size,
         use_vmap=use_vmap,
         device=device,
+        config=config,
+        **kwargs,
     )
+    readable = not (torch.compiler.is_compiling() or isinstance(q_offset, Tensor) or use_vmap)
+    square = q_offset + q_length == kv_offset + kv_length if readable else False
+    if square or (readable and mask_function is bidirectional_mask_function):
+        padding, place = _padding(attention_mask, kv_length, kv_offset), torch.device(device)
+        call = Call(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, padding, local_size, place
+        )  # fmt: skip
+        found = _recovered(call)
+        if found is not None:
+            return LazyMask.of(found, request, own)
+    return ALL_MASK_ATTENTION_FUNCTIONS[own](**request)
 
 
 def _padding(attention_mask: Tensor | None, keys: int, k_start: int) -> Tensor | None:
@@ -110,23 +145,47 @@ def _padding(attention_mask: Tensor | None, keys: int, k_start: int) -> Tensor |
     return None if bool(real.all()) else real
 
 
-def _is_one_run(real: Tensor) -> bool:
-    """Whether the real keys of each row are consecutive: a gap would end a document, but does not in a causal mask."""
-    return not bool(((~real[:, :-1] & real[:, 1:]).sum(-1) + real[:, 0] > 1).any())
+def _recovered(call: Call) -> ki.MaskContract | None:
+    """The contract whose every entry equals the predicate's, or None.
 
+    Padding at the end of a row is a prefix of its keys; padding at its start is no document, so that a query there sees
+    nothing, as causality has it.  Two predicates are known; any other one is compared.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-def _recovered(call: Call, compare: bool) -> ki.MaskContract | None:
-    """The contract whose every entry equals the predicate's, or None."""
-    doc_ids = _documents(call)
-    causal = not compare or not _sees_ahead(call)
+    prefix, start = _ends(call.padding)
+    one_run = call.padding is None or _is_one_run(call.padding)
+    if call.predicate is bidirectional_mask_function:
+        return ki.MaskContract(causal=False, key_validity=prefix) if one_run and start is None else None
+    known = call.predicate is causal_mask_function
+    if known and one_run:
+        return ki.MaskContract(doc_ids=start, key_validity=prefix)
+    doc_ids = _documents(call, start)
+    causal = known or not _sees_ahead(call)
     windows: list[Any] = [(None, None)]
     if call.window is not None:  # the window that the call names is tried, then compared
         windows.append((call.window - 1, 0) if causal else (call.window, call.window))
     for window in windows:
-        found = ki.MaskContract(causal, window, doc_ids)
-        if not compare or _equals(found, call):
+        found = ki.MaskContract(causal, window, doc_ids, key_validity=prefix)
+        if _equals(found, call):
             return found
     return None
+
+
+def _ends(real: Tensor | None) -> tuple[ki.AttentionValidity | None, Tensor | None]:
+    """Where the real keys of each row end, as a validity, and ids that are −1 before they begin; None for no padding."""
+    if real is None:
+        return None, None
+    position = torch.arange(real.shape[1], device=real.device)
+    count = torch.where(real, position + 1, 0).amax(-1)
+    before = torch.where(real, position, real.shape[1]).amin(-1)[:, None] > position
+    prefix = ki.attention_validity(valid_token_counts=count) if bool((count < real.shape[1]).any()) else None
+    return prefix, -before.to(torch.int64) if bool((before & (position < count[:, None])).any()) else None
+
+
+def _is_one_run(real: Tensor) -> bool:
+    """Whether the real keys of each row are consecutive: a causal mask hides a gap between them."""
+    return not bool(((~real[:, :-1] & real[:, 1:]).sum(-1) + real[:, 0] > 1).any())
 
 
 def _at(call: Call, q: Tensor, k: Tensor) -> Tensor:
@@ -136,19 +195,17 @@ def _at(call: Call, q: Tensor, k: Tensor) -> Tensor:
     return allowed.expand(torch.broadcast_shapes(rows.shape, q.shape, k.shape))
 
 
-def _documents(call: Call) -> Tensor | None:
-    """Ids that change where a key does not see the one before it; padding is −1; None for one document and no padding.
+def _documents(call: Call, start: Tensor | None) -> Tensor | None:
+    """Ids that change where a key does not see the one before it, −1 where ``start`` is; None for one document.
 
     The predicate is evaluated at positions of this call's keys only.
     """
     at = torch.arange(call.keys, device=call.device) + call.k_start
     breaks = ~_at(call, at[1:], at[:-1])
+    if not bool(breaks.any()):
+        return start
     ids = torch.nn.functional.pad(breaks.cumsum(-1), (1, 0))
-    if call.padding is not None:
-        ids = ids.masked_fill(~call.padding, -1)
-    elif not bool(breaks.any()):
-        return None
-    return ids
+    return ids if start is None else torch.where(start < 0, -1, ids)
 
 
 def _sees_ahead(call: Call) -> bool:
@@ -157,18 +214,15 @@ def _sees_ahead(call: Call) -> bool:
 
 
 def _equals(contract: ki.MaskContract, call: Call) -> bool:
-    """Whether the contract allows what the predicate allows, for every query that is not padding itself."""
+    """Whether the contract allows what the predicate and the padding allow."""
     bounds = contract.intervals(call.batch, call.queries, call.keys, device=call.device)
     key = torch.arange(call.keys, device=call.device)
     for first in range(0, call.queries, ROWS):
         query = torch.arange(first, min(first + ROWS, call.queries), device=call.device)
         expected = _at(call, (query + call.q_start)[:, None], key + call.k_start)
-        start, end = (b[:, query, None] for b in bounds)
-        actual = (key >= start) & (key < end)
         if call.padding is not None:
-            query_column = (query + (call.q_start - call.k_start)).clamp(0, call.keys - 1)
             expected = expected & call.padding[:, None, :]
-            expected = torch.where(call.padding[:, query_column, None], expected, actual)
-        if not torch.equal(actual.expand_as(expected), expected):
+        start, end = (b[:, query, None] for b in bounds)
+        if not torch.equal(((key >= start) & (key < end)).expand_as(expected), expected):
             return False
     return True

@@ -1,4 +1,7 @@
-"""Rotary embedding: an attention layer's forward stays, and its rotary function becomes ``ki.fused_rope_qk``."""
+"""Rotary embedding: an attention layer's forward stays, and its rotary function becomes ``ki.fused_rope_qk``.
+
+Where the layer norms the heads of q and k before it rotates them, the same call does both.
+"""
 
 import functools
 import inspect
@@ -11,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, agree, draw, replace_forward
+from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, Recipe, agree, draw, replace_forward
+from kernel_index.integrations.hugging_face.norms import LazyNorm
 
 KIND = "rope"
 PREFIX = "apply_rotary_pos_emb"
@@ -37,22 +41,20 @@ def plan(name: str, module: nn.Module) -> Plan:
     home = sys.modules.get(forward.__module__)
     if home is None or forward.__globals__ is not vars(home):
         return Plan(Change(name, KIND, why="its forward is not from a module that can be imported"))
-    ours = {}
-    for called in names_in(module):
-        original = forward.__globals__.get(called)
-        rotation = rotation_of(original) if callable(original) else None
-        if original is not None and rotation is not None:
-            ours[called] = replacement(original, rotation)
-    if not ours:
+    found = {n: rotation_of(forward.__globals__.get(n)) for n in names_in(module)}
+    rotations = tuple((n, r) for n, r in found.items() if r is not None)
+    if not rotations:
         return Plan(Change(name, KIND, why="does not rotate halves or neighbouring pairs of a head's channels"))
-    return Plan(Change(name, KIND, by="fused_rope_qk"), lambda: replace_forward(module, rebound(forward, ours)))
+    return Plan(Change(name, KIND, by="fused_rope_qk"), lambda: replace_forward(module, Recipe(rebound, (rotations,))))
 
 
-def rebound(function: Callable[..., Any], names: dict[str, Any]) -> types.FunctionType:
-    """A copy of the function with some of its global names bound to other objects."""
+def rebound(base: type, rotations: tuple[tuple[str, Rotation], ...]) -> types.FunctionType:
+    """A copy of the forward of ``base`` whose rotary functions are ours."""
+    function = base.forward
+    ours = tuple((name, replacement(function.__globals__[name], rotation)) for name, rotation in rotations)
     other = types.FunctionType(
         function.__code__,
-        vars(_module_with(function.__globals__["__name__"], tuple(sorted(names.items())))),
+        vars(_module_with(function.__globals__["__name__"], ours)),
         function.__name__,
         function.__defaults__,
         function.__closure__,
@@ -69,9 +71,9 @@ def _module_with(name: str, names: tuple[tuple[str, Any], ...]) -> types.ModuleT
     return sys.modules.setdefault(module.__name__, module)
 
 
-def rotation_of(function: Callable[..., Any]) -> Rotation | None:
+def rotation_of(function: Any) -> Rotation | None:
     """How the function rotates, found by calling it on a few values; None if it cannot be replaced."""
-    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+    if not callable(function) or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return None
     for paired in (False, True):
         if _behaves(function, paired, rotated=8):
@@ -96,11 +98,27 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     """q and k are [B, heads, T, D]; cos and sin [1 or B, T, R], both halves alike."""
     half = cos.shape[-1] // 2
+    norm = _norms_of(q, k)
+    if norm:
+        q, k = (x.input if x.transposed else x.input.transpose(1, 2) for x in (q, k))
+    else:
+        q, k = (x.transpose(1, 2) for x in (q, k))
     if paired:  # the model's function takes neighbouring pairs and returns halves
         q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
     tables = (t[..., :half].unsqueeze(-2) for t in (cos, sin))
-    rotated = ki.fused_rope_qk(q.transpose(1, 2), k.transpose(1, 2), *tables, backend=backend)
+    rotated = ki.fused_rope_qk(q, k, *tables, **norm, backend=backend)
     return rotated.q.transpose(1, 2), rotated.k.transpose(1, 2)
+
+
+def _norms_of(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The arguments of ``fused_rope_qk`` that norm q and k first, where both are lazy norms alike; else none."""
+    if not (isinstance(q, LazyNorm) and isinstance(k, LazyNorm)) or q.made or k.made or q.convention != k.convention:
+        return {}
+    if q.shape[-1] != q.weight.shape[0] or k.shape[-1] != k.weight.shape[0]:
+        return {}
+    return {
+        "q_weight": q.weight, "k_weight": k.weight, "eps": q.convention.eps, "weight_offset": q.convention.offset,
+    }  # fmt: skip
 
 
 @functools.cache
@@ -108,9 +126,20 @@ def replacement(original: Callable[..., Any], rotation: Rotation) -> Callable[..
     """The function that the model's forward calls instead; calls in another layout go to the original."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, unsqueeze_dim: int = 1, **named: Any):
-        usual = not rest and unsqueeze_dim == 1 and q.ndim == 4 and cos.ndim == 3
-        if not usual or (cos.shape[-1] != q.shape[-1] and not rotation.partial):
+        if rest or named or unsqueeze_dim != 1 or not _is_usual(q, k, cos, sin, rotation):
             return original(q, k, cos, sin, *rest, unsqueeze_dim=unsqueeze_dim, **named)
         return _rotate(q, k, cos, sin, rotation.paired, "auto")
 
     return rotate
+
+
+def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> bool:
+    """Whether the call is one of those that were tried: [B, heads, T, D] against [1 or B, T, R], of one dtype."""
+    if q.ndim != 4 or k.ndim != 4 or cos.ndim != 3 or cos.shape != sin.shape or cos.shape[-1] % 2:
+        return False
+    rows, tokens, width = q.shape[0], q.shape[2], q.shape[3]
+    if k.shape[0] != rows or k.shape[2:] != q.shape[2:] or cos.shape[0] not in (1, rows) or cos.shape[1] != tokens:
+        return False
+    if q.dtype != k.dtype or not q.dtype.is_floating_point:
+        return False
+    return cos.shape[-1] == width or (rotation.partial and cos.shape[-1] < width)

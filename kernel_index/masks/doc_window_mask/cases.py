@@ -1,5 +1,6 @@
 """Named mask contracts, and an oracle that decides one (query, key) pair at a time, without intervals."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
+from kernel_index.masks.attention_validity_prefix.validity import AttentionValidity
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 SUITES = ()  # a mask is metadata: it has no backends of its own  # fmt: skip
@@ -27,14 +29,20 @@ def may_attend(mask: MaskContract, row: int, query: int, key: int, queries: int,
     if mask.doc_ids is not None and not _same_document(mask.doc_ids, row, position, key):
         return False
     valid = mask.validity
+    if mask.key_validity is not None and mask.key_validity.mode != "none":
+        return key < _count(mask.key_validity, row) and (valid is None or query < _count(valid, row))
     if valid is not None and valid.mode != "none":
-        limits = []
-        if valid.token_prefix is not None:
-            limits.append(int(valid.token_prefix[row]))
-        if valid.slot_counts is not None and valid.base_block_tokens is not None:
-            limits.append(int(valid.slot_counts[row]) * valid.base_block_tokens)
-        return 0 <= position < min(limits) and key < min(limits)
+        return 0 <= position < _count(valid, row) and key < _count(valid, row)
     return True
+
+
+def _count(valid: AttentionValidity, row: int) -> float:
+    limits: list[float] = [math.inf]
+    if valid.token_prefix is not None:
+        limits.append(int(valid.token_prefix[row]))
+    if valid.slot_counts is not None and valid.base_block_tokens is not None:
+        limits.append(int(valid.slot_counts[row]) * valid.base_block_tokens)
+    return min(limits)
 
 
 def _same_document(doc_ids: Tensor, row: int, position: int, key: int) -> bool:
@@ -99,6 +107,22 @@ CASES = (
         "all",
         "documents, window and prefix at once",
         lambda t, s: MaskContract(True, (4, 0), packed(s), attention_validity(valid_token_counts=[s, s - s // 3])),
+    ),
+    MaskCase(
+        "padded_source",
+        "a prefix of the keys alone: every query attends to it, as in cross-attention",
+        lambda t, s: MaskContract(False, key_validity=attention_validity(valid_token_counts=[s // 2, 0])),
+    ),
+    MaskCase(
+        "ragged",
+        "rows that differ in queries and in keys, with documents and a window",
+        lambda t, s: MaskContract(
+            True,
+            (4, 0),
+            packed(s),
+            attention_validity(valid_token_counts=[t, t // 2]),
+            key_validity=attention_validity(valid_token_counts=[s - s // 3, s]),
+        ),
     ),
     MaskCase("offset", "query 0 at key 2", lambda t, s: MaskContract(q_offset=2)),
     MaskCase(

@@ -70,7 +70,7 @@ def device_of(device: Any, *tensors: torch.Tensor | None) -> torch.device:
         if tensor is not None and device is None:
             device = tensor.device
     found = torch.device("cpu" if device is None else device)
-    for name, tensor in zip(("doc_ids", "validity"), tensors, strict=True):
+    for name, tensor in zip(("doc_ids", "validity", "key_validity"), tensors, strict=True):
         if tensor is not None and not _same_device(tensor.device, found):
             raise ValueError(f"{name} must be on {found}, got {tensor.device}")
     return found

@@ -61,6 +61,7 @@ def interval_of(
     window: tuple[int | None, int | None],
     doc_ids: Tensor | None,
     counts: Tensor | None,
+    key_counts: Tensor | None = None,
 ) -> Intervals:
     """The intervals of the given queries, int64 [rows, n], in O(n + S) and without waiting for a device.
 
@@ -79,12 +80,14 @@ def interval_of(
         padding = (doc_ids < 0).index_select(1, at)
         high = torch.where(padding, low, high)
         outside = (position < 0) | (position >= keys)
+    of_keys = counts if key_counts is None else key_counts
+    if of_keys is not None:
+        limit = of_keys[:, None]
+        high, valid_end = torch.minimum(high, limit), torch.minimum(valid_end, limit)
     if counts is not None:
         limit = counts[:, None]
-        high = torch.minimum(high, limit)
-        beyond = (position < 0) | (position >= limit)
+        beyond = (position < 0) | (position >= limit) if key_counts is None else queries[None] >= limit
         outside = beyond if outside is None else outside | beyond
-        valid_end = torch.minimum(valid_end, limit)
     if outside is not None:
         # An empty interval is at 0 for a query before the first key, at the end of the valid keys for one after them.
         empty = torch.where(position < 0, 0, valid_end)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, segments
 
 VARLEN_NEEDS_SQUARE = "documents and prefixes have packed lengths only where T = S and query 0 is at key 0"
+VARLEN_NEEDS_ONE_PREFIX = "packed lengths for keys with a valid prefix of their own are not made"
 VARLEN_NEEDS_BOTTOM_RIGHT = "packed lengths align the last query with the last key, and this offset does not"
 
 
@@ -104,7 +105,9 @@ def flex_block_mask(plan: BlockPlan, bounds: Intervals, sizes: Sizes, blocks: tu
     )
 
 
-def segment_ids(sizes: Sizes, doc_ids: Tensor | None, counts: Tensor | None) -> SegmentIds:
+def segment_ids(
+    sizes: Sizes, doc_ids: Tensor | None, counts: Tensor | None, key_counts: Tensor | None = None
+) -> SegmentIds:
     """The id of a segment is the position of its first token; without documents all tokens have id 0."""
     key, query = torch.arange(sizes.keys, device=sizes.device), torch.arange(sizes.queries, device=sizes.device)
     position = (query + sizes.offset)[None]
@@ -115,15 +118,20 @@ def segment_ids(sizes: Sizes, doc_ids: Tensor | None, counts: Tensor | None) -> 
         of_queries = of_queries - 1
         if sizes.keys > 0:
             of_queries = torch.where(position == at, of_keys.index_select(1, at).clamp(min=-1), -1)
+    valid_keys = counts if key_counts is None else key_counts
+    if valid_keys is not None:
+        of_keys = torch.where(key < valid_keys[:, None], of_keys, -2)
     if counts is not None:
         limit = counts[:, None]
-        of_keys = torch.where(key < limit, of_keys, -2)
-        of_queries = torch.where((position >= 0) & (position < limit), of_queries, -1)
+        valid = (position >= 0) & (position < limit) if key_counts is None else query < limit
+        of_queries = torch.where(valid, of_queries, -1)
     return SegmentIds(*(x.to(torch.int32).expand(sizes.batch, -1).contiguous() for x in (of_queries, of_keys)))
 
 
-def varlen_why_not(sizes: Sizes, has_tensors: bool) -> str | None:
+def varlen_why_not(sizes: Sizes, has_tensors: bool, has_key_counts: bool = False) -> str | None:
     """Why packed sequences cannot express the mask, or None."""
+    if has_key_counts:
+        return VARLEN_NEEDS_ONE_PREFIX
     if has_tensors:
         return None if sizes.queries == sizes.keys and sizes.offset == 0 else VARLEN_NEEDS_SQUARE
     return None if sizes.offset == sizes.keys - sizes.queries else VARLEN_NEEDS_BOTTOM_RIGHT

@@ -24,7 +24,7 @@ class MaskContract:
         causal:    s ≤ p(t)
         window:    p(t) − left ≤ s ≤ p(t) + right
         documents: doc_ids is constant from p(t) to s, and not negative
-        validity:  0 ≤ p(t) < count and s < count
+        validity:  0 ≤ p(t) < count and s < count; with key_validity t < count and s < key count
 
     A document is a maximal run of equal ids: an id that is repeated after another one begins a new document.  A query
     whose position is outside the keys is in no document.
@@ -45,6 +45,8 @@ class MaskContract:
         window: ``(left, right)``, tokens before and after; None or negative is unlimited, ``left=0`` is the token only.
         doc_ids: integers [B, S], or [S] for every row alike; negative ids are padding and attend to nothing.
         validity: the valid prefix of each row, from ``attention_validity``.
+        key_validity: the valid prefix of the keys alone, as in cross-attention to a padded source; ``validity`` then
+            counts queries from query 0 on, and no key.
         q_offset: the position of query 0 among the keys.  None aligns the last query with the last key
             (``offset = S − T``, bottom-right), which for T = S is the same as 0.  Where T ≠ S the two differ: 0 puts
             query 0 at key 0.
@@ -60,14 +62,16 @@ class MaskContract:
     doc_ids: Tensor | None = None
     validity: AttentionValidity | None = None
     q_offset: int | None = None
+    key_validity: AttentionValidity | None = None
     _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         checks.is_bool("causal", self.causal)
         object.__setattr__(self, "window", contract.normalize_window(self.window))
         contract.check_doc_ids(self.doc_ids)
-        if self.validity is not None and not isinstance(self.validity, AttentionValidity):
-            raise TypeError(f"validity must be an AttentionValidity, got {type(self.validity).__name__}")
+        for name, value in (("validity", self.validity), ("key_validity", self.key_validity)):
+            if value is not None and not isinstance(value, AttentionValidity):
+                raise TypeError(f"{name} must be an AttentionValidity, got {type(value).__name__}")
         if self.q_offset is not None:
             checks.is_int("q_offset", self.q_offset)
         self._rows_of_tensors()
@@ -83,6 +87,11 @@ class MaskContract:
         return None if self.validity is None else self.validity.counts
 
     @property
+    def key_counts(self) -> Tensor | None:
+        """The counts of the key validity, or None where the keys have no prefix of their own."""
+        return None if self.key_validity is None else self.key_validity.counts
+
+    @property
     def doc_rows(self) -> Tensor | None:
         """The ids as [B, S], or as [1, S] if they are the same for every row."""
         return self.doc_ids[None] if self.doc_ids is not None and self.doc_ids.ndim == 1 else self.doc_ids
@@ -90,15 +99,18 @@ class MaskContract:
     @property
     def has_tensors(self) -> bool:
         """Whether the contract has document ids or counts, so that rows may differ."""
-        return self.doc_ids is not None or self.counts is not None
+        return self.doc_ids is not None or self.counts is not None or self.key_counts is not None
 
     def _rows_of_tensors(self) -> int | None:
         """B, if the tensors have a batch dimension; else None."""
         in_docs = None if self.doc_ids is None or self.doc_ids.ndim == 1 else self.doc_ids.shape[0]
-        in_counts = None if self.counts is None else self.counts.shape[0]
-        if in_docs is not None and in_counts is not None and in_docs != in_counts:
-            raise ValueError(f"validity must be for the {in_docs} rows of doc_ids, got {in_counts} rows")
-        return in_docs if in_counts is None else in_counts
+        found, owner = in_docs, "doc_ids"
+        for name, counts in (("validity", self.counts), ("key_validity", self.key_counts)):
+            if counts is not None and found is not None and counts.shape[0] != found:
+                raise ValueError(f"{name} must be for the {found} rows of {owner}, got {counts.shape[0]} rows")
+            if counts is not None and found is None:
+                found, owner = counts.shape[0], name
+        return found
 
     def sizes(
         self,
@@ -120,7 +132,7 @@ class MaskContract:
             kv_len = seq_len
         keys = contract.agreed_size("kv_len", kv_len, in_docs, "doc_ids [B, S]")
         queries = contract.agreed_size("seq_len", seq_len, None, "") if seq_len is not None else keys
-        found = contract.device_of(device, self.doc_ids, self.counts)
+        found = contract.device_of(device, self.doc_ids, self.counts, self.key_counts)
         offset = keys - queries if self.q_offset is None else self.q_offset
         rows = 1 if of_tensors is None else of_tensors
         return Sizes(1 if batch is None else batch, rows, queries, keys, offset, found)
@@ -136,8 +148,12 @@ class MaskContract:
 
     def bounds(self, queries: Tensor, sizes: Sizes) -> Intervals:
         """The intervals of the given query indices [n], int64 [rows, n]; not kept."""
-        counts = None if self.validity is None else self.validity.tokens
-        return interval_of(queries, sizes, self.window_bounds, self.doc_rows, counts)
+        return interval_of(queries, sizes, self.window_bounds, self.doc_rows, *self._prefix_tokens())
+
+    def _prefix_tokens(self) -> tuple[Tensor | None, Tensor | None]:
+        """Valid tokens [B] of ``validity`` and of ``key_validity``."""
+        of_rows = None if self.validity is None else self.validity.tokens
+        return of_rows, None if self.key_validity is None else self.key_validity.tokens
 
     def remember(self, name: str, key: tuple, build: Callable[[], Any]) -> Any:
         """The kept result of ``name`` if key and tensors are unchanged, else ``build()``, which is then kept."""
@@ -145,8 +161,9 @@ class MaskContract:
             return build()
         return kept_or_built(self._kept, name, key, (self.doc_ids, *self._prefixes()), build)
 
-    def _prefixes(self) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if self.validity is None else (self.validity.token_prefix, self.validity.slot_counts)
+    def _prefixes(self) -> tuple[Tensor | None, ...]:
+        given = [v for v in (self.validity, self.key_validity) if v is not None]
+        return tuple(tensor for v in given for tensor in (v.token_prefix, v.slot_counts))
 
     def intervals(
         self,
@@ -302,8 +319,7 @@ class MaskContract:
         return self.remember("segment_ids", sizes, lambda: self._segment_ids(sizes))
 
     def _segment_ids(self, sizes: Sizes) -> SegmentIds:
-        counts = None if self.validity is None else self.validity.tokens
-        return lowerings.segment_ids(sizes, self.doc_rows, counts)
+        return lowerings.segment_ids(sizes, self.doc_rows, *self._prefix_tokens())
 
     def varlen_why_not(
         self,
@@ -314,7 +330,11 @@ class MaskContract:
         device: torch.device | str | None = None,
     ) -> str | None:
         """Why ``varlen`` raises for these sizes, or None; reads metadata only."""
-        return lowerings.varlen_why_not(self.sizes(batch_size, seq_len, kv_len, device), self.has_tensors)
+        return self.row_varlen_why_not(self.sizes(batch_size, seq_len, kv_len, device))
+
+    def row_varlen_why_not(self, sizes: Sizes) -> str | None:
+        """``varlen_why_not`` for given ``Sizes``."""
+        return lowerings.varlen_why_not(sizes, self.has_tensors, self.key_counts is not None)
 
     def varlen(
         self,
@@ -331,7 +351,7 @@ class MaskContract:
         of ``varlen_why_not`` where packed sequences cannot express the contract.
         """
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
-        reason = lowerings.varlen_why_not(sizes, self.has_tensors)
+        reason = self.row_varlen_why_not(sizes)
         if reason is not None:
             raise ValueError(f"mask must have a form with packed lengths ({reason}), got T, S, offset = {sizes[2:5]}")
 
@@ -344,8 +364,8 @@ class MaskContract:
     def to(self, device: torch.device | str) -> "MaskContract":
         """The same contract with its tensors on another device."""
         docs = None if self.doc_ids is None else self.doc_ids.to(device)
-        validity = None if self.validity is None else self.validity.to(device)
-        return MaskContract(self.causal, self.window, docs, validity, self.q_offset)
+        rows, keys = (None if v is None else v.to(device) for v in (self.validity, self.key_validity))
+        return MaskContract(self.causal, self.window, docs, rows, self.q_offset, keys)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskContract):
@@ -356,8 +376,10 @@ class MaskContract:
         return hash((*self._statics(), None if self.doc_ids is None else self.doc_ids.shape))
 
     def _statics(self) -> tuple:
-        return self.window_bounds, self.q_offset, self.validity or AttentionValidity()
+        absent = AttentionValidity()
+        return self.window_bounds, self.q_offset, self.validity or absent, self.key_validity or absent
 
     def __reduce__(self) -> tuple:
         # Copies and pickles hold the fields, not the kept lowerings.
-        return MaskContract, (self.causal, self.window, self.doc_ids, self.validity, self.q_offset)
+        fields = (self.causal, self.window, self.doc_ids, self.validity, self.q_offset, self.key_validity)
+        return MaskContract, fields

@@ -24,8 +24,8 @@ def exact_mask_key(
 
     Args:
         contract: a ``MaskContract``, or a mapping with some of the fields ``causal``, ``window``, ``local_window``,
-            ``doc_ids``, ``validity``, ``q_offset`` (or ``has_doc_ids``, ``has_valid_counts``, ``has_q_offset`` where
-            only their presence is known), ``valid_token_counts`` and ``valid_slot_counts`` instead of a validity,
+            ``doc_ids``, ``validity``, ``q_offset``, ``key_validity`` (or ``has_doc_ids``, ``has_valid_counts``,
+            ``has_q_offset``, ``has_key_validity`` where only their presence is known), ``valid_token_counts`` and ``valid_slot_counts`` instead of a validity,
             ``base_block_tokens``, ``block_sizes``, ``dtype`` and ``backend``.  A field that is missing or None is
             absent; a zero is present.
         local_window: previous tokens that a sparse kernel attends to besides the selected ones; None for none.
@@ -63,6 +63,7 @@ def exact_mask_key(
         has_valid_counts=has_counts,
         slot_tokens=rules.slot_tokens(fields, has_counts),
         has_q_offset=rules.presence(fields, "q_offset"),
+        has_key_validity=rules.presence(fields, "key_validity"),
         block_sizes=rules.block_sizes(fields.get("block_sizes")),
         dtype=rules.dtype_name(fields.get("dtype")),
         backend=name,

@@ -8,10 +8,15 @@ from kernel_index.masks.attention_validity_prefix.validity import MODES, Validit
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
-RUNTIME = ("doc_ids", "validity", "q_offset")
+RUNTIME = ("doc_ids", "validity", "q_offset", "key_validity")
 """Fields whose presence is static while their values change with the batch; ``has_…`` states the presence alone."""
 
-PRESENCE = {"doc_ids": "has_doc_ids", "validity": "has_valid_counts", "q_offset": "has_q_offset"}
+PRESENCE = {
+    "doc_ids": "has_doc_ids",
+    "validity": "has_valid_counts",
+    "q_offset": "has_q_offset",
+    "key_validity": "has_key_validity",
+}
 
 COUNTS = ("valid_token_counts", "valid_slot_counts")
 """The names of counts in ``doc_window_mask`` and ``attention_validity``; in a mapping they replace ``validity``."""
@@ -59,7 +64,7 @@ def presence(fields: Mapping[str, Any], name: str) -> bool:
     """Whether a runtime field exists: its value is given, or its ``has_…`` is true; raises if the two disagree."""
     flag = PRESENCE[name]
     stated, value = fields.get(flag), fields.get(name)
-    exists = value is not None and (name != "validity" or mode_of(value) != "none")
+    exists = value is not None and ("validity" not in name or mode_of(value) != "none")
     if stated is None:
         return exists
     checks.is_bool(flag, stated)

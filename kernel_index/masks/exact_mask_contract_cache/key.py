@@ -12,7 +12,7 @@ from kernel_index.masks.doc_window_mask.contract import Window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.exact_mask_contract_cache import contract
 
-LAYOUT = 1
+LAYOUT = 2
 """Increased when a field of the key changes its meaning."""
 
 PACKAGES = {"triton": "triton", "fa4": "flash-attn-4", "pallas": "jax"}
@@ -40,6 +40,7 @@ class ExactMaskKey(NamedTuple):
     has_valid_counts: bool
     slot_tokens: int | None
     has_q_offset: bool
+    has_key_validity: bool
     block_sizes: tuple[int, int] | None
     dtype: str | None
     backend: str
@@ -51,6 +52,7 @@ class ExactMaskKey(NamedTuple):
         doc_ids: Tensor | None = None,
         validity: AttentionValidity | None = None,
         q_offset: int | None = None,
+        key_validity: AttentionValidity | None = None,
     ) -> MaskContract:
         """The mask of this key with a batch's tensors.
 
@@ -61,10 +63,12 @@ class ExactMaskKey(NamedTuple):
         has_counts = validity is not None and contract.mode_of(validity) != "none"
         contract.check_same("validity", self.has_valid_counts, validity if has_counts else None)
         contract.check_same("q_offset", self.has_q_offset, q_offset)
+        has_keys = key_validity is not None and contract.mode_of(key_validity) != "none"
+        contract.check_same("key_validity", self.has_key_validity, key_validity if has_keys else None)
         slots = contract.slot_tokens({"validity": validity}, has_counts)
         if slots != self.slot_tokens:
             raise ValueError(f"validity must have slots of {self.slot_tokens} tokens, as the key says, got {slots}")
-        return MaskContract(self.causal, self.window, doc_ids, validity, q_offset)
+        return MaskContract(self.causal, self.window, doc_ids, validity, q_offset, key_validity)
 
 
 @functools.cache

@@ -46,7 +46,8 @@ def block_router(
     influence.  It is the router of ``moba_attention`` and of ``clustered_sparse_attention``.
 
     Args:
-        q: [B, T, H, D], any floating dtype.
+        q: [B, T, H, D], any floating dtype.  Under autocast q and k are cast as those of
+            ``F.scaled_dot_product_attention``.
         k: [B, S, K, D], q's dtype; H is a multiple of K.
         block_size: keys of a block; the last block may be shorter.
         topk: blocks for each query, the current one counted.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, native, rules
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.masks import attention_arguments as arguments
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -37,6 +38,7 @@ class RouterCall(NamedTuple):
 
 
 def check(q: Tensor, k: Tensor, block_size: Any, topk: Any, mask: Any, groups: Any) -> RouterCall:
+    q, k = cast_like_sdpa(q, k)
     arguments.check_attention(q, k, k, mask, None, 0.0)
     check_causal(mask)
     check_routing(q, block_size, topk)

@@ -45,7 +45,8 @@ def lightning_indexer(
     the indexer trains: see ``lightning_indexer_loss``.
 
     Args:
-        q_idx: [B, T, J, D], any floating dtype; J is the number of the indexer's heads.
+        q_idx: [B, T, J, D], any floating dtype; J is the number of the indexer's heads.  Under autocast q_idx, k_idx
+            and weights are cast as the arguments of ``F.scaled_dot_product_attention``.
         k_idx: [B, S, D], q_idx's dtype; one key for all heads.
         weights: [B, T, J], q_idx's dtype or float32; any scale of the scores belongs in here.
         topk: tokens for each query, at least 1.

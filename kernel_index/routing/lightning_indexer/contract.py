@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, native, rules
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.target import target_of
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -32,6 +33,7 @@ class IndexerCall(NamedTuple):
 
 
 def check(q: Any, k: Any, weights: Any, topk: Any, mask: Any, replay: Any) -> IndexerCall:
+    q, k, weights = cast_like_sdpa(q, k, weights)
     legends = ("[B, T, J, D]", "[B, S, D]", "[B, T, J]")
     for name, value, legend in zip(("q_idx", "k_idx", "weights"), (q, k, weights), legends, strict=True):
         checks.is_floating(name, value)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks
+from kernel_index.core.autocast import cast_like_sdpa, without_autocast
 from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
@@ -22,11 +23,12 @@ def lightning_indexer_loss(
         loss      = mean over the queries of KL(target[t] ‖ softmax(scores[t]))
 
     The target has no gradient: the loss trains the indexer alone; give the indexer detached inputs to stop the gradient
-    there.  Queries without a token do not count; if no query has one the loss is 0.
+    there.  Queries without a token do not count; if no query has one the loss is 0.  With one token for each query both
+    shares are 1: the loss is 0, and the indexer learns from ``topk`` of 2 or more.
 
     Args:
         selection: what ``lightning_indexer`` returned, its scores with their graph.
-        q: [B, T, H, D], the queries of the attention over the selected tokens.
+        q: [B, T, H, D], the queries of the attention over the selected tokens; autocast casts q and k.
         k: [B, S, K, D], its keys.
         scale: factor of the attention's scores; ``D ** -0.5`` by default.
         softcap: bound of the attention's scores; 0 is off.
@@ -45,8 +47,9 @@ def lightning_indexer_loss(
     >>> ki.lightning_indexer_loss(selected, torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, 2, 8))
     tensor(0.)
     """
+    q, k = cast_like_sdpa(q, k)
     _check(selection, q, k, scale, softcap)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q):
         target = attention_shares(selection, q.detach(), k.detach(), scale_of(q, scale), softcap)
     scores = torch.where(selection.valid, selection.scores, -torch.inf)
     not_empty = selection.valid.any(-1, keepdim=True)

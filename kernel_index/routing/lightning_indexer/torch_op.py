@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.autocast import without_autocast
 from kernel_index.core.rules import wants_gradient
 from kernel_index.routing.lightning_indexer import chunked
 from kernel_index.routing.lightning_indexer.contract import IndexerCall
@@ -54,7 +55,8 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("lightning_indexer cannot differentiate twice: use backend='reference'")
-        return *_backward_op(g, *ctx.saved_tensors), None, None
+        with without_autocast(g):  # for a backward() that is called inside of it
+            return *_backward_op(g, *ctx.saved_tensors), None, None
 
 
 def lightning_indexer_native(call: IndexerCall) -> TokenSelection:
@@ -79,4 +81,4 @@ def _selection(call: IndexerCall, indices: Tensor, scores: Tensor | None) -> Tok
     """``scores`` are those of the indices where they are known already."""
     if scores is not None and not wants_gradient(call.q, call.k, call.weights):
         return TokenSelection(indices, indices >= 0, scores)
-    return TokenSelection(indices, indices >= 0, _Scores.apply(call.q, call.k, call.weights, indices, scores))
+    return TokenSelection(indices, indices >= 0, ops.apply(_Scores, call.q, call.k, call.weights, indices, scores))

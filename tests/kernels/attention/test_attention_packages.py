@@ -4,11 +4,12 @@ import itertools
 import sys
 import types
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 
 import kernel_index as ki
-from kernel_index.core.target import Target, pretend
+from kernel_index.core.target import Target, has_package, pretend
 from kernel_index.core.testing import Maker
 from kernel_index.kernels.attention.dense_attention import contract
 from kernel_index.kernels.attention.dense_attention.cases import qkv
@@ -107,15 +108,48 @@ def test_varlen_is_told_what_the_contract_says(monkeypatch):
     check()
 
 
-def test_fa4_is_not_asked_for_gradients_of_packed_documents(monkeypatch):
-    """On an H100 its backward over packed sequences was wrong; outputs were right, and so were dense gradients."""
+def test_fa4_takes_calls_that_need_gradients_of_packed_documents(monkeypatch):
+    """Named, it runs them; ``auto`` passes over it, since reading the lengths waits for the device."""
     monkeypatch.setattr(contract, "has_package", lambda name: True)
+    monkeypatch.setattr(contract, "_packing_rule", lambda call: None)  # reads the ids, which "meta" has not
     q, k, v = (torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
-    packed = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
+    ids = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
     with pretend(Target("cuda", 90)):
-        assert contract.fa4_why_not(AttentionCall(q, k, v, packed, None, 0.0, None, False)) == contract.PACKED_BACKWARD
-        with torch.no_grad():
-            assert (
-                contract.fa4_why_not(AttentionCall(q, k, v, packed, None, 0.0, None, False)) != contract.PACKED_BACKWARD
-            )
-        assert contract.fa4_why_not(AttentionCall(q, k, v, ki.MaskContract(), None, 0.0, None, False)) is None
+        call = AttentionCall(q, k, v, ids, None, 0.0, None, False)
+        assert contract.fa4_why_not(call) is None
+        assert contract.fa4_not_worth(call) == contract.WAITS
+
+
+LENGTHS = {
+    "equal": [512] * 4,
+    "uneven": [300, 700, 24, 1024],
+    "around tiles": [1, 127, 129, 1000, 791],
+    "many": [16] * 128,
+}
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not has_package("flash_attn"), reason="needs a CUDA device and flash-attn-4"
+)
+@pytest.mark.parametrize("window", [(None, 0), (128, 0), (None, None)], ids=["causal", "window", "full"])
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 128)], ids=["4/4 of 64", "8/2 of 128"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_gradients_of_packed_documents_are_right(lengths, heads, window):
+    """flash-attn-4 itself, on its device: output, log-sum-exp and all gradients against the reference in float32."""
+    query_heads, kv_heads, width = heads
+    tokens = sum(lengths)
+    m = Maker(torch.bfloat16, device="cuda")
+    leaves = [m.normal(1, tokens, n, width).requires_grad_() for n in (query_heads, kv_heads, kv_heads)]
+    exact_leaves = [x.detach().float().requires_grad_() for x in leaves]
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()[None]
+    mask = ki.MaskContract(window[1] == 0, (window[0], None), ids)
+    up, up_lse = m.normal(1, tokens, query_heads, width), m.normal(1, query_heads, tokens, dtype=torch.float32)
+    for lse_gradient in (False, True):
+        results = []
+        for inputs, backend in ((leaves, "fa4"), (exact_leaves, "reference")):
+            out, lse = ki.attention_with_lse(*inputs, mask, backend=backend)
+            loss = (out.float() * up.float()).sum() + ((lse * up_lse).sum() if lse_gradient else 0.0)
+            results.append([out, lse, *torch.autograd.grad(loss, inputs)])
+        for actual, exact in zip(*results, strict=True):
+            error = (actual.float() - exact).norm() / exact.norm()
+            assert error <= torch.finfo(torch.bfloat16).eps

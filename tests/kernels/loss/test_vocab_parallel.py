@@ -72,9 +72,21 @@ def worker(rank, port, dtype):
     torch.testing.assert_close(logs.double(), exact, **tolerance)
     same = ki.token_log_probs(hidden, shard, targets, backend="reference")
     torch.testing.assert_close(same.double(), exact, **tolerance)
+    _assert_offset_changes_nothing(mesh, dtype)
     with pytest.raises(ki.Ineligible, match="sharded over the vocabulary on a mesh of one dimension"):
         ki.token_log_probs(hidden, distribute_tensor(weight, mesh, [Replicate()]), targets, backend="sharded")
     dist.destroy_process_group()
+
+
+def _assert_offset_changes_nothing(mesh, dtype):
+    """Logits 0 and 1, which both dtypes hold exactly beside the offset."""
+    offset = 2.0**20 if dtype == torch.float32 else 2.0**7
+    hidden, weight = torch.eye(2, dtype=dtype), (torch.arange(2 * VOCAB).view(VOCAB, 2) % 3 == 0).to(dtype)
+    targets, smoothing = torch.tensor([0, 20]), {"label_smoothing": 0.1}
+    exact = ki.fused_linear_cross_entropy(hidden.double(), weight.double(), targets, **smoothing, backend="reference")
+    shards = [distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, torch.full((VOCAB,), offset, dtype=dtype))]
+    loss = ki.fused_linear_cross_entropy(hidden, shards[0], targets, bias=shards[1], **smoothing)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -72,7 +72,8 @@ def attention(
     Softmax and sums are in float32 at least.  A query that may attend to nothing gives exactly 0 and gradient 0.
 
     Args:
-        q: [B, T, H, D], any floating dtype.
+        q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
+            ``F.scaled_dot_product_attention``.
         k: [B, S, K, D], q's dtype; H is a multiple of K, and nothing is repeated in memory.
         v: [B, S, K, Dv], q's dtype.
         mask: the keys that each query may attend to; causal by default, aligned with the last key where T ≠ S.

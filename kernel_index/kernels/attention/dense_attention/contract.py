@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native, rules
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import Sight, sight_of_intervals
 from kernel_index.core.fa4_support import support_of
 from kernel_index.core.target import has_package, target_of
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
-from kernel_index.masks.doc_window_mask import lowerings
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -54,6 +54,7 @@ OutAndLse = tuple[Tensor, Tensor | None]
 def check(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, softcap: Any, sink: Any, *, with_lse: bool
 ) -> AttentionCall:
+    q, k, v = cast_like_sdpa(q, k, v)
     check_attention(q, k, v, mask, scale, softcap, sink)
     return AttentionCall(q, k, v, mask, scale, softcap, sink, with_lse)
 
@@ -124,12 +125,8 @@ def _packing_rule(call: AttentionCall) -> str | None:
         return rules.INSIDE_FUNCTORCH
     if call.is_empty:
         return "needs at least one query and one key"
-    return lowerings.varlen_why_not(call.sizes, call.mask.has_tensors)
+    return call.mask.row_varlen_why_not(call.sizes)
 
-
-# Run on an H100 on 2026-11-24 with 4.0.0b36: outputs right, gradients of q, k and v wrong by a factor, where the same
-# packing around the reference is right to float64 (tests/kernels/attention/test_attention_packages.py).
-PACKED_BACKWARD = "flash-attn-4 4.0.0b36 gives wrong gradients for packed documents (run on an H100)"
 
 WAITS = "documents and prefixes as packed lengths: reading them waits for the device"
 
@@ -149,8 +146,6 @@ def fa4_why_not(call: AttentionCall) -> str | None:
         return "flash-attn-4 does not know this architecture"
     if not support.takes_head_size(call.q.shape[3]) or call.q.shape[3] != call.v.shape[3]:
         return "flash-attn-4 does not take these head sizes on this architecture"
-    if call.mask.has_tensors and rules.wants_gradient(call.q, call.k, call.v):
-        return PACKED_BACKWARD
     return _packing_rule(call)
 
 

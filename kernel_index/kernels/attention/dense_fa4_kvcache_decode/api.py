@@ -10,6 +10,7 @@ from kernel_index.kernels.attention.dense_fa4_kvcache_decode.native import decod
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.reference import decode_reference
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.sdpa import decode_sdpa
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.torch_op import decode_triton
+from kernel_index.kvcache.decode_arguments import cast_result
 
 DecodeBackend = Literal["auto", "fa4", "triton", "native", "sdpa", "reference"]
 
@@ -58,7 +59,8 @@ def fa4_kvcache_decode(
     has been checked: lengths and pages on the host here, those on a device by the caches' own ``begin``.
 
     Args:
-        q: [B, Lq, H, D], any floating dtype.
+        q: [B, Lq, H, D], any floating dtype.  Under autocast q, k and v are cast to the cache's dtype, and the
+            result to autocast's.
         k_cache: [B, Tmax, K, D], or pages [pages, page, K, D]; q's dtype, H a multiple of K.  Written in place.
         v_cache: as k_cache.
         cache_seqlens: tokens in the cache before this call, int [B], or one number for every row.
@@ -91,4 +93,4 @@ def fa4_kvcache_decode(
     tensor([1., 3., 0., 0.])
     """
     call = contract.check(q, k_cache, v_cache, cache_seqlens, k, v, causal, window_size, softcap, block_table)
-    return choose("fa4_kvcache_decode", BACKENDS, backend, call).run(call)
+    return cast_result(choose("fa4_kvcache_decode", BACKENDS, backend, call).run(call))

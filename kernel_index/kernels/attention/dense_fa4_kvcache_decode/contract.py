@@ -9,7 +9,7 @@ from torch import Tensor
 from kernel_index.core import checks, native, rules
 from kernel_index.core.fa4_support import Support, support_of
 from kernel_index.core.target import has_package, target_of
-from kernel_index.kvcache.decode_arguments import REQUIRES_APPEND_KV, check_tensors
+from kernel_index.kvcache.decode_arguments import REQUIRES_APPEND_KV, cast_to_cache, check_tensors
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 
 REQUIRES_CAUSAL = "dense_fa4_kvcache_requires_causal"
@@ -68,6 +68,7 @@ def check(
         checks.is_int("cache_seqlens", cache_seqlens, minimum=0)
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     window = normalize_window(window_size)
+    q, k, v = cast_to_cache(k_cache, q, k, v)
     check_tensors(q, k_cache, v_cache, cache_seqlens, k, v, block_table)
     checks.is_bool("causal", causal)
     checks.is_real("softcap", softcap)

@@ -125,7 +125,8 @@ def exact_token_attention(
     the selection has none.
 
     Args:
-        q: [B, T, H, D], any floating dtype.
+        q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
+            ``F.scaled_dot_product_attention``.
         k: [B, S, K, D], q's dtype; H is a multiple of K.
         v: [B, S, K, Dv], q's dtype.
         indices: int32 or int64 [B, T, topk] for all heads, or [B, T, K, topk], each in [0, S) or −1 for none; or

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, rules
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import Sight, sight_of_blocks
 from kernel_index.core.target import target_of
 from kernel_index.core.triton import launch
@@ -80,6 +81,7 @@ def check(
         if valid is not None:
             raise ValueError("indices_valid must be None beside a TokenSelection, got a second one")
         indices, valid, indexer = indices.indices, indices.valid, "lightning_indexer"
+    q, k, v = cast_like_sdpa(q, k, v)
     check_attention(q, k, v, mask, scale, softcap)
     if indices is None:
         if valid is not None:

@@ -58,7 +58,8 @@ def fused_rope_qk(
     cos and sin only, and costs nothing for a q or k that needs no gradient.  Double backward works.
 
     Args:
-        q: ``[B, T, H, D]``, any floating dtype.
+        q: ``[B, T, H, D]``, any floating dtype.  Under autocast q and k are cast as those of
+            ``F.scaled_dot_product_attention``; cos and sin are not.
         k: ``[B, T, K, D]``, q's dtype; H and K are free.
         cos: ``[1 or B, T, 1, R/2]`` with ``R <= D``, any floating dtype; nothing else broadcasts.
         sin: cos's shape and dtype.  A cos or sin that needs a gradient gets one, from the reference.

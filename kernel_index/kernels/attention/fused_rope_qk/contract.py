@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, native, rules
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.kernels.attention.fused_rope_qk import tables
 
 
@@ -20,6 +21,7 @@ class Call(NamedTuple):
 
 
 def check(q: Any, k: Any, cos: Any, sin: Any, interleaved: Any) -> Call:
+    q, k = cast_like_sdpa(q, k)
     for name, value in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         checks.is_floating(name, value)
     checks.is_bool("interleaved", interleaved)

@@ -76,13 +76,13 @@ class _RopeQK(torch.autograd.Function):
         if gq is None and gk is None:
             return (None,) * 5
         back = _Rotation(ctx.how.interleaved, not ctx.how.inverse, ctx.how.backend)
-        dq, dk = _RopeQK.apply(gq, gk, cos, sin, back)  # apply(): double backward
+        dq, dk = ops.apply(_RopeQK, gq, gk, cos, sin, back)  # apply(): double backward
         return dq, dk, None, None, None
 
 
 def rope_qk_inductor(call: Call) -> tuple[Tensor, Tensor]:
-    return _RopeQK.apply(call.q, call.k, call.cos, call.sin, _Rotation(call.interleaved, False, "inductor"))
+    return ops.apply(_RopeQK, call.q, call.k, call.cos, call.sin, _Rotation(call.interleaved, False, "inductor"))
 
 
 def rope_qk_triton(call: Call) -> tuple[Tensor, Tensor]:
-    return _RopeQK.apply(call.q, call.k, call.cos, call.sin, _Rotation(call.interleaved, False, "triton"))
+    return ops.apply(_RopeQK, call.q, call.k, call.cos, call.sin, _Rotation(call.interleaved, False, "triton"))

@@ -125,7 +125,7 @@ class _BiasDropoutAdd(torch.autograd.Function):
 def bias_dropout_add_inductor(call: Call) -> Tensor:
     seed = philox.seed_tensor(call.seed, call.p, call.x.device)
     threshold, scale = (None, None) if seed is None else philox.threshold_and_scale(call.p, call.x.device)
-    return _BiasDropoutAdd.apply(call.x, call.residual, call.bias, seed, threshold, scale, "inductor")
+    return ops.apply(_BiasDropoutAdd, call.x, call.residual, call.bias, seed, threshold, scale, "inductor")
 
 
 def bias_dropout_add_triton(call: Call) -> Tensor:
@@ -133,4 +133,4 @@ def bias_dropout_add_triton(call: Call) -> Tensor:
     seed = philox.seed_tensor(call.seed, call.p, call.x.device)
     threshold = None if seed is None else round(call.p * 2**32)
     scale = None if seed is None else 1.0 / max(1.0 - call.p, 2.0**-53)
-    return _BiasDropoutAdd.apply(call.x, call.residual, call.bias, seed, threshold, scale, "triton")
+    return ops.apply(_BiasDropoutAdd, call.x, call.residual, call.bias, seed, threshold, scale, "triton")

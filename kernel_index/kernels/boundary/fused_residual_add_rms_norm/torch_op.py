@@ -152,7 +152,7 @@ def _apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
         # A tensor, so that each layer's own number is not compiled anew.
         scale = None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=call.delta.device)
     constants = _Constants(call.eps, call.weight_offset, call.stored, backend)
-    return _ResidualAddRMSNorm.apply(call.residual, call.delta, call.weight, scale, constants)
+    return ops.apply(_ResidualAddRMSNorm, call.residual, call.delta, call.weight, scale, constants)
 
 
 def residual_add_rms_norm_inductor(call: Call) -> tuple[Tensor, Tensor]:

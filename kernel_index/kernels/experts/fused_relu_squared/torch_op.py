@@ -50,8 +50,8 @@ class _ReluSquared(torch.autograd.Function):
 
 
 def relu_squared_inductor(x: Tensor) -> Tensor:
-    return _ReluSquared.apply(x, "inductor")
+    return ops.apply(_ReluSquared, x, "inductor")
 
 
 def relu_squared_triton(x: Tensor) -> Tensor:
-    return _ReluSquared.apply(x, "triton")
+    return ops.apply(_ReluSquared, x, "triton")

@@ -1,17 +1,13 @@
 """The specification: one product for each group."""
 
-import contextlib
-
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, rules
+from kernel_index.core import rules
 
 
 def grouped_product_reference(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    autocast = checks.is_autocast(x.device)
-    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        return _by_slices(x, weight, offsets) if rules.host_readable(offsets) else _by_masks(x, weight, offsets)
+    return _by_slices(x, weight, offsets) if rules.host_readable(offsets) else _by_masks(x, weight, offsets)
 
 
 def _by_slices(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

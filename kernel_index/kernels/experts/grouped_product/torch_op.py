@@ -45,5 +45,5 @@ class _GroupedProduct(torch.autograd.Function):
 def grouped_product_op(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     x, weight, offsets = x.contiguous(), weight.contiguous(), offsets.contiguous()
     if torch.is_grad_enabled():
-        return _GroupedProduct.apply(x, weight, offsets)
+        return ops.apply(_GroupedProduct, x, weight, offsets)
     return _op(x, weight.transpose(1, 2), offsets)

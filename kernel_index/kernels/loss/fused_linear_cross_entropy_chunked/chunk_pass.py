@@ -24,33 +24,41 @@ def row_max(z: Tensor, softcap: float, scale: float) -> Tensor:
 
 
 def row_sums(z: Tensor, targets: Tensor, maxima: Tensor, softcap: float, scale: float) -> Tensor:
-    """[rows, 3]: Σ exp(x − maximum) over the classes but the target, the target's x (0 if it is elsewhere), Σ x."""
+    """[rows, 3] of y = x − maximum: Σ exp(y) over the classes but the target, the target's y, Σ y.
+
+    The target's is 0 if it is elsewhere.  All are relative to the maximum, so that an offset of all logits costs no
+    digits.
+    """
     x, _, is_target = _capped(z, targets, softcap, scale)
-    others = torch.where(is_target, 0.0, torch.exp(x - maxima)).sum(-1)
-    return torch.stack((others, torch.where(is_target, x, 0.0).sum(-1), x.sum(-1)), -1)
+    y = x - maxima
+    others = torch.where(is_target, 0.0, torch.exp(y)).sum(-1)
+    return torch.stack((others, torch.where(is_target, y, 0.0).sum(-1), y.sum(-1)), -1)
 
 
 def row_losses(
     maxima: Tensor, sums: Tensor, smoothing: float, z_loss: float, classes: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, log-sum-exp, 1 − p of the target), each [rows], from sums over all classes."""
-    row_max, others, target_x, sum_x = maxima[:, 0], *sums.unbind(-1)
-    target_x = target_x - row_max
-    row_sum = others + torch.exp(target_x)
-    # With p near 1, log1p of the others keeps what log(Σ) − x would round away.
-    likelihood = torch.where(target_x == 0, torch.log1p(others), torch.log(row_sum) - target_x)
-    lse = row_max + torch.log(row_sum)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, row_max, log_sum, 1 − p of the target), each [rows], from sums over all classes.
+
+    The log-sum-exp is row_max + log_sum.  They stay apart: their sum would lose digits of log_sum to a large row_max,
+    and with it every probability.
+    """
+    row_max, others, target_y, sum_y = maxima[:, 0], *sums.unbind(-1)
+    row_sum = others + torch.exp(target_y)
+    log_sum = torch.log(row_sum)
+    # With p near 1, log1p of the others keeps what log(Σ) − y would round away.
+    likelihood = torch.where(target_y == 0, torch.log1p(others), log_sum - target_y)
     loss = (1 - smoothing) * likelihood
     if smoothing:
-        loss = loss + smoothing * (lse - sum_x / classes)
+        loss = loss + smoothing * (log_sum - sum_y / classes)
     if z_loss:
-        loss = loss + z_loss * lse * lse
-    return loss, lse, others / row_sum
+        loss = loss + z_loss * (row_max + log_sum).square()
+    return loss, row_max, log_sum, others / row_sum
 
 
 def loss_pass(
     z: Tensor, targets: Tensor, softcap: float, scale: float, smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``row_losses`` of rows that hold all classes; those of ignored rows are not used."""
     maxima = row_max(z, softcap, scale)
     return row_losses(maxima, row_sums(z, targets, maxima, softcap, scale), smoothing, z_loss, z.shape[1])
@@ -60,7 +68,8 @@ def gradient_pass(
     z: Tensor,
     targets: Tensor,
     rows: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     missing: Tensor,
     softcap: float,
     scale: float,
@@ -74,13 +83,13 @@ def gradient_pass(
     with the sums, it would store the exponentials of a low-precision chunk in float32, at twice the chunk's bytes.
     """
     x, t, is_target = _capped(z, targets, softcap, scale)
-    p = torch.exp(x - lse[:, None])
+    p = torch.exp(x - row_max[:, None] - log_sum[:, None])
     # d = p − (1 − s)·onehot − s/V, where p − 1 of the target is −missing: no cancellation when p is near 1.
     d = torch.where(is_target, smoothing - missing[:, None], p)
     if smoothing:
         d = d - smoothing / classes
     if z_loss:
-        d = d + 2 * z_loss * lse[:, None] * p
+        d = d + 2 * z_loss * (row_max + log_sum)[:, None] * p
     if softcap:
         d = d * (1 - t * t)
     z.copy_(torch.where(rows[:, None] == 0, 0.0, d * (rows[:, None] * scale)))

@@ -20,11 +20,13 @@ def token_losses(call: Call) -> Tensor:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     valid = targets != options.ignore_index
     index = torch.where(valid, targets, 0).to(torch.int64)
-    lse = logits.logsumexp(-1)
-    likelihood = lse - logits.gather(-1, index[..., None])[..., 0]
-    smooth = lse - logits.mean(-1)
-    s = options.label_smoothing
-    loss = (1 - s) * likelihood + s * smooth + options.z_loss * lse.square()
+    # Log-probabilities, not the log-sum-exp less a logit: an offset of all logits costs them no digits.
+    log_p = logits.log_softmax(-1)
+    loss = -log_p.gather(-1, index[..., None])[..., 0]
+    if options.label_smoothing:
+        loss = (1 - options.label_smoothing) * loss - options.label_smoothing * log_p.mean(-1)
+    if options.z_loss:
+        loss = loss + options.z_loss * logits.logsumexp(-1).square()
     return torch.where(valid, loss, 0.0)
 
 

@@ -28,7 +28,7 @@ BLOCK_BYTES = 1 << 20
 """Float32 bytes of the rows that a plain pass works on at a time: its temporaries are of this size, not the chunk's."""
 
 _loss_region = Region(loss_pass, z=(0,), targets=(0,))
-_gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,), lse=(0,), missing=(0,))
+_gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,), row_max=(0,), log_sum=(0,), missing=(0,))
 
 _OPTIONS = (
     "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes, "
@@ -89,7 +89,7 @@ class _Chunks(NamedTuple):
         _by_blocks(lambda *block: gradient_pass(*block, *constants), z, *vectors)
 
     def _statistics(self, z: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Loss, log-sum-exp and 1 − p of each row; two small all-reduces where the classes are spread over a group."""
+        """Loss, row_max, log_sum and 1 − p of each row; two small all-reduces where a group has the classes."""
         if self.passes == "inductor":
             return _loss_region(z, targets, *self.terms)
         if not self.group:
@@ -304,9 +304,9 @@ def by_chunks(tokens: Tokens, options: Options, passes: str, shard: VocabShard |
     )
     needs = tokens.wanted()
     if options.reduction != "none" and any(needs):
-        return _Reduced.apply(*tokens, needs, chunks)
+        return ops.apply(_Reduced, *tokens, needs, chunks)
     hidden, weight, bias, targets, rows, factor = tokens
-    losses = _PerToken.apply(hidden, weight, bias, targets, rows, needs, chunks)
+    losses = ops.apply(_PerToken, hidden, weight, bias, targets, rows, needs, chunks)
     return losses if options.reduction == "none" else losses.sum() * factor
 
 

@@ -52,7 +52,7 @@ class _Slices(NamedTuple):
 
 
 def _allocate_losses(hidden, *_):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4))
 
 
 def _losses(hidden, weight, targets, bias, *constants):
@@ -70,7 +70,7 @@ def _losses(hidden, weight, targets, bias, *constants):
     return outputs
 
 
-def _fake_gradients(hidden, weight, targets, bias, rows, factor, lse, missing, needs, *_):
+def _fake_gradients(hidden, weight, targets, bias, rows, factor, row_max, log_sum, missing, needs, *_):
     return empty_gradients(hidden, weight, needs)
 
 
@@ -84,7 +84,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _gradients(hidden, weight, targets, bias, rows, factor, lse, missing, needs, *constants):
+def _gradients(hidden, weight, targets, bias, rows, factor, row_max, log_sum, missing, needs, *constants):
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
 
     slices = _Slices(*constants)
@@ -99,7 +99,7 @@ def _gradients(hidden, weight, targets, bias, rows, factor, lse, missing, needs,
     for first in range(0, vocab, step):
         at = slice(first, min(first + step, vocab))
         z = logits_of(hidden, weight[at], None if bias is None else bias[at])
-        triton.gradient(z, targets, rows, lse, missing, first, vocab, slices.terms)
+        triton.gradient(z, targets, rows, (row_max, log_sum, missing), first, vocab, slices.terms)
         if needs[0]:
             _add_product(sums, z, weight[at])
         if needs[1] and late:
@@ -119,14 +119,15 @@ _OPTIONS = "float softcap, float scale, float smoothing, float z_loss, SymInt vo
 _EVERYWHERE = ("CompositeExplicitAutograd",)
 _losses_op = ops.register(
     "linear_cross_entropy_sliced_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _losses,
     _allocate_losses,
     _EVERYWHERE,
 )
 _gradients_op = ops.register(
     "linear_cross_entropy_sliced_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, "
-    f"Tensor factor, Tensor lse, Tensor missing, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "Tensor factor, Tensor row_max, Tensor log_sum, Tensor missing, bool[] needs, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _gradients,
     _fake_gradients,
     _EVERYWHERE,
@@ -147,12 +148,12 @@ class _Sliced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         refuse_create_graph()
-        hidden, weight, bias, targets, rows, factor, lse, missing = ctx.saved_tensors
+        hidden, weight, bias, targets, rows, factor, *saved = ctx.saved_tensors
         if ctx.reduced:
             factor = factor * g
         else:
             rows = torch.where(rows == 0, 0.0, g)
-        gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, lse, missing, ctx.needs, *ctx.slices)
+        gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, *saved, ctx.needs, *ctx.slices)
         out = (d if need else None for d, need in zip(gradients, ctx.needs, strict=True))
         return *out, *[None] * 6
 
@@ -168,5 +169,5 @@ def linear_cross_entropy_triton(call: Call) -> Tensor:
         vocab=options.vocab,
         chunk_size=options.chunk_size,
     )
-    loss = _Sliced.apply(*tokens, tokens.wanted(), slices, options.reduction != "none")
+    loss = ops.apply(_Sliced, *tokens, tokens.wanted(), slices, options.reduction != "none")
     return shaped(loss, call)

@@ -1,4 +1,4 @@
-"""Loss and log-sum-exp of whole rows of logits, and the gradient of any columns of them, in place.
+"""Loss and softmax statistics of whole rows of logits, and the gradient of any columns of them, in place.
 
 The first reads a row once, maximum and sum of exponentials online.  The formulas are ``chunk_pass``'s.
 """
@@ -29,17 +29,18 @@ def _capped(p_row, o_v, m_v, softcap, scale, CAP: tl.constexpr):
 
 @triton.jit
 def _losses_kernel(
-    z_ptr, targets_ptr, losses_ptr, lse_ptr, missing_ptr, stride, vocab, softcap, scale, smoothing, z_loss,
+    z_ptr, targets_ptr, losses_ptr, max_ptr, log_sum_ptr, missing_ptr, stride, vocab, softcap, scale, smoothing, z_loss,
     CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride
     target = tl.load(targets_ptr + row)
     columns = tl.arange(0, BLOCK)  # [BLOCK]
-    # Per lane: the maximum so far, Σ exp(x − maximum) over the other classes, Σ x for smoothing, the target's logit.
+    # Per lane: the maximum so far, Σ exp(x − maximum) over the other classes, Σ (x − maximum) for smoothing, the
+    # target's logit.
     lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)
     lane_others = tl.zeros((BLOCK,), tl.float32)
-    lane_x = tl.zeros((BLOCK,), tl.float32)
+    lane_y = tl.zeros((BLOCK,), tl.float32)
     lane_target = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         o_v = start + columns  # [BLOCK]
@@ -51,45 +52,52 @@ def _losses_kernel(
         lane_others = lane_others * tl.exp(lane_max - shift) + tl.where(is_target, 0.0, tl.exp(x - shift))
         lane_target += tl.where(is_target, x, 0.0)
         if SMOOTH:
-            lane_x += tl.where(m_v, x, 0.0)
+            # The terms before are relative to the maximum before; where that was −∞ their sum is −∞ already.
+            before = tl.where(lane_max == float("-inf"), 0.0, lane_max - shift)
+            lane_y += tl.where(m_v, (start // BLOCK) * before + (x - shift), 0.0)
         lane_max = new_max
     row_max = tl.max(lane_max, 0)
-    shift = tl.where(lane_max == float("-inf"), 0.0, lane_max)
-    row_others = tl.sum(lane_others * tl.exp(shift - row_max), 0)
+    # A lane without a class has the maximum −∞ and the factor 0, however small row_max is.
+    row_others = tl.sum(lane_others * tl.exp(lane_max - tl.where(row_max == float("-inf"), 0.0, row_max)), 0)
     target_logit = tl.sum(lane_target, 0) - row_max
     row_sum = row_others + tl.exp(target_logit)
-    lse = row_max + tl.log(row_sum)
+    log_sum = tl.log(row_sum)
     # With p of the target near 1, log(1 + others) keeps what log(Σ) − x would round away.
     small = row_others * (1.0 - row_others * (0.5 - row_others * (1.0 / 3.0)))
     near_one = tl.where(row_others < 1e-2, small, tl.log(1.0 + row_others))
-    likelihood = tl.where(target_logit == 0.0, near_one, tl.log(row_sum) - target_logit)
+    likelihood = tl.where(target_logit == 0.0, near_one, log_sum - target_logit)
     loss = (1.0 - smoothing) * likelihood
     if SMOOTH:
-        loss += smoothing * (lse - tl.sum(lane_x, 0) / vocab)
+        count = (vocab - columns + (BLOCK - 1)) // BLOCK  # classes of each lane
+        below = tl.where(lane_max == float("-inf"), 0.0, lane_max) - row_max
+        sum_y = tl.sum(tl.where(count > 0, lane_y + count * below, 0.0), 0)
+        loss += smoothing * (log_sum - sum_y / vocab)
     if Z_LOSS:
-        loss += z_loss * lse * lse
+        loss += z_loss * (row_max + log_sum) * (row_max + log_sum)
     tl.store(losses_ptr + row, loss)
-    tl.store(lse_ptr + row, lse)
+    tl.store(max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
     tl.store(missing_ptr + row, row_others / row_sum)  # 1 − p of the target, without cancellation
 
 
 @triton.jit
 def _gradient_kernel(
-    z_ptr, targets_ptr, rows_ptr, lse_ptr, missing_ptr, stride, first, width, classes, softcap, scale, smoothing,
-    z_loss, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+    z_ptr, targets_ptr, rows_ptr, max_ptr, log_sum_ptr, missing_ptr, stride, first, width, classes, softcap, scale,
+    smoothing, z_loss, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride
     o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_v = o_v < width
-    factor, lse, missing = tl.load(rows_ptr + row), tl.load(lse_ptr + row), tl.load(missing_ptr + row)
+    factor, missing = tl.load(rows_ptr + row), tl.load(missing_ptr + row)
+    row_max, log_sum = tl.load(max_ptr + row), tl.load(log_sum_ptr + row)
     x, t = _capped(z_ptr, o_v, m_v, softcap, scale, CAP)  # [BLOCK]
-    p = tl.exp(x - lse)
+    p = tl.exp(x - row_max - log_sum)
     dz = tl.where(o_v + first == tl.load(targets_ptr + row), smoothing - missing, p)
     if SMOOTH:
         dz -= smoothing / classes
     if Z_LOSS:
-        dz += 2.0 * z_loss * lse * p
+        dz += 2.0 * z_loss * (row_max + log_sum) * p
     if CAP:
         dz *= 1.0 - t * t
     dz = tl.where(factor == 0.0, 0.0, dz * (factor * scale))  # an ignored row may hold NaN
@@ -109,8 +117,8 @@ def _geometry(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 128))}
 
 
-def losses(z: Tensor, targets: Tensor, outputs: tuple[Tensor, Tensor, Tensor], constants: Constants) -> None:
-    """Fill loss, log-sum-exp and 1 − p of the target of each row."""
+def losses(z: Tensor, targets: Tensor, outputs: tuple[Tensor, ...], constants: Constants) -> None:
+    """Fill loss, row_max, log_sum and 1 − p of the target of each row: the log-sum-exp is row_max + log_sum."""
     if z.shape[0]:
         with on_device(z):
             _losses_kernel[(z.shape[0],)](
@@ -123,17 +131,19 @@ def gradient(
     z: Tensor,
     targets: Tensor,
     rows: Tensor,
-    lse: Tensor,
-    missing: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor],
     first: int,
     classes: int,
     constants: Constants,
 ) -> None:
-    """Turn the columns of logits that begin with class ``first`` into the gradient of Σ rows · loss."""
+    """Turn the columns of logits that begin with class ``first`` into the gradient of Σ rows · loss.
+
+    ``statistics`` are row_max, log_sum and 1 − p of ``losses``.
+    """
     if z.numel():
         geometry = _geometry(z.shape[1])
         with on_device(z):
             _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], geometry["BLOCK"]))](
-                z, targets.contiguous(), rows.contiguous(), lse, missing, z.stride(0), first, z.shape[1], classes,
+                z, targets.contiguous(), rows.contiguous(), *statistics, z.stride(0), first, z.shape[1], classes,
                 *constants, **_flags(constants), **geometry,
             )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, rules
+from kernel_index.core.autocast import autocast_dtype
 
 Recompute = Literal["latent", "norm", "none"]
 
@@ -38,7 +39,7 @@ def check(x: Any, w_down: Any, w_up: Any, norm_weight: Any, eps: Any, recompute:
         checks.is_floating(name, value)
         checks.has_rank(name, value, 2, "a matrix [out, in] as of torch.nn.Linear")
         checks.on_device(name, value, x, "x")
-        if not autocasts(x):
+        if not checks.is_autocast(x.device):
             checks.has_dtype(name, value, x.dtype, "like x outside of autocast")
     checks.has_shape("w_down", w_down, (w_down.shape[0], x.shape[-1]), "[L, Din] =")
     checks.has_shape("w_up", w_up, (w_up.shape[0], w_down.shape[0]), "[Dout, L] =")
@@ -50,18 +51,7 @@ def check(x: Any, w_down: Any, w_up: Any, norm_weight: Any, eps: Any, recompute:
     if eps < 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     checks.one_of("recompute", recompute, POLICIES)
-    return Call(x, w_down, w_up, norm_weight, eps, recompute, _product_dtype(x))
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """x's, or autocast's, which does not apply to float64."""
-    autocast = autocasts(x) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device."""
-    return checks.is_autocast(x.device)
+    return Call(x, w_down, w_up, norm_weight, eps, recompute, autocast_dtype(x) or x.dtype)
 
 
 def statistics_dtype(dtype: torch.dtype, norm_weight: Tensor | None) -> torch.dtype:

@@ -3,7 +3,6 @@
 If they were traced, ``x·w_downᵀ`` of forward and of backward would be one node, whose result would be kept.
 """
 
-import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.autocast import without_autocast
 from kernel_index.kernels.mla.fused_mla_projection import norm
 from kernel_index.kernels.mla.fused_mla_projection.contract import (
     POLICIES,
     Call,
-    autocasts,
     statistics_dtype,
 )
 from kernel_index.kernels.mla.fused_mla_projection.reference import mla_projection_reference
@@ -45,11 +44,6 @@ _NORMS = {
 }
 
 
-def _without_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The casts are made here, so that the originals are what is kept and weight gradients are not rounded."""
-    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else contextlib.nullcontext()
-
-
 def _allocate(x, w_down, w_up, norm_weight, eps, dtype, kept, backend):
     """out, 1/rms, and latent and normed, empty where they are not kept: an op's outputs have a fixed number."""
     rows, latent = x.shape[0], w_down.shape[0]
@@ -62,10 +56,10 @@ def _allocate(x, w_down, w_up, norm_weight, eps, dtype, kept, backend):
 
 
 def _project(x, w_down, w_up, norm_weight, eps, dtype, kept, backend):
-    with _without_autocast(x):
-        latent = torch.mm(x.to(dtype), w_down.to(dtype).T)
-        normed, rstd = _NORMS[backend].normalise(latent, norm_weight, eps)
-        out = torch.mm(normed, w_up.to(dtype).T)
+    """The casts are made here, so that the originals are what is kept and weight gradients are not rounded."""
+    latent = torch.mm(x.to(dtype), w_down.to(dtype).T)
+    normed, rstd = _NORMS[backend].normalise(latent, norm_weight, eps)
+    out = torch.mm(normed, w_up.to(dtype).T)
     latent, normed = (t if kept >= n else t.new_empty((0,)) for n, t in enumerate((latent, normed), 1))
     return out, rstd, latent, normed
 
@@ -80,7 +74,7 @@ def _gradients(g, x, w_down, w_up, norm_weight, rstd, latent, normed, wanted, ba
     d_x, d_down, d_up, d_norm = (
         t.new_empty((0,)) for t in (x, w_down, w_up, rstd if norm_weight is None else norm_weight)
     )
-    with _without_autocast(x):
+    with without_autocast(x):  # for a backward() that is called inside of it
         rounded = x.to(dtype)
         down = w_down.to(dtype)
         if latent is None:
@@ -176,7 +170,7 @@ def _with_history(
 
 def _apply(call: Call, backend: str) -> Tensor:
     constants = _Constants(call.eps, call.dtype, POLICIES.index(call.recompute), backend)
-    return _Projection.apply(call.x, call.w_down, call.w_up, call.norm_weight, constants)
+    return ops.apply(_Projection, call.x, call.w_down, call.w_up, call.norm_weight, constants)
 
 
 def mla_projection_triton(call: Call) -> Tensor:

@@ -66,7 +66,8 @@ def block_sparse_attention(
     log-sum-exp of −inf, and no gradient to anything.
 
     Args:
-        q: [B, T, H, D], any floating dtype.
+        q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
+            ``F.scaled_dot_product_attention``.
         k: [B, S, K, D], q's dtype; nothing is repeated in memory for the query heads.
         v: [B, S, K, Dv], q's dtype.
         selected: integers [B, T, G, n], block indices in any order; negative for none.  K divides G and G divides H:

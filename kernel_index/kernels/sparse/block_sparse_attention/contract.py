@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, native, rules
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import Sight, sight_of_blocks
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
 from kernel_index.masks.doc_window_mask.intervals import Sizes
@@ -57,6 +58,7 @@ SMALL = 256 * 256
 
 
 def check(call: BlockSparseCall) -> BlockSparseCall:
+    call = call._replace(**dict(zip("qkv", cast_like_sdpa(call.q, call.k, call.v), strict=True)))
     check_attention(call.q, call.k, call.v, call.mask, call.scale, call.softcap)
     if call.q.shape[2] < 1:
         raise ValueError(f"q must be of at least one head, got shape {tuple(call.q.shape)}")

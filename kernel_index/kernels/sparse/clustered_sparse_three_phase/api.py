@@ -97,7 +97,8 @@ def clustered_sparse_attention(
     config asks for them.  After a reroute the receipt's ``ran`` is the backend of dense attention that ran.
 
     Args:
-        q: [B, T, H, D], any floating dtype.
+        q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
+            ``F.scaled_dot_product_attention``.
         k: [B, S, K, D], q's dtype; H is a multiple of K.
         v: [B, S, K, Dv], q's dtype.
         config: sizes and choices.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
@@ -85,6 +86,7 @@ class ClusteredCall(NamedTuple):
 def check(
     q: Tensor, k: Tensor, v: Tensor, config: Any, mask: Any, scale: Any, softcap: Any, *, with_lse: bool
 ) -> ClusteredCall:
+    q, k, v = cast_like_sdpa(q, k, v)
     arguments.check_attention(q, k, v, mask, scale, softcap)
     if q.shape[2] < 1:
         raise ValueError(f"q must be of at least one head, got shape {tuple(q.shape)}")

@@ -16,7 +16,7 @@ from kernel_index.kernels.sparse.moba_block_sparse.flash import attend_flash
 from kernel_index.kernels.sparse.moba_block_sparse.native import decode_native
 from kernel_index.kernels.sparse.moba_block_sparse.reference import decode_reference
 from kernel_index.kvcache.cache import CacheLayer, KVCache
-from kernel_index.kvcache.decode_arguments import layer_of
+from kernel_index.kvcache.decode_arguments import cast_result, layer_of
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.api import BACKENDS as ROUTERS
@@ -91,7 +91,8 @@ def moba_attention(
     the backend of ``moba_route`` that ran.
 
     Args:
-        q: [B, T, H, D], any floating dtype.
+        q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
+            ``F.scaled_dot_product_attention``.
         k: [B, S, K, D], q's dtype; H is a multiple of K.
         v: [B, S, K, Dv], q's dtype.
         block_size: keys of a block; the last block may be shorter.
@@ -186,7 +187,8 @@ def moba_decode(
     of the selected blocks, never the whole cache.  Nothing waits for a device: KV-cache bookkeeping is on the host.
 
     Args:
-        q: [B, Lq, H, D], any floating dtype.
+        q: [B, Lq, H, D], any floating dtype.  Under autocast q, k and v are cast to the cache's dtype, and the
+            result to autocast's.
         cache: a ``ContiguousKVCache`` or ``PagedKVCache`` with an open step, or what its ``layer`` returned.  Its
             lengths are advanced by ``cache.advance``, once per step.
         k: keys [B, Ln, K, D] of the step's new tokens; None for a step of none.
@@ -222,4 +224,4 @@ def moba_decode(
     choice = pick("moba_decode", DECODE_BACKENDS, None, backend, call)
     if isinstance(cache, KVCache):
         cache.layer(layer)  # counts as this layer's call in the step, once nothing can refuse it any more
-    return choice.run(call)
+    return cast_result(choice.run(call))

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, native, rules
+from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import flash_runtime_why_not
 from kernel_index.kvcache.cache import CacheLayer
-from kernel_index.kvcache.decode_arguments import check_layer, triton_decode_why_not
+from kernel_index.kvcache.decode_arguments import cast_to_cache, check_layer, triton_decode_why_not
 from kernel_index.masks import attention_arguments as arguments
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -68,6 +69,7 @@ def check(
     softcap: float,
     query_tile_size: int,
 ) -> MobaCall:
+    q, k, v = cast_like_sdpa(q, k, v)
     arguments.check_attention(q, k, v, mask, scale, softcap)
     check_causal(mask)
     _check_router(q, block_size, topk, route_per)
@@ -115,6 +117,8 @@ def check_decode(
     scale: float | None,
     softcap: float,
 ) -> MobaDecodeCall:
+    if isinstance(cache, CacheLayer):
+        q, k, v = cast_to_cache(cache["k_cache"], q, k, v)
     check_layer(q, cache, k, v)
     if k is None and cache.new_tokens:
         raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got 0")

@@ -86,10 +86,10 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_triton(a: Tensor, b: Tensor | None, idx: Tensor) -> tuple[Tensor, ...]:
-    return _Gather.apply(a, b, idx, "triton")
+    return ops.apply(_Gather, a, b, idx, "triton")
 
 
 def gather_eager(a: Tensor, b: Tensor | None, idx: Tensor) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled():
-        return _Gather.apply(a, b, idx, "eager")
+        return ops.apply(_Gather, a, b, idx, "eager")
     return _gather(a, b, idx, "eager")

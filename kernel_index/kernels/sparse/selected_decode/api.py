@@ -11,7 +11,7 @@ from kernel_index.kernels.sparse.selected_decode.reference import selected_decod
 from kernel_index.kernels.sparse.selected_decode.sdpa import selected_decode_sdpa
 from kernel_index.kernels.sparse.selected_decode.torch_op import attend_blocks, selected_decode_triton
 from kernel_index.kvcache.cache import CacheLayer, KVCache
-from kernel_index.kvcache.decode_arguments import layer_of
+from kernel_index.kvcache.decode_arguments import cast_result, layer_of
 
 __all__ = ["attend_blocks", "selected_decode"]
 
@@ -54,7 +54,8 @@ def selected_decode(
     once however often it is selected, and a query without a token gives exactly 0.  Nothing waits for a device.
 
     Args:
-        q: [B, Lq, H, D], any floating dtype; the last query is at a row's last token.
+        q: [B, Lq, H, D], any floating dtype; the last query is at a row's last token.  Under autocast q, k and v are
+            cast to the cache's dtype, and the result to autocast's.
         cache: a ``ContiguousKVCache`` or ``PagedKVCache`` with an open step, or what its ``layer`` returned.  Its
             lengths are advanced by ``cache.advance``, once per step.
         indices: int32 or int64, blocks for all heads [B, Lq, n] or for each KV head [B, Lq, K, n], counted from the
@@ -91,4 +92,4 @@ def selected_decode(
     choice = choose("selected_decode", BACKENDS, backend, call)
     if isinstance(cache, KVCache):
         cache.layer(layer)  # counts as this layer's call in the step, once nothing can refuse it any more
-    return choice.run(call)
+    return cast_result(choice.run(call))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, native, rules
 from kernel_index.kvcache.cache import CacheLayer
-from kernel_index.kvcache.decode_arguments import check_layer, triton_decode_why_not
+from kernel_index.kvcache.decode_arguments import cast_to_cache, check_layer, triton_decode_why_not
 from kernel_index.masks.attention_arguments import check_scoring, scale_of
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 
@@ -42,6 +42,8 @@ def check(
     scale: float | None,
     softcap: float,
 ) -> SelectedDecodeCall:
+    if isinstance(cache, CacheLayer):
+        q, k, v = cast_to_cache(cache["k_cache"], q, k, v)
     check_layer(q, cache, k, v)
     if q.shape[2] < 1:
         raise ValueError(f"q must be of at least one head, got shape {tuple(q.shape)}")

@@ -152,8 +152,8 @@ def _rows(hidden: Tensor | None, branch_out: Tensor | None, coefficients: Any, b
 
 
 def mix_inductor(call: Call) -> tuple[Tensor, ...]:
-    return _Mix.apply(*call, "inductor")
+    return ops.apply(_Mix, *call, "inductor")
 
 
 def mix_triton(call: Call) -> tuple[Tensor, ...]:
-    return _Mix.apply(*call, "triton")
+    return ops.apply(_Mix, *call, "triton")

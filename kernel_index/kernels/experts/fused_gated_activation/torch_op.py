@@ -1,0 +1,66 @@
+"""The op's autograd Function, shared by every compiled backend, and the registered ops of ``triton``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import ops
+from kernel_index.kernels.experts.fused_gated_activation import inductor
+from kernel_index.kernels.experts.fused_gated_activation.contract import Call
+
+
+def _launch_forward(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    from kernel_index.kernels.experts.fused_gated_activation import triton
+
+    return triton.forward(gate, up, kind, _allocate(gate))
+
+
+def _launch_backward(gate: Tensor, up: Tensor, g: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    from kernel_index.kernels.experts.fused_gated_activation import triton
+
+    return triton.backward(gate, up, g, kind, _allocate_both(gate))
+
+
+def _allocate(gate: Tensor, *_: Any) -> Tensor:
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+
+
+def _allocate_both(gate: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _allocate(gate), _allocate(gate)
+
+
+PASSES = {
+    "triton": ops.Passes(
+        ops.register("gated_activation(Tensor gate, Tensor up, str kind) -> Tensor", _launch_forward, _allocate),
+        ops.register(
+            "gated_activation_backward(Tensor gate, Tensor up, Tensor g, str kind) -> (Tensor, Tensor)",
+            _launch_backward,
+            _allocate_both,
+        ),
+    ),
+    "inductor": ops.Passes(inductor.forward, inductor.backward),
+}
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, backend: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.kind, ctx.backend = kind, backend
+        return PASSES[backend].forward(gate, up, kind)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: plain PyTorch, so that any further derivative exists too
+            return *inductor.gradients(gate, up, g, ctx.kind), None, None
+        return *PASSES[ctx.backend].backward(gate, up, g, ctx.kind), None, None
+
+
+def gated_activation_inductor(call: Call) -> Tensor:
+    return _GatedActivation.apply(*call, "inductor")
+
+
+def gated_activation_triton(call: Call) -> Tensor:
+    return _GatedActivation.apply(*call, "triton")
