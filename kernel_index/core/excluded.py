@@ -33,6 +33,11 @@ class Sight(NamedTuple):
     low: Tensor
     high: Tensor
 
+    def rows_with_keys(self, heads: int) -> Tensor:
+        """Which query heads see a key at all, bool [B or 1, T, H]."""
+        some = (self.high > self.low).any(3)
+        return some.repeat_interleave(heads // some.shape[2], 2)
+
     def rows_that_see(self, keys: Tensor, heads: int) -> Tensor:
         """Which query heads see one of the keys at least, bool [B, T, H] from bool [B, S, K]."""
         groups = max(self.low.shape[2], keys.shape[2])
@@ -96,7 +101,7 @@ def guarded(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def guarded_run(call: Any) -> Any:
         if not call.excludes or call.k.shape[1] == 0:
             return run(call)
-        q, k, v = operands = call.q, call.k, call.v
+        operands = call.q, call.k, call.v
         if rules.host_readable(*operands):
             if rules.wants_gradient(*operands):
                 if all_finite(*operands):
@@ -105,31 +110,46 @@ def guarded(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 found = run(call)
                 if all_finite(found if isinstance(found, Tensor) else found[0]):
                     return found
-        cleaned = call._replace(q=finite_part(q), k=finite_part(k), v=finite_part(v))
-        return _spoiled(run(cleaned), call, call.sight())
+        finite = [x.isfinite() for x in operands]
+        cleaned = [torch.where(of_x, x, 0.0) for of_x, x in zip(finite, operands, strict=True)]
+        found = run(call._replace(q=cleaned[0], k=cleaned[1], v=cleaned[2]))
+        bad_q, bad_k, bad_v = (~of_x.all(-1) for of_x in finite)
+        return _spoiled(found, call, bad_q, bad_k | bad_v)
 
     return guarded_run
 
 
-def _spoiled(found: Any, call: Any, sight: Sight) -> Any:
-    """NaN in the rows that see a key or value that is not finite, and in those that see a key and are not finite."""
-    q, k, v = call.q, call.k, call.v
-    keys = _not_finite(k) | _not_finite(v)
-    sees = sight.rows_that_see(torch.ones_like(keys), q.shape[2])
-    rows = (sight.rows_that_see(keys, q.shape[2]) | _not_finite(q)) & sees
-    keys = keys & sight.keys_seen_by(sees, *k.shape[1:3])
-    # Every term has a gradient, which is NaN as well; ``where`` keeps it from all that is not to become NaN.
-    each = torch.where(rows[..., None], q, 0.0).sum(-1)
-    of_keys, of_values = (torch.where(keys[..., None], x, 0.0).sum((1, 3)) for x in (k, v))  # [B, K]
-    shared = (of_keys + of_values).repeat_interleave(q.shape[2] // k.shape[2], 1)[:, None]
-    spoil = (each + shared) * math.nan  # [B, T, H]
+def _spoiled(found: Any, call: Any, queries: Tensor, keys: Tensor) -> Any:
+    """NaN in the rows that see one of the keys, and in those of the queries that see a key.
+
+    Args:
+        found: ``out`` [B, T, H, Dv], or that and ``lse`` [B, H, T] or None.
+        call: the call, for its operands and its sight.
+        queries: bool [B, T, H].
+        keys: bool [B, S, K].
+    """
+    sight, heads = call.sight(), call.q.shape[2]
+    sees = sight.rows_with_keys(heads)
+    rows = (sight.rows_that_see(keys, heads) | queries) & sees
+    if rules.wants_gradient(call.q, call.k, call.v):
+        nan = _nan_with_gradient(call, rows, keys & sight.keys_seen_by(sees.expand_as(rows), *keys.shape[1:]))
+    else:
+        nan = call.q.new_full((1, 1, 1), math.nan)
     if isinstance(found, Tensor):
-        return torch.where(rows[..., None], spoil[..., None], found)
+        return torch.where(rows[..., None], nan[..., None], found)
     out, lse = found
-    out = torch.where(rows[..., None], spoil[..., None].to(out.dtype), out)
+    out = torch.where(rows[..., None], nan[..., None], out)
     if lse is not None:
-        lse = torch.where(rows.transpose(1, 2), spoil.transpose(1, 2).to(lse.dtype), lse)
+        lse = torch.where(rows.transpose(1, 2), nan.transpose(1, 2).to(lse.dtype), lse)
     return out, lse
+
+
+def _nan_with_gradient(call: Any, rows: Tensor, keys: Tensor) -> Tensor:
+    """NaN [B, T, H], of which the gradients of these rows' queries, of these keys and of their values are NaN too."""
+    each = torch.where(rows[..., None], call.q, 0.0).sum(-1)
+    of_keys, of_values = (torch.where(keys[..., None], x, 0.0).sum((1, 3)) for x in (call.k, call.v))  # [B, K]
+    shared = (of_keys + of_values).repeat_interleave(rows.shape[2] // keys.shape[2], 1)[:, None]
+    return (each + shared) * math.nan
 
 
 def guarded_backward(run: Callable[[Backward], Gradients], sight: Callable[[], Sight], given: Backward) -> Gradients:
@@ -153,8 +173,7 @@ def guarded_backward(run: Callable[[Backward], Gradients], sight: Callable[[], S
         )
     )
     seen = sight()
-    every_key = torch.ones(given.k.shape[:3], dtype=torch.bool, device=rows.device)
-    rows = rows & seen.rows_that_see(every_key, rows.shape[2])
+    rows = rows & seen.rows_with_keys(rows.shape[2])
     of_keys = seen.keys_seen_by(rows, keys, kv_heads)[..., None]
 
     def with_nan(gradient: Tensor | None, where: Tensor) -> Tensor | None:

@@ -44,7 +44,7 @@ def _attend(
     scores = torch.einsum("bkgtd,bksd->bkgts", q_BKGTD, k_BKSD)
     allowed = allowed_RTS[:, None, None]
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # what is excluded may overflow
     scores = scores.masked_fill(~allowed, -torch.inf)
     if sink_KG is not None:  # one more logit, without a value
         scores = torch.cat([scores, sink_KG[..., None].expand(*scores.shape[:-1], 1)], -1)

@@ -67,7 +67,7 @@ def _attend(call: _Gathered) -> Tensor:
         allowed = ((key >= start[:, chunk, None]) & (key < end[:, chunk, None]))[:, None, None]
         scores = torch.einsum("bkgtd,bksd->bkgts", q_BKGTD[:, :, :, chunk], k_BKSD)
         if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
+            scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # may overflow there
         empty = ~allowed.any(-1, keepdim=True)
         scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
         weights = torch.where(allowed, torch.softmax(scores, -1), 0.0)

@@ -39,10 +39,9 @@ def exact_token_reference(call: ExactTokenCall) -> Tensor:
 
 
 def _attend(q_BKGTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed_BPTS: Tensor, softcap: float) -> Tensor:
-    scores = torch.einsum("bkgtd,bksd->bkgts", q_BKGTD, k_BKSD)
+    scores, allowed = torch.einsum("bkgtd,bksd->bkgts", q_BKGTD, k_BKSD), allowed_BPTS[:, :, None]
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    allowed = allowed_BPTS[:, :, None]
+        scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # what is excluded may overflow
     empty = ~allowed.any(-1, keepdim=True)
     # softmax of a row of −∞ would be NaN, and so its gradient
     scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)

@@ -27,7 +27,7 @@ FEW_STEPS = 4
 """Up to this many steps run the plain formulas: too few for a compiled region to pay."""
 
 TOO_LARGE = 2.0**60
-"""A sum of shifted exponentials above this makes the second pass start again with exact shifts."""
+"""A row whose sum of shifted exponentials is above this is computed again with its exact shift."""
 
 
 class Scoring(NamedTuple):
@@ -180,9 +180,12 @@ def _sums(products: _Products, v: Tensor, shift: Tensor) -> tuple[Tensor, Tensor
 def _attend(products: _Products, v: Tensor) -> tuple[Tensor, Tensor]:
     shift = _shifts(products, products.tiles.opening)
     weighted, total = _sums(products, v, shift)
-    if not bool((total < TOO_LARGE).all()):  # a query's other blocks score far above its last one
-        shift = _shifts(products, products.tiles.rows.shape[0])
-        weighted, total = _sums(products, v, shift)
+    again = ~(total < TOO_LARGE)
+    if bool(again.any()):  # a query's other blocks score far above its last one; the other rows keep their bits
+        exact = torch.where(again, _shifts(products, products.tiles.rows.shape[0]), shift)
+        found = _sums(products, v, exact)
+        shift, total = exact, torch.where(again, found[1], total)
+        weighted = torch.where(again[..., None], found[0], weighted)
     nothing = shift.isneginf()
     out = weighted.div_(total.masked_fill(nothing, 1.0)[..., None])
     return out, (shift + total.log()).masked_fill_(nothing, -torch.inf)

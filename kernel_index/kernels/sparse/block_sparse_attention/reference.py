@@ -46,7 +46,7 @@ def block_sparse_reference(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
 def _attend(q_BKGHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bkghtd,bksd->bkghts", q_BKGHTD, k_BKSD)
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # what is excluded may overflow
     empty = ~allowed.any(-1)
     scores = scores.masked_fill(~allowed, -torch.inf)
     scores = scores.masked_fill(empty[..., None], 0.0)  # softmax of a row of −inf would be NaN, and so its gradient
