@@ -89,32 +89,37 @@ def sight_of_blocks(selected: Tensor, valid: Tensor | None, block_size: int, sta
     return Sight(from_key, torch.maximum(from_key, to_key))
 
 
-def guarded(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A backend of attention, ``run(call)`` → ``out`` or ``(out, lse)``, under the rule of this module.
+def run_guarded(run: Callable[[Any], Any], call: Any) -> Any:
+    """``run(call)`` of a backend of attention, ``out`` or ``(out, lse)``, under the rule of this module.
 
     A call has ``q`` [B, T, H, D], ``k`` and ``v`` [B, S, K, …], ``excludes`` (whether some query does not see some key)
     and ``sight()``.  Where values may be read (plain tensors on a CPU) finite operands, or a finite output where there
     is no backward pass, show that there is nothing to do.  Elsewhere nothing waits: the operands are always cleaned.
     """
+    operands = call.q, call.k, call.v
+    if rules.host_readable(*operands):
+        if rules.wants_gradient(*operands):
+            if all_finite(*operands):
+                return run(call)
+        else:
+            found = run(call)
+            if all_finite(found if isinstance(found, Tensor) else found[0]):
+                return found
+    if not call.excludes or call.k.shape[1] == 0:
+        return run(call)
+    finite = [x.isfinite() for x in operands]
+    cleaned = [torch.where(of_x, x, 0.0) for of_x, x in zip(finite, operands, strict=True)]
+    found = run(call._replace(q=cleaned[0], k=cleaned[1], v=cleaned[2]))
+    bad_q, bad_k, bad_v = (~of_x.all(-1) for of_x in finite)
+    return _spoiled(found, call, bad_q, bad_k | bad_v)
+
+
+def guarded(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The backend ``run`` that ``run_guarded`` runs."""
 
     @functools.wraps(run)
     def guarded_run(call: Any) -> Any:
-        if not call.excludes or call.k.shape[1] == 0:
-            return run(call)
-        operands = call.q, call.k, call.v
-        if rules.host_readable(*operands):
-            if rules.wants_gradient(*operands):
-                if all_finite(*operands):
-                    return run(call)
-            else:
-                found = run(call)
-                if all_finite(found if isinstance(found, Tensor) else found[0]):
-                    return found
-        finite = [x.isfinite() for x in operands]
-        cleaned = [torch.where(of_x, x, 0.0) for of_x, x in zip(finite, operands, strict=True)]
-        found = run(call._replace(q=cleaned[0], k=cleaned[1], v=cleaned[2]))
-        bad_q, bad_k, bad_v = (~of_x.all(-1) for of_x in finite)
-        return _spoiled(found, call, bad_q, bad_k | bad_v)
+        return run_guarded(run, call)
 
     return guarded_run
 
@@ -192,9 +197,8 @@ def all_finite(*tensors: Tensor) -> bool:
 
     False too where the sum overflows: the caller then does with care what it would have done without.
     """
-    with torch.no_grad():
-        sums = [x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None) for x in tensors]
-        return math.isfinite(sum(sums[1:], sums[0]).item())
+    sums = [x.detach().sum(dtype=torch.float32 if x.dtype == torch.float16 else None) for x in tensors]
+    return math.isfinite(sum(sums[1:], sums[0]).item())
 
 
 def finite_part(x: Tensor) -> Tensor:
