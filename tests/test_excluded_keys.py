@@ -168,6 +168,7 @@ def assert_law(suite: Suite, backend: str, call: dict[str, Any], values: dict[st
         label = f"{name} {values}"
         assert torch.equal(found.out[~bad], plain.out[~bad]), f"out, {label}"
         assert (found.out[empty] == 0).all(), f"out of empty rows, {label}"
+        assert all(x is None or x.is_contiguous() for x in (found.out, found.lse)), label
         if found.lse is not None and plain.lse is not None:
             good = ~bad.transpose(1, 2)
             assert torch.equal(found.lse[good], plain.lse[good]), f"lse, {label}"

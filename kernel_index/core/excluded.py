@@ -141,11 +141,11 @@ def _spoiled(found: Any, call: Any, queries: Tensor, keys: Tensor) -> Any:
     else:
         nan = call.q.new_full((1, 1, 1), math.nan)
     if isinstance(found, Tensor):
-        return torch.where(rows[..., None], nan[..., None], found)
+        return torch.where(rows[..., None], nan[..., None], found).contiguous()
     out, lse = found
-    out = torch.where(rows[..., None], nan[..., None], out)
+    out = torch.where(rows[..., None], nan[..., None], out).contiguous()
     if lse is not None:
-        lse = torch.where(rows.transpose(1, 2), nan.transpose(1, 2).to(lse.dtype), lse)
+        lse = torch.where(rows.transpose(1, 2), nan.transpose(1, 2).to(lse.dtype), lse).contiguous()
     return out, lse
 
 
