@@ -69,7 +69,8 @@ def attention(
 
         out[t, h] = Σ_s exp(z[t, s]) · v[s, h // G] / (exp(sink[h]) + Σ_s exp(z[t, s]))      over allowed s
 
-    Softmax and sums are in float32 at least.  A query that may attend to nothing gives exactly 0 and gradient 0.
+    Softmax and sums are in float32 at least.  A query that may attend to nothing gives exactly 0 and gradient 0.  Keys
+    and values that the mask excludes have no influence, also where they are NaN or infinity.
 
     Args:
         q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
