@@ -11,7 +11,7 @@ from kernel_index.jax.attention_pallas import attention_pallas
 from kernel_index.jax.mask import MaskContract
 from kernel_index.jax.mask_kernel_cache import MaskKernels
 from kernel_index.jax.reference import attention_with_lse_xla
-from kernel_index.jax.target import mode_of
+from kernel_index.jax.target import is_interpreted
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 
@@ -44,12 +44,13 @@ def _build(key: ExactMaskKey) -> Any:
 
 def with_sink(out: jax.Array, lse: jax.Array, sink: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Add ``exp(sink)`` to each denominator; a query without keys stays as it is."""
-    empty = jnp.isneginf(lse)  # [B, H, T]
+    empty, dtype = jnp.isneginf(lse), out.dtype  # [B, H, T]
     known = jnp.where(empty, 0.0, lse)
     logit = sink.astype(lse.dtype)[None, :, None]  # [1, H, 1]
     factor = jax.nn.sigmoid(known - logit).swapaxes(1, 2)[..., None]  # [B, T, H, 1]
     joined = jnp.where(empty, -jnp.inf, jnp.logaddexp(known, logit))
-    return (out * factor).astype(out.dtype), joined
+    out = jnp.where(empty.swapaxes(1, 2)[..., None], 0, out * factor)  # no gradient of the sink where nothing is seen
+    return out.astype(dtype), joined
 
 
 KERNELS = MaskKernels("attention", _build)
@@ -63,5 +64,5 @@ def is_cached(backend: str, call: AttentionCall) -> bool:
 def run_cached(backend: str, call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """``out`` [B, T, H, Dv] and ``lse`` [B, H, T]."""
     attend = KERNELS.get(call.mask, call.q.dtype, backend, call.block_sizes)
-    how = {"scale": call.scale, "softcap": call.softcap, "interpret": mode_of(call.q) == "interpreted"}
+    how = {"scale": call.scale, "softcap": call.softcap, "interpret": is_interpreted(call.q)}
     return attend(call.q, call.k, call.v, call.mask, call.sink, **how)

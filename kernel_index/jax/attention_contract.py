@@ -84,9 +84,9 @@ def pallas_not_worth(call: AttentionCall) -> str | None:
 
 def pallas_arrays_why_not(q: "jax.Array", v: "jax.Array") -> str | None:
     """The rules that every Pallas kernel of attention shares."""
-    from kernel_index.jax.target import platform_of
+    from kernel_index.jax.target import is_interpreted, platform_of
 
-    if platform_of(q) not in ("tpu", "cpu"):
+    if is_interpreted(q) is not None and platform_of(q) not in ("tpu", "cpu"):
         return "needs a TPU (or a CPU, where Pallas is interpreted)"
     if q.dtype.name not in ("float32", "bfloat16"):
         return "needs float32 or bfloat16"
@@ -96,6 +96,6 @@ def pallas_arrays_why_not(q: "jax.Array", v: "jax.Array") -> str | None:
 
 
 def interpreted_not_worth(q: "jax.Array") -> str | None:
-    from kernel_index.jax.target import mode_of
+    from kernel_index.jax.target import platform_of
 
-    return "on a CPU Pallas is interpreted, which is slow" if mode_of(q) == "interpreted" else None
+    return "where there is no TPU Pallas is interpreted, which is slow" if platform_of(q) != "tpu" else None

@@ -43,8 +43,9 @@ def _forward_kernel(refs: Refs, setup: Setup, width: int) -> None:
             acc_ref[:, c] = acc_ref[:, c] * alpha + dot(v, p.astype(v.dtype), TN)
 
     loop.run(by_chunks(loop, size, attend))
-    empty = row_max_ref[...] <= MASKED / 2
-    row_sum = jnp.where(empty, 1.0, row_sum_ref[...])
+    row_sum = row_sum_ref[...]
+    empty = (row_max_ref[...] <= MASKED / 2) & (row_sum == row_sum)  # NaN may be left out of a maximum
+    row_sum = jnp.where(empty, 1.0, row_sum)
     lse_ref[0, 0, 0] = jnp.where(empty, -jnp.inf, row_max_ref[...] * (setup.base2 / LOG2E) + jnp.log(row_sum))
     out = acc_ref[...] * jnp.where(empty, 0.0, 1.0 / row_sum)  # [Dv, C]
     o_ref[0, 0, 0] = out.T.astype(o_ref.dtype)

@@ -33,7 +33,7 @@ def interval_plan(mask: MaskContract, batch: int, queries: int, keys: int, sizes
     return Plan(walk, TileMasks(to_columns(bounds, sizes), None))
 
 
-def attention_pallas(call: AttentionCall, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def attention_pallas(call: AttentionCall, *, interpret: bool | None) -> tuple[jax.Array, jax.Array]:
     """``out`` [B, T, H, Dv] and ``lse`` [B, H, T], without the sink."""
     q, k, v = call.q, call.k, call.v
     batch, queries, heads, width = q.shape

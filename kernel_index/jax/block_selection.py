@@ -1,5 +1,6 @@
 """Phase 1 of clustered sparse attention for JAX arrays: which blocks are selected for each query."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ from jax import lax
 from kernel_index.jax import block_selection_pallas as pallas
 from kernel_index.jax import routing
 from kernel_index.jax.mask import MaskContract
+from kernel_index.jax.target import by_platform
 
 
-def select(q: Any, k: Any, config: Any, mask: MaskContract, backend: str, interpret: bool) -> jax.Array:
+def select(q: Any, k: Any, config: Any, mask: MaskContract, backend: str, interpret: bool | None) -> jax.Array:
     """The selected blocks of each query, int32 [B, T, K, n], ascending, then −1; without gradient."""
     batch, queries = q.shape[:2]
     keys, kv_heads = k.shape[1:3]
@@ -20,11 +22,11 @@ def select(q: Any, k: Any, config: Any, mask: MaskContract, backend: str, interp
     legal = routing.legal_blocks(mask, batch, queries, keys, block)
     means = routing.block_means(k, block, mask)  # [B, blocks, K, D]
     mean_queries = routing.group_queries(q, kv_heads)  # [B, T, K, D]
-    operands = (mean_queries, means, legal, pallas.tile_ends(mask, queries, keys), block)
+    operands = (mean_queries, means, legal, pallas.tile_ends(mask, queries, keys))
     if backend == "pallas" and config.fused_scoring and hierarchy is None:
-        return pallas.select_fused(*operands, topk, interpret)
+        return by_platform(interpret, functools.partial(pallas.select_fused, topk, block), *operands)
     if backend == "pallas":
-        scores = pallas.score_blocks(*operands, interpret)
+        scores = by_platform(interpret, functools.partial(pallas.score_blocks, block), *operands)
     else:
         scores = jnp.einsum("btkd,bnkd->btkn", mean_queries, means, precision=lax.Precision.HIGHEST)
     if hierarchy is None:

@@ -115,7 +115,7 @@ def _params() -> pltpu.CompilerParams:
 
 
 def score_blocks(
-    queries: jax.Array, means: jax.Array, legal: LegalBlocks, ends: jax.Array, block_size: int, interpret: bool
+    block_size: int, interpret: bool, queries: jax.Array, means: jax.Array, legal: LegalBlocks, ends: jax.Array
 ) -> jax.Array:
     """Scores float32 [B, T, K, blocks], −inf where a tile lies wholly in the future or before the window."""
     operands, specs, grid = _scoring_operands(queries, means, legal, ends, block_size)
@@ -134,13 +134,13 @@ def score_blocks(
 
 
 def select_fused(
+    topk: int,
+    block_size: int,
+    interpret: bool,
     queries: jax.Array,
     means: jax.Array,
     legal: LegalBlocks,
     ends: jax.Array,
-    block_size: int,
-    topk: int,
-    interpret: bool,
 ) -> jax.Array:
     """``top_blocks`` of ``score_blocks``, int32 [B, T, K, topk], without writing the scores."""
     (spans, q, means), (spans_spec, q_spec, means_spec), grid = _scoring_operands(

@@ -40,6 +40,10 @@ class Walk(NamedTuple):
     def rows(self) -> int:
         return self.spans.shape[3]
 
+    def narrowed(self, width: int) -> "Walk":
+        """The same rows in chunks of at most ``width`` blocks."""
+        return Walk(self.spans[:, :, : 1 + width], self.lists)
+
 
 def ranges(first: jax.Array, count: jax.Array) -> Walk:
     """Rows that visit ``first ≤ j < first + count``; int32 [B', rows] each."""

@@ -48,7 +48,9 @@ def clustered_sparse_attention(
         mask: a causal ``MaskContract`` of this package, or torch's.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
-        backend: ``"auto"``, ``"pallas"`` (compiled on a TPU, interpreted on a CPU) or ``"xla"``, the reference.
+        backend: ``"auto"``, ``"pallas"`` (compiled on a TPU, interpreted on a CPU) or ``"xla"``, the reference.  Inside
+            jit the platform that the program is lowered for decides how ``pallas`` runs; ``"auto"`` cannot know it and
+            goes by JAX's default backend.
 
     Returns:
         [B, T, H, Dv] in q's dtype.

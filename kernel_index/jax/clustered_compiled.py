@@ -14,7 +14,7 @@ from kernel_index.jax.clustered_pallas import attend_selected
 from kernel_index.jax.mask import MaskContract
 from kernel_index.jax.mask_kernel_cache import MaskKernels
 from kernel_index.jax.reference import attention_with_lse_xla
-from kernel_index.jax.target import mode_of
+from kernel_index.jax.target import is_interpreted
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 
@@ -42,7 +42,7 @@ def _xla(call: ClusteredCall) -> tuple[jax.Array, jax.Array]:
     return attention_with_lse_xla(q, k, v, bounds, selected, **how, block=config.block_size)
 
 
-def _pallas(call: ClusteredCall, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _pallas(call: ClusteredCall, interpret: bool | None) -> tuple[jax.Array, jax.Array]:
     q, k, v, config = call.q, call.k, call.v, call.config
     if call.reroute:
         dense = AttentionCall(q, k, v, call.mask, call.scale, call.softcap, sink=None, block_sizes=None)
@@ -69,5 +69,5 @@ def is_cached(backend: str, call: ClusteredCall) -> bool:
 def run_cached(backend: str, call: ClusteredCall) -> tuple[jax.Array, jax.Array]:
     """``out`` [B, T, H, Dv] and ``lse`` [B, H, T]."""
     attend = KERNELS.get(*_key(backend, call))
-    how = {"scale": call.scale, "softcap": call.softcap, "interpret": mode_of(call.q) == "interpreted"}
+    how = {"scale": call.scale, "softcap": call.softcap, "interpret": is_interpreted(call.q)}
     return attend(call.q, call.k, call.v, call.mask, config=call.config, **how)

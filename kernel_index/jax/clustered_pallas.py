@@ -22,9 +22,9 @@ CHUNK_KEYS, MOST_BLOCKS = 512, 8
 """Keys of a chunk of phase 3, which holds at most so many blocks."""
 
 
-def chunk_blocks(block_size: int, interpret: bool) -> int:
-    """Blocks of a chunk.  The copies of a chunk are unrolled, which makes the interpreter slow."""
-    return 2 if interpret else min(MOST_BLOCKS, max(1, CHUNK_KEYS // block_size))
+def chunk_blocks(block_size: int) -> int:
+    """Blocks of a chunk."""
+    return min(MOST_BLOCKS, max(1, CHUNK_KEYS // block_size))
 
 
 def union_plan(selected: jax.Array, bounds: Intervals, keys: int, sizes: Sizes, width: int) -> Plan:
@@ -58,14 +58,14 @@ def attend_selected(
     tile_size: int,
     scale: float | None,
     softcap: float,
-    interpret: bool,
+    interpret: bool | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Phases 2 and 3: ``out`` [B, T, H, Dv] and ``lse`` [B, H, T]; differentiable in q, k and v."""
     queries, heads, width = q.shape[1:]
     keys, kv_heads = k.shape[1:3]
     sizes = Sizes(tile_size, block_size, heads // kv_heads)
     setup = Setup(block_size, width**-0.5 if scale is None else scale, softcap, interpret)
-    plan = union_plan(lax.stop_gradient(selected), bounds, keys, sizes, chunk_blocks(block_size, interpret))
+    plan = union_plan(lax.stop_gradient(selected), bounds, keys, sizes, chunk_blocks(block_size))
     tiled = to_tiles(q, kv_heads, tile_size), to_blocks(k, block_size), to_blocks(v, block_size)
     out, lse = attend(setup, plan, *tiled)
     return from_tiles(out, queries, tile_size), from_rows(lse, queries, tile_size)

@@ -92,7 +92,9 @@ def attention(
         softcap: bound of the scores; 0 is off.
         sink: [H], learnable sink logits, which join the denominator and have no value; None for no such term.
         block_sizes: queries of a tile and keys of a block on ``pallas``, multiples of 8; None to let it choose.
-        backend: ``"auto"``, ``"pallas"`` (compiled on a TPU, interpreted on a CPU) or ``"xla"``, the reference.
+        backend: ``"auto"``, ``"pallas"`` (compiled on a TPU, interpreted on a CPU) or ``"xla"``, the reference.  Inside
+            jit the platform that the program is lowered for decides how ``pallas`` runs; ``"auto"`` cannot know it and
+            goes by JAX's default backend.
 
     Returns:
         [B, T, H, Dv] in q's dtype.

@@ -1,10 +1,12 @@
 """Where JAX would run a call, and whether a Pallas kernel is compiled or interpreted there."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Literal
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+from jax import lax
 
 from kernel_index.core.dispatch import ACCELERATORS
 from kernel_index.jax.checks import is_traced
@@ -31,9 +33,28 @@ def platform_of(array: Any) -> str:
     return next(iter(array.devices())).platform
 
 
-def mode_of(array: Any) -> Literal["compiled", "interpreted"]:
-    """How a Pallas kernel runs for this array: a CPU interprets it."""
-    return "interpreted" if platform_of(array) == "cpu" else "compiled"
+def is_interpreted(array: Any) -> bool | None:
+    """Whether a Pallas kernel is interpreted for this array, as a CPU does.
+
+    None while the array is traced: the place of tracing is not the place of running, so ``by_platform`` decides.
+    """
+    return None if is_traced(array) and not _PRETENDED else platform_of(array) == "cpu"
+
+
+_MODES = {False: "compiled", True: "interpreted", None: "compiled for a TPU, interpreted elsewhere"}
+
+
+def mode_of(array: Any) -> str:
+    """How a Pallas kernel runs for this array, for the receipt, which is written while a program is traced."""
+    return _MODES[is_interpreted(array)]
+
+
+def by_platform(interpret: bool | None, function: Callable[..., Any], *operands: Any) -> Any:
+    """``function(interpret, *operands)``; for None, the platform that the program is lowered for decides."""
+    if interpret is not None:
+        return function(interpret, *operands)
+    compiled, interpreted = functools.partial(function, False), functools.partial(function, True)
+    return lax.platform_dependent(*operands, tpu=compiled, default=interpreted)
 
 
 def on_accelerator(call: tuple) -> bool:

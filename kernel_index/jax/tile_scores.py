@@ -33,7 +33,7 @@ class Setup:
     block: int
     scale: float
     softcap: float
-    interpret: bool
+    interpret: bool | None  # None: as the platform that the program is lowered for says
 
     @property
     def base2(self) -> float:

@@ -151,7 +151,7 @@ def compare(case: str, compiled: Any, peer: Any, tokens: int) -> list[dict[str, 
     selected = jnp.asarray(drifting_selection(tokens))
     sizes = Sizes(TILE, BLOCK, GROUP)
     bounds = kij.MaskContract().intervals(1, tokens, tokens)
-    plan = union_plan(selected, bounds, tokens, sizes, chunk_blocks(BLOCK, False))
+    plan = union_plan(selected, bounds, tokens, sizes, chunk_blocks(BLOCK))
     ours = union_work(forward, plan.walk, tokens, -(-tokens // BLOCK // 32))
     scoring = selection_work(compiled.kernel("clustered_picks"), tokens, SCORED_QUERIES, SCORED_BLOCKS)
     least = union_bytes(plan.walk) + query_bytes(tokens)

@@ -122,7 +122,7 @@ def test_receipts_and_explain():
         ("jax.attention", "auto", "xla"),
         ("jax.attention", "xla", "xla"),
     ]
-    assert dict(log[0].declined) == {"pallas": "on a CPU Pallas is interpreted, which is slow"}
+    assert dict(log[0].declined) == {"pallas": "where there is no TPU Pallas is interpreted, which is slow"}
     assert ki.explain(kij.attention, q, q, q, backend="pallas").details["mode"] == "interpreted"
     half = q.astype(jnp.float16)
     with pytest.raises(ki.Ineligible, match="needs float32 or bfloat16"):

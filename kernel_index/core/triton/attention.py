@@ -5,6 +5,9 @@ head; ``p_x`` is a pointer moved by the kernel, ``o_x`` an offset or index, ``m_
 memory; a computed value has its formula's name (z, p, alpha, dq).  A comment gives the shape of a block: BM rows
 (queries × heads) of a tile, BN keys, BLOCK_D and BLOCK_DV columns of keys and of values; N rows of either side.
 
+A walk over tiles takes a weight of 0 for what a mask excludes.  Where its sums have a NaN it runs again with
+``CAREFUL``, so that only rows that see a value that is not finite become NaN (docs/decisions/0015).
+
 Scores ``z`` are q·k, or tanh(inner · q·k) with a softcap.  Logits are ``outer · z`` of base 2, since ``outer`` carries
 log2(e); so are exponentials, ``row_max`` and ``lse``.
 """
@@ -136,9 +139,24 @@ def online_softmax(logits, row_max, row_sum):
 
 
 @triton.jit
-def weighted_values(p, b_v, UPCAST: tl.constexpr):
-    """p·v [BM, BLOCK_DV]: the probabilities are rounded to the values' dtype, the product is summed in float32."""
-    return dot(narrow(p, b_v.dtype, UPCAST), b_v, UPCAST)
+def weighted_sum(w, b_x, m_seen, CAREFUL: tl.constexpr, UPCAST: tl.constexpr):
+    """w·x [BM, BLOCK_D] of weights [BM, BN] and rows x [BN, BLOCK_D].
+
+    The weights are rounded to the dtype of x, the sum is float32.  A weight of 0 does not hide a row that is not
+    finite, since 0 · NaN is NaN.  With ``CAREFUL`` such a row reaches only the rows that see it, ``m_seen`` [BM, BN]:
+    they become NaN, all others have the bits that finite values give.
+    """
+    if CAREFUL:
+        flag = tl.sum(b_x.to(tl.float32) * 0.0, 1)  # [BN]: NaN where a row of x is not finite, else 0
+        w = tl.where(m_seen, w + flag[None, :], 0.0)
+        b_x = tl.where((flag == 0.0)[:, None], b_x, 0.0)
+    return dot(narrow(w, b_x.dtype, UPCAST), b_x, UPCAST)
+
+
+@triton.jit
+def has_nan(x):
+    """Whether a sum must be made again with ``CAREFUL``: 0 · x is NaN where x is not finite, and NaN stays in a sum."""
+    return tl.max((x != x).to(tl.int32)) == 1
 
 
 @triton.jit

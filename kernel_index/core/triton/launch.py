@@ -80,13 +80,20 @@ SMALLEST_DOT = 16
 
 
 class Config(NamedTuple):
-    """Rows of a program's tile, rows of the tiles it loops over, warps, stages of the software pipeline."""
+    """Rows of a program's tile, rows of the tiles it loops over, warps, stages of the software pipeline.
+
+    ``registers``: of a thread at most, so that enough programs run at once; None for as many as the compiler wants.
+    """
 
     tile: int
     step: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
+
+THREE_PROGRAMS = 168
+"""``Config.registers`` with which three programs of four warps share the 65536 of an NVIDIA multiprocessor."""
 
 INTERPRETED_CONFIG = Config(SMALLEST_DOT, SMALLEST_DOT, 4, 1)
 
@@ -110,6 +117,8 @@ def attention_launch(
     blocks = {"D": width, "DV": value_width, "BLOCK_D": dot_block(width), "BLOCK_DV": dot_block(value_width)}
     flags = {"CAPPED": softcap > 0, "UPCAST": interpreting()}
     geometry = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.registers is not None:  # NVIDIA's compiler alone has this option
+        geometry["maxnreg"] = config.registers
     inner, outer = score_factors(scale, softcap)
     return AttentionLaunch(config, blocks | flags | constants | geometry, scale, inner, outer)
 

@@ -55,7 +55,7 @@ def _merge_splits_kernel(
         b_acc = load_rows(acc_ptr, o_state * D, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
         acc, row_max, row_sum = merge_states(acc, row_max, row_sum, b_acc, b_max, b_sum)
         o_state += SPLIT_ROWS
-    m_some = row_sum > 0
+    m_some = row_sum != 0  # NaN stays
     out = tl.where(m_some[:, None], acc / tl.where(m_some, row_sum, 1.0)[:, None], 0.0)
     o_out = ((b * QUERIES + o_m // G) * KV + kv_head) * G + o_m % G
     store_rows(out_ptr, o_out * D, m_m, out, D, BLOCK_D, UPCAST)

@@ -12,21 +12,22 @@ from kernel_index.core.target import Target, target_of
 from kernel_index.core.triton.attention import (
     LOG2E,
     dot,
+    has_nan,
     load_tile,
     lse_of_grad,
     masked_tile,
-    narrow,
     online_softmax,
     score_grad,
     scores,
     softmax_output,
     store_tile,
-    weighted_values,
+    weighted_sum,
     window_tiles,
     within,
 )
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
+    THREE_PROGRAMS,
     AttentionLaunch,
     Config,
     attention_launch,
@@ -43,16 +44,42 @@ from kernel_index.core.triton.launch import (
 def _forward_step(
     acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     o_k = first + tl.arange(0, BN)  # [BN]
     b_k = load_tile(p_k, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
     logits = scores(b_q, b_k, inner, CAPPED, UPCAST) * outer  # [BM, BN]
+    m_seen = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
     if MASKED:
-        logits = tl.where(within(o_k[None, :], start[:, None], end[:, None]), logits, float("-inf"))
+        logits = tl.where(m_seen, logits, float("-inf"))
     p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
     b_v = load_tile(p_v, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
-    return acc * alpha[:, None] + weighted_values(p, b_v, UPCAST), row_max, row_sum
+    acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_seen, MASKED and CAREFUL, UPCAST)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _forward_walk(
+    b_q, p_k, p_v, k_t, v_t, low, left, full, right, start, end, S, inner, outer,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    acc = tl.zeros((BM, BLOCK_DV), tl.float32)
+    row_max = tl.full((BM,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)
+    for i in tl.range(0, full, num_stages=STAGES):
+        acc, row_max, row_sum = _forward_step(
+            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, (low + left + i) * BN, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False, CAREFUL,
+        )  # fmt: skip
+    for i in tl.range(0, left + right, num_stages=STAGES):
+        first_key = masked_tile(i, low, left, full, BN)
+        acc, row_max, row_sum = _forward_step(
+            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first_key, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True, CAREFUL,
+        )  # fmt: skip
+    return acc, row_max, row_sum
 
 
 @triton.jit
@@ -74,19 +101,14 @@ def _forward_kernel(
     b_q = load_tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)  # [BM, BLOCK_D]
     kv_head = h // G
     p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
-    acc = tl.zeros((BM, BLOCK_DV), tl.float32)
-    row_max = tl.full((BM,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BM,), tl.float32)
-    for i in range(0, full):
-        acc, row_max, row_sum = _forward_step(
-            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, (low + left + i) * BN, start, end, S, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False,
-        )  # fmt: skip
-    for i in range(0, left + right):
-        first_key = masked_tile(i, low, left, full, BN)
-        acc, row_max, row_sum = _forward_step(
-            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first_key, start, end, S, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True,
+    acc, row_max, row_sum = _forward_walk(
+        b_q, p_k, p_v, k_t, v_t, low, left, full, right, start, end, S, inner, outer,
+        D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, False,
+    )  # fmt: skip
+    if has_nan(acc):
+        acc, row_max, row_sum = _forward_walk(
+            b_q, p_k, p_v, k_t, v_t, low, left, full, right, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, True,
         )  # fmt: skip
     m_empty = start >= end  # [BM]
     if HAS_SINK:  # the sink logit is part of the denominator of every query that has a key
@@ -105,17 +127,40 @@ def _forward_kernel(
 def _queries_step(
     dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     o_k = first + tl.arange(0, BN)  # [BN]
     b_k = load_tile(p_k, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
     z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
     p = tl.exp2(z * outer - lse[:, None])
+    m_seen = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
     if MASKED:
-        p = tl.where(within(o_k[None, :], start[:, None], end[:, None]), p, 0.0)
+        p = tl.where(m_seen, p, 0.0)
     b_v = load_tile(p_v, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     dz = score_grad(z, p, dot(b_do, tl.trans(b_v), UPCAST), delta[:, None], CAPPED)  # [BM, BN]
-    return dq + dot(narrow(dz, b_k.dtype, UPCAST), b_k, UPCAST)
+    return dq + weighted_sum(dz, b_k, m_seen, MASKED and CAREFUL, UPCAST)
+
+
+@triton.jit
+def _queries_walk(
+    b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, low, left, full, right, start, end, S, inner, outer,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    dq = tl.zeros((BM, BLOCK_D), tl.float32)
+    for i in tl.range(0, full, num_stages=STAGES):
+        dq = _queries_step(
+            dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, (low + left + i) * BN, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False, CAREFUL,
+        )  # fmt: skip
+    for i in tl.range(0, left + right, num_stages=STAGES):
+        first_key = masked_tile(i, low, left, full, BN)
+        dq = _queries_step(
+            dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first_key, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True, CAREFUL,
+        )  # fmt: skip
+    return dq
 
 
 @triton.jit
@@ -147,17 +192,14 @@ def _queries_kernel(
     b_q = load_tile(q_ptr + b * q_b + h * q_h, first, q_t, T, BM, D, BLOCK_D)  # [BM, BLOCK_D]
     kv_head = h // G
     p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
-    dq = tl.zeros((BM, BLOCK_D), tl.float32)
-    for i in range(0, full):
-        dq = _queries_step(
-            dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, (low + left + i) * BN, start, end, S, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False,
-        )  # fmt: skip
-    for i in range(0, left + right):
-        first_key = masked_tile(i, low, left, full, BN)
-        dq = _queries_step(
-            dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first_key, start, end, S, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True,
+    dq = _queries_walk(
+        b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, low, left, full, right, start, end, S, inner, outer,
+        D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, False,
+    )  # fmt: skip
+    if has_nan(dq):
+        dq = _queries_walk(
+            b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, low, left, full, right, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, True,
         )  # fmt: skip
     store_tile(dq_ptr + (b * T * H + h) * D, first, H * D, dq * scale, T, BM, D, BLOCK_D, UPCAST)
 
@@ -166,7 +208,7 @@ def _queries_kernel(
 def _keys_step(
     dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, first, start, end, T, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Scores are transposed, [BN, BM], so that dK and dV are products without a transposed operand."""
     o_q = first + tl.arange(0, BM)  # [BM]
@@ -175,12 +217,42 @@ def _keys_step(
     b_delta = tl.load(p_delta + o_q, mask=o_q < T, other=0.0)  # [BM]
     z = scores(b_k, b_q, inner, CAPPED, UPCAST)  # [BN, BM]
     p = tl.exp2(z * outer - b_lse[None, :])
+    m_seen = within(o_q[None, :], start[:, None], end[:, None])  # [BN, BM]
     if MASKED:
-        p = tl.where(within(o_q[None, :], start[:, None], end[:, None]), p, 0.0)
+        p = tl.where(m_seen, p, 0.0)
     b_do = load_tile(p_do, first, do_t, T, BM, DV, BLOCK_DV)  # [BM, BLOCK_DV]
-    dv += weighted_values(p, b_do, UPCAST)
+    dv += weighted_sum(p, b_do, m_seen, MASKED and CAREFUL, UPCAST)
     dz = score_grad(z, p, dot(b_v, tl.trans(b_do), UPCAST), b_delta[None, :], CAPPED)  # [BN, BM]
-    return dk + dot(narrow(dz, b_q.dtype, UPCAST), b_q, UPCAST), dv
+    return dk + weighted_sum(dz, b_q, m_seen, MASKED and CAREFUL, UPCAST), dv
+
+
+@triton.jit
+def _keys_walk(
+    b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, q_h, do_t, do_h, low, left, full, right, start, end, T, G,
+    inner, outer,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Over the queries of the G heads of a group; pointers are to its first head."""
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    dk = tl.zeros((BN, BLOCK_D), tl.float32)
+    dv = tl.zeros((BN, BLOCK_DV), tl.float32)
+    for g in range(0, G):
+        h = tl.cast(g, tl.int64)
+        p_q, p_do = q_ptr + h * q_h, d_out_ptr + h * do_h
+        p_lse, p_delta = lse_ptr + h * T, delta_ptr + h * T
+        for i in tl.range(0, full, num_stages=STAGES):
+            dk, dv = _keys_step(
+                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, (low + left + i) * BM, start, end, T,
+                inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False, CAREFUL,
+            )  # fmt: skip
+        for i in tl.range(0, left + right, num_stages=STAGES):
+            first_query = masked_tile(i, low, left, full, BM)
+            dk, dv = _keys_step(
+                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, first_query, start, end, T,
+                inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True, CAREFUL,
+            )  # fmt: skip
+    return dk, dv
 
 
 @triton.jit
@@ -202,23 +274,20 @@ def _keys_kernel(
     low, left, full, right = window_tiles(start_ptr, end_ptr, first, S, BN, BM)
     b_k = load_tile(k_ptr + b * k_b + kv_head * k_h, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
     b_v = load_tile(v_ptr + b * v_b + kv_head * v_h, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
-    dk = tl.zeros((BN, BLOCK_D), tl.float32)
-    dv = tl.zeros((BN, BLOCK_DV), tl.float32)
-    for g in range(0, G):
-        h = kv_head * G + g
-        p_q, p_do = q_ptr + b * q_b + h * q_h, d_out_ptr + b * do_b + h * do_h
-        p_lse, p_delta = lse_ptr + (b * H + h) * T, delta_ptr + (b * H + h) * T
-        for i in range(0, full):
-            dk, dv = _keys_step(
-                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, (low + left + i) * BM, start, end, T,
-                inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False,
-            )  # fmt: skip
-        for i in range(0, left + right):
-            first_query = masked_tile(i, low, left, full, BM)
-            dk, dv = _keys_step(
-                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, first_query, start, end, T,
-                inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True,
-            )  # fmt: skip
+    h = kv_head * G  # the first of the group, in 64 bits
+    q_ptr += b * q_b + h * q_h
+    d_out_ptr += b * do_b + h * do_h
+    lse_ptr += (b * H + h) * T
+    delta_ptr += (b * H + h) * T
+    dk, dv = _keys_walk(
+        b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, q_h, do_t, do_h, low, left, full, right, start, end, T, G,
+        inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, False,
+    )  # fmt: skip
+    if has_nan(dk) | has_nan(dv):
+        dk, dv = _keys_walk(
+            b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, q_h, do_t, do_h, low, left, full, right, start, end,
+            T, G, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, True,
+        )  # fmt: skip
     store_tile(dk_ptr + (b * S * K + kv_head) * D, first, K * D, dk * scale, S, BN, D, BLOCK_D, UPCAST)
     store_tile(dv_ptr + (b * S * K + kv_head) * DV, first, K * DV, dv, S, BN, DV, BLOCK_DV, UPCAST)
 
@@ -227,7 +296,8 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
     """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size alone.
 
     The fastest that spill no register on sm_90 and sm_100 without a softcap; timed on an H200, T = 16384, causal.  Only
-    dQ in float32 spills at 128 columns on sm_90.
+    dQ in float32 spills at 128 columns on sm_90, and a few bytes where the careful walk stands beside the first one
+    (docs/decisions/0015).
     """
     if interpreting():
         return INTERPRETED_CONFIG
@@ -238,7 +308,7 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
     hopper, roomy = target.arch == 90, target.arch in (90, 100)  # roomy: 227 KiB of shared memory
     stages = 3 if roomy or target.arch == 80 else 2
     if kernel == "forward" or (kernel == "queries" and width <= 64):
-        return Config(64, 64, 4, stages)
+        return Config(64, 64, 4, stages, THREE_PROGRAMS if roomy and width <= 64 else None)
     if kernel == "queries":
         return Config(128, 64, 8, 3 if hopper else 2) if roomy else Config(64, 32, 4, 1)
     if width <= 64:

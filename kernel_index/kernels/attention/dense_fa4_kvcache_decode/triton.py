@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_index.core.triton.attention import cache_slots, load_rows, online_softmax, scores, weighted_values, within
+from kernel_index.core.triton.attention import (
+    cache_slots,
+    has_nan,
+    load_rows,
+    online_softmax,
+    scores,
+    weighted_sum,
+    within,
+)
 from kernel_index.core.triton.launch import (
     ceil_div,
     dot_block,
@@ -25,14 +33,40 @@ from kernel_index.core.triton.merge_splits import allocate_splits, merge_splits,
 
 
 @triton.jit
+def _split_walk(
+    b_q, k_ptr, v_ptr, table_ptr, b, kv_head, low, high, first_seen, length, start, end,
+    k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s, inner, outer,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
+    PAGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The softmax state of a tile of rows over the keys from ``low`` on and before ``high``."""
+    acc = tl.zeros((BM, BLOCK_D), tl.float32)
+    row_max = tl.full((BM,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)
+    for first in range(low, high, BN):
+        o_k = first + tl.arange(0, BN)  # [BN]
+        m_k = within(o_k, first_seen, length)  # no other slot is read, neither keys nor the table
+        b_page, o_slot = cache_slots(table_ptr, b, table_b, table_s, o_k, m_k, PAGE, PAGED)  # [BN]
+        b_k = load_rows(k_ptr, b_page * k_page + o_slot * k_slot + kv_head * k_h, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+        z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
+        m_seen = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
+        logits = tl.where(m_seen, z * outer, float("-inf"))
+        p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
+        b_v = load_rows(v_ptr, b_page * v_page + o_slot * v_slot + kv_head * v_h, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+        acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_seen, CAREFUL, UPCAST)
+    return acc, row_max, row_sum
+
+
+@triton.jit
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, acc_ptr, max_ptr, sum_ptr,
     q_b, q_t, q_h, k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s,
     ROWS, QUERIES, KV, NEW, LEFT, RIGHT, SPLIT, inner, outer,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-    PAGED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    PAGED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, ALIKE: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The softmax state of a tile of rows over SPLIT keys of one batch row and KV head."""
+    """The softmax state of a tile of rows over SPLIT keys of one batch row and KV head; ALIKE: rows see the same."""
     split = tl.program_id(0).to(tl.int64)
     b, kv_head = (tl.program_id(1) // KV).to(tl.int64), (tl.program_id(1) % KV).to(tl.int64)
     o_m = tl.program_id(2) * BM + tl.arange(0, BM)  # [BM]
@@ -43,23 +77,21 @@ def _split_kernel(
     end = tl.minimum(position + RIGHT + 1, length) if HAS_RIGHT else tl.zeros_like(position) + length
     o_q = query.to(tl.int64) * q_t + (kv_head * G + o_m % G) * q_h
     b_q = load_rows(q_ptr + b * q_b, o_q, o_m < ROWS, D, BLOCK_D)  # [BM, BLOCK_D]
-    acc = tl.zeros((BM, BLOCK_D), tl.float32)
-    row_max = tl.full((BM,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BM,), tl.float32)
-    low = (split * SPLIT).to(tl.int32)
-    high = tl.minimum(low + SPLIT, length)
-    if HAS_LEFT:  # no query of the batch row sees a key before this one
-        low = tl.maximum(low, tl.maximum(length - QUERIES - LEFT, 0) // BN * BN)
-    for first in range(low, high, BN):
-        o_k = first + tl.arange(0, BN)  # [BN]
-        m_k = o_k < length  # slots past the last token are not read, neither keys nor the table
-        b_page, o_slot = cache_slots(table_ptr, b, table_b, table_s, o_k, m_k, PAGE, PAGED)  # [BN]
-        b_k = load_rows(k_ptr, b_page * k_page + o_slot * k_slot + kv_head * k_h, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
-        z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
-        logits = tl.where(within(o_k[None, :], start[:, None], end[:, None]), z * outer, float("-inf"))
-        p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
-        b_v = load_rows(v_ptr, b_page * v_page + o_slot * v_slot + kv_head * v_h, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
-        acc = acc * alpha[:, None] + weighted_values(p, b_v, UPCAST)
+    first_seen = tl.maximum(length - QUERIES - LEFT, 0) if HAS_LEFT else 0  # by any query of the batch row
+    low = tl.maximum((split * SPLIT).to(tl.int32), first_seen // BN * BN)
+    high = tl.minimum((split * SPLIT).to(tl.int32) + SPLIT, length)
+    acc, row_max, row_sum = _split_walk(
+        b_q, k_ptr, v_ptr, table_ptr, b, kv_head, low, high, first_seen, length, start, end,
+        k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s, inner, outer,
+        D, BLOCK_D, BM, BN, PAGE, PAGED, CAPPED, UPCAST, False,
+    )  # fmt: skip
+    if not ALIKE:  # noqa: SIM102 (a constant: where rows are alike, the second walk is not compiled)
+        if has_nan(acc):
+            acc, row_max, row_sum = _split_walk(
+                b_q, k_ptr, v_ptr, table_ptr, b, kv_head, low, high, first_seen, length, start, end,
+                k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s, inner, outer,
+                D, BLOCK_D, BM, BN, PAGE, PAGED, CAPPED, UPCAST, True,
+            )  # fmt: skip
     store_split(
         acc_ptr, max_ptr, sum_ptr, acc, row_max, row_sum, split, tl.program_id(1), tl.num_programs(1), ROWS, o_m,
         D, BLOCK_D,
@@ -117,7 +149,8 @@ def decode(
             *strides(q, k_cache, v_cache), *table_strides,
             rows, queries, kv_heads, new, left, right, config.split, inner, outer,
             G=group, D=width, BLOCK_D=dot_block(width), BM=config.block_rows, BN=config.block_keys, PAGE=page,
-            PAGED=table is not None, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, CAPPED=softcap > 0,
-            UPCAST=interpreting(), num_warps=4, num_stages=2,
+            PAGED=table is not None, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
+            ALIKE=queries == 1 or (left < 0 and right < 0), CAPPED=softcap > 0, UPCAST=interpreting(),
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         return merge_splits(splits, out, queries, kv_heads, group, config.block_rows)

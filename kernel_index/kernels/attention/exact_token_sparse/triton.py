@@ -20,7 +20,7 @@ from kernel_index.core.triton.attention import (
     softcapped,
     softmax_output,
     store_rows,
-    weighted_values,
+    weighted_sum,
 )
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
@@ -76,7 +76,7 @@ def _forward_kernel(
         logits = tl.where(m_k[None, :], z * outer, float("-inf"))
         p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
         b_v = load_rows(p_v, o_k * v_t, m_k, DV, BLOCK_DV)  # [BN, BLOCK_DV]
-        acc = acc * alpha[:, None] + weighted_values(p, b_v, UPCAST)
+        acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_k, False, UPCAST)
     out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
     o_row = (b * T + t) * K * G + o_h
     store_rows(out_ptr, o_row * DV, m_g, out, DV, BLOCK_DV, UPCAST)

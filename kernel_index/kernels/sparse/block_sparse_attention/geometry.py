@@ -8,6 +8,7 @@ from kernel_index.core.target import Target, target_of
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
     SMALLEST_DOT,
+    THREE_PROGRAMS,
     AttentionLaunch,
     Config,
     attention_launch,
@@ -46,7 +47,8 @@ def cut_of(group: int, element_bytes: int, query_tile_size: int) -> Cut:
 def pick_config(kernel: str, rows: int, width: int, element_bytes: int, capped: bool, target: Target) -> Config:
     """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size and whether there is a softcap.
 
-    The largest that spill no register on sm_90 and sm_100; compiled ahead of time, not timed.
+    The largest that spilled no register on sm_90 and sm_100 before the careful walk stood beside the first one
+    (docs/decisions/0015); compiled ahead of time, not timed.
     """
     if interpreting():
         return INTERPRETED_CONFIG._replace(tile=rows)
@@ -60,8 +62,10 @@ def pick_config(kernel: str, rows: int, width: int, element_bytes: int, capped: 
     step = 32 if tight else 64
     if target.kind == "hip" and keys:
         return Config(rows, step, 4, 1)
+    three = width <= 64 and (target.arch == 100 or (target.arch == 90 and kernel == "queries"))
+    registers = THREE_PROGRAMS if three else None
     # A third stage fetches the rows' list one tile earlier, and from 64 columns down the rows themselves.
-    return Config(rows, step, 8 if keys and width > 64 else 4, 3 if keys or width <= 64 else 2)
+    return Config(rows, step, 8 if keys and width > 64 else 4, 3 if keys or width <= 64 else 2, registers)
 
 
 def launch_of(

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.attention import (
+    has_nan,
     load_rows,
     load_tile,
     online_softmax,
@@ -17,7 +18,7 @@ from kernel_index.core.triton.attention import (
     softmax_output,
     store_rows,
     union_visits,
-    weighted_values,
+    weighted_sum,
     within,
 )
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
@@ -28,20 +29,51 @@ from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
 def _step(
     acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first, stop, m_member, is_partial, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """BN keys from ``first`` on, of a block that ends before ``stop`` and that the rows ``m_member`` [BM] selected."""
     o_k = first + tl.arange(0, BN)  # [BN]
     b_k = load_tile(p_k, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
     z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
-    logits = z * outer + tl.where(m_member, 0.0, float("-inf"))[:, None]
+    m_seen = m_member[:, None] & within(o_k[None, :], start[:, None], tl.minimum(end, stop)[:, None])  # [BM, BN]
+    if CAREFUL:  # −∞ does not hide a score of NaN or +∞
+        logits = tl.where(m_seen, z * outer, float("-inf"))
+    else:
+        logits = z * outer + tl.where(m_member, 0.0, float("-inf"))[:, None]
     if is_partial:
         logits = tl.where(within(o_k[None, :], start[:, None], end[:, None]), logits, float("-inf"))
     if RAGGED:
         logits = tl.where((o_k < stop)[None, :], logits, float("-inf"))
     p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
     b_v = load_tile(p_v, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
-    return acc * alpha[:, None] + weighted_values(p, b_v, UPCAST), row_max, row_sum
+    return acc * alpha[:, None] + weighted_sum(p, b_v, m_seen, CAREFUL, UPCAST), row_max, row_sum
+
+
+@triton.jit
+def _walk(
+    b_q, p_k, p_v, k_t, v_t, blocks_ptr, members_ptr, begin, full_begin, full_stop, last, o_bit, start, end, S,
+    inner, outer,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The softmax state over the slots ``begin ≤ slot < last`` of a union; ``o_bit`` [BM] are the rows' bits in it."""
+    STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
+    RAGGED: tl.constexpr = BLOCK % BN != 0
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    acc = tl.zeros((BM, BLOCK_DV), tl.float32)
+    row_max = tl.full((BM,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BM,), tl.float32)
+    for i in tl.range(0, (last - begin) * STEPS, num_stages=STAGES):
+        slot = begin + i // STEPS
+        first_key = tl.load(blocks_ptr + slot) * BLOCK
+        m_member = ((tl.load(members_ptr + slot) >> o_bit) & 1) != 0  # [BM]
+        is_partial = (slot < full_begin) | (slot >= full_stop)
+        acc, row_max, row_sum = _step(
+            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first_key + i % STEPS * BN, first_key + BLOCK, m_member,
+            is_partial, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST, CAREFUL,
+        )  # fmt: skip
+    return acc, row_max, row_sum
 
 
 @triton.jit
@@ -53,8 +85,6 @@ def _forward_kernel(
     GROUPS: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """QUERIES queries and HEADS heads of a group of GROUP; a KV head has GROUPS groups, a union UNION slots."""
-    STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
-    RAGGED: tl.constexpr = BLOCK % BN != 0
     CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the long unions of a causal mask begin first
     chunk, group = tl.program_id(1) % CHUNKS, tl.program_id(1) // CHUNKS
@@ -81,19 +111,16 @@ def _forward_kernel(
     kv_head = g // GROUPS
     p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
     o_bit = (o_m // HEADS).to(tl.int64)
-    acc = tl.zeros((BM, BLOCK_DV), tl.float32)
-    row_max = tl.full((BM,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BM,), tl.float32)
-    for i in range(0, (stop - begin) * STEPS):
-        slot = begin + i // STEPS
-        first_key = tl.load(blocks_ptr + slot) * BLOCK
-        m_member = ((tl.load(members_ptr + slot) >> o_bit) & 1) != 0  # [BM]
-        is_partial = (slot < full_begin) | (slot >= full_stop)
-        acc, row_max, row_sum = _step(
-            acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first_key + i % STEPS * BN, first_key + BLOCK, m_member,
-            is_partial, start, end, S, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST,
+    acc, row_max, row_sum = _walk(
+        b_q, p_k, p_v, k_t, v_t, blocks_ptr, members_ptr, begin, full_begin, full_stop, stop, o_bit, start, end, S,
+        inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, BLOCK, CAPPED, UPCAST, False,
+    )  # fmt: skip
+    if has_nan(acc):
+        acc, row_max, row_sum = _walk(
+            b_q, p_k, p_v, k_t, v_t, blocks_ptr, members_ptr, begin, full_begin, full_stop, stop, o_bit, start, end,
+            S, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, BLOCK, CAPPED, UPCAST, True,
         )  # fmt: skip
-    out, lse = softmax_output(acc, row_max, row_sum, row_max == float("-inf"))
+    out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
     token = b * T + o_q
     store_rows(out_ptr, (token * H + o_h) * DV, m_m, out, DV, BLOCK_DV, UPCAST)
     tl.store(lse_ptr + token * H + o_h, lse, mask=m_m)

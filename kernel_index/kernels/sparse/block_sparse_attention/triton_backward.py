@@ -9,16 +9,16 @@ from torch import Tensor
 
 from kernel_index.core.triton.attention import (
     dot,
+    has_nan,
     load_rows,
     load_tile,
     lse_of_grad,
-    narrow,
     score_grad,
     scores,
     store_rows,
     store_tile,
     union_visits,
-    weighted_values,
+    weighted_sum,
     within,
 )
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
@@ -29,20 +29,46 @@ from kernel_index.kernels.sparse.block_sparse_attention.plan import KeyPlan, Pla
 def _queries_step(
     dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, stop, m_member, is_partial, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    RAGGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """BN keys from ``first`` on, of a block that ends before ``stop`` and that the rows ``m_member`` [BM] selected."""
     o_k = first + tl.arange(0, BN)  # [BN]
     b_k = load_tile(p_k, first, k_t, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
     z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
     p = tl.exp2(z * outer - lse_of_grad(lse, m_member)[:, None])
+    m_seen = m_member[:, None] & within(o_k[None, :], start[:, None], tl.minimum(end, stop)[:, None])  # [BM, BN]
     if is_partial:
         p = tl.where(within(o_k[None, :], start[:, None], end[:, None]), p, 0.0)
     if RAGGED:
         p = tl.where((o_k < stop)[None, :], p, 0.0)
     b_v = load_tile(p_v, first, v_t, S, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     dz = score_grad(z, p, dot(b_do, tl.trans(b_v), UPCAST), delta[:, None], CAPPED)  # [BM, BN]
-    return dq + dot(narrow(dz, b_k.dtype, UPCAST), b_k, UPCAST)
+    return dq + weighted_sum(dz, b_k, m_seen, CAREFUL, UPCAST)
+
+
+@triton.jit
+def _queries_walk(
+    b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, blocks_ptr, members_ptr, begin, full_begin, full_stop, last, o_bit,
+    start, end, S, inner, outer,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """dQ over the slots ``begin ≤ slot < last`` of a union; ``o_bit`` [BM] are the rows' bits in it."""
+    STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
+    RAGGED: tl.constexpr = BLOCK % BN != 0
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    dq = tl.zeros((BM, BLOCK_D), tl.float32)
+    for i in tl.range(0, (last - begin) * STEPS, num_stages=STAGES):
+        slot = begin + i // STEPS
+        first_key = tl.load(blocks_ptr + slot) * BLOCK
+        m_member = ((tl.load(members_ptr + slot) >> o_bit) & 1) != 0  # [BM]
+        is_partial = (slot < full_begin) | (slot >= full_stop)
+        dq = _queries_step(
+            dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first_key + i % STEPS * BN, first_key + BLOCK, m_member,
+            is_partial, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST, CAREFUL,
+        )  # fmt: skip
+    return dq
 
 
 @triton.jit
@@ -55,8 +81,6 @@ def _queries_kernel(
     GROUPS: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dQ of the rows of a program of the forward pass, and their ``delta`` for the keys' kernel."""
-    STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
-    RAGGED: tl.constexpr = BLOCK % BN != 0
     CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk, group = tl.program_id(1) % CHUNKS, tl.program_id(1) // CHUNKS
@@ -93,15 +117,15 @@ def _queries_kernel(
     kv_head = g // GROUPS
     p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
     o_bit = (o_m // HEADS).to(tl.int64)
-    dq = tl.zeros((BM, BLOCK_D), tl.float32)
-    for i in range(0, (stop - begin) * STEPS):
-        slot = begin + i // STEPS
-        first_key = tl.load(blocks_ptr + slot) * BLOCK
-        m_member = ((tl.load(members_ptr + slot) >> o_bit) & 1) != 0  # [BM]
-        is_partial = (slot < full_begin) | (slot >= full_stop)
-        dq = _queries_step(
-            dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first_key + i % STEPS * BN, first_key + BLOCK, m_member,
-            is_partial, start, end, S, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, RAGGED, CAPPED, UPCAST,
+    dq = _queries_walk(
+        b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, blocks_ptr, members_ptr, begin, full_begin, full_stop, stop, o_bit,
+        start, end, S, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, BLOCK, CAPPED, UPCAST, False,
+    )  # fmt: skip
+    if has_nan(dq):
+        dq = _queries_walk(
+            b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, blocks_ptr, members_ptr, begin, full_begin, full_stop, stop,
+            o_bit, start, end, S, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, BN, BLOCK, CAPPED, UPCAST, True,
         )  # fmt: skip
     store_rows(dq_ptr, (token * H + o_h) * D, m_m, dq * scale, D, BLOCK_D, UPCAST)
 
@@ -112,6 +136,7 @@ def _keys_step(
     first, stop, is_partial, o_h, last_head, H, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """BM rows, from slot ``first`` of a list of queries on; ``start`` and ``end`` bound the queries that see each key.
 
@@ -129,12 +154,52 @@ def _keys_step(
     b_delta = tl.load(p_delta + token * H + o_h, mask=m_m, other=0.0)  # [BM]
     z = scores(b_k, b_q, inner, CAPPED, UPCAST)  # [BN, BM]
     p = tl.exp2(z * outer - b_lse[None, :])
+    m_seen = m_m[None, :] & within(o_q[None, :], start[:, None], end[:, None])  # [BN, BM]
     if is_partial:
         p = tl.where(within(o_q[None, :], start[:, None], end[:, None]), p, 0.0)
     b_do = load_rows(p_do, token * do_t + o_h * do_h, m_m, DV, BLOCK_DV)  # [BM, BLOCK_DV]
-    dv += weighted_values(p, b_do, UPCAST)
+    dv += weighted_sum(p, b_do, m_seen, CAREFUL, UPCAST)
     dz = score_grad(z, p, dot(b_v, tl.trans(b_do), UPCAST), b_delta[None, :], CAPPED)  # [BN, BM]
-    return dk + dot(narrow(dz, b_q.dtype, UPCAST), b_q, UPCAST), dv
+    return dk + weighted_sum(dz, b_q, m_seen, CAREFUL, UPCAST), dv
+
+
+@triton.jit
+def _keys_walk(
+    b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr, bounds_ptr, start, end, q_t, q_h, do_t, do_h, b, kv_head,
+    block, K, BLOCKS, inner, outer,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    CAPPED: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """dK and dV over the lists of all groups of a KV head; pointers are to the batch row."""
+    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    H = K * GROUPS * GROUP
+    o_chunk = tl.arange(0, BM) % HEADS  # [BM]
+    dk = tl.zeros((BN, BLOCK_D), tl.float32)
+    dv = tl.zeros((BN, BLOCK_DV), tl.float32)
+    for i in range(0, GROUPS * CHUNKS):
+        g, o_g = kv_head * GROUPS + i // CHUNKS, i % CHUNKS * HEADS + o_chunk
+        o_h, last_head = g.to(tl.int32) * GROUP + o_g, g.to(tl.int32) * GROUP + GROUP
+        p_bounds = bounds_ptr + ((b * K * GROUPS + g) * BLOCKS + block) * 4
+        first = tl.load(p_bounds)
+        full_begin = (tl.load(p_bounds + 1) - first).to(tl.int32)
+        full_stop = (tl.load(p_bounds + 2) - first).to(tl.int32)
+        last = (tl.load(p_bounds + 3) - first).to(tl.int32)
+        left, full = tl.cdiv(full_begin, QUERIES), tl.cdiv(full_stop - full_begin, QUERIES)
+        right = tl.cdiv(last - full_stop, QUERIES)
+        for j in tl.range(0, left + full + right, num_stages=STAGES):
+            is_right = j >= left + full
+            is_partial = (j < left) | is_right
+            begin = tl.where(is_partial, 0, full_begin - left * QUERIES)
+            begin = tl.where(is_right, full_stop - (left + full) * QUERIES, begin)
+            stop = tl.where(is_right, last, tl.where(is_partial, full_begin, full_stop))
+            dk, dv = _keys_step(
+                dk, dv, b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr + first, start, end, q_t, q_h, do_t,
+                do_h, begin + j * QUERIES, stop, is_partial, o_h, last_head, H, inner, outer,
+                D, DV, BLOCK_D, BLOCK_DV, BM, GROUP, HEADS, CAPPED, WIDE, UPCAST, CAREFUL,
+            )  # fmt: skip
+    return dk, dv
 
 
 @triton.jit
@@ -147,7 +212,6 @@ def _keys_kernel(
 ):  # fmt: skip
     """dK and dV of BN keys of one block of one KV head, over the lists of all its groups."""
     STEPS: tl.constexpr = (BLOCK + BN - 1) // BN
-    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     H = K * GROUPS * GROUP
     block = tl.program_id(0) // STEPS
     first_key = block * BLOCK + tl.program_id(0) % STEPS * BN
@@ -162,30 +226,17 @@ def _keys_kernel(
     d_out_ptr += b * do_b
     lse_ptr += b * T * H
     delta_ptr += b * T * H
-    o_chunk = tl.arange(0, BM) % HEADS  # [BM]
-    dk = tl.zeros((BN, BLOCK_D), tl.float32)
-    dv = tl.zeros((BN, BLOCK_DV), tl.float32)
-    for i in range(0, GROUPS * CHUNKS):
-        g, o_g = kv_head * GROUPS + i // CHUNKS, i % CHUNKS * HEADS + o_chunk
-        o_h, last_head = g.to(tl.int32) * GROUP + o_g, g.to(tl.int32) * GROUP + GROUP
-        p_bounds = bounds_ptr + ((b * K * GROUPS + g) * BLOCKS + block) * 4
-        first = tl.load(p_bounds)
-        full_begin = (tl.load(p_bounds + 1) - first).to(tl.int32)
-        full_stop = (tl.load(p_bounds + 2) - first).to(tl.int32)
-        last = (tl.load(p_bounds + 3) - first).to(tl.int32)
-        left, full = tl.cdiv(full_begin, QUERIES), tl.cdiv(full_stop - full_begin, QUERIES)
-        right = tl.cdiv(last - full_stop, QUERIES)
-        for j in range(0, left + full + right):
-            is_right = j >= left + full
-            is_partial = (j < left) | is_right
-            begin = tl.where(is_partial, 0, full_begin - left * QUERIES)
-            begin = tl.where(is_right, full_stop - (left + full) * QUERIES, begin)
-            stop = tl.where(is_right, last, tl.where(is_partial, full_begin, full_stop))
-            dk, dv = _keys_step(
-                dk, dv, b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr + first, start, end, q_t, q_h, do_t,
-                do_h, begin + j * QUERIES, stop, is_partial, o_h, last_head, H, inner, outer,
-                D, DV, BLOCK_D, BLOCK_DV, BM, GROUP, HEADS, CAPPED, WIDE, UPCAST,
-            )  # fmt: skip
+    dk, dv = _keys_walk(
+        b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr, bounds_ptr, start, end, q_t, q_h, do_t, do_h, b,
+        kv_head, block, K, BLOCKS, inner, outer,
+        D, DV, BLOCK_D, BLOCK_DV, BM, BN, QUERIES, HEADS, GROUP, GROUPS, CAPPED, WIDE, UPCAST, False,
+    )  # fmt: skip
+    if has_nan(dk) | has_nan(dv):
+        dk, dv = _keys_walk(
+            b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr, bounds_ptr, start, end, q_t, q_h, do_t, do_h, b,
+            kv_head, block, K, BLOCKS, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, BN, QUERIES, HEADS, GROUP, GROUPS, CAPPED, WIDE, UPCAST, True,
+        )  # fmt: skip
     store_tile(dk_ptr + (b * S * K + kv_head) * D, first_key, K * D, dk * scale, last_key, BN, D, BLOCK_D, UPCAST)
     store_tile(dv_ptr + (b * S * K + kv_head) * DV, first_key, K * DV, dv, last_key, BN, DV, BLOCK_DV, UPCAST)
 

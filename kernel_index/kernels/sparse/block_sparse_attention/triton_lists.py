@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kernel_index.core.triton.attention import (
     finite_max,
+    has_nan,
     load_rows,
     load_tile,
     scores,
     softmax_output,
     store_rows,
-    weighted_values,
+    weighted_sum,
     within,
 )
 from kernel_index.core.triton.launch import (
@@ -53,6 +54,33 @@ def load_part(p_items, head, M):
 
 
 @triton.jit
+def _partials_walk(
+    b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key, first_partial,
+    T, H, N, inner, outer,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The entries ``first`` to ``stop`` of a list; pointers are to the batch row and head."""
+    for i in range(first, stop, BM):
+        b_entry, o_row, m_m = load_entries(order_ptr, i + tl.arange(0, BM), stop, N)  # [BM]
+        token = (o_row // H) % T
+        start = tl.load(start_ptr + token, mask=m_m, other=0)  # [BM]
+        end = tl.minimum(tl.load(end_ptr + token, mask=m_m, other=0), last_key)  # [BM]
+        b_q = load_rows(q_ptr, token.to(tl.int64) * q_t, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
+        z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
+        m_seen = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
+        logits = tl.where(m_seen, z * outer, float("-inf"))
+        row_max = tl.max(logits, 1)  # [BM]
+        p = tl.exp2(logits - finite_max(row_max)[:, None])
+        row_sum = tl.sum(p, 1)
+        acc = weighted_sum(p, b_v, m_seen, CAREFUL, UPCAST)
+        out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
+        o_partial = first_partial + token.to(tl.int64) * N + (b_entry - o_row * N)
+        store_rows(out_ptr, o_partial * DV, m_m, out, DV, BLOCK_DV, UPCAST)
+        tl.store(lse_ptr + o_partial, lse, mask=m_m)
+
+
+@triton.jit
 def _partials_kernel(
     q_ptr, k_ptr, v_ptr, order_ptr, items_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, first_head, T, S, H, G, N, M, inner, outer,
@@ -74,21 +102,17 @@ def _partials_kernel(
     q_ptr += b * q_b + h * q_h
     start_ptr += b * window_b
     end_ptr += b * window_b
-    for i in range(first, stop, BM):
-        b_entry, o_row, m_m = load_entries(order_ptr, i + tl.arange(0, BM), stop, N)  # [BM]
-        token = (o_row // H) % T
-        start = tl.load(start_ptr + token, mask=m_m, other=0)  # [BM]
-        end = tl.minimum(tl.load(end_ptr + token, mask=m_m, other=0), last_key)  # [BM]
-        b_q = load_rows(q_ptr, token.to(tl.int64) * q_t, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
-        z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
-        logits = tl.where(within(o_k[None, :], start[:, None], end[:, None]), z * outer, float("-inf"))
-        row_max = tl.max(logits, 1)  # [BM]
-        p = tl.exp2(logits - finite_max(row_max)[:, None])
-        row_sum = tl.sum(p, 1)
-        out, lse = softmax_output(weighted_values(p, b_v, UPCAST), row_max, row_sum, row_sum == 0.0)
-        o_partial = (o_launch.to(tl.int64) * T + token) * N + (b_entry - o_row * N)
-        store_rows(out_ptr, o_partial * DV, m_m, out, DV, BLOCK_DV, UPCAST)
-        tl.store(lse_ptr + o_partial, lse, mask=m_m)
+    first_partial = o_launch.to(tl.int64) * T * N
+    if has_nan(b_v.to(tl.float32) * 0.0):  # a value of this block is not finite
+        _partials_walk(
+            b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key,
+            first_partial, T, H, N, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True,
+        )  # fmt: skip
+    else:
+        _partials_walk(
+            b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key,
+            first_partial, T, H, N, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False,
+        )  # fmt: skip
 
 
 @triton.jit

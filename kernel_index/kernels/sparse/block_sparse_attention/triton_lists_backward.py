@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernel_index.core.triton.attention import (
     dot,
+    has_nan,
     load_rows,
     load_tile,
     lse_of_grad,
@@ -17,7 +18,7 @@ from kernel_index.core.triton.attention import (
     score_grad,
     scores,
     store_rows,
-    weighted_values,
+    weighted_sum,
     within,
 )
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
@@ -47,7 +48,7 @@ def _lists_step(
     dk, dv, b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, i, stop, o_k,
     last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """BM entries of a list.  Scores are transposed, [BN, BM]: dK and dV are products without a transposed operand."""
     b_entry, o_row, m_m = load_entries(p_order, i + tl.arange(0, BM), stop, N)  # [BM]
@@ -61,14 +62,38 @@ def _lists_step(
     b_do = load_rows(p_do, token.to(tl.int64) * do_t, m_m, DV, BLOCK_DV)  # [BM, BLOCK_DV]
     z = scores(b_k, b_q, inner, CAPPED, UPCAST)  # [BN, BM]
     p = tl.exp2(z * outer - lse[None, :])
-    p = tl.where(within(o_k[:, None], start[None, :], end[None, :]), p, 0.0)
-    dv += weighted_values(p, b_do, UPCAST)
-    dz = score_grad(z, p, dot(b_v, tl.trans(b_do), UPCAST), b_delta[None, :], CAPPED)
-    dz = narrow(dz, b_q.dtype, UPCAST)  # [BN, BM]
-    dk += dot(dz, b_q, UPCAST)
+    m_seen = within(o_k[:, None], start[None, :], end[None, :])  # [BN, BM]
+    p = tl.where(m_seen, p, 0.0)
+    dv += weighted_sum(p, b_do, m_seen, CAREFUL, UPCAST)
+    dz = score_grad(z, p, dot(b_v, tl.trans(b_do), UPCAST), b_delta[None, :], CAPPED)  # [BN, BM]
+    dk += weighted_sum(dz, b_q, m_seen, CAREFUL, UPCAST)
+    if CAREFUL:
+        m_sees = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
+        dq = weighted_sum(tl.trans(dz), b_k, m_sees, True, UPCAST)
+    else:
+        dq = dot(tl.trans(narrow(dz, b_q.dtype, UPCAST)), b_k, UPCAST)  # [BM, BLOCK_D]
     o_partial = first_partial + token.to(tl.int64) * N + (b_entry - o_row * N)
-    store_rows(dq_ptr, o_partial * D, m_m, dot(tl.trans(dz), b_k, UPCAST) * scale, D, BLOCK_D, UPCAST)
+    store_rows(dq_ptr, o_partial * D, m_m, dq * scale, D, BLOCK_D, UPCAST)
     tl.store(written_ptr + o_partial, tl.full((BM,), 1, tl.int8), mask=m_m)
+    return dk, dv
+
+
+@triton.jit
+def _lists_walk(
+    b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, first, stop, o_k, last_key,
+    first_partial, q_t, do_t, T, H, N, scale, inner, outer,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    STAGES: tl.constexpr = 1 if CAREFUL else None
+    dk = tl.zeros((BN, BLOCK_D), tl.float32)
+    dv = tl.zeros((BN, BLOCK_DV), tl.float32)
+    for i in tl.range(first, stop, BM, num_stages=STAGES):
+        dk, dv = _lists_step(
+            dk, dv, b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, i, stop,
+            o_k, last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, CAREFUL,
+        )  # fmt: skip
     return dk, dv
 
 
@@ -97,13 +122,18 @@ def _lists_kernel(
         d_out_ptr += b * do_b + h * do_h
         start_ptr += b * window_b
         end_ptr += b * window_b
-        dk = tl.zeros((BN, BLOCK_D), tl.float32)
-        dv = tl.zeros((BN, BLOCK_DV), tl.float32)
-        for i in range(first, stop, BM):
-            dk, dv = _lists_step(
-                dk, dv, b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr,
-                written_ptr, i, stop, o_k, last_key, o_launch.to(tl.int64) * T * N, q_t, do_t, T, H, N,
-                scale, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST,
+        first_partial = o_launch.to(tl.int64) * T * N
+        dk, dv = _lists_walk(
+            b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr, first,
+            stop, o_k, last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, False,
+        )  # fmt: skip
+        # Keys that are not finite spoil partials of dQ alone, which are not looked at here.
+        if has_nan(dk) | has_nan(dv) | has_nan(b_k.to(tl.float32) * 0.0):
+            dk, dv = _lists_walk(
+                b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr,
+                first, stop, o_k, last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
+                D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, True,
             )  # fmt: skip
         o_n = (o_launch.to(tl.int64) * M + tl.program_id(0)) * BN + tl.arange(0, BN)  # [BN]
         m_all = tl.full((BN,), 1, tl.int1)

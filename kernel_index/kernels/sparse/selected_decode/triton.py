@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_index.core.triton.attention import cache_slots, load_rows, online_softmax, scores, weighted_values
+from kernel_index.core.triton.attention import cache_slots, load_rows, online_softmax, scores, weighted_sum
 from kernel_index.core.triton.launch import (
     ceil_div,
     dot_block,
@@ -62,7 +62,7 @@ def _selected_kernel(
             logits = tl.where(m_k[None, :], z * outer, float("-inf"))
             p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
             b_v = load_rows(v_ptr, b_page * v_page + o_slot * v_slot + kv_head * v_h, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
-            acc = acc * alpha[:, None] + weighted_values(p, b_v, UPCAST)
+            acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_k, False, UPCAST)
     store_split(
         acc_ptr, max_ptr, sum_ptr, acc, row_max, row_sum, split.to(tl.int64), pair, tl.num_programs(1), J, o_m,
         D, BLOCK_D,
