@@ -154,3 +154,8 @@ def __getattr__(name: str) -> object:
     if name in _LATER:
         return importlib.import_module(_LATER[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What completion offers: the lazy names too."""
+    return sorted({*globals(), *_LATER})

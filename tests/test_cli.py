@@ -83,7 +83,7 @@ def test_the_index_shows_each_function_the_table_that_it_chooses_from():
             found = kernel_index.explain(suite.function, **suite.sized(Maker(torch.float32), 8))
             assert shown[suite.op] == list(found.verdicts), suite.op
     named = {n for e in ENTRIES for n, text in e.signatures().items() if "backend=" in text}
-    assert named - {"resolve_block_sparse_backend"} <= set(shown)
+    assert named - {"resolve_block_sparse_backend", "exact_mask_key"} <= set(shown), "which take a name to read or keep"
     assert shown["clustered_route"] == ["triton", "native", "chunked", "reference"]
     assert shown["jax.attention"] == ["pallas", "xla"]
 
@@ -197,7 +197,7 @@ def test_show(name):
     """By the entry's name or by one of its functions'."""
     result = run("show", name)
     assert result.exit_code == 0
-    assert "ki.fused_rope_qk(q, k, cos, sin, *, interleaved=False, backend='auto')" in result.output
+    assert "ki.fused_rope_qk(q, k, cos, sin=None, *, interleaved=False, q_weight=None," in result.output
     assert kernel_index.fused_rope_qk.__doc__.splitlines()[0] in result.output
     assert "[1 or B, T, 1, R/2]" in result.output, "brackets are text, not markup"
     assert "    declines: cos or sin needs a gradient: only the reference computes it" in result.output
@@ -329,4 +329,54 @@ def test_one_line_when_the_extra_is_missing(package):
     result = in_a_process(code=code)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.strip() == f"kernel-index needs the {package} package: pip install kernel-index[cli]"
+    assert result.stderr.strip() == f"kernel-index needs the {package} package: pip install 'kernel-index[cli]'"
+
+
+@pytest.mark.parametrize("arguments", [(), ("list",)])
+@pytest.mark.parametrize("home", ["", "/proc/nothing"], ids=["no home", "not writable"])
+def test_without_a_writable_home_pytorchs_cache_is_used(tmp_path, home, arguments):
+    """One line, and the command runs."""
+    code = (
+        "import os, pwd, sys; os.environ.pop('HOME', None); home = sys.argv.pop(1)\n"
+        "def no_user(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = no_user\n"
+        "if home: os.environ['HOME'] = home\n"
+        "from kernel_index.cli.main import main, use_cache_folder\n"
+        "use_cache_folder() if len(sys.argv) == 1 else main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, home, *arguments],
+        env={k: v for k, v in os.environ.items() if k not in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "HOME")},
+        cwd=ROOT.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("kernel-index: compiled kernels go to PyTorch's cache folder")
+
+
+@pytest.mark.parametrize("module", ["kernel_index", "kernel_index.cli"])
+def test_the_package_is_the_command_too(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], cwd=ROOT.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"kernel-index {kernel_index.__version__}\n")
+
+
+def test_doctor_names_variables_that_nothing_reads(monkeypatch):
+    monkeypatch.setenv("KERNEL_INDEX_BACKEND_ATENTION", "sdpa")
+    monkeypatch.setenv("KERNEL_INDEX_BACKEND_ATTENTION", "sdpa")
+    monkeypatch.setenv("KERNEL_INDEX_STRCT", "1")
+    assert json.loads(run("doctor", "--json").output)["facts"]["not read"] == {
+        "KERNEL_INDEX_BACKEND_ATENTION": "did you mean KERNEL_INDEX_BACKEND_ATTENTION?",
+        "KERNEL_INDEX_STRCT": "did you mean KERNEL_INDEX_STRICT?",
+    }
+    assert "did you mean KERNEL_INDEX_STRICT?" in run("doctor").output
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_presets_are_not_cut(monkeypatch, columns):
+    from kernel_index.lm import commands as lm
+
+    monkeypatch.setattr(lm, "console", Console(width=columns))
+    shown = run("presets").output
+    assert "…" not in shown
+    for number in ("63,289,9", "MAEMSEML", "bfloat16", "3,554,776"):
+        assert number in shown

@@ -41,6 +41,7 @@ FLOORS = (
     ("nn", "integrations", "jax"),
     ("lm", "proofs"),
     ("cli",),
+    ("__main__",),
 )
 """Packages by floor, the lowest first; the empty name is the front."""
 
@@ -331,3 +332,12 @@ def test_a_public_name_is_documented_with_an_example(name):
     assert ">>>" in text, f"{name} has no example"
     first = text.splitlines()[0]
     assert first.endswith((".", "?")) or "``" in first, f"{name} begins with a sentence"
+
+
+def test_completion_offers_the_lazy_names_without_importing_them():
+    code = (
+        "import sys, kernel_index as ki;"
+        "print({'jax', 'nn', 'transformers'} <= set(dir(ki)), 'kernel_index.nn' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

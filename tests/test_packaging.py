@@ -23,8 +23,8 @@ SETTINGS = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
 PROJECT = SETTINGS["project"]
 
 
-def test_pytorch_is_the_only_requirement_and_types_are_shipped():
-    assert [re.split(r"\W", d)[0] for d in PROJECT["dependencies"]] == ["torch"]
+def test_pytorch_and_what_it_warns_without_are_the_only_requirements_and_types_are_shipped():
+    assert [re.split(r"\W", d)[0] for d in PROJECT["dependencies"]] == ["torch", "numpy"]
     assert (ROOT / "py.typed").is_file()
 
 
@@ -74,7 +74,7 @@ main()
 def test_missing_extras_are_typed_reasons_with_the_command():
     done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True)
     assert done.stdout.strip() == "MissingExtra this needs the transformers package: pip install 'kernel-index[hf]'"
-    assert done.stderr.strip() == "kernel-index needs the typer package: pip install kernel-index[cli]"
+    assert done.stderr.strip() == "kernel-index needs the typer package: pip install 'kernel-index[cli]'"
     assert done.returncode == 1
 
 

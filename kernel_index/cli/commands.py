@@ -71,8 +71,18 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"kernel-index {kernel_index.__version__}\n")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Kernels for language models: what each promises, what this machine can run, and a model that uses them."""
 
 
@@ -246,9 +256,26 @@ def _facts() -> dict[str, Any]:
         "ROCm": torch.version.hip or "PyTorch is built without it",
         "devices": _devices(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "cache": f"{folder} ({'in use' if folder.is_dir() else 'empty'})" if folder.name else "PyTorch's own",
+        "cache": f"{folder} ({'in use' if _holds_something(folder) else 'empty'})" if folder.name else "PyTorch's own",
         "variables": {n: v for n, v in sorted(os.environ.items()) if v and n.startswith(VARIABLES)},
+        "not read": _unread_variables(),
     }
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _unread_variables() -> dict[str, str]:
+    """Variables with our prefix that nothing reads, each with the nearest one that is read."""
+    ops = sorted({name for e in ENTRIES for names in e.tables() for name in names})
+    known = ["KERNEL_INDEX_STRICT", "KERNEL_INDEX_BACKEND", *(f"KERNEL_INDEX_BACKEND_{op.upper()}" for op in ops)]
+    found = {}
+    for name in sorted(os.environ):
+        if name.startswith("KERNEL_INDEX_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            found[name] = f"did you mean {near[0]}?" if near else "there is no such variable"
+    return found
 
 
 def _devices() -> dict[str, str]:

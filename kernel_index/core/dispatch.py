@@ -231,6 +231,11 @@ class Choice:
         with contextlib.nullcontext() if like is None else without_autocast(like):
             return self.backend.run(*args)
 
+    def _run_named(self, *args: Any) -> Any:
+        """Under a name in the profiler's trace, where a native kernel would not be seen at all."""
+        with torch.profiler.record_function(f"ki.{self.op}[{self.backend.name}]"):
+            return self.run_inside(*args)
+
     def with_details(self, **details: Any) -> "Choice":
         """The same decision with more telemetry."""
         return replace(self, details=(*self.details, *details.items()))
@@ -242,7 +247,7 @@ class Choice:
             _write(*decision)  # after it: a launch that cannot be traced is not said to have run
             return out
         try:
-            out = self.run_inside(*args)
+            out = (self._run_named if torch.autograd._profiler_enabled() else self.run_inside)(*args)
         except BaseException as error:  # re-raised: a failed launch is the caller's to see, and the receipt's to tell
             _write(*decision, error=None if _ends_a_recomputation(error) else f"{type(error).__name__}: {error}")
             raise

@@ -11,9 +11,10 @@ import inspect
 import logging
 import os
 import sys
+import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -122,10 +123,8 @@ class Region:
             raise RuntimeError(f"torch.compile is switched off: it left {self.function.__name__} uncompiled")
 
         def first_call(*args: Any) -> Any:
-            announce(self.function.__name__)
-            start = time.perf_counter()
-            out = mark_and_run(*args)
-            logger.info("compiled %s in %.1f s", self.function.__name__, time.perf_counter() - start)
+            with building(self.function.__name__):
+                out = mark_and_run(*args)
             self.variants[key] = mark_and_run  # only now: after a failure or an interrupt the next call compiles again
             return out
 
@@ -170,13 +169,34 @@ def _marked(value: Any, dynamic: tuple[int, ...]) -> Any:
     return fresh
 
 
-_announced = False
+PATIENCE = 4.0
+"""Seconds after which a wait for the compiler is explained: more than what is found in the cache takes."""
+
+_explained = False
 
 
-def announce(name: str) -> None:
-    """Log a warning before the compiler starts for the first time: that is the one long wait of the library."""
-    global _announced
-    if not _announced:
-        _announced = True
+@contextlib.contextmanager
+def building(name: str) -> Iterator[None]:
+    """Around a build: how long it took is information; the first that keeps its caller waiting is a warning.
+
+    So the warning is seen where something is really built, once, and by the first process of several.
+    """
+    start = time.perf_counter()
+    waiting = threading.Timer(PATIENCE, _explain, (name,))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
+    logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
+
+
+def _explain(name: str) -> None:
+    global _explained
+    if not _explained and os.environ.get("RANK", "0") == "0":
+        _explained = True
         where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "PyTorch's cache folder")
-        logger.warning("starting Inductor to compile %s for this CPU: about 15 s, or 2 s if cached in %s", name, where)
+        logger.warning(
+            "compiling %s and its like for this CPU, about 15 s; the next process finds it in %s", name, where
+        )

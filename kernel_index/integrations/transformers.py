@@ -72,10 +72,15 @@ class Report:
         calls: dict[tuple[str, str], int] = {}
         for (module, why), count in self.calls_left.items():
             calls[_pattern(module), why] = calls.get((_pattern(module), why), 0) + count
-        return "\n".join(
-            [f"{k}: {m}{f' ({n})' if n > 1 else ''}: {said}" for (k, m, said), n in lines.items()]
-            + [f"attention: {m}: {n} calls went to the model's own: {why}" for (m, why), n in calls.items()]
-        )
+        said = [f"{k}: {m}{f' ({n})' if n > 1 else ''}: {said}" for (k, m, said), n in lines.items()]
+        said += [f"attention: {m}: {n} calls went to the model's own: {why}" for (m, why), n in calls.items()]
+        since = vars(self._model).get("forward") if self._model is not None else None
+        if since is not None and any(c.kind == "loss" and c.replaced for c in self.changes):
+            home = getattr(getattr(since, "__func__", since), "__globals__", {}).get("__name__", type(since).__name__)
+            said.append(
+                f"loss: the model: its forward was replaced since by {home}, which may compute a loss of its own"
+            )
+        return "\n".join(said)
 
     def __repr__(self) -> str:
         return f"<Report: {len(self.replaced)} modules replaced, {len(self.left)} left>\n{self}"
@@ -96,27 +101,29 @@ def apply(
 ) -> Report:
     """Replace modules of a Transformers model by kernels of the index: the same numbers, in less time and memory.
 
-    Changes this instance alone, through its parameters and public hooks.  A module is recognised by its values on a few
-    inputs, not by its name; one that is not recognised is left as it is.  The report names for every module the
-    function that replaced it, or the reason why none did.
+    Changes this instance alone.  A module is recognised by its values on a few inputs, called as the model calls it,
+    not by its name; one that is not recognised is left as it is.  The report names for every module the function that
+    replaced it, or the reason why none did.
 
-    - ``norms``: RMS norms, with weights around one or around zero, by ``ki.fused_residual_add_rms_norm``.
+    - ``norms``: RMS norms, with weights around one or around zero, by ``ki.fused_residual_add_rms_norm``; norms of
+      heads before a rotation together with it.
     - ``rope``: the rotary function that attention layers call, by ``ki.fused_rope_qk``.
     - ``loss``: the output layer and the causal loss, by ``ki.fused_linear_cross_entropy``.  While a call has labels,
       ``output.logits`` is computed only when something reads it, which must be before the weights change.
-    - ``experts``: squared ReLU, by ``ki.fused_relu_squared``.
+    - ``experts``: gated feed-forward layers (SwiGLU, GeGLU), by ``ki.fused_gated_activation``, and squared ReLU, by
+      ``ki.fused_relu_squared``.
     - ``attention``: by ``ki.attention`` through ``AttentionInterface``; documents, padding and windows become a
-      ``ki.MaskContract``.  A mask that it cannot express goes to PyTorch's attention, as a dense mask.  A
-      padding position attends to nothing: its output, and a loss computed from it, differ.
+      ``ki.MaskContract``.  Every other call goes, with all its arguments and its mask, to the attention that the model
+      had: a mask that no contract expresses, arguments that are not known, a static cache.  The report counts them.
 
-    Inside ``torch.compile`` norms, rotation and activations are traced as usual; the loss is Transformers' own, and
-    attention is PyTorch's with a dense mask.
+    Inside ``torch.compile`` norms, rotation and activations are traced as usual; loss and masked attention are the
+    model's own.
 
     Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` are not affected, and a
-    deep copy of the model has them too.
+    copy or a pickle of the model has them too.  The model gets a configuration of its own if it shared one.
 
     Args:
-        model: a ``transformers.PreTrainedModel``, not patched yet.
+        model: a ``transformers.PreTrainedModel``, not patched yet, or a PEFT model around one.
         norms, rope, loss, experts, attention: whether modules of that kind are replaced.
 
     Returns:
@@ -138,8 +145,8 @@ def apply(
     norms: model.layers.*.post_attention_layernorm: fused_residual_add_rms_norm
     norms: model.norm: fused_residual_add_rms_norm
     rope: model.layers.*.self_attn: fused_rope_qk
-    loss: the model: fused_linear_cross_entropy
-    experts: model.layers.*.mlp.act_fn: left: the index has no kernel for SiLUActivation
+    loss: the model: fused_linear_cross_entropy, in calls with labels
+    experts: model.layers.*.mlp: fused_gated_activation
     attention: model.layers.*.self_attn: attention
     >>> report.undo()
     """
@@ -158,13 +165,17 @@ def apply(
             raise ValueError("model must be one that is not patched, got one with a report: undo() that first")
         vars(model)[MARK] = True
     undo: list[Callable[[], None]] = []
+    report = None
     try:
         plans = [plan for kind in KINDS if wanted[kind] for plan in PLANNERS[kind](model, wanted)]
-        undo += [plan.do() for plan in plans if plan.do is not None]
-    except BaseException:
-        Report(model, (), undo).undo()
-        raise
-    return Report(model, (p.change for p in plans), undo)
+        for plan in plans:
+            if plan.do is not None:
+                undo.append(plan.do())
+        report = Report(model, (p.change for p in plans), undo)
+    finally:
+        if report is None:
+            Report(model, (), undo).undo()
+    return report
 
 
 def _norms(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 import kernel_index as ki
 from kernel_index.lm.checkpoint import CheckpointError
@@ -23,7 +23,7 @@ from kernel_index.lm.data import DataError
 from kernel_index.lm.distributed import processes
 from kernel_index.lm.generate import generate, load_model
 from kernel_index.lm.model import LanguageModel, active_parameters, flops_per_token
-from kernel_index.lm.report import LN2, against_baseline, receipt_rows, write_report
+from kernel_index.lm.report import LN2, against_baseline, receipt_rows, with_notes, write_report
 from kernel_index.lm.train import (
     RunConfig,
     StepReport,
@@ -127,7 +127,7 @@ def generate_command(
 
 def presets_command() -> None:
     """The presets of `train --preset`: blocks, parameters, and the FLOPs of a training step."""
-    table = Table("preset", "blocks", "parameters", "for one token", "MFLOP a token", "GFLOP a step", "trains in, on")
+    columns = []
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             model = LanguageModel(preset.model)
@@ -135,20 +135,26 @@ def presets_command() -> None:
         tokens = preset.batch_rows * preset.accumulate * preset.model.context
         sizes = (f"{model.parameter_count():,}", f"{active_parameters(model):,}")
         work = (f"{flops / 1e6:,.1f}", f"{flops * tokens / 1e9:,.1f}")
-        table.add_row(name, preset.model.pattern, *sizes, *work, f"{preset.dtype}, {preset.about}")
+        columns.append((name, preset.model.pattern, *sizes, *work, preset.dtype, preset.about))
+    facts = ("preset", "blocks", "parameters", "of a token", "MFLOP a token", "GFLOP a step", "trains in", "trains on")
+    rows = list(zip(facts, *columns, strict=True))  # a column for each preset: 80 characters hold them
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
+    for row in rows[1:]:
+        table.add_row(*row)
     console.print(table)
 
 
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
-    """Print an expected error as one line and exit with status 1, without a traceback."""
+    """Print an expected error as one line, without a traceback; exit with 2 for wrong use and with 1 for the rest."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(
         console=errors, show_time=False, show_level=False, show_path=False)])  # fmt: skip
     try:
         yield
     except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
         errors.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from error
+        wrong_use = isinstance(error, ValueError) and not isinstance(error, CheckpointError)
+        raise typer.Exit(2 if wrong_use else 1) from error
 
 
 def _fresh_folder(name: str) -> Path:
@@ -264,9 +270,12 @@ def _conclude(trainer: Trainer, finished: bool) -> None:
             sample = prompt + "".join(generate(trainer.model, prompt, SAMPLE_TOKENS))
         trainer.receipts += log.counts()
     table = Table("op", "backend", "calls", "why not an earlier backend", title="Which kernels ran")
-    for row in receipt_rows(trainer.receipts):
+    rows, notes = with_notes(receipt_rows(trainer.receipts))
+    for row in rows:
         table.add_row(row.op, row.backend, f"{row.count:,}", row.reason)
     console.print(table)
+    for number, note in enumerate(notes, 1):
+        console.print(f"({number}) {note}", markup=False, highlight=False)
     console.print(f"{str(trainer.goodput).capitalize()}.", highlight=False)
     if finished:
         console.print("[bold]Generated:[/]")

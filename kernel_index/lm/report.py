@@ -17,6 +17,9 @@ from kernel_index.lm.train import StepReport, Trainer
 LN2 = 0.6931471805599453
 
 
+FIRST = "first choice"
+
+
 class ReceiptRow(NamedTuple):
     """One line of the receipts table."""
 
@@ -40,8 +43,21 @@ def receipt_rows(receipts: Counter[ki.Receipt]) -> list[ReceiptRow]:
             reasons.insert(0, f"forced by {receipt.forced_by}")
         if receipt.error:
             reasons.append(f"{receipt.tried} failed: {receipt.error}")
-        merged[receipt.op, receipt.ran or "nothing", "; ".join(reasons) or "first choice"] += count
+        merged[receipt.op, receipt.ran or "nothing", "; ".join(reasons) or FIRST] += count
     return [ReceiptRow(op, ran, count, reason) for (op, ran, reason), count in sorted(merged.items())]
+
+
+REPEATED = 3
+"""A reason that so many rows share is a note below the table."""
+
+
+def with_notes(rows: list[ReceiptRow]) -> tuple[list[ReceiptRow], list[str]]:
+    """The rows with numbers for the reasons that many of them share, and these reasons in the order of the numbers."""
+    counts = Counter(reason for row in rows for reason in row.reason.split("; "))
+    notes = [reason for reason, count in counts.items() if count >= REPEATED and reason != FIRST]
+    numbers = {reason: f"({n})" for n, reason in enumerate(notes, 1)}
+    short = [row._replace(reason=" ".join(numbers.get(r, f"{r};") for r in row.reason.split("; "))) for row in rows]
+    return [row._replace(reason=row.reason.removesuffix(";")) for row in short], notes
 
 
 def _phases(receipt: ki.Receipt) -> Iterator[tuple[str, str, str]]:
@@ -81,6 +97,7 @@ def against_baseline(bits: float, unigram: float) -> str:
 
 def write_report(trainer: Trainer, metrics: list[StepReport], sample: str) -> Path:
     """Write ``report.html`` into the run folder: one file that loads nothing from elsewhere."""
+    rows, notes = with_notes(receipt_rows(trainer.receipts))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -93,7 +110,8 @@ def write_report(trainer: Trainer, metrics: list[StepReport], sample: str) -> Pa
         against_baseline=against_baseline,
         unigram=trainer.unigram,
         curve=loss_curve(metrics, trainer.unigram),
-        receipts=receipt_rows(trainer.receipts),
+        receipts=rows,
+        notes=notes,
         sample=sample,
         facts=machine_facts(),
     )

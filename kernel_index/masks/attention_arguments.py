@@ -35,11 +35,25 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, soft
     if not isinstance(mask, MaskContract):
         raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
     sizes_of(q, k, mask)
+    _check_layout(q, k, mask)
     check_scoring(scale, softcap)
     if sink is not None:
         checks.is_floating("sink", sink)
         checks.has_shape("sink", sink, (heads,), "one logit for each query head, [H]")
         checks.on_device("sink", sink, q, "q")
+
+
+def _check_layout(q: Tensor, k: Tensor, mask: MaskContract) -> None:
+    """Refuse T > S under the default mask, where the first T − S queries would see nothing.
+
+    It is what tensors in the layout of PyTorch's ``scaled_dot_product_attention`` look like, which would give zeros.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    if mask is EVERYTHING_BEFORE and queries > keys > 0:
+        raise ValueError(
+            f"k must have at least q's {queries} tokens under the default mask, got {keys}: "
+            "the layout is [B, T, H, D], not SDPA's [B, H, T, D]; give a mask where T > S is meant"
+        )
 
 
 def check_scoring(scale: Any, softcap: Any) -> None:

@@ -10,7 +10,14 @@ from torch import Tensor
 SHAPES: dict[str, dict[str, str]] = {
     "fused_residual_add_rms_norm": {"residual": "... C", "delta": "... C", "weight": "C"},
     "fused_bias_dropout_add": {"x": "... C", "residual": "... C", "bias": "C"},
-    "fused_rope_qk": {"q": "B T H D", "k": "B T K D", "cos": "B|1 T 1 R", "sin": "B|1 T 1 R"},
+    "fused_rope_qk": {
+        "q": "B T H D",
+        "k": "B T K D",
+        "cos": "B|1 T 1 R",
+        "sin": "B|1 T 1 R",
+        "q_weight": "D",
+        "k_weight": "D",
+    },
     "fused_gated_activation": {"gate": "...", "up": "..."},
     "fused_linear_cross_entropy": {"hidden": "... C", "weight": "V C", "targets": "...", "bias": "V"},
     "token_log_probs": {"hidden": "... C", "weight": "V C", "targets": "...", "bias": "V"},

@@ -17,7 +17,8 @@ from tests.integrations.models import batch_of, model_of, results_of, truth_of
 NAMES = ("llama", "qwen3", "gemma", "gemma2", "mixtral", "qwen3_moe", "deepseek_v3", "nemotron", "granite")
 EXPECTED = {  # what must be replaced somewhere in each model; everything else is left
     "nemotron": {"rope", "loss", "experts", "attention"},  # its norms are layer norms
-    None: {"norms", "rope", "loss", "attention"},
+    "mixtral": {"norms", "rope", "loss", "attention"},  # all its feed-forward layers are stacked experts
+    None: {"norms", "rope", "loss", "experts", "attention"},
 }
 
 
@@ -122,7 +123,8 @@ def test_trainer_takes_the_same_steps(tmp_path):
 def test_undo_restores_everything():
     model, batch = model_of("deepseek_v3"), batch_of("packed")
     state = {n: set(vars(m)) for n, m in model.named_modules()}
-    implementation = model.config._attn_implementation
+    config, implementation = model.config, model.config._attn_implementation
+    classes = {n: type(m) for n, m in model.named_modules()}
     before = results_of(model, batch)
     report = ki.transformers.apply(model)
     with pytest.raises(ValueError, match="not patched"):
@@ -130,7 +132,9 @@ def test_undo_restores_everything():
     report.undo()
     report.undo()
     assert {n: set(vars(m)) for n, m in model.named_modules()} == state
+    assert model.config is config
     assert model.config._attn_implementation == implementation
+    assert {n: type(m) for n, m in model.named_modules()} == classes
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
     with ki.receipts() as log:

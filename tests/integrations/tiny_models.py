@@ -5,7 +5,6 @@ configuration needs more than that has a line in ``MORE``.
 """
 
 import dataclasses
-import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from kernel_index.integrations.hugging_face.change import RAISED
 
 V = 89
 MOST_PARAMETERS = 3_000_000
@@ -28,7 +30,9 @@ def _all(value: Any, names: str) -> dict[str, Any]:
 
 
 SMALL = {
-    **_all(V, "vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size vocab_size_per_layer_input entity_vocab_size"),
+    **_all(
+        V, "vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size vocab_size_per_layer_input entity_vocab_size"
+    ),
     **_all(32, "hidden_size d_model n_embd embedding_size emb_dim dim d_embed embed_dim d_latents linear_key_dim"),
     **_all(32, "hidden_size_per_layer_input entity_emb_size backbone_hidden_size dim_model_base true_hidden_size"),
     **_all(48, "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim d_ff dim_ff dff hidden_dim d_inner n_inner"),
@@ -73,12 +77,13 @@ LATENT = {"num_key_value_heads": 4}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 SHARED_NOT = {"num_kv_shared_layers": 0}
 MORE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), LATENT),
-    **dict.fromkeys(("longcat_flash", "minicpm3", "youtu", "dots3_note_text", "esmc"), LATENT),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "kimi_linear"), HYBRID),
+    **dict.fromkeys(
+        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), LATENT
+    ),
+    **dict.fromkeys(("minicpm3", "youtu", "dots3_note_text", "esmc"), LATENT),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), HYBRID),
     **dict.fromkeys(("bailing_hybrid",), HYBRID | LATENT),
     **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), SHARED_NOT),
-    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), SHARED_NOT | {"hidden_size_per_layer_input": 0}),
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -88,16 +93,26 @@ MORE: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 6},
-    "xlstm": {"head_dim": 8, "qk_dim_factor": 1.0},
+    "xlstm": {"head_dim": 8, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
     "led": {"attention_window": [6, 6]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "is_decoder": True},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "neomme": {"head_dim": 16},
-    "roc_bert": {"pronunciation_vocab_size": V, "shape_vocab_size": V, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "longcat_flash": LATENT | {"head_dim": 4},
+    "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "kimi_linear": HYBRID | LATENT,
+    "cohere_compass_text": {"layer_types": ["full_attention", "full_attention"]},
+    "gemma4_assistant": {"text_config": SHARED_NOT | {"hidden_size_per_layer_input": 0}},
+    "gemma4_unified_assistant": {"text_config": SHARED_NOT | {"hidden_size_per_layer_input": 0}},
+    "roc_bert": {
+        "pronunciation_vocab_size": V,
+        "shape_vocab_size": V,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
 }
 """What a type needs beside ``SMALL``: sizes that depend on each other, and one layer of each kind in a hybrid."""
 TRAINED_ALONE = ("forced_bos_token_id", "forced_eos_token_id", "sep_token_id", "mask_token_id", "cls_token_id")
@@ -131,21 +146,26 @@ def config_of(known: Known) -> Any:
 
     cls = CONFIG_MAPPING[known.model_type]
     with quiet():
-        return _config(cls, known.model_type)
+        return _config(cls, MORE.get(known.model_type, {}))
 
 
-def _config(cls: Any, model_type: str) -> Any:
+def _config(cls: Any, more: dict[str, Any]) -> Any:
     if not dataclasses.is_dataclass(cls):
         raise CannotBeBuilt("its configuration is no dataclass")
     fields = {f.name for f in dataclasses.fields(cls)}
     given = {n: v for n, v in (SMALL | OFF).items() if n in fields}
     for name, part in (cls.sub_configs or {}).items():
         if dataclasses.is_dataclass(part) and name in fields:
-            given[name] = _config(part, part.model_type)
+            given[name] = _config(part, {**MORE.get(part.model_type, {}), **more.get(name, {})})
     for name in TRAINED_ALONE:
         if name in fields and isinstance(getattr(cls, name, None), int):
             given[name] = 2
-    return cls(**{**given, **MORE.get(model_type, {})})
+    return cls(**{**given, **_own(more)})
+
+
+def _own(more: dict[str, Any]) -> dict[str, Any]:
+    """What belongs to a configuration itself and not to a part of it."""
+    return {n: v for n, v in more.items() if not isinstance(v, dict)}
 
 
 def class_of(known: Known) -> Any:
@@ -157,14 +177,17 @@ def class_of(known: Known) -> Any:
 
 def model_of(known: Known, seed: int = 0) -> Any:
     """The model with random weights of which none is all one or zero: these would hide a wrong convention."""
-    cls, config = class_of(known), config_of(known)
-    with quiet():
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in cls(config_of(known)).parameters())
-        if parameters > MOST_PARAMETERS:
-            raise CannotBeBuilt(f"has {parameters:,} parameters")
-        torch.manual_seed(seed)
-        model = cls(config).eval()
+    try:
+        with quiet():
+            model = _built(known, seed)
+    except CannotBeBuilt:
+        raise
+    except (
+        StrictDataclassError,
+        *RAISED,
+    ) as error:  # a registered type may need another package, or sizes that depend on each other
+        line = str(error).strip().split("\n")[0][:160]
+        raise CannotBeBuilt(f"{type(error).__name__}: {line}") from error
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -172,6 +195,16 @@ def model_of(known: Known, seed: int = 0) -> Any:
             elif parameter.is_floating_point():
                 parameter.mul_(3)
     return model
+
+
+def _built(known: Known, seed: int) -> Any:
+    cls, config = class_of(known), config_of(known)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in cls(config_of(known)).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise CannotBeBuilt(f"has {parameters:,} parameters")
+    torch.manual_seed(seed)
+    return cls(config).eval()
 
 
 @contextmanager

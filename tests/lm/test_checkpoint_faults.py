@@ -84,6 +84,48 @@ def test_a_disk_that_is_full_at_any_moment(tmp_path, monkeypatch, call, step):
     assert number_of(ckpt.read(tmp_path)) == step
 
 
+@pytest.mark.parametrize("step", [2, 101], ids=["the next step", "the same step again"])
+def test_a_power_failure_finds_what_was_promised(tmp_path, monkeypatch, step):
+    """Each file is on the disk before the folder that names it, the draft before it gets its final name, and the new
+    name before the old checkpoint is dropped.
+    """
+    ckpt.write(tmp_path, tensors(1))
+    events = []
+    sync, rename, drop = ckpt.os.fsync, ckpt.os.rename, ckpt._drop
+
+    def synced(handle):
+        status = ckpt.os.fstat(handle)
+        found = [p for p in (tmp_path, *tmp_path.rglob("*")) if ckpt.os.path.samestat(p.stat(), status)]
+        events.append(("on the disk", found[0].relative_to(tmp_path).as_posix()))
+        sync(handle)
+
+    def renamed(old, new):
+        events.append(("renamed to", new.name))
+        rename(old, new)
+
+    def dropped(folder):
+        if folder.exists():
+            events.append(("dropped", folder.name))
+        drop(folder)
+
+    monkeypatch.setattr(ckpt.os, "fsync", synced)
+    monkeypatch.setattr(ckpt.os, "rename", renamed)
+    monkeypatch.setattr(ckpt, "_drop", dropped)
+    final = ckpt.write(tmp_path, tensors(step)).name
+    draft = f".{final}.draft"
+    files = ("model.safetensors", "optimizer.safetensors", "state.json")
+    kept = [("renamed to", f"{final}.before")] if step == 101 else []
+    old = [("dropped", f"{final}.before")] if step == 101 else []
+    assert events == [
+        *(("on the disk", f"{draft}/{name}") for name in files),
+        ("on the disk", draft),
+        *kept,
+        ("renamed to", final),
+        ("on the disk", "."),
+        *old,
+    ]
+
+
 # Hostile files
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from kernel_index.core.force import reload_environment
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import commands
 from kernel_index.lm.generate import generate, load_model
-from kernel_index.lm.report import against_baseline, receipt_rows
+from kernel_index.lm.report import ReceiptRow, against_baseline, receipt_rows, with_notes
 from kernel_index.lm.train import RunConfig, Trainer, TrainingError, read_metrics
 from tests.lm.runs import config, losses
 
@@ -227,7 +228,7 @@ def test_full_disk_stops_clearly_and_keeps_the_last_checkpoint(corpus, tmp_path)
 )
 def test_bad_options_get_one_clear_line(tmp_path, args, message):
     result = cli(*args, cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == (1 if "/nowhere/at/all" in args and "--data" not in args else 2)
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
@@ -235,7 +236,7 @@ def test_bad_options_get_one_clear_line(tmp_path, args, message):
 
 def test_resume_refuses_another_seed(finished):
     result = cli("train", "--resume", "--out", finished.folder, "--seed", 9)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "--seed must stay 3" in " ".join(result.stderr.split())
 
 
@@ -261,9 +262,10 @@ def test_presets_are_listed_with_parameters_and_flops(monkeypatch, capsys):
     monkeypatch.setattr(commands, "console", Console(width=200))
     commands.presets_command()
     printed = capsys.readouterr().out
-    for name, parameters in (("tiny", "3,554,776"), ("small", "63,289,952"), ("base", "635,960,128")):
-        (line,) = (x for x in printed.splitlines() if f" {name} " in x)
-        assert parameters in line
+    rows = [[cell.strip() for cell in re.split("[┃│]", line)] for line in printed.splitlines()]
+    names, parameters = (next(row for row in rows if fact in row) for fact in ("preset", "parameters"))
+    for name, expected in (("tiny", "3,554,776"), ("small", "63,289,952"), ("base", "635,960,128")):
+        assert parameters[names.index(name)] == expected
     assert "MFLOP" in printed
 
 
@@ -303,5 +305,16 @@ def test_a_loss_above_the_baseline_is_not_said_to_be_below_it():
 
 def test_generate_prints_nothing_before_an_error(finished):
     failed = cli("generate", "--checkpoint", finished.folder, "--prompt", "abc", "--top-p", 2)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stdout == ""
+
+
+def test_a_reason_of_many_rows_is_written_once():
+    rows = [ReceiptRow(op, "cpu", 1, "triton: needs a GPU; native: too small") for op in "abc"]
+    rows += [ReceiptRow("d", "cpu", 1, "triton: needs a GPU"), ReceiptRow("e", "native", 1, "first choice")]
+    rows[0] = rows[0]._replace(reason="triton: needs a GPU; native: no C++ compiler; flex: no GPU")
+    short, notes = with_notes(rows)
+    assert notes == ["triton: needs a GPU"]
+    assert [r.reason for r in short] == [
+        "(1) native: no C++ compiler; flex: no GPU", *["(1) native: too small"] * 2, "(1)", "first choice",
+    ]  # fmt: skip

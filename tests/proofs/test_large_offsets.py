@@ -162,6 +162,25 @@ def test_rope(late):
     holds(seen, cos, token * 64, token * 64 + 63)
 
 
+def test_rope_after_a_norm(late):
+    q, k, q_out, k_out, gq, gk = tensors(6)
+    cos, sin, weight, parts = tensors(4, torch.float32)
+    heads, size = 32, 128
+    token = 3 * 2**31 // (heads * size) - 1
+    sizes = (token + 1, heads, 8, size, size // 2, size // 2, 1e-6, 0.0)
+    flags = {"BATCHED": True, "STEP": 1, "NORM_Q": True, "NORM_K": True, "Q_HEADS": 8, "K_HEADS": 8, "PAIRS": 64}
+    tables = (cos, sin, weight, weight)
+    forward = late(rope._norm_rope_kernel, token, q, k, *tables, q_out, k_out, *sizes, **flags, REST=1)
+    backward = late(
+        rope._norm_rope_backward_kernel, token // 4, gq, gk, q, k, *tables, q_out, k_out, parts, parts,
+        token + 1, 4, *sizes, **flags, HAS_Q=True, HAS_K=True, REST=1,
+    )  # fmt: skip
+    for seen, first, of in ((forward, token, (q, q_out)), (backward, token // 4 * 4, (gq, q, q_out))):
+        for tensor in of:
+            holds(seen, tensor, first * heads * size, (token + 1) * heads * size - 1)
+        holds(seen, cos, first * 64, token * 64 + 63)
+
+
 def test_loss(late):
     (z,) = tensors(1)
     losses, row_max, log_sum, missing, rows = tensors(5, torch.float32)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core.inductor import MIN_ELEMENTS, announce
+from kernel_index.core.inductor import MIN_ELEMENTS, building
 from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOAT32, PLAIN, opaque_why_not
 from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
 
@@ -82,12 +82,12 @@ _has_vectors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see
 @functools.cache
 def library(source: Path) -> ctypes.CDLL:
     """The headers and a source, compiled for this machine and loaded."""
-    announce(source.name)
     from torch._inductor.codecache import CppCodeCache
 
     headers = (Path(__file__).with_name(name) for name in HEADERS)
     code = "".join(path.read_text() for path in (*headers, source))
-    return CppCodeCache.load(code, extra_flags=("-w",))  # the warnings are those of PyTorch's headers
+    with building(source.name):
+        return CppCodeCache.load(code, extra_flags=("-w",))  # the warnings are those of PyTorch's headers
 
 
 def call(source: Path, function: str, sizes: tuple[int, ...], numbers: tuple[float, ...], *tensors: Tensor) -> None:

@@ -104,8 +104,8 @@ struct ScoreGrad {
 };
 
 // dz = p · (dp − delta) · slope, where dp = d_out·v, delta = Σ d_out · out − d_lse, and slope is d score / d z.
-// `masked` sets weights to 0.  p comes from row_max and inv_row_sum, since lse loses digits: at 50 its rounding error
-// is 2⁻¹⁹, and so would be that of every weight.
+// `masked` sets both to 0: where p is 0, dp may be infinite.  p comes from row_max and inv_row_sum, since lse loses
+// digits: at 50 its rounding error is 2⁻¹⁹, and so would be that of every weight.
 template <typename T, typename Mask>
 INLINE ScoreGrad score_grad(Scoring scoring, Vec z, Vec dp, Vec row_max, Vec inv_row_sum, Vec delta, Mask masked) {
   Vec above = at::vec::fmsub(z, Vec(scoring.scale), row_max), slope(scoring.scale);
@@ -115,7 +115,7 @@ INLINE ScoreGrad score_grad(Scoring scoring, Vec z, Vec dp, Vec row_max, Vec inv
     slope = slope * (Vec(1.f) - t * t);
   }
   const Vec p = masked(exponential(above, T()) * inv_row_sum);
-  return {p, p * (dp - delta) * slope};
+  return {p, masked(p * (dp - delta) * slope)};
 }
 
 }  // namespace

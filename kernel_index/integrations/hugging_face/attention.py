@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index.integrations.hugging_face.change import Change, Plan, agree, draw
+from kernel_index.integrations.hugging_face.change import RAISED, Change, Plan, agree, draw
 from kernel_index.integrations.hugging_face.implementation import NAME, Implementation, own_implementation
 from kernel_index.integrations.hugging_face.lazy import Lazy
 from kernel_index.integrations.hugging_face.masks import DENSE, LazyMask, contract_for
@@ -34,7 +34,9 @@ def plan(model: Any, named: list[tuple[str, nn.Module]]) -> list[Plan]:
     reasons = {name: whole or why_not_layer(module) for name, module in named}
     foreign = {own_implementation_of(m) for n, m in named if reasons[n] is None} - set(DENSE)
     if foreign and any(reasons.values()):  # a layer that is left would not understand our masks
-        reasons = {n: r or f"other layers are left, and {foreign.pop()} takes no dense mask" for n, r in reasons.items()}
+        reasons = {
+            n: r or f"other layers are left, and {foreign.pop()} takes no dense mask" for n, r in reasons.items()
+        }
     left = [module for name, module in named if reasons[name] is not None]
     plans, do = [], lambda: _replace(model, left)
     for name, _ in named:
@@ -83,7 +85,7 @@ def _reads_the_setting(module: nn.Module) -> bool:
     return False
 
 
-def own_implementation_of(module: nn.Module) -> str:
+def own_implementation_of(module: Any) -> str:
     setting = module.config._attn_implementation
     return getattr(setting, "own", setting) if setting != NAME else own_implementation(module.config)
 
@@ -156,10 +158,15 @@ class _Copies:
 
 
 BENIGN = frozenset(
-    """position_ids cache_position use_cache output_hidden_states output_router_logits return_dict logits_to_keep
-    num_items_in_batch past_key_values""".split()
+    {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits", "return_dict"}
+    | {"logits_to_keep", "num_items_in_batch", "past_key_values", "seq_idx"}
 )
 """Arguments that Transformers hands down to every attention, and that no attention computes with."""
+
+OF_FLASH = frozenset(
+    {"sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic"}
+)
+"""Arguments that flash attention alone reads: eager and PyTorch's attention find the same in their mask."""
 
 
 def attention_forward(
@@ -207,7 +214,7 @@ def why_not_call(
     own = own_implementation(module.config)
     known = {"dropout", "scaling", "is_causal", "softcap", "s_aux"} | BENIGN
     if own in DENSE:  # they do not read these
-        known |= {"sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+        known |= OF_FLASH
     unknown = sorted(n for n, v in given.items() if n not in known and (n, v) != ("output_attentions", False))
     if unknown:
         return f"is called with {', '.join(unknown)}"
@@ -259,14 +266,17 @@ def _try(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: di
     try:
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             actual, _ = eager(module, q, k, v, additive, **arguments)
+            wide_q, wide_k, wide_v = (x.transpose(1, 2).double() for x in (q, k, v))
             expected = ki.attention(
-                *(x.transpose(1, 2).double() for x in (q, k, v)),
+                wide_q,
+                wide_k,
+                wide_v,
                 scale=given.get("scaling"),
                 softcap=given.get("softcap") or 0.0,
                 sink=given.get("s_aux"),
                 backend="reference",
             )
-    except Exception as error:  # code of other people
+    except RAISED as error:
         return f"its eager attention could not be tried: {type(error).__name__}"
     return None if agree(actual, expected) else "its eager attention computes something else"
 

@@ -46,14 +46,21 @@ class Plan:
 ALREADY = "its forward has been replaced by something else"
 
 
+RAISED = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError),
+    *(TypeError, ValueError),
+)
+"""What code of other people raises where it is called with something that it was not made for."""
+
+
 def tried(name: str, kind: Kind, planner: Callable[[], Plan]) -> Plan:
     """The plan of ``planner``, or "left" with the reason where a trial raises.
 
-    A trial runs code of other people: it may raise anything, and that must not stop the other plans.
+    A trial runs code of other people: what it raises must not stop the other plans.
     """
     try:
         return planner()
-    except Exception as error:
+    except RAISED as error:
         line = str(error).strip().split("\n")[0][:120]
         return Plan(Change(name, kind, why=f"could not be tried: {type(error).__name__}: {line}"))
 
@@ -96,8 +103,7 @@ def patched_class(base: type, recipe: Recipe) -> type:
 
 
 def _rebuilt(base: type, recipe: Recipe) -> nn.Module:
-    cls = patched_class(base, recipe)
-    return cls.__new__(cls)
+    return object.__new__(patched_class(base, recipe))
 
 
 def replace_forward(module: nn.Module, recipe: Recipe) -> Callable[[], None]:
@@ -124,7 +130,8 @@ def takes_one_tensor(module: nn.Module) -> bool:
 def twin(module: nn.Module, **parameters: Tensor) -> nn.Module:
     """The same module with other parameters, to try its forward without changing it; no weight is copied."""
     other = copy.copy(module)
-    other.__dict__["_parameters"] = {n: nn.Parameter(v, requires_grad=False) for n, v in parameters.items()}
+    ours = {n: nn.Parameter(v, requires_grad=False) for n, v in parameters.items()}
+    other.__dict__["_parameters"] = {**dict.fromkeys(module._parameters), **ours}  # a bias that is None stays None
     return other
 
 

@@ -20,9 +20,9 @@ class Factors(NamedTuple):
 class LazyLogits(Lazy):
     """``hidden · weightᵀ + bias`` and the elementwise steps after it, as a formula.
 
-    Scaling, ``tanh`` and casts are recorded.  Any other operation computes the values first, once, with their gradients;
-    from then on the values are the logits, so what a model writes into them counts.  If the operands have changed since
-    the product was asked for, ``values`` raises ``RuntimeError``: the old logits can no longer be computed.
+    Scaling, ``tanh`` and casts are recorded.  Any other operation computes the values first, once, with their
+    gradients; from then on the values are the logits, so what a model writes into them counts.  If the operands have
+    changed since the product was asked for, ``values`` raises ``RuntimeError``: the old logits can no longer be made.
 
     >>> import torch
     >>> from kernel_index.integrations.hugging_face.logits import LazyLogits
@@ -104,6 +104,8 @@ OVER = frozenset({Tensor.div, Tensor.__truediv__, torch.div, Tensor.true_divide}
 TANH = frozenset({Tensor.tanh, torch.tanh})
 CASTS = frozenset({Tensor.float, Tensor.to})
 STEPS = TIMES | OVER | TANH | CASTS
+
+
 def _is_constant(func: Any, args: tuple[Any, ...]) -> bool:
     if func is Tensor.to:
         return len(args) == 1 and isinstance(args[0], torch.dtype)

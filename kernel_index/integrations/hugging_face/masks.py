@@ -123,14 +123,14 @@ def contract_for(
         config=config,
         **kwargs,
     )
-    readable = not (torch.compiler.is_compiling() or isinstance(q_offset, Tensor) or use_vmap)
-    square = q_offset + q_length == kv_offset + kv_length if readable else False
-    if square or (readable and mask_function is bidirectional_mask_function):
+    readable = not (torch.compiler.is_compiling() or use_vmap)
+    if readable and not isinstance(q_offset, Tensor):
         padding, place = _padding(attention_mask, kv_length, kv_offset), torch.device(device)
         call = Call(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, padding, local_size, place
         )  # fmt: skip
-        found = _recovered(call)
+        aligned = q_offset + q_length == kv_offset + kv_length
+        found = _recovered(call) if aligned or mask_function is bidirectional_mask_function else None
         if found is not None:
             return LazyMask.of(found, request, own)
     return ALL_MASK_ATTENTION_FUNCTIONS[own](**request)
@@ -173,7 +173,7 @@ def _recovered(call: Call) -> ki.MaskContract | None:
 
 
 def _ends(real: Tensor | None) -> tuple[ki.AttentionValidity | None, Tensor | None]:
-    """Where the real keys of each row end, as a validity, and ids that are −1 before they begin; None for no padding."""
+    """Where the real keys of each row end, as a validity, and ids that are −1 before they begin; None where none is."""
     if real is None:
         return None, None
     position = torch.arange(real.shape[1], device=real.device)

@@ -47,8 +47,11 @@ class Gated(NamedTuple):
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """A layer with two or three linear children and an activation."""
-    return len(linear_children(module)) in (2, 3) and activation_of(module) is not None
+    """A layer with two or three linear children, an activation, and no other weights."""
+    linear = linear_children(module)
+    others = [m for n, m in module.named_children() if n not in linear and any(True for _ in m.parameters())]
+    own = any(True for _ in module.parameters(recurse=False))
+    return len(linear) in (2, 3) and activation_of(module) is not None and not others and not own
 
 
 def linear_children(module: nn.Module) -> list[str]:
@@ -74,9 +77,6 @@ def plan(name: str, module: nn.Module) -> Plan:
 def gated_of(module: nn.Module) -> Gated | str:
     """The form of the layer, or the reason why it has none of them."""
     linear = linear_children(module)
-    others = [n for n, m in module.named_children() if n not in linear and any(True for _ in m.parameters())]
-    if others or any(True for _ in module.parameters(recurse=False)):
-        return "has weights beside its linear layers"
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.children()):
         return "has dropout"
     if not takes_one_tensor(module):
@@ -102,7 +102,7 @@ def _kind_of(act: Any) -> GatedKind | None:
 
 def _forms(linear: list[str], kind: GatedKind) -> list[Gated]:
     if len(linear) == 3:
-        return [Gated(*names, kind) for names in itertools.permutations(linear)]
+        return [Gated(gate, up, down, kind) for gate, up, down in itertools.permutations(linear)]
     pairs = itertools.permutations(linear)
     return [Gated(both, "", down, kind, first) for both, down in pairs for first in (True, False)]
 
@@ -147,6 +147,7 @@ def _gate_and_up(layers: Any, form: Gated, x: Tensor) -> tuple[Tensor, Tensor]:
 def forward_of(base: type, form: Gated) -> Callable[..., Tensor]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         gate, up = _gate_and_up(self._modules, form, x)
-        return self._modules[form.down](ki.fused_gated_activation(gate, up, kind=form.kind))
+        down = getattr(self, form.down)
+        return down(ki.fused_gated_activation(gate, up, kind=form.kind))
 
     return forward

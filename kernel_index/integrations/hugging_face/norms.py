@@ -125,6 +125,10 @@ class LazyNorm(Lazy):
         lazy.transposed, lazy.made = not self.transposed, []
         return lazy
 
+    def tokens_first(self) -> Tensor:
+        """What is to be normed, [B, T, H, D] where this is [B, H, T, D]."""
+        return self.input if self.transposed else self.input.transpose(1, 2)
+
     def compute(self) -> Tensor:
         with torch.set_grad_enabled(self.grad_was_on):
             found = normed(self.input, self.weight, self.convention)

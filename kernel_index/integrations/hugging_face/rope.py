@@ -98,11 +98,8 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     """q and k are [B, heads, T, D]; cos and sin [1 or B, T, R], both halves alike."""
     half = cos.shape[-1] // 2
-    norm = _norms_of(q, k)
-    if norm:
-        q, k = (x.input if x.transposed else x.input.transpose(1, 2) for x in (q, k))
-    else:
-        q, k = (x.transpose(1, 2) for x in (q, k))
+    norm = {} if paired else _norms_of(q, k)  # the weights of a norm are in the order of its channels
+    q, k = (x.tokens_first() if norm and isinstance(x, LazyNorm) else x.transpose(1, 2) for x in (q, k))
     if paired:  # the model's function takes neighbouring pairs and returns halves
         q, k = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q, k))
     tables = (t[..., :half].unsqueeze(-2) for t in (cos, sin))

@@ -128,6 +128,18 @@ class AttentionValidity:
             return self
         return AttentionValidity(self.mode, token_prefix, slot_counts, self.base_block_tokens, self.reason)
 
+    def pin_memory(self) -> "AttentionValidity":
+        """The same counts in pinned memory, from which copies to a GPU need not wait; a DataLoader calls it."""
+        token_prefix = None if self.token_prefix is None else self.token_prefix.pin_memory()
+        slot_counts = None if self.slot_counts is None else self.slot_counts.pin_memory()
+        return AttentionValidity(self.mode, token_prefix, slot_counts, self.base_block_tokens, self.reason)
+
+    def __reduce__(self) -> tuple:
+        # A pickle calls the class, so that what a file holds is checked.
+        return AttentionValidity, (
+            self.mode, self.token_prefix, self.slot_counts, self.base_block_tokens, self.reason,
+        )  # fmt: skip
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AttentionValidity):
             return NotImplemented
@@ -139,6 +151,10 @@ class AttentionValidity:
 
     def __hash__(self) -> int:
         return hash((self.mode, self.base_block_tokens, self.batch_size))
+
+
+torch.serialization.add_safe_globals([AttentionValidity])
+"""``torch.load`` takes it from files that are not trusted: it holds tensors and numbers, and checks them."""
 
 
 def same_values(a: Tensor | None, b: Tensor | None) -> bool:

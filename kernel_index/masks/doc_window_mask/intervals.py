@@ -46,11 +46,12 @@ def segments(doc_ids: Tensor) -> tuple[Tensor, Tensor]:
     rows, keys = doc_ids.shape
     doc_ids = doc_ids.to(torch.int64).clamp(min=-1)
     position = torch.arange(keys, device=doc_ids.device)
-    is_new = torch.ones(rows, keys, dtype=torch.bool, device=doc_ids.device)
-    is_new[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    # Nothing is written in place: under vmap the ids may be batched where a new tensor is not.
+    first = torch.ones(rows, min(keys, 1), dtype=torch.bool, device=doc_ids.device)
+    is_new = torch.cat((first, doc_ids[:, 1:] != doc_ids[:, :-1]), 1)
     start = torch.where(is_new, position, 0).cummax(-1).values
-    next_start = torch.full((rows, keys + 1), keys, dtype=torch.int64, device=doc_ids.device)
-    next_start[:, :keys] = torch.where(is_new, position, keys)
+    last = torch.full((rows, 1), keys, device=doc_ids.device)
+    next_start = torch.cat((torch.where(is_new, position, keys), last), 1)
     end = next_start.flip(-1).cummin(-1).values.flip(-1)[:, 1:]
     return start, end
 

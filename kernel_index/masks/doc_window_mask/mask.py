@@ -363,8 +363,15 @@ class MaskContract:
 
     def to(self, device: torch.device | str) -> "MaskContract":
         """The same contract with its tensors on another device."""
-        docs = None if self.doc_ids is None else self.doc_ids.to(device)
-        rows, keys = (None if v is None else v.to(device) for v in (self.validity, self.key_validity))
+        return self._changed(lambda tensors: tensors.to(device))
+
+    def pin_memory(self) -> "MaskContract":
+        """The same contract with its tensors in pinned memory; a DataLoader with ``pin_memory=True`` calls it."""
+        return self._changed(lambda tensors: tensors.pin_memory())
+
+    def _changed(self, change: Callable[[Any], Any]) -> "MaskContract":
+        given = (self.doc_ids, self.validity, self.key_validity)
+        docs, rows, keys = (None if tensors is None else change(tensors) for tensors in given)
         return MaskContract(self.causal, self.window, docs, rows, self.q_offset, keys)
 
     def __eq__(self, other: object) -> bool:
@@ -383,3 +390,7 @@ class MaskContract:
         # Copies and pickles hold the fields, not the kept lowerings.
         fields = (self.causal, self.window, self.doc_ids, self.validity, self.q_offset, self.key_validity)
         return MaskContract, fields
+
+
+torch.serialization.add_safe_globals([MaskContract])
+"""``torch.load`` takes a contract from files that are not trusted: it holds tensors and numbers, and checks them."""

@@ -25,9 +25,9 @@ def exact_mask_key(
     Args:
         contract: a ``MaskContract``, or a mapping with some of the fields ``causal``, ``window``, ``local_window``,
             ``doc_ids``, ``validity``, ``q_offset``, ``key_validity`` (or ``has_doc_ids``, ``has_valid_counts``,
-            ``has_q_offset``, ``has_key_validity`` where only their presence is known), ``valid_token_counts`` and ``valid_slot_counts`` instead of a validity,
-            ``base_block_tokens``, ``block_sizes``, ``dtype`` and ``backend``.  A field that is missing or None is
-            absent; a zero is present.
+            ``has_q_offset``, ``has_key_validity`` where only their presence is known), ``valid_token_counts``
+            and ``valid_slot_counts`` instead of a validity, ``base_block_tokens``, ``block_sizes``, ``dtype`` and
+            ``backend``.  A field that is missing or None is absent; a zero is present.
         local_window: previous tokens that a sparse kernel attends to besides the selected ones; None for none.
         block_sizes: ``(q_block, kv_block)`` of the kernel, or one size for both.
         dtype: torch's, NumPy's or JAX's dtype of the tensors, or its name.

@@ -93,13 +93,15 @@ def run_backward(g: Tensor, q: Tensor, k: Tensor, weights: Tensor, indices: Tens
     d_k = torch.zeros((k.shape[0] * k.shape[1], k.shape[2]), dtype=_wide(k[:0]).dtype, device=k.device)
     for t in _chunks(q, indices) if k.shape[1] else ():
         keys, rows = _fetched(k, indices[:, t])
-        grad = g[:, t].to(keys.dtype).masked_fill(indices[:, t] < 0, 0.0)
+        nothing = indices[:, t] < 0  # what it fetched, and the query of a row that sees nothing, may be NaN
+        keys = keys.masked_fill_(nothing[..., None], 0.0)
+        grad = g[:, t].to(keys.dtype).masked_fill(nothing, 0.0)
         q_BTJD = _wide(q[:, t])
-        z = torch.einsum("btjd,btnd->btjn", q_BTJD, keys)
+        z = torch.einsum("btjd,btnd->btjn", q_BTJD, keys).masked_fill_(nothing[:, :, None], 0.0)
         d_w[:, t] = torch.einsum("btn,btjn->btj", grad, z.relu()).to(d_w.dtype)
         d_z = torch.where(z > 0, grad[:, :, None] * _wide(weights[:, t])[..., None], 0.0)
         d_q[:, t] = torch.einsum("btjn,btnd->btjd", d_z, keys).to(d_q.dtype)
-        d_rows = torch.einsum("btjn,btjd->btnd", d_z, q_BTJD).flatten(0, 2)
+        d_rows = torch.einsum("btjn,btjd->btnd", d_z, q_BTJD).masked_fill_(nothing[..., None], 0.0).flatten(0, 2)
         if d_k.device.type == "cpu":
             d_k.index_add_(0, rows, d_rows)
         else:

@@ -87,6 +87,7 @@ BAD = [
         ValueError,
         "batch_size must be 1, the size of the contract's doc_ids or validity, got 2",
     ),
+    ((K, K[:, :3], K[:, :3]), {}, ValueError, "the layout is [B, T, H, D], not SDPA's [B, H, T, D]; give a mask"),
     ((Q, K, K, ki.MaskContract(doc_ids=packed(5).to("meta"))), {}, ValueError, "doc_ids must be on cpu, got meta"),
 ]
 
@@ -98,6 +99,18 @@ def test_what_is_refused(function, args, keywords, kind, message):
         function(*args, **keywords)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_more_queries_than_keys_need_a_mask():
+    """Given, it means what it says; without keys there is nothing to mistake."""
+    x = torch.ones(2, 5, 2, 8)
+    out = ki.attention(x, x[:, :3], x[:, :3], ki.MaskContract())
+    assert not out[:, :2].any()
+    assert out[:, 2:].any()
+    assert not ki.attention(x, x[:, :0], x[:, :0]).any()
+    same = torch.compile(ki.attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (4, 5):
+        torch.testing.assert_close(same(x[:, :tokens], x, x), ki.attention(x[:, :tokens], x, x))
 
 
 # --- torch.compile -------------------------------------------------------------------------------------------------

@@ -29,6 +29,28 @@ def test_it_is_a_complex_product(backend, interleaved):
         torch.testing.assert_close(y, x * turn, rtol=1e-6, atol=1e-6)
 
 
+def test_it_takes_the_tables_as_they_were_returned():
+    c, tables = call(), ki.rope_tables(torch.arange(6), 8)
+    expected = ki.fused_rope_qk(c["q"], c["k"], *tables)
+    for both in (tables, tuple(tables)):
+        for found, rotated in zip(ki.fused_rope_qk(c["q"], c["k"], both), expected, strict=True):
+            assert torch.equal(found, rotated)
+    with pytest.raises(TypeError, match="sin must be left out where cos holds both tables, got Tensor"):
+        ki.fused_rope_qk(c["q"], c["k"], tables, tables.sin)
+    with pytest.raises(TypeError, match="cos must be a tensor or the two tables of rope_tables, got 3 values"):
+        ki.fused_rope_qk(c["q"], c["k"], (*tables, tables.sin))
+    with pytest.raises(TypeError, match=r"sin must be a torch\.Tensor, got NoneType"):
+        ki.fused_rope_qk(c["q"], c["k"], tables.cos)
+
+
+def test_the_tables_as_one_argument_make_one_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, t: tuple(ki.fused_rope_qk(q, k, t)), fullgraph=True, backend="eager")
+    c, tables = call(), ki.rope_tables(torch.arange(6), 8)
+    for found, rotated in zip(compiled(c["q"], c["k"], tables), ki.fused_rope_qk(c["q"], c["k"], tables), strict=True):
+        assert torch.equal(found, rotated)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_minus_sin_undoes_it(backend):
     c = call(d=12, r=8)

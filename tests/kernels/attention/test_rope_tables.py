@@ -17,6 +17,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.01 * i for i in range(8)],
+    "long_factor": [1.0 + 4.0 * i for i in range(8)],
+    "original_max_position_embeddings": 4096,
+    "factor": 32.0,
+}
+
 
 def plain(i, dim, base):
     return base ** (-2.0 * i / dim)
@@ -128,8 +136,8 @@ def test_none_is_absent_and_any_mapping_will_do():
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({}, r"scaling\['rope_type'\] must be one of 'default', 'linear', 'yarn', 'llama3', got None"),
-        ({"rope_type": "dynamic", "factor": 2.0}, r"scaling\['rope_type'\] must be one of .* got 'dynamic'"),
+        ({}, r"scaling\['rope_type'\] must be one of 'default', 'linear', 'dynamic', 'yarn', .*, got None"),
+        ({"rope_type": "ntk", "factor": 2.0}, r"scaling\['rope_type'\] must be one of .* got 'ntk'"),
         ({"rope_type": "linear"}, "scaling must hold 'factor' for rope_type 'linear', got only 'rope_type'"),
         ({"rope_type": "linear", "factor": None}, "scaling must hold 'factor'"),
         ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, r"scaling\['type'\] must be rope_type 'linear'"),
@@ -149,6 +157,15 @@ def test_none_is_absent_and_any_mapping_will_do():
         (YARN | {"beta_slow": 64.0}, r"scaling\['beta_fast'\] must be at least beta_slow 64.0, got 32"),
         (LLAMA3 | {"high_freq_factor": 1.0}, r"scaling\['high_freq_factor'\] must be greater than low_freq_factor 1.0"),
         ({k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}, "scaling must hold 'low_freq_factor'"),
+        ({"rope_type": "default", "partial_rotary_factor": 1.5}, "partial_rotary_factor'] must be at most 1, got 1.5"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.0}, "partial_rotary_factor'] must be positive, got 0.0"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.2}, "must make an even number of dim 16, .* got 3"),
+        (
+            LONGROPE | {"short_factor": [1.0]},
+            r"scaling\['short_factor'\] must hold 8 numbers, one for each pair, got 1",
+        ),
+        (LONGROPE | {"long_factor": [-1.0] * 8}, r"scaling\['long_factor'\]\[0\] must be positive, got -1.0"),
+        (LONGROPE | {"factor": None}, "scaling must hold 'attention_factor', 'factor' or 'max_position_embeddings'"),
     ],
 )
 def test_a_wrong_scaling_is_an_error(scaling, message):
@@ -170,6 +187,8 @@ def test_a_wrong_scaling_is_an_error(scaling, message):
         ((torch.arange(4), 8, 1.0), ValueError, "base must be greater than 1, got 1.0"),
         ((torch.arange(4), 8, "10000"), TypeError, "base must be a number, got str"),
         ((torch.arange(4), 8, 1e4, [("rope_type", "linear")]), TypeError, "scaling must be a mapping .* got list"),
+        ((torch.arange(4), 7, 1e4, YARN), ValueError, "dim must be even, got 7"),
+        ((torch.arange(4), 8, 1e4, LONGROPE | {"long_factor": 2.0}), TypeError, "must be a list of numbers, got float"),
         ((torch.arange(4), 8, 1e4, YARN | {"truncate": 1}), TypeError, r"scaling\['truncate'\] must be True or False"),
         (
             (torch.arange(4), 8, 1e4, YARN | {"factor": "4"}),
@@ -181,6 +200,108 @@ def test_a_wrong_scaling_is_an_error(scaling, message):
 def test_a_wrong_argument_is_an_error(args, error, message):
     with pytest.raises(error, match=message):
         ki.rope_tables(*args)
+
+
+MODELS = {
+    "llama 3.1": (128, LLAMA3 | {"rope_theta": 500000.0}, {"max_position_embeddings": 131072}),
+    "llama 3.2": (64, LLAMA3 | {"factor": 32.0, "rope_theta": 500000.0}, {"max_position_embeddings": 131072}),
+    "qwen 2.5 long": (
+        128, YARN | {"original_max_position_embeddings": 32768, "rope_theta": 1e6}, {"max_position_embeddings": 131072},
+    ),
+    "gpt-oss": (
+        64, YARN | {"factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "rope_theta": 150000.0},
+        {"max_position_embeddings": 131072},
+    ),
+    "deepseek v3": (
+        64, YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 10000.0},
+        {"max_position_embeddings": 163840},
+    ),
+    "gemma 3": (256, {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, {}),
+    "linear, partial": (
+        80, {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.4}, {},
+    ),
+    "yarn, partial": (128, YARN | {"rope_theta": 1e6, "partial_rotary_factor": 0.5}, {}),
+    "dynamic": (128, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}, {"max_position_embeddings": 2048}),
+    "dynamic, partial": (
+        64, {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 25000.0, "partial_rotary_factor": 0.5},
+        {"max_position_embeddings": 4096},
+    ),
+    "phi 3": (
+        96, LONGROPE | {n: [1.0 + a * i for i in range(48)] for n, a in (("short_factor", 0.02), ("long_factor", 1.3))}
+        | {"rope_theta": 10000.0}, {"max_position_embeddings": 131072},
+    ),
+    "phi 4 mini, factor from the lengths": (
+        128, LONGROPE | {n: [1.0 + a * i for i in range(48)] for n, a in (("short_factor", 0.0), ("long_factor", 0.9))}
+        | {"rope_theta": 10000.0, "partial_rotary_factor": 0.75, "factor": None}, {"max_position_embeddings": 131072},
+    ),
+    "longrope, attention factor": (16, LONGROPE | {"rope_theta": 1e4, "attention_factor": 1.19}, {}),
+    "gemma 4": (512, {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}, {}),
+    "proportional, factor": (
+        128, {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5, "factor": 8.0}, {},
+    ),
+}  # fmt: skip
+NEED_THE_CONFIGURATION = ("dynamic", "dynamic, partial", "phi 4 mini, factor from the lengths")
+
+
+@pytest.mark.parametrize("seq_len", [None, 1000, 6000, 100000])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rope_parameters_mapping_as_transformers_has_it(name, seq_len):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    head, parameters, more = MODELS[name]
+    config = transformers.LlamaConfig(
+        hidden_size=4 * head, num_attention_heads=4, head_dim=head, rope_parameters=dict(parameters), **more
+    )
+    inverse, amplitude = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", seq_len=seq_len)
+    mapping = config.rope_parameters | (more if name in NEED_THE_CONFIGURATION else {})
+    positions = torch.tensor([0, 1, 17, 300, 4095])
+    tables = ki.rope_tables(positions, head, None, mapping, seq_len=seq_len)
+    for found, of in zip(tables, (torch.cos, torch.sin), strict=True):
+        exact = of(positions.double()[:, None] * inverse.double()) * amplitude
+        assert found.shape == (1, 5, 1, len(inverse))
+        torch.testing.assert_close(found[0, :, 0].double(), exact, rtol=1e-5, atol=2e-3)  # float32 angles up to 4095
+    torch.testing.assert_close(tables.sin[0, 1, 0].double(), torch.sin(inverse.double()) * amplitude, rtol=1e-5, atol=0)
+
+
+def test_the_default_type_with_a_partial_factor_is_that_of_the_models():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
+
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config = transformers.GlmConfig(
+        hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, rope_parameters=parameters
+    )
+    cos, sin = GlmRotaryEmbedding(config)(torch.zeros(1), torch.arange(9)[None])
+    tables = ki.rope_tables(torch.arange(9), 64, None, config.rope_parameters)
+    assert tables.cos.shape[-1] == 16
+    torch.testing.assert_close(tables.cos[0, :, 0], cos[0, :, :16])
+    torch.testing.assert_close(tables.sin[0, :, 0], sin[0, :, :16])
+
+
+def test_the_base_comes_from_the_mapping_where_none_is_given():
+    given = ki.rope_tables(torch.arange(5), 16, 5e5, LLAMA3)
+    read = ki.rope_tables(torch.arange(5), 16, None, LLAMA3 | {"rope_theta": 5e5})
+    assert torch.equal(given.cos, read.cos)
+    for scaling in (None, LLAMA3, LLAMA3 | {"rope_theta": None}):
+        with pytest.raises(ValueError, match="base must be given where scaling holds no 'rope_theta', got None"):
+            ki.rope_tables(torch.arange(5), 16, None, scaling)
+    with pytest.raises(ValueError, match=r"scaling\['rope_theta'\] must be greater than 1, got 0.5"):
+        ki.rope_tables(torch.arange(5), 16, None, LLAMA3 | {"rope_theta": 0.5})
+
+
+def test_dynamic_needs_the_original_length_where_the_sequence_has_one():
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    plain_tables = ki.rope_tables(torch.arange(5), 16)
+    assert torch.equal(ki.rope_tables(torch.arange(5), 16, scaling=dynamic).cos, plain_tables.cos)
+    with pytest.raises(
+        ValueError, match=r"scaling must hold 'original_max_position_embeddings' or .* where seq_len is"
+    ):
+        ki.rope_tables(torch.arange(5), 16, scaling=dynamic, seq_len=4096)
+    a, b = (ki.rope_tables(torch.arange(5), 16, scaling=dynamic | {name: 2048}, seq_len=4096)
+            for name in ("original_max_position_embeddings", "max_position_embeddings"))  # fmt: skip
+    assert torch.equal(a.cos, b.cos)
+    assert not torch.equal(a.cos, plain_tables.cos)
 
 
 @pytest.mark.parametrize("scaling", [None, YARN, LLAMA3], ids=["plain", "yarn", "llama3"])

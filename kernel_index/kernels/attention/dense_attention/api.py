@@ -69,14 +69,16 @@ def attention(
 
         out[t, h] = Σ_s exp(z[t, s]) · v[s, h // G] / (exp(sink[h]) + Σ_s exp(z[t, s]))      over allowed s
 
-    Softmax and sums are in float32 at least.  A query that may attend to nothing gives exactly 0 and gradient 0.
+    Softmax and sums are in float32 at least.  A query that may attend to nothing gives exactly 0 and gradient 0.  Keys
+    and values that the mask excludes have no influence, also where they are NaN or infinity.
 
     Args:
         q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
             ``F.scaled_dot_product_attention``.
         k: [B, S, K, D], q's dtype; H is a multiple of K, and nothing is repeated in memory.
         v: [B, S, K, Dv], q's dtype.
-        mask: the keys that each query may attend to; causal by default, aligned with the last key where T ≠ S.
+        mask: the keys that each query may attend to; causal by default, aligned with the last key where T ≠ S.  With
+            T > S give one: by default it is an error, since it is what the layout [B, H, T, D] of PyTorch looks like.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
         sink: [H], learnable sink logits: terms of the denominator without a value; None for no such term.
@@ -87,7 +89,8 @@ def attention(
 
     Raises:
         TypeError: a tensor is not floating, dtypes differ, or ``mask`` is not a ``MaskContract``.
-        ValueError: shapes, heads, devices or the mask's sizes do not fit, or softcap is negative.
+        ValueError: shapes, heads, devices or the mask's sizes do not fit, T > S with the default mask, or softcap is
+            negative.
         Ineligible: the named backend cannot run this call.
 
     Source: Vaswani et al., 2017; grouped heads: Ainslie et al., 2023; softcap: Gemma 2; sink: gpt-oss.

@@ -249,8 +249,8 @@ void score_grads(const Call& c, const Tile& t, const QueryTile<T>& x, const Span
     const auto of_key = [&](int64_t n) {
       const int64_t at = n * QUERIES + i;
       const ScoreGrad grad =
-          score_grad<T>(c.scoring, Vec::loadu(z + at), Vec::loadu(dp + at), row_max, inv_row_sum, delta, [&](Vec p) {
-            return span.whole ? p : masked(p, t, i, span.first + n, 0.f);
+          score_grad<T>(c.scoring, Vec::loadu(z + at), Vec::loadu(dp + at), row_max, inv_row_sum, delta, [&](Vec x) {
+            return span.whole ? x : masked(x, t, i, span.first + n, 0.f);
           });
       store(p + at, grad.p);
       store(d_z + at, grad.dz);

@@ -44,7 +44,11 @@ CASES = (
     Case("default", "no mask given, one head", lambda m: qkv(m, 1, 7, 7, 1, 1, 16)),
     Case("decode", "one query at the end of the keys", lambda m: qkv(m, 2, 1, 17, 6, 2, 8)),
     Case("chunk", "the second chunk of a prefill: bottom-right", lambda m: qkv(m, 2, 5, 12, 4, 4, 8)),
-    Case("more_queries", "T > S: the first queries have no key", lambda m: qkv(m, 2, 12, 9, 4, 1, 8)),
+    Case(
+        "more_queries",
+        "T > S: the first queries have no key",
+        lambda m: {**qkv(m, 2, 12, 9, 4, 1, 8), "mask": MaskContract()},
+    ),
     Case(
         "cross",
         "not causal, T ≠ S, values of another size, odd sizes",

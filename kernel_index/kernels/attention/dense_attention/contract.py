@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kernel_index.core import native, rules
 from kernel_index.core.autocast import cast_like_sdpa
+from kernel_index.core.excluded import Sight, sight_of_intervals
 from kernel_index.core.fa4_support import support_of
 from kernel_index.core.target import has_package, target_of
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
-from kernel_index.masks.doc_window_mask import lowerings
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -33,6 +33,14 @@ class AttentionCall(NamedTuple):
     @property
     def sizes(self) -> Sizes:
         return sizes_of(self.q, self.k, self.mask)
+
+    @property
+    def excludes(self) -> bool:
+        """Whether the mask excludes a key from some query."""
+        return lowering(self.sizes, self.mask) != "none"
+
+    def sight(self) -> Sight:
+        return sight_of_intervals(*self.mask.row_intervals(self.sizes))
 
     @property
     def is_empty(self) -> bool:

@@ -4,6 +4,7 @@ Most rectangles are calls of PyTorch's own CPU kernel.  What that kernel lacks (
 keys, a gradient of the log-sum-exp) runs by the README's formula, on rectangles of at most ``QUERIES`` queries.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of, sink_gradient
+from kernel_index.core.excluded import guarded, guarded_backward, sight_of_intervals
 from kernel_index.core.triton.launch import dense_heads
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.rectangles import Rectangle, allowed_within, rectangles_of
@@ -54,11 +56,16 @@ def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) 
 
 
 def _backward(plan: _Plan, given: Backward) -> Gradients:
+    return guarded_backward(functools.partial(_run_backward, plan), lambda: sight_of_intervals(*plan.bounds), given)
+
+
+def _run_backward(plan: _Plan, given: Backward) -> Gradients:
     q, k, v, out, d_out = given.q, given.k, given.v, given.out, given.d_out.contiguous()
     q, k, v = map(dense_heads, (q, k, v))
     by_kernel = plan.for_kernel is not None and given.d_lse is None
-    # Empty rows: lse = +inf makes exp(z − lse) = 0, so they contribute no gradient, whatever the kernel's scores are.
-    lse = given.saved[0].masked_fill(given.saved[0].isneginf(), torch.inf)
+    # Empty rows, and rows that overflow: lse = +inf makes exp(z − lse) = 0, so they contribute no gradient, whatever
+    # the kernel's scores are.
+    lse = given.saved[0].masked_fill(~given.saved[0].isfinite(), torch.inf)
     rectangles = plan.for_kernel if plan.for_kernel is not None and by_kernel else plan.for_formula
     wide = not _share_no_key(rectangles)  # sums over several rectangles are in float32
     d_q, d_k, d_v = (_zeros(x, w) for x, w in ((q, False), (k, wide), (v, wide)))
@@ -159,16 +166,18 @@ def _gradients(
     z = _scores(q_KGTD, k_KSD, allowed, scale, softcap)
     p = torch.exp(z - lse)
     d_z = torch.einsum("kgtd,ksd->kgts", d_out_KGTD, v_KSD).sub_(delta).mul_(p)
-    if softcap:  # where the mask forbids a score, p is 0 and the capped score −inf
-        slope = 1 - (z / softcap).square_()
-        d_z.mul_(slope if allowed is None else slope.masked_fill_(~allowed, 0.0))
+    if softcap:
+        d_z.mul_(1 - (z / softcap).square_())
     d_z.mul_(scale)
+    if allowed is not None:  # p is 0 there, but the capped score −inf, and d_out·v may overflow
+        d_z.masked_fill_(~allowed, 0.0)
     d_q = torch.einsum("kgts,ksd->tkgd", d_z, k_KSD).flatten(1, 2)
     d_k = torch.einsum("kgts,kgtd->skd", d_z, q_KGTD)
     d_v = torch.einsum("kgts,kgtd->skd", p, d_out_KGTD)
     return d_q[None], d_k[None], d_v[None]
 
 
+@guarded
 def attention_cpu(call: AttentionCall) -> OutAndLse:
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
     by_kernel = call.softcap == 0 and q.shape[3] == v.shape[3]

@@ -2,11 +2,13 @@
 
 import torch
 
+from kernel_index.core.excluded import guarded
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.packing import no_tokens, packed, unpacked
 from kernel_index.masks.attention_arguments import scale_of
 
 
+@guarded
 def attention_fa4(call: AttentionCall) -> OutAndLse:
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 

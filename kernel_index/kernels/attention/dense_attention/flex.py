@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernel_index.core.excluded import guarded
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.masks.attention_arguments import scale_of
 
@@ -28,6 +29,7 @@ def _capped(softcap: float) -> Callable[..., Tensor] | None:
     return cap
 
 
+@guarded
 def attention_flex(call: AttentionCall) -> OutAndLse:
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -5,6 +5,7 @@ the two products.  Backward recomputes the weights from each row's maximum and s
 tile.  Key and value gradients are summed in a fixed number of lanes: results do not depend on the number of threads.
 """
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of, sink_gradient
+from kernel_index.core.excluded import guarded, guarded_backward, sight_of_intervals
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.masks.attention_arguments import scale_of
 
@@ -35,6 +37,10 @@ def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) 
 
 
 def _backward(plan: _Plan, given: Backward) -> Gradients:
+    return guarded_backward(functools.partial(_run_backward, plan), lambda: sight_of_intervals(*plan.bounds), given)
+
+
+def _run_backward(plan: _Plan, given: Backward) -> Gradients:
     q, k, v = (x.contiguous() for x in (given.q, given.k, given.v))
     row_max, inv_row_sum = given.saved
     delta = delta_of(given).contiguous()
@@ -58,6 +64,7 @@ def _call(which: str, qkv: tuple[Tensor, Tensor, Tensor], plan: _Plan, *tensors:
     native.call(SOURCE, function, (*sizes, torch.get_num_threads()), plan.scoring, *plan.bounds, *tensors)
 
 
+@guarded
 def attention_native(call: AttentionCall) -> OutAndLse:
     bounds = tuple(x.contiguous() for x in call.mask.row_intervals(call.sizes))
     plan = _Plan(bounds, (scale_of(call.q, call.scale), call.softcap))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernel_index.core.excluded import guarded
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.masks.attention_arguments import scale_of
 
@@ -10,6 +11,7 @@ SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores: 256 MiB of float32."""
 
 
+@guarded
 def attention_reference(call: AttentionCall) -> OutAndLse:
     q, k, v, mask, scale, softcap, sink, _ = call
     batch, queries, heads, _ = q.shape
@@ -40,13 +42,16 @@ def _attend(
     q_BKGTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed_RTS: Tensor, softcap: float, sink_KG: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bkgtd,bksd->bkgts", q_BKGTD, k_BKSD)
+    allowed = allowed_RTS[:, None, None]
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed_RTS[:, None, None], -torch.inf)
+        scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # what is excluded may overflow
+    scores = scores.masked_fill(~allowed, -torch.inf)
     if sink_KG is not None:  # one more logit, without a value
         scores = torch.cat([scores, sink_KG[..., None].expand(*scores.shape[:-1], 1)], -1)
-    empty = ~allowed_RTS.any(-1)[:, None, None]
+    empty = ~allowed.any(-1)
     scores = scores.masked_fill(empty[..., None], 0.0)  # softmax of a row of −inf would be NaN, and so its gradient
-    weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0.0)
+    # The weights are 0 already where a key is not allowed; this keeps d_out·v from there, which may overflow.
+    weights = torch.where(allowed, torch.softmax(scores, -1)[..., : k_BKSD.shape[2]], 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(empty, -torch.inf)
-    return torch.einsum("bkgts,bksd->bkgtd", weights[..., : k_BKSD.shape[2]], v_BKSD), lse
+    out = torch.einsum("bkgts,bksd->bkgtd", weights, v_BKSD)
+    return out.masked_fill(empty[..., None], 0.0), lse  # it is 0 already; this keeps a NaN from above from the values

@@ -1,17 +1,27 @@
 """PyTorch's scaled_dot_product_attention, with the mask in the cheapest form that it understands."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernel_index.core.excluded import run_guarded
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, lowering
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
 def attention_sdpa(call: AttentionCall) -> OutAndLse:
-    q, k, v, mask, sizes, scale = call.q, call.k, call.v, call.mask, call.sizes, call.scale
-    form = lowering(sizes, mask)
+    sizes = call.sizes
+    form = lowering(sizes, call.mask)
+    if form == "none":
+        return _attend(form, sizes, call)
+    return run_guarded(functools.partial(_attend, form, sizes), call)
+
+
+def _attend(form: str, sizes: Sizes, call: AttentionCall) -> OutAndLse:
+    q, k, v, mask, scale = call.q, call.k, call.v, call.mask, call.scale
     grouped = False
     if q.shape[2] != k.shape[2]:  # a branch, so that it is a bool while sizes are symbols
         grouped = True

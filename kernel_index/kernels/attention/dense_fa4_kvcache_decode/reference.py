@@ -1,9 +1,12 @@
 """The specification: append, then softmax attention over all tokens of the cache, in at least float32."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kernel_index.core import rules
+from kernel_index.core.excluded import Sight, guarded, sight_of_intervals
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import DecodeCall
 from kernel_index.kvcache.slots import append, gathered, next_tokens, slots
 from kernel_index.masks.doc_window_mask.contract import Window
@@ -21,32 +24,54 @@ def key_intervals(total: Tensor, queries: int, window_bounds: Window) -> tuple[T
     return start.clamp(min=0), end.clamp(min=0)
 
 
+class _Gathered(NamedTuple):
+    """Queries, and the tokens of each row up to the cache's capacity; query t sees ``start ≤ s < end``."""
+
+    q: Tensor  # [B, Lq, H, D]
+    k: Tensor  # [B, S, K, D]
+    v: Tensor
+    start: Tensor  # int64 [B, Lq]
+    end: Tensor
+    softcap: float
+
+    @property
+    def excludes(self) -> bool:
+        return True
+
+    def sight(self) -> Sight:
+        return sight_of_intervals(self.start, self.end)
+
+
 def decode_reference(call: DecodeCall) -> Tensor:
     q, lengths, table = call.q, call.cache_seqlens, call.block_table
     append(call.k_cache, call.v_cache, lengths, call.k, call.v, table)
-    batch, queries, heads, width = q.shape
-    kv_heads = call.k_cache.shape[2]
     keys, values = gathered(call.k_cache, table), gathered(call.v_cache, table)
     if call.k is not None and call.v is not None and rules.wants_gradient(call.k, call.v):
         new = slots(None, next_tokens(lengths, call.new_tokens), keys.shape[1])
         keys, values = keys.index_put(new, call.k), values.index_put(new, call.v)  # the same values, with a graph
     total = lengths.to(torch.int64) + call.new_tokens
-    start, end = key_intervals(total, queries, call.window_bounds)
+    start, end = key_intervals(total, q.shape[1], call.window_bounds)
+    return _attend(_Gathered(q, keys, values, start, end, call.softcap))
+
+
+@guarded  # slots that hold no token may be NaN
+def _attend(call: _Gathered) -> Tensor:
+    q, keys, values, start, end, softcap = call
+    (batch, queries, heads, width), kv_heads = q.shape, keys.shape[2]
     key = torch.arange(keys.shape[1], device=q.device)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k_BKSD = keys.to(dtype).transpose(1, 2)
-    # Mask values past the sequence end: unwritten slots may hold NaN, and 0 · NaN is NaN.
-    v_BKSD = values.masked_fill((key >= total[:, None])[:, :, None, None], 0.0).to(dtype).transpose(1, 2)
+    k_BKSD, v_BKSD = (x.to(dtype).transpose(1, 2) for x in (keys, values))
     q_BKGTD = (q.to(dtype) * width**-0.5).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
 
     def attend(chunk: slice) -> Tensor:
-        allowed = (key >= start[:, chunk, None]) & (key < end[:, chunk, None])
+        allowed = ((key >= start[:, chunk, None]) & (key < end[:, chunk, None]))[:, None, None]
         scores = torch.einsum("bkgtd,bksd->bkgts", q_BKGTD[:, :, :, chunk], k_BKSD)
-        if call.softcap:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        empty = ~allowed.any(-1)[:, None, None, :, None]
-        scores = scores.masked_fill(~allowed[:, None, None], -torch.inf).masked_fill(empty, 0.0)
-        return torch.einsum("bkgts,bksd->bkgtd", torch.softmax(scores, -1).masked_fill(empty, 0.0), v_BKSD)
+        if softcap:
+            scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # may overflow there
+        empty = ~allowed.any(-1, keepdim=True)
+        scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
+        weights = torch.where(allowed, torch.softmax(scores, -1), 0.0)
+        return torch.einsum("bkgts,bksd->bkgtd", weights, v_BKSD).masked_fill(empty, 0.0)
 
     chunk = queries
     if not torch.compiler.is_compiling() and batch * heads * queries * key.numel() > SCORES_AT_ONCE:

@@ -1,9 +1,12 @@
 """Decoding on the CPU with PyTorch's own kernel: each row attends to its own prefix, and only that is read."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernel_index.core.excluded import Sight, guarded, sight_of_intervals
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import DecodeCall
 from kernel_index.kvcache.slots import PrefixReader, append
 from kernel_index.masks.doc_window_mask.contract import Window
@@ -49,15 +52,36 @@ def _attend(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, window_bounds:
         if chunk.stop - chunk.start == 1:  # one query sees every key of its interval
             out[:, chunk] = _call(q[:, chunk], keys[:, low:high], values[:, low:high], None)
             continue
-        key = torch.arange(low, high, device=q.device)
-        allowed = q.new_ones(position.shape[0], high - low, dtype=torch.bool)
-        if left is not None:
-            allowed &= key >= position[:, None] - left
-        if right is not None:
-            allowed &= key <= position[:, None] + right
-        empty = ~allowed.any(1)
-        result = _call(q[:, chunk], keys[:, low:high], values[:, low:high], allowed | empty[:, None])
-        out[:, chunk] = result.masked_fill_(empty[:, None, None], 0.0) if bool(empty.any()) else result
+        start = torch.zeros_like(position) if left is None else position - left - low
+        end = torch.full_like(position, high - low) if right is None else position + right + 1 - low
+        start, end = (x.clamp(0, high - low)[None] for x in (start, end))
+        out[:, chunk] = _masked(_Chunk(q[:, chunk], keys[:, low:high], values[:, low:high], start, end))
+
+
+class _Chunk(NamedTuple):
+    """Queries of which each sees its own keys ``start ≤ s < end``, int64 [1, Lq]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    end: Tensor
+
+    @property
+    def excludes(self) -> bool:
+        return True
+
+    def sight(self) -> Sight:
+        return sight_of_intervals(self.start, self.end)
+
+
+@guarded
+def _masked(chunk: _Chunk) -> Tensor:
+    key, start, end = torch.arange(chunk.k.shape[1], device=chunk.q.device), chunk.start[0], chunk.end[0]
+    allowed = (key >= start[:, None]) & (key < end[:, None])
+    empty = start >= end
+    result = _call(chunk.q, chunk.k, chunk.v, allowed | empty[:, None])
+    return result.masked_fill_(empty[:, None, None], 0.0) if bool(empty.any()) else result
 
 
 def _call(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:

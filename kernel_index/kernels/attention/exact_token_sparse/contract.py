@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, rules
 from kernel_index.core.autocast import cast_like_sdpa
+from kernel_index.core.excluded import Sight, sight_of_blocks
 from kernel_index.core.target import target_of
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
@@ -47,6 +48,16 @@ class ExactTokenCall(NamedTuple):
         """The interval of keys of each query, then the indices, then their validity where it is given."""
         bounds = self.mask.row_intervals(sizes_of(self.q, self.k, self.mask))
         return [*bounds, *(t for t in (self.indices, self.valid) if t is not None)]
+
+    @property
+    def excludes(self) -> bool:
+        """Every key that is not selected."""
+        return True
+
+    def sight(self) -> Sight:
+        assert self.indices is not None
+        start, end = self.selection[:2]
+        return sight_of_blocks(self.indices, self.valid, 1, start, end)
 
     @property
     def as_dense(self) -> AttentionCall:

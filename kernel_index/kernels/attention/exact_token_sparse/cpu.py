@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernel_index.core import ops
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.excluded import guarded, guarded_backward, sight_of_blocks
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall, Scoring
 from kernel_index.kernels.sparse.row_gather.api import GIANT, gather_eager
 
@@ -124,11 +125,24 @@ def _run_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, indices: Tensor, valid: Tensor | None,
     start: Tensor, end: Tensor, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def run(given: Backward) -> Gradients:
+        return _staged_gradients(given, lse, indices, valid, start, end, scale, softcap)
+
+    given = Backward(d_out, None, q, k, v, None, out, (), (True, True, True, False))
+    found = guarded_backward(run, lambda: sight_of_blocks(indices, valid, 1, start, end), given)
+    return found.q, found.k, found.v  # type: ignore[return-value]  # a gradient for each
+
+
+def _staged_gradients(
+    given: Backward, lse: Tensor, indices: Tensor, valid: Tensor | None, start: Tensor, end: Tensor, scale: float,
+    softcap: float,
+) -> Gradients:  # fmt: skip
     """dK and dV are added up chunk by chunk in float32 at least: the same order, and so the same bits, every time."""
+    d_out, _, q, k, v, _, out = given[:7]
     d_q = q.new_zeros(q.shape)
     d_k, d_v = (x.new_zeros(x.shape, dtype=_wide(x[:0]).dtype) for x in (k, v))
     q = q if q.stride(-1) == 1 else q.contiguous()
-    lse = lse.masked_fill(lse.isneginf(), torch.inf)  # empty rows: lse = +inf makes exp(z − lse) = 0
+    lse = lse.masked_fill(~lse.isfinite(), torch.inf)  # empty rows: lse = +inf makes exp(z − lse) = 0
     kernel_takes = softcap == 0 and q.shape[3] == v.shape[3]
     for s in stages(q, k, v, indices, valid, start, end):
         q_part, up, result, of_part = q[s.b, s.t, s.h], d_out[s.b, s.t, s.h], out[s.b, s.t, s.h], lse[s.b, s.h, s.t]
@@ -147,7 +161,7 @@ def _run_backward(
         d_q[s.b, s.t, s.h] = d_rows[0].to(q.dtype)
         for total, part in zip((d_k, d_v), d_rows[1:], strict=True):
             total[s.b, :, s.p].index_add_(0, s.rows, part.to(total.dtype))  # every row of a union occurs once
-    return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
+    return Gradients(d_q, d_k.to(k.dtype), d_v.to(v.dtype))
 
 
 def _by_kv_head(x: Tensor, heads: int) -> Tensor:
@@ -183,9 +197,9 @@ def _gradients(
     z = _scores(q_KGTD, k_KUD, bias, scale, softcap)
     p = torch.exp(z - lse.unflatten(0, (heads, -1))[..., None])
     d_z = torch.einsum("kgtd,kud->kgtu", up_KGTD, v_KUD).sub_(delta).mul_(p)
-    if softcap:  # where a score is masked p is 0 and the capped score −∞
-        d_z.mul_((1 - (z / softcap).square_()).masked_fill_(bias.isneginf(), 0.0))
-    d_z.mul_(scale)
+    if softcap:
+        d_z.mul_(1 - (z / softcap).square_())
+    d_z.mul_(scale).masked_fill_(bias.isneginf(), 0.0)  # p is 0 there, but the capped score −∞
     d_q = torch.einsum("kgtu,kud->tkgd", d_z, k_KUD).flatten(1, 2)
     return [d_q, torch.einsum("kgtu,kgtd->ukd", d_z, q_KGTD), torch.einsum("kgtu,kgtd->ukd", p, up_KGTD)]
 
@@ -230,5 +244,6 @@ def _backward(scoring: Scoring, given: Backward) -> Gradients:
 PASSES = Passes("the cpu backend of exact_token_attention", _forward, _backward)
 
 
+@guarded
 def exact_token_cpu(call: ExactTokenCall) -> Tensor:
     return attend(PASSES, call.scoring, call.q, call.k, call.v, None, *call.selection)[0]

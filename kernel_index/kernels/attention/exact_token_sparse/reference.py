@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernel_index.core.excluded import guarded
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
 from kernel_index.masks.attention_arguments import scale_of, sizes_of
 from kernel_index.routing.membership import membership
@@ -11,6 +12,7 @@ SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores."""
 
 
+@guarded
 def exact_token_reference(call: ExactTokenCall) -> Tensor:
     """An index that is out of range or not valid selects nothing."""
     q, k, v, indices, valid, mask, scale, softcap = call[:8]
@@ -37,12 +39,13 @@ def exact_token_reference(call: ExactTokenCall) -> Tensor:
 
 
 def _attend(q_BKGTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed_BPTS: Tensor, softcap: float) -> Tensor:
-    scores = torch.einsum("bkgtd,bksd->bkgts", q_BKGTD, k_BKSD)
+    scores, allowed = torch.einsum("bkgtd,bksd->bkgts", q_BKGTD, k_BKSD), allowed_BPTS[:, :, None]
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    allowed = allowed_BPTS[:, :, None]
+        scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # what is excluded may overflow
     empty = ~allowed.any(-1, keepdim=True)
     # softmax of a row of −∞ would be NaN, and so its gradient
     scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
-    weights = torch.softmax(scores, -1).masked_fill(empty, 0.0)
-    return torch.einsum("bkgts,bksd->bkgtd", weights, v_BKSD)
+    # The weights are 0 already where a key is not allowed; this keeps d_out·v from there, which may overflow.
+    weights = torch.where(allowed, torch.softmax(scores, -1), 0.0)
+    out = torch.einsum("bkgts,bksd->bkgtd", weights, v_BKSD)
+    return out.masked_fill(empty, 0.0)  # it is 0 already; this keeps a NaN from above from the values

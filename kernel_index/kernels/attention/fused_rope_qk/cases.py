@@ -1,6 +1,7 @@
 """Named calls of ``fused_rope_qk``."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_index.core.testing import Case, Maker, Suite, size_of
@@ -40,6 +41,13 @@ def _low_tables(m: Maker) -> dict:
     return call | {n: call[n].to(low) for n in ("cos", "sin")}
 
 
+def _normed(m: Maker, call: dict, names: tuple[str, ...] = ("q_weight", "k_weight"), **more) -> dict:
+    """The weights are float32, as a model keeps them, and small around their offset."""
+    wide, width = torch.promote_types(m.dtype, torch.float32), call["q"].shape[-1]
+    weights = {name: m.uniform(-0.9, 0.9, width, dtype=wide) for name in names}
+    return {**call, **weights, "weight_offset": 1.0, **more}
+
+
 CASES = (
     Case("gqa", "grouped queries, tables shared by the batch", lambda m: _call(m, 2, 12, 8, 2, 32, 32)),
     Case(
@@ -60,11 +68,33 @@ CASES = (
     Case("packed-qkv", "q and k are slices of one projection", _packed),
     Case("expanded", "strides of 0 in q, cos and sin", _expanded),
     Case("bf16-tables", "tables in another dtype than q", _low_tables),
+    Case("qk-norm", "a norm of each head first", lambda m: _normed(m, _call(m, 2, 12, 8, 2, 32, 32))),
+    Case(
+        "qk-norm-partial",
+        "the norm is over all channels, the rotation over some, each row at its own positions",
+        lambda m: _normed(m, _call(m, 3, 7, 3, 2, 17, 8, rows=3), eps=1e-3),
+    ),
+    Case(
+        "qk-norm-interleaved",
+        "neighbours, and a rest",
+        lambda m: _normed(m, _call(m, 2, 9, 4, 1, 14, 6, interleaved=True), weight_offset=0.0),
+    ),
+    Case("q-norm", "one of the two alone", lambda m: _normed(m, _call(m, 2, 5, 4, 2, 16, 16), ("q_weight",))),
+    Case("k-norm", "the other alone", lambda m: _normed(m, _call(m, 2, 5, 4, 2, 16, 16), ("k_weight",))),
+    Case("qk-norm-packed", "slices of one projection", lambda m: _normed(m, _packed(m))),
+    Case("qk-norm-no-tokens", "weights without a row", lambda m: _normed(m, _call(m, 2, 0, 4, 2, 8, 8))),
 )
 
 
-def rotate_half_formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False):
-    """The formula that models write: ``x·cos + rotate_half(x)·sin`` over tables of full width."""
+def rotate_half_formula(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None, eps: float = 1e-6, weight_offset: float = 0.0,
+):  # fmt: skip
+    """The formula that models write: ``x·cos + rotate_half(x)·sin`` over tables of full width, norms before it."""
+    if q_weight is not None:
+        q = F.rms_norm(q, q.shape[-1:], None, eps) * (q_weight + weight_offset)
+    if k_weight is not None:
+        k = F.rms_norm(k, k.shape[-1:], None, eps) * (k_weight + weight_offset)
     n = 2 * cos.shape[-1]
     if interleaved:
         cos, sin = (t.repeat_interleave(2, -1) for t in (cos, sin))
@@ -86,7 +116,8 @@ def rotate_half_formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interlea
 
 SUITES = (
     Suite(
-        op="fused_rope_qk", function=fused_rope_qk, backends=BACKENDS, cases=CASES, differentiable=("q", "k"),
+        op="fused_rope_qk", function=fused_rope_qk, backends=BACKENDS, cases=CASES,
+        differentiable=("q", "k", "q_weight", "k_weight"),
         oracle=rotate_half_formula, sized=lambda m, n: _call(m, 2, n, 4, 2, 8, 8),
         real=lambda m, rows=8192: _call(m, 1, rows, 32, 8, 128, 128),
         compulsory=lambda call: (2 * size_of(call["q"], call["k"]) + size_of(call["cos"], call["sin"]),) * 2,

@@ -18,9 +18,29 @@ class Call(NamedTuple):
     cos: Tensor
     sin: Tensor
     interleaved: bool
+    q_weight: Tensor | None  # [D]; None is no norm of q
+    k_weight: Tensor | None
+    eps: float
+    weight_offset: float
+
+    @property
+    def norms(self) -> bool:
+        return self.q_weight is not None or self.k_weight is not None
 
 
-def check(q: Any, k: Any, cos: Any, sin: Any, interleaved: Any) -> Call:
+def check(
+    q: Any,
+    k: Any,
+    cos: Any,
+    sin: Any,
+    interleaved: Any,
+    q_weight: Any = None,
+    k_weight: Any = None,
+    eps: Any = 1e-6,
+    weight_offset: Any = 0.0,
+) -> Call:
+    if isinstance(cos, tuple):
+        cos, sin = _both_tables(cos, sin)
     q, k = cast_like_sdpa(q, k)
     for name, value in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         checks.is_floating(name, value)
@@ -35,7 +55,24 @@ def check(q: Any, k: Any, cos: Any, sin: Any, interleaved: Any) -> Call:
     _check_tables_fit(cos, sin, b, t, d)
     checks.on_device("cos", cos, q, "q")
     checks.on_device("sin", sin, q, "q")
-    return Call(q, k, cos, sin, interleaved)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            checks.is_floating(name, weight)
+            checks.has_shape(name, weight, (d,), "[D] with q's D,")
+            checks.on_device(name, weight, q, "q")
+    checks.is_real("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
+    checks.is_real("weight_offset", weight_offset)
+    return Call(q, k, cos, sin, interleaved, q_weight, k_weight, eps, weight_offset)
+
+
+def _both_tables(pair: tuple, sin: Any) -> tuple[Any, Any]:
+    if sin is not None:
+        raise TypeError(f"sin must be left out where cos holds both tables, got {type(sin).__name__}")
+    if len(pair) != 2:
+        raise TypeError(f"cos must be a tensor or the two tables of rope_tables, got {len(pair)} values")
+    return pair[0], pair[1]
 
 
 def _check_tables_fit(cos: Tensor, sin: Tensor, b: int, t: int, d: int) -> None:
@@ -54,18 +91,31 @@ def _check_tables_fit(cos: Tensor, sin: Tensor, b: int, t: int, d: int) -> None:
     checks.has_dtype("sin", sin, cos.dtype, "like cos")
 
 
-def check_tables(positions: Tensor, dim: int, base: float, scaling: Mapping[str, Any] | None) -> None:
+def check_tables(
+    positions: Tensor, dim: int, base: float | None, scaling: Mapping[str, Any] | None, seq_len: int | None
+) -> None:
     checks.is_integer_tensor("positions", positions)
     if positions.ndim not in (1, 2):
         raise ValueError(f"positions must be [T] or [B, T], got shape {tuple(positions.shape)}")
     checks.is_int("dim", dim, minimum=2)
-    if dim % 2:
-        raise ValueError(f"dim must be even, got {dim}")
-    checks.is_real("base", base)
-    if base <= 1:
-        raise ValueError(f"base must be greater than 1, got {base}")
+    if base is not None:
+        _check_base("base", base)
+    if seq_len is not None:
+        checks.is_int("seq_len", seq_len, minimum=1)
     if scaling is not None:
-        tables.check_scaling(scaling, base)
+        tables.check_scaling(scaling, dim, base, seq_len)
+    elif dim % 2:
+        raise ValueError(f"dim must be even, got {dim}")
+    if base is None:
+        if tables.base_of(base, scaling) is None:
+            raise ValueError("base must be given where scaling holds no 'rope_theta', got None")
+        _check_base("scaling['rope_theta']", tables.base_of(base, scaling))
+
+
+def _check_base(name: str, base: Any) -> None:
+    checks.is_real(name, base)
+    if base <= 1:
+        raise ValueError(f"{name} must be greater than 1, got {base}")
 
 
 def inductor_why_not(call: Call) -> str | None:
@@ -77,6 +127,8 @@ def inductor_not_worth(call: Call) -> str | None:
 
 
 def native_why_not(call: Call) -> str | None:
+    if call.norms:
+        return "has no norm: it rotates only"
     return native.rows_why_not((call.q, call.k), call.cos, call.sin)
 
 

@@ -1,6 +1,6 @@
-"""The op's autograd Function, shared by every compiled backend, and the registered op of ``triton``.
+"""The op's autograd Functions, shared by every compiled backend, and the registered ops of ``triton``.
 
-Backward is the inverse rotation; only cos and sin are saved for it.
+Backward of a rotation alone is the inverse rotation; only cos and sin are saved for it.
 """
 
 from typing import Any, NamedTuple
@@ -80,9 +80,121 @@ class _RopeQK(torch.autograd.Function):
         return dq, dk, None, None, None
 
 
+# The same after a norm of each head
+
+
+def _launch_norm(q, k, cos, sin, q_weight, k_weight, eps, offset, interleaved):
+    from kernel_index.kernels.attention.fused_rope_qk import triton
+
+    outputs = _allocate(q, k, cos, sin, interleaved, False)
+    tensors = launch.dense((q, k, cos, sin, q_weight, k_weight))
+    return triton.norm_rotate(*tensors, eps=eps, offset=offset, interleaved=interleaved, outputs=outputs)
+
+
+def _allocate_norm(q, k, cos, sin, q_weight, k_weight, eps, offset, interleaved):
+    return _allocate(q, k, cos, sin, interleaved, False)
+
+
+def _allocate_gradients(gq, gk, q, k, cos, sin, q_weight, k_weight, eps, offset, interleaved):
+    """A gradient that there is none of is an empty tensor."""
+    d_x = _allocate(gq, gk, cos, sin, interleaved, True)
+    return *d_x, *(
+        cos.new_empty((0,))
+        if g is None or weight is None
+        else torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for g, weight in ((gq, q_weight), (gk, k_weight))
+    )
+
+
+def _launch_norm_backward(gq, gk, q, k, cos, sin, q_weight, k_weight, eps, offset, interleaved):
+    from kernel_index.kernels.attention.fused_rope_qk import triton
+
+    tensors = (gq, gk, q, k, cos, sin, q_weight, k_weight)
+    outputs = _allocate_gradients(*tensors, eps, offset, interleaved)
+    tensors = launch.dense(tensors)
+    triton.norm_backward(*tensors, eps=eps, offset=offset, interleaved=interleaved, outputs=outputs)
+    return outputs
+
+
+_WEIGHTS = "Tensor? q_weight, Tensor? k_weight, float eps, float weight_offset, bool interleaved"
+_norm_op = ops.register(
+    f"rope_qk_norm(Tensor q, Tensor k, Tensor cos, Tensor sin, {_WEIGHTS}) -> (Tensor, Tensor)",
+    _launch_norm,
+    _allocate_norm,
+)
+_norm_backward_op = ops.register(
+    f"rope_qk_norm_backward(Tensor? gq, Tensor? gk, Tensor? q, Tensor? k, Tensor cos, Tensor sin, {_WEIGHTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_norm_backward,
+    _allocate_gradients,
+)
+
+
+def _triton_norm(q, k, cos, sin, q_weight, k_weight, norm):
+    return _norm_op(q, k, cos, sin, q_weight, k_weight, *norm)
+
+
+def _triton_norm_backward(gq, gk, q, k, cos, sin, q_weight, k_weight, norm):
+    d_q, d_k, d_q_weight, d_k_weight = _norm_backward_op(gq, gk, q, k, cos, sin, q_weight, k_weight, *norm)
+    there_is = (gq is not None, gk is not None)
+    there_are = (there_is[0] and q_weight is not None, there_is[1] and k_weight is not None)
+    found = zip((d_q, d_k, d_q_weight, d_k_weight), (*there_is, *there_are), strict=True)
+    return tuple(d if there else None for d, there in found)
+
+
+_NORM_PASSES = {
+    "triton": ops.Passes(_triton_norm, _triton_norm_backward),
+    "inductor": ops.Passes(inductor.norm_rotate, inductor.norm_backward),
+}
+
+
+class _NormRopeQK(torch.autograd.Function):
+    """Of a tensor with a weight the tensor itself is saved; 1/rms is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        norm: inductor.Norm,
+        backend: str,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        kept = (None if weight is None else x for x, weight in ((q, q_weight), (k, k_weight)))
+        ctx.save_for_backward(*kept, cos, sin, q_weight, k_weight)
+        ctx.norm, ctx.backend = norm, backend
+        return _NORM_PASSES[backend].forward(q, k, cos, sin, q_weight, k_weight, norm)
+
+    @staticmethod
+    def backward(ctx: Any, gq: Tensor | None, gk: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        gq = gq if needs[0] or needs[4] else None
+        gk = gk if needs[1] or needs[5] else None
+        if gq is None and gk is None:
+            return (None,) * 8
+        arguments = (gq, gk, *ctx.saved_tensors)
+        if torch.is_grad_enabled():  # create_graph: the same formula, uncompiled, so that it is differentiable
+            d_q, d_k, *d_weights = inductor.gradients(*arguments, *ctx.norm)
+        else:
+            d_q, d_k, *d_weights = _NORM_PASSES[ctx.backend].backward(*arguments, ctx.norm)
+        return d_q, d_k, None, None, *d_weights, None, None
+
+
+def _apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin, interleaved, q_weight, k_weight, eps, offset = call
+    if call.norms:
+        norm = inductor.Norm(eps, offset, interleaved)
+        return ops.apply(_NormRopeQK, q, k, cos, sin, q_weight, k_weight, norm, backend)
+    return ops.apply(_RopeQK, q, k, cos, sin, _Rotation(interleaved, False, backend))
+
+
 def rope_qk_inductor(call: Call) -> tuple[Tensor, Tensor]:
-    return ops.apply(_RopeQK, call.q, call.k, call.cos, call.sin, _Rotation(call.interleaved, False, "inductor"))
+    return _apply(call, "inductor")
 
 
 def rope_qk_triton(call: Call) -> tuple[Tensor, Tensor]:
-    return ops.apply(_RopeQK, call.q, call.k, call.cos, call.sin, _Rotation(call.interleaved, False, "triton"))
+    return _apply(call, "triton")

@@ -59,8 +59,8 @@ class _GatedActivation(torch.autograd.Function):
 
 
 def gated_activation_inductor(call: Call) -> Tensor:
-    return _GatedActivation.apply(*call, "inductor")
+    return ops.apply(_GatedActivation, *call, "inductor")
 
 
 def gated_activation_triton(call: Call) -> Tensor:
-    return _GatedActivation.apply(*call, "triton")
+    return ops.apply(_GatedActivation, *call, "triton")

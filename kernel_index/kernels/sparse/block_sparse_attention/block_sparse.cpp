@@ -166,7 +166,7 @@ inline void score_grad_row(Scoring scoring, float* z, float* dp, T* d_z, int64_t
                            float row_max, float inv_row_sum, float delta) {
   for (int64_t i = 0; i < width; i += LANES) {
     const ScoreGrad grad = score_grad<T>(scoring, Vec::loadu(z + i), Vec::loadu(dp + i), Vec(row_max), Vec(inv_row_sum),
-                                         Vec(delta), [](Vec p) { return p; });
+                                         Vec(delta), [](Vec x) { return x; });
     grad.p.store(z + i);
     grad.dz.store(dp + i);
   }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
+from kernel_index.core.excluded import Sight, sight_of_blocks
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -37,6 +38,16 @@ class BlockSparseCall(NamedTuple):
     @property
     def blocks(self) -> int:
         return num_blocks(self.k.shape[1], self.block_size)
+
+    @property
+    def excludes(self) -> bool:
+        """Every block that is not selected."""
+        return True
+
+    def sight(self) -> Sight:
+        return sight_of_blocks(
+            self.selected, self.selected_valid, self.block_size, *self.mask.row_intervals(self.sizes)
+        )
 
     @property
     def few_scores(self) -> bool:

@@ -5,6 +5,8 @@ and adds the results to their queries' rows; no scores outlive a step.  A first 
 small part of all, gives a shift that keeps the exponentials of the second pass in range.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from kernel_index.core import inductor
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of
+from kernel_index.core.excluded import Sight, guarded, guarded_backward, sight_of_blocks
 from kernel_index.core.inductor import Region
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.inverse_tiles import InverseTiles, inverse_tiles
@@ -24,7 +27,7 @@ FEW_STEPS = 4
 """Up to this many steps run the plain formulas: too few for a compiled region to pay."""
 
 TOO_LARGE = 2.0**60
-"""A sum of shifted exponentials above this makes the second pass start again with exact shifts."""
+"""A row whose sum of shifted exponentials is above this is computed again with its exact shift."""
 
 
 class Scoring(NamedTuple):
@@ -70,11 +73,12 @@ def _score_gradients(
 ) -> tuple[Tensor, Tensor]:
     capped = _capped(z, scale, softcap)
     p = torch.exp(capped - lse[..., None])
-    if low is not None and high is not None:
-        p = torch.where(_allowed(z, low, high), p, 0.0)
     d_z = p * (dp - delta[..., None]) * scale
     if softcap:
         d_z = d_z * (1 - (capped / softcap).square())
+    if low is not None and high is not None:
+        allowed = _allowed(z, low, high)
+        p, d_z = (torch.where(allowed, x, 0.0) for x in (p, d_z))
     return p.to(z.dtype), d_z.to(z.dtype)
 
 
@@ -176,9 +180,12 @@ def _sums(products: _Products, v: Tensor, shift: Tensor) -> tuple[Tensor, Tensor
 def _attend(products: _Products, v: Tensor) -> tuple[Tensor, Tensor]:
     shift = _shifts(products, products.tiles.opening)
     weighted, total = _sums(products, v, shift)
-    if not bool((total < TOO_LARGE).all()):  # a query's other blocks score far above its last one
-        shift = _shifts(products, products.tiles.rows.shape[0])
-        weighted, total = _sums(products, v, shift)
+    again = ~(total < TOO_LARGE)
+    if bool(again.any()):  # a query's other blocks score far above its last one; the other rows keep their bits
+        exact = torch.where(again, _shifts(products, products.tiles.rows.shape[0]), shift)
+        found = _sums(products, v, exact)
+        shift, total = exact, torch.where(again, found[1], total)
+        weighted = torch.where(again[..., None], found[0], weighted)
     nothing = shift.isneginf()
     out = weighted.div_(total.masked_fill(nothing, 1.0)[..., None])
     return out, (shift + total.log()).masked_fill_(nothing, -torch.inf)
@@ -206,10 +213,14 @@ class _Plan(NamedTuple):
     groups: int
     block_size: int
     scoring: Scoring
+    sight: Callable[[], Sight]
+
+    def products(self, q: Tensor, k: Tensor) -> _Products:
+        return _Products(q, k, self.tiles, self.groups, self.block_size, self.scoring)
 
 
 def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: None) -> Forward:
-    products = _Products(q, k, *plan)
+    products = plan.products(q, k)
     out, lse = _attend(products, products.by_blocks(v))
     out = out.view(*q.shape[:3], v.shape[3]).to(q.dtype)
     lse_BHT = lse.view(q.shape[0], q.shape[1], q.shape[2]).transpose(1, 2).contiguous()
@@ -217,8 +228,12 @@ def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: None) -> Forwar
 
 
 def _backward(plan: _Plan, given: Backward) -> Gradients:
+    return guarded_backward(functools.partial(_run_backward, plan), plan.sight, given)
+
+
+def _run_backward(plan: _Plan, given: Backward) -> Gradients:
     q, k, v = given.q, given.k, given.v
-    products = _Products(q, k, *plan)
+    products = plan.products(q, k)
     rows = products.q.shape[:2]
     lse, delta = (x.transpose(1, 2).reshape(rows) for x in (given.saved[0], delta_of(given)))
     d_q, d_k, d_v = _gradients(products, products.by_rows(given.d_out), products.by_blocks(v), lse, delta)
@@ -237,11 +252,13 @@ def _by_keys(blocks: Tensor, like: Tensor) -> Tensor:
     return blocks.view(batch, heads, -1, width)[:, :, :keys].transpose(1, 2).contiguous()
 
 
+@guarded
 def block_sparse_cpu(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     q, k, sizes = call.q, call.k, call.sizes
     heads = (k.shape[2], q.shape[2])
     bounds = call.mask.row_intervals(sizes)
     tiles = inverse_tiles(call.selected, call.selected_valid, bounds, sizes, heads, call.block_size)
     scoring = Scoring(scale_of(q, call.scale), call.softcap)
-    plan = _Plan(tiles, call.selected.shape[2], call.block_size, scoring)
+    sight = functools.partial(sight_of_blocks, call.selected, call.selected_valid, call.block_size, *bounds)
+    plan = _Plan(tiles, call.selected.shape[2], call.block_size, scoring, sight)
     return attend(PASSES, plan, q, k, call.v, None)

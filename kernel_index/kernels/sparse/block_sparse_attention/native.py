@@ -5,6 +5,7 @@ one by one: it gathers up to 64 rows, multiplies them with the block's keys, for
 multiplies these with the block's values, and adds the products to the rows' sums.  No other plan is made or kept.
 """
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of
+from kernel_index.core.excluded import Sight, guarded, guarded_backward, sight_of_blocks
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.masks.doc_window_mask.intervals import Intervals
@@ -26,6 +28,9 @@ class _Plan(NamedTuple):
     block_size: int
     scoring: tuple[float, float]  # scale and softcap
 
+    def sight(self) -> Sight:
+        return sight_of_blocks(self.selected, None, self.block_size, *self.bounds)
+
 
 def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: None) -> Forward:
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -36,6 +41,10 @@ def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: None) -> Forwar
 
 
 def _backward(plan: _Plan, given: Backward) -> Gradients:
+    return guarded_backward(functools.partial(_run_backward, plan), plan.sight, given)
+
+
+def _run_backward(plan: _Plan, given: Backward) -> Gradients:
     q, k, v = (x.contiguous() for x in (given.q, given.k, given.v))
     delta = delta_of(given).transpose(1, 2).contiguous()
     d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
@@ -57,6 +66,7 @@ def _call(which: str, qkv: tuple[Tensor, Tensor, Tensor], plan: _Plan, *tensors:
     native.call(SOURCE, function, sizes, plan.scoring, plan.selected, *plan.bounds, *tensors)
 
 
+@guarded
 def block_sparse_native(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     selected = call.selected
     if call.selected_valid is not None:

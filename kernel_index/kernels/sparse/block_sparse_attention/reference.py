@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernel_index.core.excluded import guarded
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.routing.membership import membership
@@ -11,6 +12,7 @@ SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores: 256 MiB of float32."""
 
 
+@guarded
 def block_sparse_reference(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     q, k, v, selected, softcap = call.q, call.k, call.v, call.selected, call.softcap
     batch, queries, heads, _ = q.shape
@@ -44,10 +46,12 @@ def block_sparse_reference(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
 def _attend(q_BKGHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, allowed: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bkghtd,bksd->bkghts", q_BKGHTD, k_BKSD)
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # what is excluded may overflow
     empty = ~allowed.any(-1)
     scores = scores.masked_fill(~allowed, -torch.inf)
     scores = scores.masked_fill(empty[..., None], 0.0)  # softmax of a row of −inf would be NaN, and so its gradient
-    weights = torch.softmax(scores, -1).masked_fill(empty[..., None], 0.0)
+    # The weights are 0 already where a key is not allowed; this keeps d_out·v from there, which may overflow.
+    weights = torch.where(allowed, torch.softmax(scores, -1), 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(empty, -torch.inf)
-    return torch.einsum("bkghts,bksd->bkghtd", weights, v_BKSD), lse
+    out = torch.einsum("bkghts,bksd->bkghtd", weights, v_BKSD)
+    return out.masked_fill(empty[..., None], 0.0), lse  # it is 0 already; this keeps a NaN from above from the values

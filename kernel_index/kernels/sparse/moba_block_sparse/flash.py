@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.dispatch import Choice
+from kernel_index.core.excluded import guarded
+from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaCall
 from kernel_index.masks.attention_arguments import scale_of, sizes_of
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -17,12 +19,19 @@ TILE = 128
 
 
 def attend_flash(call: MobaCall, router: Choice) -> Tensor:
+    selected = router.run_inside(call.routing)
+    return _attend(call.on_core(selected.indices, selected.valid))
+
+
+@guarded
+def _attend(call: BlockSparseCall) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     def cap(score: Tensor, *_: Tensor) -> Tensor:
         return call.softcap * torch.tanh(score / call.softcap)
 
-    selected = router.run_inside(call.routing)
+    assert call.selected_valid is not None
+    selected = TopBlocks(call.selected, call.selected_valid)
     # Sizes that vary would become symbols, which those kernels cannot take from a mask's predicate.
     attend = flex_attention if torch.compiler.is_compiling() else torch.compile(flex_attention, dynamic=False)
     out = attend(

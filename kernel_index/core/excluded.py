@@ -1,0 +1,211 @@
+"""What a mask excludes has no influence, also where it is NaN or infinity; the rule of every backend of plain PyTorch.
+
+A kernel that multiplies a weight of 0 with an excluded key makes NaN of NaN and of infinity.  Such a kernel gets
+operands without them: 0 stands where q, k or v is not finite.  Its rows are then what they are with any finite values
+there, bit by bit, if they see none of the replaced ones.  A row that does see one becomes NaN, and so do the gradients
+of its query and of the keys and values that were replaced: nothing that went wrong is hidden.
+
+A query that sees no key is not touched by its own values.  The gradient that comes from above is another operand:
+``guarded_backward`` does the same for it, where the backward pass is ours.  In the backward passes of PyTorch
+(``reference``, ``sdpa``, ``flex``, ``varlen``, ``fa4``) a NaN in the gradient of a row reaches the values and keys that
+the row does not see, unless that row is empty or NaN itself.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import rules
+from kernel_index.core.attention_function import Backward, Gradients
+
+
+class Sight(NamedTuple):
+    """The keys that each query sees, by groups of heads: ``low[b, t, g, i] ≤ s < high[b, t, g, i]`` for some i.
+
+    int64 [B or 1, T, G, n]; an interval is empty where ``low = high``.  G is a multiple or a divisor of the KV heads
+    and a divisor of the query heads.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def rows_with_keys(self, heads: int) -> Tensor:
+        """Which query heads see a key at all, bool [B or 1, T, H]."""
+        some = (self.high > self.low).any(3)
+        return some.repeat_interleave(heads // some.shape[2], 2)
+
+    def rows_that_see(self, keys: Tensor, heads: int) -> Tensor:
+        """Which query heads see one of the keys at least, bool [B, T, H] from bool [B, S, K]."""
+        groups = max(self.low.shape[2], keys.shape[2])
+        keys = keys.repeat_interleave(groups // keys.shape[2], 2)
+        before = torch.nn.functional.pad(keys.to(torch.int64).cumsum(1), (0, 0, 1, 0))  # [B, S + 1, groups]
+        low, high = self._flat(keys.shape[0], groups)
+        counts = before.gather(1, high) - before.gather(1, low)
+        seen = (counts > 0).unflatten(1, (self.low.shape[1], self.low.shape[3])).any(2)
+        return seen.repeat_interleave(heads // groups, 2)
+
+    def keys_seen_by(self, rows: Tensor, keys: int, kv_heads: int) -> Tensor:
+        """Which keys one of the rows sees, bool [B, S, K] from bool [B, T, H]."""
+        groups = max(self.low.shape[2], kv_heads)
+        low, high = self._flat(rows.shape[0], groups)
+        some = rows.unflatten(2, (groups, rows.shape[2] // groups)).any(3)
+        amount = some.to(torch.int64)[:, :, None].expand(-1, -1, self.low.shape[3], -1).flatten(1, 2)
+        change = amount.new_zeros(rows.shape[0], keys + 1, groups)
+        change = change.scatter_add(1, low, amount).scatter_add(1, high, -amount)
+        seen = change.cumsum(1)[:, :keys] > 0
+        return seen.unflatten(2, (kv_heads, groups // kv_heads)).any(3)
+
+    def _flat(self, batch: int, groups: int) -> tuple[Tensor, Tensor]:
+        """Both bounds [B, T·n, groups]."""
+
+        def flat(bound: Tensor) -> Tensor:
+            bound = bound.repeat_interleave(groups // bound.shape[2], 2).transpose(2, 3)
+            return bound.expand(batch, -1, -1, -1).flatten(1, 2)
+
+        return flat(self.low), flat(self.high)
+
+
+def sight_of_intervals(start: Tensor, end: Tensor) -> Sight:
+    """Each query sees the keys ``start ≤ s < end`` [rows, T]."""
+    low, high = (x.to(torch.int64)[:, :, None, None] for x in (start, end))
+    return Sight(low, torch.maximum(low, high))
+
+
+def sight_of_blocks(selected: Tensor, valid: Tensor | None, block_size: int, start: Tensor, end: Tensor) -> Sight:
+    """Each query sees the keys ``start ≤ s < end`` of its selected blocks [B, T, G, n]; −1 selects none.
+
+    A token is a block of one key.
+    """
+    low, high = (x.to(torch.int64)[:, :, None, None] for x in (start, end))
+    first = selected.to(torch.int64) * block_size
+    exists = selected >= 0 if valid is None else (selected >= 0) & valid
+    from_key = torch.minimum(torch.maximum(first, low), high)
+    to_key = torch.where(exists, torch.minimum(first + block_size, high), 0)
+    from_key = torch.where(exists, from_key, 0)
+    return Sight(from_key, torch.maximum(from_key, to_key))
+
+
+def run_guarded(run: Callable[[Any], Any], call: Any) -> Any:
+    """``run(call)`` of a backend of attention, ``out`` or ``(out, lse)``, under the rule of this module.
+
+    A call has ``q`` [B, T, H, D], ``k`` and ``v`` [B, S, K, …], ``excludes`` (whether some query does not see some key)
+    and ``sight()``.  Where values may be read (plain tensors on a CPU) finite operands, or a finite output where there
+    is no backward pass, show that there is nothing to do.  Elsewhere nothing waits: the operands are always cleaned.
+    """
+    operands = call.q, call.k, call.v
+    if rules.host_readable(*operands):
+        if rules.wants_gradient(*operands):
+            if all_finite(*operands):
+                return run(call)
+        else:
+            found = run(call)
+            if all_finite(found if isinstance(found, Tensor) else found[0]):
+                return found
+    if not call.excludes or call.k.shape[1] == 0:
+        return run(call)
+    finite = [x.isfinite() for x in operands]
+    cleaned = [torch.where(of_x, x, 0.0) for of_x, x in zip(finite, operands, strict=True)]
+    found = run(call._replace(q=cleaned[0], k=cleaned[1], v=cleaned[2]))
+    bad_q, bad_k, bad_v = (~of_x.all(-1) for of_x in finite)
+    return _spoiled(found, call, bad_q, bad_k | bad_v)
+
+
+def guarded(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The backend ``run`` that ``run_guarded`` runs."""
+
+    @functools.wraps(run)
+    def guarded_run(call: Any) -> Any:
+        return run_guarded(run, call)
+
+    return guarded_run
+
+
+def _spoiled(found: Any, call: Any, queries: Tensor, keys: Tensor) -> Any:
+    """NaN in the rows that see one of the keys, and in those of the queries that see a key.
+
+    Args:
+        found: ``out`` [B, T, H, Dv], or that and ``lse`` [B, H, T] or None.
+        call: the call, for its operands and its sight.
+        queries: bool [B, T, H].
+        keys: bool [B, S, K].
+    """
+    sight, heads = call.sight(), call.q.shape[2]
+    sees = sight.rows_with_keys(heads)
+    rows = (sight.rows_that_see(keys, heads) | queries) & sees
+    if rules.wants_gradient(call.q, call.k, call.v):
+        nan = _nan_with_gradient(call, rows, keys & sight.keys_seen_by(sees.expand_as(rows), *keys.shape[1:]))
+    else:
+        nan = call.q.new_full((1, 1, 1), math.nan)
+    if isinstance(found, Tensor):
+        return torch.where(rows[..., None], nan[..., None], found).contiguous()
+    out, lse = found
+    out = torch.where(rows[..., None], nan[..., None], out).contiguous()
+    if lse is not None:
+        lse = torch.where(rows.transpose(1, 2), nan.transpose(1, 2).to(lse.dtype), lse).contiguous()
+    return out, lse
+
+
+def _nan_with_gradient(call: Any, rows: Tensor, keys: Tensor) -> Tensor:
+    """NaN [B, T, H], of which the gradients of these rows' queries, of these keys and of their values are NaN too."""
+    each = torch.where(rows[..., None], call.q, 0.0).sum(-1)
+    of_keys, of_values = (torch.where(keys[..., None], x, 0.0).sum((1, 3)) for x in (call.k, call.v))  # [B, K]
+    shared = (of_keys + of_values).repeat_interleave(rows.shape[2] // keys.shape[2], 1)[:, None]
+    return (each + shared) * math.nan
+
+
+def guarded_backward(run: Callable[[Backward], Gradients], sight: Callable[[], Sight], given: Backward) -> Gradients:
+    """``run(given)`` where the gradient from above is finite.  For backends on a CPU: values are read.
+
+    Else the rows in which it is not, and those whose output is not, send nothing; then the gradients of their queries
+    become NaN, and so do those of the keys, values and sink logits that they see.
+    """
+    checked = given.d_out, given.out, given.d_lse
+    if all_finite(*(x for x in checked if x is not None)):
+        return run(given)
+    rows = _not_finite(given.d_out) | _not_finite(given.out)  # [B, T, H]
+    if given.d_lse is not None:
+        rows = rows | ~given.d_lse.isfinite().transpose(1, 2)
+    at, (keys, kv_heads) = rows[..., None], given.k.shape[1:3]
+    found = run(
+        given._replace(
+            d_out=given.d_out.masked_fill(at, 0.0),
+            out=given.out.masked_fill(at, 0.0),
+            d_lse=None if given.d_lse is None else given.d_lse.masked_fill(rows.transpose(1, 2), 0.0),
+        )
+    )
+    seen = sight()
+    rows = rows & seen.rows_with_keys(rows.shape[2])
+    of_keys = seen.keys_seen_by(rows, keys, kv_heads)[..., None]
+
+    def with_nan(gradient: Tensor | None, where: Tensor) -> Tensor | None:
+        return None if gradient is None else gradient.masked_fill(where, math.nan)
+
+    return Gradients(
+        with_nan(found.q, rows[..., None]),
+        with_nan(found.k, of_keys),
+        with_nan(found.v, of_keys),
+        with_nan(found.sink, rows.any(0).any(0)),
+    )
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether all values are finite.  One pass: a sum is not finite if one of its terms is not.
+
+    False too where the sum overflows: the caller then does with care what it would have done without.
+    """
+    sums = [x.detach().sum(dtype=torch.float32 if x.dtype == torch.float16 else None) for x in tensors]
+    return math.isfinite(sum(sums[1:], sums[0]).item())
+
+
+def finite_part(x: Tensor) -> Tensor:
+    """0 where x is not finite; so is the gradient."""
+    return torch.where(x.isfinite(), x, 0.0)
+
+
+def _not_finite(x: Tensor) -> Tensor:
+    """bool [B, T, H] of x [B, T, H, D]."""
+    return ~x.isfinite().all(-1)
