@@ -15,7 +15,7 @@ KEPT = 6 * 2**20
 
 
 def test_mixed_calls_leak_nothing(request):
-    count = 1000 if request.config.getoption("--hypothesis-profile") == "nightly" else 250
+    count = 1000 if request.config.getoption("--hypothesis-profile") == "nightly" else 300
     command = [sys.executable, "-m", "tests.leaks", str(count)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=900, env={**os.environ, "TRITON_INTERPRET": "1"}

@@ -17,7 +17,8 @@ from tests.integrations.models import batch_of, model_of, results_of, truth_of
 NAMES = ("llama", "qwen3", "gemma", "gemma2", "mixtral", "qwen3_moe", "deepseek_v3", "nemotron", "granite")
 EXPECTED = {  # what must be replaced somewhere in each model; everything else is left
     "nemotron": {"rope", "loss", "experts", "attention"},  # its norms are layer norms
-    "mixtral": {"norms", "rope", "loss", "attention"},  # all its feed-forward layers are stacked experts
+    "mixtral": {"norms", "rope", "loss", "attention"},  # all their feed-forward layers are stacked experts
+    "qwen3_moe": {"norms", "rope", "loss", "attention"},
     None: {"norms", "rope", "loss", "experts", "attention"},
 }
 
