@@ -9,20 +9,16 @@ import random
 import zlib
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 
 import kernel_index as ki
-from kernel_index.proofs.errors import floor
+from tests.integrations.every_model import ROUNDING, compare
 from tests.integrations.tiny_models import CannotBeBuilt, model_of, registry
-from tests.integrations.ways import CALLS, EVERY, EXACT, GENERATING, difference, outcome_of
+from tests.integrations.ways import CALLS, EVERY, GENERATING, difference, outcome_of
 
 SHARE = 24
 """Models of a CI run, a different one of each kind of convention as the draw has it; the seed is fixed."""
-
-ROUNDING = 3e-4
-"""Two layers with weights three times too large: what float32 rounding grows to, far below any convention's effect."""
 
 KNOWN = registry()
 
@@ -42,37 +38,13 @@ def ways_of(known, nightly):
 
 
 def test_patched_equals_stock(known, request):
+    nightly = request.config.getoption("--hypothesis-profile") == "nightly"
     try:
-        stock = model_of(known)
+        found = compare(known, ways_of(known, nightly))
     except CannotBeBuilt as why:
         pytest.skip(f"cannot be built small: {why}")
-    patched = copy.deepcopy(stock)
-    report = ki.transformers.apply(patched)
-    assert all(c.by or c.why for c in report.changes)
-    nightly = request.config.getoption("--hypothesis-profile") == "nightly"
-    wrong = {}
-    for name, way in ways_of(known, nightly).items():
-        expected = outcome_of(way, copy.deepcopy(stock), known)
-        if isinstance(expected, str):
-            continue  # the stock model does not run this way
-        actual = outcome_of(way, copy.deepcopy(patched), known)
-        if isinstance(actual, str):
-            wrong[name] = actual
-            continue
-        error, where = difference(actual, expected)
-        if error > ROUNDING and not (name in EXACT and _as_exact(name, actual, expected, stock, known)):
-            wrong[name] = (error, where)
-    assert wrong == {}
-
-
-def _as_exact(name, actual, expected, stock, known):
-    """Whether a result rounded to bfloat16 is as near to the float32 model's as that of the stock model."""
-    if not EXACT[name]:  # only losses are known, which Trainer rounds to four digits
-        return difference(actual, expected)[0] <= 16 * floor(torch.bfloat16)
-    truth = outcome_of(EVERY[EXACT[name]], copy.deepcopy(stock), known)
-    as_truth = [{n: x.to(truth[n].dtype) for n, x in found.items()} for found in (actual, expected)]
-    ours, theirs = (difference(found, truth)[0] for found in as_truth)
-    return ours <= 2 * theirs + floor(torch.bfloat16)
+    assert all(c.by or c.why for c in found.report.changes)
+    assert found.wrong == {}
 
 
 def test_the_registry_is_not_empty_and_most_of_it_can_be_built():
