@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from kernel_index.core import checks
@@ -59,7 +60,7 @@ class Report:
             for module in self._model.modules():
                 vars(module).pop(attention.NOTES, None)
                 vars(module).pop(attention.TRIED, None)
-            vars(self._model).pop(MARK, None)
+                vars(module).pop(MARK, None)
         self._model = None
 
     def __str__(self) -> str:
@@ -82,8 +83,17 @@ class Report:
             )
         return "\n".join(said)
 
+    def __reduce__(self) -> tuple:
+        return _report_of, (self.changes, self.calls_left)  # a copy tells what was done, and cannot undo it
+
     def __repr__(self) -> str:
         return f"<Report: {len(self.replaced)} modules replaced, {len(self.left)} left>\n{self}"
+
+
+def _report_of(changes: tuple[Change, ...], calls_left: dict[tuple[str, str], int]) -> Report:
+    report = Report(None, changes, [])
+    report._calls_left = calls_left
+    return report
 
 
 def _pattern(module: str) -> str:
@@ -160,14 +170,17 @@ def apply(
     wanted = dict(zip(KINDS, (norms, rope, loss, experts, attention), strict=True))
     for name, value in wanted.items():
         checks.is_bool(name, value)
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     with MARKING:
-        if MARK in vars(model):
+        if any(MARK in vars(m) for m in parts):
             raise ValueError("model must be one that is not patched, got one with a report: undo() that first")
-        vars(model)[MARK] = True
+        for part in parts:
+            vars(part)[MARK] = True
     undo: list[Callable[[], None]] = []
     report = None
     try:
-        plans = [plan for kind in KINDS if wanted[kind] for plan in PLANNERS[kind](model, wanted)]
+        with torch.device("cpu"):  # of the trials
+            plans = [plan for kind in KINDS if wanted[kind] for plan in PLANNERS[kind](model, wanted)]
         for plan in plans:
             if plan.do is not None:
                 undo.append(plan.do())

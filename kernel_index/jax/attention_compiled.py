@@ -30,7 +30,7 @@ def _build(key: ExactMaskKey) -> Any:
         softcap: Any,
         interpret: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        mask = MaskContract(key.causal, key.window, mask.doc_ids, mask.validity, mask.q_offset)
+        mask = MaskContract(key.causal, key.window, mask.doc_ids, mask.validity, mask.q_offset, mask.key_validity)
         if key.backend == "pallas":
             call = AttentionCall(q, k, v, mask, scale, softcap, sink, key.block_sizes)
             out, lse = attention_pallas(call, interpret=interpret)

@@ -25,7 +25,7 @@ def _build(key: ExactMaskKey) -> Any:
     def attend(
         q: Any, k: Any, v: Any, mask: MaskContract, *, config: Any, scale: Any, softcap: Any, interpret: Any
     ) -> tuple[jax.Array, jax.Array]:
-        mask = MaskContract(key.causal, key.window, mask.doc_ids, mask.validity, mask.q_offset)
+        mask = MaskContract(key.causal, key.window, mask.doc_ids, mask.validity, mask.q_offset, mask.key_validity)
         call = ClusteredCall(q, k, v, config, mask, scale, softcap)
         return _xla(call) if key.backend == "xla" or q.size == 0 or k.size == 0 else _pallas(call, interpret)
 

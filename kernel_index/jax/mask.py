@@ -102,7 +102,7 @@ class Intervals(NamedTuple):
 class MaskContract:
     """``kernel_index.MaskContract`` over JAX arrays: the same fields, and the same intervals.
 
-    A pytree: ``doc_ids``, ``validity`` and ``q_offset`` are its leaves and may be traced, the rest is static.
+    A pytree: ``doc_ids``, the validities and ``q_offset`` are its leaves and may be traced, the rest is static.
 
     Args:
         causal: no query attends to a later position.
@@ -110,6 +110,7 @@ class MaskContract:
         doc_ids: integers [B, S], or [S] for every row alike; negative ids are padding and attend to nothing.
         validity: the valid prefix of each row, from ``attention_validity``.
         q_offset: the position of query 0 among the keys; None aligns the last query with the last key.
+        key_validity: the valid prefix of the keys alone; ``validity`` then counts queries, and no key.
 
     >>> import jax.numpy as jnp, kernel_index.jax as kij
     >>> mask = kij.MaskContract(doc_ids=jnp.array([[7, 7, 4, 4, 7, -1]]))
@@ -123,6 +124,7 @@ class MaskContract:
     doc_ids: jax.Array | None = None
     validity: AttentionValidity | None = None
     q_offset: Any = None
+    key_validity: AttentionValidity | None = None
 
     def __post_init__(self) -> None:
         host.is_bool("causal", self.causal)
@@ -135,8 +137,9 @@ class MaskContract:
                 raise ValueError(
                     f"doc_ids must be [B, S], or [S] for every row alike, got shape {tuple(self.doc_ids.shape)}"
                 )
-        if self.validity is not None and not isinstance(self.validity, AttentionValidity):
-            raise TypeError(f"validity must be an AttentionValidity, got {type(self.validity).__name__}")
+        for name, value in (("validity", self.validity), ("key_validity", self.key_validity)):
+            if value is not None and not isinstance(value, AttentionValidity):
+                raise TypeError(f"{name} must be an AttentionValidity, got {type(value).__name__}")
         if self.q_offset is not None and not isinstance(self.q_offset, jax.Array):
             host.is_int("q_offset", self.q_offset)
         self.rows()
@@ -150,13 +153,20 @@ class MaskContract:
     def counts(self) -> jax.Array | None:
         return None if self.validity is None else self.validity.tokens
 
+    @property
+    def key_counts(self) -> jax.Array | None:
+        return None if self.key_validity is None else self.key_validity.tokens
+
     def rows(self) -> int:
         """B as far as the arrays carry it; 1 where all rows are alike."""
-        docs = self.doc_ids.shape[0] if self.doc_ids is not None and self.doc_ids.ndim == 2 else None
-        counts = None if self.counts is None else self.counts.shape[0]
-        if docs is not None and counts is not None and docs != counts:
-            raise ValueError(f"validity must be for the {docs} rows of doc_ids, got {counts} rows")
-        return next((n for n in (docs, counts) if n is not None), 1)
+        found = self.doc_ids.shape[0] if self.doc_ids is not None and self.doc_ids.ndim == 2 else None
+        owner = "doc_ids"
+        for name, counts in (("validity", self.counts), ("key_validity", self.key_counts)):
+            if counts is not None and found is not None and counts.shape[0] != found:
+                raise ValueError(f"{name} must be for the {found} rows of {owner}, got {counts.shape[0]} rows")
+            if counts is not None and found is None:
+                found, owner = counts.shape[0], name
+        return 1 if found is None else found
 
     def check_sizes(self, batch: int, keys: int) -> None:
         """Raise where the contract's arrays are not for this many rows and keys."""
@@ -169,7 +179,11 @@ class MaskContract:
             raise ValueError(f"kv_len must be {self.doc_ids.shape[-1]}, the size of doc_ids [B, S], got {keys}")
 
     def _carries_rows(self) -> bool:
-        return self.counts is not None or (self.doc_ids is not None and self.doc_ids.ndim == 2)
+        return (
+            self.counts is not None
+            or self.key_counts is not None
+            or (self.doc_ids is not None and self.doc_ids.ndim == 2)
+        )
 
     def intervals(self, batch: int, queries: int, keys: int) -> Intervals:
         """The interval of each query; int32 [1 or B, T], one row where all rows are alike."""
@@ -195,11 +209,13 @@ class MaskContract:
             low, high = (bound[:, at] for bound in segments(ids))
             high = jnp.where(ids[:, at] < 0, low, high)
             outside = (position < 0) | (position >= keys)
+        of_keys = self.counts if self.key_counts is None else self.key_counts
+        if of_keys is not None:
+            high, after = jnp.minimum(high, of_keys[:, None]), jnp.minimum(after, of_keys[:, None])
         if self.counts is not None:
             limit = self.counts[:, None]
-            high = jnp.minimum(high, limit)
-            outside = outside | (position < 0) | (position >= limit)
-            after = jnp.minimum(after, limit)
+            beyond = (position < 0) | (position >= limit) if self.key_counts is None else query[None] >= limit
+            outside = outside | beyond
         nothing = jnp.where(position < 0, 0, after)
         low, high = jnp.where(outside, nothing, low), jnp.where(outside, nothing, high)
         end = high if right is None else jnp.minimum(high, position + (right + 1))
@@ -234,14 +250,14 @@ def as_contract(mask: Any) -> MaskContract:
         return mask
     if not isinstance(mask, torch_mask.MaskContract):
         raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
-    if mask.key_counts is not None:
-        raise ValueError("mask must have no key_validity in JAX, got one")
     docs = None if mask.doc_ids is None else jnp.asarray(_from_torch(mask.doc_ids), jnp.int32)
-    validity = mask.validity
-    if validity is not None:
-        counts = _as_counts(validity.token_prefix), _as_counts(validity.slot_counts)
-        validity = AttentionValidity(validity.mode, *counts, validity.base_block_tokens)
-    return MaskContract(mask.causal, mask.window, docs, validity, mask.q_offset)
+    rows, keys = (None if v is None else _validity_of(v) for v in (mask.validity, mask.key_validity))
+    return MaskContract(mask.causal, mask.window, docs, rows, mask.q_offset, keys)
+
+
+def _validity_of(validity: Any) -> AttentionValidity:
+    counts = _as_counts(validity.token_prefix), _as_counts(validity.slot_counts)
+    return AttentionValidity(validity.mode, *counts, validity.base_block_tokens)
 
 
 def _register(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]) -> None:
@@ -260,7 +276,7 @@ def _register(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]) -> No
 
 
 _register(AttentionValidity, ("token_prefix", "slot_counts"), ("mode", "base_block_tokens"))
-_register(MaskContract, ("doc_ids", "validity", "q_offset"), ("causal", "window"))
+_register(MaskContract, ("doc_ids", "validity", "q_offset", "key_validity"), ("causal", "window"))
 
 EVERYTHING_BEFORE = MaskContract()
 """The default mask: causal, aligned with the last key."""

@@ -11,7 +11,7 @@ from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
 def key_of(mask: MaskContract, dtype: Any, backend: str, block_sizes: tuple[int, int] | None) -> ExactMaskKey:
     """The static part of a call's mask: no array, and nothing that may differ between two batches."""
-    fields = {name: getattr(mask, name) for name in ("causal", "window", "doc_ids", "validity")}
+    fields = {name: getattr(mask, name) for name in ("causal", "window", "doc_ids", "validity", "key_validity")}
     fields["has_q_offset"] = mask.q_offset is not None
     return exact_mask_key(fields, dtype=dtype, backend=backend, block_sizes=block_sizes)
 

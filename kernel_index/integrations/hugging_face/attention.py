@@ -4,6 +4,7 @@ A call that is not exactly one that ``ki.attention`` computes goes, whole, to th
 """
 
 import copy
+import copyreg
 import dis
 import inspect
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core import rules
 from kernel_index.integrations.hugging_face.change import RAISED, Change, Plan, agree, draw
 from kernel_index.integrations.hugging_face.implementation import NAME, Implementation, own_implementation
 from kernel_index.integrations.hugging_face.lazy import Lazy
@@ -107,6 +109,15 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, contract_for)
+
+
+def _restored(own: str) -> Implementation:
+    """In a process that has loaded a patched model, and maybe nothing else of ours."""
+    register()
+    return Implementation.over(own)
+
+
+copyreg.pickle(Implementation, lambda name: (_restored, (name.own,)))  # type: ignore[arg-type]
 
 
 def _replace(model: Any, left: list[nn.Module]) -> Callable[[], None]:
@@ -211,6 +222,8 @@ def why_not_call(
     """Why a call is not one that ``ki.attention`` computes, or None."""
     if given["dropout"]:
         return "dropout is not 0"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
     own = own_implementation(module.config)
     known = {"dropout", "scaling", "is_causal", "softcap", "s_aux"} | BENIGN
     if own in DENSE:  # they do not read these
@@ -225,8 +238,8 @@ def why_not_call(
     if not _fits(query, key, value):
         return "its tensors are not [B, H, T, D] of one dtype and batch size"
     if own == "eager":
-        if torch.compiler.is_compiling():
-            return "eager attention inside torch.compile"
+        if torch.compiler.is_compiling() or rules.inside_functorch():
+            return "eager attention inside torch.compile or torch.func"
         return _tried(module, query, key, value, given)
     return None
 
@@ -312,19 +325,18 @@ def _without_a_mask(module: nn.Module, queries: int, keys: int, is_causal: bool 
 class LazyWeights(Lazy):
     """The weights of eager attention, [B, H, T, S], computed if something reads them (``output_attentions``)."""
 
-    call: tuple[Any, ...]
-    grad_was_on: bool
+    module: nn.Module
+    mask: Any
+    given: dict[str, Any]
 
     @staticmethod
     def of(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, given: Any) -> "LazyWeights":
-        shape = (*query.shape[:3], key.shape[2])
-        lazy = LazyWeights.wrap(shape, query.dtype, query.device)
-        lazy.call, lazy.grad_was_on = (module, query, key, value, mask, given), torch.is_grad_enabled()
-        return lazy
+        shape, same = (*query.shape[:3], key.shape[2]), {"module": module, "mask": mask, "given": given}
+        return LazyWeights.wrap(shape, query.dtype, query.device, query, key, value, **same)
 
-    def compute(self) -> Tensor:
-        with torch.set_grad_enabled(self.grad_was_on):
-            weights = own_attention(*self.call)[1]
+    def formula(self, *operands: Tensor) -> Tensor:
+        query, key, value = operands
+        weights = own_attention(self.module, query, key, value, self.mask, self.given)[1]
         assert weights is not None
         return weights
 

@@ -19,17 +19,6 @@ class Implementation(str):
         found.own = own
         return found
 
-    def __reduce__(self) -> tuple:
-        return _restored, (self.own,)
-
-
-def _restored(own: str) -> Implementation:
-    """In a process that has loaded a patched model, and maybe nothing else of ours."""
-    from kernel_index.integrations.hugging_face.attention import register
-
-    register()
-    return Implementation.over(own)
-
 
 def own_implementation(config: Any) -> str:
     """What the model of this configuration ran before ``apply``; PyTorch's where it never had another."""

@@ -31,27 +31,35 @@ class LazyLogits(Lazy):
     (torch.Size([1, 3]), tensor([[2., 2., 1.]]))
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
     steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
     product: torch.dtype
     stamp: "Stamp"
-    grad_was_on: bool
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "LazyLogits":
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        lazy = LazyLogits.wrap((*hidden.shape[:-1], weight.shape[0]), dtype, hidden.device)
-        lazy.hidden, lazy.weight, lazy.bias, lazy.steps, lazy.product = hidden, weight, bias, (), dtype
-        lazy.stamp, lazy.grad_was_on = Stamp.of(hidden, weight, bias), torch.is_grad_enabled()
-        return lazy
+        dtype = _autocast_dtype(hidden.device.type) or hidden.dtype
+        operands = (hidden, weight) if bias is None else (hidden, weight, bias)
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        stamp = Stamp.of(*operands)
+        return LazyLogits.wrap(shape, dtype, hidden.device, *operands, steps=(), product=dtype, stamp=stamp)
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    @property
+    def hidden(self) -> Tensor:
+        return self.operands[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.operands[1]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.operands[2] if len(self.operands) == 3 else None
+
+    def factors_of_product(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hidden states, weight and bias in the dtype of the product."""
-        hidden, weight = self.hidden.to(self.product), self.weight.to(self.product)
-        return hidden, weight, None if self.bias is None else self.bias.to(self.product)
+        self.check()
+        hidden, weight, *bias = (x.to(self.product) for x in self.operands)
+        return hidden, weight, bias[0] if bias else None
 
     def record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func not in STEPS or kwargs or not _is_constant(func, args[1:]):
@@ -60,17 +68,18 @@ class LazyLogits(Lazy):
             dtype = func(torch.empty(0, dtype=self.dtype), *args[1:]).dtype
         if func in CASTS and dtype == self.dtype:
             return self  # as PyTorch returns the tensor itself
-        lazy = LazyLogits.wrap(self.shape, dtype, self.device)
-        vars(lazy).update(vars(self))
-        lazy.steps, lazy.made = (*self.steps, (func, args[1:])), []
-        return lazy
+        same = {"steps": (*self.steps, (func, args[1:])), "product": self.product, "stamp": self.stamp}
+        with torch.set_grad_enabled(self.grad_was_on and torch.is_grad_enabled()):
+            return LazyLogits.wrap(self.shape, dtype, self.device, *self.operands, **same)
 
-    def compute(self) -> Tensor:
-        if not self.stamp.equals(Stamp.of(self.hidden, self.weight, self.bias)):
+    def check(self) -> None:
+        super().check()
+        if not self.stamp.equals(Stamp.of(*self.operands)):
             raise RuntimeError("logits must be read before the weights change: they are computed when first used")
-        kind = self.hidden.device.type
-        with torch.set_grad_enabled(self.grad_was_on), torch.autocast(kind, enabled=False):
-            found = torch.nn.functional.linear(*self.operands())
+
+    def formula(self, *operands: Tensor) -> Tensor:
+        with torch.autocast(operands[0].device.type, enabled=False):
+            found = torch.nn.functional.linear(*(x.to(self.product) for x in operands))
             for function, args in self.steps:
                 found = function(found, *args)
         return found
@@ -106,6 +115,11 @@ CASTS = frozenset({Tensor.float, Tensor.to})
 STEPS = TIMES | OVER | TANH | CASTS
 
 
+def _autocast_dtype(kind: str) -> torch.dtype | None:
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def _is_constant(func: Any, args: tuple[Any, ...]) -> bool:
     if func is Tensor.to:
         return len(args) == 1 and isinstance(args[0], torch.dtype)
@@ -127,11 +141,10 @@ class Stamp(NamedTuple):
     bits: tuple[Tensor, ...]
 
     @staticmethod
-    def of(*tensors: Tensor | None) -> "Stamp":
-        given = [t for t in tensors if t is not None]
+    def of(*tensors: Tensor) -> "Stamp":
         with torch.no_grad():
-            bits = tuple(t.detach().view(BITS[t.element_size()]).sum(dtype=torch.int64) for t in given)
-        return Stamp(tuple(0 if t.is_inference() else t._version for t in given), bits)
+            bits = tuple(t.detach().view(BITS[t.element_size()]).sum(dtype=torch.int64) for t in tensors)
+        return Stamp(tuple(0 if t.is_inference() else t._version for t in tensors), bits)
 
     def equals(self, other: "Stamp") -> bool:
         return self.versions == other.versions and all(map(torch.equal, self.bits, other.bits))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, Recipe, replace_forward
+from kernel_index.integrations.hugging_face.lazy import is_observed
 from kernel_index.integrations.hugging_face.logits import LazyLogits
 
 KIND = "loss"
@@ -58,7 +59,8 @@ def _replace(model: Any) -> Any:
     def undo() -> None:
         undo_model()
         undo_head()
-        vars(model).pop("_loss_function", None)
+        if vars(model).get("_loss_function") is causal_lm_loss:
+            del model._loss_function
 
     return undo
 
@@ -86,7 +88,8 @@ def model_forward(base: type) -> Callable[..., Any]:
 def head_forward(base: type) -> Callable[..., Tensor]:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         # Under torch.compile the product is traced as it is: lazy logits would hide it from the compiler.
-        if not torch.compiler.is_compiling() and WANTED.get() is self:
+        # A hook on the head, as sharding puts there, sees an ordinary tensor, and may free the weight after it.
+        if not torch.compiler.is_compiling() and WANTED.get() is self and not is_observed(self):
             return LazyLogits.of(input, self.weight, self.bias)
         return nn.functional.linear(input, self.weight, self.bias)
 
@@ -118,7 +121,7 @@ def causal_lm_loss(
     fits = logits.shape[-1] == vocab_size and logits.shape[:-1].numel() == targets.shape[0]
     if logits.made or factors is None or not fits:
         return ForCausalLMLoss(logits.values(), *rest, **kwargs)
-    hidden, weight, bias = logits.operands()
+    hidden, weight, bias = logits.factors_of_product()
     total = ki.fused_linear_cross_entropy(
         hidden.flatten(0, -2),
         weight,

@@ -29,9 +29,8 @@ class LazyMask(Lazy):
     def of(contract: ki.MaskContract, request: dict[str, Any], own: str) -> "LazyMask":
         shape = (request["batch_size"], 1, request["q_length"], request["kv_length"])
         dtype = request.get("dtype", torch.float32) if own == "eager" else torch.bool
-        lazy = LazyMask.wrap(shape, dtype, torch.device(request["device"]))
-        lazy.contract, lazy.request, lazy.own = contract, request, own
-        return lazy
+        device = request.get("target", torch.device(request["device"]))
+        return LazyMask.wrap(shape, dtype, device, contract=contract, request=request, own=own)
 
     def record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in SAME or (func is Tensor.__getitem__ and self._is_whole(args[1])):
@@ -48,7 +47,7 @@ class LazyMask(Lazy):
             return False
         return all(range(*i.indices(n)) == range(n) for i, n in zip(index, self.shape, strict=False))
 
-    def compute(self) -> Tensor:
+    def formula(self, *operands: Tensor) -> Tensor:
         return self.for_implementation(self.own if self.own in DENSE else "sdpa")
 
     def for_implementation(self, name: str) -> Any:
@@ -131,9 +130,20 @@ def contract_for(
         )  # fmt: skip
         aligned = q_offset + q_length == kv_offset + kv_length
         found = _recovered(call) if aligned or mask_function is bidirectional_mask_function else None
+        if found is not None and _needs_none(found, call, own, kwargs):
+            return None
         if found is not None:
             return LazyMask.of(found, request, own)
     return ALL_MASK_ATTENTION_FUNCTIONS[own](**request)
+
+
+def _needs_none(contract: ki.MaskContract, call: Call, own: str, skips: dict[str, Any]) -> bool:
+    """Whether PyTorch's attention is given no mask: what is plain, a layer may tell by that."""
+    if own != "sdpa" or contract.has_tensors or call.window is not None:
+        return False
+    if contract.causal:
+        return bool(skips.get("allow_is_causal_skip")) and call.queries in (1, call.keys)
+    return bool(skips.get("allow_is_bidirectional_skip"))
 
 
 def _padding(attention_mask: Tensor | None, keys: int, k_start: int) -> Tensor | None:

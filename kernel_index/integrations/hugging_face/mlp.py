@@ -22,6 +22,7 @@ from kernel_index.integrations.hugging_face.change import (
     replace_forward,
     takes_one_tensor,
 )
+from kernel_index.integrations.hugging_face.lazy import is_observed
 
 KIND = "experts"
 WIDTH, INNER = 6, 4
@@ -37,12 +38,16 @@ assert tuple(FORMULAS) == get_args(GatedKind)
 
 
 class Gated(NamedTuple):
-    """The names of a layer's children.  ``up`` is empty where one product makes both, ``gate_first`` in this order."""
+    """The names of a layer's children.  ``up`` is empty where one product makes both, ``gate_first`` in this order.
+
+    ``act`` is the function, or the class, of the activation that was tried.
+    """
 
     gate: str
     up: str
     down: str
     kind: GatedKind
+    act: Any
     gate_first: bool = True
 
 
@@ -77,34 +82,40 @@ def plan(name: str, module: nn.Module) -> Plan:
 def gated_of(module: nn.Module) -> Gated | str:
     """The form of the layer, or the reason why it has none of them."""
     linear = linear_children(module)
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.children()):
-        return "has dropout"
+    act = activation_of(module)
+    if any(m is not act for n, m in module.named_children() if n not in linear):
+        return "has children beside its linear layers and its activation"
     if not takes_one_tensor(module):
         return "its forward takes a second argument"
-    kind = _kind_of(activation_of(module))
+    kind = _kind_of(act)
     if kind is None:
         return "the index has no kernel for its activation"
     x = draw(2, 3, WIDTH, seed=7)
-    for form in _forms(linear, kind):
+    probes = (x, 1e3 * x)  # large values show a bound
+    for form in _forms(linear, kind, _identity(act)):
         small = _small(module, form)
-        expected = _formula(small, form, x)
-        if all(agree(_result(small, x, mode), expected) for mode in (False, True)):
+        if all(agree(_result(small, p, mode), _formula(small, form, p)) for p in probes for mode in (False, True)):
             return form
     return "does not compute down(act(gate(x)) · up(x))"
 
 
+def _identity(act: Any) -> Any:
+    return type(act) if isinstance(act, nn.Module) else act
+
+
 def _kind_of(act: Any) -> GatedKind | None:
-    x = draw(64, seed=8)
+    x = torch.cat([scale * draw(64, seed=8) for scale in (1.0, 30.0, 1e3)])
     with torch.no_grad():
         actual = act(x)
-        return next((k for k in get_args(GatedKind) if agree(actual, FORMULAS[k](x.double()))), None)
+        parts = list(zip(actual.split(64), x.double().split(64), strict=True))
+        return next((k for k in get_args(GatedKind) if all(agree(a, FORMULAS[k](p)) for a, p in parts)), None)
 
 
-def _forms(linear: list[str], kind: GatedKind) -> list[Gated]:
+def _forms(linear: list[str], kind: GatedKind, act: Any) -> list[Gated]:
     if len(linear) == 3:
-        return [Gated(gate, up, down, kind) for gate, up, down in itertools.permutations(linear)]
+        return [Gated(gate, up, down, kind, act) for gate, up, down in itertools.permutations(linear)]
     pairs = itertools.permutations(linear)
-    return [Gated(both, "", down, kind, first) for both, down in pairs for first in (True, False)]
+    return [Gated(both, "", down, kind, act, first) for both, down in pairs for first in (True, False)]
 
 
 def _small(module: nn.Module, form: Gated) -> nn.Module:
@@ -115,7 +126,7 @@ def _small(module: nn.Module, form: Gated) -> nn.Module:
     if not form.up:
         sizes = {form.gate: (WIDTH, 2 * INNER), form.down: (INNER, WIDTH)}
     for seed, (name, (wide, narrow)) in enumerate(sizes.items()):
-        layer = nn.Linear(wide, narrow, bias=True)
+        layer = nn.utils.skip_init(nn.Linear, wide, narrow, device="cpu")  # the global generator is the user's
         layer.weight.data, layer.bias.data = draw(narrow, wide, seed=seed), draw(narrow, seed=seed + 10)
         small._modules[name] = layer
     return small
@@ -145,7 +156,10 @@ def _gate_and_up(layers: Any, form: Gated, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_of(base: type, form: Gated) -> Callable[..., Tensor]:
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        act = activation_of(self)
+        if _identity(act) != form.act or (isinstance(act, nn.Module) and (is_observed(act) or "forward" in vars(act))):
+            return base.forward(self, x)  # another activation was put there, or somebody looks at its result
         gate, up = _gate_and_up(self._modules, form, x)
         down = getattr(self, form.down)
         return down(ki.fused_gated_activation(gate, up, kind=form.kind))

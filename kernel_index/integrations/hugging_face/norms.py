@@ -18,16 +18,19 @@ from kernel_index.integrations.hugging_face.change import (
     takes_one_tensor,
     twin,
 )
-from kernel_index.integrations.hugging_face.lazy import Lazy
+from kernel_index.integrations.hugging_face.lazy import Lazy, is_observed
 
 KIND = "norms"
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 
 class Convention(NamedTuple):
-    """``x·rsqrt(mean(x²) + eps)·(offset + weight)``; ``widens`` where a float32 weight makes the result float32."""
+    """``x·rsqrt(mean(x²) + eps)·(offset + weight)``; ``widens`` where a float32 weight makes the result float32.
 
-    eps: float
+    ``eps`` is the name of the module's attribute: it is read at each call, as the module itself does.
+    """
+
+    eps: str
     offset: float
     widens: bool
 
@@ -55,7 +58,7 @@ def convention_of(module: nn.Module) -> Convention | str:
         return "is not a norm with one weight per channel and no bias"
     if any(True for _ in module.buffers(recurse=False)):
         return "has buffers"
-    eps = next((e for e in (getattr(module, n, None) for n in EPS_NAMES) if isinstance(e, float)), None)
+    eps = next((n for n in EPS_NAMES if isinstance(getattr(module, n, None), float)), None)
     if eps is None:
         return "has no eps"
     if not takes_one_tensor(module):
@@ -63,36 +66,47 @@ def convention_of(module: nn.Module) -> Convention | str:
     return _tried(module, eps, parameters["weight"].shape[0])
 
 
-def _tried(module: nn.Module, eps: float, channels: int) -> Convention | str:
-    x = draw(3, channels, seed=1) * eps**0.5  # small, so that a misplaced eps shows
-    weight = draw(channels, seed=2)
+def _tried(module: nn.Module, name: str, channels: int) -> Convention | str:
+    eps, weight = getattr(module, name), draw(channels, seed=2)
     tried = twin(module, weight=weight)
+    for offset in (0.0, 1.0):
+        # Small values show a misplaced eps, large ones a bound.
+        if all(_behaves(tried, x, eps, offset + weight.double()) for x in _probes(channels, eps)):
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                narrow = tried.forward(draw(1, channels, seed=1).bfloat16())
+            return Convention(name, offset, narrow.dtype == torch.float32)
+    return "does not compute x·rsqrt(mean(x²) + eps)·(weight or 1 + weight)"
+
+
+def _probes(channels: int, eps: float) -> list[Tensor]:
+    x = draw(3, channels, seed=1)
+    return [x * eps**0.5, x * 1e4]
+
+
+def _behaves(tried: nn.Module, x: Tensor, eps: float, weight: Tensor) -> bool:
+    wide = x.double()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         actual = tried.forward(x)
-        wide = x.double()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        for offset in (0.0, 1.0):
-            if agree(actual, normed * (offset + weight.double())):
-                narrow = tried.forward(x.bfloat16())
-                return Convention(eps, offset, narrow.dtype == torch.float32)
-    return "does not compute x·rsqrt(mean(x²) + eps)·(weight or 1 + weight)"
+    return agree(actual, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight)
 
 
 def forward_of(base: type, convention: Convention, of_heads: bool) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if of_heads and not torch.compiler.is_compiling() and hidden_states.ndim == 4:
-            return LazyNorm.of(hidden_states, self.weight, convention)
-        return normed(hidden_states, self.weight, convention)
+        eps = getattr(self, convention.eps)
+        if of_heads and not torch.compiler.is_compiling() and hidden_states.ndim == 4 and not is_observed(self):
+            return LazyNorm.of(hidden_states, self.weight, convention, eps)
+        return normed(hidden_states, self.weight, convention, eps)
 
     return forward
 
 
-def normed(x: Tensor, weight: Tensor, convention: Convention) -> Tensor:
-    eps, offset, widens = convention
-    if widens and x.dtype != weight.dtype:
+def normed(x: Tensor, weight: Tensor, convention: Convention, eps: float) -> Tensor:
+    if convention.widens and x.dtype != weight.dtype:
         x = x.to(torch.promote_types(x.dtype, weight.dtype))
     # A norm alone is the fused step with nothing added.
-    pair = ki.fused_residual_add_rms_norm(x, x.detach(), weight, scale=0.0, eps=eps, weight_offset=offset)
+    pair = ki.fused_residual_add_rms_norm(
+        x, x.detach(), weight, scale=0.0, eps=eps, weight_offset=convention.offset
+    )  # fmt: skip
     return pair.normed
 
 
@@ -102,34 +116,43 @@ class LazyNorm(Lazy):
     A transposition of heads and tokens is recorded: ``transposed`` tells whether it is [B, H, T, D].
     """
 
-    input: Tensor
-    weight: Tensor
     convention: Convention
+    eps: float
     transposed: bool
-    grad_was_on: bool
+    versions: tuple[int, ...]
 
     @staticmethod
-    def of(x: Tensor, weight: Tensor, convention: Convention) -> "LazyNorm":
+    def of(x: Tensor, weight: Tensor, convention: Convention, eps: float) -> "LazyNorm":
         dtype = torch.promote_types(x.dtype, weight.dtype) if convention.widens else x.dtype
-        lazy = LazyNorm.wrap(x.shape, dtype, x.device)
-        lazy.input, lazy.weight, lazy.convention, lazy.transposed = x, weight, convention, False
-        lazy.grad_was_on = torch.is_grad_enabled()
-        return lazy
+        same = {"convention": convention, "eps": eps, "transposed": False, "versions": _versions(x, weight)}
+        return LazyNorm.wrap(x.shape, dtype, x.device, x, weight, **same)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.operands[1]
 
     def record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is not Tensor.transpose or kwargs or args[1:] not in ((1, 2), (2, 1)):
             return NotImplemented
         shape = (self.shape[0], self.shape[2], self.shape[1], self.shape[3])
-        lazy = LazyNorm.wrap(shape, self.dtype, self.device)
-        vars(lazy).update(vars(self))
-        lazy.transposed, lazy.made = not self.transposed, []
-        return lazy
+        same = {"convention": self.convention, "eps": self.eps, "versions": self.versions}
+        return LazyNorm.wrap(shape, self.dtype, self.device, *self.operands, transposed=not self.transposed, **same)
+
+    def check(self) -> None:
+        super().check()
+        if _versions(*self.operands) != self.versions:
+            raise RuntimeError("the input of a norm must not change in place before the norm is used")
 
     def tokens_first(self) -> Tensor:
         """What is to be normed, [B, T, H, D] where this is [B, H, T, D]."""
-        return self.input if self.transposed else self.input.transpose(1, 2)
+        self.check()
+        return self.operands[0] if self.transposed else self.operands[0].transpose(1, 2)
 
-    def compute(self) -> Tensor:
-        with torch.set_grad_enabled(self.grad_was_on):
-            found = normed(self.input, self.weight, self.convention)
-            return found.transpose(1, 2) if self.transposed else found
+    def formula(self, *operands: Tensor) -> Tensor:
+        x, weight = operands
+        found = normed(x, weight, self.convention, self.eps)
+        return found.transpose(1, 2) if self.transposed else found
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(0 if t.is_inference() else t._version for t in tensors)

@@ -45,16 +45,20 @@ def plan(name: str, module: nn.Module) -> Plan:
     rotations = tuple((n, r) for n, r in found.items() if r is not None)
     if not rotations:
         return Plan(Change(name, KIND, why="does not rotate halves or neighbouring pairs of a head's channels"))
-    return Plan(Change(name, KIND, by="fused_rope_qk"), lambda: replace_forward(module, Recipe(rebound, (rotations,))))
+
+    def do() -> Callable[[], None]:
+        _ours(forward, rotations)  # with the globals of today, also where the class was patched before
+        return replace_forward(module, Recipe(rebound, (rotations,)))
+
+    return Plan(Change(name, KIND, by="fused_rope_qk"), do)
 
 
 def rebound(base: type, rotations: tuple[tuple[str, Rotation], ...]) -> types.FunctionType:
     """A copy of the forward of ``base`` whose rotary functions are ours."""
     function = base.forward
-    ours = tuple((name, replacement(function.__globals__[name], rotation)) for name, rotation in rotations)
     other = types.FunctionType(
         function.__code__,
-        vars(_module_with(function.__globals__["__name__"], ours)),
+        vars(_ours(function, rotations)),
         function.__name__,
         function.__defaults__,
         function.__closure__,
@@ -63,12 +67,14 @@ def rebound(base: type, rotations: tuple[tuple[str, Rotation], ...]) -> types.Fu
     return other
 
 
-@functools.cache
-def _module_with(name: str, names: tuple[tuple[str, Any], ...]) -> types.ModuleType:
-    """A module like the one called ``name`` but for some names; torch.compile looks up a function's globals there."""
-    module = types.ModuleType(".".join((__name__, name.replace(".", "_"), *(n for n, _ in names))))
-    vars(module).update({**vars(sys.modules[name]), **dict(names), "__name__": module.__name__})
-    return sys.modules.setdefault(module.__name__, module)
+def _ours(function: Any, rotations: tuple[tuple[str, Rotation], ...]) -> types.ModuleType:
+    """A module like the function's own but for the rotary functions; torch.compile looks up globals in modules."""
+    home = function.__globals__["__name__"]
+    name = ".".join((__name__, home.replace(".", "_"), *(n for n, _ in rotations)))
+    module = sys.modules.setdefault(name, types.ModuleType(name))
+    ours = {n: replacement(function.__globals__[n], rotation) for n, rotation in rotations}
+    vars(module).update({**vars(sys.modules[home]), **ours, "__name__": name})
+    return module
 
 
 def rotation_of(function: Any) -> Rotation | None:
@@ -109,12 +115,14 @@ def _rotate(
 
 def _norms_of(q: Tensor, k: Tensor) -> dict[str, Any]:
     """The arguments of ``fused_rope_qk`` that norm q and k first, where both are lazy norms alike; else none."""
-    if not (isinstance(q, LazyNorm) and isinstance(k, LazyNorm)) or q.made or k.made or q.convention != k.convention:
+    if not (isinstance(q, LazyNorm) and isinstance(k, LazyNorm)) or q.made or k.made:
+        return {}
+    if (q.convention, q.eps) != (k.convention, k.eps):
         return {}
     if q.shape[-1] != q.weight.shape[0] or k.shape[-1] != k.weight.shape[0]:
         return {}
     return {
-        "q_weight": q.weight, "k_weight": k.weight, "eps": q.convention.eps, "weight_offset": q.convention.offset,
+        "q_weight": q.weight, "k_weight": k.weight, "eps": q.eps, "weight_offset": q.convention.offset,
     }  # fmt: skip
 
 
@@ -122,9 +130,10 @@ def _norms_of(q: Tensor, k: Tensor) -> dict[str, Any]:
 def replacement(original: Callable[..., Any], rotation: Rotation) -> Callable[..., Any]:
     """The function that the model's forward calls instead; calls in another layout go to the original."""
 
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, unsqueeze_dim: int = 1, **named: Any):
-        if rest or named or unsqueeze_dim != 1 or not _is_usual(q, k, cos, sin, rotation):
-            return original(q, k, cos, sin, *rest, unsqueeze_dim=unsqueeze_dim, **named)
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any):
+        usual = not rest and (not named or named == {"unsqueeze_dim": 1})
+        if not usual or not _is_usual(q, k, cos, sin, rotation):
+            return original(q, k, cos, sin, *rest, **named)
         return _rotate(q, k, cos, sin, rotation.paired, "auto")
 
     return rotate
@@ -137,6 +146,7 @@ def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation
     rows, tokens, width = q.shape[0], q.shape[2], q.shape[3]
     if k.shape[0] != rows or k.shape[2:] != q.shape[2:] or cos.shape[0] not in (1, rows) or cos.shape[1] != tokens:
         return False
-    if q.dtype != k.dtype or not q.dtype.is_floating_point:
+    alike = q.dtype == cos.dtype or torch.is_autocast_enabled(q.device.type)  # else the tables widen the result
+    if q.dtype != k.dtype or not q.dtype.is_floating_point or not alike:
         return False
     return cos.shape[-1] == width or (rotation.partial and cos.shape[-1] < width)
