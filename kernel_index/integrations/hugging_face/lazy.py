@@ -61,7 +61,8 @@ class Lazy(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if isinstance(first, Lazy) and not first.made:
+        # Inside the forward of an autograd.Function gradients are off: a formula would go around its backward pass.
+        if isinstance(first, Lazy) and not first.made and first.grad_was_on == torch.is_grad_enabled():
             found = first.record(func, tuple(args), kwargs)
             if found is not NotImplemented:
                 return found

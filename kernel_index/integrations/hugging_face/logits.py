@@ -69,8 +69,7 @@ class LazyLogits(Lazy):
         if func in CASTS and dtype == self.dtype:
             return self  # as PyTorch returns the tensor itself
         same = {"steps": (*self.steps, (func, args[1:])), "product": self.product, "stamp": self.stamp}
-        with torch.set_grad_enabled(self.grad_was_on and torch.is_grad_enabled()):
-            return LazyLogits.wrap(self.shape, dtype, self.device, *self.operands, **same)
+        return LazyLogits.wrap(self.shape, dtype, self.device, *self.operands, **same)
 
     def check(self) -> None:
         super().check()
