@@ -112,4 +112,4 @@ METADATA = frozenset(
 def is_observed(module: torch.nn.Module) -> bool:
     """Whether somebody sees what the module returns before the code that we know: it has to be an ordinary tensor."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(vars(module).get(name) for name in hooks) or torch.nn.modules.module._has_any_global_hook()
+    return any(vars(module).get(name) for name in hooks) or bool(torch.nn.modules.module._has_any_global_hook())

@@ -126,8 +126,9 @@ def _small(module: nn.Module, form: Gated) -> nn.Module:
     if not form.up:
         sizes = {form.gate: (WIDTH, 2 * INNER), form.down: (INNER, WIDTH)}
     for seed, (name, (wide, narrow)) in enumerate(sizes.items()):
-        layer = nn.utils.skip_init(nn.Linear, wide, narrow, device="cpu")  # the global generator is the user's
-        layer.weight.data, layer.bias.data = draw(narrow, wide, seed=seed), draw(narrow, seed=seed + 10)
+        layer = nn.Linear(wide, narrow, device="meta")  # whose first values would be drawn from the user's generator
+        layer.weight = nn.Parameter(draw(narrow, wide, seed=seed))
+        layer.bias = nn.Parameter(draw(narrow, seed=seed + 10))
         small._modules[name] = layer
     return small
 
