@@ -245,3 +245,13 @@ def test_calls_in_another_form_go_to_the_models_rotary_function():
     for rest, named in (((2,), {}), ((), {"unsqueeze_dim": 2})):
         for a, b in zip(rotate(q, k, table, table, *rest, **named), right(q, k, table, table, 2), strict=True):
             assert torch.equal(a, b)
+
+
+def test_norms_of_heads_in_a_layer_that_rotates_nothing_are_recomputed_alike():
+    stock, patched, report = pair("flint")
+    assert {c.by for c in report.replaced if "q_norm" in c.module} == {"fused_rope_qk"}
+    for model in (stock, patched):
+        model.train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model(input_ids=ids(), labels=ids()).loss.backward()
+    assert_same_gradients(stock, patched)

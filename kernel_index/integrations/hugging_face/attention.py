@@ -17,7 +17,7 @@ import kernel_index as ki
 from kernel_index.core import rules
 from kernel_index.integrations.hugging_face.change import RAISED, Change, Plan, agree, draw
 from kernel_index.integrations.hugging_face.implementation import NAME, Implementation, own_implementation
-from kernel_index.integrations.hugging_face.lazy import Lazy
+from kernel_index.integrations.hugging_face.lazy import Lazy, plain
 from kernel_index.integrations.hugging_face.masks import DENSE, LazyMask, contract_for
 
 KIND = "attention"
@@ -197,6 +197,7 @@ def attention_forward(
 
     What ours cannot take, or does not know, goes to the model's own attention with all its arguments.
     """
+    query, key, value = plain(query), plain(key), plain(value)  # norms of heads, in a layer that rotates nothing
     named = {
         "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, **kwargs
     }  # fmt: skip

@@ -16,6 +16,7 @@ class Lazy(Tensor):
     ``autograd.Function.apply``, sees a tensor with a gradient: its backward pass is that of the formula.
     """
 
+    formula: Callable[..., Tensor]  # a method of the subclass
     operands: tuple[Tensor, ...]
     made: list[Tensor]
     grad_was_on: bool
@@ -33,9 +34,6 @@ class Lazy(Tensor):
         lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
         vars(lazy).update(attributes)
         return lazy
-
-    def formula(self, *operands: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def check(self) -> None:
         """Raise ``RuntimeError`` if the values can no longer be computed."""
@@ -66,7 +64,7 @@ class Lazy(Tensor):
             found = first.record(func, tuple(args), kwargs)
             if found is not NotImplemented:
                 return found
-        args, kwargs = tree_map(lambda x: x.values() if isinstance(x, Lazy) else x, (tuple(args), kwargs))
+        args, kwargs = tree_map(plain, (tuple(args), kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -74,6 +72,11 @@ class Lazy(Tensor):
         """Below autograd: the operation is done on the values, and the gradient is that of ``_Tracked``."""
         args, kwargs = tree_map(lambda x: x.values().detach() if isinstance(x, Lazy) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor itself, or the values of a lazy one."""
+    return x.values() if isinstance(x, Lazy) else x
 
 
 class _Recipe(NamedTuple):
