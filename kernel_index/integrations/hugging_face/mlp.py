@@ -25,6 +25,7 @@ from kernel_index.integrations.hugging_face.change import (
 from kernel_index.integrations.hugging_face.lazy import is_observed
 
 KIND = "experts"
+TRIED = "_kernel_index_activation_that_was_tried"
 WIDTH, INNER = 6, 4
 GatedKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -38,16 +39,12 @@ assert tuple(FORMULAS) == get_args(GatedKind)
 
 
 class Gated(NamedTuple):
-    """The names of a layer's children.  ``up`` is empty where one product makes both, ``gate_first`` in this order.
-
-    ``act`` is the function, or the class, of the activation that was tried.
-    """
+    """The names of a layer's children.  ``up`` is empty where one product makes both, ``gate_first`` in this order."""
 
     gate: str
     up: str
     down: str
     kind: GatedKind
-    act: Any
     gate_first: bool = True
 
 
@@ -75,8 +72,18 @@ def plan(name: str, module: nn.Module) -> Plan:
     found = gated_of(module)
     if isinstance(found, str):
         return Plan(Change(name, KIND, why=found))
-    recipe = Recipe(forward_of, (found,))
-    return Plan(Change(name, KIND, by="fused_gated_activation"), lambda: replace_forward(module, recipe))
+    return Plan(Change(name, KIND, by="fused_gated_activation"), lambda: _replace(module, found))
+
+
+def _replace(module: nn.Module, form: Gated) -> Callable[[], None]:
+    vars(module)[TRIED] = activation_of(module)
+    undo = replace_forward(module, Recipe(forward_of, (form,)))
+
+    def restore() -> None:
+        undo()
+        vars(module).pop(TRIED, None)
+
+    return restore
 
 
 def gated_of(module: nn.Module) -> Gated | str:
@@ -92,15 +99,11 @@ def gated_of(module: nn.Module) -> Gated | str:
         return "the index has no kernel for its activation"
     x = draw(2, 3, WIDTH, seed=7)
     probes = (x, 1e3 * x)  # large values show a bound
-    for form in _forms(linear, kind, _identity(act)):
+    for form in _forms(linear, kind):
         small = _small(module, form)
         if all(agree(_result(small, p, mode), _formula(small, form, p)) for p in probes for mode in (False, True)):
             return form
     return "does not compute down(act(gate(x)) · up(x))"
-
-
-def _identity(act: Any) -> Any:
-    return type(act) if isinstance(act, nn.Module) else act
 
 
 def _kind_of(act: Any) -> GatedKind | None:
@@ -111,11 +114,11 @@ def _kind_of(act: Any) -> GatedKind | None:
         return next((k for k in get_args(GatedKind) if all(agree(a, FORMULAS[k](p)) for a, p in parts)), None)
 
 
-def _forms(linear: list[str], kind: GatedKind, act: Any) -> list[Gated]:
+def _forms(linear: list[str], kind: GatedKind) -> list[Gated]:
     if len(linear) == 3:
-        return [Gated(gate, up, down, kind, act) for gate, up, down in itertools.permutations(linear)]
+        return [Gated(gate, up, down, kind) for gate, up, down in itertools.permutations(linear)]
     pairs = itertools.permutations(linear)
-    return [Gated(both, "", down, kind, act, first) for both, down in pairs for first in (True, False)]
+    return [Gated(both, "", down, kind, first) for both, down in pairs for first in (True, False)]
 
 
 def _small(module: nn.Module, form: Gated) -> nn.Module:
@@ -159,7 +162,9 @@ def _gate_and_up(layers: Any, form: Gated, x: Tensor) -> tuple[Tensor, Tensor]:
 def forward_of(base: type, form: Gated) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor) -> Tensor:
         act = activation_of(self)
-        if _identity(act) != form.act or (isinstance(act, nn.Module) and (is_observed(act) or "forward" in vars(act))):
+        if act is not vars(self).get(TRIED) or (
+            isinstance(act, nn.Module) and (is_observed(act) or "forward" in vars(act))
+        ):
             return base.forward(self, x)  # another activation was put there, or somebody looks at its result
         gate, up = _gate_and_up(self._modules, form, x)
         down = getattr(self, form.down)
