@@ -26,7 +26,12 @@ def cast_like_sdpa(*values: Any) -> tuple[Any, ...]:
 
     The cast is part of the graph, so each gradient comes back in its caller's dtype.
     """
-    return tuple(value if (dtype := autocast_dtype(value)) is None else value.to(dtype) for value in values)
+    return tuple(map(_cast, values))
+
+
+def _cast(value: Any) -> Any:
+    dtype = autocast_dtype(value)
+    return value if dtype is None else value.to(dtype)
 
 
 def without_autocast(like: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -5,6 +5,9 @@ operands without them: 0 stands where q, k or v is not finite.  Its rows are the
 there, bit by bit, if they see none of the replaced ones.  A row that does see one becomes NaN, and so do the gradients
 of its query and of the keys and values that were replaced: nothing that went wrong is hidden.
 
+On a GPU nobody may wait for values.  Kernels that hide excluded keys by rows of their own, without empty rows, get
+copies of k and v from one launch of ours, and a second one writes NaN where it belongs (docs/decisions/0015).
+
 A query that sees no key is not touched by its own values.  The gradient that comes from above is another operand:
 ``guarded_backward`` does the same for it, where the backward pass is ours.  In the backward passes of PyTorch
 (``reference``, ``sdpa``, ``flex``, ``varlen``, ``fa4``) a NaN in the gradient of a row reaches the values and keys that
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from kernel_index.core import rules
 from kernel_index.core.attention_function import Backward, Gradients
+from kernel_index.core.triton.launch import dense_heads
 
 
 class Sight(NamedTuple):
@@ -89,12 +93,15 @@ def sight_of_blocks(selected: Tensor, valid: Tensor | None, block_size: int, sta
     return Sight(from_key, torch.maximum(from_key, to_key))
 
 
-def run_guarded(run: Callable[[Any], Any], call: Any) -> Any:
+def run_guarded(run: Callable[[Any], Any], call: Any, on_device: bool = False, selects: bool = False) -> Any:
     """``run(call)`` of a backend of attention, ``out`` or ``(out, lse)``, under the rule of this module.
 
     A call has ``q`` [B, T, H, D], ``k`` and ``v`` [B, S, K, …], ``excludes`` (whether some query does not see some key)
     and ``sight()``.  Where values may be read (plain tensors on a CPU) finite operands, or a finite output where there
-    is no backward pass, show that there is nothing to do.  Elsewhere nothing waits: the operands are always cleaned.
+    is no backward pass, show that there is nothing to do.  Elsewhere nothing waits: the operands are always cleaned,
+    by two kernels of ours ``on_device``, which is for calls in which each query sees a key, or no NaN of its own
+    reaches the others.  ``selects``: the kernel replaces the scores of what is excluded, so keys stay as they are
+    where there is no backward pass.
     """
     operands = call.q, call.k, call.v
     if rules.host_readable(*operands):
@@ -107,6 +114,9 @@ def run_guarded(run: Callable[[Any], Any], call: Any) -> Any:
                 return found
     if not call.excludes or call.k.shape[1] == 0:
         return run(call)
+    if on_device and not rules.host_readable(*operands) and not torch.compiler.is_compiling():
+        if rules.triton_why_not(*operands) is None:
+            return _on_device(run, call, selects)
     finite = [x.isfinite() for x in operands]
     cleaned = [torch.where(of_x, x, 0.0) for of_x, x in zip(finite, operands, strict=True)]
     found = run(call._replace(q=cleaned[0], k=cleaned[1], v=cleaned[2]))
@@ -122,6 +132,58 @@ def guarded(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return run_guarded(run, call)
 
     return guarded_run
+
+
+def guarded_on_device(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same for kernels of packed lengths: they leave out rows and keys of no document, and select scores."""
+
+    @functools.wraps(run)
+    def guarded_run(call: Any) -> Any:
+        return run_guarded(run, call, on_device=True, selects=True)
+
+    return guarded_run
+
+
+class _Finite(torch.autograd.Function):
+    """Finite keys and values for a kernel that is not ours; NaN in the gradients of the queries that see others."""
+
+    @staticmethod
+    def forward(ctx: Any, bounds: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+        from kernel_index.core.triton.excluded import finite_keys
+
+        k, v, ctx.keys = finite_keys(k, v, copy_k=True)
+        ctx.bounds = bounds
+        return q.view_as(q), k, v, ctx.keys
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_q: Tensor | None, d_k: Tensor | None, d_v: Tensor | None, _: Any) -> tuple[Any, ...]:
+        from kernel_index.core.triton.excluded import mark_rows
+
+        if d_q is not None:
+            d_q = dense_heads(d_q)
+            mark_rows(d_q, None, ctx.keys, *ctx.bounds)  # in place: the kernel made it, and nobody else has it yet
+        return None, d_q, d_k, d_v
+
+
+def _on_device(run: Callable[[Any], Any], call: Any, selects: bool) -> Any:
+    """What ``run_guarded`` promises, by two launches.
+
+    The second one writes to an output that the backward pass may have kept.  So a row that is NaN is NaN there too;
+    with a window, its NaN reaches the gradients of some keys beside those that it sees.
+    """
+    from kernel_index.core.triton.excluded import finite_keys, mark_rows
+
+    q, (k, v) = call.q, map(dense_heads, (call.k, call.v))
+    bounds = call.mask.row_intervals(call.sizes)
+    if rules.wants_gradient(q, k, v):
+        q, k, v, keys = _Finite.apply(bounds, q, k, v)
+    else:
+        k, v, keys = finite_keys(k, v, copy_k=not selects)
+    found = run(call._replace(q=q, k=k, v=v))
+    out, lse = (found, None) if isinstance(found, Tensor) else found
+    mark_rows(out.detach(), None if lse is None else lse.detach(), keys, *bounds)
+    return found
 
 
 def _spoiled(found: Any, call: Any, queries: Tensor, keys: Tensor) -> Any:

@@ -26,7 +26,7 @@ class Maker:
         """Normal values times ``scale`` (the maker's own by default)."""
         if self.device == "meta":  # sizes without values, for a proof that only compiles
             return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device="meta")
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         values = values * (self.scale if scale is None else scale)
         return values.to(device=self.device, dtype=self.dtype if dtype is None else dtype)
 

@@ -21,12 +21,13 @@ from tests.masks.contracts import calls
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
-def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, return_lse):
+def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse):
     """Bottom-right, None for no window; a -1 is a length of its own, as in the package."""
     assert return_lse
     assert all(side is None or side >= 0 for side in window_size)
     mask = ki.MaskContract(causal, window_size)
-    return ki.attention_with_lse(q, k, v, mask, scale=softmax_scale, softcap=softcap, backend="reference")
+    options = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
+    return ki.attention_with_lse(q, k, v, mask, **options, backend="reference")
 
 
 def by_sequence(attend, q, k, v, cu_q, cu_k):

@@ -139,11 +139,11 @@ def fa4_why_not(call: AttentionCall) -> str | None:
         return "needs the flash-attn-4 package (pip install flash-attn-4)"
     if call.q.dtype not in rules.HALF:
         return "flash-attn-4 takes float16 and bfloat16"
-    if call.sink is not None:
-        return "flash-attn-4 has no gradient of the sink"
     support = support_of(target.arch)
     if support is None:
         return "flash-attn-4 does not know this architecture"
+    if call.sink is not None and not support.sink:
+        return "flash-attn-4 has no sink on this architecture"
     if not support.takes_head_size(call.q.shape[3]) or call.q.shape[3] != call.v.shape[3]:
         return "flash-attn-4 does not take these head sizes on this architecture"
     return _packing_rule(call)

@@ -2,13 +2,13 @@
 
 import torch
 
-from kernel_index.core.excluded import guarded
+from kernel_index.core.excluded import guarded_on_device
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.packing import no_tokens, packed, unpacked
 from kernel_index.masks.attention_arguments import scale_of
 
 
-@guarded
+@guarded_on_device
 def attention_fa4(call: AttentionCall) -> OutAndLse:
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
@@ -20,6 +20,7 @@ def attention_fa4(call: AttentionCall) -> OutAndLse:
         # None is "no window"; -1 beside causal would select the package's local kernel with no left end at all
         "window_size": (left, right) if left is not None or right not in (None, 0) else (None, None),
         "softcap": call.softcap,
+        "learnable_sink": call.sink,
         "return_lse": True,
     }
     if not mask.has_tensors:

@@ -17,7 +17,7 @@ def attention_sdpa(call: AttentionCall) -> OutAndLse:
     form = lowering(sizes, call.mask)
     if form == "none":
         return _attend(form, sizes, call)
-    return run_guarded(functools.partial(_attend, form, sizes), call)
+    return run_guarded(functools.partial(_attend, form, sizes), call, on_device=form == "is_causal")
 
 
 def _attend(form: str, sizes: Sizes, call: AttentionCall) -> OutAndLse:

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from kernel_index.core.excluded import guarded
+from kernel_index.core.excluded import guarded_on_device
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.packing import no_tokens, packed, unpacked
 from kernel_index.masks.attention_arguments import scale_of
 
 
-@guarded
+@guarded_on_device
 def attention_varlen(call: AttentionCall) -> OutAndLse:
     from torch.nn.attention.varlen import varlen_attn
 

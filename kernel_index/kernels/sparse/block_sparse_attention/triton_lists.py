@@ -105,15 +105,15 @@ def _partials_kernel(
     start_ptr += b * window_b
     end_ptr += b * window_b
     first_partial = o_launch.to(tl.int64) * T * N
-    if has_nan(b_v.to(tl.float32) * 0.0):  # a value of this block is not finite
+    not_finite = has_nan(b_v.to(tl.float32) * 0.0)  # a value of this block
+    _partials_walk(
+        b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key,
+        first_partial, T, H, N, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False,
+    )  # fmt: skip
+    if not_finite:  # the same entries again, over what was stored; a loop inside of a branch is not pipelined
         _partials_walk(
             b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key,
             first_partial, T, H, N, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True,
-        )  # fmt: skip
-    else:
-        _partials_walk(
-            b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key,
-            first_partial, T, H, N, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False,
         )  # fmt: skip
 
 
