@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -15,7 +16,13 @@ from kernel_index.routing.lightning_indexer.torch_op import lightning_indexer_ch
 IndexerBackend = Literal["auto", "native", "chunked", "reference"]
 
 BACKENDS = (
-    Backend("native", contract.native_why_not, lightning_indexer_native, details=contract.native_details),
+    Backend(
+        "native",
+        contract.native_why_not,
+        lightning_indexer_native,
+        details=contract.native_details,
+        not_built=native.not_built(SOURCE),
+    ),
     Backend("chunked", contract.chunked_why_not, lightning_indexer_chunked, details=contract.chunked_details),
     Backend("reference", always, lightning_indexer_reference),
 )
