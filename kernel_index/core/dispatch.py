@@ -40,11 +40,10 @@ class Backend:
 
     ``why_not(*call)`` returns None when the backend can run the call, else the broken rule, as a fixed sentence.
     ``not_worth(*call)`` is the same for calls it can run but should not be picked for by ``"auto"``.
-    ``not_built()`` is for a backend that is compiled ahead of time: why ``"auto"``, which never waits for that, passes
-    over it; the one rule that asks the machine and not the call.
     ``details(*call)`` returns the op's own telemetry for the receipt, as pairs.
     An op with many arguments puts them into one NamedTuple, its ``Call``, which is then all that ``*call`` holds.
-    The other three read metadata only (shape, dtype, device, strides, grad mode); none reads a value or synchronises.
+    All three read metadata only (shape, dtype, device, strides, grad mode); none reads a value or synchronises.
+    ``not_worth`` may also ask whether a kernel has been compiled (``native.once_built``).
     """
 
     name: str
@@ -52,7 +51,6 @@ class Backend:
     run: Callable[..., Any]
     not_worth: Callable[..., str | None] | None = None
     details: Callable[..., tuple[tuple[str, Any], ...]] | None = None
-    not_built: Callable[[], str | None] | None = None
 
 
 REFERENCES = ("reference", "xla")
@@ -352,8 +350,6 @@ def _verdict(backend: Backend, wanted: str, call: tuple) -> str | None:
     if rule is None and wanted == "auto":
         if backend.not_worth is not None:
             rule = backend.not_worth(*call)
-        if rule is None and backend.not_built is not None:
-            rule = backend.not_built()
         if rule is None and (STRICT[0] or STRICT[1]) and backend.name in REFERENCES and _on_accelerator(call):
             rule = "strict mode: a fallback to the reference on an accelerator is an error"
     return rule

@@ -1,7 +1,7 @@
 """Loads and calls C++ kernels for the CPU: the ``native`` backends.
 
 A source stands beside its op's ``native.py``; the headers of this folder hold what several sources need.
-``kernel-index build`` compiles them ahead of time (``build.py``).  ``auto`` never waits for a compiler: it passes over a
+``kernel-index build`` compiles them ahead of time (``build.py``).  ``auto`` waits for no compiler: it passes over a
 kernel that is not built yet, and the receipt says so; a call with ``backend="native"`` builds what it needs.
 Matrix products are oneDNN's, through the function that PyTorch's own attention calls, so they use the machine's matrix
 units; a kernel's own code is everything between two products.  See docs/decisions/0013-native-kernels.md.
@@ -23,6 +23,8 @@ from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOA
 from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
 
 DTYPES = (torch.float32, torch.bfloat16)
+Rule = Callable[..., str | None]
+
 NOT_BUILT = "not built yet on this machine: run `kernel-index build`"
 
 ROWS = Path(__file__).with_name("rows.cpp")
@@ -86,13 +88,21 @@ for _constant in (_has_vectors, has_libraries):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
 
 
-def not_built(source: Path) -> Callable[[], str | None]:
-    """For a row of a table of backends: the rule by which ``auto`` passes over a source that is not built."""
+def once_built(*sources: Path, not_worth: Rule | None = None) -> Rule:
+    """The rule by which ``auto`` passes over a kernel that is not built, after the op's own rule of that kind.
 
-    def rule() -> str | None:
-        return None if is_built(source) else NOT_BUILT
+    It is the one rule that asks the machine and not the call.
+    """
 
-    rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    def are_built() -> bool:
+        return all(map(is_built, sources))
+
+    def rule(*call: Any) -> str | None:
+        if not_worth is not None and (found := not_worth(*call)) is not None:
+            return found
+        return None if are_built() else NOT_BUILT
+
+    are_built._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return rule
 
 

@@ -1,7 +1,8 @@
 """Compiles the C++ kernels: each source on its own, once for a machine, before a call needs it.
 
 A library is a file in the user's cache folder whose name holds a hash of everything it was made from, so a changed
-source, flag or PyTorch finds no library and one of another day is found again.  See docs/decisions/0017-compiled-ahead.md.
+source, flag or PyTorch finds no library, and an unchanged one is found again.
+See docs/decisions/0017-compiled-ahead.md.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ HEADERS = ("vector.h", "common.h", "topk.h", "attention.h", "kv_cache.h")
 
 FLAGS = (
     "-O3",
-    "-march=x86-64-v4",  # AVX-512 as every CPU with it has it: as fast as -march=native, and one library for all of them
+    "-march=x86-64-v4",  # AVX-512; as fast as -march=native, and one library for all machines
     "-std=c++17",
     "-fopenmp",
     "-fPIC",

@@ -19,13 +19,7 @@ HierarchyBackend = Literal["auto", "native", "chunked", "reference"]
 ForcedBlock = Literal["current", "sink", "local"]
 
 BACKENDS = (
-    Backend(
-        "native",
-        contract.native_why_not,
-        with_recall(select_native),
-        details=contract.details,
-        not_built=native.not_built(SOURCE),
-    ),
+    Backend("native", contract.native_why_not, with_recall(select_native), native.once_built(SOURCE), contract.details),
     Backend("chunked", always, with_recall(select_chunked), details=contract.details),
     Backend("reference", always, with_recall(select_reference), details=contract.details),
 )

@@ -26,7 +26,7 @@ BACKENDS = (
     Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
     Backend("triton", contract.triton_why_not, decode_triton, contract.triton_not_worth),
     Backend(
-        "native", contract.native_why_not, decode_native, contract.native_not_worth, not_built=native.not_built(SOURCE)
+        "native", contract.native_why_not, decode_native, native.once_built(SOURCE, not_worth=contract.native_not_worth)
     ),
     Backend("sdpa", contract.sdpa_why_not, decode_sdpa),
     Backend("reference", contract.reference_why_not, decode_reference),

@@ -54,11 +54,7 @@ DECODE_BACKENDS = (
         contract.decode_details,
     ),
     Backend(
-        "native",
-        contract.decode_native_why_not,
-        decode_native,
-        details=contract.decode_details,
-        not_built=native.not_built(SOURCE),
+        "native", contract.decode_native_why_not, decode_native, native.once_built(SOURCE), contract.decode_details
     ),
     Backend("cpu", contract.decode_cpu_why_not, decode_cpu, details=contract.decode_details),
     Backend("reference", contract.decode_reference_why_not, decode_reference, details=contract.decode_details),

@@ -22,13 +22,7 @@ BACKENDS = (
     Backend(
         "triton", contract.triton_why_not, selected_decode_triton, contract.triton_not_worth, details=contract.details
     ),
-    Backend(
-        "native",
-        contract.native_why_not,
-        selected_decode_native,
-        details=contract.details,
-        not_built=native.not_built(SOURCE),
-    ),
+    Backend("native", contract.native_why_not, selected_decode_native, native.once_built(SOURCE), contract.details),
     Backend("sdpa", contract.sdpa_why_not, selected_decode_sdpa, details=contract.details),
     Backend("reference", contract.reference_why_not, selected_decode_reference, details=contract.details),
 )
