@@ -11,6 +11,7 @@ import kernel_index as ki
 from kernel_index.core import native
 from kernel_index.core.native import build
 from kernel_index.core.target import cxx_compiler
+from kernel_index.index.entries import ENTRIES
 
 SOURCE = """
 extern "C" void twice(const int64_t* n, const float* x, float* out) {
@@ -74,7 +75,7 @@ def test_auto_compiles_nothing_and_the_receipt_says_why(nothing_built, compilati
 CALLS = {
     "moba_attention": lambda q, k, v: ki.moba_attention(q, k, v, block_size=64, topk=2),
     "lightning_indexer": lambda q, k, v: ki.lightning_indexer(q, k[:, :, 0], torch.ones(1, 512, 2), topk=16),
-    "fused_rope_qk": lambda q, k, v: ki.fused_rope_qk(q[:, :1], k[:, :1], *torch.zeros(2, 1, 32)),
+    "fused_rope_qk": lambda q, k, v: ki.fused_rope_qk(q[:, :1], k[:, :1], *torch.zeros(2, 1, 1, 1, 32)),
     "clustered": lambda q, k, v: ki.clustered_sparse_attention(
         q, k, v, config=ki.ClusteredSparseConfig(block_size=64, topk=2)
     ),
@@ -86,6 +87,13 @@ def test_no_op_compiles_by_auto(name, nothing_built, compilations):
     with torch.no_grad():
         CALLS[name](*qkv())
     assert compilations == []
+
+
+def test_every_native_kernel_has_the_rule():
+    tables = {names: table for entry in ENTRIES for names, table in entry.tables().items()}
+    rows = {names: b for names, table in tables.items() for b in table if b.name == "native"}
+    assert len(rows) > 10
+    assert [names for names, b in rows.items() if native.NOT_BUILT not in b.advice] == []
 
 
 def test_a_named_backend_builds_what_it_needs_and_auto_then_takes_it(nothing_built, compilations, caplog):

@@ -33,10 +33,8 @@ ROWS = Path(__file__).with_name("rows.cpp")
 
 def why_not(*tensors: Tensor) -> str | None:
     """The rules that all native kernels share, in addition to those of the op's ``cpu`` backend."""
-    if not _has_vectors():
-        return NO_VECTORS
-    if not has_libraries():
-        return "needs a C++ compiler (g++ or clang++)"
+    if (rule := machine_why_not()) is not None:
+        return rule
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return NEEDS_PLAIN
@@ -47,6 +45,13 @@ def why_not(*tensors: Tensor) -> str | None:
     if tensors[0].dtype not in DTYPES:
         return "needs float32 or bfloat16"
     return None
+
+
+def machine_why_not() -> str | None:
+    """Why no native kernel runs on this machine, or None."""
+    if not _has_vectors():
+        return NO_VECTORS
+    return None if has_libraries() else "needs a C++ compiler (g++ or clang++)"
 
 
 def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
@@ -125,7 +130,7 @@ def build_all() -> list[build.Built]:
     >>> all(built.library.exists() for built in native.build_all())
     True
     """
-    if not (_has_vectors() and has_libraries()):
+    if machine_why_not() is not None:
         return []
     done = build.build_all()
     is_built.cache_clear()
