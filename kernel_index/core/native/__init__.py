@@ -4,7 +4,7 @@ A source stands beside its op's ``native.py``; the headers of this folder hold w
 ``kernel-index build`` compiles them ahead of time (``build.py``).  ``auto`` waits for no compiler: it passes over a
 kernel that is not built yet, and the receipt says so; a call with ``backend="native"`` builds what it needs.
 Matrix products are oneDNN's, through the function that PyTorch's own attention calls, so they use the machine's matrix
-units; a kernel's own code is everything between two products.  See docs/decisions/0013-native-kernels.md.
+units; a kernel's own code is everything between two products.  See docs/decisions/0013-native-kernels.md and 0017-compiled-ahead.md.
 """
 
 import ctypes
@@ -70,7 +70,7 @@ def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
 
 
 def rows_not_worth(x: Tensor, *_: Any) -> str | None:
-    """``auto`` uses these kernels only without grad, so a first training call never waits for the C++ compiler."""
+    """``auto`` uses these kernels only without grad, and for few rows."""
     if torch.is_grad_enabled():
         return "gradients are on: it is for few rows under no_grad() or inference_mode()"
     return None if x.numel() < MIN_ELEMENTS else "large enough for a compiled region to pay"
