@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 
 from kernel_index.core.target import NO_COMPILER, cxx_compiler
 
@@ -38,7 +37,6 @@ FLAGS = (
     "-shared",
     "-ffp-contract=off",  # a sum or product is fused where the source says so
     "-fno-trapping-math",
-    "-fno-signed-zeros",
     "-fno-tree-loop-vectorize",  # what pays as a vector is written as one
     "-w",
 )
@@ -164,6 +162,8 @@ def _writable_folder() -> Path:
 @contextlib.contextmanager
 def _one_process(path: Path) -> Iterator[None]:
     """One process of a machine compiles a source; a file system without locks costs a second compilation."""
+    from filelock import FileLock  # comes with PyTorch; most processes build nothing
+
     lock = FileLock(path)
     with contextlib.suppress(OSError, NotImplementedError):
         lock.acquire()
