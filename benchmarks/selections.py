@@ -46,7 +46,7 @@ def without_native(prepare: Prepare) -> Prepare:
         call = prepare()
 
         def plain() -> None:
-            with mock.patch.object(native, "has_cxx_compiler", return_value=False):
+            with mock.patch.object(native, "has_libraries", return_value=False):
                 call()
 
         return plain

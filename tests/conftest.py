@@ -12,7 +12,14 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from kernel_index.core import native
 from kernel_index.core.force import reload_environment
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels_are_built():
+    """``auto`` passes over native kernels that are not built; after a change of a source this builds it again."""
+    native.build_all()
 
 
 @pytest.fixture(autouse=True)

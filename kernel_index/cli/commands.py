@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 import kernel_index
+from kernel_index.core import native
 from kernel_index.core.target import has_cxx_compiler, machine_rules
 from kernel_index.index.entries import ENTRIES, FAMILIES, find
 from kernel_index.index.entry import BackendState, Entry
@@ -216,6 +217,23 @@ def _no_entry(name: str) -> str:
     near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "`kernel-index list` names them all"
     return f"error: no entry is called {name!r}: {hint}"
+
+
+@app.command("build")
+def build_command() -> None:
+    """Compile the C++ kernels for this machine, once, so that no call waits for a compiler."""
+    if rule := native.machine_why_not():
+        console.print(f"Nothing to build: {rule}.", highlight=False)
+        return
+    built = native.build_all()
+    seconds = sum(b.seconds for b in built)
+    made = sum(b.seconds > 0 for b in built)
+    console.print(
+        f"{made} kernels compiled in {seconds:.0f} s of compiler time, {len(built) - made} were there: "
+        f"{built[0].library.parent}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command("doctor")

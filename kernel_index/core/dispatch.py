@@ -43,6 +43,7 @@ class Backend:
     ``details(*call)`` returns the op's own telemetry for the receipt, as pairs.
     An op with many arguments puts them into one NamedTuple, its ``Call``, which is then all that ``*call`` holds.
     All three read metadata only (shape, dtype, device, strides, grad mode); none reads a value or synchronises.
+    ``not_worth`` may also ask whether a kernel has been compiled (``native.once_built``).
     """
 
     name: str

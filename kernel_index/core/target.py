@@ -64,14 +64,15 @@ NO_VECTORS = "needs a CPU with AVX-512 and PyTorch's oneDNN"
 
 
 @functools.cache
-def _find_compiler() -> bool:
+def cxx_compiler() -> str | None:
+    """The path of the C++ compiler: that of the variable ``CXX``, else g++ or clang++."""
     chosen = os.environ.get("CXX")
-    return any(shutil.which(c) for c in ([chosen] if chosen else ["g++", "clang++"]))
+    return next(filter(None, map(shutil.which, [chosen] if chosen else ["g++", "clang++"])), None)
 
 
 def has_cxx_compiler() -> bool:
     """Whether there is a C++ compiler, which Inductor needs on a CPU even for a cached kernel."""
-    return _find_compiler()
+    return cxx_compiler() is not None
 
 
 @functools.cache

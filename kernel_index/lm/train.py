@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
+from kernel_index.core import native
 from kernel_index.core.atomic_write import write_whole
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import distributed
@@ -49,6 +50,8 @@ class Trainer:
             raise ValueError(
                 f"batch_rows must be a multiple of the {self.row_shards} processes, got {config.batch_rows}"
             )
+        if self.device.type == "cpu":
+            native.build_all()  # before the first step: `auto` passes over what is not built
         torch.manual_seed(config.seed)
         train, held_out = load_documents(Path(config.data) if config.data else None, config.glob)
         self.model = LanguageModel(config.model).to(self.device)

@@ -129,7 +129,7 @@ def test_where_it_does_not_run(monkeypatch, ran):
     ki.hierarchical_block_select(q[:, :0], block_keys, **call)
     compiled = torch.compile(lambda q: ki.hierarchical_block_select(q, block_keys, **call).indices, backend="eager")
     assert torch.equal(compiled(q), expected)
-    monkeypatch.setattr(native, "has_cxx_compiler", lambda: False)
+    monkeypatch.setattr(native, "has_libraries", lambda: False)
     assert torch.equal(ki.hierarchical_block_select(q, block_keys, **call).indices, expected)
     assert len(ran) == 1
 
@@ -144,5 +144,5 @@ def test_a_receipt_says_what_scored(monkeypatch):
         return log[0].details["scoring_backend"]
 
     assert named() == "hierarchical, by native"
-    monkeypatch.setattr(native, "has_cxx_compiler", lambda: False)
+    monkeypatch.setattr(native, "has_libraries", lambda: False)
     assert named() == "hierarchical"

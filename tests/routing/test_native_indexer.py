@@ -103,7 +103,7 @@ def test_where_it_does_not_run(monkeypatch, ran):
     for dtype in (torch.float64, torch.float16):
         assert torch.equal(ki.lightning_indexer(*(x.to(dtype) for x in (q, k, w)), **call).indices, expected)
     ki.lightning_indexer(q[:, :0], k, w[:, :0], **call)
-    monkeypatch.setattr(native, "has_cxx_compiler", lambda: False)
+    monkeypatch.setattr(native, "has_libraries", lambda: False)
     assert torch.equal(ki.lightning_indexer(q, k, w, **call).indices, expected)
     assert len(ran) == 1
 
@@ -120,7 +120,7 @@ def test_the_receipt_says_what_chose(ran, monkeypatch):
     q, k, w = torch.randn(1, 3, 2, 8), torch.randn(1, 40, 8), torch.randn(1, 3, 2)
     with ki.receipts() as log:
         ki.lightning_indexer(q, k, w, topk=4)
-        monkeypatch.setattr(native, "has_cxx_compiler", lambda: False)
+        monkeypatch.setattr(native, "has_libraries", lambda: False)
         ki.lightning_indexer(q, k, w, topk=4)
     assert [r.details["choice"] for r in log] == ["native", "torch"]
     assert len(ran) == 1

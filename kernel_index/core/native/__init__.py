@@ -1,39 +1,41 @@
-"""Compiles, loads and calls C++ kernels for the CPU: the ``native`` backends.
+"""Loads and calls C++ kernels for the CPU: the ``native`` backends.
 
 A source stands beside its op's ``native.py``; the headers of this folder hold what several sources need.
-Inductor's builder compiles a source on first use (about 10 s) and keeps the library in its cache.
+``kernel-index build`` compiles them ahead of time (``build.py``).  ``auto`` waits for no compiler: it passes over a
+kernel that is not built yet, and the receipt says so; a call with ``backend="native"`` builds what it needs.
 Matrix products are oneDNN's, through the function that PyTorch's own attention calls, so they use the machine's matrix
-units; a kernel's own code is everything between two products.  See docs/decisions/0013-native-kernels.md.
+units; a kernel's own code is everything between two products.  See docs/decisions/0013-native-kernels.md and
+0017-compiled-ahead.md.
 """
 
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernel_index.core.inductor import MIN_ELEMENTS, building
+from kernel_index.core.inductor import MIN_ELEMENTS
+from kernel_index.core.native import build
 from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOAT32, PLAIN, opaque_why_not
 from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
 
 DTYPES = (torch.float32, torch.bfloat16)
-HEADERS = ("common.h", "topk.h", "attention.h", "kv_cache.h")
-"""Put before every source, in this order, so that a source needs no ``#include``."""
+Rule = Callable[..., str | None]
+
+NOT_BUILT = "not built yet on this machine: run `kernel-index build`"
 
 ROWS = Path(__file__).with_name("rows.cpp")
-"""Kernels of three small ops for few rows, in one source: the first call of each source waits 10 s for the compiler."""
+"""Kernels of three small ops for few rows, in one source."""
 
 
 def why_not(*tensors: Tensor) -> str | None:
     """The rules that all native kernels share, in addition to those of the op's ``cpu`` backend."""
-    if not has_cxx_compiler():
-        return "needs a C++ compiler (g++ or clang++)"
-    if not _has_vectors():
-        return NO_VECTORS
+    if (rule := machine_why_not()) is not None:
+        return rule
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             return NEEDS_PLAIN
@@ -44,6 +46,13 @@ def why_not(*tensors: Tensor) -> str | None:
     if tensors[0].dtype not in DTYPES:
         return "needs float32 or bfloat16"
     return None
+
+
+def machine_why_not() -> str | None:
+    """Why no native kernel runs on this machine, or None."""
+    if not _has_vectors():
+        return NO_VECTORS
+    return None if has_libraries() else "needs a C++ compiler (g++ or clang++)"
 
 
 def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
@@ -62,7 +71,7 @@ def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
 
 
 def rows_not_worth(x: Tensor, *_: Any) -> str | None:
-    """``auto`` uses these kernels only without grad, so a first training call never waits for the C++ compiler."""
+    """``auto`` uses these kernels only without grad, and for few rows."""
     if torch.is_grad_enabled():
         return "gradients are on: it is for few rows under no_grad() or inference_mode()"
     return None if x.numel() < MIN_ELEMENTS else "large enough for a compiled region to pay"
@@ -76,18 +85,65 @@ def _has_vectors() -> bool:
     return has_vectors() and torch._C._get_mkldnn_enabled()
 
 
-_has_vectors._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
+def has_libraries() -> bool:
+    """Whether the kernels are built, or can be."""
+    return has_cxx_compiler() or all(map(is_built, build.sources()))
+
+
+for _constant in (_has_vectors, has_libraries):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
+
+
+def once_built(*sources: Path, not_worth: Rule | None = None) -> Rule:
+    """The rule by which ``auto`` passes over a kernel that is not built, after the op's own rule of that kind.
+
+    It is the one rule that asks the machine and not the call.
+    """
+
+    def are_built() -> bool:
+        return all(map(is_built, sources))
+
+    def rule(*call: Any) -> str | None:
+        if not_worth is not None and (found := not_worth(*call)) is not None:
+            return found
+        return None if are_built() else NOT_BUILT
+
+    are_built._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return rule
+
+
+@functools.cache
+def is_built(source: Path) -> bool:
+    """Whether a source had a library when this process first asked.
+
+    The answer stays until this process builds a source itself: a run does not change its backends because another
+    process built some.
+    """
+    return build.find(source) is not None
+
+
+def build_all() -> list[build.Built]:
+    """Compile every kernel that is not built yet, a process for each core: what ``kernel-index build`` does.
+
+    Does nothing where no native kernel can run.
+
+    >>> from kernel_index.core import native
+    >>> all(built.library.exists() for built in native.build_all())
+    True
+    """
+    if machine_why_not() is not None:
+        return []
+    done = build.build_all()
+    is_built.cache_clear()
+    return done
 
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL:
-    """The headers and a source, compiled for this machine and loaded."""
-    from torch._inductor.codecache import CppCodeCache
-
-    headers = (Path(__file__).with_name(name) for name in HEADERS)
-    code = "".join(path.read_text() for path in (*headers, source))
-    with building(source.name):
-        return CppCodeCache.load(code, extra_flags=("-w",))  # the warnings are those of PyTorch's headers
+    """A source's library, which is built if it is not there."""
+    loaded = ctypes.CDLL(str(build.build(source).library))
+    is_built.cache_clear()
+    return loaded
 
 
 def call(source: Path, function: str, sizes: tuple[int, ...], numbers: tuple[float, ...], *tensors: Tensor) -> None:

@@ -7,11 +7,10 @@
 namespace {
 
 inline float larger(float a, float b) { return std::max(a, b); }
-inline Vec larger(const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }
 inline float tanh_of(float x) { return std::tanh(x); }
 inline Vec tanh_of(const Vec& x) { return x.tanh(); }
 inline float finite_or_zero(float x) { return x == -INF ? 0.f : x; }
-inline Vec finite_or_zero(const Vec& x) { return Vec::blendv(x, Vec(0.f), x == Vec(-INF)); }
+inline Vec finite_or_zero(const Vec& x) { return select(x == Vec(-INF), x, Vec(0.f)); }
 
 // exp(before − now), the factor of sums of weights when their row_max changes; in most tiles it does not.
 inline float alpha_of(float before, float now) {
@@ -90,7 +89,7 @@ INLINE float softmax_row(RowState<float>& state, const float* z, T* p, int64_t w
   const float alpha = state.raise(max_of(tile_max) * scale);
   const Vec shift(state.shift());
   for (int64_t i = 0; i < width; i += LANES) {
-    const Vec weight = exponential(at::vec::fmsub(Vec::loadu(z + i), Vec(scale), shift), E());
+    const Vec weight = exponential(fmsub(Vec::loadu(z + i), Vec(scale), shift), E());
     tile_sum = tile_sum + weight;
     store(p + i, weight);
   }
@@ -108,7 +107,7 @@ struct ScoreGrad {
 // digits: at 50 its rounding error is 2⁻¹⁹, and so would be that of every weight.
 template <typename T, typename Mask>
 INLINE ScoreGrad score_grad(Scoring scoring, Vec z, Vec dp, Vec row_max, Vec inv_row_sum, Vec delta, Mask masked) {
-  Vec above = at::vec::fmsub(z, Vec(scoring.scale), row_max), slope(scoring.scale);
+  Vec above = fmsub(z, Vec(scoring.scale), row_max), slope(scoring.scale);
   if (scoring.softcap != 0) {
     const Vec t = scoring.tanh(z);
     above = Vec(scoring.softcap) * t - row_max;

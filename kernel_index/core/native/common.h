@@ -1,21 +1,6 @@
-// Vectors, memory, matrix products and the packing of their operands: the first header of every native kernel.
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <ATen/native/CPUBlas.h>
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <vector>
-
+// Memory, matrix products and the packing of their operands.
 namespace {
 
-using at::BFloat16;
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t LANES = Vec::size();
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -42,7 +27,7 @@ inline void product(int64_t M, int64_t N, int64_t R, const T* A, const T* B, flo
 struct MatrixUnits {
   MatrixUnits() = default;
   MatrixUnits(const MatrixUnits&) = delete;
-  ~MatrixUnits() { at::native::cpublas::brgemm_release(); }
+  ~MatrixUnits() { at::native::cpublas::brgemm_release(true); }
 };
 
 // Index of element (r, j) in a packed right operand [R, N]: by rows, or by pairs of rows in bfloat16.
@@ -70,31 +55,11 @@ void pack_blocks(const T* x, T* into, int64_t B, int64_t S, int64_t K, int64_t W
   }
 }
 
-inline Vec exponential(Vec x, float) { return x.exp(); }
-inline Vec exponential(Vec x, BFloat16) { return x.exp_u20(); }  // more exact than bfloat16 can store
-
-inline void store(float* to, Vec x) { x.store(to); }
-inline void store(BFloat16* to, Vec x) { at::vec::convert<BFloat16>(x).store(to, LANES); }
-
-inline float sum_of(Vec x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
-}
-inline float max_of(Vec x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
-}
-
-// Up to LANES elements of a row of which n are left; the others are 0.
-inline Vec load(const float* x, int64_t n) { return n >= LANES ? Vec::loadu(x) : Vec::loadu(x, n); }
-inline Vec load(const BFloat16* x, int64_t n) {
-  using Half = at::vec::Vectorized<BFloat16>;
-  return at::vec::convert<float>(Half::loadu(x, std::min(n, LANES)));
-}
-
 // The dot product of a [n] and b [n]; `a` is readable up to a whole vector.
 template <typename T>
 inline float dot(const float* a, const T* b, int64_t n) {
   Vec sum(0.f);
-  for (int64_t i = 0; i < n; i += LANES) sum = at::vec::fmadd(Vec::loadu(a + i), load(b + i, n - i), sum);
+  for (int64_t i = 0; i < n; i += LANES) sum = fmadd(Vec::loadu(a + i), load(b + i, n - i), sum);
   return sum_of(sum);
 }
 

@@ -93,10 +93,10 @@ struct SlotAttention {
         const float* p = &z[i * SPLIT];
         Vec even(0.f), odd(0.f);  // two chains of additions, since each waits for the one before it
         for (int64_t x = 0; x + 1 < n; x += 2) {
-          even = at::vec::fmadd(Vec(p[x]), load(v + offsets[x] + d, c.D - d), even);
-          odd = at::vec::fmadd(Vec(p[x + 1]), load(v + offsets[x + 1] + d, c.D - d), odd);
+          even = fmadd(Vec(p[x]), load(v + offsets[x] + d, c.D - d), even);
+          odd = fmadd(Vec(p[x + 1]), load(v + offsets[x + 1] + d, c.D - d), odd);
         }
-        if (n % 2) even = at::vec::fmadd(Vec(p[n - 1]), load(v + offsets[n - 1] + d, c.D - d), even);
+        if (n % 2) even = fmadd(Vec(p[n - 1]), load(v + offsets[n - 1] + d, c.D - d), even);
         (even + odd).store(to.acc.at(((row + i) * to.splits + split) * c.D + d), std::min(c.D - d, LANES));
       }
   }

@@ -18,7 +18,7 @@ struct Rows {
       const int64_t count = std::min(n - i, LANES);
       const Vec x = Vec::loadu(from + i);
       if (half)
-        at::vec::convert<BFloat16>(x).store(reinterpret_cast<BFloat16*>(data) + at + i, count);
+        store(reinterpret_cast<BFloat16*>(data) + at + i, x, count);
       else
         x.store(reinterpret_cast<float*>(data) + at + i, count);
     }

@@ -4,12 +4,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router import contract
 from kernel_index.routing.block_router.chunked import route_chunked
-from kernel_index.routing.block_router.native import route_native
+from kernel_index.routing.block_router.native import SOURCE, route_native
 from kernel_index.routing.block_router.reference import route_reference
 from kernel_index.routing.block_router.torch_op import route_triton
 from kernel_index.routing.legal_blocks import TopBlocks
@@ -18,7 +19,13 @@ RouterBackend = Literal["auto", "triton", "native", "chunked", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, route_triton, contract.triton_not_worth, contract.details),
-    Backend("native", contract.native_why_not, route_native, contract.native_not_worth, contract.details),
+    Backend(
+        "native",
+        contract.native_why_not,
+        route_native,
+        native.once_built(SOURCE, not_worth=contract.native_not_worth),
+        contract.details,
+    ),
     Backend("chunked", always, route_chunked, details=contract.details),
     Backend("reference", always, route_reference, details=contract.details),
 )

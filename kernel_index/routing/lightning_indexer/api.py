@@ -4,10 +4,12 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer import contract
+from kernel_index.routing.lightning_indexer.native import SOURCE
 from kernel_index.routing.lightning_indexer.reference import lightning_indexer_reference
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 from kernel_index.routing.lightning_indexer.torch_op import lightning_indexer_chunked, lightning_indexer_native
@@ -15,7 +17,9 @@ from kernel_index.routing.lightning_indexer.torch_op import lightning_indexer_ch
 IndexerBackend = Literal["auto", "native", "chunked", "reference"]
 
 BACKENDS = (
-    Backend("native", contract.native_why_not, lightning_indexer_native, details=contract.native_details),
+    Backend(
+        "native", contract.native_why_not, lightning_indexer_native, native.once_built(SOURCE), contract.native_details
+    ),
     Backend("chunked", contract.chunked_why_not, lightning_indexer_chunked, details=contract.chunked_details),
     Backend("reference", always, lightning_indexer_reference),
 )

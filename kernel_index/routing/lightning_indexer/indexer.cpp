@@ -87,7 +87,7 @@ void many_queries(const Index& c, const float* q, const float* k, const float* w
           for (int64_t r = 0; r < count; ++r) {
             const Vec weight(w[(b * c.T + begin + r) * c.J + j]);
             for (float *x = z.at(r * KEYS), *y = sum.at(r * KEYS); x < z.at((r + 1) * KEYS); x += LANES, y += LANES)
-              at::vec::fmadd(weight, at::vec::clamp_min(Vec::loadu(x), Vec(0.f)), Vec::loadu(y)).store(y);
+              fmadd(weight, positive(Vec::loadu(x)), Vec::loadu(y)).store(y);
           }
         }
         for (int64_t r = 0; r < count; ++r)

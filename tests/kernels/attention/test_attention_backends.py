@@ -160,7 +160,7 @@ def test_auto_skips_where_it_pays_and_calls_torch_where_it_does_not(monkeypatch)
     assert ran(1024, ki.MaskContract(), ki.attention_with_lse, softcap=5.0) == "native"
     assert ran(64, local) == ran(64, ki.MaskContract()) == "sdpa"
     assert ran(64, ki.MaskContract(), ki.attention_with_lse) == "reference"
-    monkeypatch.setattr(native, "has_cxx_compiler", lambda: False)
+    monkeypatch.setattr(native, "has_libraries", lambda: False)
     assert ran(1024, local) == "cpu"
     assert ran(20_000, local) == "cpu"
     assert ran(128, local) == "sdpa"

@@ -18,7 +18,7 @@ def run(dtype=torch.float32, width=8):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("has_cxx_compiler", lambda: False, "needs a C++ compiler (g++ or clang++)"),
+        ("has_libraries", lambda: False, "needs a C++ compiler (g++ or clang++)"),
         ("_has_vectors", lambda: False, "needs a CPU with AVX-512 and PyTorch's oneDNN"),
     ],
 )

@@ -4,12 +4,13 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.attention.dense_attention import contract
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.cpu import attention_cpu
 from kernel_index.kernels.attention.dense_attention.flex import attention_flex
-from kernel_index.kernels.attention.dense_attention.native import attention_native
+from kernel_index.kernels.attention.dense_attention.native import SOURCE, attention_native
 from kernel_index.kernels.attention.dense_attention.reference import attention_reference
 from kernel_index.kernels.attention.dense_attention.sdpa import attention_sdpa
 from kernel_index.kernels.attention.dense_attention.torch_op import attention_triton
@@ -31,7 +32,12 @@ BACKENDS = (
     Backend("triton", contract.triton_why_not, attention_triton, contract.triton_not_worth),
     Backend("flex", contract.flex_why_not, attention_flex, contract.flex_not_worth),
     Backend("varlen", contract.varlen_why_not, attention_varlen, contract.varlen_not_worth),
-    Backend("native", contract.native_why_not, attention_native, contract.native_not_worth),
+    Backend(
+        "native",
+        contract.native_why_not,
+        attention_native,
+        native.once_built(SOURCE, not_worth=contract.native_not_worth),
+    ),
     Backend("cpu", contract.cpu_why_not, attention_cpu, contract.cpu_not_worth),
     Backend("sdpa", contract.sdpa_why_not, attention_sdpa, details=contract.sdpa_details),
     Backend("reference", always, attention_reference),

@@ -123,16 +123,15 @@ inline void store_pair(float* to, int64_t i, Vec even, Vec odd) {
   even.store(to + i), odd.store(to + QUERIES + i);
 }
 inline void store_pair(BFloat16* to, int64_t i, Vec even, Vec odd) {
-  const auto [first, second] = at::vec::interleave2(even, odd);
-  at::vec::convert_from_float<BFloat16>(first, second).store(to + 2 * i);
+  const auto [first, second] = interleave(even, odd);
+  store(to + 2 * i, first), store(to + 2 * i + LANES, second);
 }
 
 // x, or `value` in the lanes of the queries i … that do not see key s.
 inline Vec masked(Vec x, const Tile& t, int64_t i, int64_t s, float value) {
-  using Int = at::vec::Vectorized<int32_t>;
-  const Int key(static_cast<int32_t>(s)), start = Int::loadu(t.start + i), end = Int::loadu(t.end + i);
-  const Vec hidden = at::vec::cast<float>((key < start) | (key >= end));
-  return Vec::blendv(x, Vec(value), hidden);
+  const __m512i key = _mm512_set1_epi32(s), start = _mm512_loadu_si512(t.start + i), end = _mm512_loadu_si512(t.end + i);
+  const Lanes hidden = _mm512_cmplt_epi32_mask(key, start) | _mm512_cmpge_epi32_mask(key, end);
+  return select(hidden, x, Vec(value));
 }
 
 // The products z [keys, QUERIES] of a block become weights p, a right operand, and update the rows' states.  `alpha`
@@ -154,13 +153,13 @@ bool online_softmax(const Call& c, const Tile& t, const Span& span, float* z, T*
     RowState<Vec> state{Vec::loadu(row_max + i), Vec::loadu(row_sum + i)};
     const Vec before = state.row_max, factor = state.raise(tile_max * scale), shift = state.shift();
     for (int64_t n = 0; n < span.size(); n += 2) {
-      const Vec even = exponential(at::vec::fmsub(Vec::loadu(z + n * QUERIES + i), scale, shift), T());
-      const Vec odd = exponential(at::vec::fmsub(Vec::loadu(z + (n + 1) * QUERIES + i), scale, shift), T());
+      const Vec even = exponential(fmsub(Vec::loadu(z + n * QUERIES + i), scale, shift), T());
+      const Vec odd = exponential(fmsub(Vec::loadu(z + (n + 1) * QUERIES + i), scale, shift), T());
       tile_sum = tile_sum + (even + odd);
       store_pair(p + n * QUERIES, i, even, odd);
     }
     state.add(factor, tile_sum);
-    grew |= (state.row_max == before).zero_mask() != 0;
+    grew |= (state.row_max == before) != EVERY_LANE;
     state.row_max.store(row_max + i);
     state.row_sum.store(row_sum + i);
     factor.store(alpha + i);

@@ -4,9 +4,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, choose
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode import contract
-from kernel_index.kernels.attention.dense_fa4_kvcache_decode.native import decode_native
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode.native import SOURCE, decode_native
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.reference import decode_reference
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.sdpa import decode_sdpa
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.torch_op import decode_triton
@@ -24,7 +25,9 @@ def _run_fa4(call: contract.DecodeCall) -> Tensor:
 BACKENDS = (
     Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
     Backend("triton", contract.triton_why_not, decode_triton, contract.triton_not_worth),
-    Backend("native", contract.native_why_not, decode_native, contract.native_not_worth),
+    Backend(
+        "native", contract.native_why_not, decode_native, native.once_built(SOURCE, not_worth=contract.native_not_worth)
+    ),
     Backend("sdpa", contract.sdpa_why_not, decode_sdpa),
     Backend("reference", contract.reference_why_not, decode_reference),
 )

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.attention.fused_rope_qk import contract, tables
 from kernel_index.kernels.attention.fused_rope_qk.native import rope_qk_native
@@ -16,7 +17,12 @@ RopeBackend = Literal["auto", "triton", "native", "inductor", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, rope_qk_triton, contract.triton_not_worth),
-    Backend("native", contract.native_why_not, rope_qk_native, contract.native_not_worth),
+    Backend(
+        "native",
+        contract.native_why_not,
+        rope_qk_native,
+        native.once_built(native.ROWS, not_worth=contract.native_not_worth),
+    ),
     Backend("inductor", contract.inductor_why_not, rope_qk_inductor, contract.inductor_not_worth),
     Backend("reference", always, rope_qk_reference),
 )

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm import contract
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.native import residual_add_rms_norm_native
@@ -17,7 +18,12 @@ ResidualAddRMSNormBackend = Literal["auto", "triton", "native", "inductor", "ref
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, residual_add_rms_norm_triton, contract.triton_not_worth),
-    Backend("native", contract.native_why_not, residual_add_rms_norm_native, contract.native_not_worth),
+    Backend(
+        "native",
+        contract.native_why_not,
+        residual_add_rms_norm_native,
+        native.once_built(native.ROWS, not_worth=contract.native_not_worth),
+    ),
     Backend("inductor", contract.inductor_why_not, residual_add_rms_norm_inductor, contract.inductor_not_worth),
     Backend("reference", always, residual_add_rms_norm_reference),
 )

@@ -4,11 +4,12 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.sparse.block_sparse_attention import contract
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.cpu import block_sparse_cpu
-from kernel_index.kernels.sparse.block_sparse_attention.native import block_sparse_native
+from kernel_index.kernels.sparse.block_sparse_attention.native import SOURCE, block_sparse_native
 from kernel_index.kernels.sparse.block_sparse_attention.reference import block_sparse_reference
 from kernel_index.kernels.sparse.block_sparse_attention.torch_op import block_sparse_triton
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
@@ -19,7 +20,12 @@ BlockSparseBackend = Literal["auto", "triton", "native", "cpu", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, block_sparse_triton, contract.triton_not_worth),
-    Backend("native", contract.native_why_not, block_sparse_native, contract.cpu_not_worth),
+    Backend(
+        "native",
+        contract.native_why_not,
+        block_sparse_native,
+        native.once_built(SOURCE, not_worth=contract.cpu_not_worth),
+    ),
     Backend("cpu", contract.cpu_why_not, block_sparse_cpu, contract.cpu_not_worth),
     Backend("reference", always, block_sparse_reference),
 )

@@ -152,11 +152,12 @@ const T* as_right_operand(const T* rows, T* packed, int64_t count, int64_t width
 // [rows, width] of float32 to [width, rows] of T, in squares that fit the registers.
 template <typename T>
 void transpose(const float* from, T* to, int64_t rows, int64_t width) {
-  alignas(64) float square[LANES * LANES];
+  Vec square[LANES];
   for (int64_t r = 0; r < rows; r += LANES)
     for (int64_t i = 0; i < width; i += LANES) {
-      at::vec::transpose_mxn<float, LANES, LANES>(from + r * width + i, width, square, LANES);
-      for (int64_t x = 0; x < LANES; ++x) store(to + (i + x) * rows + r, Vec::loadu(square + x * LANES));
+      for (int64_t x = 0; x < LANES; ++x) square[x] = Vec::loadu(from + (r + x) * width + i);
+      transpose(square);
+      for (int64_t x = 0; x < LANES; ++x) store(to + (i + x) * rows + r, square[x]);
     }
 }
 

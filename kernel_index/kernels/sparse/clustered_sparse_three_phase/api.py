@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.attention.dense_attention.api import BACKENDS as DENSE_BACKENDS
 from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
@@ -16,6 +17,8 @@ from kernel_index.kernels.sparse.clustered_sparse_three_phase.contract import Cl
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.api import RouterBackend
+from kernel_index.routing.block_router.native import SOURCE as BY_BLOCK
+from kernel_index.routing.hierarchical_block_expansion.native import SOURCE as BY_GROUP
 from kernel_index.routing.legal_blocks import TopBlocks
 
 ClusteredBackend = Literal["auto", "triton", "native", "cpu", "reference"]
@@ -57,7 +60,7 @@ ROUTERS = (
         "native",
         contract.native_router_why_not,
         routers.route_native,
-        contract.native_router_not_worth,
+        native.once_built(BY_BLOCK, BY_GROUP, not_worth=contract.native_router_not_worth),
         contract.router_details,
     ),
     Backend("chunked", always, routers.route_chunked, details=contract.router_details),

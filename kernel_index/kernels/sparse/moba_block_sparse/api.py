@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, choose
 from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
 from kernel_index.kernels.sparse.moba_block_sparse import contract
@@ -13,7 +14,7 @@ from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import pick, 
 from kernel_index.kernels.sparse.moba_block_sparse.cpu import decode_cpu
 from kernel_index.kernels.sparse.moba_block_sparse.decoding import decode_triton
 from kernel_index.kernels.sparse.moba_block_sparse.flash import attend_flash
-from kernel_index.kernels.sparse.moba_block_sparse.native import decode_native
+from kernel_index.kernels.sparse.moba_block_sparse.native import SOURCE, decode_native
 from kernel_index.kernels.sparse.moba_block_sparse.reference import decode_reference
 from kernel_index.kvcache.cache import CacheLayer, KVCache
 from kernel_index.kvcache.decode_arguments import cast_result, layer_of
@@ -52,7 +53,9 @@ DECODE_BACKENDS = (
         contract.decode_triton_not_worth,
         contract.decode_details,
     ),
-    Backend("native", contract.decode_native_why_not, decode_native, details=contract.decode_details),
+    Backend(
+        "native", contract.decode_native_why_not, decode_native, native.once_built(SOURCE), contract.decode_details
+    ),
     Backend("cpu", contract.decode_cpu_why_not, decode_cpu, details=contract.decode_details),
     Backend("reference", contract.decode_reference_why_not, decode_reference, details=contract.decode_details),
 )

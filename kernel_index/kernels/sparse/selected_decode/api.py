@@ -4,9 +4,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, choose
 from kernel_index.kernels.sparse.selected_decode import contract
-from kernel_index.kernels.sparse.selected_decode.native import selected_decode_native
+from kernel_index.kernels.sparse.selected_decode.native import SOURCE, selected_decode_native
 from kernel_index.kernels.sparse.selected_decode.reference import selected_decode_reference
 from kernel_index.kernels.sparse.selected_decode.sdpa import selected_decode_sdpa
 from kernel_index.kernels.sparse.selected_decode.torch_op import attend_blocks, selected_decode_triton
@@ -21,7 +22,7 @@ BACKENDS = (
     Backend(
         "triton", contract.triton_why_not, selected_decode_triton, contract.triton_not_worth, details=contract.details
     ),
-    Backend("native", contract.native_why_not, selected_decode_native, details=contract.details),
+    Backend("native", contract.native_why_not, selected_decode_native, native.once_built(SOURCE), contract.details),
     Backend("sdpa", contract.sdpa_why_not, selected_decode_sdpa, details=contract.details),
     Backend("reference", contract.reference_why_not, selected_decode_reference, details=contract.details),
 )

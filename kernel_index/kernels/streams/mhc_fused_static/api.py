@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.kernels.streams.mhc_fused_static import contract
 from kernel_index.kernels.streams.mhc_fused_static.native import mix_native
@@ -15,7 +16,12 @@ SinkhornBackend = Literal["auto", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, mix_triton, contract.triton_not_worth),
-    Backend("native", contract.native_why_not, mix_native, contract.native_not_worth),
+    Backend(
+        "native",
+        contract.native_why_not,
+        mix_native,
+        native.once_built(native.ROWS, not_worth=contract.native_not_worth),
+    ),
     Backend("inductor", contract.inductor_why_not, mix_inductor, contract.inductor_not_worth),
     Backend("reference", always, mix_reference),
 )
