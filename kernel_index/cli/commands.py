@@ -152,7 +152,7 @@ def _found(name: str) -> Entry:
     """The entry of a name, or wrong use."""
     entry = find(name)
     if entry is None:
-        hanging(errors, "", _no_entry(name))
+        errors.print(_no_entry(name), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(WRONG_USE)
     return entry
 

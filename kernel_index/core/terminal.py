@@ -46,24 +46,45 @@ def print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def print_table(to: Console, header: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "") -> None:
-    """A table, or one paragraph for each row where the terminal is too narrow for whole words in the columns."""
-    longest = [max(map(_longest_word, column)) for column in zip(header, *rows, strict=True)]
-    if sum(longest) + 3 * len(header) < to.width:  # bars and a space on both sides of a cell
-        columns = (Column(Text(name), min_width=width) for name, width in zip(header, longest, strict=True))
+def print_table(
+    to: Console, header: Sequence[str], rows: Sequence[Sequence[Cell]], title: str = "", *, turned: bool = False
+) -> None:
+    """A table, or one paragraph for each row where the terminal is too narrow for whole words in the columns.
+
+    ``turned``: the table has a column for each row.
+    """
+    shown = list(zip(header, *rows, strict=True)) if turned else [header, *rows]
+    widths = _widths(shown, to.width)
+    if widths:
+        columns = (Column(Text(str(name)), width=width) for name, width in zip(shown[0], widths, strict=True))
         table = Table(*columns, title=Text(title) if title else None)
-        for row in rows:
+        for row in shown[1:]:
             table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
         to.print(table)
         return
     if title:
         hanging(to, "", title)
-    width = max(map(len, header))
+    label = max(map(len, header))
     for row in rows:
         to.print()
         for name, cell in zip(header, row, strict=True):
             if str(cell):
-                hanging(to, f"{name:<{width}}  ", cell)
+                hanging(to, f"{name:<{label}}  ", cell)
+
+
+def _widths(rows: Sequence[Sequence[Cell]], width: int) -> list[int]:
+    """Of the columns, so that no word is broken; empty if the terminal is too narrow."""
+    columns = list(zip(*rows, strict=True))
+    found = [max(map(_longest_word, column)) for column in columns]
+    whole = [max(cell_len(str(cell)) for cell in column) for column in columns]
+    free = width - 1 - sum(found) - 3 * len(found)  # bars, and a space on both sides of a cell
+    if free < 0:
+        return []
+    while free and found != whole:  # to the column that lacks most
+        neediest = max(range(len(found)), key=lambda i: whole[i] - found[i])
+        found[neediest] += 1
+        free -= 1
+    return found
 
 
 def _longest_word(cell: Cell) -> int:

@@ -113,17 +113,16 @@ def presets_command(as_json: Json = False) -> None:
     if as_json:
         print_json([{"preset": name} | found for name, found in facts.items()])
         return
-    units = {"FLOPs of a token": 1e6, "FLOPs of a step": 1e9}
-    shown = {"FLOPs of a token": "MFLOP a token", "FLOPs of a step": "GFLOP a step"}
-    rows = []  # a column for each preset: 80 characters hold them
-    for fact in facts["tiny"]:
-        values = [found[fact] for found in facts.values()]
-        cells = [f"{v / units.get(fact, 1):,.{int(fact in units)}f}" if isinstance(v, int) else v for v in values]
-        rows.append([shown.get(fact, fact), *cells])
-    print_table(console, ["preset", *PRESETS], rows)
+    rows = []
+    for name, found in facts.items():
+        counts = (f"{found[fact]:,}" for fact in ("parameters", "parameters of a token"))
+        work = (f"{found['FLOPs of a token'] / 1e6:,.1f}", f"{found['FLOPs of a step'] / 1e9:,.1f}")
+        rows.append((name, found["blocks"], *counts, *work, found["trains in"], found["trains on"]))
+    header = ("preset", "blocks", "parameters", "of a token", "MFLOP a token", "GFLOP a step", "trains in", "trains on")
+    print_table(console, header, rows, turned=True)
 
 
-def _facts(preset: Preset) -> dict[str, str | int]:
+def _facts(preset: Preset) -> dict[str, Any]:
     with torch.device("meta"):
         model = LanguageModel(preset.model)
     flops = int(flops_per_token(preset.model))
