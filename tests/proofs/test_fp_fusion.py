@@ -1,4 +1,4 @@
-"""Every launch says whether products and sums are fused, and the compiler obeys; in processes without the interpreter."""
+"""Every launch says whether products and sums are fused, and the compiler obeys: without the interpreter."""
 
 import os
 import subprocess
