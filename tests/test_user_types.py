@@ -30,7 +30,8 @@ model = nn.Linear(4, 4)
 report = ki.transformers.apply(model)
 print(report)
 report.undo()
-layer: nn.Module = ki.nn.MLP(16, 32)
+layer: nn.Module = ki.nn.SwiGLUMLP(16, 32)
+print(ki.jax.attention)
 """
 
 WRONG = "\nki.attention(x, x)\nki.no_such_function(x)\nki.fused_relu_squared(x, backend='tritn')\n"
