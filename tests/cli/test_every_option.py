@@ -85,7 +85,7 @@ def test_a_value_of_the_wrong_kind_is_wrong_use(path, option, monkeypatch, tmp_p
     done = run(*path, *needed, option.opts[0], wrong_value(option))
     assert done.exit_code == 2, done.output
     assert option.opts[0] in done.output
-    assert wrong_value(option) in done.output
+    assert wrong_value(option) in done.output or "Input should be a valid" in done.output  # typer's, for numbers
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
@@ -111,13 +111,12 @@ def test_an_unknown_name_is_wrong_use(arguments):
 TRAIN_DEFAULT = re.compile(r"\(default: [^)]+\)|show this help")
 
 
-def test_train_shows_a_default_for_every_option(capfd):
+def test_train_shows_a_default_for_every_option():
     for preset in PRESETS:
-        done = CliRunner().invoke(commands.app, ["train", "--preset", preset, "--help"], env=WIDE)
+        done = CliRunner().invoke(commands.app, ["train", "--preset", preset, "--help"], env={"COLUMNS": "90"})
         assert done.exit_code == 0
-        lines = [line.strip("│ ") for line in done.output.splitlines()]
-        blocks = re.split(r"\n(?=-)", "\n".join(line for line in lines if line))
-        options = [block.split("─")[0] for block in blocks if block.startswith("-")]
+        lines = "\n".join(line for line in done.output.splitlines() if line.startswith("│"))
+        options = re.findall(r"│ -.*(?:\n│  .*)*", lines)
         assert len(options) > 50, "the model's too"
         assert [option for option in options if not TRAIN_DEFAULT.search(" ".join(option.split()))] == []
         assert f"(default: {PRESETS[preset].steps})" in done.output, "of this preset"
