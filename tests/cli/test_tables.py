@@ -44,7 +44,8 @@ def test_no_word_is_broken_in_a_narrow_terminal(command, columns):
     assert "…" not in text
     fits = [line for line in text.splitlines() if len(line) <= columns or " " not in line.strip()]
     assert [line for line in text.splitlines() if line not in fits and len(line.split()) > 3] == []
-    assert words(printed(command, 240)) - words(text) == set()
+    empty = {"why", "refused", "problem"}  # headers of columns that may be empty: a paragraph leaves them out
+    assert words(printed(command, 240)) - words(text) - empty == set()
 
 
 @pytest.mark.parametrize("columns", [24, 40, 60, 80, 200])
@@ -54,7 +55,7 @@ def test_a_table_or_paragraphs(columns, turned, capsys):
     text = capsys.readouterr().out
     assert words(text) >= {w for row in ROWS for cell in row for w in cell.split()}
     assert "…" not in text
-    assert ("┃" in text) == (columns >= 80 or (columns == 60 and not turned))
+    assert ("┃" in text) == (columns >= 60)
 
 
 def test_cells_are_text_and_not_markup(capsys):
