@@ -2,12 +2,10 @@
 
 import difflib
 import importlib
-import json
 import os
 import platform
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -16,18 +14,16 @@ from typing import Annotated, Any
 import torch
 import typer
 import typer.core
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import kernel_index
 from kernel_index.core import native
 from kernel_index.core.target import has_cxx_compiler, machine_rules
+from kernel_index.core.terminal import WRONG_USE, Json, console, errors, hanging, print_json
 from kernel_index.index.entries import ENTRIES, FAMILIES, find
 from kernel_index.index.entry import BackendState, Entry
 
 ELSEWHERE = {
-    "train": "kernel_index.lm.commands:train_command",
+    "train": "kernel_index.lm.commands:train",
     "generate": "kernel_index.lm.commands:generate_command",
     "presets": "kernel_index.lm.commands:presets_command",
     "prove": "kernel_index.proofs.commands:app",
@@ -35,7 +31,6 @@ ELSEWHERE = {
 }
 """Commands defined beside what they run: name -> ``module:function`` or a group, imported when it is called."""
 
-NOT_FOUND = 2
 VARIABLES = (
     "KERNEL_INDEX_",
     "TORCHINDUCTOR_",
@@ -45,10 +40,6 @@ VARIABLES = (
     "CXX",
 )
 PACKAGES = ("triton", "flash-attn-4", "nvidia-cutlass-dsl", "jax", "jaxlib", "libtpu", "transformers")
-
-console = Console()
-errors = Console(stderr=True)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 class _Commands(typer.core.TyperGroup):
@@ -81,14 +72,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit.", show_default=False
+        ),
     ] = False,
 ) -> None:
     """Kernels for language models: what each promises, what this machine can run, and a model that uses them."""
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _as_json(entry: Entry) -> dict[str, Any]:
@@ -114,27 +104,58 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 
 
 @app.command("list")
-def list_command(as_json: Json = False) -> None:
+def list_command(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Only these entries or public functions.", show_default="all"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """The entries by family: the functions of each, and its backends on this machine."""
+    chosen = [_found(name) for name in names or ()] or ENTRIES
     if as_json:
-        _print_json([_as_json(e) for e in ENTRIES])
+        print_json([_as_json(e) for e in chosen])
         return
     notes: dict[str, str] = {}
+    first = max(len(f"  ki.{name}") for e in ENTRIES for name in e.functions)
     for family in FAMILIES:
-        console.print(f"\n[bold]{family}[/]")
-        table = Table(show_header=False, box=None, pad_edge=False)
-        first = max(len(f"  ki.{name}") for e in ENTRIES for name in e.functions)
-        table.add_column(no_wrap=True, width=first)
-        for e in (e for e in ENTRIES if e.family == family):
-            for name, backends in _rows(e, notes):
-                table.add_row(name, _wrapped(backends, console.width - first - 3))
-        console.print(table)
-    seed, others = ([e for e in ENTRIES if e.seed is kind] for kind in (True, False))
-    done = f"{sum(e.implemented for e in seed)} of {len(seed)} entries implemented"
-    console.print(f"\n{done}; `kernel-index show ENTRY` says more.", highlight=False)
-    console.print(f"Beside these: {', '.join(e.name for e in others)}.", highlight=False)
+        rows = [row for e in chosen if e.family == family for row in _rows(e, notes)]
+        if rows:
+            console.print(f"\n[bold]{family}[/]")
+        for name, backends in rows:
+            _list_row(name, backends, first)
+    if not names:
+        seed, others = ([e for e in ENTRIES if e.seed is kind] for kind in (True, False))
+        console.print(f"\n{sum(e.implemented for e in seed)} of {len(seed)} entries implemented.", highlight=False)
+        hanging(console, "", "`kernel-index show NAME` prints the contract and rules of an entry or a function.")
+        hanging(console, "", f"Beside these: {', '.join(e.name for e in others)}.")
+    if notes:
+        console.print("\nNot on this machine:")
     for name, reason in notes.items():
-        console.print(f"✗ {name}: {reason}", markup=False, highlight=False)
+        hanging(console, f"✗ {name}: ", reason)
+
+
+def _list_row(name: str, backends: str, first: int) -> None:
+    """Names and their backends side by side, or below each other where a line is too short for both."""
+    if console.width < first + 40:
+        for line in name.splitlines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if backends:
+            hanging(console, "      ", backends)
+        return
+    *above, last = name.splitlines()
+    for line in above:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    hanging(console, f"{last:<{first}}  ", backends)
+
+
+def _found(name: str) -> Entry:
+    """The entry of a name, or wrong use."""
+    entry = find(name)
+    if entry is None:
+        errors.print(_no_entry(name), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(WRONG_USE)
+    return entry
 
 
 def _rows(e: Entry, notes: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -151,11 +172,6 @@ def _rows(e: Entry, notes: dict[str, str]) -> Iterator[tuple[str, str]]:
         yield "\n".join(f"  ki.{name}" for name in plain), "no backend"
 
 
-def _wrapped(line: str, width: int) -> Text:
-    """Lines that break between backends, not between a backend and its mark."""
-    return Text("\n".join(textwrap.wrap(line, max(20, width))).replace("\N{NO-BREAK SPACE}", " "), no_wrap=True)
-
-
 def _called(names: tuple[str, ...]) -> str:
     return ", ".join(f"ki.{name}" for name in names)
 
@@ -167,49 +183,45 @@ def _backend_line(table: tuple[BackendState, ...], notes: dict[str, str]) -> str
 
 @app.command("show")
 def show_command(
-    name: Annotated[str, typer.Argument(metavar="ENTRY", help="An entry, or one of its public functions.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An entry, or a public function.")],
     as_json: Json = False,
 ) -> None:
     """One entry: its contract, the rules of each backend, and where it is used."""
-    e = find(name)
-    if e is None:
-        errors.print(_no_entry(name), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(NOT_FOUND)
+    e = _found(name)
     if as_json:
         rules = {
             name: {b.name: {"declines": list(b.rules), "auto_declines": list(b.advice)} for b in table}
             for names, table in e.tables().items()
             for name in names
         }
-        _print_json(_as_json(e) | {"signatures": e.signatures(), "contract": e.docstrings(), "rules": rules})
+        print_json(_as_json(e) | {"signatures": e.signatures(), "contract": e.docstrings(), "rules": rules})
         return
     console.print(f"[bold]{e.name}[/]  ({e.family}, kernel_index/{e.folder})", highlight=False)
-    console.print(e.purpose, markup=False, highlight=False)
+    hanging(console, "", e.purpose)
     if not e.implemented:
-        console.print(f"\nNot implemented yet: {', '.join(e.missing())}", highlight=False)
+        hanging(console, "\nNot implemented yet: ", ", ".join(e.missing()))
     for function, text in e.docstrings().items():
-        console.print(f"\n[bold]ki.{e.signatures()[function]}[/]", highlight=False)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print()
+        hanging(console, "", f"ki.{e.signatures()[function]}", "bold")
+        for line in text.splitlines():
+            indent = len(line) - len(line.lstrip())
+            hanging(console, " " * indent, line[indent:])
     for names, table in e.tables().items():
         _show_backends(names, table)
     console.print("\n[bold]Where it is used[/]")
     for user, present in e.users().items():
-        console.print(f"  kernel_index.{user}{'' if present else ' (not yet)'}", highlight=False)
+        console.print(f"  kernel_index.{user}{'' if present else ' (not yet)'}", highlight=False, soft_wrap=True)
 
 
 def _show_backends(names: tuple[str, ...], table: tuple[BackendState, ...]) -> None:
-    console.print(f'\n[bold]Backends of {_called(names)}[/], in the order in which backend="auto" tries them')
+    console.print()
+    hanging(console, "", f'Backends of {_called(names)}, in the order in which backend="auto" tries them', "bold")
     for b in table:
-        console.print(
-            f"  {b.name}: {'available here' if b.machine is None else b.machine}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        hanging(console, f"  {b.name}: ", "available here" if b.machine is None else b.machine)
         for rule in b.rules:
-            console.print(f"    declines: {rule}", markup=False, highlight=False, soft_wrap=True)
+            hanging(console, "    declines: ", rule)
         for rule in b.advice:
-            console.print(f"    auto passes over it: {rule}", markup=False, highlight=False, soft_wrap=True)
+            hanging(console, "    auto passes over it: ", rule)
 
 
 def _no_entry(name: str) -> str:
@@ -242,21 +254,20 @@ def doctor_command(as_json: Json = False) -> None:
     facts, rules = _facts(), machine_rules()
     if as_json:
         backends = [{"name": n, "available": r is None, "reason": r or ""} for n, r in rules.items()]
-        _print_json({"facts": facts, "backends": backends})
+        print_json({"facts": facts, "backends": backends})
         return
-    table = Table(show_header=False, box=None)
+    width = max(map(len, facts)) + 1
     for name, value in facts.items():
-        lines = [f"{k} {v or 'not installed'}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
-        table.add_row(f"[bold]{name}[/]", Text("\n".join(lines) or "none"))
-    console.print(table)
+        mark = ":" if name == "not read" else ""
+        lines = (
+            [f"{k}{mark} {v or 'not installed'}" for k, v in value.items()] if isinstance(value, dict) else [str(value)]
+        )
+        for number, line in enumerate(lines or ["none"]):
+            hanging(console, f"{'' if number else name:<{width}} ", line)
     console.print("\n[bold]Backends[/]")
     for name, reason in rules.items():
-        console.print(
-            f"  {'✗' if reason else '✓'} {name}{': ' + reason if reason else ''}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        mark = "✗" if reason else "✓"
+        hanging(console, f"  {mark} {name}{': ' if reason else ''}", reason or "")
 
 
 def _facts() -> dict[str, Any]:

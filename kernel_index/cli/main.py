@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-EXTRA = ("typer", "rich", "safetensors", "matplotlib", "jinja2")
+EXTRA = ("typer", "rich", "tyro", "safetensors", "matplotlib", "jinja2")
 """The packages of the ``cli`` extra."""
 
 

@@ -25,7 +25,8 @@ seed_entry = functools.partial(entry, seed=True)
 
 
 def find(name: str) -> Entry | None:
-    """The entry of this name, or the one that a public function belongs to."""
+    """The entry of this name, or the one that a public function belongs to: ``attention`` or ``ki.attention``."""
+    name = name.removeprefix("kernel_index.").removeprefix("ki.")
     return next((e for e in ENTRIES if name == e.name), None) or next((e for e in ENTRIES if name in e.functions), None)
 
 

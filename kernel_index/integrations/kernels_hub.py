@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 import kernel_index
+from kernel_index.core.terminal import clear_errors
 from kernel_index.index.entries import find
 from kernel_index.index.entry import ROOT, Entry
 
@@ -182,13 +183,10 @@ def _card(entry: Entry) -> str:
 def export_command(
     name: Annotated[str, typer.Argument(metavar="ENTRY", help="An entry, or one of its public functions.")],
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    version: Annotated[int, typer.Option("--kernel-version", help="The version that the hub lists.")] = 1,
+    version: Annotated[int, typer.Option("--kernel-version", min=1, help="The version that the hub lists.")] = 1,
 ) -> None:
     """Lay out one entry as a repository for the Hugging Face kernels loader."""
-    try:
+    with clear_errors():
         builds = export(name, folder, version)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     for build in builds:
         typer.echo(build)

@@ -25,6 +25,14 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, read, or does not belong to this model."""
 
+    wrong_use = False
+
+
+class NoCheckpoint(CheckpointError):
+    """What was named is no checkpoint and no run."""
+
+    wrong_use = True
+
 
 class Checkpoint(NamedTuple):
     """All that a resumed run needs to continue with the same numbers."""
@@ -115,7 +123,7 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint folder, or the newest one of a run folder."""
     folder = path if (path / "state.json").is_file() else newest(path)
     if folder is None:
-        raise CheckpointError(f"{path} must be a checkpoint or a run folder that holds one")
+        raise NoCheckpoint(f"--checkpoint must be a checkpoint or a run folder that holds one, got {path}")
     try:
         state = json.loads((folder / "state.json").read_text())
         step = state.pop("step")

@@ -1,25 +1,29 @@
 """The commands ``kernel-index train``, ``generate`` and ``presets``."""
 
-import contextlib
 import itertools
-import logging
 import signal
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 import kernel_index as ki
+from kernel_index.core.terminal import (
+    Json,
+    clear_errors,
+    console,
+    hanging,
+    log_plainly,
+    only_json,
+    print_json,
+    print_table,
+)
+from kernel_index.lm import train_options
 from kernel_index.lm.checkpoint import CheckpointError
-from kernel_index.lm.config import PRESETS
-from kernel_index.lm.data import DataError
+from kernel_index.lm.config import PRESETS, Preset
 from kernel_index.lm.distributed import processes
 from kernel_index.lm.generate import generate, load_model
 from kernel_index.lm.model import LanguageModel, active_parameters, flops_per_token
@@ -30,77 +34,53 @@ from kernel_index.lm.train import (
     Trainer,
     TrainingError,
     forced_backend,
-    read_config,
     read_metrics,
 )
+from kernel_index.lm.train_options import TrainOptions
 
 INTERRUPTED = 130
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 240
 
-console = Console()
-errors = Console(stderr=True)
+
+train = typer.Typer(add_completion=False)
 
 
-def train_command(
-    preset: Annotated[
-        str | None, typer.Option(help=f"Model and schedule: {', '.join(PRESETS)}.", show_default="tiny")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="the preset's")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="a new folder under runs/")] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints.", show_default="100")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out (or the newest run).")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout.", show_default="0")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of text, or one file.", show_default="Python's standard library")
-    ] = None,
-    glob: Annotated[
-        str | None, typer.Option(help="Files of the folder.", show_default="all text; **/*.py without --data")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (autocast).", show_default="float32")] = None,
-    sparse_from_step: Annotated[
-        int | None, typer.Option(min=0, help="S blocks attend to everything before this step.", show_default="0")
-    ] = None,
-    backend: Annotated[str | None, typer.Option(help="reference runs the plain formulas.", show_default="auto")] = None,
-    compiled: Annotated[
-        bool | None, typer.Option("--compile", help="Put the whole model through torch.compile.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="NAME=VALUE of RunConfig, as accumulate=2, recompute=true, batch_rows=8; repeatable."
-        ),
-    ] = None,
-) -> None:
+@train.command(
+    "train",  # tyro reads the options
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def train_command(context: typer.Context) -> None:
     """Train a small language model on real text with the kernels of the index."""
-    own: dict[str, Any] = {"preset": preset, "steps": steps, "checkpoint_every": checkpoint_every, "seed": seed}
-    own |= {"data": data and str(data.resolve()), "glob": glob, "dtype": dtype, "backend": backend}
-    own |= {"compile": compiled, "sparse_from_step": sparse_from_step}
-    with _clear_errors():
-        own = _merged(own, RunConfig.read_settings(settings or ()))
-        if resume:
-            folder = out or _newest_run()
-            longer = {name: own.pop(name) for name in ("steps", "checkpoint_every")}
-            _refuse_changes(folder, own)
-            trainer = Trainer.resume(folder, **longer)
-            console.print(f"Resuming {folder} after step {trainer.step} of {trainer.config.steps}.", highlight=False)
-        else:
-            name = own.pop("preset") or "tiny"
-            config = RunConfig.from_preset(name, **own)
-            if out is None and processes() > 1:
-                raise ValueError("--out must be given where several processes train, got none")
-            folder = out or _fresh_folder(name)
-            trainer = Trainer.start(config, folder)
-        if trainer.group.rank:  # only the first process prints
-            console.quiet = True
-        _introduce(trainer)
-        finished = _run(trainer)
-        if trainer.group.size == 1:
-            _conclude(trainer, finished)
+    log_plainly()
+    with clear_errors(CheckpointError, TrainingError):
+        options = train_options.read(context.args)
+        with only_json(options.json):
+            finished = _train(options)
     if not finished:
         raise typer.Exit(INTERRUPTED)
+
+
+def _train(options: TrainOptions) -> bool:
+    """Train, print, and return whether the run came to its end."""
+    config = options.run
+    if options.resume:
+        folder = options.out or train_options.newest_run()
+        trainer = Trainer.resume(folder, steps=config.steps, checkpoint_every=config.checkpoint_every)
+        console.print(f"Resuming {folder} after step {trainer.step} of {trainer.config.steps}.", highlight=False)
+    else:
+        if options.out is None and processes() > 1:
+            raise ValueError("--out must be given where several processes train, got none")
+        trainer = Trainer.start(config, options.out or _fresh_folder(config.preset))
+    if trainer.group.rank:  # only the first process prints
+        console.quiet = True
+    _introduce(trainer)
+    finished = _run(trainer)
+    if trainer.group.size == 1:
+        result = _conclude(trainer, finished)
+        if options.json:
+            print_json(result)
+    return finished
 
 
 def generate_command(
@@ -110,12 +90,14 @@ def generate_command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely byte.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Sample among this many most likely bytes.")] = 40,
     top_p: Annotated[
-        float, typer.Option(help="Sample among the most likely bytes that hold this share of the probability.")
+        float,
+        typer.Option(max=1.0, help="Sample among the most likely bytes that hold this share of the probability."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt with a trained model."""
-    with _clear_errors():
+    log_plainly()
+    with clear_errors(CheckpointError):
         model = load_model(checkpoint)
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         texts = generate(model, prompt, tokens, **options)
@@ -125,66 +107,39 @@ def generate_command(
         sys.stdout.write("\n")
 
 
-def presets_command() -> None:
+def presets_command(as_json: Json = False) -> None:
     """The presets of `train --preset`: blocks, parameters, and the FLOPs of a training step."""
-    columns = []
-    for name, preset in PRESETS.items():
-        with torch.device("meta"):
-            model = LanguageModel(preset.model)
-        flops = flops_per_token(preset.model)
-        tokens = preset.batch_rows * preset.accumulate * preset.model.context
-        sizes = (f"{model.parameter_count():,}", f"{active_parameters(model):,}")
-        work = (f"{flops / 1e6:,.1f}", f"{flops * tokens / 1e9:,.1f}")
-        columns.append((name, preset.model.pattern, *sizes, *work, preset.dtype, preset.about))
-    facts = ("preset", "blocks", "parameters", "of a token", "MFLOP a token", "GFLOP a step", "trains in", "trains on")
-    rows = list(zip(facts, *columns, strict=True))  # a column for each preset: 80 characters hold them
-    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
+    facts = {name: _facts(preset) for name, preset in PRESETS.items()}
+    if as_json:
+        print_json([{"preset": name} | found for name, found in facts.items()])
+        return
+    rows = []
+    for name, found in facts.items():
+        counts = (f"{found[fact]:,}" for fact in ("parameters", "parameters of a token"))
+        work = (f"{found['FLOPs of a token'] / 1e6:,.1f}", f"{found['FLOPs of a step'] / 1e9:,.1f}")
+        rows.append((name, found["blocks"], *counts, *work, found["trains in"], found["trains on"]))
+    header = ("preset", "blocks", "parameters", "of a token", "MFLOP a token", "GFLOP a step", "trains in", "trains on")
+    print_table(console, header, rows, turned=True)
 
 
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Print an expected error as one line, without a traceback; exit with 2 for wrong use and with 1 for the rest."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(
-        console=errors, show_time=False, show_level=False, show_path=False)])  # fmt: skip
-    try:
-        yield
-    except (CheckpointError, DataError, TrainingError, ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False)
-        wrong_use = isinstance(error, ValueError) and not isinstance(error, CheckpointError)
-        raise typer.Exit(2 if wrong_use else 1) from error
+def _facts(preset: Preset) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = LanguageModel(preset.model)
+    flops = int(flops_per_token(preset.model))
+    return {
+        "blocks": preset.model.pattern,
+        "parameters": model.parameter_count(),
+        "parameters of a token": active_parameters(model),
+        "FLOPs of a token": flops,
+        "FLOPs of a step": flops * preset.batch_rows * preset.accumulate * preset.model.context,
+        "trains in": preset.dtype,
+        "trains on": preset.about,
+    }
 
 
 def _fresh_folder(name: str) -> Path:
     numbers = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in range(1, 10_000))
     return next(folder for folder in numbers if not folder.exists())
-
-
-def _newest_run() -> Path:
-    runs = sorted(Path("runs").glob("*/config.json"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise CheckpointError("there is no run to resume under runs/: name one with --out")
-    return runs[-1].parent
-
-
-def _merged(options: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Options and the values of ``--set``; none may be given twice."""
-    for name, value in settings.items():
-        if options.get(name) is not None:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--set {name} must not repeat {option}, got {value!r} beside {options[name]!r}")
-    return options | settings
-
-
-def _refuse_changes(folder: Path, given: Mapping[str, object]) -> None:
-    config = read_config(folder)
-    for name, value in given.items():
-        if value is not None and value != getattr(config, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} must stay {getattr(config, name)!r} when the run is resumed, got {value!r}"
-            )
 
 
 def _introduce(trainer: Trainer) -> None:
@@ -258,33 +213,47 @@ def _sample_prompt(trainer: Trainer) -> str:
     return bytes(trainer.rows.documents[0][1:9].astype("uint8")).decode(errors="ignore")
 
 
-def _conclude(trainer: Trainer, finished: bool) -> None:
+def _conclude(trainer: Trainer, finished: bool) -> dict[str, Any]:
+    """Print what the run has come to, write its report, and return both as values."""
     metrics = read_metrics(trainer.folder)
+    found: dict[str, Any] = {"folder": str(trainer.folder), "finished": finished, "step": trainer.step}
     if not metrics:
-        return
-    sample = ""
-    if finished:
-        trainer.model.eval()
-        with ki.receipts() as log, forced_backend(trainer.config.backend):
-            prompt = _sample_prompt(trainer)
-            sample = prompt + "".join(generate(trainer.model, prompt, SAMPLE_TOKENS))
-        trainer.receipts += log.counts()
-    table = Table("op", "backend", "calls", "why not an earlier backend", title="Which kernels ran")
+        return found
+    sample = _sample(trainer) if finished else ""
     rows, notes = with_notes(receipt_rows(trainer.receipts))
-    for row in rows:
-        table.add_row(row.op, row.backend, f"{row.count:,}", row.reason)
-    console.print(table)
+    header = ("op", "backend", "calls", "why not an earlier backend")
+    print_table(console, header, [(r.op, r.backend, f"{r.count:,}", r.reason) for r in rows], "Which kernels ran")
     for number, note in enumerate(notes, 1):
-        console.print(f"({number}) {note}", markup=False, highlight=False)
+        hanging(console, f"({number}) ", note)
     console.print(f"{str(trainer.goodput).capitalize()}.", highlight=False)
+    last = metrics[-1].validation
     if finished:
         console.print("[bold]Generated:[/]")
         console.print(sample, markup=False, highlight=False)
-        last = metrics[-1].validation
-        if last is not None:
-            console.print(
-                f"\nValidation: [bold]{last:.3f} bits per byte[/], unigram baseline {trainer.unigram:.3f}: "
-                f"{against_baseline(last, trainer.unigram)}.",
-                highlight=False,
-            )
-    console.print(f"Report: {write_report(trainer, metrics, sample)}", highlight=False)
+    if finished and last is not None:
+        console.print(
+            f"\nValidation: [bold]{last:.3f} bits per byte[/], unigram baseline {trainer.unigram:.3f}: "
+            f"{against_baseline(last, trainer.unigram)}.",
+            highlight=False,
+        )
+    report = write_report(trainer, metrics, sample)
+    console.print(f"Report: {report}", markup=False, highlight=False, soft_wrap=True)
+    return found | {
+        "loss_nats": metrics[-1].loss,
+        "validation_bits_per_byte": last,
+        "unigram_bits_per_byte": trainer.unigram,
+        "kernels": [r._asdict() for r in receipt_rows(trainer.receipts)],
+        "shares_of_time": trainer.goodput.shares(),
+        "sample": sample,
+        "report": str(report),
+    }
+
+
+def _sample(trainer: Trainer) -> str:
+    """What the trained model writes; its receipts join those of the run."""
+    trainer.model.eval()
+    with ki.receipts() as log, forced_backend(trainer.config.backend):
+        prompt = _sample_prompt(trainer)
+        sample = prompt + "".join(generate(trainer.model, prompt, SAMPLE_TOKENS))
+    trainer.receipts += log.counts()
+    return sample

@@ -18,6 +18,9 @@ from torch import Tensor
 TEXT = "**/*"
 """The pattern of every text file of a folder: files that are not hidden and hold no NUL byte."""
 
+PYTHON = "**/*.py"
+"""The pattern of the default data, Python's standard library."""
+
 START = 256
 IGNORED = -100
 
@@ -85,11 +88,13 @@ def is_held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] * 20 < 256
 
 
-def load_documents(data: Path | None, pattern: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def load_documents(data: Path | None, pattern: str | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Training and held-out documents, each START followed by a file's bytes.
 
     Where the names leave one of the two empty, as for a single file, the last twentieth of each file is held out.
+    Without a pattern, a folder's text files are read, and the standard library's Python files.
     """
+    pattern = pattern or (PYTHON if data is None else TEXT)
     root, paths = find_files(data, pattern)
     files: dict[str, bytes] = {}
     for path in paths:

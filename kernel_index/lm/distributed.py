@@ -37,7 +37,13 @@ def processes() -> int:
 
 
 def join(device: torch.device) -> Group:
-    """The group of this process, read from the variables that ``torchrun`` sets."""
+    """The group of this process, read from the variables that ``torchrun`` sets.
+
+    Raises:
+        ValueError: the device is a GPU, and PyTorch sees none.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device must be cpu where PyTorch sees no GPU, got 'cuda'")
     size = processes()
     if size == 1:
         return Group()

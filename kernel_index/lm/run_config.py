@@ -2,16 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
 
-from kernel_index.lm.checkpoint import CheckpointError
+from kernel_index.lm.checkpoint import CheckpointError, NoCheckpoint
 from kernel_index.lm.config import PRESETS, Device, Dtype, ModelConfig
-from kernel_index.lm.data import TEXT
 
 Backend = Literal["auto", "reference"]
 Parallel = Literal["fsdp", "tensor"]
@@ -21,46 +19,61 @@ DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that determines a run's numbers, and how often it is saved.
+    """Everything that determines the numbers of a run, and how often it is saved.
 
-    A step takes ``accumulate`` micro-batches of ``batch_rows`` rows.  ``recompute`` keeps only the inputs of each block
-    and computes the rest again in backward.  ``compile`` puts the whole model through ``torch.compile``.  The S blocks
-    attend to all keys before step ``sparse_from_step``.  ``backend="reference"`` runs the plain formula of every op.
-    Several processes share rows and parameters (``parallel="fsdp"``), or heads, hidden channels and vocabulary
-    (``"tensor"``: A blocks only, every process computes all rows).
+    Each field is an option of ``kernel-index train``: its type, its default and the text below it are what the command
+    reads, checks and shows.  The fields of ``model`` are options too, as ``--model.dim``.
     """
 
     preset: str
+    """Model and schedule, whose values are the other defaults: tiny, nano, small or base."""
     model: ModelConfig
     steps: int
+    """Optimizer steps."""
     batch_rows: int
+    """Rows of a micro-batch."""
     learning_rate: float
+    """Highest learning rate, after the warm-up."""
     seed: int = 0
+    """Seed of the weights, the order of the data and the dropout."""
     dtype: Dtype = "float32"
+    """Precision of the products; bfloat16 is autocast, the weights stay float32."""
     data: str | None = None
-    glob: str = "**/*.py"
+    """Folder of text files, or one file, whose end is held out. None: Python's standard library."""
+    glob: str | None = None
+    """Files of the folder. None: every text file; of the standard library, every Python file."""
     checkpoint_every: int = 100
+    """Steps between checkpoints."""
     evaluate_every: int = 50
+    """Steps between validations."""
     validation_rows: int = 64
+    """Held-out rows of a validation, at most."""
     weight_decay: float = 0.1
+    """Weight decay of matrices."""
     clip: float = 1.0
+    """Largest norm of a step's gradient."""
     accumulate: int = 1
+    """Micro-batches of a step."""
     recompute: bool = False
+    """Keep only the inputs of each block, and compute the rest again in backward."""
     compile: bool = False
+    """Put the whole model through torch.compile."""
     sparse_from_step: int = 0
+    """S blocks attend to all keys before this step."""
     backend: Backend = "auto"
+    """reference runs the plain formula of every function."""
     device: Device = "cpu"
+    """Device that trains."""
     parallel: Parallel = "fsdp"
+    """Several processes share rows and parameters (fsdp), or heads, hidden channels and vocabulary (tensor: models of A
+    blocks only)."""
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "RunConfig":
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         preset = {f.name: getattr(PRESETS[name], f.name) for f in fields(PRESETS[name]) if f.name != "about"}
-        given = {k: v for k, v in changes.items() if v is not None}
-        if "data" in given:  # the default pattern is of the default data
-            given.setdefault("glob", TEXT)
-        settings: dict[str, Any] = {**preset, **given}
+        settings: dict[str, Any] = {**preset, **{k: v for k, v in changes.items() if v is not None}}
         return cls(name, **settings)
 
     def __post_init__(self):
@@ -81,37 +94,6 @@ class RunConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device must be cpu where PyTorch sees no GPU, got 'cuda'")
-
-    @classmethod
-    def read_settings(cls, given: Sequence[str]) -> dict[str, Any]:
-        """``["accumulate=2", "recompute=true"]`` as values of fields.
-
-        Raises:
-            ValueError: no such field, or a value of another type.
-
-        >>> RunConfig.read_settings(["accumulate=2", "recompute=true"])
-        {'accumulate': 2, 'recompute': True}
-        """
-        kinds = {f.name: str if get_origin(f.type) is Literal else f.type for f in fields(cls)}
-        kinds = {name: kind for name, kind in kinds.items() if kind in (int, float, bool, str)}
-        found: dict[str, Any] = {}
-        for setting in given:
-            name, equals, value = setting.partition("=")
-            if name not in kinds or not equals:
-                raise ValueError(f"--set must be NAME=VALUE with a name of {', '.join(kinds)}, got {setting!r}")
-            kind = kinds[name]
-            try:
-                read = value if kind is str else json.loads(value)
-            except json.JSONDecodeError:
-                read = value
-            if kind is float and type(read) is int:
-                read = float(read)
-            if type(read) is not kind:
-                raise ValueError(f"--set {name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
-            found[name] = read
-        return found
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -152,7 +134,7 @@ def read_config(folder: Path) -> RunConfig:
     """The configuration of a run folder."""
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"--out must be a run folder, got {folder}, which holds no config.json")
+        raise NoCheckpoint(f"--out must be a run folder, got {folder}, which holds no config.json")
     try:
         return RunConfig.from_json(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

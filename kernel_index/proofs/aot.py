@@ -48,6 +48,10 @@ POINTERS = {
 }
 
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+"""Of a launch, what the compiler reads."""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One kernel for one target: registers of a thread, bytes it spills, shared memory of a program."""
@@ -127,7 +131,7 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Launch:
             constants[parameter.name] = value
         elif isinstance(value, Tensor) or (kind in ("i32", "i64") and value % 16 == 0):
             aligned.append(i)  # what the compiler at run time learns from an address or a size
-    options = tuple((n, kwargs[n]) for n in ("num_warps", "num_stages", "maxnreg") if n in kwargs)
+    options = tuple((n, kwargs[n]) for n in OPTIONS if n in kwargs)
     return Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
 
 

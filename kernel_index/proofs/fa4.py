@@ -1,20 +1,17 @@
 """``kernel-index prove fa4`` and ``kernel-index prove --verify``: the terminal's side of the execute proof."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from kernel_index.core.terminal import check_output, clear_errors, console, errors
 from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
-from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DTYPES, DtypeName, ProofShape
+from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DtypeName, ProofShape
 from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import verify_file
 
 FAILED, COMPILED, REFUSED = 1, 3, 4
 """Exit statuses beside 0, which only an executed and verified proof gets; 2 is a mistake in the command line."""
-
-console = Console()
-errors = Console(stderr=True)
 
 
 def fa4(
@@ -23,9 +20,9 @@ def fa4(
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = ProofShape().heads,
     kv_heads: Annotated[int, typer.Option(min=1, help="Key and value heads.")] = ProofShape().kv_heads,
     head_dim: Annotated[int, typer.Option(min=8, help="Size of a head.")] = ProofShape().head_dim,
-    dtype: Annotated[str, typer.Option(help=f"{' or '.join(DTYPES)}.")] = "bfloat16",
+    dtype: Annotated[DtypeName, typer.Option(help="Of the inputs.")] = "bfloat16",
     causal: Annotated[bool, typer.Option("--causal/--no-causal", help="With the causal mask.")] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the inputs.")] = 0,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds for each process.")] = 600.0,
     out: Annotated[Path, typer.Option(help="The receipt, written on failure too.")] = Path("fa4-proof.json"),
 ) -> None:
@@ -33,13 +30,9 @@ def fa4(
     there is no CUDA device; 4: refused, the package is missing.
     """
     shape = ProofShape(batch, seq, heads, kv_heads, head_dim)
-    try:  # fa4_execute_proof checks the name of the dtype
-        proof = fa4_execute_proof(
-            shape, dtype=cast(DtypeName, dtype), causal=causal, seed=seed, time_limit=time_limit, out=out
-        )
-    except (TypeError, ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+    check_output("--out", out)
+    with clear_errors():
+        proof = fa4_execute_proof(shape, dtype=dtype, causal=causal, seed=seed, time_limit=time_limit, out=out)
     _show(proof)
     console.print(f"Receipt: {out}", highlight=False, soft_wrap=True)
     if not proof.passed:

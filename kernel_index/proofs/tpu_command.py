@@ -1,63 +1,77 @@
 """``kernel-index prove tpu``: the terminal's side of the ahead-of-time compilation for TPUs."""
 
-import json
-import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-from kernel_index.core.atomic_write import write_whole
+from kernel_index.core.terminal import (
+    STDOUT,
+    Cell,
+    JsonFile,
+    check_output,
+    console,
+    errors,
+    only_json,
+    print_table,
+    write_figures,
+)
 from kernel_index.proofs import choice
 from kernel_index.proofs import tpu as proof
 from kernel_index.proofs.tpu_dumps import KernelFigures, believable
 
-console = Console(width=None if sys.stdout.isatty() else 170)
-
 
 def tpu(
-    generation: Annotated[list[str] | None, typer.Option(help="v5e, v6e, v5p, 7x.")] = None,
-    case: Annotated[list[str] | None, typer.Option(help=f"{', '.join(proof.CASES)}.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths; 8192 and 32768 by default.")] = None,
+    generation: Annotated[list[str] | None, typer.Option(help="v5e, v6e, v5p or 7x.", show_default="all")] = None,
+    case: Annotated[list[str] | None, typer.Option(help=f"{', '.join(proof.CASES)}.", show_default="all")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Lengths.", show_default="8192, 32768")] = None,
     cycles: Annotated[bool, typer.Option(help="Also ask for libtpu's estimated cycles; slow.")] = False,
-    out: Annotated[Path | None, typer.Option("--json", help="Also write the figures as JSON.")] = None,
+    out: JsonFile = None,
 ) -> None:
     """Compile every Pallas kernel, forward and backward, for TPUs that need not be here; compare with Splash."""
     generations = _chosen("--generation", generation, tuple(proof.GENERATIONS))
     cases = _chosen("--case", case, proof.CASES)
+    check_output("--json", out)
     reason = proof.why_not()
     if reason is not None:
-        console.print(f"[red]{reason}[/]".replace("[tpu]", "\\[tpu]"), highlight=False)
+        errors.print(f"error: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2)
-    lengths = tuple(tokens or (8192, 32768))
-    found = []
-    table = Table(
-        "case", "TPU", "tokens", "kernel", "bundles", "of a step", "spill stores", "VMEM", "SMEM", "MXU, VALU", ""
-    )
-    for compiled in proof.prove(generations, cases, lengths, cycles=cycles):
-        found.append(compiled)
-        place = (compiled.case, compiled.generation, str(compiled.tokens))
-        if compiled.error:
-            table.add_row(*place, "", "", "", "", "", "", "", f"[red]{compiled.error}[/]")
-        for kernel in compiled.kernels:
-            table.add_row(*place, *_cells(kernel, compiled))
-    console.print(table)
-    _memory(found)
-    comparisons = _compare(found)
-    passed = bool(found) and not any(c.error for c in found)
-    if out is not None:
+    with only_json(out == STDOUT):
+        found = list(proof.prove(generations, cases, tuple(tokens or (8192, 32768)), cycles=cycles))
+        header = (
+            "case",
+            "TPU",
+            "tokens",
+            "kernel",
+            "bundles",
+            "of a step",
+            "spill stores",
+            "VMEM",
+            "SMEM",
+            "MXU, VALU",
+        )
+        print_table(console, (*header, "cycles or problem"), list(_rows(found, len(header))))
+        _memory(found)
+        comparisons = _compare(found)
+        passed = bool(found) and not any(c.error for c in found)
         versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
-        rows = [asdict(c) for c in found]
-        content = {"proof": "tpu", "state": "compiled", "passed": passed, "versions": versions, "rows": rows}
-        write_whole(out, json.dumps(content | {"comparisons": comparisons}, indent=1, default=str))
-        console.print(f"wrote {out}", highlight=False)
-    console.print(f"tpu: {'[green]compiled' if passed else '[red]failed'}[/]; nothing was executed")
+        content = {"proof": "tpu", "state": "compiled", "passed": passed, "versions": versions}
+        write_figures(out, content | {"rows": [asdict(c) for c in found], "comparisons": comparisons})
+        console.print(f"tpu: {'[green]compiled' if passed else '[red]failed'}[/]; nothing was executed")
     if not passed:
         raise typer.Exit(1)
+
+
+def _rows(found: list[proof.Compiled], width: int) -> Iterator[list[Cell]]:
+    for compiled in found:
+        place: list[Cell] = [compiled.case, compiled.generation, str(compiled.tokens)]
+        if compiled.error:
+            yield [*place, *[""] * (width - len(place)), Text(compiled.error, style="red")]
+        for kernel in compiled.kernels:
+            yield [*place, *_cells(kernel, compiled)]
 
 
 def _chosen(option: str, given: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -85,12 +99,12 @@ def _cycles(kernel: KernelFigures, compiled: proof.Compiled) -> str:
 
 
 def _memory(found: list[proof.Compiled]) -> None:
-    table = Table("case", "TPU", "tokens", "arguments", "results", "temporary HBM")
+    rows = []
     for c in found:
         sizes = (f"{size / 2**20:,.0f} MiB" for size in c.memory.values())
         if c.memory:
-            table.add_row(c.case, c.generation, str(c.tokens), *sizes)
-    console.print(table)
+            rows.append([c.case, c.generation, str(c.tokens), *sizes])
+    print_table(console, ("case", "TPU", "tokens", "arguments", "results", "temporary HBM"), rows)
 
 
 def _compare(found: list[proof.Compiled]) -> list[dict[str, Any]]:
@@ -106,13 +120,12 @@ def _compare(found: list[proof.Compiled]) -> list[dict[str, Any]]:
         for row in compare(case, compiled, peer, length):
             rows.append({"generation": generation, "tokens": length} | row)
     if rows:
-        table = Table(
-            "work", "TPU", "tokens", "tiles", "tiles ÷", "bundles ÷", "bytes ÷", title="Forward, against Splash"
-        )
+        shown = []
         for r in rows:
             ratios = (f"{r[k]:.3f}" for k in ("tiles_ratio", "bundles_ratio", "bytes_ratio"))
-            table.add_row(str(r["work"]), str(r["generation"]), str(r["tokens"]), f"{r['tiles']:,.0f}", *ratios)
-        console.print(table)
+            shown.append([str(r["work"]), str(r["generation"]), str(r["tokens"]), f"{r['tiles']:,.0f}", *ratios])
+        header = ("work", "TPU", "tokens", "tiles", "tiles ÷", "bundles ÷", "bytes ÷")
+        print_table(console, header, shown, "Forward, against Splash")
         console.print(
             r"tiles: 512 × 512 scores of a head; ÷: Kernel Index over Splash, less is better", highlight=False
         )

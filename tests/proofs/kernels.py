@@ -31,3 +31,10 @@ def spilling_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at)
     tl.store(y_ptr + at, x / tl.sum(x, 0))
+
+
+@triton.jit
+def product_and_sum_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)
+    tl.store(y_ptr + at, x * y + x)

@@ -47,7 +47,7 @@ def prove(*arguments):
         ("tpu --generation v1", "--generation must be one of v5e"),
         ("tpu --case nothing", "--case must be one of"),
         ("tpu --tokens 0", "'--tokens'"),
-        ("fa4 --dtype float8", "dtype must be"),
+        ("fa4 --dtype float8", "'--dtype'"),
         ("--verify nothing.json", "does not exist"),
     ],
 )

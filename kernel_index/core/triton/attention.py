@@ -12,20 +12,21 @@ Scores ``z`` are q·k, or tanh(inner · q·k) with a softcap.  Logits are ``oute
 log2(e); so are exponentials, ``row_max`` and ``lse``.
 """
 
-import triton
 import triton.language as tl
+
+from kernel_index.core.triton.jit import jit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@jit
 def dot(a, b, UPCAST: tl.constexpr):
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
-@triton.jit
+@jit
 def narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
     """Round to nearest, ties to even, as GPUs do; Triton's interpreter would cut bfloat16 off."""
     if UPCAST and dtype == tl.bfloat16:
@@ -35,7 +36,7 @@ def narrow(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@jit
 def tanh(x):
     size = tl.abs(x)
     e = tl.exp2(size * (-2.0 * LOG2E))
@@ -45,7 +46,7 @@ def tanh(x):
     return tl.where(size < 0.25, small, tl.where(x < 0, -large, large))
 
 
-@triton.jit
+@jit
 def tile_pointers(p_base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to rows ``first`` to ``first + N`` of a matrix with dense columns, and which of them exist.
 
@@ -58,14 +59,14 @@ def tile_pointers(p_base, first, row_stride, ROWS, N: tl.constexpr, D: tl.conste
     return p_tile, m_tile  # [N, BLOCK_D]
 
 
-@triton.jit
+@jit
 def load_tile(p_base, first, row_stride, ROWS, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """N consecutive rows [N, BLOCK_D]; zeros where none exists."""
     p_tile, m_tile = tile_pointers(p_base, first, row_stride, ROWS, N, D, BLOCK_D)
     return tl.load(p_tile, mask=m_tile, other=0.0)
 
 
-@triton.jit
+@jit
 def store_tile(
     p_base, first, row_stride, value, ROWS,
     N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -74,7 +75,7 @@ def store_tile(
     tl.store(p_tile, narrow(value, p_base.dtype.element_ty, UPCAST), mask=m_tile)
 
 
-@triton.jit
+@jit
 def load_rows(p_base, o_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows [N, BLOCK_D] that begin ``o_n`` elements, of 64 bits, after ``p_base``; zeros where ``m_n`` is false."""
     o_d = tl.arange(0, BLOCK_D)
@@ -82,7 +83,7 @@ def load_rows(p_base, o_n, m_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(p_base + (o_n[:, None] + o_d[None, :]), mask=m_rows, other=0.0)
 
 
-@triton.jit
+@jit
 def store_rows(p_base, o_n, m_n, value, D: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
     o_d = tl.arange(0, BLOCK_D)
     m_rows = m_n[:, None] & (o_d < D)[None, :] if D < BLOCK_D else m_n[:, None]
@@ -90,7 +91,7 @@ def store_rows(p_base, o_n, m_n, value, D: tl.constexpr, BLOCK_D: tl.constexpr, 
     tl.store(p_base + (o_n[:, None] + o_d[None, :]), value, mask=m_rows)
 
 
-@triton.jit
+@jit
 def cache_slots(table_ptr, b, table_b, table_s, o_k, m_k, PAGE: tl.constexpr, PAGED: tl.constexpr):
     """The page (without pages: the batch row) and the slot in it of tokens ``o_k`` of a KV cache, in 64 bits [BN]."""
     if PAGED:
@@ -102,29 +103,29 @@ def cache_slots(table_ptr, b, table_b, table_s, o_k, m_k, PAGE: tl.constexpr, PA
     return b_page, o_slot.to(tl.int64)
 
 
-@triton.jit
+@jit
 def within(index, start, end):
     return (index >= start) & (index < end)
 
 
-@triton.jit
+@jit
 def softcapped(z, inner, CAPPED: tl.constexpr):
     return tanh(z * inner) if CAPPED else z
 
 
-@triton.jit
+@jit
 def scores(b_q, b_k, inner, CAPPED: tl.constexpr, UPCAST: tl.constexpr):
     """z = q·kᵀ [BM, BN] of rows [BM, BLOCK_D] and [BN, BLOCK_D], through the softcap's tanh."""
     return softcapped(dot(b_q, tl.trans(b_k), UPCAST), inner, CAPPED)
 
 
-@triton.jit
+@jit
 def finite_max(row_max):
     """What logits are reduced by: a row without keys has a maximum of −∞, and −∞ − (−∞) would be NaN."""
     return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
-@triton.jit
+@jit
 def online_softmax(logits, row_max, row_sum):
     """One step of the online softmax over ``logits`` [BM, BN], −∞ where masked.
 
@@ -138,7 +139,7 @@ def online_softmax(logits, row_max, row_sum):
     return p, alpha, new_max, row_sum * alpha + tl.sum(p, 1)
 
 
-@triton.jit
+@jit
 def weighted_sum(w, b_x, m_seen, CAREFUL: tl.constexpr, UPCAST: tl.constexpr):
     """w·x [BM, BLOCK_D] of weights [BM, BN] and rows x [BN, BLOCK_D].
 
@@ -153,13 +154,13 @@ def weighted_sum(w, b_x, m_seen, CAREFUL: tl.constexpr, UPCAST: tl.constexpr):
     return dot(narrow(w, b_x.dtype, UPCAST), b_x, UPCAST)
 
 
-@triton.jit
+@jit
 def has_nan(x):
     """Whether a sum must be made again with ``CAREFUL``: 0 · x is NaN where x is not finite, and NaN stays in a sum."""
     return tl.max((x != x).to(tl.int32)) == 1
 
 
-@triton.jit
+@jit
 def merge_states(acc, row_max, row_sum, b_acc, b_max, b_sum):
     """The softmax state over two disjoint sets of keys: ``acc`` [BM, BLOCK_DV], ``row_max`` and ``row_sum`` [BM]."""
     new_max = tl.maximum(row_max, b_max)
@@ -168,14 +169,14 @@ def merge_states(acc, row_max, row_sum, b_acc, b_max, b_sum):
     return acc * alpha[:, None] + b_acc * beta[:, None], new_max, row_sum * alpha + b_sum * beta
 
 
-@triton.jit
+@jit
 def softmax_output(acc, row_max, row_sum, m_empty):
     """The output [BM, BLOCK_DV] and ``lse`` [BM] of a state; 0 and −∞ where ``m_empty``: for rows without keys."""
     row_sum = tl.where(m_empty, 1.0, row_sum)
     return acc / row_sum[:, None], tl.where(m_empty, float("-inf"), row_max + tl.log2(row_sum))
 
 
-@triton.jit
+@jit
 def score_grad(z, p, dp, delta, CAPPED: tl.constexpr):
     """dz = p · (dp − delta), times the slope 1 − z² of the softcap's tanh.
 
@@ -187,13 +188,13 @@ def score_grad(z, p, dp, delta, CAPPED: tl.constexpr):
     return dz
 
 
-@triton.jit
+@jit
 def lse_of_grad(lse, m_some):
     """``lse`` for the backward pass: rows without keys get +∞, so exp2(logits − lse) = 0 and they have no gradient."""
     return tl.where(m_some, lse, float("inf"))
 
 
-@triton.jit
+@jit
 def window_tiles(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """The tiles of STEP that BLOCK rows visit: from ``low`` on, ``left`` masked, ``full`` and ``right`` masked ones.
 
@@ -208,13 +209,13 @@ def window_tiles(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.
     return low, full_low - low, full_high - full_low, tl.maximum(high - full_high, 0)
 
 
-@triton.jit
+@jit
 def masked_tile(i, low, left, full, STEP: tl.constexpr):
     """First row of the i-th masked tile: those on the left, then those on the right of the full ones."""
     return (low + i + tl.where(i < left, 0, full)) * STEP
 
 
-@triton.jit
+@jit
 def count_below(list_ptr, size, a, b, c, d, CHUNK: tl.constexpr):
     """How many of the first ``size`` entries are below each of four limits."""
     below_a, below_b, below_c, below_d = 0, 0, 0, 0
@@ -228,7 +229,7 @@ def count_below(list_ptr, size, a, b, c, d, CHUNK: tl.constexpr):
     return below_a, below_b, below_c, below_d
 
 
-@triton.jit
+@jit
 def union_visits(list_ptr, start_ptr, end_ptr, size, first, ROWS, QUERIES: tl.constexpr, BLOCK: tl.constexpr):
     """The slots ``begin ≤ slot < stop`` that ``QUERIES`` rows visit in an ascending list of key blocks.
 

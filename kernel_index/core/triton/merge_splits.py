@@ -6,11 +6,11 @@ Splits are merged in a fixed order, so the result does not depend on which progr
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.attention import load_rows, merge_states, store_rows
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting
 
 
@@ -22,7 +22,7 @@ class Splits(NamedTuple):
     row_sum: Tensor
 
 
-@triton.jit
+@jit
 def store_split(
     acc_ptr, max_ptr, sum_ptr, acc, row_max, row_sum, split, pair, PAIRS, ROWS, o_m,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -35,7 +35,7 @@ def store_split(
     store_rows(acc_ptr, o_state * D, m_m, acc, D, BLOCK_D, False)
 
 
-@triton.jit
+@jit
 def _merge_splits_kernel(
     acc_ptr, max_ptr, sum_ptr, out_ptr, ROWS, QUERIES, KV, SPLITS, SPLIT_ROWS,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, UPCAST: tl.constexpr,

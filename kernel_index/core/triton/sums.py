@@ -4,11 +4,11 @@
 on it is launched while the programs of the kernel before it still run, and waits for their end on the device.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.target import target_of
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 COLUMNS = 16
@@ -17,7 +17,7 @@ DEPENDENT_ARCH = 90
 """First compute capability with programmatic dependent launches."""
 
 
-@triton.jit
+@jit
 def _sum_kernel(
     parts_ptr, out_ptr, count, width, COUNT: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr
 ):  # fmt: skip

@@ -6,19 +6,19 @@ All are different, so the kept ones need no order of their own until they are wr
 
 from typing import NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.target import Target, target_of
 from kernel_index.core.triton.attention import load_rows, load_tile, within
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
 
 LOW = tl.constexpr(0x7FFFFFFF)
 FULL = tl.constexpr(3 * 2**61)  # above every score, as −FULL is below every one
 
 
-@triton.jit
+@jit
 def _ordered(score, block):
     """Score and block as one int64.
 
@@ -29,7 +29,7 @@ def _ordered(score, block):
     return (rank.to(tl.int64) << 31) + (block ^ LOW)
 
 
-@triton.jit
+@jit
 def _route_kernel(
     q_ptr, means_ptr, first_ptr, current_ptr, indices_ptr, q_b, q_t, q_h, mean_b, mean_n, mean_h, legal_b,
     T, BLOCKS, K, TOPK,

@@ -4,7 +4,6 @@ Forward and dQ go by tiles of queries over the keys, dK and dV by tiles of keys 
 summed by atomics.  Names and units are those of ``core/triton/attention.py``.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from kernel_index.core.triton.attention import (
     window_tiles,
     within,
 )
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
     THREE_PROGRAMS,
@@ -40,7 +40,7 @@ from kernel_index.core.triton.launch import (
 )
 
 
-@triton.jit
+@jit
 def _forward_step(
     acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
@@ -58,7 +58,7 @@ def _forward_step(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@jit
 def _forward_walk(
     b_q, p_k, p_v, k_t, v_t, low, left, full, right, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
@@ -82,7 +82,7 @@ def _forward_walk(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, sink_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, H, G, inner, outer,
@@ -123,7 +123,7 @@ def _forward_kernel(
     tl.store(lse_ptr + (b * H + h) * T + o_q, lse, mask=o_q < T)
 
 
-@triton.jit
+@jit
 def _queries_step(
     dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
@@ -141,7 +141,7 @@ def _queries_step(
     return dq + weighted_sum(dz, b_k, m_seen, MASKED and CAREFUL, UPCAST)
 
 
-@triton.jit
+@jit
 def _queries_walk(
     b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, low, left, full, right, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
@@ -163,7 +163,7 @@ def _queries_walk(
     return dq
 
 
-@triton.jit
+@jit
 def _queries_kernel(
     d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, dq_ptr, delta_ptr,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, H, G, scale, inner, outer,
@@ -204,7 +204,7 @@ def _queries_kernel(
     store_tile(dq_ptr + (b * T * H + h) * D, first, H * D, dq * scale, T, BM, D, BLOCK_D, UPCAST)
 
 
-@triton.jit
+@jit
 def _keys_step(
     dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, q_t, do_t, first, start, end, T, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
@@ -226,7 +226,7 @@ def _keys_step(
     return dk + weighted_sum(dz, b_q, m_seen, MASKED and CAREFUL, UPCAST), dv
 
 
-@triton.jit
+@jit
 def _keys_walk(
     b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, q_t, q_h, do_t, do_h, low, left, full, right, start, end, T, G,
     inner, outer,
@@ -255,7 +255,7 @@ def _keys_walk(
     return dk, dv
 
 
-@triton.jit
+@jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, dk_ptr, dv_ptr,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, H, G, scale, inner, outer,

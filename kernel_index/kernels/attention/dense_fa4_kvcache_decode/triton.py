@@ -6,7 +6,6 @@ Names and units are those of ``core/triton/attention.py``; a row of a tile is on
 
 from typing import NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from kernel_index.core.triton.attention import (
     weighted_sum,
     within,
 )
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import (
     ceil_div,
     dot_block,
@@ -32,7 +32,7 @@ from kernel_index.core.triton.launch import (
 from kernel_index.core.triton.merge_splits import allocate_splits, merge_splits, store_split
 
 
-@triton.jit
+@jit
 def _split_walk(
     b_q, k_ptr, v_ptr, table_ptr, b, kv_head, low, high, first_seen, length, start, end,
     k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s, inner, outer,
@@ -57,7 +57,7 @@ def _split_walk(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@jit
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, acc_ptr, max_ptr, sum_ptr,
     q_b, q_t, q_h, k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s,

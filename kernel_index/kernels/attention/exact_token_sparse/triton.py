@@ -5,7 +5,6 @@ key, over the queries that selected it, in their order.  Nothing is staged and n
 units are those of ``core/triton/attention.py``; BG rows are the heads of a group, BR rows are (query, head) pairs.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from kernel_index.core.triton.attention import (
     store_rows,
     weighted_sum,
 )
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
     AttentionLaunch,
@@ -34,14 +34,14 @@ from kernel_index.core.triton.launch import (
 )
 
 
-@triton.jit
+@jit
 def _selection(selected_ptr, counts_ptr, b, kv_head, t, T, K, SELECTED, SHARED: tl.constexpr):
     """Where a query's selected tokens begin, and how many there are."""
     o_list = b * T + t if SHARED else (b * T + t) * K + kv_head
     return selected_ptr + o_list * SELECTED, tl.load(counts_ptr + o_list)
 
 
-@triton.jit
+@jit
 def _load_selected(p_selected, first, count, BN: tl.constexpr):
     """Positions of BN selected tokens in 64 bits, 0 where there is none, and which there are."""
     o_slot = first + tl.arange(0, BN)  # [BN]
@@ -50,7 +50,7 @@ def _load_selected(p_selected, first, count, BN: tl.constexpr):
     return tl.where(m_k, b_token, 0).to(tl.int64), m_k
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, out_ptr, lse_ptr,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, inner, outer,
@@ -84,7 +84,7 @@ def _forward_kernel(
     tl.store(lse_ptr + o_row, lse, mask=m_g)
 
 
-@triton.jit
+@jit
 def _queries_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, scale, inner, outer,
@@ -119,7 +119,7 @@ def _queries_kernel(
     store_rows(dq_ptr, o_row * D, m_g, dq * scale, D, BLOCK_D, UPCAST)
 
 
-@triton.jit
+@jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, queries_ptr, first_ptr, dk_ptr, dv_ptr,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, S, K, G, SELECTED, scale, inner, outer,

@@ -5,10 +5,10 @@ run of tokens and sums its part of the weights' gradients, and one small reducti
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.sums import sum_parts
 
@@ -16,7 +16,7 @@ TILE = 512
 """Channel pairs that a program rotates at once: it loops over the heads beyond that."""
 
 
-@triton.jit
+@jit
 def _rotate_heads(
     x_ptr, y_ptr, token, heads, cos, sin, o_pair, m_pair, head_size, half, rest,
     STEP: tl.constexpr, NEXT: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
@@ -39,7 +39,7 @@ def _rotate_heads(
             tl.store(y_ptr + o_x, tl.load(x_ptr + o_x, mask=m_x, other=0.0), mask=m_x)
 
 
-@triton.jit
+@jit
 def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, head_size, half, sign,
     BATCHED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
@@ -98,7 +98,7 @@ def rotate(
 # With a norm of each head.  A head is read as three parts: the two channels of every pair, and the rest.
 
 
-@triton.jit
+@jit
 def _load_head(ptr, base, o_pair, m_pair, o_rest, m_rest, half, distance, STEP: tl.constexpr):
     p_pair = ptr + base + STEP * o_pair  # [HEADS, PAIRS]
     x1 = tl.load(p_pair, mask=m_pair, other=0.0).to(tl.float32)
@@ -107,7 +107,7 @@ def _load_head(ptr, base, o_pair, m_pair, o_rest, m_rest, half, distance, STEP: 
     return x1, x2, x3
 
 
-@triton.jit
+@jit
 def _store_head(ptr, base, y1, y2, y3, o_pair, m_pair, o_rest, m_rest, half, distance, STEP: tl.constexpr):
     p_pair = ptr + base + STEP * o_pair  # [HEADS, PAIRS]
     tl.store(p_pair, y1.to(ptr.dtype.element_ty), mask=m_pair)
@@ -115,20 +115,20 @@ def _store_head(ptr, base, y1, y2, y3, o_pair, m_pair, o_rest, m_rest, half, dis
     tl.store(ptr + base + 2 * half + o_rest, y3.to(ptr.dtype.element_ty), mask=m_rest)
 
 
-@triton.jit
+@jit
 def _sum_head(x1, x2, x3):
     """Over the channels of each head, [HEADS, 1]."""
     return (tl.sum(x1 + x2, 1) + tl.sum(x3, 1))[:, None]
 
 
-@triton.jit
+@jit
 def _rstd(x1, x2, x3, m_h, head_size, eps):
     """1/rms of each head [HEADS, 1]; 0 for a head that does not exist, whatever eps."""
     squares = _sum_head(x1 * x1, x2 * x2, x3 * x3)
     return tl.where(m_h, tl.rsqrt(squares / head_size + eps), 0.0)
 
 
-@triton.jit
+@jit
 def _norm_rotate_heads(
     x_ptr, y_ptr, w_ptr, token, heads, cos, sin, o_pair, m_pair, o_rest, m_rest, head_size, half, distance, eps, offset,
     STEP: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
@@ -147,7 +147,7 @@ def _norm_rotate_heads(
                     o_pair, m_h & m_pair, o_rest, m_h & m_rest, half, distance, STEP)  # fmt: skip
 
 
-@triton.jit
+@jit
 def _norm_rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_out_ptr, k_out_ptr,
     tokens, q_heads, k_heads, head_size, half, distance, eps, offset,
@@ -166,7 +166,7 @@ def _norm_rope_kernel(
                        head_size, half, distance, eps, offset, STEP, K_HEADS, NORM_K)  # fmt: skip
 
 
-@triton.jit
+@jit
 def _heads_backward(
     g_ptr, x_ptr, dx_ptr, w_ptr, d_w1, d_w2, d_w3, token, heads, cos, sin, o_pair, m_pair, o_rest, m_rest,
     head_size, half, distance, eps, offset, STEP: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr,
@@ -193,7 +193,7 @@ def _heads_backward(
     return d_w1, d_w2, d_w3
 
 
-@triton.jit
+@jit
 def _norm_rope_backward_kernel(
     gq_ptr, gk_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, dq_ptr, dk_ptr,
     q_parts_ptr, k_parts_ptr, all_tokens, per_program, tokens, q_heads, k_heads, head_size, half, distance, eps, offset,

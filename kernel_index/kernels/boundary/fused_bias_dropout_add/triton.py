@@ -6,10 +6,10 @@ element, are brought from the order of the calls into the order of the elements.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.sums import dependent, sum_parts
 
@@ -29,7 +29,7 @@ Mask = tuple[Tensor | None, int | None, float | None]
 """(seed, threshold, factor), all None without dropout."""
 
 
-@triton.jit
+@jit
 def _philox(c0, c1, seed):
     """Four words for each call, whose number is ``c1 · 2³² + c0``: Philox-4x32-10, one widening product a factor.
 
@@ -49,13 +49,13 @@ def _philox(c0, c1, seed):
     return c0, c1, c2, c3  # each of c0's shape
 
 
-@triton.jit
+@jit
 def _kept(word, threshold):
     """``word >= threshold`` in 32 bits, though the threshold of p = 1 is 2³²; the outer test is of one scalar."""
     return (word > ((threshold - 1) & 0xFFFFFFFF).to(tl.uint32)) | (threshold == 0)
 
 
-@triton.jit
+@jit
 def _keep_groups(group, seed, threshold, GROUPS: tl.constexpr):
     """The flags of whole groups of 64 elements, ``group`` ``[GROUPS]``, in the order of the elements.
 
@@ -72,7 +72,7 @@ def _keep_groups(group, seed, threshold, GROUPS: tl.constexpr):
     return tl.reshape(tl.permute(words, (1, 3, 2, 0)), (GROUPS * 64,)) != 0
 
 
-@triton.jit
+@jit
 def _keep_elements(e, seed, threshold):
     """The flag of each element, where elements do not come in whole groups: four times the arithmetic."""
     call = (e // 64) * 16 + e % 16
@@ -81,7 +81,7 @@ def _keep_elements(e, seed, threshold):
     return _kept(tl.where(j == 0, w0, tl.where(j == 1, w1, tl.where(j == 2, w2, w3))), threshold)
 
 
-@triton.jit
+@jit
 def _flat_kernel(
     x_ptr, residual_ptr, bias_ptr, out_ptr, seed_ptr, threshold, factor, size, width,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -110,7 +110,7 @@ def _flat_kernel(
     tl.store(out_ptr + start + o_x, y.to(out_ptr.dtype.element_ty), mask=m_x)
 
 
-@triton.jit
+@jit
 def _column_kernel(
     g_ptr, dx_ptr, parts_ptr, seed_ptr, threshold, factor, rows, width, rows_per_program,
     DX: tl.constexpr, DROP: tl.constexpr, WHOLE_GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -6,10 +6,10 @@ comes from the L2 cache, since a program works on one row at a time.  Names are 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.sums import sum_parts
 
@@ -27,17 +27,17 @@ def pick_config(width: int, backward: bool) -> dict:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // (32 * per_thread)))}
 
 
-@triton.jit
+@jit
 def _load(p_row, o_d, m_d):
     return tl.load(p_row + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
 
 
-@triton.jit
+@jit
 def _store(p_row, o_d, value, m_d):
     tl.store(p_row + o_d, value.to(p_row.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@jit
 def _scaled(d, scale_ptr, o_d, m_d, SCALE: tl.constexpr):
     """SCALE: 0 none, 1 one number, 2 one for each channel."""
     if SCALE == 1:
@@ -47,7 +47,7 @@ def _scaled(d, scale_ptr, o_d, m_d, SCALE: tl.constexpr):
     return d
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     residual_ptr, delta_ptr, weight_ptr, scale_ptr, new_ptr, normed_ptr, rstd_ptr, width, eps, offset,
     SCALE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
@@ -74,13 +74,13 @@ def _forward_kernel(
         _store(normed_ptr + base, o_d, x * rstd * (_load(weight_ptr, o_d, m_d) + offset), m_d)
 
 
-@triton.jit
+@jit
 def _norm_grad(x, dy, w, rstd, mean):
     """dx [BLOCK] of x · rstd · w; ``mean`` is that of dy · w · x · rstd over the row."""
     return rstd * (dy * w - x * rstd * mean)
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, delta_ptr,
     d_residual_ptr, d_delta_ptr, weight_parts_ptr, scale_parts_ptr, rows, width, offset, rows_per_program,
@@ -128,14 +128,14 @@ def _backward_kernel(
             tl.store(scale_parts_ptr + program * width + o_d, scale_sum, mask=m_d)
 
 
-@triton.jit
+@jit
 def _add_to_partial(p_partial, o_d, value, is_first, m_d):
     """Adds to this program's row of the partial sums, which no other program touches; begins it with the first row."""
     b_part = tl.load(p_partial + o_d, mask=m_d & (is_first == 0), other=0.0)
     tl.store(p_partial + o_d, b_part + value, mask=m_d)
 
 
-@triton.jit
+@jit
 def _backward_wide_kernel(
     d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, delta_ptr,
     d_residual_ptr, d_delta_ptr, weight_parts_ptr, scale_parts_ptr, rows, width, offset, rows_per_program,

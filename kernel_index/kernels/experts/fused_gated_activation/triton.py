@@ -2,17 +2,17 @@
 
 import itertools
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 BLOCK = 1024
 ELEMENTS_OF_A_WARP = 256
 
 
-@triton.jit
+@jit
 def _value_and_slope(x, KIND: tl.constexpr):
     """act(x) and act'(x) for float32 x; what a caller does not use is not computed."""
     if KIND == "silu":
@@ -36,7 +36,7 @@ def _value_and_slope(x, KIND: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@jit
 def _gated_kernel(
     gate_ptr, up_ptr, y_ptr, width, blocks, s_gate, s_up, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _gated_kernel(
     tl.store(y_ptr + row * width + o_d, (value * up).to(y_ptr.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@jit
 def _gated_backward_kernel(
     gate_ptr, up_ptr, g_ptr, d_gate_ptr, d_up_ptr, width, blocks, s_gate, s_up, s_g,
     KIND: tl.constexpr, BLOCK: tl.constexpr,

@@ -1,16 +1,16 @@
 """One elementwise launch each way, over flat memory: any shape, one compilation for every size."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, on_device
 
 BLOCK = 2048
 NUM_WARPS = 8
 
 
-@triton.jit
+@jit
 def _relu_squared_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_x = o_x < size
@@ -19,7 +19,7 @@ def _relu_squared_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
     tl.store(y_ptr + o_x, y.to(y_ptr.dtype.element_ty), mask=m_x)
 
 
-@triton.jit
+@jit
 def _relu_squared_backward_kernel(x_ptr, g_ptr, dx_ptr, size, BLOCK: tl.constexpr):
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_x = o_x < size

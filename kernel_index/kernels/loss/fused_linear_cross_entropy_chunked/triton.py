@@ -3,17 +3,17 @@
 The first reads a row once, maximum and sum of exponentials online.  The formulas are ``chunk_pass``'s.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 BLOCK = 2048
 """Columns that a program reads at once."""
 
 
-@triton.jit
+@jit
 def _capped(p_row, o_v, m_v, softcap, scale, CAP: tl.constexpr):
     """Capped logits and their tanh [BLOCK]; −inf and 0 beyond the row."""
     x = tl.load(p_row + o_v, mask=m_v, other=0.0).to(tl.float32) * scale
@@ -27,7 +27,7 @@ def _capped(p_row, o_v, m_v, softcap, scale, CAP: tl.constexpr):
     return tl.where(m_v, x, float("-inf")), t
 
 
-@triton.jit
+@jit
 def _losses_kernel(
     z_ptr, targets_ptr, losses_ptr, max_ptr, log_sum_ptr, missing_ptr, stride, vocab, softcap, scale, smoothing, z_loss,
     CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
@@ -80,7 +80,7 @@ def _losses_kernel(
     tl.store(missing_ptr + row, row_others / row_sum)  # 1 − p of the target, without cancellation
 
 
-@triton.jit
+@jit
 def _gradient_kernel(
     z_ptr, targets_ptr, rows_ptr, max_ptr, log_sum_ptr, missing_ptr, stride, first, width, classes, softcap, scale,
     smoothing, z_loss, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,

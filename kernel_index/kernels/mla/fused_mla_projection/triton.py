@@ -5,10 +5,10 @@ the gradient of latent, and the weight's share of each program.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 
 TILE = 2048
@@ -28,7 +28,7 @@ def pick_config(width: int) -> dict:
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512))}
 
 
-@triton.jit
+@jit
 def _weight(weight_ptr, o_d, width, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     w = tl.full((1, BLOCK), 1.0, tl.float32)
     if HAS_WEIGHT:
@@ -36,7 +36,7 @@ def _weight(weight_ptr, o_d, width, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexp
     return w  # [1, BLOCK]
 
 
-@triton.jit
+@jit
 def _normalise_kernel(
     latent_ptr, weight_ptr, normed_ptr, rstd_ptr, rows, width, eps,
     HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -51,7 +51,7 @@ def _normalise_kernel(
     tl.store(normed_ptr + o_n * width + o_d, normed.to(normed_ptr.dtype.element_ty), mask=m_x)
 
 
-@triton.jit
+@jit
 def _gradients_kernel(
     d_normed_ptr, latent_ptr, rstd_ptr, weight_ptr, normed_ptr, d_latent_ptr, parts_ptr, rows, width, tiles_per_program,
     HAS_WEIGHT: tl.constexpr, NORMED: tl.constexpr, D_LATENT: tl.constexpr, D_WEIGHT: tl.constexpr,

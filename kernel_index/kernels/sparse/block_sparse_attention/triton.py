@@ -5,7 +5,6 @@ mask allows the keys.  Blocks that are inside the window of all of the tile's qu
 units are those of ``core/triton/attention.py``; a row of a tile is one query with one head of the group.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -21,11 +20,12 @@ from kernel_index.core.triton.attention import (
     weighted_sum,
     within,
 )
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
 from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
 
 
-@triton.jit
+@jit
 def _step(
     acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, first, stop, m_member, is_partial, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
@@ -49,7 +49,7 @@ def _step(
     return acc * alpha[:, None] + weighted_sum(p, b_v, m_seen, CAREFUL, UPCAST), row_max, row_sum
 
 
-@triton.jit
+@jit
 def _walk(
     b_q, p_k, p_v, k_t, v_t, blocks_ptr, members_ptr, begin, full_begin, full_stop, last, o_bit, start, end, S,
     inner, outer,
@@ -76,7 +76,7 @@ def _walk(
     return acc, row_max, row_sum
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, blocks_ptr, members_ptr, sizes_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, K, TILES, UNION, inner, outer,

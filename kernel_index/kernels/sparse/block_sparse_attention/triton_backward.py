@@ -3,7 +3,6 @@
 No sum is made by atomics and every list has one order, so two runs give the same bits.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -21,11 +20,12 @@ from kernel_index.core.triton.attention import (
     weighted_sum,
     within,
 )
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
 from kernel_index.kernels.sparse.block_sparse_attention.plan import KeyPlan, Plan
 
 
-@triton.jit
+@jit
 def _queries_step(
     dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, stop, m_member, is_partial, start, end, S, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
@@ -46,7 +46,7 @@ def _queries_step(
     return dq + weighted_sum(dz, b_k, m_seen, CAREFUL, UPCAST)
 
 
-@triton.jit
+@jit
 def _queries_walk(
     b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, blocks_ptr, members_ptr, begin, full_begin, full_stop, last, o_bit,
     start, end, S, inner, outer,
@@ -71,7 +71,7 @@ def _queries_walk(
     return dq
 
 
-@triton.jit
+@jit
 def _queries_kernel(
     d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, members_ptr, sizes_ptr, start_ptr,
     end_ptr, dq_ptr, delta_ptr, do_b, do_t, do_h, dl_b, dl_h, dl_t, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
@@ -130,7 +130,7 @@ def _queries_kernel(
     store_rows(dq_ptr, (token * H + o_h) * D, m_m, dq * scale, D, BLOCK_D, UPCAST)
 
 
-@triton.jit
+@jit
 def _keys_step(
     dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_list, start, end, q_t, q_h, do_t, do_h,
     first, stop, is_partial, o_h, last_head, H, inner, outer,
@@ -163,7 +163,7 @@ def _keys_step(
     return dk + weighted_sum(dz, b_q, m_seen, CAREFUL, UPCAST), dv
 
 
-@triton.jit
+@jit
 def _keys_walk(
     b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, list_ptr, bounds_ptr, start, end, q_t, q_h, do_t, do_h, b, kv_head,
     block, K, BLOCKS, inner, outer,
@@ -202,7 +202,7 @@ def _keys_walk(
     return dk, dv
 
 
-@triton.jit
+@jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, list_ptr, bounds_ptr, start_ptr, end_ptr, dk_ptr, dv_ptr,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, T, S, K, BLOCKS, scale, inner, outer,

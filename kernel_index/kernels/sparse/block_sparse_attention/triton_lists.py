@@ -5,7 +5,6 @@ of a product has selected the block, no product is wasted; the cost is that part
 and units are those of ``core/triton/attention.py``; a row is one query of one head, an entry one selected block of it.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from kernel_index.core.triton.attention import (
     weighted_sum,
     within,
 )
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import (
     AttentionLaunch,
     ceil_div,
@@ -34,7 +34,7 @@ ROWS = 16
 """Rows of a program that merges partials."""
 
 
-@triton.jit
+@jit
 def load_entries(p_order, o_n, stop, N):
     """Entries of a list as (index into ``selected``, row, whether it counts); not if it repeats the row before it."""
     m_listed = o_n < stop
@@ -44,7 +44,7 @@ def load_entries(p_order, o_n, stop, N):
     return b_entry, o_row, m_listed & ((b_before < 0) | (b_before // N != o_row))
 
 
-@triton.jit
+@jit
 def load_part(p_items, head, M):
     """Of one part of a list: its block, where the list begins, and where the part begins and ends in the list."""
     p_item = p_items + (head.to(tl.int64) * M + tl.program_id(0)) * 4
@@ -53,7 +53,7 @@ def load_part(p_items, head, M):
     return block, begin, (tl.load(p_item + 2) - begin).to(tl.int32), (tl.load(p_item + 3) - begin).to(tl.int32)
 
 
-@triton.jit
+@jit
 def _partials_walk(
     b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key, first_partial,
     T, H, N, inner, outer,
@@ -82,7 +82,7 @@ def _partials_walk(
         tl.store(lse_ptr + o_partial, lse, mask=m_m)
 
 
-@triton.jit
+@jit
 def _partials_kernel(
     q_ptr, k_ptr, v_ptr, order_ptr, items_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, first_head, T, S, H, G, N, M, inner, outer,
@@ -117,7 +117,7 @@ def _partials_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@jit
 def _merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, first_head, T, H, N,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,

@@ -4,7 +4,6 @@ Partials are added in a fixed order, never by atomics, so two runs give the same
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -21,12 +20,13 @@ from kernel_index.core.triton.attention import (
     weighted_sum,
     within,
 )
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
 from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, heads_at_once, parts_of
 from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import ROWS, load_entries, load_part
 
 
-@triton.jit
+@jit
 def _delta_kernel(
     out_ptr, d_out_ptr, d_lse_ptr, delta_ptr, do_b, do_t, do_h, dl_b, dl_h, dl_t, TOKENS, T, H,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_D_LSE: tl.constexpr, ROWS: tl.constexpr,
@@ -43,7 +43,7 @@ def _delta_kernel(
     tl.store(delta_ptr + o_row, delta, mask=m_m)
 
 
-@triton.jit
+@jit
 def _lists_step(
     dk, dv, b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, i, stop, o_k,
     last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
@@ -78,7 +78,7 @@ def _lists_step(
     return dk, dv
 
 
-@triton.jit
+@jit
 def _lists_walk(
     b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, first, stop, o_k, last_key,
     first_partial, q_t, do_t, T, H, N, scale, inner, outer,
@@ -97,7 +97,7 @@ def _lists_walk(
     return dk, dv
 
 
-@triton.jit
+@jit
 def _lists_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, order_ptr, items_ptr, start_ptr, end_ptr, dq_ptr, written_ptr,
     dk_ptr, dv_ptr, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, first_head, T, S, H,
@@ -141,7 +141,7 @@ def _lists_kernel(
         store_rows(dv_ptr, o_n * DV, m_all, dv, DV, BLOCK_DV, UPCAST)
 
 
-@triton.jit
+@jit
 def _merge_queries_kernel(
     partial_ptr, written_ptr, dq_ptr, first_head, T, H, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
@@ -160,7 +160,7 @@ def _merge_queries_kernel(
     store_rows(dq_ptr, ((b * T + token) * H + h) * D, m_m, dq, D, BLOCK_D, UPCAST)
 
 
-@triton.jit
+@jit
 def _merge_keys_kernel(
     dk_partial_ptr, dv_partial_ptr, parts_ptr, dk_ptr, dv_ptr, first_head, S, K, H, BLOCKS, M, TOGETHER,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,

@@ -1,10 +1,10 @@
 """One launch gathers the rows of one tensor or of two; backward sorts the indices once and sums each row's segment."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 BLOCK = 2048
@@ -16,7 +16,7 @@ def pick_config(*widths: int) -> dict:
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
-@triton.jit
+@jit
 def _gather_kernel(
     a_ptr, b_ptr, idx_ptr, a_out_ptr, b_out_ptr, rows, a_width, b_width, PAIR: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -32,7 +32,7 @@ def _gather_kernel(
         tl.store(b_out_ptr + o_out * b_width + o_d, b_row, mask=o_d < b_width)
 
 
-@triton.jit
+@jit
 def _sum_segment(g_ptr, order_ptr, first, last, p_out, width, o_d, BLOCK: tl.constexpr):
     """Columns ``o_d`` [BLOCK] of the sum of the gradient's rows ``order[first:last]``."""
     m_d = o_d < width
@@ -43,7 +43,7 @@ def _sum_segment(g_ptr, order_ptr, first, last, p_out, width, o_d, BLOCK: tl.con
     tl.store(p_out + o_d, acc.to(p_out.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@jit
 def _add_up_kernel(
     g_ptr, h_ptr, order_ptr, starts_ptr, g_out_ptr, h_out_ptr, g_width, h_width,
     G: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,

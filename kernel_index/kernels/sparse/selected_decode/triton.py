@@ -6,11 +6,11 @@ table where there is one.  Names and units are those of ``core/triton/attention.
 
 from typing import NamedTuple
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.attention import cache_slots, load_rows, online_softmax, scores, weighted_sum
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import (
     ceil_div,
     dot_block,
@@ -23,7 +23,7 @@ from kernel_index.core.triton.launch import (
 from kernel_index.core.triton.merge_splits import allocate_splits, merge_splits, store_split
 
 
-@triton.jit
+@jit
 def _selected_kernel(
     q_ptr, k_ptr, v_ptr, selected_ptr, start_ptr, position_ptr, table_ptr, acc_ptr, max_ptr, sum_ptr,
     k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s,

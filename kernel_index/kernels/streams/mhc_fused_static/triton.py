@@ -7,10 +7,10 @@ sums of products of two streams over tokens and channels; each program adds up i
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 
 WAVES = 4
@@ -27,38 +27,38 @@ def pick_config(width: int, sums: bool) -> dict:
     return {"BLOCK": block, "num_warps": max(1, block // (32 * per_thread))}
 
 
-@triton.jit
+@jit
 def _load(p_x, m_d):
     return tl.load(p_x, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
 
 
-@triton.jit
+@jit
 def _store(p_x, value, m_d):
     tl.store(p_x, value.to(p_x.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@jit
 def _load_streams(p_x, width, m_d):
     return _load(p_x, m_d), _load(p_x + width, m_d), _load(p_x + 2 * width, m_d), _load(p_x + 3 * width, m_d)
 
 
-@triton.jit
+@jit
 def _load_four(p_h):
     """Coefficients are float32."""
     return tl.load(p_h), tl.load(p_h + 1), tl.load(p_h + 2), tl.load(p_h + 3)
 
 
-@triton.jit
+@jit
 def _dot(h, x):
     return h[0] * x[0] + h[1] * x[1] + h[2] * x[2] + h[3] * x[3]
 
 
-@triton.jit
+@jit
 def _add_products(sums, d, x):
     return sums[0] + d * x[0], sums[1] + d * x[1], sums[2] + d * x[2], sums[3] + d * x[3]
 
 
-@triton.jit
+@jit
 def _merge(x, f, p_post, p_res, p_out, m_d):
     """One merged stream [BLOCK]: stored rounded, returned in float32."""
     merged = _dot(_load_four(p_res), x) + tl.load(p_post) * f
@@ -66,7 +66,7 @@ def _merge(x, f, p_post, p_res, p_out, m_d):
     return merged
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     hidden_ptr, branch_ptr, post_ptr, res_ptr, pre_ptr, merged_ptr, read_ptr, tokens, width, post_row, res_row, pre_row,
     MERGE: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr,
@@ -94,18 +94,18 @@ def _forward_kernel(
         _store(read_ptr + token * width + o_d, _dot(_load_four(pre_ptr + batch * pre_row), x), m_d)
 
 
-@triton.jit
+@jit
 def _zero_four(BLOCK: tl.constexpr):
     zero = tl.zeros((BLOCK,), tl.float32)
     return zero, zero, zero, zero
 
 
-@triton.jit
+@jit
 def _four_sums(sums):
     return tl.sum(sums[0], 0), tl.sum(sums[1], 0), tl.sum(sums[2], 0), tl.sum(sums[3], 0)
 
 
-@triton.jit
+@jit
 def _store_four(p_out, values):
     tl.store(p_out, values[0])
     tl.store(p_out + 1, values[1])
@@ -113,7 +113,7 @@ def _store_four(p_out, values):
     tl.store(p_out + 3, values[3])
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     d_merged_ptr, d_read_ptr, hidden_ptr, branch_ptr, post_ptr, res_ptr, pre_ptr, d_hidden_ptr, d_branch_ptr, parts_ptr,
     tokens, width, tiles_per_program, post_row, res_row, pre_row,
