@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from docs import links, pages
+from docs import config, formulas, links, pages
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,14 +15,16 @@ def main(out: Path) -> int:
     """Build below ``out`` and return the exit status."""
     shutil.rmtree(out, ignore_errors=True)
     nav = pages.write(out / "pages")
-    config = out / "zensical.toml"
-    config.write_text(pages.config(nav))
-    builder = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(config)]
-    done = subprocess.run(builder, check=False)
+    settings = out / "zensical.toml"
+    settings.write_text(config.write(nav))
+    builder = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(settings)]
+    done = subprocess.run(builder, check=False, cwd=ROOT)  # griffe imports our extension from here
     if done.returncode:
         return done.returncode
+    written = formulas.render(out / "site")
     broken = links.broken(out / "site")
-    print("\n".join(broken) or f"{len(list((out / 'site').rglob('*.html')))} pages, no broken link: {out / 'site'}")
+    count = len(list((out / "site").rglob("*.html")))
+    print("\n".join(broken) or f"{count} pages, {written} formulas, no broken link: {out / 'site'}")
     return bool(broken)
 
 
