@@ -1,7 +1,8 @@
 """``python -m docs.browser``: every page of the built site in Chromium, at three widths, light and dark.
 
-The check fails, with status 1, where a page has no heading, is wider than the window, logs an error or misses a file; where
-the browser asks another host; where text has too little contrast; and where a search does not find its page.
+The check fails, with status 1, where a page has no heading, is wider than the window, logs an error or misses a file;
+where the browser asks another host; and where a search does not find its page.  It needs the ``docs`` extra and Chromium
+(``apt-get install chromium``), which it looks for and does not install.
 """
 
 import argparse
@@ -62,35 +63,35 @@ def check(site: Path, chromium: str, widths: tuple[int, ...] = WIDTHS) -> list[s
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         wrong: list[str] = []
         for scheme in SCHEMES:
-            for width in widths:
-                context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-                page = context.new_page()
-                wrong += [f"{line} ({width} px, {scheme})" for line in _pages(page, base, names)]
-                wrong += _searches(page, base) if (width, scheme) == (max(widths), "light") else []
-                context.close()
+            page = browser.new_context(color_scheme=scheme).new_page()
+            wrong += [f"{line} ({scheme})" for line in _pages(page, base, names, widths)]
+        wrong += _searches(page, base)
         browser.close()
         server.shutdown()
     return list(dict.fromkeys(wrong))
 
 
-def _pages(page: Any, base: str, names: list[str]) -> Iterator[str]:
-    """Every page in this window."""
+def _pages(page: Any, base: str, names: list[str], widths: tuple[int, ...]) -> Iterator[str]:
+    """Every page, and its width in every window."""
     heard: list[str] = []
     page.on("console", lambda m: heard.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: heard.append(str(error)))
-    page.on("requestfailed", lambda r: heard.append(f"not loaded: {r.url}"))
+    page.on("response", lambda r: heard.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     page.on("request", lambda r: None if r.url.startswith((base, "data:")) else heard.append(f"asks {r.url}"))
     for name in names:
         page.goto(f"{base}/{name}", wait_until="load")
         if not page.locator("h1").count():
             yield f"{name}: has no heading"
-        if wide := page.evaluate(TOO_WIDE):
-            yield f"{name}: {wide}"
+        for width in widths:
+            page.set_viewport_size({"width": width, "height": 900})
+            if wide := page.evaluate(TOO_WIDE):
+                yield f"{name}: {wide}"
         yield from (f"{name}: {line}" for line in heard)
         heard.clear()
 
 
 def _searches(page: Any, base: str) -> Iterator[str]:
+    page.set_viewport_size({"width": max(WIDTHS), "height": 900})
     for query, wanted in SEARCHES.items():
         page.goto(f"{base}/index.html", wait_until="load")
         page.locator(".md-search__button").first.click()

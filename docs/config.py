@@ -41,7 +41,6 @@ def write(nav: Nav) -> str:
         'site_name = "Kernel Index"',
         'site_description = "Fast kernels for language models that say what ran: one contract, several backends"',
         'docs_dir = "pages"\nsite_dir = "site"\nuse_directory_urls = false',
-        f'repo_url = "{SOURCE}"\nrepo_name = "Source"',
         f'extra_css = ["site.css"]\nnav = {_toml(nav)}',
         f"[project.theme]\nfont = false\nfeatures = {json.dumps(FEATURES)}",
     ]

@@ -19,7 +19,7 @@ class PlainText(griffe.Extension):
 def plain(text: str) -> str:
     """Markdown with Google's sections.
 
-    A paragraph that begins with ``>>>`` becomes a block of code, what follows a double colon too, and arguments that are
+    A paragraph that begins with ``>>>`` becomes a block of code, and a double colon a single one.  Arguments that are
     explained together become arguments with the same explanation.
     """
     text = TOGETHER.sub(_apart, text)

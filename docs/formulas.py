@@ -4,8 +4,6 @@ import html
 import re
 from pathlib import Path
 
-from latex2mathml.converter import convert
-
 FORMULA = re.compile(r'class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*<', re.DOTALL)
 """What Markdown makes of ``$…$`` and ``$$…$$``: TeX in its own brackets, inside an element of this class."""
 
@@ -26,6 +24,8 @@ def render(site: Path) -> int:
 
 
 def _mathml(match: re.Match[str]) -> str:
+    from latex2mathml.converter import convert
+
     tex = html.unescape(match[2]).strip()
     made = convert(tex, display="inline" if match[1] == "(" else "block")
     if "\\" in made or "<mi>&</mi>" in made:

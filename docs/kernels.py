@@ -20,7 +20,10 @@ TITLES = {
     "fused_rope_qk": ("RoPE of Q and K", "rotary position embedding, YaRN, QK norm"),
     "dense_fa4_execute_proof": ("Proof of FlashAttention-4", "FA4, flash attention"),
     "dense_fa4_kvcache_decode": ("Decoding with a KV cache", "paged attention, flash decoding, FlashAttention-4"),
-    "dense_attention": ("Attention", "flash attention, FlashAttention, SDPA, FlexAttention, grouped-query attention, softcap, sink"),
+    "dense_attention": (
+        "Attention",
+        "flash attention, FlashAttention, SDPA, FlexAttention, grouped-query attention, softcap, sink",
+    ),
     "hierarchical_block_expansion": ("Hierarchical block selection", "routing in two steps"),
     "triton_row_gather": ("Row gather", "index_select"),
     "triton_row_gather_pair": ("Paired row gather", "gather of keys and values"),

@@ -50,7 +50,9 @@ def drawn(content: dict[str, Any]) -> dict[str, str]:
         "share forward": plots.svg(plots.share_by_width("forward"), content, 3.2, f"{share}, forward"),
         "share backward": plots.svg(plots.share_by_width("backward"), content, 3.2, f"{share}, backward"),
         "attention": plots.svg(plots.ratios_of_attention, content, 6.2, "Attention: our time by the fastest peer's"),
-        "memory-bound": plots.svg(plots.ratios_of_memory_bound, content, 4.2, "Fused kernels: our time by the best peer's"),
+        "memory-bound": plots.svg(
+            plots.ratios_of_memory_bound, content, 4.2, "Fused kernels: our time by the best peer's"
+        ),
         "sparse": plots.svg(plots.sparse_over_tokens, content, 3.4, "Sparse attention: time over tokens"),
         "decode": plots.svg(plots.decode_over_tokens, content, 3.4, "Decoding: time over tokens in the cache"),
     }

@@ -1,4 +1,4 @@
-"""The site's pages, as Markdown: those written by hand, one for each kernel, the reference, what was seen and measured."""
+"""The site's pages, as Markdown: those written by hand, one for each kernel, the reference, status and figures."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,9 @@ def write(folder: Path) -> Nav:
     listed = "".join(f"- [{title}]({Path(str(page)).name})\n" for title, page in decisions)
     _put(folder, "decisions/index.md", f"# Decisions\n\nWhy things are as they are, one page each.\n\n{listed}")
     project: Nav = [
-        (_copy(folder, name), str(place(name))) for name in ("docs/reliability.md", *TOP) if (REPOSITORY / name).exists()
+        (_copy(folder, name), str(place(name)))
+        for name in ("docs/reliability.md", *TOP)
+        if (REPOSITORY / name).exists()
     ]
     families: Nav = [(f, [(kernels.title(e), kernels.page(e)) for e in ENTRIES if e.family == f]) for f in FAMILIES]
     titles: Nav = [(title, f"reference/{name}.md") for name, (title, *_) in reference.PACKAGES.items()]
@@ -43,7 +45,10 @@ def write(folder: Path) -> Nav:
         ("Kernels", families),
         ("API", [("All names", "reference/index.md"), ("Receipts, masks and caches", "reference/others.md"), *titles]),
         ("Evidence", [("Status", "status.md"), ("Measured", "measured.md"), ("All times", "times.md")]),
-        ("Project", [("Glossary", "glossary.md"), *project, ("Decisions", [("All", "decisions/index.md"), *decisions])]),
+        (
+            "Project",
+            [("Glossary", "glossary.md"), *project, ("Decisions", [("All", "decisions/index.md"), *decisions])],
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Plots of committed results, drawn when the site is built: SVG in the page, whose colours follow its light or dark mode."""
+"""Plots of committed results, drawn when the site is built: SVG whose colours follow the light or dark mode of the page."""
 
 import io
 import math

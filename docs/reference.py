@@ -36,7 +36,9 @@ def pages() -> dict[str, str]:
     found = {"reference/index.md": _index(), "reference/others.md": _others()}
     for name, (title, module, purpose) in PACKAGES.items():
         entries = "\n".join(f"::: {module}.{n}\n" for n in names(module))
-        found[f"reference/{name}.md"] = f"# {title}\n\n{purpose} `import kernel_index as ki` gives `ki.{name}`.\n\n{entries}"
+        found[f"reference/{name}.md"] = (
+            f"# {title}\n\n{purpose} `import kernel_index as ki` gives `ki.{name}`.\n\n{entries}"
+        )
     return found
 
 

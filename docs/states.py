@@ -51,7 +51,7 @@ def read(folder: Path = RESULTS) -> list[State]:
 
 
 def current(states: Iterable[State]) -> list[State]:
-    """Of one backend's states, those of the latest day of each kind: what a later run showed, an earlier one does not."""
+    """Of one backend's states, those of the latest day of each kind: a later run replaces an earlier one."""
     found = list(states)
     days = {kind: max((s.date for s in found if s.kind == kind), default="") for kind in KINDS}
     return [s for s in found if s.date == days[s.kind]]

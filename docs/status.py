@@ -13,7 +13,7 @@ A backend is green if a record shows that it *ran* and was right on the hardware
 
 | mark | meaning |
 |---|---|
-| <span class="ki-chip ki-run">run</span> | It ran on the hardware that it is for, and every call was within its error budget. |
+| <span class="ki-chip ki-run">run</span> | It ran on the hardware that it is for, within its error budget. |
 | <span class="ki-chip ki-interpreted">interpreted</span> | It ran on a CPU, through an interpreter, and was right. |
 | <span class="ki-chip ki-compiled">compiled</span> | It was compiled to machine code for hardware that was not there. |
 | <span class="ki-chip ki-failed">failed</span> | A recorded call was not right. |
