@@ -1,8 +1,8 @@
 """``python -m docs.browser``: every page of the built site in Chromium, at three widths, light and dark.
 
 The check fails, with status 1, where a page has no heading, is wider than the window, logs an error or misses a file;
-where the browser asks another host; and where a search does not find its page.  It needs the ``docs`` extra and Chromium
-(``apt-get install chromium``), which it looks for and does not install.
+where the browser asks another host; and where a search does not find its page.  It needs the ``docs`` extra, and
+Chromium (``apt-get install chromium``), which it looks for and does not install.
 """
 
 import argparse

@@ -23,6 +23,15 @@ def render(site: Path) -> int:
     return count
 
 
+LETTERS = re.compile(r'(?:<mi mathvariant="(italic|normal)">[^<]+</mi>){2,}')
+
+
+def _word(match: re.Match[str]) -> str:
+    """The letters of a name as one word: letters of their own stand apart."""
+    word = re.sub(r"<[^>]+>", "", match[0])
+    return f"<mtext>{word}</mtext>" if match[1] == "normal" else f'<mtext style="font-style: italic">{word}</mtext>'
+
+
 def _mathml(match: re.Match[str]) -> str:
     from latex2mathml.converter import convert
 
@@ -30,4 +39,4 @@ def _mathml(match: re.Match[str]) -> str:
     made = convert(tex, display="inline" if match[1] == "(" else "block")
     if "\\" in made or "<mi>&</mi>" in made:
         raise ValueError(f"a formula must be TeX that latex2mathml converts, got {tex}")
-    return f'class="arithmatex">{made}<'
+    return f'class="arithmatex">{LETTERS.sub(_word, made)}<'

@@ -64,7 +64,7 @@ def write(e: Entry, seen: list[states.State]) -> str:
     """The page as Markdown; mkdocstrings fills in signatures and docstrings."""
     known = TITLES.get(e.name, ("", ""))[1]
     parts = [f"# {title(e)}\n", f"{e.purpose}\n"]
-    parts += [f"Also searched as: {known}.\n"] * bool(known)
+    parts += [f"Also known as: {known}.\n"] * bool(known)
     parts.append(f"{e.family} · [`kernel_index/{e.folder}`]({SOURCE}/tree/main/kernel_index/{e.folder}) · {e.name}\n")
     if not e.implemented:
         parts.append(f"Not implemented yet: {', '.join(f'`{name}`' for name in e.missing())}.\n")

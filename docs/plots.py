@@ -1,4 +1,4 @@
-"""Plots of committed results, drawn when the site is built: SVG whose colours follow the light or dark mode of the page."""
+"""Plots of committed results, drawn when the site is built: SVG whose colours follow the mode of the page."""
 
 import io
 import math
@@ -62,6 +62,7 @@ def share_by_width(direction: str) -> Draw:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks := [1024, 2048, 4096, 8192, 16384], [str(t) for t in ticks])
         axes.set_ylim(0, 105)
+        axes.set_title(direction, fontsize=10)
         axes.set_xlabel("width of a row, 8192 rows")
         axes.set_ylabel("% of a copy's bandwidth")
         axes.grid(axis="y", linewidth=0.6)
@@ -84,7 +85,7 @@ def ratios_of_memory_bound(axes: Any, content: dict[str, Any]) -> None:
             found = [c[direction]["ratio"] for c in content["memory_bound"] if c["kernel"] == kernel]
             names.append(f"{NAMES[kernel]}, {direction}")
             values.append(math.prod(found) ** (1 / len(found)))
-    _bars(axes, names[::-1], values[::-1], "our time ÷ the fastest peer's, geometric mean")
+    _bars(axes, names[::-1], values[::-1], "mean of our time ÷ the fastest peer's")
 
 
 def _bars(axes: Any, names: list[str], values: list[float], label: str) -> None:
@@ -93,7 +94,7 @@ def _bars(axes: Any, names: list[str], values: list[float], label: str) -> None:
     axes.set_yticks(places, names, fontsize=8)
     axes.axvline(1, color=INK, linewidth=1)
     for y, v in zip(places, values, strict=True):
-        axes.annotate(f"{v:.2f}", (v, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(f"{v:.2f}", (max(v, 1), y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xlim(0, max(values) * 1.12)
     axes.set_ylim(-0.6, len(values) - 0.4)
     axes.set_xlabel(label)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ KINDS = ("run", "interpreted", "compiled")
 
 TPU_CASES = {"attention": "attention", "clustered": "clustered_sparse_attention"}
 """Cases of ``prove tpu`` that are kernels of ours, and the function that each belongs to."""
+
+
+ON_TOP = {"block_router": ("moba_route", "clustered_route")}
+"""Operators that are proved under their own name, and the public functions that hand their call on to them."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class State:
 def read(folder: Path = RESULTS) -> list[State]:
     """The newest state of each backend and machine, newest first; a call that was only refused says nothing."""
     found = [s for name, content in contents(folder) for s in _of_file(name, content)]
+    found += [replace(s, op=op) for s in found for op in ON_TOP.get(s.op, ())]
     newest: dict[tuple[str, ...], State] = {}
     for s in sorted((s for s in found if s.passed or s.failed), key=lambda s: s.date):
         newest[s.op, s.backend, s.kind, s.where] = s
