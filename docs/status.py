@@ -43,7 +43,8 @@ def _family(entries: list[Entry], seen: list[states.State]) -> str:
 
 
 def _link(e: Entry, op: str) -> str:
-    return f"[`{op}`]({kernels.page(e)}){'' if e.implemented else ' (not implemented)'}"
+    name = op.replace("_", "\\_<wbr>")  # where a narrow table may break it
+    return f"[<code>{name}</code>]({kernels.page(e)}){'' if e.implemented else ' (not implemented)'}"
 
 
 def _chip(op: str, backend: str, seen: Iterable[states.State]) -> str:

@@ -25,7 +25,7 @@ def test_the_first_snippet(tmp_path):
         [sys.executable, "-c", SNIPPETS[0]], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"loss 8\.\d\d, computed by (chunked|triton)\n", done.stdout)
+    assert re.fullmatch(r"loss (7\.[6-9]|8\.[0-6])\d, computed by (chunked|triton)\n", done.stdout)
     assert done.stderr == ""
 
 

@@ -97,7 +97,7 @@ def test_the_status_page_has_every_function_and_its_recorded_states():
     page = status.write(states.read())
     for e in ENTRIES:
         for name in e.functions:
-            assert f"[`{name}`](kernels/{e.name}.md)" in page
+            assert f"{name}</code>](kernels/{e.name}.md)" in page.replace("\\_<wbr>", "_")
     for family in FAMILIES:
         assert f"## {family}\n" in page
     triton = [s.where for s in states.read() if (s.op, s.backend, s.kind) == ("fused_rope_qk", "triton", "run")]
