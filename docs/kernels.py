@@ -13,39 +13,46 @@ LIBRARIES = ("masks", "kvcache", "routing")
 
 
 TITLES = {
-    "attention_validity_prefix": ("Valid prefixes", "padding, sequence lengths"),
-    "causal_windowing_predicate": ("Causal windowing", "which tiles a scoring loop visits"),
-    "doc_window_mask": ("Masks", "causal mask, packed documents, sliding window, padding"),
-    "exact_token_sparse_telemetry": ("Exact-token attention", "lightning indexer, sparse attention over tokens, top-k"),
-    "fused_rope_qk": ("RoPE of Q and K", "rotary position embedding, YaRN, QK norm"),
-    "dense_fa4_execute_proof": ("Proof of FlashAttention-4", "FA4, flash attention"),
-    "dense_fa4_kvcache_decode": ("Decoding with a KV cache", "paged attention, flash decoding, FlashAttention-4"),
     "dense_attention": (
         "Attention",
         "flash attention, FlashAttention, SDPA, FlexAttention, grouped-query attention, softcap, sink",
     ),
+    "dense_fa4_kvcache_decode": ("Decoding with a KV cache", "paged attention, flash decoding, FlashAttention-4"),
+    "exact_token_sparse_telemetry": ("Exact-token attention", "lightning indexer, sparse attention over tokens, top-k"),
+    "fused_rope_qk": ("RoPE of Q and K", "rotary position embedding, YaRN, QK norm"),
+    "doc_window_mask": ("Masks", "causal mask, packed documents, sliding window, padding"),
+    "attention_validity_prefix": ("Valid prefixes", "padding, sequence lengths"),
+    "causal_windowing_predicate": ("Causal windowing", "which tiles a scoring loop visits"),
+    "dense_fa4_execute_proof": ("Proof of FlashAttention-4", "FA4, flash attention"),
+    "moba_block_sparse_decode": ("MoBA", "mixture of block attention, block-sparse attention and decoding"),
+    "clustered_sparse_three_phase": ("Clustered sparse attention", "block-sparse attention"),
+    "selected_decode": ("Decoding over a selection", "sparse decoding"),
     "hierarchical_block_expansion": ("Hierarchical block selection", "routing in two steps"),
+    "union_selection_query_mask": ("Union of selections", "blocks that a tile's queries share"),
     "triton_row_gather": ("Row gather", "index_select"),
     "triton_row_gather_pair": ("Paired row gather", "gather of keys and values"),
-    "moba_block_sparse_decode": ("MoBA", "mixture of block attention, block-sparse attention and decoding"),
-    "union_selection_query_mask": ("Union of selections", "blocks that a tile's queries share"),
-    "clustered_sparse_three_phase": ("Clustered sparse attention", "block-sparse attention"),
     "exact_mask_contract_cache": ("Cache of mask kernels", "keys of compiled masks"),
-    "selected_decode": ("Decoding over a selection", "sparse decoding"),
-    "fused_bias_dropout_add": ("Bias + dropout + add", "residual dropout"),
     "fused_residual_add_rms_norm": ("Residual + RMSNorm", "rmsnorm, add and norm, pre-norm block"),
-    "fused_relu_squared": ("Squared ReLU", "relu², ReLU2"),
+    "fused_bias_dropout_add": ("Bias + dropout + add", "residual dropout"),
     "fused_gated_activation": ("Gated activation", "SwiGLU, GEGLU, ReGLU, SiLU and multiply"),
+    "fused_relu_squared": ("Squared ReLU", "relu², ReLU2"),
     "grouped_product": ("Grouped product", "mixture of experts, MoE, grouped GEMM"),
     "mhc_fused_static": ("Hyper-connections", "mHC, residual streams, Sinkhorn"),
     "fused_mla_projection": ("MLA projection", "multi-head latent attention, low-rank projection"),
     "fused_linear_cross_entropy_chunked": ("Linear cross-entropy", "fused loss, logits, log probabilities, z-loss"),
 }
-"""For people: each entry's title, and the words that they may search for."""
+"""For people: each entry's title, and the words that they may search for; those that most come for first."""
 
 
 def title(e: Entry) -> str:
     return TITLES.get(e.name, (e.name, ""))[0]
+
+
+def of_family(family: str) -> list[Entry]:
+    """The entries in the order of ``TITLES``; one without a title is the last."""
+    order = list(TITLES)
+    found = [e for e in ENTRIES if e.family == family]
+    return sorted(found, key=lambda e: order.index(e.name) if e.name in TITLES else len(order))
 
 
 def page(e: Entry) -> str:

@@ -36,7 +36,7 @@ def write(folder: Path) -> Nav:
         for name in ("docs/reliability.md", *TOP)
         if (REPOSITORY / name).exists()
     ]
-    families: Nav = [(f, [(kernels.title(e), kernels.page(e)) for e in ENTRIES if e.family == f]) for f in FAMILIES]
+    families: Nav = [(f, [(kernels.title(e), kernels.page(e)) for e in kernels.of_family(f)]) for f in FAMILIES]
     titles: Nav = [(title, f"reference/{name}.md") for name, (title, *_) in reference.PACKAGES.items()]
     return [
         ("Home", "index.md"),

@@ -6,7 +6,7 @@ import inspect
 import kernel_index
 from docs import kernels, text
 from docs.place import place
-from kernel_index.index.entries import ENTRIES
+from kernel_index.index.entries import ENTRIES, FAMILIES
 from kernel_index.index.entry import ROOT
 
 PACKAGES = {
@@ -49,7 +49,7 @@ def _index() -> str:
         "Each name links to its signature, arguments, errors, an example, and its source.\n",
     ]
     home = {name: kernels.page(e) for e in ENTRIES for name in e.functions}
-    groups = {e.family: [n for k in ENTRIES if k.family == e.family for n in k.functions] for e in ENTRIES}
+    groups = {f: [n for e in kernels.of_family(f) for n in e.functions] for f in FAMILIES}
     rest = [n for n in kernel_index.__all__ if n not in home]
     for title, group in (*groups.items(), ("Receipts, masks and caches", rest)):
         rows = [[f"[`{n}`](../{home.get(n, 'reference/others.md')}#kernel_index.{n})", _summary(n)] for n in group]

@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable
 
 from docs import kernels, states, text
-from kernel_index.index.entries import ENTRIES, FAMILIES
+from kernel_index.index.entries import FAMILIES
 from kernel_index.index.entry import Entry
 
 HEAD = """# Status
@@ -28,7 +28,7 @@ def write(seen: list[states.State]) -> str:
     """The page as Markdown."""
     parts = [HEAD]
     for family in FAMILIES:
-        parts += [f"## {family}\n", _family([e for e in ENTRIES if e.family == family], seen)]
+        parts += [f"## {family}\n", _family(kernels.of_family(family), seen)]
     parts += ["## Records\n", _records(seen)]
     return "\n".join(parts)
 

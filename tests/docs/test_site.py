@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,8 @@ def test_no_page_but_the_configuration_says_where_the_source_is(written):
         name = path.relative_to(place.REPOSITORY).as_posix()
         if path.is_file() and path.suffix in (".md", ".py", ".jinja") and name not in shown:
             assert SOURCE not in path.read_text(), name
+    urls = tomllib.loads((place.REPOSITORY / "pyproject.toml").read_text())["project"].get("urls", {})
+    assert [url for url in urls.values() if not url.startswith(SOURCE)] == []
 
 
 READMES = sorted((place.REPOSITORY / "kernel_index").rglob("README.md"))
@@ -249,7 +252,7 @@ def built(tmp_path_factory):
     return out / "out" / "site"
 
 
-def test_the_built_site_has_no_broken_link_and_can_be_searched(built, capfd):
+def test_the_built_site_has_no_broken_link_and_can_be_searched(built):
     found = json.loads((built / "search.json").read_text())
     places = {item["location"].partition("#")[0] for item in found["items"]}
     assert {f"kernels/{e.name}.html" for e in ENTRIES} <= places
@@ -264,8 +267,25 @@ def test_the_built_pages_have_signatures_sources_and_formulas(built):
     assert not re.search(r"class=.arithmatex.>\s*\\[(\[]", page), "no TeX is left"
 
 
-def test_the_built_site_in_a_browser(built):
-    """Every page at one width; ``python -m docs.browser`` does it at three."""
-    if browser.find() is None or not has_package("playwright"):
-        pytest.skip("needs Chromium and playwright")
-    assert browser.check(built, str(browser.find()), widths=(390,)) == []
+BROKEN = """<html><body style="margin: 0"><div class="md-content"><p style="width: 700px">wide</p></div>
+<img src="none.png"><script src="http://127.0.0.1:9/other.js"></script><script>nothing.here</script></body></html>"""
+
+
+@pytest.mark.skipif(browser.find() is None or not has_package("playwright"), reason="needs Chromium and playwright")
+def test_the_browser_finds_what_is_wrong(tmp_path, monkeypatch):
+    """``make docs`` looks at every page of the site; here the check itself is checked."""
+    monkeypatch.setattr(browser, "SEARCHES", {})
+    (tmp_path / "good.html").write_text('<link rel="icon" href="data:,"><h1>Good</h1>')
+    assert browser.check(tmp_path, str(browser.find())) == []
+    (tmp_path / "bad.html").write_text('<link rel="icon" href="data:,">' + BROKEN)
+    wrong = "\n".join(browser.check(tmp_path, str(browser.find()), widths=(390, 1280)))
+    for said in (
+        "has no heading",
+        "is 700 wide in a window of 390",
+        "404 ",
+        "asks http://127.0.0.1:9",
+        "nothing is not",
+    ):
+        assert f"{said}" in wrong
+    assert "window of 1280" not in wrong
+    assert "good.html" not in wrong
