@@ -11,11 +11,11 @@ from kernel_index.index.entry import ROOT
 
 PACKAGES = {
     "nn": ("Layers", "kernel_index.nn", "Layers that are built on the kernels."),
-    "jax": ("JAX", "kernel_index.jax", "The same functions for JAX arrays. `pip install 'kernel-index[tpu]'`"),
+    "jax": ("JAX", "kernel_index.jax", "The same functions for JAX arrays. Needs `pip install 'kernel-index[tpu]'`."),
     "transformers": (
         "Transformers",
         "kernel_index.integrations.transformers",
-        "Kernels inside a model of Hugging Face Transformers. `pip install 'kernel-index[hf]'`",
+        "Kernels inside a model of Hugging Face Transformers. Needs `pip install 'kernel-index[hf]'`.",
     ),
 }
 """Parts of the public interface: page name -> title, module, and what it is for."""
@@ -35,7 +35,8 @@ def pages() -> dict[str, str]:
     """Page -> Markdown: the list, the names of the package that belong to no kernel, and the three parts."""
     found = {"reference/index.md": _index(), "reference/others.md": _others()}
     for name, (title, module, purpose) in PACKAGES.items():
-        entries = "\n".join(f"::: {module}.{n}\n" for n in names(module))
+        functions_first = sorted(names(module), key=lambda n: name != "nn" and n[0].isupper())
+        entries = "\n".join(f"::: {module}.{n}\n" for n in functions_first)
         found[f"reference/{name}.md"] = (
             f"# {title}\n\n{purpose} `import kernel_index as ki` gives `ki.{name}`.\n\n{entries}"
         )
