@@ -1,5 +1,10 @@
 """The documentation: ``python -m docs`` writes its pages from the tree and from recorded results, and builds the site.
 
-``states`` reads the results, ``pages`` writes Markdown, ``text`` turns docstrings and links into it, ``links`` checks
-the built HTML.  Guides and decisions are written by hand; every table of what runs where is not.
+``pages`` writes Markdown: ``kernels`` a page for each kernel, ``reference`` the other public names, ``status`` the
+matrix of what was seen (``states`` reads it), ``measured`` plots and tables.  The pages of ``site``, guides and
+decisions are written by hand.
+``formulas`` and ``links`` work on the built HTML, and ``browser`` opens it.
 """
+
+SOURCE = "https://github.com/kernel-index/kernel-index"
+"""Where the repository is: every absolute link of the README and the site begins with it."""

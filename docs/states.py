@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ KINDS = ("run", "interpreted", "compiled")
 
 TPU_CASES = {"attention": "attention", "clustered": "clustered_sparse_attention"}
 """Cases of ``prove tpu`` that are kernels of ours, and the function that each belongs to."""
+
+
+ON_TOP = {"block_router": ("moba_route", "clustered_route")}
+"""Operators that are proved under their own name, and the public functions that hand their call on to them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,12 @@ class State:
     failed: int
     source: str
 
+    @property
+    def date(self) -> str:
+        """The day of the record, which ends its versions; empty in a record without one."""
+        found = re.search(r"\d{4}-\d\d-\d\d$", self.versions)
+        return found[0] if found else ""
+
     def __str__(self) -> str:
         """``run``, with what failed; a backend of which nothing passed is not said to run."""
         if not self.failed:
@@ -36,9 +46,20 @@ class State:
 
 
 def read(folder: Path = RESULTS) -> list[State]:
-    """The states of every result file; a call that was only refused says nothing."""
+    """The newest state of each backend and machine, newest first; a call that was only refused says nothing."""
     found = [s for name, content in contents(folder) for s in _of_file(name, content)]
-    return [s for s in found if s.passed or s.failed]
+    found += [replace(s, op=op) for s in found for op in ON_TOP.get(s.op, ())]
+    newest: dict[tuple[str, ...], State] = {}
+    for s in sorted((s for s in found if s.passed or s.failed), key=lambda s: s.date):
+        newest[s.op, s.backend, s.kind, s.where] = s
+    return sorted(newest.values(), key=lambda s: s.date, reverse=True)
+
+
+def current(states: Iterable[State]) -> list[State]:
+    """Of one backend's states, those of the latest day of each kind: a later run replaces an earlier one."""
+    found = list(states)
+    days = {kind: max((s.date for s in found if s.kind == kind), default="") for kind in KINDS}
+    return [s for s in found if s.date == days[s.kind]]
 
 
 def contents(folder: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
@@ -99,10 +120,3 @@ def _where(machine: dict[str, Any]) -> str:
 def _versions(machine: dict[str, Any]) -> str:
     names = (("torch", "PyTorch"), ("triton", "Triton"), ("jax", "JAX"), ("libtpu", "libtpu"), ("date", ""))
     return ", ".join(f"{name} {machine[key]}".strip() for key, name in names if key in machine)
-
-
-def summary(states: Iterable[State]) -> str:
-    """A cell of the front page: the kinds that were seen, the strongest first."""
-    found = list(states)
-    ordered = sorted({str(s) for s in found}, key=lambda text: ([*KINDS, "failed"].index(text.split(":")[0]), text))
-    return ", ".join(ordered)

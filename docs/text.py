@@ -1,48 +1,12 @@
-"""Docstrings as Markdown, READMEs by section, and links that hold on the site as they do in the tree."""
+"""Prose as Markdown, READMEs by section, and links that hold on the site as they do in the tree."""
 
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
-SECTIONS = ("Args", "Returns", "Raises", "Yields")
 SHARES = re.compile(r"(``?.+?``?)", re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)")
-
-
-def of_docstring(text: str) -> str:
-    """Markdown of a docstring: sections become bold, arguments a list, examples fenced blocks."""
-    lines: list[str] = []
-    for block in re.split(r"\n\s*\n", text.strip("\n")):
-        lines += [*_block(block.split("\n")), ""]
-    joined = "\n".join(lines)
-    return re.sub(r"\n```\n\n```pycon\n", "\n\n", joined).rstrip() + "\n"
-
-
-def _block(block: list[str]) -> Iterator[str]:
-    if block[0].lstrip().startswith(">>>"):
-        yield from ("```pycon", *(line.removeprefix(_indent(block[0])) for line in block), "```")
-    elif block[0].rstrip(":") in SECTIONS and block[0].endswith(":"):
-        yield from (f"**{block[0].rstrip(':')}**", "", *_items(block[1:]))
-    elif block[0].startswith("    "):  # what follows a double colon
-        yield from ("```text", *(line[4:] for line in block), "```")
-    else:
-        yield from prose("\n".join(block)).split("\n")
-
-
-def _items(lines: list[str]) -> Iterator[str]:
-    """``name: text`` with its continuation lines; text without a name is a paragraph."""
-    for line in lines:
-        body = line.strip()
-        name = re.match(r"(\*{0,2}\w[\w., *]*): (.*)", body) if _indent(line) == "    " else None
-        if name:
-            yield f"- `{name[1]}`: {prose(name[2])}"
-        else:
-            yield f"  {prose(body)}"
-
-
-def _indent(line: str) -> str:
-    return line[: len(line) - len(line.lstrip())]
 
 
 def prose(text: str) -> str:

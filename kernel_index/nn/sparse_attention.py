@@ -37,7 +37,7 @@ class SparseAttention(Mixer):
     selections of a tile by ``ki.union_selection`` first, so that the receipt tells how many blocks they share.
 
     Args:
-        dim, heads, kv_heads, head_dim, window, bias: as of ``Attention``.
+        dim, heads, kv_heads, head_dim, window: as of ``Attention``.
         kind: one of the three.
         block: tokens of a block.
         topk: blocks for each query, the current one counted.

@@ -2,12 +2,14 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import kernel_index
+from docs import SOURCE, browser, formulas, links, measured, pages, place, reference, states, status, text
 from docs import __main__ as build
-from docs import links, pages, states, text
 from kernel_index.core.target import has_package
 from kernel_index.index.entries import ENTRIES, FAMILIES
 
@@ -60,28 +62,45 @@ def test_other_files_beside_the_results_say_nothing(results):
     assert states.notes(["relu"], results("notes", notes=["relu: slow", "of nothing"])) == ["relu: slow"]
 
 
-def test_the_strongest_state_comes_first():
-    def state(kind: str, passed: int = 1, failed: int = 0) -> states.State:
-        return states.State("op", "triton", kind, "", "", passed, failed, "")
+def record(kind: str, passed: int = 1, failed: int = 0, date: str = "2026-01-02") -> states.State:
+    return states.State("op", "triton", kind, "a machine", f"PyTorch 2.13, {date}", passed, failed, "")
 
-    found = [state("compiled"), state("interpreted"), state("run", 3, 1), state("compiled")]
-    assert states.summary(found) == "run: 1 of 4 failed, interpreted, compiled"
-    assert states.summary([state("run", 0, 2)]) == "failed"
-    assert states.summary([]) == ""
+
+def test_a_later_record_replaces_an_earlier_one(results):
+    for name, date, failed in (("z", "2026-01-02", 1), ("a", "2026-02-03", 0)):  # by date, not by name
+        counts = {"relu": {"inductor": {"run": row(3, failed)}}}
+        results(name, proof="numerics", machine=MACHINE | {"date": date}, counts=counts)
+    (found,) = states.read(results("other", notes=[]))
+    assert (found.date, found.failed) == ("2026-02-03", 0)
+    shown = [record("run", 3, 1), record("compiled"), record("run", date="2026-01-03")]
+    assert states.current(shown) == shown[1:], "of each kind the latest day"
+
+
+def test_a_mark_says_what_the_records_say():
+    def mark(*found: states.State) -> str:
+        return status._chip("op", "triton", found)
+
+    assert "ki-none" in mark()
+    assert "ki-compiled" in mark(record("compiled"))
+    assert "triton · run, compiled<" in mark(record("compiled"), record("run"))
+    assert "ki-failed" in mark(record("run", 2, 1))
+    assert "1 failed" in mark(record("run", 2, 1))
+    assert 'title="run on a machine, 2026-01-02"' in mark(record("run"))
 
 
 def test_no_state_without_a_record(tmp_path):
-    front = pages.front(states.read(tmp_path))
-    cells = {c.strip() for line in front.splitlines() if line.startswith("| [") for c in line.split("|")[3:-1]}
-    assert cells == {"–", "no record"}
+    _, *families = status.write(states.read(tmp_path)).split("\n## ")
+    marks = re.findall(r'class="ki-chip ki-(\w+)"', "".join(families))
+    assert set(marks) == {"none"}
 
 
-def test_the_front_page_has_every_entry_and_its_recorded_states():
-    front = pages.front(states.read())
+def test_the_status_page_has_every_function_and_its_recorded_states():
+    page = status.write(states.read())
     for e in ENTRIES:
-        assert f"[{e.name}](kernels/{e.name}.md)" in front
+        for name in e.functions:
+            assert f"{name}</code>](kernels/{e.name}.md)" in page.replace("\\_<wbr>", "_")
     for family in FAMILIES:
-        assert f"## {family}\n" in front
+        assert f"## {family}\n" in page
     triton = [s.where for s in states.read() if (s.op, s.backend, s.kind) == ("fused_rope_qk", "triton", "run")]
     assert "NVIDIA H200" in triton
 
@@ -89,33 +108,9 @@ def test_the_front_page_has_every_entry_and_its_recorded_states():
 # Text
 
 
-def test_a_docstring_becomes_markdown():
-    source = """Sum ``x * y``; a * b.
-
-With::
-
-    y = x * 2
-
-Args:
-    x: [B, T], any
-        dtype.
-    *rest: more.
-
-Returns:
-    A tensor.
-
->>> 1 + 1
-2
-"""
-    assert text.of_docstring(source) == (
-        "Sum `x * y`; a \\* b.\n\nWith:\n\n```text\ny = x * 2\n```\n\n**Args**\n\n- `x`: \\[B, T\\], any\n  dtype.\n"
-        "- `*rest`: more.\n\n**Returns**\n\n  A tensor.\n\n```pycon\n>>> 1 + 1\n2\n```\n"
-    )
-
-
 def test_links_of_the_tree_hold_on_the_site():
     def moved(source: str) -> str:
-        return text.relink(source, "docs/guides/a.md", "guides/a.md", pages.place)
+        return text.relink(source, "docs/guides/a.md", "guides/a.md", place.place)
 
     assert moved("[c](../../CONTRIBUTING.md#rules)") == "[c](../contributing.md#rules)"
     assert moved("[d](../decisions)") == "[d](../decisions/index.md)"
@@ -128,7 +123,7 @@ def test_headings_go_down_and_code_stays():
     assert text.deeper("# a\n```\n# b\n```") == "## a\n```\n# b\n```"
 
 
-@pytest.mark.parametrize("path", sorted((pages.REPOSITORY / "docs" / "decisions").glob("*.md")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((place.REPOSITORY / "docs" / "decisions").glob("*.md")), ids=lambda p: p.stem)
 def test_a_decision_begins_with_its_status_date_context_and_alternatives(path):
     title, _, *head = path.read_text().splitlines()[:6]
     assert title.startswith("# ")
@@ -174,19 +169,18 @@ def listed(nav: pages.Nav) -> set[str]:
 
 def test_a_kernels_page_has_its_contract_its_rules_and_its_mathematics(written):
     page = (written[0] / "kernels" / "fused_relu_squared.md").read_text()
-    assert "ki.fused_relu_squared(x, *, backend='auto')" in page
+    assert "::: kernel_index.fused_relu_squared\n" in page
     assert "- declines: needs CPU tensors" in page
-    assert "y = max(x, 0)²" in page
+    assert r"y &= \max(x, 0)^2" in page
     assert "| NVIDIA H200 |" in page
-    assert ">>> ki.fused_relu_squared(torch.tensor([-1.0, 0.5, 3.0]))" in page
 
 
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("doc_window_mask", "p − L ≤ s ≤ p + R"),
-        ("union_selection_query_mask", "rank(selected[t, j])"),
-        ("exact_token_sparse_telemetry", "Σ_j w[t, j] · relu"),
+        ("doc_window_mask", r"p - L \le s \le p + R"),
+        ("union_selection_query_mask", r"\operatorname{rank}(\mathit{selected}_{t,j})"),
+        ("exact_token_sparse_telemetry", r"\sum_{j=1}^{J} w_{t,j}"),
     ],
 )
 def test_a_page_has_the_mathematics_of_a_library(written, entry, said):
@@ -196,21 +190,102 @@ def test_a_page_has_the_mathematics_of_a_library(written, entry, said):
     assert page.count("## Mathematics and memory") == 1
 
 
-READMES = sorted((pages.REPOSITORY / "kernel_index").rglob("README.md"))
+def test_the_reference_lists_every_public_name(written):
+    page = (written[0] / "reference" / "index.md").read_text()
+    for name in kernel_index.__all__:
+        assert f"[`{name}`](" in page
+    for part, (_, module, _) in reference.PACKAGES.items():
+        for name in reference.names(module):
+            assert f"{part}.md#{module}.{name})" in page
+    with pytest.raises(ValueError, match="__all__"):
+        reference.names("kernel_index.core.dispatch")
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda p: p.relative_to(pages.REPOSITORY).parent.as_posix())
+def test_the_pages_by_hand_and_the_plots_are_there(written):
+    assert "<svg" in (written[0] / "concepts.md").read_text()
+    page = (written[0] / "measured.md").read_text()
+    assert page.count('<figure class="ki-plot"') == len(measured.drawn(measured.peers())) == 6
+    assert "<!-- plot" not in page
+
+
+def test_no_page_but_the_configuration_says_where_the_source_is(written):
+    """The address is in one place, and in files that other sites show as they are."""
+    shown = {"README.md", "docs/__init__.py", "docs/site/install.md", "pyproject.toml"}
+    for path in [*(place.REPOSITORY / "docs").rglob("*"), place.REPOSITORY / "CONTRIBUTING.md"]:
+        name = path.relative_to(place.REPOSITORY).as_posix()
+        if path.is_file() and path.suffix in (".md", ".py", ".jinja") and name not in shown:
+            assert SOURCE not in path.read_text(), name
+    urls = tomllib.loads((place.REPOSITORY / "pyproject.toml").read_text())["project"].get("urls", {})
+    assert urls.get("Homepage", SOURCE) == SOURCE
+
+
+READMES = sorted((place.REPOSITORY / "kernel_index").rglob("README.md"))
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda p: p.relative_to(place.REPOSITORY).parent.as_posix())
 def test_links_of_a_readme_lead_to_files(path):
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^):\s#]+)", prose):
         assert (path.parent / target).exists(), target
 
 
-@pytest.mark.skipif(not has_package("zensical"), reason="needs the docs extra: make docs installs it")
-def test_the_built_site_has_no_broken_link_and_can_be_searched(tmp_path):
-    assert build.main(tmp_path / "out") == 0
-    found = json.loads((tmp_path / "out" / "site" / "search.json").read_text())
+def test_a_formula_becomes_mathml(tmp_path):
+    pytest.importorskip("latex2mathml")
+    page = tmp_path / "a.html"
+    page.write_text(r'<span class="arithmatex">\(x &lt; y\)</span><div class="arithmatex">\[\frac{a}{b}\]</div>$5')
+    assert formulas.render(tmp_path) == 2
+    assert page.read_text().count("<math ") == 2
+    assert "<mfrac>" in page.read_text()
+    assert "arithmatex" in page.read_text()
+    page.write_text(r'<span class="arithmatex">\(\nosuchcommand{x}\)</span>')
+    with pytest.raises(ValueError, match="nosuchcommand"):
+        formulas.render(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    missing = [name for name in ("zensical", "mkdocstrings", "latex2mathml") if not has_package(name)]
+    if missing:
+        pytest.skip("needs the docs extra: make docs installs it")
+    out = tmp_path_factory.mktemp("site")
+    assert build.main(out / "out") == 0
+    return out / "out" / "site"
+
+
+def test_the_built_site_has_no_broken_link_and_can_be_searched(built):
+    found = json.loads((built / "search.json").read_text())
     places = {item["location"].partition("#")[0] for item in found["items"]}
     assert {f"kernels/{e.name}.html" for e in ENTRIES} <= places
-    (tmp_path / "out" / "site" / "kernels" / "fused_relu_squared.html").unlink()
-    assert any("fused_relu_squared.html" in line for line in links.broken(tmp_path / "out" / "site"))
+
+
+def test_the_built_pages_have_signatures_sources_and_formulas(built):
+    page = (built / "kernels" / "dense_attention.html").read_text()
+    assert 'id="kernel_index.attention"' in page
+    assert re.search(rf'href="{SOURCE}/blob/main/kernel_index/kernels/attention/dense_attention/api.py#L\d+"', page)
+    assert "<math " in page
+    assert "&gt;&gt;&gt;" in page, "an example"
+    assert not re.search(r"class=.arithmatex.>\s*\\[(\[]", page), "no TeX is left"
+
+
+BROKEN = """<html><body style="margin: 0"><div class="md-content"><p style="width: 700px">wide</p></div>
+<img src="none.png"><script src="http://127.0.0.1:9/other.js"></script><script>nothing.here</script></body></html>"""
+
+
+@pytest.mark.skipif(browser.find() is None or not has_package("playwright"), reason="needs Chromium and playwright")
+def test_the_browser_finds_what_is_wrong(tmp_path, monkeypatch):
+    """``make docs`` looks at every page of the site; here the check itself is checked."""
+    monkeypatch.setattr(browser, "SEARCHES", {})
+    (tmp_path / "good.html").write_text('<link rel="icon" href="data:,"><h1>Good</h1>')
+    assert browser.check(tmp_path, str(browser.find())) == []
+    (tmp_path / "bad.html").write_text('<link rel="icon" href="data:,">' + BROKEN)
+    wrong = "\n".join(browser.check(tmp_path, str(browser.find()), widths=(390, 1280)))
+    for said in (
+        "has no heading",
+        "is 700 wide in a window of 390",
+        "404 ",
+        "asks http://127.0.0.1:9",
+        "nothing is not",
+    ):
+        assert f"{said}" in wrong
+    assert "window of 1280" not in wrong
+    assert "good.html" not in wrong
