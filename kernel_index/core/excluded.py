@@ -114,14 +114,19 @@ def run_guarded(run: Callable[[Any], Any], call: Any, on_device: bool = False, s
                 return found
     if not call.excludes or call.k.shape[1] == 0:
         return run(call)
-    if on_device and not rules.host_readable(*operands) and not torch.compiler.is_compiling():
-        if rules.triton_why_not(*operands) is None:
-            return _on_device(run, call, selects)
+    if on_device and _takes_triton(*operands):
+        return _on_device(run, call, selects)
     finite = [x.isfinite() for x in operands]
     cleaned = [torch.where(of_x, x, 0.0) for of_x, x in zip(finite, operands, strict=True)]
     found = run(call._replace(q=cleaned[0], k=cleaned[1], v=cleaned[2]))
     bad_q, bad_k, bad_v = (~of_x.all(-1) for of_x in finite)
     return _spoiled(found, call, bad_q, bad_k | bad_v)
+
+
+def _takes_triton(*operands: Tensor) -> bool:
+    if rules.host_readable(*operands) or torch.compiler.is_compiling():
+        return False
+    return rules.triton_why_not(*operands) is None
 
 
 def guarded(run: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -7,10 +7,10 @@ these keys; where there is none, which the device alone knows, its few programs 
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors, row_stride, strides
 
 TOKENS, ROWS, KEYS = 32, 64, 128
@@ -24,7 +24,7 @@ class BadKeys(NamedTuple):
     some: Tensor
 
 
-@triton.jit
+@jit
 def _finite_tile(x_ptr, out_ptr, x_t, out_t, o_s, S, D: tl.constexpr, BLOCK_D: tl.constexpr, COPY: tl.constexpr):
     """Reads a tile of one head, and copies it; returns which tokens have an element that is not finite."""
     o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -37,7 +37,7 @@ def _finite_tile(x_ptr, out_ptr, x_t, out_t, o_s, S, D: tl.constexpr, BLOCK_D: t
     return tl.max(tl.where(m_finite, 0, 1), 1)  # [N]
 
 
-@triton.jit
+@jit
 def _finite_keys_kernel(
     k_ptr, v_ptr, k_out_ptr, v_out_ptr, bad_ptr, some_ptr, k_b, k_t, k_h, v_b, v_t, v_h, S, K,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, N: tl.constexpr,
@@ -55,7 +55,7 @@ def _finite_keys_kernel(
         tl.store(some_ptr, 1)  # each program that stores at all stores the same
 
 
-@triton.jit
+@jit
 def _mark_rows_kernel(
     out_ptr, lse_ptr, bad_ptr, some_ptr, start_ptr, end_ptr, out_b, out_t, out_h, window_b, tiles, T, S, H, G,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -100,20 +100,9 @@ def finite_keys(k: Tensor, v: Tensor, *, copy_k: bool) -> tuple[Tensor, Tensor, 
     )
     with on_device(k):
         _finite_keys_kernel[(ceil_div(S, TOKENS), B * K)](
-            k,
-            v,
-            *copies,
-            *keys,
-            *strides(k, v),
-            S,
-            K,
-            D,
-            DV,
-            next_power_of_2(D),
-            next_power_of_2(DV),
-            TOKENS,
-            num_warps=4,
-        )
+            k, v, *copies, *keys, *strides(k, v), S, K,
+            D, DV, next_power_of_2(D), next_power_of_2(DV), TOKENS, copy_k, num_warps=4,
+        )  # fmt: skip
     return *copies, keys
 
 
