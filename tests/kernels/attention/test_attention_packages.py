@@ -121,6 +121,23 @@ def test_fa4_takes_calls_that_need_gradients_of_packed_documents(monkeypatch):
         assert contract.fa4_not_worth(call) == contract.WAITS
 
 
+def test_fa4_declines_gradients_of_packed_documents_that_were_not_found_right(monkeypatch):
+    monkeypatch.setattr(contract, "has_package", lambda name: True)
+    monkeypatch.setattr(contract, "_packing_rule", lambda call: None)
+    ids = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
+
+    def reason(width: int, mask: ki.MaskContract, softcap: float = 0.0, grad: bool = True) -> str | None:
+        kind = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": grad}
+        q, k, v = (torch.empty(1, 64, 2, width, **kind) for _ in range(3))
+        return contract.fa4_why_not(AttentionCall(q, k, v, mask, None, softcap, None, False))
+
+    with pretend(Target("cuda", 90)):
+        assert reason(8, ids) == contract.NOT_COMPARED
+        assert reason(64, ids, softcap=20.0) == contract.NOT_COMPARED
+        assert reason(8, ids, grad=False) is None
+        assert reason(8, ki.MaskContract()) is None
+
+
 LENGTHS = {
     "equal": [512] * 4,
     "uneven": [300, 700, 24, 1024],
@@ -129,9 +146,54 @@ LENGTHS = {
 }
 
 
-@pytest.mark.skipif(
+on_a_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or not has_package("flash_attn"), reason="needs a CUDA device and flash-attn-4"
 )
+
+
+@on_a_gpu
+@pytest.mark.parametrize("width", [8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_the_package_called_directly(width, softcap):
+    """Which gradients of packed lengths are right, in the package's own function; COMPARED_WIDTHS must be."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    m, lengths = Maker(torch.bfloat16, device="cuda"), [7, 6, 300, 13]
+    leaves = [m.normal(sum(lengths), heads, width).requires_grad_() for heads in (4, 2, 2)]
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    sizes = {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+    out = flash_attn_varlen_func(*leaves, cu_seqlens_q=cu, cu_seqlens_k=cu, **sizes, causal=True, softcap=softcap)[0]
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()[None]
+    exact = [x.detach().float()[None].requires_grad_() for x in leaves]
+    want = ki.attention(*exact, ki.MaskContract(doc_ids=ids), softcap=softcap, backend="reference")
+    up = m.normal(*out.shape)
+    found = [out, *torch.autograd.grad(out, leaves, up)]
+    right = [want, *torch.autograd.grad(want, exact, up.float()[None])]
+    errors = [((a.float() - e[0]).norm() / e.norm()).item() for a, e in zip(found, right, strict=True)]
+    if max(errors) > torch.finfo(torch.bfloat16).eps:
+        assert width not in contract.COMPARED_WIDTHS or softcap, errors
+        pytest.xfail(f"flash-attn-4's relative errors of out, dq, dk, dv: {errors}")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_sinks_and_their_gradient_are_right(width, window, softcap):
+    m = Maker(torch.bfloat16, device="cuda")
+    leaves = [m.normal(2, 700, heads, width).requires_grad_() for heads in (8, 2, 2)]
+    sink = m.normal(8, dtype=torch.float32).requires_grad_()
+    mask = ki.MaskContract(window=None if window is None else (window, 0))
+    up, results = m.normal(2, 700, 8, width), []
+    for inputs, backend in (([*leaves, sink], "fa4"), ([x.detach().float() for x in (*leaves, sink)], "reference")):
+        inputs = [x.requires_grad_() for x in inputs]
+        out = ki.attention(*inputs[:3], mask, softcap=softcap, sink=inputs[3], backend=backend)
+        results.append([out, *torch.autograd.grad(out, inputs, up.to(out.dtype))])
+    for actual, exact in zip(*results, strict=True):
+        assert (actual.float() - exact).norm() / exact.norm() <= torch.finfo(torch.bfloat16).eps
+
+
+@on_a_gpu
 @pytest.mark.parametrize("window", [(None, 0), (128, 0), (None, None)], ids=["causal", "window", "full"])
 @pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 128)], ids=["4/4 of 64", "8/2 of 128"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
