@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import rules
+from kernel_index.core import ops, rules
 from kernel_index.core.attention_function import Backward, Gradients
 from kernel_index.core.triton.launch import dense_heads
 
@@ -182,7 +182,7 @@ def _on_device(run: Callable[[Any], Any], call: Any, selects: bool) -> Any:
     q, (k, v) = call.q, map(dense_heads, (call.k, call.v))
     bounds = call.mask.row_intervals(call.sizes)
     if rules.wants_gradient(q, k, v):
-        q, k, v, keys = _Finite.apply(bounds, q, k, v)
+        q, k, v, keys = ops.apply(_Finite, bounds, q, k, v)
     else:
         k, v, keys = finite_keys(k, v, copy_k=not selects)
     found = run(call._replace(q=q, k=k, v=v))
