@@ -39,7 +39,7 @@ list: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/kernel-index build
+	-$(BIN)/kernel-index build
 	touch $(READY)
 
 .venv/.docs-ready: $(READY)

@@ -328,8 +328,8 @@ def test_other_tensors():
 
 
 def test_no_compiler(monkeypatch):
-    monkeypatch.setattr(inductor, "has_cxx_compiler", lambda: False)
-    assert_declined("needs a C++ compiler (g++ or clang++)")
+    monkeypatch.setattr(inductor, "has_inductor_compiler", lambda: False)
+    assert_declined(inductor.NO_GXX)
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])

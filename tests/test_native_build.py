@@ -1,6 +1,7 @@
 """Native kernels are compiled ahead of time: no call of ``auto`` compiles, and a library is built once and whole."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -202,7 +203,7 @@ def test_a_source_that_does_not_compile_says_what_the_compiler_said(source):
     with pytest.raises(RuntimeError, match=r"twice.cpp was not compiled by (?s:.*)error: expected"):
         build.build(source)
     source.write_text('extern "C" void nowhere(); extern "C" void call(const int64_t*) { nowhere(); }')
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(build.CannotBuild, match="nowhere"):
         build.build(source)
     assert not list(build.folders()[0].glob("*.so"))
 
@@ -213,3 +214,54 @@ def test_sources_are_in_the_package_and_few_headers_are_read():
     for source in build.sources():
         assert "ATen" not in build._code(source)
         assert "torch/" not in build._code(source)
+
+
+def test_a_compiler_that_fails_is_one_line_for_who_can_do_without(source, nothing_built, monkeypatch, caplog, tmp_path):
+    """A g++ that does not know the flags; ``sources`` of the package are not built for it."""
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'bad value for -march=' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(build, "cxx_compiler", lambda: str(broken))
+    native.build_all_or_warn()
+    assert [r.getMessage().startswith("no native kernels: ") for r in caplog.records] == [True]
+    assert "\n" not in caplog.records[0].getMessage()
+    with pytest.raises(build.CannotBuild, match="bad value"):
+        native.build_all()
+
+
+def test_sources_are_read_as_utf8_whatever_the_locale(nothing_built):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    code = "import torch, kernel_index as ki; q = torch.randn(1, 512, 4, 64); print(ki.attention(q, q, q).shape)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_relative_cache_folder_and_no_temporary_one_are_no_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build.folders()[0] == tmp_path / ".cache" / "kernel_index" / "native"
+
+    def nowhere() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(build.tempfile, "gettempdir", nowhere)
+    assert len(build.folders()) == 1
+
+
+def test_a_killed_build_leaves_nothing_for_good(source):
+    folder = build.build(source).library.parent
+    left = folder / f".draft-{source.stem}-killed"
+    left.mkdir()
+    source.write_text(source.read_text() + "\n")
+    build.build(source)
+    assert not left.exists()
+
+
+def test_loading_what_another_process_built_changes_no_answer(source, nothing_built, monkeypatch):
+    other = source.with_name("other.cpp")
+    other.write_text(source.read_text())
+    assert not native.is_built(other)
+    build.build(source)
+    build.build(other)  # the other process
+    native.library.__wrapped__(source)
+    assert not native.is_built(other)

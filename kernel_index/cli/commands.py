@@ -17,7 +17,7 @@ import typer.core
 
 import kernel_index
 from kernel_index.core import native
-from kernel_index.core.target import has_cxx_compiler, machine_rules
+from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, machine_rules
 from kernel_index.core.terminal import WRONG_USE, Json, console, errors, hanging, print_json
 from kernel_index.index.entries import ENTRIES, FAMILIES, find
 from kernel_index.index.entry import BackendState, Entry
@@ -236,8 +236,11 @@ def build_command() -> None:
     """Compile the C++ kernels for this machine, once, so that no call waits for a compiler."""
     if rule := native.machine_why_not():
         console.print(f"Nothing to build: {rule}.", highlight=False)
-        return
-    built = native.build_all()
+        raise typer.Exit(0 if rule == NO_VECTORS else 1)  # a machine that lacks a compiler may get one
+    try:
+        built = native.build_all()
+    except native.build.CannotBuild as error:
+        sys.exit(f"error: {error}")
     seconds = sum(b.seconds for b in built)
     made = sum(b.seconds > 0 for b in built)
     console.print(

@@ -6,7 +6,9 @@ there, bit by bit, if they see none of the replaced ones.  A row that does see o
 of its query and of the keys and values that were replaced: nothing that went wrong is hidden.
 
 On a GPU nobody may wait for values.  Kernels that hide excluded keys by rows of their own, without empty rows, get
-copies of k and v from one launch of ours, and a second one writes NaN where it belongs (docs/decisions/0015).
+copies of k and v from one launch of ours, and a second one writes NaN where it belongs: to rows of the output and of
+the gradient of q.  The gradients of replaced keys are then what the gradient from above makes of them.  See
+docs/decisions/0015.
 
 A query that sees no key is not touched by its own values.  The gradient that comes from above is another operand:
 ``guarded_backward`` does the same for it, where the backward pass is ours.  In the backward passes of PyTorch

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kernel_index.core import rules
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.rules import opaque_why_not, plain_why_not
-from kernel_index.core.target import has_cxx_compiler
+from kernel_index.core.target import NO_GXX, has_inductor_compiler
 
 logger = logging.getLogger("kernel_index")
 
@@ -38,8 +38,8 @@ def why_not(*tensors: Any) -> str | None:
     """The rules that every compiled region shares; arguments that are not tensors are ignored."""
     if (rule := opaque_why_not(*tensors)) is not None:
         return rule
-    if not has_cxx_compiler():
-        return "needs a C++ compiler (g++ or clang++)"
+    if not has_inductor_compiler():
+        return NO_GXX
     return "torch.compile is switched off" if _compile_is_off() else None
 
 

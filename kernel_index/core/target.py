@@ -60,6 +60,7 @@ def has_package(name: str) -> bool:
 
 
 NO_COMPILER = "no C++ compiler (g++ or clang++) found"
+NO_GXX = "needs g++, or another C++ compiler named by the variable CXX"
 NO_VECTORS = "needs a CPU with AVX-512 and PyTorch's oneDNN"
 
 
@@ -71,8 +72,14 @@ def cxx_compiler() -> str | None:
 
 
 def has_cxx_compiler() -> bool:
-    """Whether there is a C++ compiler, which Inductor needs on a CPU even for a cached kernel."""
+    """Whether there is a C++ compiler."""
     return cxx_compiler() is not None
+
+
+@functools.cache
+def has_inductor_compiler() -> bool:
+    """Whether there is the C++ compiler that Inductor asks for, even for a cached kernel: g++ or that of ``CXX``."""
+    return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
 @functools.cache
@@ -105,7 +112,7 @@ def machine_rules() -> dict[str, str | None]:
         else "needs a process group (torch.distributed.init_process_group)",
         "eager": None,
         "grouped_mm": None,
-        "inductor": None if has_cxx_compiler() else NO_COMPILER,
+        "inductor": None if has_inductor_compiler() else NO_GXX,
         "triton": None
         if has_package("triton") and (cuda or interpreting)
         else "needs the triton package (pip install triton) and a CUDA or ROCm device (or TRITON_INTERPRET=1)",

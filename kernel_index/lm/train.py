@@ -51,7 +51,7 @@ class Trainer:
                 f"batch_rows must be a multiple of the {self.row_shards} processes, got {config.batch_rows}"
             )
         if self.device.type == "cpu":
-            native.build_all()  # before the first step: `auto` passes over what is not built
+            native.build_all_or_warn()  # before the first step: `auto` passes over what is not built
         torch.manual_seed(config.seed)
         train, held_out = load_documents(Path(config.data) if config.data else None, config.glob)
         self.model = LanguageModel(config.model).to(self.device)

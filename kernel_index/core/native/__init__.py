@@ -26,7 +26,7 @@ from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
 DTYPES = (torch.float32, torch.bfloat16)
 Rule = Callable[..., str | None]
 
-NOT_BUILT = "not built yet on this machine: run `kernel-index build`"
+NOT_BUILT = "not built yet on this machine: `kernel-index build` builds it, and so does a call with backend='native'"
 
 ROWS = Path(__file__).with_name("rows.cpp")
 """Kernels of three small ops for few rows, in one source."""
@@ -134,16 +134,26 @@ def build_all() -> list[build.Built]:
     if machine_why_not() is not None:
         return []
     done = build.build_all()
-    is_built.cache_clear()
+    if any(built.seconds for built in done):
+        is_built.cache_clear()
     return done
+
+
+def build_all_or_warn() -> None:
+    """The same for who can do without: one line says why kernels are missing, and ``auto`` passes over them."""
+    try:
+        build_all()
+    except build.CannotBuild as error:
+        build.logger.warning("no native kernels: %s", str(error).partition("\n")[0])
 
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL:
     """A source's library, which is built if it is not there."""
-    loaded = ctypes.CDLL(str(build.build(source).library))
-    is_built.cache_clear()
-    return loaded
+    built = build.build(source)
+    if built.seconds:
+        is_built.cache_clear()
+    return ctypes.CDLL(str(built.library))
 
 
 def call(source: Path, function: str, sizes: tuple[int, ...], numbers: tuple[float, ...], *tensors: Tensor) -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -41,6 +42,10 @@ FLAGS = (
     "-w",
 )
 PACKAGE = Path(__file__).parents[2]
+
+
+class CannotBuild(RuntimeError):
+    """A source that this machine's compiler, PyTorch or file system made no library of."""
 
 
 class Built(NamedTuple):
@@ -87,8 +92,12 @@ def folders() -> tuple[Path, ...]:
     """Where libraries may be: the user's cache folder, and one for temporary files where that cannot be written."""
     found = []
     with contextlib.suppress(RuntimeError):  # no home
-        found.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernel_index" / "native")
-    return (*found, Path(tempfile.gettempdir()) / f"kernel_index-native-{os.getuid()}")
+        chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        cache = chosen if chosen.is_absolute() else Path.home() / ".cache"  # a relative one is no folder, by its owner
+        found.append(cache / "kernel_index" / "native")
+    with contextlib.suppress(OSError):  # nothing temporary can be written
+        found.append(Path(tempfile.gettempdir()) / f"kernel_index-native-{os.getuid()}")
+    return tuple(found)
 
 
 def file_name(source: Path) -> str:
@@ -104,21 +113,27 @@ def _key(source: Path, _modified: int) -> str:
 
 
 def _code(source: Path) -> str:
-    return "".join(path.read_text() for path in (*map(Path(__file__).with_name, HEADERS), source))
+    return "".join(path.read_text(encoding="utf-8") for path in (*map(Path(__file__).with_name, HEADERS), source))
 
 
 def _compile(source: Path, folder: Path) -> Path:
     compiler = cxx_compiler()
     if compiler is None:
-        raise RuntimeError(f"{source.name} cannot be compiled: {NO_COMPILER}")
-    with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder) as draft:
+        raise CannotBuild(f"{source.name} cannot be compiled: {NO_COMPILER}")
+    prefix = f".draft-{source.stem}-"
+    for left in folder.glob(f"{prefix}*"):  # of a process that was killed: the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as draft:
         code, made = Path(draft, source.name), Path(draft, "library.so")
-        code.write_text(_code(source))
+        code.write_text(_code(source), encoding="utf-8")
         links = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
         done = subprocess.run([compiler, *FLAGS, str(code), "-o", str(made), *links], capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"{source.name} was not compiled by {compiler}:\n{done.stderr.strip()[-4000:]}")
-        ctypes.CDLL(str(made))  # raises where this PyTorch lacks a function
+            raise CannotBuild(f"{source.name} was not compiled by {compiler}:\n{done.stderr.strip()[-4000:]}")
+        try:
+            ctypes.CDLL(str(made))
+        except OSError as error:  # this PyTorch lacks a function, or nothing may be executed in the folder
+            raise CannotBuild(f"{source.name} was compiled and cannot be loaded: {error}") from error
         with made.open("r+b") as file:
             digest = hashlib.sha256(file.read()).digest()
             file.write(digest)
@@ -156,7 +171,7 @@ def _writable_folder() -> Path:
         if _is_trusted(folder):
             return folder
         problems.append(f"{folder} belongs to somebody else or is open to others")
-    raise RuntimeError(f"no folder for compiled kernels: {'; '.join(problems)}")
+    raise CannotBuild(f"no folder for compiled kernels: {'; '.join(problems)}")
 
 
 @contextlib.contextmanager

@@ -44,8 +44,10 @@ def _finite_keys_kernel(
     COPY_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens of one KV head."""
-    b, h = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
-    o_s = tl.program_id(0) * N + tl.arange(0, N)  # [N]
+    per_head = tl.cdiv(S, N)
+    head = tl.program_id(0) // per_head  # one axis: the second one of a grid ends at 65,535
+    b, h = (head // K).to(tl.int64), (head % K).to(tl.int64)
+    o_s = (tl.program_id(0) % per_head) * N + tl.arange(0, N)  # [N]
     first = b * S * K + h  # row of the dense copies at token 0
     bad_k = _finite_tile(k_ptr + b * k_b + h * k_h, k_out_ptr + first * D, k_t, K * D, o_s, S, D, BLOCK_D, COPY_K)
     bad_v = _finite_tile(v_ptr + b * v_b + h * v_h, v_out_ptr + first * DV, v_t, K * DV, o_s, S, DV, BLOCK_DV, True)
@@ -99,7 +101,7 @@ def finite_keys(k: Tensor, v: Tensor, *, copy_k: bool) -> tuple[Tensor, Tensor, 
         torch.zeros(1, dtype=torch.int32, device=k.device),
     )
     with on_device(k):
-        _finite_keys_kernel[(ceil_div(S, TOKENS), B * K)](
+        _finite_keys_kernel[(ceil_div(S, TOKENS) * B * K,)](
             k, v, *copies, *keys, *strides(k, v), S, K,
             D, DV, next_power_of_2(D), next_power_of_2(DV), TOKENS, copy_k, num_warps=4,
         )  # fmt: skip
