@@ -5,13 +5,19 @@ BIN := .venv/bin
 ARGS ?=
 READY := .venv/.ready
 
-.PHONY: train test check prove bench new list docs
+.PHONY: train test smoke check prove bench new list docs
 
 train: $(READY)
 	$(BIN)/kernel-index train $(ARGS)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
+
+# Imports, dispatch, masks, and the values and gradients of every kernel on a CPU without Triton: a minute on two cores.
+smoke: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_imports.py tests/test_dispatch.py \
+		tests/masks/test_mask_contract.py tests/test_conformance.py -k "not test_conformance or \
+		(values_and_gradients and not triton and not inductor and not chunked and (float32 or bfloat16))" $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
