@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 import typer.core
+from rich.text import Text
 
 import kernel_index
 from kernel_index.core import native
@@ -121,12 +122,12 @@ def list_command(
     for family in FAMILIES:
         rows = [row for e in chosen if e.family == family for row in _rows(e, notes)]
         if rows:
-            console.print(f"\n[bold]{family}[/]")
+            console.print(f"\n{family}", style="bold")
         for name, backends in rows:
             _list_row(name, backends, first)
     if not names:
         seed, others = ([e for e in ENTRIES if e.seed is kind] for kind in (True, False))
-        console.print(f"\n{sum(e.implemented for e in seed)} of {len(seed)} entries implemented.", highlight=False)
+        console.print(f"\n{sum(e.implemented for e in seed)} of {len(seed)} entries implemented.")
         hanging(console, "", "`kernel-index show NAME` prints the contract and rules of an entry or a function.")
         hanging(console, "", f"Beside these: {', '.join(e.name for e in others)}.")
     if notes:
@@ -139,13 +140,13 @@ def _list_row(name: str, backends: str, first: int) -> None:
     """Names and their backends side by side, or below each other where a line is too short for both."""
     if console.width < first + 40:
         for line in name.splitlines():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         if backends:
             hanging(console, "      ", backends)
         return
     *above, last = name.splitlines()
     for line in above:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     hanging(console, f"{last:<{first}}  ", backends)
 
 
@@ -153,7 +154,7 @@ def _found(name: str) -> Entry:
     """The entry of a name, or wrong use."""
     entry = find(name)
     if entry is None:
-        errors.print(_no_entry(name), markup=False, highlight=False, soft_wrap=True)
+        errors.print(_no_entry(name), soft_wrap=True)
         raise typer.Exit(WRONG_USE)
     return entry
 
@@ -196,7 +197,7 @@ def show_command(
         }
         print_json(_as_json(e) | {"signatures": e.signatures(), "contract": e.docstrings(), "rules": rules})
         return
-    console.print(f"[bold]{e.name}[/]  ({e.family}, kernel_index/{e.folder})", highlight=False)
+    console.print(Text.assemble((e.name, "bold"), f"  ({e.family}, kernel_index/{e.folder})"))
     hanging(console, "", e.purpose)
     if not e.implemented:
         hanging(console, "\nNot implemented yet: ", ", ".join(e.missing()))
@@ -208,9 +209,9 @@ def show_command(
             hanging(console, " " * indent, line[indent:])
     for names, table in e.tables().items():
         _show_backends(names, table)
-    console.print("\n[bold]Where it is used[/]")
+    console.print("\nWhere it is used", style="bold")
     for user, present in e.users().items():
-        console.print(f"  kernel_index.{user}{'' if present else ' (not yet)'}", highlight=False, soft_wrap=True)
+        console.print(f"  kernel_index.{user}{'' if present else ' (not yet)'}", soft_wrap=True)
 
 
 def _show_backends(names: tuple[str, ...], table: tuple[BackendState, ...]) -> None:
@@ -235,7 +236,7 @@ def _no_entry(name: str) -> str:
 def build_command() -> None:
     """Compile the C++ kernels for this machine, once, so that no call waits for a compiler."""
     if rule := native.machine_why_not():
-        console.print(f"Nothing to build: {rule}.", highlight=False)
+        console.print(f"Nothing to build: {rule}.", soft_wrap=True)
         raise typer.Exit(0 if rule == NO_VECTORS else 1)  # a machine that lacks a compiler may get one
     try:
         built = native.build_all()
@@ -246,7 +247,6 @@ def build_command() -> None:
     console.print(
         f"{made} kernels compiled in {seconds:.0f} s of compiler time, {len(built) - made} were there: "
         f"{built[0].library.parent}",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -267,7 +267,7 @@ def doctor_command(as_json: Json = False) -> None:
         )
         for number, line in enumerate(lines or ["none"]):
             hanging(console, f"{'' if number else name:<{width}} ", line)
-    console.print("\n[bold]Backends[/]")
+    console.print("\nBackends", style="bold")
     for name, reason in rules.items():
         mark = "✗" if reason else "✓"
         hanging(console, f"  {mark} {name}{': ' if reason else ''}", reason or "")

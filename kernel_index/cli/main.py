@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from kernel_index.cli import streams
+
 EXTRA = ("typer", "rich", "tyro", "safetensors", "matplotlib", "jinja2")
 """The packages of the ``cli`` extra."""
 
@@ -37,13 +39,17 @@ def use_cache_folder() -> None:
         sys.stderr.write(f"kernel-index: compiled kernels go to PyTorch's cache folder: {error}\n")
 
 
+def _command() -> None:
+    from kernel_index.cli.commands import app
+
+    app()
+
+
 def main() -> None:
     """Run the command line."""
     use_cache_folder()
     try:
-        from kernel_index.cli.commands import app
-
-        app()
+        streams.run(_command)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:

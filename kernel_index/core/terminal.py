@@ -1,5 +1,6 @@
 """What commands print: tables that fit the terminal, and an expected error as one line.  Needs the ``cli`` extra."""
 
+import codecs
 import contextlib
 import json
 import logging
@@ -8,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.cells import cell_len
@@ -30,8 +31,16 @@ LEAST = 20
 
 STDOUT = Path("-")
 
-console = Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPED)
-errors = Console(stderr=True)
+PLAIN: Any = {"markup": False, "emoji": False, "highlight": False}
+"""What commands print is text: a folder may be called ``[red]`` or ``:cat:``.  Style is an argument, or ``Text``."""
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+console = Console(width=None if _is_terminal(sys.stdout) or os.environ.get("COLUMNS") else PIPED, **PLAIN)
+errors = Console(stderr=True, **PLAIN)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.", show_default="off")]
 JsonFile = Annotated[
@@ -43,7 +52,15 @@ Cell = str | Text
 
 
 def print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    """In UTF-8, which is what JSON is in; in ASCII, where the stream has another encoding or UTF-8 lacks a character."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    if not _is_utf8(sys.stdout) or text != text.encode(errors="replace").decode():
+        text = json.dumps(content, indent=2, default=str)
+    sys.stdout.write(text + "\n")
+
+
+def _is_utf8(stream: TextIO) -> bool:
+    return codecs.lookup(stream.encoding or "utf-8").name == "utf-8"
 
 
 def print_table(
@@ -132,7 +149,7 @@ def write_figures(out: Path | None, content: dict[str, Any]) -> None:
     elif out is not None:
         with clear_errors():
             write_whole(out, json.dumps(content, indent=1, default=str))
-        console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"wrote {out}", soft_wrap=True)
 
 
 def log_plainly() -> None:

@@ -1,6 +1,7 @@
 """The commands ``kernel-index train``, ``generate`` and ``presets``."""
 
 import itertools
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 import kernel_index as ki
 from kernel_index.core.terminal import (
@@ -67,7 +69,7 @@ def _train(options: TrainOptions) -> bool:
     if options.resume:
         folder = options.out or train_options.newest_run()
         trainer = Trainer.resume(folder, steps=config.steps, checkpoint_every=config.checkpoint_every)
-        console.print(f"Resuming {folder} after step {trainer.step} of {trainer.config.steps}.", highlight=False)
+        console.print(f"Resuming {folder} after step {trainer.step} of {trainer.config.steps}.", soft_wrap=True)
     else:
         if options.out is None and processes() > 1:
             raise ValueError("--out must be given where several processes train, got none")
@@ -148,12 +150,14 @@ def _introduce(trainer: Trainer) -> None:
     active = active_parameters(trainer.model)
     of_a_token = "" if active == trainer.parameters else f" ({active:,} for one token)"
     console.print(
-        f"[bold]{c.preset}[/]: {trainer.parameters:,} parameters{of_a_token}, blocks {c.model.pattern}, "
-        f"{_rounded(trainer.flops_per_step / 1e9)} GFLOP per step of {rows} × {c.model.context} tokens, {c.dtype}",
-        highlight=False,
+        Text.assemble(
+            (c.preset, "bold"),
+            f": {trainer.parameters:,} parameters{of_a_token}, blocks {c.model.pattern}, "
+            f"{_rounded(trainer.flops_per_step / 1e9)} GFLOP per step of {rows} × {c.model.context} tokens, {c.dtype}",
+        )
     )
     source = c.data or "Python's standard library"
-    console.print(f"Data: {source}, {len(trainer.rows):,} packed rows; run folder: {trainer.folder}", highlight=False)
+    console.print(f"Data: {source}, {len(trainer.rows):,} packed rows; run folder: {trainer.folder}", soft_wrap=True)
 
 
 def _rounded(value: float) -> str:
@@ -187,8 +191,8 @@ def _run(trainer: Trainer) -> bool:
             signal.signal(number, handler)
     if trainer.step < trainer.config.steps:
         saved = trainer.save()
-        console.print(f"Interrupted after step {trainer.step}; saved {saved}.", highlight=False)
-        console.print(f"Continue with: kernel-index train --resume --out {trainer.folder}", highlight=False)
+        console.print(f"Interrupted after step {trainer.step}; saved {saved}.", soft_wrap=True)
+        console.print(f"Continue with: kernel-index train --resume --out {shlex.quote(str(trainer.folder))}", soft_wrap=True)
         return False
     return True
 
@@ -200,10 +204,10 @@ def _status(report: StepReport) -> str:
 def _print_line(report: StepReport, config: RunConfig) -> None:
     """Print every validation; without a terminal also one line for each twentieth of the run."""
     if report.validation is not None:
-        console.print(f"step {report.step:>5}: validation {report.validation:.3f} bits per byte", highlight=False)
+        console.print(f"step {report.step:>5}: validation {report.validation:.3f} bits per byte")
     if not console.is_terminal and (report.step == 1 or report.step % max(1, config.steps // 20) == 0):
         left = (config.steps - report.step) * report.seconds
-        console.print(f"step {report.step:>5}/{config.steps}: {_status(report)}, ETA {left:,.0f} s", highlight=False)
+        console.print(f"step {report.step:>5}/{config.steps}: {_status(report)}, ETA {left:,.0f} s")
 
 
 def _sample_prompt(trainer: Trainer) -> str:
@@ -225,19 +229,21 @@ def _conclude(trainer: Trainer, finished: bool) -> dict[str, Any]:
     print_table(console, header, [(r.op, r.backend, f"{r.count:,}", r.reason) for r in rows], "Which kernels ran")
     for number, note in enumerate(notes, 1):
         hanging(console, f"({number}) ", note)
-    console.print(f"{str(trainer.goodput).capitalize()}.", highlight=False)
+    console.print(f"{str(trainer.goodput).capitalize()}.")
     last = metrics[-1].validation
     if finished:
-        console.print("[bold]Generated:[/]")
-        console.print(sample, markup=False, highlight=False)
+        console.print("Generated:", style="bold")
+        console.print(sample)
     if finished and last is not None:
         console.print(
-            f"\nValidation: [bold]{last:.3f} bits per byte[/], unigram baseline {trainer.unigram:.3f}: "
-            f"{against_baseline(last, trainer.unigram)}.",
-            highlight=False,
+            Text.assemble(
+                "\nValidation: ",
+                (f"{last:.3f} bits per byte", "bold"),
+                f", unigram baseline {trainer.unigram:.3f}: {against_baseline(last, trainer.unigram)}.",
+            )
         )
     report = write_report(trainer, metrics, sample)
-    console.print(f"Report: {report}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Report: {report}", soft_wrap=True)
     return found | {
         "loss_nats": metrics[-1].loss,
         "validation_bits_per_byte": last,

@@ -6,6 +6,7 @@ chunks.  Every byte is a target exactly once per epoch; none is dropped.
 
 import bisect
 import hashlib
+import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def find_files(data: Path | None, pattern: str) -> tuple[Path, list[Path]]:
 
 def is_held_out(name: str) -> bool:
     """One file in twenty, chosen by its name: adding or removing other files does not change the choice."""
-    return hashlib.sha256(name.encode()).digest()[0] * 20 < 256
+    return hashlib.sha256(os.fsencode(name)).digest()[0] * 20 < 256
 
 
 def load_documents(data: Path | None, pattern: str | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -96,13 +97,14 @@ def load_documents(data: Path | None, pattern: str | None) -> tuple[list[np.ndar
     """
     pattern = pattern or (PYTHON if data is None else TEXT)
     root, paths = find_files(data, pattern)
+    only_text = pattern == TEXT and paths != [data]
     files: dict[str, bytes] = {}
     for path in paths:
         try:
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"--data holds a file that cannot be read: {error}") from error
-        if content and not (pattern == TEXT and len(paths) > 1 and b"\0" in content):
+        if content and not (only_text and b"\0" in content):
             files[path.relative_to(root).as_posix()] = content
     held_out = [content for name, content in files.items() if is_held_out(name)]
     train = [content for name, content in files.items() if not is_held_out(name)]
@@ -113,6 +115,7 @@ def load_documents(data: Path | None, pattern: str | None) -> tuple[list[np.ndar
     if not train:
         raise DataError(
             f"--data must hold text to train on and to hold out, got {len(files)} files with text in {root}"
+            + (", where files with a NUL byte are no text" if only_text else "")
         )
     return [_document(content) for content in train], [_document(content) for content in held_out]
 

@@ -117,7 +117,7 @@ def write_report(trainer: Trainer, metrics: list[StepReport], sample: str) -> Pa
     )
     path = trainer.folder / "report.html"
     draft = path.with_suffix(".draft")
-    draft.write_text(page)
+    draft.write_text(page, encoding="utf-8", errors="replace")
     draft.replace(path)
     return path
 

@@ -63,7 +63,7 @@ def _group(
         verify(receipt)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        console.print(context.get_help(), markup=False, highlight=False)
+        console.print(context.get_help())
         raise typer.Exit(2)
 
 
@@ -116,7 +116,7 @@ def _numerics(
         record.write(recorded, "numerics", record.of_numerics(every, device), device)
     compared = any(v.findings for v in every)
     if not compared:
-        console.print("nothing was compared", highlight=False)
+        console.print("nothing was compared")
     _finish(out, "numerics", [asdict(v) for v in every], compared and all(v.passes for v in every))
 
 
@@ -210,7 +210,7 @@ def _interpret() -> None:
 
 def _need_triton() -> None:
     if not has_package("triton"):
-        console.print("[red]needs the triton package: pip install 'kernel-index\\[triton]'[/]")
+        console.print("needs the triton package: pip install 'kernel-index[triton]'", style="red")
         raise typer.Exit(2)
 
 
@@ -225,6 +225,6 @@ def _finish(out: Path | None, proof: str, rows: list[dict[str, Any]], passed: bo
 
         versions["triton"] = triton.__version__
     write_figures(out, {"proof": proof, "passed": passed, "versions": versions, "rows": rows})
-    console.print(f"{proof}: {'[green]passed' if passed else '[red]failed'}[/]")
+    console.print(Text.assemble(f"{proof}: ", ("passed", "green") if passed else ("failed", "red")))
     if not passed:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from kernel_index.core.terminal import check_output, clear_errors, console, errors
 from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
@@ -34,34 +35,34 @@ def fa4(
     with clear_errors():
         proof = fa4_execute_proof(shape, dtype=dtype, causal=causal, seed=seed, time_limit=time_limit, out=out)
     _show(proof)
-    console.print(f"Receipt: {out}", highlight=False, soft_wrap=True)
+    console.print(f"Receipt: {out}", soft_wrap=True)
     if not proof.passed:
         raise typer.Exit(REFUSED if proof.refusal else COMPILED if proof.state == "compiled" else FAILED)
 
 
 def _show(proof: Proof) -> None:
-    console.print(f"[bold]{proof.state}[/]: {'passed' if proof.passed else 'no proof of execution'}", highlight=False)
+    console.print(Text.assemble((proof.state, "bold"), f": {'passed' if proof.passed else 'no proof of execution'}"))
     if proof.refusal:
-        console.print(f"  refused, {proof.refusal.code}: {proof.refusal.reason}", markup=False, highlight=False)
+        console.print(f"  refused, {proof.refusal.code}: {proof.refusal.reason}")
         return
     for run in proof.receipt["runs"]:
         report = run["report"]
         for row in report.get("cubins", ()):
             line = f"  {run['target']}: {row['kernel']}, {row['bytes']:,} bytes of machine code"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         for label, row in report.get("numerics", {}).items():
             line = f"  {label}: error {row['max_abs_error']}, PyTorch in the same dtype {row['baseline_max_abs_error']}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     if proof.state != "compiled":
         for problem in proof.problems:
-            console.print(f"  ✗ {problem}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  ✗ {problem}", soft_wrap=True)
 
 
 def verify(path: Path) -> None:
     """Accept a receipt or say why not; exit 1 if not."""
     found = verify_file(path)
     for problem in found:
-        errors.print(f"✗ {problem}", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"✗ {problem}", soft_wrap=True)
     if found:
         raise typer.Exit(FAILED)
-    console.print(f"{path}: a proof that flash-attn-4 executed and was right", highlight=False, soft_wrap=True)
+    console.print(f"{path}: a proof that flash-attn-4 executed and was right", soft_wrap=True)

@@ -37,7 +37,7 @@ def tpu(
     check_output("--json", out)
     reason = proof.why_not()
     if reason is not None:
-        errors.print(f"error: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"error: {reason}", style="red", soft_wrap=True)
         raise typer.Exit(2)
     with only_json(out == STDOUT):
         found = list(proof.prove(generations, cases, tuple(tokens or (8192, 32768)), cycles=cycles))
@@ -60,7 +60,8 @@ def tpu(
         versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
         content = {"proof": "tpu", "state": "compiled", "passed": passed, "versions": versions}
         write_figures(out, content | {"rows": [asdict(c) for c in found], "comparisons": comparisons})
-        console.print(f"tpu: {'[green]compiled' if passed else '[red]failed'}[/]; nothing was executed")
+        verdict = ("compiled", "green") if passed else ("failed", "red")
+        console.print(Text.assemble("tpu: ", verdict, "; nothing was executed"))
     if not passed:
         raise typer.Exit(1)
 
@@ -127,6 +128,6 @@ def _compare(found: list[proof.Compiled]) -> list[dict[str, Any]]:
         header = ("work", "TPU", "tokens", "tiles", "tiles ÷", "bundles ÷", "bytes ÷")
         print_table(console, header, shown, "Forward, against Splash")
         console.print(
-            r"tiles: 512 × 512 scores of a head; ÷: Kernel Index over Splash, less is better", highlight=False
+            r"tiles: 512 × 512 scores of a head; ÷: Kernel Index over Splash, less is better"
         )
     return rows

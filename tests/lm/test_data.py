@@ -1,5 +1,8 @@
 """Packing loses nothing, crops nothing, and the split is stable."""
 
+import hashlib
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +118,24 @@ def test_the_tail_of_one_file_is_held_out(tmp_path):
         (begin,), (tail,) = texts(train), texts(held_out)
         assert begin + tail == corpus
         assert len(tail) == len(corpus) // 20
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    for i in range(3):
+        (tmp_path / os.fsdecode(b"caf\xe9%d.txt" % i)).write_bytes(b"text" * 20)
+    train, held_out = load_documents(tmp_path, None)
+    assert len(train) == len(held_out) == 3, "each held out by its tail"
+    assert [is_held_out(name) for name in ("a.py", "é.py", "n20.py")] == [
+        hashlib.sha256(name.encode()).digest()[0] * 20 < 256 for name in ("a.py", "é.py", "n20.py")
+    ], "names in UTF-8 are chosen as ever"
+
+
+def test_a_folder_of_one_binary_file_holds_no_text(tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0" * 20)
+    with pytest.raises(DataError, match=f"got 0 files with text in {tmp_path}, where files with a NUL byte are no"):
+        load_documents(tmp_path, None)
+    train, _ = load_documents(tmp_path / "picture.png", None)
+    assert texts(train) == [b"\x89PNG\0" * 19], "a file that is named is taken"
 
 
 def test_a_pattern_is_the_users_own(tmp_path):
