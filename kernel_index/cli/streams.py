@@ -49,7 +49,9 @@ def _status(command: Callable[[], object]) -> str | int | None:
 
 
 def _drop_output() -> None:
-    """What could not be written: Python would try again at its end, and print a traceback."""
+    """What cannot be written: Python would try again at its end, and print a traceback."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -52,7 +52,7 @@ Cell = str | Text
 
 
 def print_json(content: Any) -> None:
-    """In UTF-8, which is what JSON is in; in ASCII, where the stream has another encoding or UTF-8 lacks a character."""
+    """In UTF-8; in ASCII where the stream has another encoding, or a file's name is not UTF-8."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     if not _is_utf8(sys.stdout) or text != text.encode(errors="replace").decode():
         text = json.dumps(content, indent=2, default=str)

@@ -192,7 +192,9 @@ def _run(trainer: Trainer) -> bool:
     if trainer.step < trainer.config.steps:
         saved = trainer.save()
         console.print(f"Interrupted after step {trainer.step}; saved {saved}.", soft_wrap=True)
-        console.print(f"Continue with: kernel-index train --resume --out {shlex.quote(str(trainer.folder))}", soft_wrap=True)
+        console.print(
+            f"Continue with: kernel-index train --resume --out {shlex.quote(str(trainer.folder))}", soft_wrap=True
+        )
         return False
     return True
 

@@ -127,7 +127,5 @@ def _compare(found: list[proof.Compiled]) -> list[dict[str, Any]]:
             shown.append([str(r["work"]), str(r["generation"]), str(r["tokens"]), f"{r['tiles']:,.0f}", *ratios])
         header = ("work", "TPU", "tokens", "tiles", "tiles ÷", "bundles ÷", "bytes ÷")
         print_table(console, header, shown, "Forward, against Splash")
-        console.print(
-            r"tiles: 512 × 512 scores of a head; ÷: Kernel Index over Splash, less is better"
-        )
+        console.print(r"tiles: 512 × 512 scores of a head; ÷: Kernel Index over Splash, less is better")
     return rows
