@@ -13,7 +13,20 @@ if not torch.cuda.is_available():
 import pytest
 
 from kernel_index.core import native
+from kernel_index.core.dispatch import Ineligible
 from kernel_index.core.force import reload_environment
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that asks for ``native`` by name is skipped where this CPU cannot run it, for the contract's own reason."""
+    try:
+        return (yield)
+    except (Ineligible, native.CannotRun) as error:
+        reason = native.machine_why_not()
+        if reason is None or reason not in str(error):
+            raise
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernel_index.core import checks
 from kernel_index.kvcache.block_means import BlockMeans, Row
 from kernel_index.kvcache.slots import append, gathered, slots
+from kernel_index.kvcache.step_tensors import StepTensors
 
 
 @dataclass
@@ -29,6 +30,9 @@ class CacheCounters:
 class KVCache(ABC):
     """Keys and values of every layer.  A step is ``begin``, then ``layer`` or ``append`` once for each layer, then
     ``advance``.  All layers of a step see the same lengths; ``begin`` abandons a step that was not advanced.
+
+    The tensors that ``layer`` hands out are written anew by the next ``begin`` of as many rows: a CUDA graph of one
+    step's calls, captured once, serves every later step.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class KVCache(ABC):
             self._scratch = torch.empty(0, dtype=dtype, device=device)
         self.counters = CacheCounters()
         self._step: _Step | None = None
+        self._tensors: dict[int, StepTensors] = {}  # by how many rows they hold, a power of 2
         self._means: dict[int, BlockMeans] = {}  # by block size, from the first call of block_means on
 
     @property
@@ -99,10 +104,12 @@ class KVCache(ABC):
         """Add to the lengths of the step's rows."""
 
     def _begin(self, names: list[int], lengths: list[int], tokens: int, table: list[list[int]] | None) -> None:
-        device = self.k.device
-        with torch.inference_mode(False):
-            ids = None if table is None else _sent(table, device)
-            before = _sent(lengths, device)
+        room = 1 << max(0, len(names) - 1).bit_length()
+        if room not in self._tensors:
+            columns = 0 if table is None else self.k.shape[1]  # no row has more pages than there are
+            self._tensors[room] = StepTensors(room, columns, self.k.device)
+        before = self._tensors[room].send_lengths(lengths)
+        ids = None if table is None else self._tensors[room].send_table(table)
         pages = [None] * len(names) if table is None else table
         rows = [Row(name, n, n + tokens, p) for name, n, p in zip(names, lengths, pages, strict=True)]
         self._step = _Step(tokens, before, ids, set(), rows)

@@ -146,10 +146,8 @@ class PagedKVCache(KVCache):
                 row.pages.append(self._take())
                 fresh.append(row.pages[-1])
         self._zero(fresh)
-        width = max((len(row.pages) for row in rows), default=0)
         self._stepping = chosen
-        table = [row.pages + [-1] * (width - len(row.pages)) for row in rows]
-        self._begin(chosen, [row.length for row in rows], tokens, table)
+        self._begin(chosen, [row.length for row in rows], tokens, [list(row.pages) for row in rows])
 
     def gathered(self, sequence: int, layer: int) -> tuple[Tensor, Tensor]:
         """A copy of the keys and values [length, K, D] that a sequence has in one layer."""

@@ -37,9 +37,14 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, soft
     sizes_of(q, k, mask)
     _check_layout(q, k, mask)
     check_scoring(scale, softcap)
+    check_sink(sink, q)
+
+
+def check_sink(sink: Any, q: Tensor) -> None:
+    """Raise unless sink is None or floating [H] on the device of q [B, T, H, D]."""
     if sink is not None:
         checks.is_floating("sink", sink)
-        checks.has_shape("sink", sink, (heads,), "one logit for each query head, [H]")
+        checks.has_shape("sink", sink, (q.shape[2],), "one logit for each query head, [H]")
         checks.on_device("sink", sink, q, "q")
 
 

@@ -32,6 +32,10 @@ ROWS = Path(__file__).with_name("rows.cpp")
 """Kernels of three small ops for few rows, in one source."""
 
 
+class CannotRun(RuntimeError):
+    """This machine runs no native kernel; dispatch never comes so far."""
+
+
 def why_not(*tensors: Tensor) -> str | None:
     """The rules that all native kernels share, in addition to those of the op's ``cpu`` backend."""
     if (rule := machine_why_not()) is not None:
@@ -166,6 +170,8 @@ def call(source: Path, function: str, sizes: tuple[int, ...], numbers: tuple[flo
 @functools.cache
 def _function(source: Path, name: str, numbers: int, tensors: int) -> Any:
     """Its argument types are set, so that a call need not wrap each argument: decoding a token makes 20 calls."""
+    if (rule := machine_why_not()) is not None:  # a CPU without these instructions would end the process
+        raise CannotRun(f"{source.name}: {rule}")
     found = library(source)[name]  # an object of its own, where an attribute would be shared
     found.argtypes = [ctypes.c_char_p, *[ctypes.c_float] * numbers, *[ctypes.c_void_p] * tensors]
     found.restype = None

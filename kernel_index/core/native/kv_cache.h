@@ -33,9 +33,10 @@ struct Partials {
   Partials(int64_t rows, int64_t splits, int64_t D)
       : splits(splits), D(D), states(rows * splits), acc(rows * splits * D) {}
 
-  // Merges the splits of a row, in their order, into its output [D]; a row without keys is 0.
+  // Merges the splits of a row, in their order, and a sink logit (−∞ for none) into its output [D]; a row without keys
+  // is 0.
   template <typename T>
-  void finish(int64_t row, T* out) const {
+  void finish(int64_t row, T* out, float sink = -INF) const {
     const RowState<float>* of = &states[row * splits];
     RowState<float> all;
     for (int64_t i = 0; i < splits; ++i) all.row_max = larger(all.row_max, of[i].row_max);  // then no alpha is below 1
@@ -45,7 +46,9 @@ struct Partials {
       const auto [alpha, beta] = all.merge(of[i]);
       rescale_add(sum.data(), alpha, acc.at((row * splits + i) * D), beta, D);
     }
-    for (int64_t d = 0; d < D; ++d) out[d] = T(all.empty() ? 0.f : sum[d] / all.row_sum);
+    const bool empty = all.empty();
+    const float alpha = all.merge(RowState<float>::with_sink(sink)).first;
+    for (int64_t d = 0; d < D; ++d) out[d] = T(empty ? 0.f : sum[d] * alpha / all.row_sum);
   }
 };
 

@@ -7,7 +7,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernel_index.core.triton.launch import interpreting
@@ -15,12 +19,61 @@ from kernel_index.core.triton.launch import interpreting
 ENABLE_FP_FUSION = True
 """A product and its sum are one instruction with one rounding (FMA): so it was in every figure that is recorded."""
 
+MOST_KNOWN = 4096
+"""Launches that a kernel remembers; then it begins anew."""
+
 
 class Kernel(JITFunction):
-    """Triton's function with ``enable_fp_fusion`` in every launch."""
+    """Triton's function with ``enable_fp_fusion`` in every launch, and a short way for a launch like an earlier one.
+
+    Triton looks at every argument of a launch before it finds the compiled kernel: 41 us for 29 of them on the host of
+    an H200, 16 us by this way.  Alike are launches whose arguments are of the same kinds by Triton's own rules.
+    """
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return functools.partial(self.run, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION)
+        return functools.partial(self._start, grid)
+
+    def _start(self, grid: Any, *args: Any, **constants: Any) -> Any:
+        if not _BY_KIND or _is_watched() or self.pre_run_hooks:
+            return self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
+        device = torch.cuda.current_device()
+        key = (device, *map(_kind, args), *constants.items())
+        known = self.__dict__.setdefault("known_launches", {})
+        found = known.get(key)
+        if found is None:
+            kernel = self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
+            names = self.arg_names[len(args) :]
+            if all(name in constants for name in names):
+                if len(known) >= MOST_KNOWN:
+                    known.clear()
+                known[key] = kernel, tuple(constants[name] for name in names)
+            return kernel
+        kernel, rest = found
+        stream = driver.active.get_current_stream(device)
+        kernel.run(
+            grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1, stream, kernel.function,
+            kernel.packed_metadata, None, None, None, *args, *rest,
+        )  # fmt: skip
+        return kernel
+
+
+_BY_KIND = torch.version.hip is None
+"""ROCm's compiler also looks at how much memory a pointer has."""
+
+
+def _kind(arg: Any) -> Any:
+    """What Triton compiles for: type and alignment of a pointer; of an integer 1, multiples of 16, and its width."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() & 15 == 0
+    if type(arg) is int:
+        return 1 if arg == 1 else (arg & 15 == 0, arg.bit_length() >> 5)
+    return type(arg) if type(arg) is float else (type(arg), arg)
+
+
+def _is_watched() -> bool:
+    """Whether a profiler's hook or a debugging option asks for Triton's own way."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return knobs.runtime.debug or any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -32,7 +32,9 @@ interpreting._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch on the tensor's GPU, whichever is current."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache

@@ -81,22 +81,98 @@ def test_ragged_rows_equal_each_row_alone(backend):
 @pytest.mark.parametrize("options", [{}, {"window_size": (300, 0)}, {"window_size": (20, 0)}], ids=str)
 @pytest.mark.parametrize("length", [0, 255, 256, 530, 597])
 def test_triton_merges_its_splits(length, options):
-    """Three splits of 256 keys; lengths at their ends, windows that leave whole splits empty."""
+    """Up to 16 splits of about 37 keys; lengths near their ends, windows narrower than one."""
     q, k, v = (x[:, :, :1] for x in stream(2, rows=1))
     cache = [torch.randn(1, 600, 1, D) for _ in range(2)]
     cache[1][:, length + 2 :] = float("nan")
     call = {"cache_seqlens": length, "k": k, "v": v, **options}
-    assert triton_config(capacity=600) == (16, 64, 256)
+    assert triton_plan(batch=1, capacity=600).most == 9
     expected = ki.fa4_kvcache_decode(q, *(c.clone() for c in cache), **call, backend="reference")
     actual = ki.fa4_kvcache_decode(q, *cache, **call, backend="triton")
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
 
 
-def triton_config(capacity):
+def triton_plan(batch, capacity):
+    """For one KV head of two queries, on a device of 2 processors that run 4 programs each."""
     pytest.importorskip("triton")
     from kernel_index.kernels.attention.dense_fa4_kvcache_decode import triton
 
-    return tuple(triton.pick_config(pairs=1, rows=2, capacity=capacity, width=D, programs=4))
+    return triton.plan(batch, kv_heads=1, rows=2, capacity=capacity, row_bytes=4 * D, count=2)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_triton_shares_ragged_rows_out(queries):
+    """A row of 500 keys beside rows of one and none: many splits, one split, an empty one; NaN in what none holds."""
+    lengths = [500, 1, 0, 130]
+    q, k, v = stream(queries, rows=4)
+    cache = ki.PagedKVCache(1, 160, 16, K, D)
+    rows = [cache.allocate() for _ in lengths]
+    cache.begin(rows, 500)
+    cache.append(0, *torch.randn(2, 4, 500, K, D))
+    cache.advance(lengths)
+    cache.begin(rows, queries)
+    layer = cache.peek(0)
+    expected = ki.fa4_kvcache_decode(q, k=k, v=v, backend="reference", **layer)
+    written = cache.k.clone(), cache.v.clone()
+    actual = ki.fa4_kvcache_decode(q, k=k, v=v, backend="triton", **layer)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+    assert torch.equal(cache.k, written[0]) and torch.equal(cache.v, written[1])
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def grown(kind, steps, replay):
+    """The outputs of ``steps`` steps of three rows after a prompt; by one call that is made once, if ``replay``."""
+    g = torch.Generator().manual_seed(3)
+    cache = (ki.PagedKVCache(1, 64, PAGE, K, D, device=DEVICE) if kind == "paged"
+             else ki.ContiguousKVCache(1, 3, 64, K, D, device=DEVICE))  # fmt: skip
+    rows = [cache.allocate() for _ in range(3)] if kind == "paged" else None
+    begin = (lambda n: cache.begin(rows, n)) if kind == "paged" else cache.begin
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE)  # noqa: E731
+    begin(6)
+    cache.append(0, draw(3, 6, K, D), draw(3, 6, K, D))
+    cache.advance([6, 2, 5])
+    q, k, v = (torch.empty(3, 1, heads, D, device=DEVICE) for heads in (H, K, K))
+    outs, again = [], None
+    for _ in range(steps):
+        begin(1)
+        for x in (q, k, v):
+            x.copy_(draw(*x.shape))
+        if not replay:
+            outs.append(ki.fa4_kvcache_decode(q, k=k, v=v, backend="triton", **cache.layer(0)))
+        else:
+            again = again or captured(q, k, v, cache.peek(0))
+            outs.append(again().clone())
+            cache.layer(0)
+        cache.advance()
+    return outs, cache.k
+
+
+def captured(q, k, v, layer):
+    """A call that launches what one call has launched: a CUDA graph, and off a GPU the same launch once more."""
+    pytest.importorskip("triton")
+
+    def call():
+        return ki.fa4_kvcache_decode(q, k=k, v=v, backend="triton", **layer)
+
+    if DEVICE == "cpu":
+        return call
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return lambda: graph.replay() or out
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_one_captured_step_serves_every_later_one(kind):
+    """The tensors of the first step's layer: ``begin`` writes later lengths and pages into the same memory."""
+    steps = 40
+    (expected, cached), (actual, replayed) = grown(kind, steps, replay=False), grown(kind, steps, replay=True)
+    for step, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, b), step
+    assert torch.equal(cached, replayed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,7 +23,7 @@ def _run_fa4(call: contract.DecodeCall) -> Tensor:
 
 
 BACKENDS = (
-    Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
+    Backend("fa4", contract.fa4_why_not, _run_fa4, contract.fa4_not_worth, contract.fa4_details),
     Backend("triton", contract.triton_why_not, decode_triton, contract.triton_not_worth),
     Backend(
         "native", contract.native_why_not, decode_native, native.once_built(SOURCE, not_worth=contract.native_not_worth)
@@ -45,6 +45,8 @@ def fa4_kvcache_decode(
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     block_table: Tensor | None = None,
+    scale: float | None = None,
+    sink: Tensor | None = None,
     backend: DecodeBackend = "auto",
 ) -> Tensor:
     """Append k and v to the cache, then attend with q over all keys and values that it holds.
@@ -53,10 +55,10 @@ def fa4_kvcache_decode(
 
         cache[b, n : n + Ln] = k[b], v[b]                       through block_table where the cache is paged
         p       = n + Ln - Lq + t                               the last query is at the last key
-        z[t, s] = D ** -0.5 · q[t, h]·keys[s, h // G]           softcap · tanh(z / softcap) with a softcap
+        z[t, s] = scale · q[t, h]·keys[s, h // G]               softcap · tanh(z / softcap) with a softcap
         out[t]  = softmax(z[t]) · values                        over p - left ≤ s ≤ p (≤ p + right, not causal)
 
-    A query without a key gives 0.  Position i of a paged row is ``k_cache[block_table[b, i // page], i % page]``.
+    A sink adds ``exp(sink[h])`` to the denominator.  A query without a key gives 0.  Position i of a paged row is ``k_cache[block_table[b, i // page], i % page]``.
     Lengths are not advanced here, since every layer of a model uses the same: ``ContiguousKVCache.advance`` and
     ``PagedKVCache.advance`` do it once per step.  Nothing waits for a device.  Nothing is written before the whole call
     has been checked: lengths and pages on the host here, those on a device by the caches' own ``begin``.
@@ -73,10 +75,12 @@ def fa4_kvcache_decode(
         window_size: ``(left, right)`` tokens around a query; None or negative is unlimited.
         softcap: bound of the scores; 0 is off.
         block_table: int32 [B, max_pages], the pages of each row in order; entries after its last token are not read.
+        scale: factor of the scores; ``D ** -0.5`` by default.
+        sink: [H], learnable sink logits: terms of the denominator without a value; None for no such term.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
-        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k and v; earlier cache content is a constant.
+        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k, v and sink; earlier cache content is a constant.
 
     Raises:
         TypeError: a tensor is not floating (or integer, for lengths and table), or dtypes differ.
@@ -95,5 +99,7 @@ def fa4_kvcache_decode(
     >>> cache[1, 0, :, 0, 0]
     tensor([1., 3., 0., 0.])
     """
-    call = contract.check(q, k_cache, v_cache, cache_seqlens, k, v, causal, window_size, softcap, block_table)
+    call = contract.check(
+        q, k_cache, v_cache, cache_seqlens, k, v, causal, window_size, softcap, block_table, scale, sink
+    )
     return cast_result(choose("fa4_kvcache_decode", BACKENDS, backend, call).run(call))

@@ -60,6 +60,12 @@ CASES = (
     Case("window_even", "a window in a contiguous cache", lambda m: {
         **contiguous(m, [9, 9], 16, 2, 2, 4, 2, 8), "window_size": (3, -1)}),
     Case("softcap", "scores bounded, paged", lambda m: {**paged(m, [7, 2], 4, 4, 2, 2, 4, 2, 8), "softcap": 2.0}),
+    Case("scale", "a scale of its own", lambda m: {**contiguous(m, [7, 2], 16, 1, 1, 4, 2, 8), "scale": 0.25}),
+    Case("sink", "a sink for each head, paged; a row of nothing cached", lambda m: {
+        **paged(m, [7, 0, 9], 4, 4, 1, 1, 4, 2, 8), "sink": m.normal(4)}),
+    Case("sink_window", "a sink, a window, a softcap and a scale; the first queries see nothing", lambda m: {
+        **contiguous(m, [0, 5, 14], 16, 4, 2, 4, 2, 8), "sink": m.normal(4), "window_size": (3, 0), "softcap": 2.0,
+        "scale": 0.5}),
     Case("not_causal", "every new token sees every other", lambda m: {
         **contiguous(m, [7, 2], 16, 3, 3, 4, 2, 8), "causal": False}),
     Case("both_sides", "not causal, a window to both sides", lambda m: {
@@ -85,6 +91,8 @@ def oracle(
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     block_table: Tensor | None = None,
+    scale: float | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token by token in Python: the slot of each key, the queries that may see it, one softmax for each query."""
     batch, queries, heads, width = q.shape
@@ -109,9 +117,11 @@ def oracle(
                 out.append(q[b, t] * 0.0)
                 continue
             keys, values = (torch.stack([row[s] for s in seen]).repeat_interleave(group, 1) for row in rows)
-            z_HS = torch.einsum("hd,shd->hs", q[b, t], keys) * width**-0.5
+            z_HS = torch.einsum("hd,shd->hs", q[b, t], keys) * (width**-0.5 if scale is None else scale)
             z_HS = softcap * (z_HS / softcap).tanh() if softcap else z_HS
-            out.append(torch.einsum("hs,shd->hd", z_HS.softmax(-1), values))
+            if sink is not None:
+                z_HS = torch.cat([z_HS, sink[:, None].to(z_HS.dtype)], 1)
+            out.append(torch.einsum("hs,shd->hd", z_HS.softmax(-1)[:, : len(seen)], values))
     nothing = q.sum() * 0.0  # so that an empty call has a gradient too
     stacked = torch.stack(out).view(q.shape) if out else nothing.expand(q.shape)
     return stacked, caches[0], caches[1]
@@ -131,7 +141,7 @@ SCALES = (1e-3, 1.0, 16.0)
 SUITES = (
     Suite(
         op="fa4_kvcache_decode", function=on_copies, backends=BACKENDS, cases=CASES,
-        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,
+        differentiable=("q", "k", "v", "sink"), oracle=oracle, sized=sized,
         scales=SCALES, rounding=("native", "sdpa", "triton"), real=real,
         without_gradient=("fa4", "native", "sdpa", "triton"),
     ),

@@ -10,6 +10,7 @@ from kernel_index.core import checks, native, rules
 from kernel_index.core.fa4_support import Support, support_of
 from kernel_index.core.target import has_package, target_of
 from kernel_index.kvcache.decode_arguments import REQUIRES_APPEND_KV, cast_to_cache, check_tensors
+from kernel_index.masks.attention_arguments import check_scoring, check_sink, scale_of
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 
 REQUIRES_CAUSAL = "dense_fa4_kvcache_requires_causal"
@@ -19,6 +20,8 @@ BLOCK_TABLE_BATCH_MISMATCH = "dense_fa4_kvcache_block_table_batch_mismatch"
 CUDA_ONLY = "dense_fa4_kvcache_cuda_only"
 
 MANY_QUERIES = 16
+FEW_ROWS = 64
+"""Queries times heads of a KV head: one tile of the Triton kernel."""
 
 
 class DecodeCall(NamedTuple):
@@ -34,6 +37,8 @@ class DecodeCall(NamedTuple):
     window: Window
     softcap: float
     block_table: Tensor | None
+    scale: float
+    sink: Tensor | None  # [H]
 
     @property
     def new_tokens(self) -> int:
@@ -62,6 +67,8 @@ def check(
     window_size: Any,
     softcap: float,
     block_table: Tensor | None,
+    scale: float | None,
+    sink: Tensor | None,
 ) -> DecodeCall:
     """The call, once nothing but a backend's rules can refuse it; those refuse a table of the wrong rank."""
     if isinstance(cache_seqlens, int) and isinstance(q, Tensor) and q.ndim > 0:
@@ -71,11 +78,11 @@ def check(
     q, k, v = cast_to_cache(k_cache, q, k, v)
     check_tensors(q, k_cache, v_cache, cache_seqlens, k, v, block_table)
     checks.is_bool("causal", causal)
-    checks.is_real("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap must be at least 0 (0 is off), got {softcap}")
+    check_scoring(scale, softcap)
+    check_sink(sink, q)
     assert isinstance(cache_seqlens, Tensor)
-    call = DecodeCall(q, k_cache, v_cache, cache_seqlens, k, v, causal, window, softcap, block_table)
+    scale = scale_of(q, scale)
+    call = DecodeCall(q, k_cache, v_cache, cache_seqlens, k, v, causal, window, softcap, block_table, scale, sink)
     _check_values(call)
     return call
 
@@ -157,16 +164,25 @@ def fa4_why_not(call: DecodeCall) -> str | None:
         return rule
     if not has_package("flash_attn"):
         return "needs the flash-attn-4 package (pip install flash-attn-4)"
-    if rules.wants_gradient(call.q, call.k, call.v):
+    if rules.wants_gradient(call.q, call.k, call.v, call.sink):
         return rules.NO_BACKWARD
     if call.q.dtype not in rules.HALF:
         return "flash-attn-4 takes float16 and bfloat16"
-    return _package_rule(support_of(target_of(call.q.device).arch), call.q.shape[-1], call.softcap)
+    return _package_rule(support_of(target_of(call.q.device).arch), call.q.shape[-1], call.softcap, call.sink)
 
 
-def _package_rule(support: Support | None, head_size: int, softcap: float) -> str | None:
+def fa4_not_worth(call: DecodeCall) -> str | None:
+    rows = call.q.shape[1] * (call.q.shape[2] // call.k_cache.shape[2])
+    if rows <= FEW_ROWS and triton_why_not(call) is None:
+        return "few queries: the Triton kernel splits the keys of a row among processors"
+    return None
+
+
+def _package_rule(support: Support | None, head_size: int, softcap: float, sink: Tensor | None) -> str | None:
     if support is None:
         return "flash-attn-4 does not know this architecture"
+    if sink is not None and not support.sink:
+        return "flash-attn-4 has no sink on this architecture"
     if not support.varlen:
         return "flash-attn-4 takes no ragged lengths on this architecture"
     if not support.takes_head_size(head_size):
@@ -192,12 +208,15 @@ def triton_why_not(call: DecodeCall) -> str | None:
     q, table = call.q, call.block_table
     if (rule := table_rule(q, table)) is not None:
         return rule
-    if (rule := rules.triton_why_not(q, call.k_cache, call.v_cache, call.cache_seqlens, table)) is not None:
+    rule = rules.triton_why_not(q, call.k_cache, call.v_cache, call.k, call.v, call.cache_seqlens, table, call.sink)
+    if rule is not None:
         return rule
-    if rules.wants_gradient(q, call.k, call.v):
+    if rules.wants_gradient(q, call.k, call.v, call.sink):
         return rules.NO_BACKWARD
     if q.shape[-1] > rules.WIDEST_HEAD:
         return "takes head sizes up to 256"
+    if call.k_cache.stride(-1) != 1 or call.v_cache.stride(-1) != 1:
+        return "needs caches whose head dimension is dense: they are written in place"
     return None
 
 
@@ -212,7 +231,8 @@ def native_why_not(call: DecodeCall) -> str | None:
         return "needs a block table of plain values: it writes where they say"
     if not (call.k_cache.is_contiguous() and call.v_cache.is_contiguous()):
         return "needs a contiguous cache: it is read and written in place"
-    return native.why_not(*(t for t in (call.q, call.k_cache, call.v_cache, call.k, call.v) if t is not None))
+    tensors = (call.q, call.k_cache, call.v_cache, call.k, call.v, call.sink)
+    return native.why_not(*(t for t in tensors if t is not None))
 
 
 def native_not_worth(call: DecodeCall) -> str | None:
@@ -222,6 +242,8 @@ def native_not_worth(call: DecodeCall) -> str | None:
 def sdpa_why_not(call: DecodeCall) -> str | None:
     if (rule := _host_why_not(call)) is not None:
         return rule
+    if call.sink is not None:
+        return "scaled_dot_product_attention has no sink"
     return "scaled_dot_product_attention has no softcap" if call.softcap != 0 else None
 
 
@@ -229,7 +251,7 @@ def _host_why_not(call: DecodeCall) -> str | None:
     """The rules of every backend that reads the lengths on the host."""
     if (rule := table_rule(call.q, call.block_table)) is not None:
         return rule
-    if rules.wants_gradient(call.q, call.k, call.v):
+    if rules.wants_gradient(call.q, call.k, call.v, call.sink):
         return rules.NO_BACKWARD
     if torch.compiler.is_compiling():
         return "torch.compile is tracing: lengths are read on the host"

@@ -14,7 +14,7 @@ void append(const Step& c, const T* k, const T* v, T* k_cache, T* v_cache) {
 // A unit of work is one split of the keys, for one query and one KV head: threads share a long row.
 template <typename T>
 void decode(const Step& c, int64_t left, int64_t right, const T* q, const T* k, const T* v, T* k_cache, T* v_cache,
-            T* out) {
+            const float* sink, T* out) {
   append(c, k, v, k_cache, v_cache);
   int64_t longest = 0;
   for (int64_t b = 0; b < c.B; ++b) longest = std::max(longest, c.total(b));
@@ -38,7 +38,7 @@ void decode(const Step& c, int64_t left, int64_t right, const T* q, const T* k, 
       attention.attend(k_cache, v_cache, offsets.data(), offsets.size(), partials, row, split);
     }
 #pragma omp for
-    for (int64_t row = 0; row < rows; ++row) partials.finish(row, out + row * c.D);
+    for (int64_t row = 0; row < rows; ++row) partials.finish(row, out + row * c.D, sink[row % c.H]);
   }
 }
 
@@ -46,9 +46,9 @@ void decode(const Step& c, int64_t left, int64_t right, const T* q, const T* k, 
 
 #define EXPORT(NAME, T)                                                                                             \
   void decode_##NAME(const int64_t* n, float scale, float softcap, const int32_t* lengths, const int32_t* table,    \
-                     const T* q, const T* k, const T* v, T* k_cache, T* v_cache, T* out) {                          \
+                     const T* q, const T* k, const T* v, T* k_cache, T* v_cache, const float* sink, T* out) {       \
     const Step c{n[0], n[1], n[2], n[3], n[3], n[4], n[5], n[6], n[7], n[10], {scale, softcap}, lengths, table};    \
-    decode<T>(c, n[8], n[9], q, k, v, k_cache, v_cache, out);                                                       \
+    decode<T>(c, n[8], n[9], q, k, v, k_cache, v_cache, sink, out);                                                 \
   }
 
 extern "C" {

@@ -29,6 +29,8 @@ def decode_fa4(call: DecodeCall) -> Tensor:
         seqused_k=(call.cache_seqlens + call.new_tokens).to(torch.int32),
         page_table=pages,
         causal=call.causal,
+        softmax_scale=call.scale,
         softcap=call.softcap,
+        learnable_sink=call.sink,
     )
     return out

@@ -32,7 +32,9 @@ class _Gathered(NamedTuple):
     v: Tensor
     start: Tensor  # int64 [B, Lq]
     end: Tensor
+    scale: float
     softcap: float
+    sink: Tensor | None
 
     @property
     def excludes(self) -> bool:
@@ -51,17 +53,18 @@ def decode_reference(call: DecodeCall) -> Tensor:
         keys, values = keys.index_put(new, call.k), values.index_put(new, call.v)  # the same values, with a graph
     total = lengths.to(torch.int64) + call.new_tokens
     start, end = key_intervals(total, q.shape[1], call.window_bounds)
-    return _attend(_Gathered(q, keys, values, start, end, call.softcap))
+    return _attend(_Gathered(q, keys, values, start, end, call.scale, call.softcap, call.sink))
 
 
 @guarded  # slots that hold no token may be NaN
 def _attend(call: _Gathered) -> Tensor:
-    q, keys, values, start, end, softcap = call
-    (batch, queries, heads, width), kv_heads = q.shape, keys.shape[2]
+    q, keys, values, start, end, scale, softcap, sink = call
+    (batch, queries, heads, _), kv_heads = q.shape, keys.shape[2]
     key = torch.arange(keys.shape[1], device=q.device)
     dtype = torch.promote_types(q.dtype, torch.float32)
     k_BKSD, v_BKSD = (x.to(dtype).transpose(1, 2) for x in (keys, values))
-    q_BKGTD = (q.to(dtype) * width**-0.5).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
+    sink_KG = None if sink is None else sink.to(dtype).view(kv_heads, heads // kv_heads, 1, 1)
+    q_BKGTD = (q.to(dtype) * scale).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
 
     def attend(chunk: slice) -> Tensor:
         allowed = ((key >= start[:, chunk, None]) & (key < end[:, chunk, None]))[:, None, None]
@@ -70,7 +73,9 @@ def _attend(call: _Gathered) -> Tensor:
             scores = softcap * torch.tanh(scores.masked_fill(~allowed, 0.0) / softcap)  # may overflow there
         empty = ~allowed.any(-1, keepdim=True)
         scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
-        weights = torch.where(allowed, torch.softmax(scores, -1), 0.0)
+        if sink_KG is not None:  # one more logit, without a value
+            scores = torch.cat([scores, sink_KG.expand(*scores.shape[:-1], 1)], -1)
+        weights = torch.where(allowed, torch.softmax(scores, -1)[..., : keys.shape[1]], 0.0)
         return torch.einsum("bkgts,bksd->bkgtd", weights, v_BKSD).masked_fill(empty, 0.0)
 
     chunk = queries

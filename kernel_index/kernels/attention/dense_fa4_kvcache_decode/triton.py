@@ -1,25 +1,32 @@
-"""Decoding in two launches: the keys of a row are split among programs, then the splits are merged in a fixed order.
+"""Decoding in two launches: write the new tokens and attend to splits of the keys, then merge the splits in order.
 
 The queries of a KV head (its G heads, and every new token) share one tile, so that keys are read once for all of them.
+How many splits a row gets is decided on the device, from the lengths that it finds there: rows of different lengths
+keep all processors busy alike, and a captured graph serves every later step.
 Names and units are those of ``core/triton/attention.py``; a row of a tile is one query with one head of the group.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.attention import (
     cache_slots,
+    finite_max,
     has_nan,
     load_rows,
-    online_softmax,
+    narrow,
     scores,
+    softmax_output,
+    store_rows,
     weighted_sum,
     within,
 )
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import (
+    LOG2E,
     ceil_div,
     dot_block,
     interpreting,
@@ -27,94 +34,260 @@ from kernel_index.core.triton.launch import (
     on_device,
     processors,
     score_factors,
-    strides,
 )
-from kernel_index.core.triton.merge_splits import allocate_splits, merge_splits, store_split
+
+_LOG2E = tl.constexpr(LOG2E)
+UNLIMITED = 2**31 - 1
+SMALLEST_SPLIT = 32
+"""Keys: a shorter split costs more in the merge than it saves."""
 
 
 @jit
-def _split_walk(
-    b_q, k_ptr, v_ptr, table_ptr, b, kv_head, low, high, first_seen, length, start, end,
-    k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s, inner, outer,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-    PAGED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+def _splits_of_rows(length_ptr, first, BATCH, NEW, REACH, ideal, MOST, N: tl.constexpr):
+    """Splits of the batch rows from ``first`` on [N], 0 where there is none, and the keys that their queries see."""
+    o_b = first + tl.arange(0, N)
+    b_length = tl.load(length_ptr + o_b, mask=o_b < BATCH, other=0).to(tl.int32) + NEW
+    seen = tl.where(o_b < BATCH, tl.minimum(b_length, REACH), 0)
+    splits = tl.minimum(tl.maximum((seen + ideal // 2) // ideal, 1), MOST)
+    return tl.where(o_b < BATCH, splits, 0), seen
+
+
+@jit
+def _plan(length_ptr, b, BATCH, NEW, REACH, SHARES, PROGRAMS, MOST, SMALLEST: tl.constexpr, N: tl.constexpr):
+    """The first split of batch row ``b`` and how many it has: so that all programs walk over about as many keys.
+
+    Every batch row is walked over SHARES times; its queries see REACH keys at most.
+    """
+    total = tl.zeros((), tl.int64)
+    for first in range(0, BATCH, N):
+        _, seen = _splits_of_rows(length_ptr, first, BATCH, NEW, REACH, 1, 1, N)
+        total += tl.sum(seen.to(tl.int64), 0)
+    ideal = tl.maximum(tl.cdiv(total * SHARES, PROGRAMS), SMALLEST).to(tl.int32)
+    before, own = 0, 0
+    for first in range(0, BATCH, N):
+        splits, _ = _splits_of_rows(length_ptr, first, BATCH, NEW, REACH, ideal, MOST, N)
+        o_b = first + tl.arange(0, N)
+        before += tl.sum(tl.where(o_b < b, splits, 0), 0)
+        own += tl.sum(tl.where(o_b == b, splits, 0), 0)
+    return before, own
+
+
+@jit
+def _write_new(
+    new_k_ptr, new_v_ptr, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, cached, low, high,
+    new_b, new_t, new_h, k_page, k_slot, k_h, v_page, v_slot, v_h,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """The softmax state of a tile of rows over the keys from ``low`` on and before ``high``."""
+    """Write the new tokens at positions ``low ≤ s < high``, of which the first new one is at ``cached``."""
+    o_k = tl.maximum(low, cached) + tl.arange(0, N)  # [N]
+    m_k = o_k < high
+    b_page, o_slot = cache_slots(table_ptr, b, table_b, 1, o_k, m_k, PAGE, PAGED)
+    o_new = b * new_b + (o_k - cached).to(tl.int64) * new_t + kv_head * new_h
+    o_d = tl.arange(0, BLOCK_D)
+    m_tile = m_k[:, None] & (o_d < D)[None, :]
+    for_k = b_page * k_page + o_slot * k_slot + kv_head * k_h
+    for_v = b_page * v_page + o_slot * v_slot + kv_head * v_h
+    tl.store(k_ptr + for_k[:, None] + o_d[None, :], load_rows(new_k_ptr, o_new, m_k, D, BLOCK_D), mask=m_tile)
+    tl.store(v_ptr + for_v[:, None] + o_d[None, :], load_rows(new_v_ptr, o_new, m_k, D, BLOCK_D), mask=m_tile)
+
+
+@jit
+def _walk(
+    b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, length, start, end,
+    k_page, k_slot, k_h, v_page, v_slot, v_h, inner, outer,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
+    PAGED: tl.constexpr, ALIKE: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The softmax state of a tile of rows over the keys ``low ≤ s < high``; ``low`` is a multiple of BN."""
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     row_max = tl.full((BM,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BM,), tl.float32)
+    sums = tl.zeros((BM, BN), tl.float32)  # added up over the keys once, at the end
     for first in range(low, high, BN):
         o_k = first + tl.arange(0, BN)  # [BN]
         m_k = within(o_k, first_seen, length)  # no other slot is read, neither keys nor the table
-        b_page, o_slot = cache_slots(table_ptr, b, table_b, table_s, o_k, m_k, PAGE, PAGED)  # [BN]
-        b_k = load_rows(k_ptr, b_page * k_page + o_slot * k_slot + kv_head * k_h, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+        if PAGED and PAGE % BN == 0:  # the tile is in one page
+            page = tl.load(table_ptr + b * table_b + first // PAGE).to(tl.int64)
+            o_slot = first % PAGE + tl.arange(0, BN)
+            b_k = load_rows(k_ptr + page * k_page + kv_head * k_h, o_slot * k_slot, m_k, D, BLOCK_D)
+        else:
+            page, o_slot = cache_slots(table_ptr, b, table_b, 1, o_k, m_k, PAGE, PAGED)  # [BN]
+            b_k = load_rows(k_ptr + kv_head * k_h, page * k_page + o_slot * k_slot, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
         z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
-        m_seen = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
+        m_seen = m_k[None, :] if ALIKE else within(o_k[None, :], start[:, None], end[:, None])
         logits = tl.where(m_seen, z * outer, float("-inf"))
-        p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
-        b_v = load_rows(v_ptr, b_page * v_page + o_slot * v_slot + kv_head * v_h, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        shift = finite_max(new_max)
+        p, alpha = tl.exp2(logits - shift[:, None]), tl.exp2(row_max - shift)
+        row_max, sums = new_max, sums * alpha[:, None] + p
+        if PAGED and PAGE % BN == 0:
+            b_v = load_rows(v_ptr + page * v_page + kv_head * v_h, o_slot * v_slot, m_k, D, BLOCK_D)
+        else:
+            b_v = load_rows(v_ptr + kv_head * v_h, page * v_page + o_slot * v_slot, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
         acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_seen, CAREFUL, UPCAST)
-    return acc, row_max, row_sum
+    return acc, row_max, tl.sum(sums, 1)
+
+
+@jit
+def _with_sink(acc, row_max, row_sum, sink):
+    """The state with one key more, of logit ``sink`` [BM] and without a value."""
+    new_max = tl.maximum(row_max, sink)
+    alpha = tl.exp2(row_max - new_max)
+    return acc * alpha[:, None], new_max, row_sum * alpha + tl.exp2(sink - new_max)
 
 
 @jit
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, acc_ptr, max_ptr, sum_ptr,
-    q_b, q_t, q_h, k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s,
-    ROWS, QUERIES, KV, NEW, LEFT, RIGHT, SPLIT, inner, outer,
+    q_ptr, k_ptr, v_ptr, new_k_ptr, new_v_ptr, length_ptr, table_ptr, sink_ptr, out_ptr, state_ptr,
+    q_b, q_t, q_h, k_page, k_slot, k_h, v_page, v_slot, v_h, new_b, new_t, new_h, table_b,
+    BATCH, QUERIES, KV, NEW, LEFT, RIGHT, REACH, PROGRAMS, MOST, SLOTS, inner, outer,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-    PAGED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, ALIKE: tl.constexpr, CAPPED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    PAGED: tl.constexpr, WRITTEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, ALIKE: tl.constexpr,
+    CAPPED: tl.constexpr, SINK: tl.constexpr, SMALLEST: tl.constexpr, BATCHES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The softmax state of a tile of rows over SPLIT keys of one batch row and KV head; ALIKE: rows see the same."""
-    split = tl.program_id(0).to(tl.int64)
-    b, kv_head = (tl.program_id(1) // KV).to(tl.int64), (tl.program_id(1) % KV).to(tl.int64)
+    """A split of one batch row's keys for one KV head and a tile of rows: their output, or their softmax state.
+
+    WRITTEN: most new tokens that it writes first, 0 where they are in the cache already.
+    ALIKE: all rows see the same keys.
+    """
+    b, kv_head = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
+    split, ROWS = tl.program_id(1), QUERIES * G
+    before, splits = _plan(length_ptr, b, BATCH, NEW, REACH, KV * tl.num_programs(2), PROGRAMS, MOST, SMALLEST, BATCHES)
+    if split >= splits:
+        return
     o_m = tl.program_id(2) * BM + tl.arange(0, BM)  # [BM]
-    query = o_m // G  # [BM]
+    m_m, query, head = o_m < ROWS, o_m // G, kv_head * G + o_m % G
     length = tl.load(length_ptr + b).to(tl.int32) + NEW
     position = length - QUERIES + query  # [BM]
     start = tl.maximum(position - LEFT, 0) if HAS_LEFT else tl.zeros_like(position)
     end = tl.minimum(position + RIGHT + 1, length) if HAS_RIGHT else tl.zeros_like(position) + length
-    o_q = query.to(tl.int64) * q_t + (kv_head * G + o_m % G) * q_h
-    b_q = load_rows(q_ptr + b * q_b, o_q, o_m < ROWS, D, BLOCK_D)  # [BM, BLOCK_D]
-    first_seen = tl.maximum(length - QUERIES - LEFT, 0) if HAS_LEFT else 0  # by any query of the batch row
-    low = tl.maximum((split * SPLIT).to(tl.int32), first_seen // BN * BN)
-    high = tl.minimum((split * SPLIT).to(tl.int32) + SPLIT, length)
-    acc, row_max, row_sum = _split_walk(
-        b_q, k_ptr, v_ptr, table_ptr, b, kv_head, low, high, first_seen, length, start, end,
-        k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s, inner, outer,
-        D, BLOCK_D, BM, BN, PAGE, PAGED, CAPPED, UPCAST, False,
+    b_q = load_rows(q_ptr + b * q_b, query.to(tl.int64) * q_t + head * q_h, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
+    first_seen = tl.maximum(length - REACH, 0) if HAS_LEFT else 0  # by any query of the batch row
+    first = first_seen // BN * BN
+    size = tl.cdiv(tl.cdiv(length - first, splits), BN) * BN
+    low = first + split * size
+    high = tl.minimum(low + size, length)
+    if WRITTEN > 0:
+        if high > length - NEW:
+            _write_new(
+                new_k_ptr, new_v_ptr, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, length - NEW, low, high,
+                new_b, new_t, new_h, k_page, k_slot, k_h, v_page, v_slot, v_h, D, BLOCK_D, WRITTEN, PAGE, PAGED,
+            )  # fmt: skip
+            tl.debug_barrier()  # what other threads of this program wrote is read below
+    acc, row_max, row_sum = _walk(
+        b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, length, start, end,
+        k_page, k_slot, k_h, v_page, v_slot, v_h, inner, outer,
+        D, BLOCK_D, BM, BN, PAGE, PAGED, ALIKE, CAPPED, UPCAST, False,
     )  # fmt: skip
     if not ALIKE:  # noqa: SIM102 (a constant: where rows are alike, the second walk is not compiled)
         if has_nan(acc):
-            acc, row_max, row_sum = _split_walk(
-                b_q, k_ptr, v_ptr, table_ptr, b, kv_head, low, high, first_seen, length, start, end,
-                k_page, k_slot, k_h, v_page, v_slot, v_h, table_b, table_s, inner, outer,
-                D, BLOCK_D, BM, BN, PAGE, PAGED, CAPPED, UPCAST, True,
+            acc, row_max, row_sum = _walk(
+                b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, length, start, end,
+                k_page, k_slot, k_h, v_page, v_slot, v_h, inner, outer,
+                D, BLOCK_D, BM, BN, PAGE, PAGED, ALIKE, CAPPED, UPCAST, True,
             )  # fmt: skip
-    store_split(
-        acc_ptr, max_ptr, sum_ptr, acc, row_max, row_sum, split, tl.program_id(1), tl.num_programs(1), ROWS, o_m,
-        D, BLOCK_D,
-    )  # fmt: skip
+    if splits == 1:
+        m_empty = row_sum == 0  # NaN stays
+        if SINK:
+            sink = tl.load(sink_ptr + head, mask=m_m, other=0.0).to(tl.float32) * _LOG2E
+            acc, row_max, row_sum = _with_sink(acc, row_max, row_sum, sink)
+        out, _ = softmax_output(acc, row_max, row_sum, m_empty)
+        store_rows(out_ptr, ((b * QUERIES + query) * KV * G + head) * D, m_m, out, D, BLOCK_D, UPCAST)
+    else:
+        o_state = ((before + split).to(tl.int64) * KV + kv_head) * ROWS + o_m
+        states = tl.cast(SLOTS, tl.int64) * KV * ROWS
+        tl.store(state_ptr + o_state, row_max, mask=m_m)
+        tl.store(state_ptr + states + o_state, row_sum, mask=m_m)
+        store_rows(state_ptr + 2 * states, o_state * D, m_m, acc, D, BLOCK_D, False)
+
+
+@jit
+def _merge_kernel(
+    length_ptr, sink_ptr, out_ptr, state_ptr,
+    BATCH, QUERIES, KV, NEW, REACH, TILES, PROGRAMS, MOST, SLOTS,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SINK: tl.constexpr, N: tl.constexpr,
+    SMALLEST: tl.constexpr, BATCHES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One row of the output from the states of its splits, N at a time; nothing where it has a single one."""
+    b, kv_head = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
+    row, ROWS = tl.program_id(1), QUERIES * G
+    before, splits = _plan(length_ptr, b, BATCH, NEW, REACH, KV * TILES, PROGRAMS, MOST, SMALLEST, BATCHES)
+    if splits == 1:
+        return
+    head, states = kv_head * G + row % G, tl.cast(SLOTS, tl.int64) * KV * ROWS
+    acc, row_sum = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((), tl.float32)
+    row_max = tl.zeros((), tl.float32) + float("-inf")
+    for first in range(0, splits, N):
+        o_split = first + tl.arange(0, N)  # [N]
+        m_split = o_split < splits
+        o_state = ((before + o_split).to(tl.int64) * KV + kv_head) * ROWS + row
+        b_max = tl.load(state_ptr + o_state, mask=m_split, other=float("-inf"))
+        b_sum = tl.load(state_ptr + states + o_state, mask=m_split, other=0.0)
+        b_acc = load_rows(state_ptr + 2 * states, o_state * D, m_split, D, BLOCK_D)  # [N, BLOCK_D]
+        new_max = tl.maximum(row_max, tl.max(b_max, 0))
+        shift = finite_max(new_max)
+        alpha, w = tl.exp2(row_max - shift), tl.exp2(b_max - shift)
+        acc = acc * alpha + tl.sum(b_acc * w[:, None], 0)
+        row_sum = row_sum * alpha + tl.sum(b_sum * w, 0)
+        row_max = new_max
+    if SINK:
+        sink = tl.load(sink_ptr + head).to(tl.float32) * _LOG2E
+        new_max = tl.maximum(row_max, sink)
+        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.exp2(sink - new_max)
+        acc = acc * tl.exp2(row_max - new_max)
+    out = tl.where(row_sum != 0, acc / tl.where(row_sum != 0, row_sum, 1.0), 0.0)  # NaN stays
+    o_d = tl.arange(0, BLOCK_D)
+    o_out = ((b * QUERIES + row // G) * KV * G + head) * D
+    value = narrow(out, out_ptr.dtype.element_ty, UPCAST)
+    tl.store(out_ptr + o_out + o_d, value, mask=o_d < D)
 
 
 class Config(NamedTuple):
-    """Rows of a tile, keys that a program reads at once, keys of a split."""
+    """Rows of a tile, keys of a step, warps, stages; programs that a multiprocessor runs at once."""
 
     block_rows: int
     block_keys: int
-    split: int
+    num_warps: int
+    num_stages: int
+    programs: int
 
 
-def pick_config(pairs: int, rows: int, capacity: int, width: int, programs: int) -> Config:
-    """As few splits as keep ``programs`` busy twice over, none below 256 keys; a function of sizes alone."""
-    block_rows = min(64, max(16, next_power_of_2(rows)))
-    block_keys = 64 if width <= 128 else 32
-    tiles = max(1, pairs * ceil_div(rows, block_rows))
-    splits = max(1, min(ceil_div(capacity, 256), ceil_div(2 * programs, tiles)))
-    return Config(
-        block_rows, block_keys, max(block_keys, ceil_div(ceil_div(capacity, splits), block_keys) * block_keys)
-    )
+def pick_config(rows: int, row_bytes: int) -> Config:
+    """Of ``rows`` of all tiles and the bytes of a key.
+
+    Few rows wait for memory alone: a warp for each tile of 8 KiB, with six of them under way and four warps on a
+    multiprocessor, reaches the copy bandwidth of an H200 (docs/decisions/0019).
+    """
+    if rows <= 16:
+        block_keys = min(64, max(16, 4096 // row_bytes))
+        stages = min(6, max(2, 49152 // (2 * block_keys * row_bytes)))
+        return Config(16, block_keys, 1, stages, 4)
+    block_keys = 64 if row_bytes <= 256 else 32
+    return Config(32 if rows <= 32 else 64, block_keys, 4, 3 if row_bytes <= 256 else 2, 2)
+
+
+class Plan(NamedTuple):
+    """What a launch takes from the sizes of a call alone: nothing here depends on a length."""
+
+    config: Config
+    tiles: int
+    programs: int
+    most: int  # splits of a batch row
+    slots: int  # splits of all batch rows that have more than one
+    batches: int
+
+
+def plan(batch: int, kv_heads: int, rows: int, capacity: int, row_bytes: int, count: int) -> Plan:
+    config = pick_config(rows, row_bytes)
+    tiles = ceil_div(rows, config.block_rows)
+    programs = config.programs * count
+    most = max(1, min(ceil_div(capacity, SMALLEST_SPLIT), programs // (kv_heads * tiles) + 1))
+    slots = programs // (kv_heads * tiles) + batch + 1
+    return Plan(config, tiles, programs, most, slots, min(1024, next_power_of_2(batch)))
+
+
+def writes_itself(queries: int, group: int, new: int) -> bool:
+    """Whether the first launch writes the new tokens: where it has one tile of rows that sees them all."""
+    return 0 < new <= queries and queries * group <= pick_config(queries * group, 256).block_rows
 
 
 def decode(
@@ -123,34 +296,51 @@ def decode(
     v_cache: Tensor,
     lengths: Tensor,
     table: Tensor | None,
+    new_k: Tensor | None,
+    new_v: Tensor | None,
+    sink: Tensor | None,
     new: int,
     left: int,
     right: int,
+    scale: float,
     softcap: float,
     out: Tensor,
 ) -> Tensor:
-    """Fill ``out`` [B, Lq, H, D]; a window of −1 is unlimited."""
+    """Fill ``out`` [B, Lq, H, D]; a window of −1 is unlimited.
+
+    ``new_k`` and ``new_v``, of the same strides, are written to the cache by the way; None where they are there already.
+    """
     batch, queries, heads, width = q.shape
     page, kv_heads = k_cache.shape[1:3]
     if out.numel() == 0:
         return out
     group = heads // kv_heads
-    rows, pairs = queries * group, batch * kv_heads
     capacity = page * (1 if table is None else table.shape[1])
     if capacity == 0:
         return out.zero_()
-    config = pick_config(pairs, rows, capacity, width, processors(q))
-    splits = allocate_splits(ceil_div(capacity, config.split), pairs, rows, q)
-    inner, outer = score_factors(width**-0.5, softcap)
-    table_strides = (0, 0) if table is None else table.stride()
+    p = plan(batch, kv_heads, queries * group, capacity, width * q.element_size(), processors(q))
+    inner, outer = score_factors(scale, softcap)
+    reach = queries + left if left >= 0 else UNLIMITED
+    flags = {"SINK": sink is not None, "SMALLEST": SMALLEST_SPLIT, "BATCHES": p.batches, "UPCAST": interpreting()}
+    flags |= {"G": group, "D": width, "BLOCK_D": dot_block(width)}
+    sink = lengths if sink is None else sink
+    states = 1 if p.most == 1 else p.slots * kv_heads * queries * group * (width + 2)
+    state = torch.empty(states, dtype=torch.float32, device=q.device)
+    k_new = q if new_k is None else new_k
     with on_device(q):
-        _split_kernel[(splits.acc.shape[0], pairs, ceil_div(rows, config.block_rows))](
-            q, k_cache, v_cache, lengths, lengths if table is None else table, *splits,
-            *strides(q, k_cache, v_cache), *table_strides,
-            rows, queries, kv_heads, new, left, right, config.split, inner, outer,
-            G=group, D=width, BLOCK_D=dot_block(width), BM=config.block_rows, BN=config.block_keys, PAGE=page,
-            PAGED=table is not None, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
-            ALIKE=queries == 1 or (left < 0 and right < 0), CAPPED=softcap > 0, UPCAST=interpreting(),
-            num_warps=4, num_stages=2,
+        _split_kernel[(batch * kv_heads, p.most, p.tiles)](
+            q, k_cache, v_cache, k_new, q if new_v is None else new_v, lengths, lengths if table is None else table,
+            sink, out, state, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *k_new.stride()[:3],
+            0 if table is None else table.stride(0),
+            batch, queries, kv_heads, new, left, right, reach, p.programs, p.most, p.slots, inner, outer,
+            BM=p.config.block_rows, BN=p.config.block_keys, PAGE=page, PAGED=table is not None,
+            WRITTEN=0 if new_k is None else next_power_of_2(new), HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
+            ALIKE=queries == 1 or (left < 0 and right < 0), CAPPED=softcap > 0,
+            num_warps=p.config.num_warps, num_stages=p.config.num_stages, **flags,
         )  # fmt: skip
-        return merge_splits(splits, out, queries, kv_heads, group, config.block_rows)
+        if p.most > 1:
+            _merge_kernel[(batch * kv_heads, queries * group)](
+                lengths, sink, out, state, batch, queries, kv_heads, new, reach, p.tiles, p.programs, p.most, p.slots,
+                N=min(64, next_power_of_2(p.most)), num_warps=4, **flags,
+            )  # fmt: skip
+    return out
