@@ -64,9 +64,7 @@ def decode_row(session: Session, cell: DecodeCell) -> dict[str, Any]:
     inputs = DecodeInputs(cell.small() if session.dry else cell, "cpu" if session.dry else "cuda")
     inputs.write_new()
     known = inputs.truth()
-    found = session.measured(
-        cell.name, contenders(inputs), lambda step: measure(session, inputs.sets, known, step)
-    )  # fmt: skip
+    found = session.measured(cell.name, contenders(inputs), lambda step: measure(session, inputs.sets, known, step))
     row = row_of(found, rows=cell.rows, tokens=cell.tokens, page=cell.page)
     if row:
         row["share"] = round(cell.bytes / found["kernel_index auto"]["us"] / session.bandwidth * 1e6, 3)
@@ -110,8 +108,9 @@ def line(row: dict[str, Any]) -> list[str]:
     others = " ".join(f"{n.removeprefix('kernel_index ')} {us:.1f}" for n, us in row["us"].items() if n != auto)
     regret = f"{row['regret']:.2f} {row['best']}" if "regret" in row else ""
     ratio = f"{row['ratio']:.2f} {row['peer']}" if "ratio" in row else ""
-    where = DecodeCell(row["rows"], row["tokens"], row["page"]).name if "page" in row else (
-        f"{row['rows']} rows of {row['tokens'] // 1024}k by {row['route_per']}")  # fmt: skip
+    where = f"{row['rows']} rows of {row['tokens'] // 1024}k by {row.get('route_per')}"
+    if "page" in row:
+        where = DecodeCell(row["rows"], row["tokens"], row["page"]).name
     share = f"{100 * row['share']:.0f} %" if "share" in row else ""
     return [where, f"{row['us'][auto]:.1f}", row["ran"], f"{row['host_us'][auto]:.0f}", share, regret, ratio, others]
 

@@ -1,5 +1,6 @@
 """What the benchmarks of attention and decoding on a GPU share: options, rows that are kept, and one table."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -160,8 +161,8 @@ def show(rows: Iterable[dict[str, Any]], title: str, head: tuple[str, ...], line
     print_table(console, head, [line(row) for row in found], title)
     for key in ("regret", "ratio"):
         worst = sorted((r for r in found if r.get(key, 0) > 1.03), key=lambda r: -r[key])
-        said = "; ".join(f"{r[key]:.2f} {line(r)[0]} ({r['ran']}; {r['best'] if key == 'regret' else r['peer']})"
-                         for r in worst[:6])  # fmt: skip
+        other = "best" if key == "regret" else "peer"
+        said = "; ".join(f"{r[key]:.2f} {line(r)[0]} ({r['ran']}; {r[other]})" for r in worst[:6])
         console.print(f"{key} over 1.03 in {len(worst)} of {len(found)}: {said or 'none'}", highlight=False)
     errors = [e for r in found for e in (r.get("error") or {}).items() if not e[1] < 2e-2]
     console.print(f"errors over 2e-2 or NaN: {errors[:6] or 'none'}", highlight=False, markup=False)
@@ -173,7 +174,7 @@ def joined(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
     for key in dict.fromkeys(k for c in contents for k in c):
         values = [c[key] for c in contents if key in c]
         is_rows = isinstance(values[0], list) and key != "notes"
-        yield key, sum(values, []) if is_rows else values[0]
+        yield key, list(itertools.chain(*values)) if is_rows else values[0]
 
 
 def join(files: list[Path], out: Annotated[Path, typer.Option(help="The file to write.")]) -> None:

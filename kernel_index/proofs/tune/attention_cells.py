@@ -44,9 +44,8 @@ class AttentionCell:
 
     def small(self) -> "AttentionCell":
         """The same kind of call at a size for an interpreter."""
-        left = None if self.left is None else 16
-        return replace(self, tokens=48, rows=1, heads=4, kv_heads=2, head_size=16, documents=3 if self.documents else 0,
-                       left=left)  # fmt: skip
+        small = replace(self, tokens=48, rows=1, heads=4, kv_heads=2, head_size=16)
+        return replace(small, documents=3 if self.documents else 0, left=None if self.left is None else 16)
 
 
 CELLS = (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class DecodeCell:
         return replace(self, rows=min(self.rows, 2), tokens=48, page=16, heads=4, kv_heads=2, head_size=16)
 
 
-CELLS = tuple(DecodeCell(b, tokens, page) for b in (1, 8, 64) for tokens in (1024, 8192, 65536) for page in (64, 16, 256))
+TOKENS, PAGES = (1024, 8192, 65536), (64, 16, 256)
+CELLS = tuple(DecodeCell(rows, tokens, page) for rows in (1, 8, 64) for tokens in TOKENS for page in PAGES)
 
 
 class DecodeInputs:
@@ -56,7 +58,7 @@ class DecodeInputs:
         self.before = torch.full((cell.rows,), cell.tokens - 1, dtype=torch.int32, device=device)
         self.after = self.before + 1
 
-    def ours(self, backend: str) -> Callable[[int], Tensor]:
+    def ours(self, backend: Any) -> Callable[[int], Tensor]:
         return lambda i: ki.fa4_kvcache_decode(
             self.q[i],
             self.k_pages,
