@@ -15,8 +15,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from benchmarks.gpu_peers import attention_peers
-from benchmarks.gpu_session import DryRun, Only, Out, Seconds, Session, Warm, show, verdict
-from kernel_index.proofs.numerics import launch_errors
+from benchmarks.gpu_session import DryRun, Only, Out, Seconds, Session, Warm, failures, show, verdict
 from kernel_index.proofs.tune.attention_cells import CELLS, AttentionCell, AttentionInputs
 from kernel_index.proofs.tune.timing import error_of, is_broken
 
@@ -45,10 +44,10 @@ def measure(session: Session, inputs: AttentionInputs, known: tuple[Tensor, ...]
             gradients = inputs.last(*step())
         error = max(error_of(got, want) for got, want in zip(gradients, known[1:], strict=True))
         found["train"] = _timed(session, step) | {"ran": log[0].ran if log else "", "error": error}
-    except launch_errors() as error:
+    except failures() as error:
         if is_broken(error):
             raise
-        found["no train"] = " ".join(str(error).split())[:200]
+        found["no train"] = str(error)
     return found
 
 
@@ -107,6 +106,9 @@ def main(
             contenders(inputs),
             lambda attend, inputs=inputs, known=known: measure(session, inputs, known, attend),
         )
+        for name, contender in found.items():
+            if "no train" in contender:
+                session.say(f"{name}, backward", contender["no train"])
         for direction in DIRECTIONS:
             if row := row_of(cell, direction, found, session.bandwidth):
                 session.add(row)

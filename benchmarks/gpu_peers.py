@@ -89,19 +89,20 @@ def flex(inputs: AttentionInputs) -> Attend:
 
 def decode_peers(inputs: DecodeInputs) -> dict[str, Callable[[], Step]]:
     """Contenders by name.  FlashInfer appends the new token and attends; the others attend to a cache that holds it."""
-    found: dict[str, Callable[[], Step]] = {"FA4 paged": lambda: fa4_paged(inputs)}
+    found: dict[str, Callable[[], Step]] = {
+        "FA4 paged": lambda: fa4_paged(inputs, splits=1),
+        "FA4 paged, split": lambda: fa4_paged(inputs, splits=0),  # as many as its own rule says
+    }
     if inputs.cell.page in (16, 64):  # the pages do not matter: once for each number of rows and tokens, and in a test
         found["SDPA contiguous"] = lambda: sdpa_contiguous(inputs)
     return found | {"FlashInfer": lambda: flashinfer_paged(inputs)}
 
 
-def fa4_paged(inputs: DecodeInputs) -> Step:
+def fa4_paged(inputs: DecodeInputs, splits: int) -> Step:
     from flash_attn.cute import flash_attn_varlen_func
 
-    pages, after, tables = (inputs.k_pages, inputs.v_pages), inputs.after, inputs.tables
-    return lambda i: _first(
-        flash_attn_varlen_func(inputs.q[i], *pages, seqused_k=after, page_table=tables[i], causal=True)
-    )
+    pages, options = (inputs.k_pages, inputs.v_pages), {"seqused_k": inputs.after, "causal": True, "num_splits": splits}
+    return lambda i: _first(flash_attn_varlen_func(inputs.q[i], *pages, page_table=inputs.tables[i], **options))
 
 
 def sdpa_contiguous(inputs: DecodeInputs) -> Step:

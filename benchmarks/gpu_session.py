@@ -17,6 +17,7 @@ import typer
 from benchmarks.harness import console
 from kernel_index.core.atomic_write import write_whole
 from kernel_index.core.dispatch import Ineligible
+from kernel_index.core.target import has_package
 from kernel_index.core.terminal import print_table
 from kernel_index.index.entry import ROOT
 from kernel_index.proofs.numerics import launch_errors
@@ -35,6 +36,16 @@ NOTES = (
     "host_us: until an eager call returns.  share: compulsory bytes ÷ time ÷ the bandwidth of a copy.",
     "ratio: auto ÷ the fastest contender that is not ours.  regret: auto ÷ our fastest backend.",
 )
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What a contender may raise: its own verdict, and no reason to stop the others."""
+    found = (*launch_errors(), AssertionError, LookupError)
+    if has_package("cutlass"):
+        from cutlass.base_dsl.common import DSLBaseError
+
+        found += (DSLBaseError,)
+    return found
 
 
 class LeftOut(Exception):
@@ -94,9 +105,9 @@ class Session:
             try:
                 found[name] = measure(prepare())
             except (LeftOut, ImportError, NotImplementedError, Ineligible) as error:
-                self._say(name, str(error))
-            except launch_errors() as error:
-                self._say(f"{name} ({cell})", f"{type(error).__name__}: {error}")
+                self.say(name, str(error))
+            except failures() as error:
+                self.say(f"{name} ({cell})", f"{type(error).__name__}: {error}")
                 if timing.is_broken(error):
                     self._start_anew(cell, name)
                 error.__traceback__ = None  # its frames hold tensors
@@ -104,7 +115,8 @@ class Session:
                 torch.cuda.empty_cache()
         return found
 
-    def _say(self, name: str, why: str) -> None:
+    def say(self, name: str, why: str) -> None:
+        """Say once for each name why it was left out."""
         why = " ".join(why.split())[:200]
         if self.left_out.setdefault(name, why) is why:
             console.print(f"left out: {name}: {why}", highlight=False, markup=False, soft_wrap=True)
