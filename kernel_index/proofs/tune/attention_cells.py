@@ -16,7 +16,7 @@ LAST = 64
 
 @dataclass(frozen=True)
 class AttentionCell:
-    """One kind and size of call, in bfloat16, causal; ``left`` tokens before a query are in its window."""
+    """One kind and size of call in bfloat16; ``left`` tokens before a query are in its window."""
 
     name: str
     tokens: int
@@ -28,11 +28,13 @@ class AttentionCell:
     left: int | None = None
     softcap: float = 0.0
     sink: bool = False
+    causal: bool = True
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """What the call has beside causal attention, in alphabetical order."""
-        has = {"documents": self.documents, "sink": self.sink, "softcap": self.softcap, "window": self.left is not None}
+        has = {"documents": self.documents, "full": not self.causal, "sink": self.sink, "softcap": self.softcap}
+        has["window"] = self.left is not None
         return tuple(kind for kind, present in has.items() if present)
 
     @property
@@ -66,6 +68,15 @@ CELLS = (
 )
 
 
+TUNED = (
+    *CELLS,
+    AttentionCell("causal 512", 512, rows=32),
+    AttentionCell("full 8k", 8192, rows=4, causal=False),
+    AttentionCell("full 2k", 2048, rows=16, causal=False),
+)
+"""What ``kernel-index tune`` measures: also calls that benchmarks leave out."""
+
+
 class AttentionInputs:
     """Leaves, mask and upstream gradient of a cell; ``lengths`` are its documents, uneven as packed rows have them."""
 
@@ -86,15 +97,15 @@ class AttentionInputs:
         self.longest = int(lengths.max())
         self.ids = torch.repeat_interleave(torch.arange(len(ends)), lengths).to(device)
         doc_ids = self.ids.expand(shape).contiguous() if cell.documents else None
-        self.mask = ki.MaskContract(doc_ids=doc_ids, window=(cell.left, None))
+        self.mask = ki.MaskContract(causal=cell.causal, doc_ids=doc_ids, window=(cell.left, None))
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
 
-    def ours(self, backend: str) -> Callable[[], Tensor]:
-        options: dict[str, Any] = {"softcap": self.cell.softcap, "sink": self.sink, "backend": backend}
-        return lambda: ki.attention(self.q, self.k, self.v, self.mask, **options)
+    def ours(self, backend: Any) -> Callable[[], Tensor]:
+        softcap, sink = self.cell.softcap, self.sink
+        return lambda: ki.attention(self.q, self.k, self.v, self.mask, softcap=softcap, sink=sink, backend=backend)
 
     def train(self, call: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         """Forward and backward as one call."""
@@ -113,7 +124,7 @@ class AttentionInputs:
         z = cell.softcap * torch.tanh(z / cell.softcap) if cell.softcap else z
         s = torch.arange(cell.tokens, device=z.device)
         t = s[-last:, None]
-        seen = (s <= t) & (self.ids[s] == self.ids[t])
+        seen = ((s <= t) | (not cell.causal)) & (self.ids[s] == self.ids[t])
         seen = seen if cell.left is None else seen & (t - s <= cell.left)
         z = z.masked_fill(~seen, float("-inf"))
         if self.sink is not None:

@@ -112,15 +112,16 @@ def measured_kind(call: AttentionCall) -> tuple[str, ...]:
     right = None if right is None or right >= tokens - 1 else right
     if mask.counts is not None or mask.key_counts is not None or (right != 0 and (left, right) != (None, None)):
         return ()
-    has = (
-        ("documents", mask.doc_ids is not None),
-        ("full", right is None),
-        ("sink", call.sink is not None),
-        ("softcap", call.softcap != 0),
-        ("window", left is not None),
-    )
-    direction = "train" if rules.wants_gradient(call.q, call.k, call.v, call.sink) else "infer"
-    return direction, *[name for name, present in has if present]
+    kind: tuple[str, ...] = ("train" if rules.wants_gradient(call.q, call.k, call.v, call.sink) else "infer",)
+    if mask.doc_ids is not None:
+        kind += ("documents",)
+    if right is None:
+        kind += ("full",)
+    if call.sink is not None:
+        kind += ("sink",)
+    if call.softcap != 0:
+        kind += ("softcap",)
+    return kind if left is None else (*kind, "window")
 
 
 def measured_why_not(call: AttentionCall, name: str, kind: tuple[str, ...]) -> str | None:
