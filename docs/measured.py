@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from benchmarks.figures import saved, show
-from docs import plots, states
+from docs import cells, plots, states
 from docs.place import REPOSITORY
 
 PEERS = "nvidia-h200-peers-2026-11-28.json"
@@ -18,10 +18,12 @@ def peers() -> dict[str, Any]:
 
 def write() -> str:
     """The page as Markdown: the text of ``docs/site/measured.md`` with the plots and the tables of every record."""
-    content = peers()
+    content = peers() | {kind: cells.newest(kind)[1][kind] for kind in ("attention", "decode")}
     page = (REPOSITORY / "docs" / "site" / "measured.md").read_text()
     for name, plot in drawn(content).items():
         page = page.replace(f"<!-- plot: {name} -->", plot)
+    for kind in cells.KINDS:
+        page = page.replace(f"<!-- table: {kind} -->", cells.table(kind) or "Not measured yet.\n")
     return page
 
 

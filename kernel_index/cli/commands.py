@@ -28,6 +28,7 @@ ELSEWHERE = {
     "generate": "kernel_index.lm.commands:generate_command",
     "presets": "kernel_index.lm.commands:presets_command",
     "prove": "kernel_index.proofs.commands:app",
+    "tune": "kernel_index.proofs.tune.command:tune",
     "export": "kernel_index.integrations.kernels_hub:export_command",
 }
 """Commands defined beside what they run: name -> ``module:function`` or a group, imported when it is called."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import kernel_index
-from docs import SOURCE, browser, formulas, links, measured, pages, place, reference, states, status, text
+from docs import SOURCE, browser, cells, formulas, links, measured, pages, place, reference, states, status, text
 from docs import __main__ as build
 from kernel_index.core.target import has_package
 from kernel_index.index.entries import ENTRIES, FAMILIES
@@ -205,7 +205,22 @@ def test_the_pages_by_hand_and_the_plots_are_there(written):
     assert "<svg" in (written[0] / "concepts.md").read_text()
     page = (written[0] / "measured.md").read_text()
     assert page.count('<figure class="ki-plot"') == len(measured.drawn(measured.peers())) == 6
-    assert "<!-- plot" not in page
+    assert "<!-- " not in page
+    assert "| causal 8k infer | 3.477 | fa4 | 0.98 fa4 | 0.98 SDPA cuDNN |" in page
+    assert "| 1 | 64k | 64 | 813.1 | fa4 | 6.74 triton | 11.45 SDPA contiguous |" in page
+
+
+def test_the_newest_record_of_a_kind_is_shown(results, monkeypatch):
+    us = {"kernel_index auto(triton)": 2.0, "kernel_index dense": 8.0, "SDPA contiguous": 4.0}
+    row = {"rows": 8, "tokens": 65536, "route_per": "kv_group", "us": us, "ran": "triton"}
+    for name, date in (("z", "2026-01-02"), ("a", "2026-02-03")):
+        folder = results(name, machine={"device": "A GPU", "date": date}, moba_decode=[row])
+    found = states.contents(folder)
+    monkeypatch.setattr(states, "contents", lambda: found)
+    shown = cells.table("moba_decode")
+    assert shown.startswith("A GPU, 2026-02-03 ([data](../../benchmarks/results/a.json))")
+    assert "| 8 | 64k | kv_group | 2.0 | triton |  | 0.50 SDPA contiguous |" in shown
+    assert cells.table("decode") == ""
 
 
 def test_no_page_but_the_configuration_says_where_the_source_is(written):

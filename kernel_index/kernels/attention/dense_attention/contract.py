@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import native, rules
+from kernel_index.core import measured, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import Sight, sight_of_intervals
 from kernel_index.core.fa4_support import support_of
@@ -99,6 +99,55 @@ def _needs_no_mask(call: AttentionCall) -> bool:
 NO_MASK = "torch's own kernel needs no mask here"
 
 
+# What was measured
+
+
+def measured_kind(call: AttentionCall) -> tuple[str, ...]:
+    """What a measured row must have in common with the call; empty for calls like which nothing is measured."""
+    mask, tokens = call.mask, call.q.shape[1]
+    if call.q.dtype not in rules.HALF or tokens != call.k.shape[1] or mask.q_offset not in (None, 0):
+        return ()
+    left, right = mask.window_bounds
+    left = None if left is None or left >= tokens - 1 else left
+    right = None if right is None or right >= tokens - 1 else right
+    if mask.counts is not None or mask.key_counts is not None or (right != 0 and (left, right) != (None, None)):
+        return ()
+    kind: tuple[str, ...] = ("train" if rules.wants_gradient(call.q, call.k, call.v, call.sink) else "infer",)
+    if mask.doc_ids is not None:
+        kind += ("documents",)
+    if right is None:
+        kind += ("full",)
+    if call.sink is not None:
+        kind += ("sink",)
+    if call.softcap != 0:
+        kind += ("softcap",)
+    return kind if left is None else (*kind, "window")
+
+
+def measured_why_not(call: AttentionCall, name: str, kind: tuple[str, ...]) -> str | None:
+    """The row in which a backend that ``auto`` may take instead was faster."""
+    rows, tokens, _, width = call.q.shape
+    target, sizes = target_of(call.q.device), (width, tokens, rows)
+    return measured.slower("attention", name, target, kind, sizes, lambda rival: _may_run(rival, call))
+
+
+def _measured_or_no_mask(call: AttentionCall, name: str) -> str | None:
+    """Where nothing like the call was measured, torch's own kernel is taken if it needs no mask."""
+    kind = measured_kind(call)
+    if measured.known("attention", target_of(call.q.device), kind):
+        return measured_why_not(call, name, kind)
+    return NO_MASK if _needs_no_mask(call) else None
+
+
+def _may_run(rival: str, call: AttentionCall) -> bool:
+    """Whether ``auto`` may take it instead.  FlexAttention compiles for each mask and shape: it is no rival."""
+    if rival == "fa4":
+        return not call.mask.has_tensors and fa4_why_not(call) is None
+    if rival == "triton":
+        return triton_why_not(call) is None
+    return rival == "sdpa" and _needs_no_mask(call)
+
+
 # Triton
 
 
@@ -111,7 +160,9 @@ def triton_why_not(call: AttentionCall) -> str | None:
 
 
 def triton_not_worth(call: AttentionCall) -> str | None:
-    return NO_MASK if _needs_no_mask(call) else rules.triton_not_worth(call.q)
+    if (rule := _measured_or_no_mask(call, "triton")) is not None:
+        return rule
+    return rules.triton_not_worth(call.q)
 
 
 # flash-attn-4 and PyTorch's varlen_attn: documents as packed sequences
@@ -167,7 +218,7 @@ def _gradients_were_compared(call: AttentionCall) -> bool:
 
 
 def fa4_not_worth(call: AttentionCall) -> str | None:
-    return WAITS if call.mask.has_tensors else None
+    return WAITS if call.mask.has_tensors else measured_why_not(call, "fa4", measured_kind(call))
 
 
 def varlen_why_not(call: AttentionCall) -> str | None:
@@ -222,7 +273,7 @@ def flex_why_not(call: AttentionCall) -> str | None:
 
 
 def flex_not_worth(call: AttentionCall) -> str | None:
-    return NO_MASK if _needs_no_mask(call) else None
+    return _measured_or_no_mask(call, "flex")
 
 
 # The CPU's own

@@ -1,0 +1,90 @@
+"""The benchmarks of attention and decoding for a GPU: their dry run on a CPU, their files, and what they leave out."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import gpu_session
+from kernel_index.index.entry import ROOT
+
+
+def dry(module: str, out, *options: str):
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--dry-run", "--out", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_the_dry_run_of_attention_gives_every_field(tmp_path):
+    only = "sink + window,documents + window,causal 2k"
+    said, content = dry("gpu_attention", tmp_path / "a.json", "--only", only)
+    rows = {row["case"]: row for row in content["attention"]}
+    assert list(rows) == [
+        f"{cell} {direction}"
+        for cell in ("causal 2k", "documents + window 1024 32k", "sink + window 128 8k head size 64")
+        for direction in ("infer", "train")
+    ]
+    for row in rows.values():
+        assert {"ms", "ran", "best", "regret", "share", "host_us", "all_ms"} <= set(row)
+        assert "triton" in row["all_ms"]
+        assert max(row["error"].values()) < 3e-2, row["case"]
+    assert rows["causal 2k train"]["peer"] == "SDPA math"
+    assert content["machine"]["date"]
+    assert "left out: FA4: No module named 'flash_attn'" in said
+    assert "left out: Flex: FlexAttention has no backward on a CPU" in said
+    assert "errors over 2e-2 or NaN" in said
+
+
+def test_the_dry_run_of_decoding_gives_every_field(tmp_path):
+    out = tmp_path / "d.json"
+    said, content = dry("gpu_decode", out, "--only", "8 rows of 1k page 64,moba")
+    (row,) = content["decode"]
+    assert (row["rows"], row["tokens"], row["page"]) == (8, 1024, 64)
+    assert max(row["error"].values()) < 2e-2
+    assert {"kernel_index triton", "SDPA contiguous"} < set(row["us"])
+    assert row["peer"] == "SDPA contiguous"
+    assert len(content["moba_decode"]) == 4
+    assert "left out: FlashInfer: No module named 'flashinfer'" in said
+    before = out.read_text()
+    dry("gpu_decode", out, "--only", "8 rows of 1k page 64,moba")
+    assert out.read_text() == before, "what the file holds is not measured again"
+
+
+def test_no_time_no_cell(tmp_path):
+    out = tmp_path / "a.json"
+    command = [sys.executable, "-m", "benchmarks.gpu_attention", "--dry-run", "--out", str(out), "--seconds", "0"]
+    said = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True).stdout
+    assert "no time left for causal 8k" in said
+    assert not out.exists()
+
+
+def test_files_are_joined_by_rows(tmp_path):
+    for name, rows in (("a", [{"case": "x"}]), ("b", [{"case": "y"}])):
+        content = {"machine": {"device": name}, "notes": ["n"], "attention": rows, "lost": []}
+        (tmp_path / name).write_text(json.dumps(content))
+    gpu_session.join([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    content = json.loads((tmp_path / "c").read_text())
+    assert content == {"machine": {"device": "a"}, "notes": ["n"], "attention": [{"case": "x"}, {"case": "y"}]}
+
+
+@pytest.mark.parametrize(("ours", "regret", "best"), [({"a": 2.0, "b": 1.0}, 2.0, "b"), ({"a": 2.0}, 1.0, "a")])
+def test_regret_and_ratio(ours, regret, best):
+    row = gpu_session.verdict(2.0, "a", ours, {"P": 4.0})
+    assert row == {"ran": "a", "best": best, "regret": regret, "ratio": 0.5, "peer": "P"}
+
+
+def test_a_contender_that_raises_is_left_out_and_said_once(monkeypatch):
+    session = gpu_session.Session.__new__(gpu_session.Session)
+    session.content, session.left_out, session.dry = {}, {}, True
+    said = []
+    monkeypatch.setattr(gpu_session.console, "print", lambda text, **_: said.append(text))
+
+    def absent():
+        raise gpu_session.LeftOut("not here")
+
+    for cell in ("one", "two"):
+        found = session.measured(cell, {"peer": absent, "ours": lambda: 3}, lambda value: {"us": value})
+        assert found == {"ours": {"us": 3}}
+    assert said == ["left out: peer: not here"]
