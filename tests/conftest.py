@@ -19,7 +19,7 @@ from kernel_index.core.force import reload_environment
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A test that asks for ``native`` by name is skipped where this CPU cannot run it, for the contract's own reason."""
+    """A test that asks for ``native`` by name is skipped where this CPU cannot run it, for the contract's reason."""
     try:
         return (yield)
     except (Ineligible, native.CannotRun) as error:

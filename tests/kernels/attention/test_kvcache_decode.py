@@ -79,7 +79,7 @@ def test_ragged_rows_equal_each_row_alone(backend):
 
 
 @pytest.mark.parametrize("options", [{}, {"window_size": (300, 0)}, {"window_size": (20, 0)}], ids=str)
-@pytest.mark.parametrize("length", [0, 255, 256, 530, 597])
+@pytest.mark.parametrize("length", [0, 255, 597])
 def test_triton_merges_its_splits(length, options):
     """Up to 16 splits of about 37 keys; lengths near their ends, windows narrower than one."""
     q, k, v = (x[:, :, :1] for x in stream(2, rows=1))
@@ -116,63 +116,8 @@ def test_triton_shares_ragged_rows_out(queries):
     written = cache.k.clone(), cache.v.clone()
     actual = ki.fa4_kvcache_decode(q, k=k, v=v, backend="triton", **layer)
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
-    assert torch.equal(cache.k, written[0]) and torch.equal(cache.v, written[1])
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def grown(kind, steps, replay):
-    """The outputs of ``steps`` steps of three rows after a prompt; by one call that is made once, if ``replay``."""
-    g = torch.Generator().manual_seed(3)
-    cache = (ki.PagedKVCache(1, 64, PAGE, K, D, device=DEVICE) if kind == "paged"
-             else ki.ContiguousKVCache(1, 3, 64, K, D, device=DEVICE))  # fmt: skip
-    rows = [cache.allocate() for _ in range(3)] if kind == "paged" else None
-    begin = (lambda n: cache.begin(rows, n)) if kind == "paged" else cache.begin
-    draw = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE)  # noqa: E731
-    begin(6)
-    cache.append(0, draw(3, 6, K, D), draw(3, 6, K, D))
-    cache.advance([6, 2, 5])
-    q, k, v = (torch.empty(3, 1, heads, D, device=DEVICE) for heads in (H, K, K))
-    outs, again = [], None
-    for _ in range(steps):
-        begin(1)
-        for x in (q, k, v):
-            x.copy_(draw(*x.shape))
-        if not replay:
-            outs.append(ki.fa4_kvcache_decode(q, k=k, v=v, backend="triton", **cache.layer(0)))
-        else:
-            again = again or captured(q, k, v, cache.peek(0))
-            outs.append(again().clone())
-            cache.layer(0)
-        cache.advance()
-    return outs, cache.k
-
-
-def captured(q, k, v, layer):
-    """A call that launches what one call has launched: a CUDA graph, and off a GPU the same launch once more."""
-    pytest.importorskip("triton")
-
-    def call():
-        return ki.fa4_kvcache_decode(q, k=k, v=v, backend="triton", **layer)
-
-    if DEVICE == "cpu":
-        return call
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return lambda: graph.replay() or out
-
-
-@pytest.mark.parametrize("kind", ["contiguous", "paged"])
-def test_one_captured_step_serves_every_later_one(kind):
-    """The tensors of the first step's layer: ``begin`` writes later lengths and pages into the same memory."""
-    steps = 40
-    (expected, cached), (actual, replayed) = grown(kind, steps, replay=False), grown(kind, steps, replay=True)
-    for step, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a, b), step
-    assert torch.equal(cached, replayed)
+    assert torch.equal(cache.k, written[0])
+    assert torch.equal(cache.v, written[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

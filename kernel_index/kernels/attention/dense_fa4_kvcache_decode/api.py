@@ -23,8 +23,8 @@ def _run_fa4(call: contract.DecodeCall) -> Tensor:
 
 
 BACKENDS = (
-    Backend("fa4", contract.fa4_why_not, _run_fa4, contract.fa4_not_worth, contract.fa4_details),
     Backend("triton", contract.triton_why_not, decode_triton, contract.triton_not_worth),
+    Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
     Backend(
         "native", contract.native_why_not, decode_native, native.once_built(SOURCE, not_worth=contract.native_not_worth)
     ),

@@ -171,13 +171,6 @@ def fa4_why_not(call: DecodeCall) -> str | None:
     return _package_rule(support_of(target_of(call.q.device).arch), call.q.shape[-1], call.softcap, call.sink)
 
 
-def fa4_not_worth(call: DecodeCall) -> str | None:
-    rows = call.q.shape[1] * (call.q.shape[2] // call.k_cache.shape[2])
-    if rows <= FEW_ROWS and triton_why_not(call) is None:
-        return "few queries: the Triton kernel splits the keys of a row among processors"
-    return None
-
-
 def _package_rule(support: Support | None, head_size: int, softcap: float, sink: Tensor | None) -> str | None:
     if support is None:
         return "flash-attn-4 does not know this architecture"
@@ -215,12 +208,15 @@ def triton_why_not(call: DecodeCall) -> str | None:
         return rules.NO_BACKWARD
     if q.shape[-1] > rules.WIDEST_HEAD:
         return "takes head sizes up to 256"
-    if call.k_cache.stride(-1) != 1 or call.v_cache.stride(-1) != 1:
-        return "needs caches whose head dimension is dense: they are written in place"
+    if call.k_cache.stride(-1) != 1 or call.k_cache.stride() != call.v_cache.stride():
+        return "needs caches of the same strides, with a dense head dimension: they are written in place"
     return None
 
 
 def triton_not_worth(call: DecodeCall) -> str | None:
+    rows = call.q.shape[1] * (call.q.shape[2] // call.k_cache.shape[2])
+    if rows > FEW_ROWS and fa4_why_not(call) is None:
+        return "many queries: flash-attn-4 takes them in larger tiles"
     return rules.triton_not_worth(call.q)
 
 

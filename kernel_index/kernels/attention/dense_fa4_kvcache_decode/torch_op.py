@@ -1,4 +1,4 @@
-"""The launch of ``triton``: in eager code it writes the new tokens too; in a trace a plain scatter does before the op."""
+"""The launch of ``triton``: in eager code it writes the new tokens too, in a trace a plain scatter has written them."""
 
 import torch
 from torch import Tensor

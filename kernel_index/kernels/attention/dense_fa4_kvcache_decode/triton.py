@@ -6,6 +6,7 @@ keep all processors busy alike, and a captured graph serves every later step.
 Names and units are those of ``core/triton/attention.py``; a row of a tile is one query with one head of the group.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -43,39 +44,42 @@ SMALLEST_SPLIT = 32
 
 
 @jit
-def _splits_of_rows(length_ptr, first, BATCH, NEW, REACH, ideal, MOST, N: tl.constexpr):
-    """Splits of the batch rows from ``first`` on [N], 0 where there is none, and the keys that their queries see."""
-    o_b = first + tl.arange(0, N)
-    b_length = tl.load(length_ptr + o_b, mask=o_b < BATCH, other=0).to(tl.int32) + NEW
-    seen = tl.where(o_b < BATCH, tl.minimum(b_length, REACH), 0)
-    splits = tl.minimum(tl.maximum((seen + ideal // 2) // ideal, 1), MOST)
-    return tl.where(o_b < BATCH, splits, 0), seen
+def _seen_keys(length_ptr, o_b, BATCH, NEW, REACH):
+    """How many keys the queries of batch rows ``o_b`` see; 0 where there is no such row."""
+    length = tl.load(length_ptr + o_b, mask=o_b < BATCH, other=0).to(tl.int32) + NEW
+    return tl.where(o_b < BATCH, tl.minimum(length, REACH), 0)
 
 
 @jit
-def _plan(length_ptr, b, BATCH, NEW, REACH, SHARES, PROGRAMS, MOST, SMALLEST: tl.constexpr, N: tl.constexpr):
-    """The first split of batch row ``b`` and how many it has: so that all programs walk over about as many keys.
+def _ideal_split(length_ptr, BATCH, NEW, REACH, SHARES, PROGRAMS, SMALLEST: tl.constexpr, N: tl.constexpr):
+    """Keys of a split with which all programs walk over as many keys, where each batch row is walked SHARES times."""
+    total = 0.0
+    for first in range(0, BATCH, N):
+        total += tl.sum(_seen_keys(length_ptr, first + tl.arange(0, N), BATCH, NEW, REACH).to(tl.float32), 0)
+    return tl.maximum(tl.ceil(total * SHARES / PROGRAMS).to(tl.int32), SMALLEST)
 
-    Every batch row is walked over SHARES times; its queries see REACH keys at most.
-    """
-    total = tl.zeros((), tl.int64)
+
+@jit
+def _splits(seen, ideal, MOST):
+    """In how many splits ``seen`` keys are walked over."""
+    return tl.minimum(tl.maximum((seen + ideal // 2) // ideal, 1), MOST)
+
+
+@jit
+def _splits_before(length_ptr, b, BATCH, NEW, REACH, ideal, MOST, N: tl.constexpr):
+    """The number of splits of the batch rows before ``b``: where the states of its own begin."""
+    before = 0
     for first in range(0, BATCH, N):
-        _, seen = _splits_of_rows(length_ptr, first, BATCH, NEW, REACH, 1, 1, N)
-        total += tl.sum(seen.to(tl.int64), 0)
-    ideal = tl.maximum(tl.cdiv(total * SHARES, PROGRAMS), SMALLEST).to(tl.int32)
-    before, own = 0, 0
-    for first in range(0, BATCH, N):
-        splits, _ = _splits_of_rows(length_ptr, first, BATCH, NEW, REACH, ideal, MOST, N)
         o_b = first + tl.arange(0, N)
+        splits = _splits(_seen_keys(length_ptr, o_b, BATCH, NEW, REACH), ideal, MOST)
         before += tl.sum(tl.where(o_b < b, splits, 0), 0)
-        own += tl.sum(tl.where(o_b == b, splits, 0), 0)
-    return before, own
+    return before
 
 
 @jit
 def _write_new(
     new_k_ptr, new_v_ptr, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, cached, low, high,
-    new_b, new_t, new_h, k_page, k_slot, k_h, v_page, v_slot, v_h,
+    new_b, new_t, new_h, s_page, s_slot, s_h,
     D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
     """Write the new tokens at positions ``low ≤ s < high``, of which the first new one is at ``cached``."""
@@ -85,33 +89,39 @@ def _write_new(
     o_new = b * new_b + (o_k - cached).to(tl.int64) * new_t + kv_head * new_h
     o_d = tl.arange(0, BLOCK_D)
     m_tile = m_k[:, None] & (o_d < D)[None, :]
-    for_k = b_page * k_page + o_slot * k_slot + kv_head * k_h
-    for_v = b_page * v_page + o_slot * v_slot + kv_head * v_h
-    tl.store(k_ptr + for_k[:, None] + o_d[None, :], load_rows(new_k_ptr, o_new, m_k, D, BLOCK_D), mask=m_tile)
-    tl.store(v_ptr + for_v[:, None] + o_d[None, :], load_rows(new_v_ptr, o_new, m_k, D, BLOCK_D), mask=m_tile)
+    o_cache = (b_page * s_page + o_slot * s_slot + kv_head * s_h)[:, None] + o_d[None, :]
+    tl.store(k_ptr + o_cache, load_rows(new_k_ptr, o_new, m_k, D, BLOCK_D), mask=m_tile)
+    tl.store(v_ptr + o_cache, load_rows(new_v_ptr, o_new, m_k, D, BLOCK_D), mask=m_tile)
 
 
 @jit
 def _walk(
-    b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, length, start, end,
-    k_page, k_slot, k_h, v_page, v_slot, v_h, inner, outer,
+    b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, start, end,
+    s_page, s_slot, s_h, inner, outer,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
-    PAGED: tl.constexpr, ALIKE: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+    PAGED: tl.constexpr, HAS_LEFT: tl.constexpr, ALIKE: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The softmax state of a tile of rows over the keys ``low ≤ s < high``; ``low`` is a multiple of BN."""
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     row_max = tl.full((BM,), float("-inf"), tl.float32)
     sums = tl.zeros((BM, BN), tl.float32)  # added up over the keys once, at the end
+    o_n = tl.arange(0, BN)  # [BN]
+    o_row = kv_head * s_h if PAGED else b * s_page + kv_head * s_h
     for first in range(low, high, BN):
-        o_k = first + tl.arange(0, BN)  # [BN]
-        m_k = within(o_k, first_seen, length)  # no other slot is read, neither keys nor the table
-        if PAGED and PAGE % BN == 0:  # the tile is in one page
-            page = tl.load(table_ptr + b * table_b + first // PAGE).to(tl.int64)
-            o_slot = first % PAGE + tl.arange(0, BN)
-            b_k = load_rows(k_ptr + page * k_page + kv_head * k_h, o_slot * k_slot, m_k, D, BLOCK_D)
-        else:
+        o_k = first + o_n  # [BN]
+        m_k = o_k < high  # no other slot is read, neither keys nor the table
+        if HAS_LEFT:
+            m_k = m_k & (o_k >= first_seen)
+        if PAGED and PAGE % BN != 0:
             page, o_slot = cache_slots(table_ptr, b, table_b, 1, o_k, m_k, PAGE, PAGED)  # [BN]
-            b_k = load_rows(k_ptr + kv_head * k_h, page * k_page + o_slot * k_slot, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+            first_slot, o_key = o_row, page * s_page + o_slot * s_slot
+        else:  # the tile is in one page: what differs between its rows is the same in every tile
+            first_slot, o_key = o_row + tl.cast(first, tl.int64) * s_slot, o_n * s_slot
+            if PAGED:
+                page = tl.load(table_ptr + b * table_b + first // PAGE).to(tl.int64)
+                first_slot = o_row + page * s_page + (first % PAGE) * s_slot
+        b_k = load_rows(k_ptr + first_slot, o_key, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
         z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
         m_seen = m_k[None, :] if ALIKE else within(o_k[None, :], start[:, None], end[:, None])
         logits = tl.where(m_seen, z * outer, float("-inf"))
@@ -119,10 +129,7 @@ def _walk(
         shift = finite_max(new_max)
         p, alpha = tl.exp2(logits - shift[:, None]), tl.exp2(row_max - shift)
         row_max, sums = new_max, sums * alpha[:, None] + p
-        if PAGED and PAGE % BN == 0:
-            b_v = load_rows(v_ptr + page * v_page + kv_head * v_h, o_slot * v_slot, m_k, D, BLOCK_D)
-        else:
-            b_v = load_rows(v_ptr + kv_head * v_h, page * v_page + o_slot * v_slot, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+        b_v = load_rows(v_ptr + first_slot, o_key, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
         acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_seen, CAREFUL, UPCAST)
     return acc, row_max, tl.sum(sums, 1)
 
@@ -138,7 +145,7 @@ def _with_sink(acc, row_max, row_sum, sink):
 @jit
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, new_k_ptr, new_v_ptr, length_ptr, table_ptr, sink_ptr, out_ptr, state_ptr,
-    q_b, q_t, q_h, k_page, k_slot, k_h, v_page, v_slot, v_h, new_b, new_t, new_h, table_b,
+    q_b, q_t, q_h, s_page, s_slot, s_h, new_b, new_t, new_h, table_b,
     BATCH, QUERIES, KV, NEW, LEFT, RIGHT, REACH, PROGRAMS, MOST, SLOTS, inner, outer,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr,
     PAGED: tl.constexpr, WRITTEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, ALIKE: tl.constexpr,
@@ -151,12 +158,13 @@ def _split_kernel(
     """
     b, kv_head = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
     split, ROWS = tl.program_id(1), QUERIES * G
-    before, splits = _plan(length_ptr, b, BATCH, NEW, REACH, KV * tl.num_programs(2), PROGRAMS, MOST, SMALLEST, BATCHES)
+    length = tl.load(length_ptr + b).to(tl.int32) + NEW
+    ideal = _ideal_split(length_ptr, BATCH, NEW, REACH, KV * tl.num_programs(2), PROGRAMS, SMALLEST, BATCHES)
+    splits = _splits(tl.minimum(length, REACH), ideal, MOST)
     if split >= splits:
         return
     o_m = tl.program_id(2) * BM + tl.arange(0, BM)  # [BM]
     m_m, query, head = o_m < ROWS, o_m // G, kv_head * G + o_m % G
-    length = tl.load(length_ptr + b).to(tl.int32) + NEW
     position = length - QUERIES + query  # [BM]
     start = tl.maximum(position - LEFT, 0) if HAS_LEFT else tl.zeros_like(position)
     end = tl.minimum(position + RIGHT + 1, length) if HAS_RIGHT else tl.zeros_like(position) + length
@@ -166,24 +174,24 @@ def _split_kernel(
     size = tl.cdiv(tl.cdiv(length - first, splits), BN) * BN
     low = first + split * size
     high = tl.minimum(low + size, length)
-    if WRITTEN > 0:
+    if WRITTEN > 0:  # noqa: SIM102 (a constant)
         if high > length - NEW:
             _write_new(
                 new_k_ptr, new_v_ptr, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, length - NEW, low, high,
-                new_b, new_t, new_h, k_page, k_slot, k_h, v_page, v_slot, v_h, D, BLOCK_D, WRITTEN, PAGE, PAGED,
+                new_b, new_t, new_h, s_page, s_slot, s_h, D, BLOCK_D, WRITTEN, PAGE, PAGED,
             )  # fmt: skip
             tl.debug_barrier()  # what other threads of this program wrote is read below
     acc, row_max, row_sum = _walk(
-        b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, length, start, end,
-        k_page, k_slot, k_h, v_page, v_slot, v_h, inner, outer,
-        D, BLOCK_D, BM, BN, PAGE, PAGED, ALIKE, CAPPED, UPCAST, False,
+        b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, start, end,
+        s_page, s_slot, s_h, inner, outer,
+        D, BLOCK_D, BM, BN, PAGE, PAGED, HAS_LEFT, ALIKE, CAPPED, UPCAST, False,
     )  # fmt: skip
     if not ALIKE:  # noqa: SIM102 (a constant: where rows are alike, the second walk is not compiled)
         if has_nan(acc):
             acc, row_max, row_sum = _walk(
-                b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, length, start, end,
-                k_page, k_slot, k_h, v_page, v_slot, v_h, inner, outer,
-                D, BLOCK_D, BM, BN, PAGE, PAGED, ALIKE, CAPPED, UPCAST, True,
+                b_q, k_ptr, v_ptr, table_ptr, b, kv_head, table_b, low, high, first_seen, start, end,
+                s_page, s_slot, s_h, inner, outer,
+                D, BLOCK_D, BM, BN, PAGE, PAGED, HAS_LEFT, ALIKE, CAPPED, UPCAST, True,
             )  # fmt: skip
     if splits == 1:
         m_empty = row_sum == 0  # NaN stays
@@ -193,6 +201,7 @@ def _split_kernel(
         out, _ = softmax_output(acc, row_max, row_sum, m_empty)
         store_rows(out_ptr, ((b * QUERIES + query) * KV * G + head) * D, m_m, out, D, BLOCK_D, UPCAST)
     else:
+        before = _splits_before(length_ptr, b, BATCH, NEW, REACH, ideal, MOST, BATCHES)
         o_state = ((before + split).to(tl.int64) * KV + kv_head) * ROWS + o_m
         states = tl.cast(SLOTS, tl.int64) * KV * ROWS
         tl.store(state_ptr + o_state, row_max, mask=m_m)
@@ -210,9 +219,11 @@ def _merge_kernel(
     """One row of the output from the states of its splits, N at a time; nothing where it has a single one."""
     b, kv_head = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
     row, ROWS = tl.program_id(1), QUERIES * G
-    before, splits = _plan(length_ptr, b, BATCH, NEW, REACH, KV * TILES, PROGRAMS, MOST, SMALLEST, BATCHES)
+    ideal = _ideal_split(length_ptr, BATCH, NEW, REACH, KV * TILES, PROGRAMS, SMALLEST, BATCHES)
+    splits = _splits(tl.minimum(tl.load(length_ptr + b).to(tl.int32) + NEW, REACH), ideal, MOST)
     if splits == 1:
         return
+    before = _splits_before(length_ptr, b, BATCH, NEW, REACH, ideal, MOST, BATCHES)
     head, states = kv_head * G + row % G, tl.cast(SLOTS, tl.int64) * KV * ROWS
     acc, row_sum = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((), tl.float32)
     row_max = tl.zeros((), tl.float32) + float("-inf")
@@ -276,6 +287,7 @@ class Plan(NamedTuple):
     batches: int
 
 
+@functools.lru_cache(1024)
 def plan(batch: int, kv_heads: int, rows: int, capacity: int, row_bytes: int, count: int) -> Plan:
     config = pick_config(rows, row_bytes)
     tiles = ceil_div(rows, config.block_rows)
@@ -308,7 +320,7 @@ def decode(
 ) -> Tensor:
     """Fill ``out`` [B, Lq, H, D]; a window of −1 is unlimited.
 
-    ``new_k`` and ``new_v``, of the same strides, are written to the cache by the way; None where they are there already.
+    ``new_k`` and ``new_v``, of the same strides, are written to the cache too; None where they are there already.
     """
     batch, queries, heads, width = q.shape
     page, kv_heads = k_cache.shape[1:3]
@@ -318,7 +330,7 @@ def decode(
     capacity = page * (1 if table is None else table.shape[1])
     if capacity == 0:
         return out.zero_()
-    p = plan(batch, kv_heads, queries * group, capacity, width * q.element_size(), processors(q))
+    p = plan(batch, kv_heads, queries * group, capacity, dot_block(width) * q.element_size(), processors(q))
     inner, outer = score_factors(scale, softcap)
     reach = queries + left if left >= 0 else UNLIMITED
     flags = {"SINK": sink is not None, "SMALLEST": SMALLEST_SPLIT, "BATCHES": p.batches, "UPCAST": interpreting()}
@@ -330,7 +342,7 @@ def decode(
     with on_device(q):
         _split_kernel[(batch * kv_heads, p.most, p.tiles)](
             q, k_cache, v_cache, k_new, q if new_v is None else new_v, lengths, lengths if table is None else table,
-            sink, out, state, *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *k_new.stride()[:3],
+            sink, out, state, *q.stride()[:3], *k_cache.stride()[:3], *k_new.stride()[:3],
             0 if table is None else table.stride(0),
             batch, queries, kv_heads, new, left, right, reach, p.programs, p.most, p.slots, inner, outer,
             BM=p.config.block_rows, BN=p.config.block_keys, PAGE=page, PAGED=table is not None,
