@@ -93,6 +93,13 @@ def test_only_a_backend_that_may_run_counts(table):
     assert measured.slower("op", "a", SM90, ("infer",), (8,), lambda name: False) is None
 
 
+def test_without_sizes_a_rival_must_have_been_timed_and_faster_in_every_row(table):
+    both = row("one", [8], a=2.0, b=1.0, c=1.5)
+    table(op=[both, row("two", [64], a=2.0, c=1.8)])
+    said = measured.slower("op", "a", SM90, ("infer",), (), anything)
+    assert said == f"{measured.SLOWER}: 1.11x of c at two (A card, 2026-01-02)", "the row in which it was the least"
+
+
 TIMES = st.dictionaries(st.sampled_from("abcde"), st.floats(1, 4), min_size=1)
 
 
@@ -231,3 +238,20 @@ def test_a_named_backend_is_not_asked(on_sm90, monkeypatch):
     q = torch.empty(1, 8192, 8, 128, dtype=torch.bfloat16, device="meta")
     with pretend(SM90):
         assert ki.explain("attention", q, q, q, backend="triton").would_run == "triton"
+
+
+def test_attention_is_chosen_by_measurement_in_a_trace_too(monkeypatch):
+    monkeypatch.setattr(rules, "interpreting", lambda: False)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda q, k, v: ki.attention(q, k, v), backend=backend, fullgraph=True, dynamic=True)
+    with pretend(SM90), ki.receipts() as log:
+        for tokens in (64, 8192, 300):
+            compiled(*(torch.empty(2, tokens, 8, 128, dtype=torch.bfloat16, device="meta") for _ in range(3)))
+    assert len(graphs) == 1
+    assert [r.ran for r in log] == ["sdpa"]
+    assert "of sdpa at causal" in dict(log[0].declined)["triton"]
