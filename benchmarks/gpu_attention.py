@@ -35,8 +35,9 @@ def contenders(inputs: AttentionInputs) -> dict[str, Callable[[], Attend]]:
 def measure(session: Session, inputs: AttentionInputs, known: tuple[Tensor, ...], attend: Attend) -> dict[str, Any]:
     """Of one contender: for each direction µs, host µs, what ran, and the worst error; a failed backward has none."""
     found: dict[str, Any] = {}
-    with torch.no_grad(), ki.receipts() as log:
-        error = error_of(*inputs.last(attend()), known[0])
+    with torch.no_grad():
+        with ki.receipts() as log:
+            error = error_of(*inputs.last(attend()), known[0])
         found["infer"] = _timed(session, attend) | {"ran": log[0].ran if log else "", "error": error}
     step = inputs.train(attend)
     try:

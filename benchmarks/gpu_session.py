@@ -70,6 +70,9 @@ class Session:
             self.bandwidth = 1e9 if warm else timing.copy_bandwidth()
         found = {"machine": described(dry_run), "copy_bytes_per_second": self.bandwidth, "notes": list(NOTES)}
         self.content = found | self.content
+        if self.content["machine"] != found["machine"]:
+            raise typer.BadParameter(f"--out must be a new file or one of this machine, commit and day, got {out}")
+        self.bandwidth = self.content["copy_bytes_per_second"]
         console.print(self.content["machine"], f"copy {self.bandwidth / 1e12:.2f} TB/s", highlight=False)
 
     def wants(self, cell: str, done: bool) -> bool:
@@ -183,6 +186,8 @@ def show(rows: Iterable[dict[str, Any]], title: str, head: tuple[str, ...], line
 def joined(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
     """The contents of several calls' files as one: rows one after another, the rest from the first."""
     contents = [json.loads(path.read_text()) for path in files]
+    if any(c["machine"] != contents[0]["machine"] for c in contents):
+        raise typer.BadParameter("FILES must be of one machine, commit and day")
     for key in dict.fromkeys(k for c in contents for k in c):
         values = [c[key] for c in contents if key in c]
         is_rows = isinstance(values[0], list) and key != "notes"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 from benchmarks import gpu_session
 from kernel_index.index.entry import ROOT
@@ -61,12 +62,41 @@ def test_no_time_no_cell(tmp_path):
 
 
 def test_files_are_joined_by_rows(tmp_path):
-    for name, rows in (("a", [{"case": "x"}]), ("b", [{"case": "y"}])):
-        content = {"machine": {"device": name}, "notes": ["n"], "attention": rows, "lost": []}
-        (tmp_path / name).write_text(json.dumps(content))
-    gpu_session.join([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    files = [tmp_path / "a", tmp_path / "b"]
+    for path in files:
+        content = {"machine": {"device": "A"}, "notes": ["n"], "attention": [{"case": path.name}], "lost": []}
+        path.write_text(json.dumps(content))
+    gpu_session.join(files, tmp_path / "c")
     content = json.loads((tmp_path / "c").read_text())
-    assert content == {"machine": {"device": "a"}, "notes": ["n"], "attention": [{"case": "x"}, {"case": "y"}]}
+    assert content == {"machine": {"device": "A"}, "notes": ["n"], "attention": [{"case": "a"}, {"case": "b"}]}
+    files[1].write_text(json.dumps(content | {"machine": {"device": "B"}}))
+    with pytest.raises(typer.BadParameter, match="one machine, commit and day"):
+        gpu_session.join(files, tmp_path / "c")
+
+
+def session(out, **content):
+    made = gpu_session.Session.__new__(gpu_session.Session)
+    made.content, made.left_out, made.dry, made.out, made.warm = content, {}, True, out, ""
+    return made
+
+
+def test_where_a_contender_broke_the_device_another_process_goes_on_without_it(monkeypatch, tmp_path):
+    class Gone(BaseException):
+        """execv does not return."""
+
+    def execv(*_):
+        raise Gone
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_session.os, "execv", execv)
+    contenders = {"peer": broken, "ours": lambda: 3}
+    with pytest.raises(Gone):
+        session(tmp_path / "a").measured("cell", contenders, dict)
+    content = json.loads((tmp_path / "a").read_text())
+    assert content["lost"] == [["cell", "peer"]]
+    assert session(tmp_path / "a", **content).measured("cell", contenders, lambda us: {"us": us}) == {"ours": {"us": 3}}
 
 
 @pytest.mark.parametrize(("ours", "regret", "best"), [({"a": 2.0, "b": 1.0}, 2.0, "b"), ({"a": 2.0}, 1.0, "a")])
@@ -75,16 +105,14 @@ def test_regret_and_ratio(ours, regret, best):
     assert row == {"ran": "a", "best": best, "regret": regret, "ratio": 0.5, "peer": "P"}
 
 
-def test_a_contender_that_raises_is_left_out_and_said_once(monkeypatch):
-    session = gpu_session.Session.__new__(gpu_session.Session)
-    session.content, session.left_out, session.dry = {}, {}, True
-    said = []
+def test_a_contender_that_raises_is_left_out_and_said_once(monkeypatch, tmp_path):
+    made, said = session(tmp_path / "a"), []
     monkeypatch.setattr(gpu_session.console, "print", lambda text, **_: said.append(text))
 
     def absent():
         raise gpu_session.LeftOut("not here")
 
     for cell in ("one", "two"):
-        found = session.measured(cell, {"peer": absent, "ours": lambda: 3}, lambda value: {"us": value})
+        found = made.measured(cell, {"peer": absent, "ours": lambda: 3}, lambda value: {"us": value})
         assert found == {"ours": {"us": 3}}
     assert said == ["left out: peer: not here"]

@@ -1,6 +1,8 @@
 """``kernel-index tune``: measure on this machine's GPU what ``auto`` asks when it chooses a backend."""
 
+import contextlib
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,4 +80,6 @@ def _show(found: dict[str, list[rows.Row]]) -> None:
 
 def _facts() -> dict[str, Any]:
     versions = machine("cuda")
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        versions["flash-attn-4"] = metadata.version("flash-attn-4")
     return {"device": versions.pop("device"), "date": versions.pop("date"), "versions": versions}

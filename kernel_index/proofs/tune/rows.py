@@ -1,7 +1,8 @@
 """The rows of measured times: each of our backends over the cells of attention and decoding."""
 
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +52,7 @@ def decode_rows(
         right = {}
         with torch.no_grad():
             for name in backends:
-                step = inputs.ours(name)
-                calls = [lambda i=i, step=step: step(i) for i in range(inputs.sets)]
+                calls = [functools.partial(inputs.ours(name), i) for i in range(inputs.sets)]
                 if _right(f"{cell.name}, {name}", calls[0], lambda out: [out[:1, 0]], (known,), say):
                     right[name] = calls
             yield _row(cell.name, ["paged"], [cell.tokens, cell.rows, cell.page], right)
@@ -79,10 +79,10 @@ def _right(
     return error < WRONG
 
 
-def _row(name: str, kind: list[str], sizes: list[int], calls: dict[str, list[timing.Call]]) -> Row:
+def _row(name: str, kind: list[str], sizes: list[int], calls: Mapping[str, Sequence[timing.Call]]) -> Row:
     """Every backend is timed twice, the second time in the other order; the smaller time counts."""
     us: dict[str, float] = {}
-    for backend in (*calls, *reversed(calls)):
+    for backend in (*calls, *reversed(list(calls))):
         taken = timing.device_us(calls[backend])[0]
         us[backend] = round(min(us.get(backend, taken), taken), 2)
     return {"cell": name, "kind": kind, "sizes": sizes, "us": us}

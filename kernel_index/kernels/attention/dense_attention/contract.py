@@ -255,6 +255,8 @@ def takes_windows() -> bool:
     return {"window_size", "enable_gqa", "scale"} <= _varlen_parameters()
 
 
+takes_windows._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.py
+
 # FlexAttention
 
 
