@@ -43,6 +43,7 @@ class BlockMeans:
         dtype = torch.promote_types(keys.dtype, torch.float32)
         self.values = torch.zeros(layers, outer, inner // self.unit, *heads, dtype=dtype, device=keys.device)
         self.known: list[dict[int, int]] = [{} for _ in range(layers)]
+        self.by_kernel: list[list[Row] | None] = [None] * layers  # the step whose means a kernel has written
         self.computed = 0  # blocks averaged so far, over all layers
 
     def share(self, source: int, copy: int) -> None:
@@ -60,8 +61,9 @@ class BlockMeans:
 
         ``blocks`` is that of the longest row; a shorter row has finite values of no meaning after its own.
         """
-        for row in rows:
-            self._update(layer, row)
+        if self.by_kernel[layer] is not rows:
+            for row in rows:
+                self._update(layer, row)
         blocks = max((row.after for row in rows), default=0) // self.block_size
         values = self.values[layer]
         if table is None:
@@ -70,11 +72,32 @@ class BlockMeans:
         outer, inner = slots(table, last.expand(table.shape[0], -1), self.keys.shape[2])
         return values[outer, inner // self.unit]
 
+    def stored(self, layer: int, rows: list[Row]) -> Tensor:
+        """The memory of a layer's means [rows or pages, units, K, D], for a kernel that writes keys and means at once.
+
+        Blocks that were complete before the step are brought up to date here, which in most steps is nothing to do.
+        The kernel averages those that the step completes; from now on they count as known.
+        """
+        known, size = self.known[layer], self.block_size
+        for row in rows:
+            have, before, complete = known.get(row.name, 0), row.before // size, row.after // size
+            if have < before:
+                self._average(layer, row, have, before)
+            known[row.name] = complete
+            self.computed += complete - before
+        self.by_kernel[layer] = rows
+        return self.values[layer]
+
     def _update(self, layer: int, row: Row) -> None:
         """Average the blocks that this step completes, and again those that an abandoned step had completed."""
         known, size = self.known[layer], self.block_size
         have, complete = min(known.get(row.name, 0), row.before // size), row.after // size
         known[row.name] = complete
+        self._average(layer, row, have, complete)
+
+    def _average(self, layer: int, row: Row, have: int, complete: int) -> None:
+        """Average the blocks ``have ≤ j < complete`` of one row."""
+        size = self.block_size
         self.computed += complete - have
         step = max(1, TOKENS_AT_ONCE // size)
         for first in range(have, complete, step):
