@@ -6,6 +6,7 @@ Names and units are those of ``core/triton/attention.py``.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,25 +38,39 @@ from kernel_index.kvcache.selected import Visible
 
 
 @jit
-def _selected_tile(
-    p_selected, i, position, SELECTED, BLOCK: tl.constexpr, BN: tl.constexpr, ALIGNED: tl.constexpr
+def _aligned_tiles(
+    p_selected, p_table, i, end, b, position,
+    BLOCK: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """The first token of the i-th tile of BN selected tokens, their positions [BN], and which of them exist.
+    """The first tokens of tiles ``i`` [N], each in one block and one page, and their slots in the whole cache.
 
-    ALIGNED: a block is a whole number of tiles, so a tile is in one block and begins at a multiple of BN.
+    Where nothing is selected, the first token is after ``position``.
     """
-    if ALIGNED:
-        block = tl.load(p_selected + i // (BLOCK // BN))
-        m_block = (block >= 0) & (block <= position // BLOCK)  # for no other one a product may overflow
-        first = tl.where(m_block, block, 0).to(tl.int32) * BLOCK + i % (BLOCK // BN) * BN
-        o_k = first + tl.arange(0, BN)
+    block = tl.load(p_selected + i // (BLOCK // BN), mask=i < end, other=-1)  # [N]
+    m_block = (block >= 0) & (block <= position // BLOCK)
+    first = tl.where(m_block, block, 0).to(tl.int32) * BLOCK + i % (BLOCK // BN) * BN
+    m_block = m_block & (first <= position)
+    if PAGED:
+        page = tl.load(p_table + first // PAGE, mask=m_block, other=0).to(tl.int32)
+        slot = page * PAGE + first % PAGE
     else:
-        o_n = i * BN + tl.arange(0, BN)  # [BN]
-        block = tl.load(p_selected + o_n // BLOCK, mask=o_n // BLOCK < SELECTED, other=-1)  # [BN]
-        m_block = (block >= 0) & (block <= position // BLOCK)
-        first = 0
-        o_k = tl.where(m_block, block, 0).to(tl.int32) * BLOCK + o_n % BLOCK
-    return first, o_k, m_block & (o_k <= position)
+        slot = b.to(tl.int32) * PAGE + first
+    return tl.where(m_block, first, position + 1), tl.where(m_block, slot, 0)
+
+
+@jit
+def _any_tile(
+    p_selected, p_table, i, b, position, SELECTED,
+    BLOCK: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """The tokens of tile ``i`` of the selected ones [BN], their slots in the whole cache, and which of them exist."""
+    o_n = i * BN + tl.arange(0, BN)  # [BN]
+    block = tl.load(p_selected + o_n // BLOCK, mask=o_n // BLOCK < SELECTED, other=-1)  # [BN]
+    m_block = (block >= 0) & (block <= position // BLOCK)
+    o_k = tl.where(m_block, block, 0).to(tl.int32) * BLOCK + o_n % BLOCK
+    m_k = m_block & (o_k <= position)
+    b_page, o_slot = cache_slots(p_table, b, 0, 1, o_k, m_k, PAGE, PAGED)  # [BN]
+    return o_k, b_page * PAGE + o_slot, m_k
 
 
 @jit
@@ -63,13 +78,15 @@ def _selected_kernel(
     q_ptr, k_ptr, v_ptr, selected_ptr, length_ptr, table_ptr, state_ptr,
     q_b, q_t, q_h, table_b, AT, QUERIES, NEW, LEFT, SELECTED, PER_SPLIT, inner, outer,
     GROUPS: tl.constexpr, KV: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
     ALIGNED: tl.constexpr, SHARED: tl.constexpr, HAS_LEFT: tl.constexpr, DIRECT: tl.constexpr,
     CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The softmax state of one query's J heads of one group over PER_SPLIT tiles of its SELECTED blocks.
 
-    SHARED: the groups of a query have one selection.  DIRECT: one split holds all, and ``state_ptr`` is the output.
+    ALIGNED: a tile is in one block and one page; the slots of N tiles are looked up at once, so that the loop over
+    them loads keys and values alone and many are under way.  SHARED: the groups of a query have one selection.
+    DIRECT: one split holds all, and ``state_ptr`` is the output.
     """
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)  # a pair is a query and a group
     query, group = pair // GROUPS, pair % GROUPS
@@ -77,31 +94,39 @@ def _selected_kernel(
     o_m = tl.arange(0, BM)  # [BM]
     b_q = load_rows(q_ptr + b * q_b + t * q_t, (group * J + o_m) * q_h, o_m < J, D, BLOCK_D)  # [BM, BLOCK_D]
     position = tl.load(length_ptr + b).to(tl.int32) + NEW - QUERIES + t.to(tl.int32)
-    p_selected = selected_ptr + (query if SHARED else pair) * SELECTED
+    p_table = table_ptr + b * table_b
+    p_selected = selected_ptr
     if selected_ptr.dtype.element_ty == tl.float32:  # in the memory of the states, before them
-        p_selected = p_selected.to(tl.pointer_type(tl.int32))
+        p_selected = selected_ptr.to(tl.pointer_type(tl.int32))
+    p_selected += (query if SHARED else pair) * SELECTED
     acc = tl.zeros((BM, BLOCK_D), tl.float32)
     row_max = tl.full((BM,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BM,), tl.float32)
     tiles = SELECTED * (BLOCK // BN) if ALIGNED else tl.cdiv(SELECTED * BLOCK, BN)
     end = tl.where(position >= 0, tl.minimum((split + 1) * PER_SPLIT, tiles), 0)
-    for i in range(split * PER_SPLIT, end):
-        first, o_k, m_k = _selected_tile(p_selected, i, position, SELECTED, BLOCK, BN, ALIGNED)  # no other slot is read
-        if HAS_LEFT:
-            m_k = m_k & (o_k >= position - LEFT)
-        if PAGED and not (ALIGNED and PAGE % BN == 0):
-            b_page, o_slot = cache_slots(table_ptr, b, table_b, 1, o_k, m_k, PAGE, PAGED)  # [BN]
-            o_row, base = ((b_page * PAGE + o_slot) * KV + kv_head) * D, kv_head * 0
-        else:
-            page = tl.load(table_ptr + b * table_b + first // PAGE).to(tl.int64) if PAGED else b
-            slot = first % PAGE if PAGED else first
-            o_row, base = (o_k - first).to(tl.int64) * (KV * D), ((page * PAGE + slot) * KV + kv_head) * D
-        b_k = load_rows(k_ptr + base, o_row, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
-        z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
-        logits = tl.where(m_k[None, :], z * outer, float("-inf"))
-        p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
-        b_v = load_rows(v_ptr + base, o_row, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
-        acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_k, False, UPCAST)
+    for begin in range(split * PER_SPLIT, end, N):
+        o_i = begin + tl.arange(0, N)  # [N]
+        b_first, b_slot = o_i, o_i
+        if ALIGNED:
+            b_first, b_slot = _aligned_tiles(p_selected, p_table, o_i, end, b, position, BLOCK, BN, PAGE, PAGED)
+        for i in range(begin, tl.minimum(begin + N, end)):
+            if ALIGNED:
+                o_n = tl.arange(0, BN)
+                o_k = tl.sum(tl.where(o_i == i, b_first, 0), 0) + o_n  # [BN]
+                slot = tl.sum(tl.where(o_i == i, b_slot, 0), 0).to(tl.int64)
+                base, o_row, m_k = slot * (KV * D), o_n.to(tl.int64) * (KV * D), o_k <= position
+            else:
+                o_k, slot, m_k = _any_tile(p_selected, p_table, i, b, position, SELECTED, BLOCK, BN, PAGE, PAGED)
+                base, o_row = kv_head * 0, slot * (KV * D)
+            if HAS_LEFT:
+                m_k = m_k & (o_k >= position - LEFT)
+            base += kv_head * D
+            b_k = load_rows(k_ptr + base, o_row, m_k, D, BLOCK_D)  # [BN, BLOCK_D], and no other slot is read
+            z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
+            logits = tl.where(m_k[None, :], z * outer, float("-inf"))
+            p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
+            b_v = load_rows(v_ptr + base, o_row, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
+            acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_k, False, UPCAST)
     if DIRECT:
         out, _ = softmax_output(acc, row_max, row_sum, row_sum == 0)  # NaN stays
         store_rows(state_ptr, (pair * J + o_m) * D, o_m < J, out, D, BLOCK_D, UPCAST)
@@ -135,7 +160,7 @@ def _merge_kernel(
 
 
 class Plan(NamedTuple):
-    """Rows of a tile, tokens of a tile, whether blocks are whole tiles, warps, stages; tiles of a split, splits."""
+    """Rows and tokens of a tile, whether a tile is in one block and page, warps, stages; tiles of a split, splits."""
 
     block_rows: int
     block_keys: int
@@ -146,19 +171,24 @@ class Plan(NamedTuple):
     splits: int
 
 
+TILES_AT_ONCE = 32
+"""Whose slots are looked up together: as many as a warp has threads."""
+
 MOST_SPLITS = 64
 """A program of the merge reads the states of all splits at once."""
 
 
 @functools.lru_cache(1024)
-def plan(pairs: int, heads: int, selected: int, block_size: int, row_bytes: int, count: int) -> Plan:
+def plan(pairs: int, heads: int, selected: int, block_size: int, page: int, row_bytes: int, count: int) -> Plan:
     """Four programs for each of ``count`` processors, where there is work; a function of sizes alone.
 
-    Of few rows a program waits for memory alone: one warp, with six tiles of 4 KiB of keys under way.
+    ``page`` is 0 without pages.  Of few rows a program waits for memory alone: one warp, with five tiles of 4 KiB of
+    keys, and as many of values, under way.
     """
     few = heads <= 16
     largest = min(64, max(16, 4096 // row_bytes)) if few else 64 if row_bytes <= 256 else 32
-    block_keys = min(largest, block_size & -block_size)  # the largest that divides a block
+    common = math.gcd(block_size, page) if page else block_size
+    block_keys = min(largest, common & -common)  # the largest that divides both
     aligned = block_keys >= 16
     if not aligned:
         block_keys = min(largest, dot_block(selected * block_size))
@@ -175,8 +205,9 @@ def split_plan(q: Tensor, k_cache: Tensor, seen: Visible, groups: int, count: in
     """The plan, and the block size that it is for: of a block that holds a whole row, any size serves."""
     capacity = k_cache.shape[1] * (1 if seen.table is None else seen.table.shape[1])
     block_size = min(block_size, next_power_of_2(max(1, capacity)))  # of few sizes: each is compiled
-    pairs, each = q.shape[0] * q.shape[1] * groups, q.shape[2] // groups
-    return plan(pairs, each, count, block_size, q.shape[3] * q.element_size(), processors(q)), block_size
+    pairs, each, page = q.shape[0] * q.shape[1] * groups, q.shape[2] // groups, k_cache.shape[1]
+    page = 0 if seen.table is None else page
+    return plan(pairs, each, count, block_size, page, q.shape[3] * q.element_size(), processors(q)), block_size
 
 
 def state_size(q: Tensor, k_cache: Tensor, seen: Visible, groups: int, count: int, block_size: int) -> int:
@@ -223,7 +254,7 @@ def decode(
             *q.stride()[:3], 0 if table is None else table.stride(0), at, queries, seen.new, seen.left, count,
             chosen.per_split, inner, outer,
             GROUPS=groups, KV=k_cache.shape[2], J=heads // groups, BM=chosen.block_rows, BN=chosen.block_keys,
-            BLOCK=block_size, PAGE=page, PAGED=table is not None, ALIGNED=chosen.aligned,
+            N=TILES_AT_ONCE, BLOCK=block_size, PAGE=page, PAGED=table is not None, ALIGNED=chosen.aligned,
             SHARED=selected.ndim == 4 and selected.shape[2] < groups, HAS_LEFT=seen.left >= 0, DIRECT=direct,
             CAPPED=softcap > 0, num_warps=chosen.num_warps, num_stages=chosen.num_stages, **blocks,
         )  # fmt: skip
