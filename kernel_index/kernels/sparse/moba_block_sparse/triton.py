@@ -363,5 +363,5 @@ def step(
         score(q, means, seen, sizes, block_size, work, at)
         select(seen, sizes, block_size, topk, work, at)
     return attend_into(
-        out, q, k_cache, v_cache, work, seen, groups, block_size, scale, softcap, count=topk, states=work, at=at
+        out, q, k_cache, v_cache, work, seen, groups, block_size, scale, softcap, count=topk, memory=(work, at)
     )

@@ -178,6 +178,11 @@ MOST_SPLITS = 64
 """A program of the merge reads the states of all splits at once."""
 
 
+def power_below(n: int) -> int:
+    """The largest power of 2 that is at most ``n``."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
 @functools.lru_cache(1024)
 def plan(pairs: int, heads: int, selected: int, block_size: int, page: int, row_bytes: int, count: int) -> Plan:
     """Four programs for each of ``count`` processors, where there is work; a function of sizes alone.
@@ -186,7 +191,7 @@ def plan(pairs: int, heads: int, selected: int, block_size: int, page: int, row_
     keys, and as many of values, under way.
     """
     few = heads <= 16
-    largest = min(64, max(16, 4096 // row_bytes)) if few else 64 if row_bytes <= 256 else 32
+    largest = min(64, max(16, power_below(4096 // row_bytes))) if few else 64 if row_bytes <= 256 else 32
     common = math.gcd(block_size, page) if page else block_size
     block_keys = min(largest, common & -common)  # the largest that divides both
     aligned = block_keys >= 16
@@ -229,22 +234,24 @@ def decode(
     softcap: float,
     *,
     count: int,
-    states: Tensor | None = None,
-    at: int = 0,
+    memory: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Fill ``out`` [B, Lq, H, D]; ``groups`` selections of ``count`` blocks for each query, −1 for none.
 
     ``selected``: int32 or int64 [B, Lq, G or 1, count]; or float32 memory that begins with them as int32, [B, Lq, G].
-    ``states``: float32 memory for ``state_size`` elements from the element ``at`` on; None allocates it.
+    ``memory``: float32, and the element from which on ``state_size`` of them are free; None allocates it.
     """
     batch, queries, heads, width = q.shape
     if out.numel() == 0 or count == 0:
         return out.zero_()
     chosen, block_size = split_plan(q, k_cache, seen, groups, count, block_size)
     direct, page = chosen.splits == 1, k_cache.shape[1]
-    if states is None or direct:
-        size = state_size(q, k_cache, seen, groups, count, block_size)
-        states = out if direct else q.new_empty(size, dtype=torch.float32)
+    if direct:
+        states, at = out, 0
+    elif memory is None:
+        states, at = q.new_empty(state_size(q, k_cache, seen, groups, count, block_size), dtype=torch.float32), 0
+    else:
+        states, at = memory
     lengths, table = seen.lengths, seen.table
     inner, outer = score_factors(scale, softcap)
     blocks = {"D": width, "BLOCK_D": dot_block(width), "UPCAST": interpreting()}
