@@ -166,13 +166,11 @@ def selections(call):
     means = cache.stored_means(block_size)
     left = -1 if call.window[0] is None else call.window[0]
     seen = Visible(cache["cache_seqlens"], cache["block_table"], cache.new_tokens, left)
-    sizes = triton.sizes_of(q, cache["k_cache"], seen.table, call.groups, block_size)
-    topk = min(call.topk, sizes.blocks)
-    at = sizes.pairs * topk
-    work = torch.full((at + sizes.pairs * sizes.blocks,), torch.nan, device=q.device)
-    triton.score(q, means, seen, sizes, block_size, work, at)
-    triton.select(seen, sizes, block_size, topk, work, at)
-    found = work[:at].view(torch.int32).view(*q.shape[:2], call.groups, topk)
+    g = triton.geometry_for(q, cache["k_cache"], seen, call.groups, block_size, call.topk)
+    work, topk = torch.full((g.memory,), torch.nan, device=q.device), g.topk
+    triton.select(q, means, seen, g, work)
+    found = work.view(torch.int32)[: call.q.shape[0] * q.shape[1] * call.groups * topk]
+    found = found.view(*q.shape[:2], call.groups, topk)
     expected = decoding.select(call).selected.indices
     return found, torch.nn.functional.pad(expected, (0, topk - expected.shape[-1]), value=-1)
 
@@ -232,6 +230,7 @@ def test_ties_are_the_references(topk):
 def test_more_blocks_than_registers_hold(monkeypatch):
     from kernel_index.kernels.sparse.moba_block_sparse import triton
 
+    triton.geometry_of.cache_clear()
     monkeypatch.setattr(triton, "MOST_RANKED", 16)
     g = torch.Generator().manual_seed(0)
     q = torch.ones(B, 1, 1, D, device=DEVICE)
@@ -239,6 +238,7 @@ def test_more_blocks_than_registers_hold(monkeypatch):
     for topk, window in ((2, None), (9, None), (33, 70), (50, None)):
         found, expected = selections(prepared("contiguous", q, k, [99, 60], 2, topk, window))
         assert torch.equal(found, expected)
+    triton.geometry_of.cache_clear()
 
 
 def test_a_capacity_that_has_too_many_scores(monkeypatch):

@@ -61,12 +61,12 @@ SCORES = 1 << 26
 def decode_triton(call: MobaDecodeCall) -> Tensor:
     """A step runs wholly on the device.  A prompt selects as the other backends do, by lengths that the host knows."""
     means = call.cache.stored_means(call.block_size)
-    torch_op.write(call, means)
     (batch, queries), table = call.q.shape[:2], call.cache["block_table"]
     capacity = call.cache["k_cache"].shape[1] * (1 if table is None else table.shape[1])
     scores = batch * queries * call.groups * num_blocks(capacity, call.block_size)
     if queries <= PROMPT and scores <= SCORES:
-        return torch_op.attend(call, means)
+        return torch_op.step(call, means)
+    torch_op.write(call, means)
     selected, left = select(call).selected, call.window[0]
     blocks = torch.where(selected.valid, selected.indices, -1)
     return attend_blocks(call.q, call.cache, blocks, call.groups, left, call.block_size, call.scale, call.softcap)

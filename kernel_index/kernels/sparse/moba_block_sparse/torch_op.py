@@ -20,7 +20,8 @@ def _append(k_cache, v_cache, means, k, v, lengths, table, block_size):
         return
     if k.stride() != v.stride() or k.stride(3) != 1:
         k, v = launch.dense((k, v))
-    triton.append(k_cache, v_cache, means, k, v, Visible(lengths, table, k.shape[1], -1), block_size)
+    with launch.on_device(k):
+        triton.append(k_cache, v_cache, means, k, v, Visible(lengths, table, k.shape[1], -1), block_size)
     if not k_cache.is_inference():  # autograd must notice that what a backward pass has saved was overwritten
         torch.autograd.graph.increment_version([k_cache, v_cache])
 
@@ -33,22 +34,30 @@ _append_op = ops.register(
 )
 
 
-def _allocate(q, k_cache, v_cache, means, lengths, table, new, left, block_size, topk, groups, scale, softcap):
+def _allocate(
+    q, k_cache, v_cache, means, k, v, lengths, table, new, left, block_size, topk, groups, scale, softcap
+):  # fmt: skip
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _attend(q, k_cache, v_cache, means, lengths, table, new, left, block_size, topk, groups, scale, softcap):
+def _step(q, k_cache, v_cache, means, k, v, lengths, table, new, left, block_size, topk, groups, scale, softcap):
     from kernel_index.kernels.sparse.moba_block_sparse import triton
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     seen, q = Visible(lengths, table, new, left), launch.dense_heads(q)
-    return triton.step(q, k_cache, v_cache, means, seen, block_size, topk, groups, scale, softcap, out)
+    with launch.on_device(q):
+        if k is not None:
+            _append(k_cache, v_cache, means, k, v, lengths, table, block_size)
+        if out.numel() == 0:
+            return out
+        return triton.step(q, k_cache, v_cache, means, seen, block_size, topk, groups, scale, softcap, out)
 
 
-_attend_op = ops.register(
-    "route_and_attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor means, Tensor lengths, Tensor? table, int new, "
-    "int left, int block_size, int topk, int groups, float scale, float softcap) -> Tensor",
-    _attend,
+_step_op = ops.register(
+    "moba_step(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) means, Tensor? k, Tensor? v, "
+    "Tensor lengths, Tensor? table, int new, int left, int block_size, int topk, int groups, float scale, "
+    "float softcap) -> Tensor",
+    _step,
     _allocate,
 )
 
@@ -61,9 +70,11 @@ def write(call: MobaDecodeCall, means: Tensor) -> None:
         ops.run(_append_op, _append, *caches, means, call.k.detach(), call.v.detach(), *tables, call.block_size)
 
 
-def attend(call: MobaDecodeCall, means: Tensor) -> Tensor:
-    """Attention over the blocks that each query selects, of a cache whose keys and block means are written."""
+def step(call: MobaDecodeCall, means: Tensor) -> Tensor:
+    """``write``, then attention over the blocks that each query selects."""
     cache, left = call.cache, call.window[0]
-    args = (call.q, cache["k_cache"], cache["v_cache"], means, cache["cache_seqlens"], cache["block_table"])
-    more = (cache.new_tokens, -1 if left is None else left, call.block_size, call.topk, call.groups)
-    return ops.run(_attend_op, _attend, *args, *more, float(call.scale), float(call.softcap))
+    args = (call.q, cache["k_cache"], cache["v_cache"], means, call.k, call.v)
+    args = (*args, cache["cache_seqlens"], cache["block_table"], cache.new_tokens, -1 if left is None else left)
+    more = (call.block_size, call.topk, call.groups, float(call.scale), float(call.softcap))
+    with torch.no_grad():
+        return ops.run(_step_op, _step, *args, *more)

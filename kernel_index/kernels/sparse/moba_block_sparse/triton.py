@@ -4,7 +4,8 @@ Lengths and pages are read on the device, so a captured graph serves every later
 Attention over the selected blocks is ``selected_decode``'s.  Names are those of ``core/triton/attention.py``.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -18,10 +19,9 @@ from kernel_index.core.triton.launch import (
     dot_block,
     interpreting,
     next_power_of_2,
-    on_device,
     processors,
 )
-from kernel_index.kernels.sparse.selected_decode.api import attend_into, state_size
+from kernel_index.kernels.sparse.selected_decode.api import attend_into, launch_for
 from kernel_index.kvcache.selected import Visible
 
 LOWEST = tl.constexpr(-(2**31))
@@ -268,27 +268,56 @@ LARGEST_BLOCK = 2**30
 """A larger block is never complete either, and its end is an int32."""
 
 
-class Sizes(NamedTuple):
-    """Of a step: rows and queries; KV heads, groups of a KV head, heads of a group; blocks of a full row, pages."""
+class Geometry(NamedTuple):
+    """What the launches of a step take from its sizes alone, and where its memory holds what.
 
-    batch: int
-    queries: int
-    kv_heads: int
-    groups: int
-    each: int
+    ``memory``: float32 elements, of which the first hold the selections and those from ``at`` on the scores.
+    """
+
+    topk: int
     blocks: int
-    page: int
+    at: int
+    memory: int
+    score_kernel: Any
+    score_grid: tuple[int, int, int]
+    score: dict[str, Any]
+    select: dict[str, Any]
 
-    @property
-    def pairs(self) -> int:
-        return self.batch * self.queries * self.kv_heads * self.groups
+
+@functools.lru_cache(1024)
+def geometry_of(
+    shape: torch.Size, kv_heads: int, page: int, columns: int, groups: int, block_size: int, topk: int, windowed: bool,
+    target: Target, many: int,
+) -> Geometry:  # fmt: skip
+    """For queries of ``shape`` on a device of ``many`` processors; ``columns`` of the table, 0 without one."""
+    batch, queries, heads, width = shape
+    blocks = max(1, ceil_div(page * max(1, columns), block_size))
+    topk, pairs, rows = min(topk, blocks), batch * queries * groups, queries * (groups // kv_heads)
+    at = ceil_div(pairs * topk, 16) * 16
+    c = pick_scoring(rows, width)
+    tiles = ceil_div(rows, c.rows)
+    splits = max(1, min(ceil_div(blocks, c.step), ceil_div(c.programs * many, batch * kv_heads * tiles)))
+    score = {
+        "KV": kv_heads, "E": groups // kv_heads, "J": heads // groups, "D": width, "BLOCK_D": dot_block(width),
+        "BLOCK": min(block_size, LARGEST_BLOCK), "PAGE": page, "PAGED": columns > 0, "HAS_LEFT": windowed,
+        "ROWS": c.rows, "BN": c.step, "num_warps": c.num_warps,
+    }  # fmt: skip
+    score |= {"CHUNK": c.chunk} if c.chunk else {"PRECISION": precision(target), "num_stages": 2}
+    chunk = min(MOST_RANKED, max(16, next_power_of_2(blocks)))
+    select = {
+        "GROUPS": groups, "BLOCK": score["BLOCK"], "HAS_LEFT": windowed, "CHUNK": chunk, "KEPT": next_power_of_2(topk),
+        "ONE": blocks <= chunk, "num_warps": min(16, max(4, chunk // 1024)),
+    }  # fmt: skip
+    kernel = _score_kernel if c.chunk else _dot_score_kernel
+    grid = (batch * kv_heads, splits, tiles)
+    return Geometry(topk, blocks, at, at + pairs * blocks, kernel, grid, score, select)
 
 
-def sizes_of(q: Tensor, k_cache: Tensor, table: Tensor | None, groups: int, block_size: int) -> Sizes:
-    (batch, queries, heads, _), (page, kv_heads) = q.shape, k_cache.shape[1:3]
-    capacity = page * (1 if table is None else table.shape[1])
-    blocks = max(1, ceil_div(capacity, block_size))
-    return Sizes(batch, queries, kv_heads, groups // kv_heads, heads // groups, blocks, page)
+def geometry_for(q: Tensor, k_cache: Tensor, seen: Visible, groups: int, block_size: int, topk: int) -> Geometry:
+    page, kv_heads = k_cache.shape[1:3]
+    columns = 0 if seen.table is None else seen.table.shape[1]
+    sizes = (q.shape, kv_heads, page, columns, groups, block_size, topk, seen.left >= 0)
+    return geometry_of(*sizes, target_of(q.device), processors(q))
 
 
 def append(
@@ -298,41 +327,25 @@ def append(
     (batch, new, kv_heads, width), page, table = k.shape, k_cache.shape[1], seen.table
     lengths = seen.lengths
     block_size = min(block_size, LARGEST_BLOCK)
-    with on_device(k):
-        _append_kernel[((new - 2) // block_size + 2, batch * kv_heads)](
-            k_cache, v_cache, k, v, means, lengths, lengths if table is None else table, *k.stride()[:3],
-            0 if table is None else table.stride(0), new, means.shape[1],
-            KV=kv_heads, D=width, BLOCK_D=dot_block(width), BN=min(64, next_power_of_2(block_size)), BLOCK=block_size,
-            PAGE=page, PAGED=table is not None, num_warps=4,
-        )  # fmt: skip
-
-
-def score(q: Tensor, means: Tensor, seen: Visible, sizes: Sizes, block_size: int, work: Tensor, at: int) -> None:
-    """Write the scores of the routable blocks, float32 [B, Lq, G, blocks], into ``work`` from element ``at`` on."""
-    width, table = q.shape[3], seen.table
-    rows, pairs = sizes.queries * sizes.groups, sizes.batch * sizes.kv_heads
-    c = pick_scoring(rows, width)
-    tiles = ceil_div(rows, c.rows)
-    splits = max(1, min(ceil_div(sizes.blocks, c.step), ceil_div(c.programs * processors(q), pairs * tiles)))
-    kernel = _score_kernel if c.chunk else _dot_score_kernel
-    kind = {"CHUNK": c.chunk} if c.chunk else {"PRECISION": precision(target_of(q.device)), "num_stages": 2}
-    kernel[(pairs, splits, tiles)](
-        q, means, seen.lengths, seen.lengths if table is None else table, work, *q.stride()[:3],
-        0 if table is None else table.stride(0), at, sizes.queries, seen.new, seen.left, sizes.blocks, means.shape[1],
-        KV=sizes.kv_heads, E=sizes.groups, J=sizes.each, D=width, BLOCK_D=dot_block(width), BLOCK=block_size,
-        PAGE=sizes.page, PAGED=table is not None, HAS_LEFT=seen.left >= 0, ROWS=c.rows, BN=c.step,
-        num_warps=c.num_warps, **kind,
+    _append_kernel[((new - 2) // block_size + 2, batch * kv_heads)](
+        k_cache, v_cache, k, v, means, lengths, lengths if table is None else table, *k.stride()[:3],
+        0 if table is None else table.stride(0), new, means.shape[1],
+        KV=kv_heads, D=width, BLOCK_D=dot_block(width), BN=min(64, next_power_of_2(block_size)), BLOCK=block_size,
+        PAGE=page, PAGED=table is not None, num_warps=4,
     )  # fmt: skip
 
 
-def select(seen: Visible, sizes: Sizes, block_size: int, topk: int, work: Tensor, at: int) -> None:
-    """Write the selections, int32 [B, Lq, G, topk], to the beginning of ``work``, from the scores that follow them."""
-    chunk = min(MOST_RANKED, max(16, next_power_of_2(sizes.blocks)))
-    _select_kernel[(sizes.pairs,)](
-        seen.lengths, work, at, sizes.queries, seen.new, seen.left, sizes.blocks, topk,
-        GROUPS=sizes.kv_heads * sizes.groups, BLOCK=block_size, HAS_LEFT=seen.left >= 0, CHUNK=chunk,
-        KEPT=next_power_of_2(topk), ONE=sizes.blocks <= chunk, num_warps=min(16, max(4, chunk // 1024)),
+def select(q: Tensor, means: Tensor, seen: Visible, g: Geometry, work: Tensor) -> None:
+    """Write the selections, int32 [B, Lq, G, topk], to the beginning of ``work``."""
+    (batch, queries), table, lengths = q.shape[:2], seen.table, seen.lengths
+    g.score_kernel[g.score_grid](
+        q, means, lengths, lengths if table is None else table, work, *q.stride()[:3],
+        0 if table is None else table.stride(0), g.at, queries, seen.new, seen.left, g.blocks, means.shape[1],
+        **g.score,
     )  # fmt: skip
+    _select_kernel[(batch * queries * g.select["GROUPS"],)](
+        lengths, work, g.at, queries, seen.new, seen.left, g.blocks, g.topk, **g.select
+    )
 
 
 def step(
@@ -352,16 +365,8 @@ def step(
 
     One buffer holds the selections, and behind them first the scores, then the states of the splits.
     """
-    sizes = sizes_of(q, k_cache, seen.table, groups, block_size)
-    topk, block_size = min(topk, sizes.blocks), min(block_size, LARGEST_BLOCK)
-    if out.numel() == 0:
-        return out
-    at = ceil_div(sizes.pairs * topk, 16) * 16
-    states = state_size(q, k_cache, seen, groups, topk, block_size)
-    work = q.new_empty(at + max(sizes.pairs * sizes.blocks, states), dtype=torch.float32)
-    with on_device(q):
-        score(q, means, seen, sizes, block_size, work, at)
-        select(seen, sizes, block_size, topk, work, at)
-    return attend_into(
-        out, q, k_cache, v_cache, work, seen, groups, block_size, scale, softcap, count=topk, memory=(work, at)
-    )
+    g = geometry_for(q, k_cache, seen, groups, block_size, topk)
+    launch = launch_for(q, k_cache, seen, groups, g.topk, block_size)
+    work = q.new_empty(max(g.memory, g.at + launch.states), dtype=torch.float32)
+    select(q, means, seen, g, work)
+    return attend_into(out, q, k_cache, v_cache, work, seen, launch, g.topk, scale, softcap, (work, g.at))

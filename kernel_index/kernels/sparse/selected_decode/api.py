@@ -13,13 +13,13 @@ from kernel_index.kernels.sparse.selected_decode.sdpa import selected_decode_sdp
 from kernel_index.kernels.sparse.selected_decode.torch_op import (
     attend_blocks,
     attend_into,
+    launch_for,
     selected_decode_triton,
-    state_size,
 )
 from kernel_index.kvcache.cache import CacheLayer, KVCache
 from kernel_index.kvcache.decode_arguments import cast_result, layer_of
 
-__all__ = ["attend_blocks", "attend_into", "selected_decode", "state_size"]
+__all__ = ["attend_blocks", "attend_into", "launch_for", "selected_decode"]
 
 SelectedDecodeBackend = Literal["auto", "triton", "native", "sdpa", "reference"]
 

@@ -20,8 +20,12 @@ def _allocate(q, k_cache, v_cache, selected, lengths, table, new, left, groups, 
 def _launch(q, k_cache, v_cache, selected, lengths, table, new, left, groups, block_size, scale, softcap):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, selected, seen = launch.dense_heads(q), selected.contiguous(), Visible(lengths, table, new, left)
+    if out.numel() == 0 or selected.numel() == 0 or k_cache.numel() == 0:
+        return out.zero_()
     count = selected.shape[3]
-    return attend_into(out, q, k_cache, v_cache, selected, seen, groups, block_size, scale, softcap, count=count)
+    chosen = launch_for(q, k_cache, seen, groups, count, block_size)
+    with launch.on_device(q):
+        return attend_into(out, q, k_cache, v_cache, selected, seen, chosen, count, scale, softcap)
 
 
 # Captured graphs hold this name, which is older than ``selected_decode``.
@@ -40,11 +44,11 @@ def attend_into(*args: Any, **more: Any) -> Tensor:
     return triton.decode(*args, **more)
 
 
-def state_size(*args: Any) -> int:
-    """``triton.state_size``, for a launcher that gives ``attend_into`` its memory."""
+def launch_for(*args: Any) -> Any:
+    """``triton.launch_for``, for a launcher that gives ``attend_into`` its memory."""
     from kernel_index.kernels.sparse.selected_decode import triton
 
-    return triton.state_size(*args)
+    return triton.launch_for(*args)
 
 
 def attend_blocks(

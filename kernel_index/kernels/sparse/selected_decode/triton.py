@@ -7,7 +7,7 @@ Names and units are those of ``core/triton/attention.py``.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -30,7 +30,6 @@ from kernel_index.core.triton.launch import (
     dot_block,
     interpreting,
     next_power_of_2,
-    on_device,
     processors,
     score_factors,
 )
@@ -183,7 +182,6 @@ def power_below(n: int) -> int:
     return 1 << max(0, n.bit_length() - 1)
 
 
-@functools.lru_cache(1024)
 def plan(pairs: int, heads: int, selected: int, block_size: int, page: int, row_bytes: int, count: int) -> Plan:
     """Four programs for each of ``count`` processors, where there is work; a function of sizes alone.
 
@@ -206,19 +204,48 @@ def plan(pairs: int, heads: int, selected: int, block_size: int, page: int, row_
     )
 
 
-def split_plan(q: Tensor, k_cache: Tensor, seen: Visible, groups: int, count: int, block_size: int) -> tuple[Plan, int]:
-    """The plan, and the block size that it is for: of a block that holds a whole row, any size serves."""
-    capacity = k_cache.shape[1] * (1 if seen.table is None else seen.table.shape[1])
-    block_size = min(block_size, next_power_of_2(max(1, capacity)))  # of few sizes: each is compiled
-    pairs, each, page = q.shape[0] * q.shape[1] * groups, q.shape[2] // groups, k_cache.shape[1]
-    page = 0 if seen.table is None else page
-    return plan(pairs, each, count, block_size, page, q.shape[3] * q.element_size(), processors(q)), block_size
+class Launch(NamedTuple):
+    """The constants of both kernels; ``states``: float32 elements that the splits need, 0 for a single one."""
+
+    plan: Plan
+    states: int
+    kernel: dict[str, Any]
+    merge: dict[str, Any]
 
 
-def state_size(q: Tensor, k_cache: Tensor, seen: Visible, groups: int, count: int, block_size: int) -> int:
-    """float32 elements of the states of all splits; 0 where the output is written directly."""
-    splits = split_plan(q, k_cache, seen, groups, count, block_size)[0].splits
-    return 0 if splits == 1 else splits * (q.numel() + 2 * q.numel() // q.shape[3])
+@functools.lru_cache(1024)
+def launch_of(
+    shape: torch.Size,
+    kv_heads: int,
+    page: int,
+    columns: int,
+    groups: int,
+    count: int,
+    block_size: int,
+    width: int,
+    many: int,
+) -> Launch:
+    """For queries of ``shape`` with elements of ``width`` bytes; ``columns`` of the table, 0 without one."""
+    batch, queries, heads, size = shape
+    block_size = min(
+        block_size, next_power_of_2(page * max(1, columns))
+    )  # of a block that holds a row, any size serves
+    each, paged = heads // groups, columns > 0
+    p = plan(batch * queries * groups, each, count, block_size, page if paged else 0, size * width, many)
+    common = {"D": size, "BLOCK_D": dot_block(size), "UPCAST": interpreting()}
+    kernel = common | {
+        "GROUPS": groups, "KV": kv_heads, "J": each, "BM": p.block_rows, "BN": p.block_keys, "N": TILES_AT_ONCE,
+        "BLOCK": block_size, "PAGE": page, "PAGED": paged, "ALIGNED": p.aligned, "DIRECT": p.splits == 1,
+        "num_warps": p.num_warps, "num_stages": p.num_stages,
+    }  # fmt: skip
+    states = 0 if p.splits == 1 else p.splits * batch * queries * heads * (size + 2)
+    return Launch(p, states, kernel, common | {"N": next_power_of_2(p.splits), "num_warps": 4})
+
+
+def launch_for(q: Tensor, k_cache: Tensor, seen: Visible, groups: int, count: int, block_size: int) -> Launch:
+    page, kv_heads = k_cache.shape[1:3]
+    columns = 0 if seen.table is None else seen.table.shape[1]
+    return launch_of(q.shape, kv_heads, page, columns, groups, count, block_size, q.element_size(), processors(q))
 
 
 def decode(
@@ -228,45 +255,30 @@ def decode(
     v_cache: Tensor,
     selected: Tensor,
     seen: Visible,
-    groups: int,
-    block_size: int,
+    launch: Launch,
+    count: int,
     scale: float,
     softcap: float,
-    *,
-    count: int,
     memory: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """Fill ``out`` [B, Lq, H, D]; ``groups`` selections of ``count`` blocks for each query, −1 for none.
+    """Fill ``out`` [B, Lq, H, D]; each of the G groups of a query has ``count`` selected blocks, −1 for none.
 
     ``selected``: int32 or int64 [B, Lq, G or 1, count]; or float32 memory that begins with them as int32, [B, Lq, G].
-    ``memory``: float32, and the element from which on ``state_size`` of them are free; None allocates it.
+    ``memory``: float32, and the element from which on ``launch.states`` of them are free; None allocates it.
     """
-    batch, queries, heads, width = q.shape
-    if out.numel() == 0 or count == 0:
-        return out.zero_()
-    chosen, block_size = split_plan(q, k_cache, seen, groups, count, block_size)
-    direct, page = chosen.splits == 1, k_cache.shape[1]
-    if direct:
-        states, at = out, 0
-    elif memory is None:
-        states, at = q.new_empty(state_size(q, k_cache, seen, groups, count, block_size), dtype=torch.float32), 0
-    else:
-        states, at = memory
-    lengths, table = seen.lengths, seen.table
+    batch, queries, heads, _ = q.shape
+    lengths, table, splits, groups = seen.lengths, seen.table, launch.plan.splits, launch.kernel["GROUPS"]
+    if memory is None:
+        memory = (q.new_empty(launch.states, dtype=torch.float32), 0)
+    states, at = (out, 0) if splits == 1 else memory
     inner, outer = score_factors(scale, softcap)
-    blocks = {"D": width, "BLOCK_D": dot_block(width), "UPCAST": interpreting()}
-    with on_device(q):
-        _selected_kernel[(batch * queries * groups, chosen.splits)](
-            q, k_cache, v_cache, selected, lengths, lengths if table is None else table, states,
-            *q.stride()[:3], 0 if table is None else table.stride(0), at, queries, seen.new, seen.left, count,
-            chosen.per_split, inner, outer,
-            GROUPS=groups, KV=k_cache.shape[2], J=heads // groups, BM=chosen.block_rows, BN=chosen.block_keys,
-            N=TILES_AT_ONCE, BLOCK=block_size, PAGE=page, PAGED=table is not None, ALIGNED=chosen.aligned,
-            SHARED=selected.ndim == 4 and selected.shape[2] < groups, HAS_LEFT=seen.left >= 0, DIRECT=direct,
-            CAPPED=softcap > 0, num_warps=chosen.num_warps, num_stages=chosen.num_stages, **blocks,
-        )  # fmt: skip
-        if not direct:
-            _merge_kernel[(batch * queries * heads,)](
-                states, out, at, chosen.splits, N=next_power_of_2(chosen.splits), num_warps=4, **blocks
-            )
+    _selected_kernel[(batch * queries * groups, splits)](
+        q, k_cache, v_cache, selected, lengths, lengths if table is None else table, states,
+        *q.stride()[:3], 0 if table is None else table.stride(0), at, queries, seen.new, seen.left, count,
+        launch.plan.per_split, inner, outer,
+        SHARED=selected.ndim == 4 and selected.shape[2] < groups, HAS_LEFT=seen.left >= 0, CAPPED=softcap > 0,
+        **launch.kernel,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(batch * queries * heads,)](states, out, at, splits, **launch.merge)
     return out
