@@ -91,6 +91,8 @@ class KVCache(ABC):
         if len(kept) != rows or not all(isinstance(n, int) and 0 <= n <= step.tokens for n in kept):
             raise ValueError(f"tokens must be {rows} numbers from 0 to {step.tokens}, got {kept}")
         self._advance(kept)
+        for means in self._means.values():
+            means.confirm(step.rows, kept)
         self.counters.advances += 1
         self._step = None
 
@@ -323,6 +325,8 @@ class ContiguousKVCache(KVCache):
             self.lengths[row] = 0
             self.k[:, row] = 0
             self.v[:, row] = 0
+            for means in self._means.values():
+                means.forget(row)
 
     def _advance(self, tokens: list[int]) -> None:
         self.lengths = [a + b for a, b in zip(self.lengths, tokens, strict=True)]
