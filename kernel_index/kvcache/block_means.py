@@ -42,7 +42,9 @@ class BlockMeans:
         self.unit = math.gcd(block_size, inner) if paged else block_size  # at most one block ends in a unit
         dtype = torch.promote_types(keys.dtype, torch.float32)
         self.values = torch.zeros(layers, outer, inner // self.unit, *heads, dtype=dtype, device=keys.device)
-        self.known: list[dict[int, int]] = [{} for _ in range(layers)]
+        self.known: list[dict[int, int]] = [{} for _ in range(layers)]  # complete blocks of each row
+        self.pending: list[list[Row] | None] = [None] * layers  # the step whose means are not confirmed yet
+        self.by_kernel: list[list[Row] | None] = [None] * layers  # the step whose means a kernel has written
         self.computed = 0  # blocks averaged so far, over all layers
 
     def share(self, source: int, copy: int) -> None:
@@ -51,17 +53,27 @@ class BlockMeans:
             known[copy] = known.get(source, 0)
 
     def forget(self, row: int) -> None:
-        """A row that was freed."""
+        """A row that was freed or emptied."""
         for known in self.known:
             known.pop(row, None)
+
+    def confirm(self, rows: list[Row], kept: list[int]) -> None:
+        """So many tokens of each row of a step have come to stay, and with them the means of the blocks that they end.
+
+        The means of a step that is never confirmed, as other keys may take its place, are averaged again.
+        """
+        complete = {row.name: (row.before + n) // self.block_size for row, n in zip(rows, kept, strict=True)}
+        for known, pending in zip(self.known, self.pending, strict=True):
+            if pending is rows:
+                known.update(complete)
 
     def of(self, layer: int, rows: list[Row], table: Tensor | None) -> Tensor:
         """The means [B, blocks, K, D] of every row's complete blocks, at least float32, brought up to date.
 
         ``blocks`` is that of the longest row; a shorter row has finite values of no meaning after its own.
         """
-        for row in rows:
-            self._update(layer, row)
+        if self.by_kernel[layer] is not rows:
+            self._catch_up(layer, rows, [row.after // self.block_size for row in rows])
         blocks = max((row.after for row in rows), default=0) // self.block_size
         values = self.values[layer]
         if table is None:
@@ -70,11 +82,31 @@ class BlockMeans:
         outer, inner = slots(table, last.expand(table.shape[0], -1), self.keys.shape[2])
         return values[outer, inner // self.unit]
 
-    def _update(self, layer: int, row: Row) -> None:
-        """Average the blocks that this step completes, and again those that an abandoned step had completed."""
-        known, size = self.known[layer], self.block_size
-        have, complete = min(known.get(row.name, 0), row.before // size), row.after // size
-        known[row.name] = complete
+    def stored(self, layer: int, rows: list[Row]) -> Tensor:
+        """The memory of a layer's means [rows or pages, units, K, D], for a kernel that writes keys and means at once.
+
+        Blocks that were complete before the step are brought up to date here, which in most steps is nothing to do;
+        the kernel averages those that the step completes.
+        """
+        before = [row.before // self.block_size for row in rows]
+        self._catch_up(layer, rows, before)
+        self.by_kernel[layer] = rows
+        self.computed += sum(row.after // self.block_size for row in rows) - sum(before)
+        return self.values[layer]
+
+    def _catch_up(self, layer: int, rows: list[Row], complete: list[int]) -> None:
+        """Average the blocks of each row that are not known, of the first ``complete`` ones."""
+        known = self.known[layer]
+        for row, end in zip(rows, complete, strict=True):
+            have = min(known.get(row.name, 0), row.before // self.block_size)
+            if have < end:
+                self._average(layer, row, have, end)
+            known[row.name] = row.before // self.block_size
+        self.pending[layer] = rows
+
+    def _average(self, layer: int, row: Row, have: int, complete: int) -> None:
+        """Average the blocks ``have ≤ j < complete`` of one row."""
+        size = self.block_size
         self.computed += complete - have
         step = max(1, TOKENS_AT_ONCE // size)
         for first in range(have, complete, step):

@@ -96,6 +96,8 @@ class KVCache(ABC):
         if len(kept) != rows or not all(isinstance(n, int) and 0 <= n <= step.tokens for n in kept):
             raise ValueError(f"tokens must be {rows} numbers from 0 to {step.tokens}, got {kept}")
         self._advance(kept)
+        for means in self._means.values():
+            means.confirm(step.rows, kept)
         self.counters.advances += 1
         self._step = None
 
@@ -252,6 +254,16 @@ class CacheLayer(dict[str, Any]):
         tensor([[1., 2.],
                 [5., 6.]])
         """
+        return self._means_of(block_size).of(self._index, self._step.rows, self._step.table)
+
+    def stored_means(self, block_size: int) -> Tensor:
+        """The memory of the block means, [rows or pages, units, K, D], for a kernel that writes this step's keys.
+
+        It holds those of all blocks that were complete before the step; the kernel must write those that it completes.
+        """
+        return self._means_of(block_size).stored(self._index, self._step.rows)
+
+    def _means_of(self, block_size: int) -> BlockMeans:
         checks.is_int("block_size", block_size, minimum=1)
         cache = self._cache
         if cache._step is not self._step:
@@ -259,7 +271,7 @@ class CacheLayer(dict[str, Any]):
         if block_size not in cache._means:
             with torch.inference_mode(False):  # the means outlive the mode of this call
                 cache._means[block_size] = BlockMeans(cache.k, block_size, paged=self._step.table is not None)
-        return cache._means[block_size].of(self._index, self._step.rows, self._step.table)
+        return cache._means[block_size]
 
 
 class ContiguousKVCache(KVCache):
@@ -320,6 +332,8 @@ class ContiguousKVCache(KVCache):
             self.lengths[row] = 0
             self.k[:, row] = 0
             self.v[:, row] = 0
+            for means in self._means.values():
+                means.forget(row)
 
     def _advance(self, tokens: list[int]) -> None:
         self.lengths = [a + b for a, b in zip(self.lengths, tokens, strict=True)]

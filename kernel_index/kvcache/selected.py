@@ -24,6 +24,18 @@ def window_starts(position: Tensor, left: int | None) -> Tensor:
     return torch.zeros_like(position) if left is None else (position - left).clamp(min=0)
 
 
+class Visible(NamedTuple):
+    """Which tokens the Lq queries of a row see: the last one is at ``lengths + new − 1``, and none sees a later token.
+
+    ``lengths`` [B] and ``table`` [B, pages] or None are the cache's, on the device; ``left`` −1 is unlimited.
+    """
+
+    lengths: Tensor
+    table: Tensor | None
+    new: int
+    left: int
+
+
 class SelectedTokens(NamedTuple):
     """Indices into the cache seen as [slots, K, D], int64 [B, Lq, G, m], and whether the query may attend to each.
 

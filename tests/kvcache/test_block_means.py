@@ -59,6 +59,36 @@ def test_paged_through_sharing_copies_and_reuse():
     put(cache, 13, [third, second], seed=5)
 
 
+@pytest.mark.parametrize("change", ["reset", "abandoned", "padded"])
+def test_keys_that_were_replaced_by_steps_that_asked_for_no_means(change):
+    cache = ki.ContiguousKVCache(1, 2, 32, K, D)
+    put(cache, 5, seed=1)
+    put(cache, 16, seed=2, advance=change != "abandoned", keep=[3, 2] if change == "padded" else None)
+    if change == "reset":
+        cache.reset([1])
+        cache.lengths[0] = 0
+        cache.reset([0])
+    cache.begin(10)
+    cache.append(0, *(torch.randn(2, 10, K, D, generator=torch.Generator().manual_seed(3)) for _ in range(2)))
+    cache.advance()
+    put(cache, 1, seed=4)
+
+
+def test_a_sequence_that_is_shared_within_a_step_knows_what_is_cached_alone():
+    cache = ki.PagedKVCache(1, 24, PAGE, K, D)
+    first = cache.allocate()
+    put(cache, 5, [first], seed=1)
+    cache.begin([first], 9)
+    layer, k = cache.layer(0), torch.ones(1, 9, K, D)
+    layer.write(k, k)
+    layer.block_means(4)
+    second = cache.share(first)
+    cache.begin([second], 9)
+    cache.append(0, 2 * k, k)
+    cache.advance()
+    put(cache, 1, [second], seed=2)
+
+
 def test_each_block_is_averaged_once():
     cache = ki.ContiguousKVCache(1, 1, 64, K, D)
     for count in (20, *[1] * 20):

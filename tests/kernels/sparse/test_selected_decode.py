@@ -1,5 +1,7 @@
 """Decoding over a selection: what is read, what is refused, and how a selection of the caller's becomes tokens."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -179,3 +181,24 @@ def test_rows_that_end_together():
     assert first.tolist() == [0, 4]
     assert keys[0, :, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert keys[1, 4:, 0, 0].tolist() == [6, 7]
+
+
+@pytest.mark.parametrize("row_bytes", [16, 48, 160, 256, 512, 600, 1024])
+@pytest.mark.parametrize("heads", [1, 8, 16, 24])
+def test_plans_fit(heads, row_bytes):
+    """Tiles are powers of 2 that fit into memory, splits hold all tiles, and an aligned tile crosses no boundary."""
+    from kernel_index.kernels.sparse.selected_decode import triton
+
+    for block_size, page, selected, pairs in itertools.product(
+        (1, 5, 16, 48, 64, 4096), (0, 6, 16, 64), (1, 16, 300), (1, 256)
+    ):
+        p = triton.plan(pairs, heads, selected, block_size, page, row_bytes, 132)
+        assert p.block_keys & (p.block_keys - 1) == 0
+        assert p.block_keys >= 16
+        assert p.block_rows >= heads
+        assert 2 * p.num_stages * p.block_keys * row_bytes <= 200_000
+        tiles = -(-selected * block_size // p.block_keys)
+        assert (p.splits - 1) * p.per_split < tiles <= p.splits * p.per_split
+        assert p.splits <= triton.MOST_SPLITS
+        if p.aligned:
+            assert block_size % p.block_keys == page % p.block_keys == 0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
+from kernel_index.kernels.sparse.moba_block_sparse import torch_op
 from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaDecodeCall
 from kernel_index.kernels.sparse.selected_decode.api import attend_blocks
 from kernel_index.kvcache.selected import query_positions, window_starts
@@ -31,9 +32,16 @@ class Routed(NamedTuple):
 
 def route(call: MobaDecodeCall) -> Routed:
     """Write the new keys and values, bring the block means up to date, and select each query's blocks."""
-    q, cache, block_size = call.q, call.cache, call.block_size
+    cache = call.cache
     with torch.no_grad():
         append(cache["k_cache"], cache["v_cache"], cache["cache_seqlens"], call.k, call.v, cache["block_table"])
+        return select(call)
+
+
+def select(call: MobaDecodeCall) -> Routed:
+    """The blocks of each query, of a cache whose keys are written."""
+    q, cache, block_size = call.q, call.cache, call.block_size
+    with torch.no_grad():
         position = query_positions(cache, q.shape[1])
         start = window_starts(position, call.window[0])
         has_tokens = position >= 0
@@ -46,10 +54,22 @@ def route(call: MobaDecodeCall) -> Routed:
         return Routed(top_blocks(scores, legal, min(call.topk, max(1, blocks))), start, position)
 
 
+SCORES = 1 << 26
+"""Of a step whose scores are all stored: one row for each query and group, as long as the cache's capacity."""
+
+
 def decode_triton(call: MobaDecodeCall) -> Tensor:
-    selected, start, position = route(call)
+    """A step runs wholly on the device.  A prompt selects as the other backends do, by lengths that the host knows."""
+    means = call.cache.stored_means(call.block_size)
+    (batch, queries), table = call.q.shape[:2], call.cache["block_table"]
+    capacity = call.cache["k_cache"].shape[1] * (1 if table is None else table.shape[1])
+    scores = batch * queries * call.groups * num_blocks(capacity, call.block_size)
+    if queries <= PROMPT and scores <= SCORES:
+        return torch_op.step(call, means)
+    torch_op.write(call, means)
+    selected, left = select(call).selected, call.window[0]
     blocks = torch.where(selected.valid, selected.indices, -1)
-    return attend_blocks(call.q, call.cache, blocks, start, position, call.block_size, call.scale, call.softcap)
+    return attend_blocks(call.q, call.cache, blocks, call.groups, left, call.block_size, call.scale, call.softcap)
 
 
 def attend_prompt(call: MobaDecodeCall, selected: TopBlocks) -> Tensor:

@@ -10,11 +10,16 @@ from kernel_index.kernels.sparse.selected_decode import contract
 from kernel_index.kernels.sparse.selected_decode.native import SOURCE, selected_decode_native
 from kernel_index.kernels.sparse.selected_decode.reference import selected_decode_reference
 from kernel_index.kernels.sparse.selected_decode.sdpa import selected_decode_sdpa
-from kernel_index.kernels.sparse.selected_decode.torch_op import attend_blocks, selected_decode_triton
+from kernel_index.kernels.sparse.selected_decode.torch_op import (
+    attend_blocks,
+    attend_into,
+    launch_for,
+    selected_decode_triton,
+)
 from kernel_index.kvcache.cache import CacheLayer, KVCache
 from kernel_index.kvcache.decode_arguments import cast_result, layer_of
 
-__all__ = ["attend_blocks", "selected_decode"]
+__all__ = ["attend_blocks", "attend_into", "launch_for", "selected_decode"]
 
 SelectedDecodeBackend = Literal["auto", "triton", "native", "sdpa", "reference"]
 
