@@ -86,18 +86,18 @@ def test_triton_merges_its_splits(length, options):
     cache = [torch.randn(1, 600, 1, D) for _ in range(2)]
     cache[1][:, length + 2 :] = float("nan")
     call = {"cache_seqlens": length, "k": k, "v": v, **options}
-    assert triton_plan(batch=1, capacity=600).most == 9
+    assert triton_plan().most == 9
     expected = ki.fa4_kvcache_decode(q, *(c.clone() for c in cache), **call, backend="reference")
     actual = ki.fa4_kvcache_decode(q, *cache, **call, backend="triton")
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
 
 
-def triton_plan(batch, capacity):
-    """For one KV head of two queries, on a device of 2 processors that run 4 programs each."""
+def triton_plan():
+    """Of one row and one KV head with two queries, on a device of 2 processors that run 4 programs each."""
     pytest.importorskip("triton")
     from kernel_index.kernels.attention.dense_fa4_kvcache_decode import triton
 
-    return triton.plan(batch, kv_heads=1, rows=2, capacity=capacity, row_bytes=4 * D, count=2)
+    return triton.plan(1, kv_heads=1, rows=2, row_bytes=4 * D, count=2)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 40])

@@ -58,7 +58,8 @@ def fa4_kvcache_decode(
         z[t, s] = scale · q[t, h]·keys[s, h // G]               softcap · tanh(z / softcap) with a softcap
         out[t]  = softmax(z[t]) · values                        over p - left ≤ s ≤ p (≤ p + right, not causal)
 
-    A sink adds ``exp(sink[h])`` to the denominator.  A query without a key gives 0.  Position i of a paged row is ``k_cache[block_table[b, i // page], i % page]``.
+    A sink adds ``exp(sink[h])`` to the denominator.  A query without a key gives 0.  Position i of a paged row is
+    ``k_cache[block_table[b, i // page], i % page]``.
     Lengths are not advanced here, since every layer of a model uses the same: ``ContiguousKVCache.advance`` and
     ``PagedKVCache.advance`` do it once per step.  Nothing waits for a device.  Nothing is written before the whole call
     has been checked: lengths and pages on the host here, those on a device by the caches' own ``begin``.

@@ -288,11 +288,13 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def plan(batch: int, kv_heads: int, rows: int, capacity: int, row_bytes: int, count: int) -> Plan:
+def plan(batch: int, kv_heads: int, rows: int, row_bytes: int, count: int) -> Plan:
     config = pick_config(rows, row_bytes)
     tiles = ceil_div(rows, config.block_rows)
     programs = config.programs * count
-    most = max(1, min(ceil_div(capacity, SMALLEST_SPLIT), programs // (kv_heads * tiles) + 1))
+    pairs = batch * kv_heads * tiles
+    # The lengths may be anything, today or when a captured graph is replayed: a row may have many times its fair share.
+    most = min(programs // (kv_heads * tiles) + 1, max(16, 4 * programs // pairs))
     slots = programs // (kv_heads * tiles) + batch + 1
     return Plan(config, tiles, programs, most, slots, min(1024, next_power_of_2(batch)))
 
@@ -330,7 +332,7 @@ def decode(
     capacity = page * (1 if table is None else table.shape[1])
     if capacity == 0:
         return out.zero_()
-    p = plan(batch, kv_heads, queries * group, capacity, dot_block(width) * q.element_size(), processors(q))
+    p = plan(batch, kv_heads, queries * group, dot_block(width) * q.element_size(), processors(q))
     inner, outer = score_factors(scale, softcap)
     reach = queries + left if left >= 0 else UNLIMITED
     flags = {"SINK": sink is not None, "SMALLEST": SMALLEST_SPLIT, "BATCHES": p.batches, "UPCAST": interpreting()}
