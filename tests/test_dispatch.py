@@ -3,7 +3,6 @@
 import contextlib
 import threading
 from dataclasses import FrozenInstanceError
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,19 +386,3 @@ def test_explain_in_one_thread_does_not_stop_another():
     assert [r.ran for r in log] == ["even"]
     assert answers[0].would_run == "slow"
     assert not dispatch._EXPLAINING
-
-
-def test_a_launcher_is_called_directly_where_nothing_would_see_the_op():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from kernel_index.core import ops
-
-    on_a_gpu, elsewhere = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
-    called = lambda x: ops.run(lambda _: "op", lambda _: "launcher", x)  # noqa: E731
-    assert called(on_a_gpu) == "launcher"
-    assert called(elsewhere) == "op"
-    with FakeTensorMode():
-        assert called(on_a_gpu) == "op"
-    seen = []
-    torch.func.vmap(lambda x: seen.append(called(on_a_gpu)) or x)(torch.zeros(2))
-    assert seen == ["op"]

@@ -11,6 +11,7 @@ import torch
 import kernel_index as ki
 from kernel_index.kernels.sparse.moba_block_sparse import contract, decoding
 from kernel_index.kvcache.selected import Visible
+from kernel_index.kvcache.slots import slots
 
 B, H, K, D = 2, 2, 1, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -225,6 +226,26 @@ def test_ties_are_the_references(topk):
         k[row, 4:8] = k[row, 12:16] = other
     found, expected = selections(prepared("paged 3", q, k, [32 - row % 3 for row in range(len(pairs))], 4, topk))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged 3"])
+def test_nothing_but_the_selected_blocks_is_read(kind):
+    """NaN in all other blocks changes no bit, once their means are known."""
+    g = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(B, n, heads, D, generator=g).to(DEVICE) for n, heads in ((1, H), (48, K)))
+    call = prepared(kind, q, k, [47, 30], 4, 3)
+    clean = decoding.decode_triton(call)
+    used = torch.zeros(B, 49, dtype=torch.bool, device=DEVICE)
+    for b, blocks in enumerate(decoding.select(call).selected.indices.flatten(1)):
+        for block in blocks.tolist():
+            used[b, 4 * block : 4 * block + 4] = block >= 0
+    assert 0 < used.sum() < used.numel() / 2
+    token = torch.arange(48, device=DEVICE).expand(B, -1)
+    at = slots(call.cache["block_table"], token, call.cache["k_cache"].shape[1])
+    for cache in (call.cache["k_cache"], call.cache["v_cache"]):
+        cache[at] = cache[at].masked_fill(~used[:, :48, None, None], torch.nan)
+    assert call.cache["k_cache"].isnan().any()
+    assert torch.equal(decoding.decode_triton(call), clean)
 
 
 def test_more_blocks_than_registers_hold(monkeypatch):

@@ -249,7 +249,10 @@ FEW_ROWS = 4
 
 
 def pick_scoring(rows: int, width: int) -> Scoring:
-    """Few rows leave tensor cores idle, and threads are exact: float32 products and sums."""
+    """Few rows leave tensor cores idle, and threads are exact: float32 products and sums.
+
+    Four programs of 128 registers share a processor: no more than run at once, so that none is left for the end.
+    """
     step = 16 if interpreting() else 64
     if rows <= FEW_ROWS:
         return Scoring(max(1, rows), step, min(32, dot_block(width)), 4, 4)
@@ -296,7 +299,7 @@ def geometry_of(
     at = ceil_div(pairs * topk, 16) * 16
     c = pick_scoring(rows, width)
     tiles = ceil_div(rows, c.rows)
-    splits = max(1, min(ceil_div(blocks, c.step), ceil_div(c.programs * many, batch * kv_heads * tiles)))
+    splits = max(1, min(ceil_div(blocks, c.step), c.programs * many // max(1, batch * kv_heads * tiles)))
     score = {
         "KV": kv_heads, "E": groups // kv_heads, "J": heads // groups, "D": width, "BLOCK_D": dot_block(width),
         "BLOCK": min(block_size, LARGEST_BLOCK), "PAGE": page, "PAGED": columns > 0, "HAS_LEFT": windowed,
@@ -306,7 +309,7 @@ def geometry_of(
     chunk = min(MOST_RANKED, max(16, next_power_of_2(blocks)))
     select = {
         "GROUPS": groups, "BLOCK": score["BLOCK"], "HAS_LEFT": windowed, "CHUNK": chunk, "KEPT": next_power_of_2(topk),
-        "ONE": blocks <= chunk, "num_warps": min(16, max(4, chunk // 1024)),
+        "ONE": blocks <= chunk, "num_warps": min(16, max(4, chunk // 512)),
     }  # fmt: skip
     kernel = _score_kernel if c.chunk else _dot_score_kernel
     grid = (batch * kv_heads, splits, tiles)

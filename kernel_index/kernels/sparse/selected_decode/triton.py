@@ -183,7 +183,7 @@ def power_below(n: int) -> int:
 
 
 def plan(pairs: int, heads: int, selected: int, block_size: int, page: int, row_bytes: int, count: int) -> Plan:
-    """Four programs for each of ``count`` processors, where there is work; a function of sizes alone.
+    """About four programs for each of ``count`` processors, which run at once; a function of sizes alone.
 
     ``page`` is 0 without pages.  Of few rows a program waits for memory alone: one warp, with five tiles of 4 KiB of
     keys, and as many of values, under way.
@@ -196,7 +196,7 @@ def plan(pairs: int, heads: int, selected: int, block_size: int, page: int, row_
     if not aligned:
         block_keys = min(largest, dot_block(selected * block_size))
     tiles = ceil_div(selected * block_size, block_keys)
-    splits = max(1, min(ceil_div(tiles, 2), ceil_div(4 * count, max(1, pairs)), MOST_SPLITS))
+    splits = max(1, min(ceil_div(tiles, 2), round(4 * count / max(1, pairs)), MOST_SPLITS))
     per_split = ceil_div(tiles, splits)
     stages = min(6, max(2, 49152 // (2 * block_keys * row_bytes))) if few else 2
     return Plan(
