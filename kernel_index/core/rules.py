@@ -95,20 +95,22 @@ def triton_why_not(*tensors: Any) -> str | None:
         return "needs the triton package (pip install triton)"
     if inside_functorch():
         return INSIDE_FUNCTORCH
+    eager, asked = not torch.compiler.is_compiling(), None
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             continue
         if type(tensor) not in PLAIN:
             return NEEDS_PLAIN
-        if not torch.compiler.is_compiling() and tensor.is_neg():
+        if eager and tensor.is_neg():
             return NEGATED
         if tensor.is_cpu and not interpreting():  # decides most calls on a CPU without a look-up
             return ON_A_CPU
-        rule = _device_rule(target_of(tensor.device))
-        if rule is not None:
-            return rule
         if tensor.dtype == torch.float64:
             return ONLY_FLOAT32
+        if (device := tensor.device) != asked:  # most tensors of a call are on one device
+            asked = device
+            if (rule := _device_rule(target_of(device))) is not None:
+                return rule
     return None
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernel_index.core import checks, rules
@@ -14,6 +15,8 @@ CACHE_LEGEND = "[B, Tmax, K, D] or [pages, page, K, D]"
 
 def check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Any, k: Any, v: Any, table: Any) -> None:
     """Raise ``TypeError`` or ``ValueError`` for metadata that does not fit, except the table's rank and rows."""
+    if _is_usual_step(q, k_cache, v_cache, lengths, k, v, table):
+        return
     for name, value, legend in (
         ("q", q, "[B, Lq, H, D]"),
         ("k_cache", k_cache, CACHE_LEGEND),
@@ -42,6 +45,37 @@ def check_tensors(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Any, k: 
     else:
         checks.is_integer_tensor("block_table", table)
         checks.on_device("block_table", table, q, "q")
+
+
+def _is_usual_step(q: Any, k_cache: Any, v_cache: Any, lengths: Any, k: Any, v: Any, table: Any) -> bool:
+    """Whether plain tensors fit together, all at once: asking one by one takes a quarter of an eager step's time.
+
+    False says nothing; what it accepts, the questions of ``check_tensors`` accept.
+    """
+    others = (k_cache, v_cache, k, v)
+    if (
+        type(q) is not Tensor
+        or type(lengths) is not Tensor
+        or any(type(x) is not Tensor or x.ndim != 4 for x in others)
+    ):
+        return False
+    if q.ndim != 4 or k_cache.requires_grad or v_cache.requires_grad or lengths.dtype not in _INTEGERS:
+        return False
+    dtype, device, (batch, _, heads, width), kv_heads = q.dtype, q.device, q.shape, k_cache.shape[2]
+    if not dtype.is_floating_point or any(x.dtype != dtype or x.device != device for x in others):
+        return False
+    if width < 1 or kv_heads < 1 or heads % kv_heads or lengths.shape != (batch,) or lengths.device != device:
+        return False
+    if k_cache.shape != v_cache.shape or k_cache.shape[3] != width or k.shape != v.shape:
+        return False
+    if k.shape != (batch, k.shape[1], kv_heads, width):
+        return False
+    if table is None:
+        return k_cache.shape[0] == batch
+    return type(table) is Tensor and table.dtype in _INTEGERS and table.device == device
+
+
+_INTEGERS = (torch.int32, torch.int64)
 
 
 def cast_to_cache(k_cache: Any, *values: Any) -> tuple[Any, ...]:

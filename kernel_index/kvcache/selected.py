@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.rules import wants_gradient
+from kernel_index.core.triton.launch import next_power_of_2
 from kernel_index.kvcache.cache import CacheLayer
 from kernel_index.kvcache.slots import next_tokens, slots
 
@@ -34,6 +35,16 @@ class Visible(NamedTuple):
     table: Tensor | None
     new: int
     left: int
+
+    @property
+    def widest(self) -> int:
+        """Columns that the table can ever have: what a cache hands out is a view of one as wide as rows may grow."""
+        return 0 if self.table is None else max(self.table.shape[1], self.table.stride(0))
+
+    @property
+    def columns(self) -> int:
+        """Columns that memory is taken for: a captured step serves rows that grow to four times the pages and more."""
+        return 0 if self.table is None else min(self.widest, 4 * next_power_of_2(self.table.shape[1]))
 
 
 class SelectedTokens(NamedTuple):

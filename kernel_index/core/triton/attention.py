@@ -18,6 +18,9 @@ from kernel_index.core.triton.jit import jit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+OUTGROWN = tl.constexpr(-(2**31))
+"""In place of a selection: there was no memory for it, and the output of that query is NaN."""
+
 
 @jit
 def dot(a, b, UPCAST: tl.constexpr):

@@ -5,7 +5,7 @@ Triton's own default differs between versions and can be changed by an environme
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,25 +36,60 @@ class Kernel(JITFunction):
     def _start(self, grid: Any, *args: Any, **constants: Any) -> Any:
         if not _BY_KIND or _is_watched() or self.pre_run_hooks:
             return self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
-        device = torch.cuda.current_device()
-        key = (device, *map(_kind, args), *constants.items())
+        key = (torch.cuda.current_device(), *map(_kind, args), *constants.items())
         known = self.__dict__.setdefault("known_launches", {})
-        found = known.get(key)
-        if found is None:
+        if (found := known.get(key)) is None:
             kernel = self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
             names = self.arg_names[len(args) :]
             if all(name in constants for name in names):
                 if len(known) >= MOST_KNOWN:
                     known.clear()
-                known[key] = kernel, tuple(constants[name] for name in names)
+                known[key] = _Compiled(kernel, tuple(constants[name] for name in names))
             return kernel
-        kernel, rest = found
-        stream = driver.active.get_current_stream(device)
+        found.launch(key[0], *_three(grid), *args)
+        return found.kernel
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel, and the values of the constants that end its arguments."""
+
+    kernel: Any
+    constants: tuple[Any, ...]
+
+    def launch(self, device: int, x: int, y: int, z: int, *args: Any) -> None:
+        kernel, stream = self.kernel, driver.active.get_current_stream(device)
         kernel.run(
-            grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1, stream, kernel.function,
-            kernel.packed_metadata, None, None, None, *args, *rest,
+            x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *args, *self.constants
         )  # fmt: skip
-        return kernel
+
+
+def _three(grid: Any) -> tuple[int, int, int]:
+    return (*grid, 1, 1)[:3]
+
+
+class Prepared:
+    """A launch of which all but the tensors is settled: for the steps of a decoding loop, where the host is the limit.
+
+    Whoever keeps one calls it with tensors of the same dtypes in the same order; those arguments come first.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any):
+        self.kernel, self.grid, self.numbers, self.constants = kernel, _three(grid), numbers, constants
+        self.compiled: dict[Any, _Compiled] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if not isinstance(self.kernel, Kernel) or not _BY_KIND or _is_watched():
+            self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            return
+        device = torch.cuda.current_device()
+        key = (device, *[t.data_ptr() & 15 for t in tensors])
+        found = self.compiled.get(key)
+        if found is None:
+            kernel = self.kernel._start(self.grid, *tensors, *self.numbers, **self.constants)
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            self.compiled[key] = _Compiled(kernel, tuple(self.constants[name] for name in names))
+        else:
+            found.launch(device, *self.grid, *tensors, *self.numbers)
 
 
 _BY_KIND = torch.version.hip is None

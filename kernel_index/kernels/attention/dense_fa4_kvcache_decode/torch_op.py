@@ -13,16 +13,14 @@ def _allocate(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _launch(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale, softcap, new_k=None, new_v=None):
+def _launch(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale, softcap, written=None):
     from kernel_index.kernels.attention.dense_fa4_kvcache_decode import triton
 
     out = _allocate(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale, softcap)
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
-    return triton.decode(
-        dense_heads(q), k_cache, v_cache, lengths.contiguous(), table, new_k, new_v, sink, new, left, right, scale,
-        softcap, out,
-    )  # fmt: skip
+    numbers = (new, (left, right), scale, softcap)
+    return triton.decode(dense_heads(q), k_cache, v_cache, lengths.contiguous(), table, written, sink, *numbers, out)
 
 
 _decode_op = ops.register(
@@ -43,7 +41,7 @@ def decode_triton(call: DecodeCall) -> Tensor:
     k, v = dense_heads(call.k), dense_heads(call.v)
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
-    out = ops.run_launcher(_launch, q, k_cache, v_cache, lengths, table, call.sink, *numbers, k, v)
+    out = ops.run_launcher(_launch, q, k_cache, v_cache, lengths, table, call.sink, *numbers, (k, v))
     torch.autograd.graph.increment_version([k_cache, v_cache])  # what a backward pass has saved of them is overwritten
     return out
 

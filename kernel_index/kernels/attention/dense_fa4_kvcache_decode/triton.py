@@ -25,7 +25,7 @@ from kernel_index.core.triton.attention import (
     weighted_sum,
     within,
 )
-from kernel_index.core.triton.jit import jit
+from kernel_index.core.triton.jit import Prepared, jit
 from kernel_index.core.triton.launch import (
     LOG2E,
     ceil_div,
@@ -36,44 +36,17 @@ from kernel_index.core.triton.launch import (
     processors,
     score_factors,
 )
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode.split_plan import (
+    batch_row,
+    ideal_split,
+    splits_before,
+    splits_of,
+)
 
 _LOG2E = tl.constexpr(LOG2E)
 UNLIMITED = 2**31 - 1
 SMALLEST_SPLIT = 32
 """Keys: a shorter split costs more in the merge than it saves."""
-
-
-@jit
-def _seen_keys(length_ptr, o_b, BATCH, NEW, REACH):
-    """How many keys the queries of batch rows ``o_b`` see; 0 where there is no such row."""
-    length = tl.load(length_ptr + o_b, mask=o_b < BATCH, other=0).to(tl.int32) + NEW
-    return tl.where(o_b < BATCH, tl.minimum(length, REACH), 0)
-
-
-@jit
-def _ideal_split(length_ptr, BATCH, NEW, REACH, SHARES, PROGRAMS, SMALLEST: tl.constexpr, N: tl.constexpr):
-    """Keys of a split with which all programs walk over as many keys, where each batch row is walked SHARES times."""
-    total = 0.0
-    for first in range(0, BATCH, N):
-        total += tl.sum(_seen_keys(length_ptr, first + tl.arange(0, N), BATCH, NEW, REACH).to(tl.float32), 0)
-    return tl.maximum(tl.ceil(total * SHARES / PROGRAMS).to(tl.int32), SMALLEST)
-
-
-@jit
-def _splits(seen, ideal, MOST):
-    """In how many splits ``seen`` keys are walked over."""
-    return tl.minimum(tl.maximum((seen + ideal // 2) // ideal, 1), MOST)
-
-
-@jit
-def _splits_before(length_ptr, b, BATCH, NEW, REACH, ideal, MOST, N: tl.constexpr):
-    """The number of splits of the batch rows before ``b``: where the states of its own begin."""
-    before = 0
-    for first in range(0, BATCH, N):
-        o_b = first + tl.arange(0, N)
-        splits = _splits(_seen_keys(length_ptr, o_b, BATCH, NEW, REACH), ideal, MOST)
-        before += tl.sum(tl.where(o_b < b, splits, 0), 0)
-    return before
 
 
 @jit
@@ -156,14 +129,15 @@ def _split_kernel(
     WRITTEN: most new tokens that it writes first, 0 where they are in the cache already.
     ALIKE: all rows see the same keys.
     """
-    b, kv_head = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
-    split, ROWS = tl.program_id(1), QUERIES * G
-    length = tl.load(length_ptr + b).to(tl.int32) + NEW
-    ideal = _ideal_split(length_ptr, BATCH, NEW, REACH, KV * tl.num_programs(2), PROGRAMS, SMALLEST, BATCHES)
-    splits = _splits(tl.minimum(length, REACH), ideal, MOST)
-    if split >= splits:
+    slot, kv_head, ROWS = tl.program_id(0) // KV, (tl.program_id(0) % KV).to(tl.int64), QUERIES * G
+    ideal = ideal_split(length_ptr, BATCH, NEW, REACH, KV * tl.num_programs(1), PROGRAMS, SMALLEST, BATCHES)
+    row, before = batch_row(length_ptr, slot, BATCH, NEW, REACH, ideal, MOST, BATCHES)
+    if row >= BATCH:
         return
-    o_m = tl.program_id(2) * BM + tl.arange(0, BM)  # [BM]
+    b, split = row.to(tl.int64), slot - before
+    length = tl.load(length_ptr + b).to(tl.int32) + NEW
+    splits = splits_of(tl.minimum(length, REACH), ideal, MOST)
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
     m_m, query, head = o_m < ROWS, o_m // G, kv_head * G + o_m % G
     position = length - QUERIES + query  # [BM]
     start = tl.maximum(position - LEFT, 0) if HAS_LEFT else tl.zeros_like(position)
@@ -201,8 +175,7 @@ def _split_kernel(
         out, _ = softmax_output(acc, row_max, row_sum, m_empty)
         store_rows(out_ptr, ((b * QUERIES + query) * KV * G + head) * D, m_m, out, D, BLOCK_D, UPCAST)
     else:
-        before = _splits_before(length_ptr, b, BATCH, NEW, REACH, ideal, MOST, BATCHES)
-        o_state = ((before + split).to(tl.int64) * KV + kv_head) * ROWS + o_m
+        o_state = (slot.to(tl.int64) * KV + kv_head) * ROWS + o_m
         states = tl.cast(SLOTS, tl.int64) * KV * ROWS
         tl.store(state_ptr + o_state, row_max, mask=m_m)
         tl.store(state_ptr + states + o_state, row_sum, mask=m_m)
@@ -219,11 +192,11 @@ def _merge_kernel(
     """One row of the output from the states of its splits, N at a time; nothing where it has a single one."""
     b, kv_head = (tl.program_id(0) // KV).to(tl.int64), (tl.program_id(0) % KV).to(tl.int64)
     row, ROWS = tl.program_id(1), QUERIES * G
-    ideal = _ideal_split(length_ptr, BATCH, NEW, REACH, KV * TILES, PROGRAMS, SMALLEST, BATCHES)
-    splits = _splits(tl.minimum(tl.load(length_ptr + b).to(tl.int32) + NEW, REACH), ideal, MOST)
+    ideal = ideal_split(length_ptr, BATCH, NEW, REACH, KV * TILES, PROGRAMS, SMALLEST, BATCHES)
+    splits = splits_of(tl.minimum(tl.load(length_ptr + b).to(tl.int32) + NEW, REACH), ideal, MOST)
     if splits == 1:
         return
-    before = _splits_before(length_ptr, b, BATCH, NEW, REACH, ideal, MOST, BATCHES)
+    before = splits_before(length_ptr, b, BATCH, NEW, REACH, ideal, MOST, BATCHES)
     head, states = kv_head * G + row % G, tl.cast(SLOTS, tl.int64) * KV * ROWS
     acc, row_sum = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((), tl.float32)
     row_max = tl.zeros((), tl.float32) + float("-inf")
@@ -283,25 +256,83 @@ class Plan(NamedTuple):
     tiles: int
     programs: int
     most: int  # splits of a batch row
-    slots: int  # splits of all batch rows that have more than one
+    slots: int  # splits of all batch rows
     batches: int
 
 
-@functools.lru_cache(1024)
 def plan(batch: int, kv_heads: int, rows: int, row_bytes: int, count: int) -> Plan:
     config = pick_config(rows, row_bytes)
     tiles = ceil_div(rows, config.block_rows)
     programs = config.programs * count
-    pairs = batch * kv_heads * tiles
-    # The lengths may be anything, today or when a captured graph is replayed: a row may have many times its fair share.
-    most = min(programs // (kv_heads * tiles) + 1, max(16, 4 * programs // pairs))
-    slots = programs // (kv_heads * tiles) + batch + 1
-    return Plan(config, tiles, programs, most, slots, min(1024, next_power_of_2(batch)))
+    most = programs // (kv_heads * tiles) + 1
+    # Rows have their share of the programs, rounded up or down, and at least one split: together at most one more each.
+    return Plan(config, tiles, programs, most, most + batch, min(1024, next_power_of_2(batch)))
 
 
 def writes_itself(queries: int, group: int, new: int) -> bool:
     """Whether the first launch writes the new tokens: where it has one tile of rows that sees them all."""
     return 0 < new <= queries and queries * group <= pick_config(queries * group, 256).block_rows
+
+
+class Launches(NamedTuple):
+    """Both launches of a call, and how many float32 numbers the states of its splits are."""
+
+    split: Prepared
+    merge: Prepared | None
+    states: int
+
+
+class Sizes(NamedTuple):
+    """All that the launches of a call depend on, beside its tensors."""
+
+    q: tuple[int, ...]
+    q_strides: tuple[int, ...]
+    cache: tuple[int, ...]
+    cache_strides: tuple[int, ...]
+    table_stride: int | None
+    new: int
+    new_strides: tuple[int, ...] | None  # None where the new tokens are in the cache already
+    left: int
+    right: int
+    scale: float
+    softcap: float
+    sink: bool
+    dtypes: tuple[torch.dtype, ...]
+    processors: int
+
+
+@functools.lru_cache(4096)
+def launches(sizes: Sizes) -> Launches:
+    """A function of sizes alone, kept because it would cost a third of an eager step."""
+    (batch, queries, heads, width), (page, kv_heads) = sizes.q, sizes.cache[1:3]
+    group, paged = heads // kv_heads, sizes.table_stride is not None
+    p = plan(batch, kv_heads, queries * group, dot_block(width) * sizes.dtypes[0].itemsize, sizes.processors)
+    inner, outer = score_factors(sizes.scale, sizes.softcap)
+    reach = queries + sizes.left if sizes.left >= 0 else UNLIMITED
+    flags = {"G": group, "D": width, "BLOCK_D": dot_block(width), "SINK": sizes.sink, "SMALLEST": SMALLEST_SPLIT}
+    flags |= {"BATCHES": p.batches, "UPCAST": interpreting()}
+    split = Prepared(
+        _split_kernel,
+        (p.slots * kv_heads, p.tiles),
+        (
+            *sizes.q_strides[:3], *sizes.cache_strides[:3], *(sizes.new_strides or sizes.q_strides)[:3],
+            sizes.table_stride or 0, batch, queries, kv_heads, sizes.new, sizes.left, sizes.right, reach, p.programs,
+            p.most, p.slots, inner, outer,
+        ),
+        BM=p.config.block_rows, BN=p.config.block_keys, PAGE=page, PAGED=paged,
+        WRITTEN=0 if sizes.new_strides is None else next_power_of_2(sizes.new), HAS_LEFT=sizes.left >= 0,
+        HAS_RIGHT=sizes.right >= 0, ALIKE=queries == 1 or (sizes.left < 0 and sizes.right < 0),
+        CAPPED=sizes.softcap > 0, num_warps=p.config.num_warps, num_stages=p.config.num_stages, **flags,
+    )  # fmt: skip
+    if p.most == 1:
+        return Launches(split, None, 1)
+    merge = Prepared(
+        _merge_kernel,
+        (batch * kv_heads, queries * group),
+        (batch, queries, kv_heads, sizes.new, reach, p.tiles, p.programs, p.most, p.slots),
+        N=min(64, next_power_of_2(p.most)), num_warps=4, **flags,
+    )  # fmt: skip
+    return Launches(split, merge, p.slots * kv_heads * queries * group * (width + 2))
 
 
 def decode(
@@ -310,51 +341,35 @@ def decode(
     v_cache: Tensor,
     lengths: Tensor,
     table: Tensor | None,
-    new_k: Tensor | None,
-    new_v: Tensor | None,
+    new: tuple[Tensor, Tensor] | None,
     sink: Tensor | None,
-    new: int,
-    left: int,
-    right: int,
+    added: int,
+    window: tuple[int, int],
     scale: float,
     softcap: float,
     out: Tensor,
 ) -> Tensor:
     """Fill ``out`` [B, Lq, H, D]; a window of −1 is unlimited.
 
-    ``new_k`` and ``new_v``, of the same strides, are written to the cache too; None where they are there already.
+    ``new``: the keys and values of the ``added`` tokens, of the same strides, which are written to the cache too; None
+    where they are there already.
     """
-    batch, queries, heads, width = q.shape
-    page, kv_heads = k_cache.shape[1:3]
     if out.numel() == 0:
         return out
-    group = heads // kv_heads
-    capacity = page * (1 if table is None else table.shape[1])
-    if capacity == 0:
+    if k_cache.shape[1] == 0 or (table is not None and table.shape[1] == 0):
         return out.zero_()
-    p = plan(batch, kv_heads, queries * group, dot_block(width) * q.element_size(), processors(q))
-    inner, outer = score_factors(scale, softcap)
-    reach = queries + left if left >= 0 else UNLIMITED
-    flags = {"SINK": sink is not None, "SMALLEST": SMALLEST_SPLIT, "BATCHES": p.batches, "UPCAST": interpreting()}
-    flags |= {"G": group, "D": width, "BLOCK_D": dot_block(width)}
-    sink = lengths if sink is None else sink
-    states = 1 if p.most == 1 else p.slots * kv_heads * queries * group * (width + 2)
-    state = torch.empty(states, dtype=torch.float32, device=q.device)
-    k_new = q if new_k is None else new_k
+    new_k, new_v = (q, q) if new is None else new
+    given_table, given_sink = lengths if table is None else table, lengths if sink is None else sink
+    made = launches(
+        Sizes(
+            q.shape, q.stride(), k_cache.shape, k_cache.stride(), None if table is None else table.stride(0), added,
+            None if new is None else new_k.stride(), *window, scale, softcap, sink is not None,
+            (q.dtype, lengths.dtype, given_table.dtype, given_sink.dtype), processors(q),
+        )
+    )  # fmt: skip
+    state = torch.empty(made.states, dtype=torch.float32, device=q.device)
     with on_device(q):
-        _split_kernel[(batch * kv_heads, p.most, p.tiles)](
-            q, k_cache, v_cache, k_new, q if new_v is None else new_v, lengths, lengths if table is None else table,
-            sink, out, state, *q.stride()[:3], *k_cache.stride()[:3], *k_new.stride()[:3],
-            0 if table is None else table.stride(0),
-            batch, queries, kv_heads, new, left, right, reach, p.programs, p.most, p.slots, inner, outer,
-            BM=p.config.block_rows, BN=p.config.block_keys, PAGE=page, PAGED=table is not None,
-            WRITTEN=0 if new_k is None else next_power_of_2(new), HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
-            ALIKE=queries == 1 or (left < 0 and right < 0), CAPPED=softcap > 0,
-            num_warps=p.config.num_warps, num_stages=p.config.num_stages, **flags,
-        )  # fmt: skip
-        if p.most > 1:
-            _merge_kernel[(batch * kv_heads, queries * group)](
-                lengths, sink, out, state, batch, queries, kv_heads, new, reach, p.tiles, p.programs, p.most, p.slots,
-                N=min(64, next_power_of_2(p.most)), num_warps=4, **flags,
-            )  # fmt: skip
+        made.split(q, k_cache, v_cache, new_k, new_v, lengths, given_table, given_sink, out, state)
+        if made.merge is not None:
+            made.merge(lengths, given_sink, out, state)
     return out

@@ -9,7 +9,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_
 from kernel_index.kernels.sparse.moba_block_sparse import torch_op
 from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaDecodeCall
 from kernel_index.kernels.sparse.selected_decode.api import attend_blocks
-from kernel_index.kvcache.selected import query_positions, window_starts
+from kernel_index.kvcache.selected import Visible, query_positions, window_starts
 from kernel_index.kvcache.slots import append
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.scores import block_scores
@@ -61,13 +61,14 @@ SCORES = 1 << 26
 def decode_triton(call: MobaDecodeCall) -> Tensor:
     """A step runs wholly on the device.  A prompt selects as the other backends do, by lengths that the host knows."""
     means = call.cache.stored_means(call.block_size)
-    (batch, queries), table = call.q.shape[:2], call.cache["block_table"]
-    capacity = call.cache["k_cache"].shape[1] * (1 if table is None else table.shape[1])
+    (batch, queries), table, left = call.q.shape[:2], call.cache["block_table"], call.window[0]
+    seen = Visible(call.cache["cache_seqlens"], table, call.cache.new_tokens, -1 if left is None else left)
+    capacity = call.cache["k_cache"].shape[1] * max(1, seen.columns)
     scores = batch * queries * call.groups * num_blocks(capacity, call.block_size)
     if queries <= PROMPT and scores <= SCORES:
         return torch_op.step(call, means)
     torch_op.write(call, means)
-    selected, left = select(call).selected, call.window[0]
+    selected = select(call).selected
     blocks = torch.where(selected.valid, selected.indices, -1)
     return attend_blocks(call.q, call.cache, blocks, call.groups, left, call.block_size, call.scale, call.softcap)
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.target import Target, target_of
-from kernel_index.core.triton.attention import cache_slots, load_rows, store_rows
+from kernel_index.core.triton.attention import OUTGROWN, cache_slots, load_rows, store_rows
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import (
     ceil_div,
@@ -105,7 +105,7 @@ def _score_kernel(
     b, h = (tl.program_id(0) // KV).to(tl.int64), tl.program_id(0) % KV
     length = tl.load(length_ptr + b).to(tl.int32) + NEW
     low = tl.maximum(length - QUERIES - LEFT, 0) // BLOCK // BN * BN if HAS_LEFT else 0
-    high = tl.maximum(length - 1, 0) // BLOCK  # the last query's current block: all before it are complete
+    high = tl.minimum(tl.maximum(length - 1, 0) // BLOCK, BLOCKS)  # the last query's block: all before it are complete
     first_row = tl.program_id(2) * ROWS
     queries = ()  # ROWS times BLOCK_D / CHUNK blocks [CHUNK]
     for r in tl.static_range(ROWS):
@@ -142,7 +142,7 @@ def _dot_score_kernel(
     b, h = (tl.program_id(0) // KV).to(tl.int64), tl.program_id(0) % KV
     length = tl.load(length_ptr + b).to(tl.int32) + NEW
     low = tl.maximum(length - QUERIES - LEFT, 0) // BLOCK // BN * BN if HAS_LEFT else 0
-    high = tl.maximum(length - 1, 0) // BLOCK
+    high = tl.minimum(tl.maximum(length - 1, 0) // BLOCK, BLOCKS)
     o_r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     m_r = o_r < QUERIES * E
     o_q = b * q_b + (o_r // E).to(tl.int64) * q_t + ((h * E + o_r % E) * J).to(tl.int64) * q_h
@@ -203,6 +203,10 @@ def _select_kernel(
     want = tl.minimum(TOPK - 1, current - first)
     p_scores = work_ptr + AT + row * BLOCKS
     p_selected = work_ptr.to(tl.pointer_type(tl.int32)) + row * TOPK
+    if current > BLOCKS:  # a captured step, replayed for a row that has outgrown its memory: the output becomes NaN
+        o_slot = tl.arange(0, KEPT)
+        tl.store(p_selected + o_slot, tl.full((KEPT,), OUTGROWN, tl.int32), mask=o_slot < TOPK)
+        return
     ranks = _ranks(p_scores, first, current, CHUNK)  # [CHUNK]
     least, bit = tl.full((), LOWEST, tl.int32), tl.full((), 31, tl.int32)
     found = current - first
@@ -295,7 +299,7 @@ def geometry_of(
     """For queries of ``shape`` on a device of ``many`` processors; ``columns`` of the table, 0 without one."""
     batch, queries, heads, width = shape
     blocks = max(1, ceil_div(page * max(1, columns), block_size))
-    topk, pairs, rows = min(topk, blocks), batch * queries * groups, queries * (groups // kv_heads)
+    pairs, rows = batch * queries * groups, queries * (groups // kv_heads)
     at = ceil_div(pairs * topk, 16) * 16
     c = pick_scoring(rows, width)
     tiles = ceil_div(rows, c.rows)
@@ -318,8 +322,8 @@ def geometry_of(
 
 def geometry_for(q: Tensor, k_cache: Tensor, seen: Visible, groups: int, block_size: int, topk: int) -> Geometry:
     page, kv_heads = k_cache.shape[1:3]
-    columns = 0 if seen.table is None else seen.table.shape[1]
-    sizes = (q.shape, kv_heads, page, columns, groups, block_size, topk, seen.left >= 0)
+    topk = min(topk, max(1, ceil_div(page * max(1, seen.widest), block_size)))
+    sizes = (q.shape, kv_heads, page, seen.columns, groups, block_size, topk, seen.left >= 0)
     return geometry_of(*sizes, target_of(q.device), processors(q))
 
 

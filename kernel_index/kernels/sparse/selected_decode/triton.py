@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.attention import (
+    OUTGROWN,
     cache_slots,
     finite_max,
     load_rows,
@@ -126,6 +127,8 @@ def _selected_kernel(
             p, alpha, row_max, row_sum = online_softmax(logits, row_max, row_sum)
             b_v = load_rows(v_ptr + base, o_row, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
             acc = acc * alpha[:, None] + weighted_sum(p, b_v, m_k, False, UPCAST)
+    if tl.load(p_selected) == OUTGROWN:
+        acc, row_sum = acc + float("nan"), row_sum + float("nan")
     if DIRECT:
         out, _ = softmax_output(acc, row_max, row_sum, row_sum == 0)  # NaN stays
         store_rows(state_ptr, (pair * J + o_m) * D, o_m < J, out, D, BLOCK_D, UPCAST)
@@ -244,8 +247,7 @@ def launch_of(
 
 def launch_for(q: Tensor, k_cache: Tensor, seen: Visible, groups: int, count: int, block_size: int) -> Launch:
     page, kv_heads = k_cache.shape[1:3]
-    columns = 0 if seen.table is None else seen.table.shape[1]
-    return launch_of(q.shape, kv_heads, page, columns, groups, count, block_size, q.element_size(), processors(q))
+    return launch_of(q.shape, kv_heads, page, seen.columns, groups, count, block_size, q.element_size(), processors(q))
 
 
 def decode(
