@@ -43,8 +43,8 @@ class Visible(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Columns that memory is taken for: a captured step serves rows that grow to four times the pages and more."""
-        return 0 if self.table is None else min(self.widest, 4 * next_power_of_2(self.table.shape[1]))
+        """Columns that memory is taken for, since a captured step serves rows that grow."""
+        return 0 if self.table is None else min(self.widest, max(256, 4 * next_power_of_2(self.table.shape[1])))
 
 
 class SelectedTokens(NamedTuple):

@@ -148,12 +148,17 @@ def _kind(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def source_of(launch: Launch) -> ASTSource:
+    """What Triton compiles for a launch."""
+    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
+    return ASTSource(launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attributes)
+
+
 def compile_for(op: str, launch: Launch, name: str) -> Compiled:
     target = TARGETS[name]
     options = dict(launch.options)
     place = (op, launch.kernel.__name__, name, options.get("num_warps", 4), options.get("num_stages", 0))
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
-    source = ASTSource(launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attributes)
+    source = source_of(launch)
     backend = GPUTarget(target.kind, target.arch, 32 if target.kind == "cuda" else 64)
     try:
         built = triton.compile(source, target=backend, options=options)

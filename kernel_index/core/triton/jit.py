@@ -34,7 +34,7 @@ class Kernel(JITFunction):
         return functools.partial(self._start, grid)
 
     def _start(self, grid: Any, *args: Any, **constants: Any) -> Any:
-        if not _BY_KIND or _is_watched() or self.pre_run_hooks:
+        if not _takes_short_way(args[0]) or self.pre_run_hooks:
             return self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
         key = (torch.cuda.current_device(), *map(_kind, args), *constants.items())
         known = self.__dict__.setdefault("known_launches", {})
@@ -78,11 +78,13 @@ class Prepared:
         self.compiled: dict[Any, _Compiled] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
-        if not isinstance(self.kernel, Kernel) or not _BY_KIND or _is_watched():
+        if not isinstance(self.kernel, Kernel) or not _takes_short_way(tensors[0]):
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
             return
-        device = torch.cuda.current_device()
-        key = (device, *[t.data_ptr() & 15 for t in tensors])
+        device, bits = torch.cuda.current_device(), 0
+        for tensor in tensors:
+            bits |= tensor.data_ptr()
+        key = (device, 0 if bits & 15 == 0 else tuple(t.data_ptr() & 15 for t in tensors))
         found = self.compiled.get(key)
         if found is None:
             kernel = self.kernel._start(self.grid, *tensors, *self.numbers, **self.constants)
@@ -90,10 +92,6 @@ class Prepared:
             self.compiled[key] = _Compiled(kernel, tuple(self.constants[name] for name in names))
         else:
             found.launch(device, *self.grid, *tensors, *self.numbers)
-
-
-_BY_KIND = torch.version.hip is None
-"""ROCm's compiler also looks at how much memory a pointer has."""
 
 
 def _kind(arg: Any) -> Any:
@@ -105,10 +103,16 @@ def _kind(arg: Any) -> Any:
     return type(arg) if type(arg) is float else (type(arg), arg)
 
 
-def _is_watched() -> bool:
-    """Whether a profiler's hook or a debugging option asks for Triton's own way."""
+def _takes_short_way(first: Any) -> bool:
+    """Whether a launch whose first argument this is may skip Triton's own look at all of them.
+
+    Not for ROCm, whose compiler also asks how much memory a pointer has; not where a profiler's hook or a debugging
+    option is set; and a meta tensor only stands for a launch.
+    """
+    if torch.version.hip is not None or not isinstance(first, Tensor) or not first.is_cuda or knobs.runtime.debug:
+        return False
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return knobs.runtime.debug or any(getattr(hook, "calls", hook) for hook in hooks)
+    return not any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def jit(function: Callable[..., Any]) -> Any:

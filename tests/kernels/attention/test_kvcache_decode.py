@@ -353,7 +353,7 @@ def on_cuda(monkeypatch):
 
 def rule(**changes):
     c = {"causal": True, "window_size": (None, None), "softcap": 0.0} | a_call(**changes)
-    return contract.fa4_why_not(contract.check(**c))
+    return contract.fa4_why_not(contract.check(**c, scale=None, sink=None))
 
 
 def test_rules_after_the_gate(on_cuda):

@@ -10,7 +10,7 @@ from kernel_index.kvcache.slots import append
 
 
 def _allocate(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale, softcap):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return q.new_empty(q.shape)
 
 
 def _launch(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale, softcap, written=None):

@@ -45,6 +45,8 @@ from kernel_index.kernels.attention.dense_fa4_kvcache_decode.split_plan import (
 
 _LOG2E = tl.constexpr(LOG2E)
 UNLIMITED = 2**31 - 1
+LARGEST_TILE = 64
+"""Rows."""
 SMALLEST_SPLIT = 32
 """Keys: a shorter split costs more in the merge than it saves."""
 
@@ -235,18 +237,20 @@ class Config(NamedTuple):
     programs: int
 
 
-def pick_config(rows: int, row_bytes: int) -> Config:
-    """Of ``rows`` of all tiles and the bytes of a key.
+def pick_config(rows: int, row_bytes: int, pairs: int, count: int) -> Config:
+    """Of ``rows`` of all tiles, the bytes of a key, pairs of a batch row and a KV head, and ``count`` multiprocessors.
 
-    Few rows wait for memory alone: a warp for each tile of 8 KiB, with six of them under way and four warps on a
-    multiprocessor, reaches the copy bandwidth of an H200 (docs/decisions/0019).
+    Few rows wait for memory alone.  A warp for each tile of 4 KiB and four of them on a multiprocessor reach the copy
+    bandwidth of an H200; where every multiprocessor has a batch row to itself, larger tiles do (docs/decisions/0020).
     """
+    if rows <= 16 and pairs >= 2 * count:
+        return Config(16, min(64, max(16, 16384 // row_bytes)), 2, 3, 2)
     if rows <= 16:
         block_keys = min(64, max(16, 4096 // row_bytes))
         stages = min(6, max(2, 49152 // (2 * block_keys * row_bytes)))
         return Config(16, block_keys, 1, stages, 4)
     block_keys = 64 if row_bytes <= 256 else 32
-    return Config(32 if rows <= 32 else 64, block_keys, 4, 3 if row_bytes <= 256 else 2, 2)
+    return Config(32 if rows <= 32 else LARGEST_TILE, block_keys, 4, 3 if row_bytes <= 256 else 2, 2)
 
 
 class Plan(NamedTuple):
@@ -261,7 +265,7 @@ class Plan(NamedTuple):
 
 
 def plan(batch: int, kv_heads: int, rows: int, row_bytes: int, count: int) -> Plan:
-    config = pick_config(rows, row_bytes)
+    config = pick_config(rows, row_bytes, batch * kv_heads, count)
     tiles = ceil_div(rows, config.block_rows)
     programs = config.programs * count
     most = programs // (kv_heads * tiles) + 1
@@ -271,7 +275,7 @@ def plan(batch: int, kv_heads: int, rows: int, row_bytes: int, count: int) -> Pl
 
 def writes_itself(queries: int, group: int, new: int) -> bool:
     """Whether the first launch writes the new tokens: where it has one tile of rows that sees them all."""
-    return 0 < new <= queries and queries * group <= pick_config(queries * group, 256).block_rows
+    return 0 < new <= queries and queries * group <= LARGEST_TILE
 
 
 class Launches(NamedTuple):
@@ -367,7 +371,7 @@ def decode(
             (q.dtype, lengths.dtype, given_table.dtype, given_sink.dtype), processors(q),
         )
     )  # fmt: skip
-    state = torch.empty(made.states, dtype=torch.float32, device=q.device)
+    state = q.new_empty(made.states, dtype=torch.float32)
     with on_device(q):
         made.split(q, k_cache, v_cache, new_k, new_v, lengths, given_table, given_sink, out, state)
         if made.merge is not None:

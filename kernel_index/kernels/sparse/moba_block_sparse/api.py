@@ -188,8 +188,8 @@ def moba_decode(
     The result is that of ``moba_attention`` over all tokens of a row, for its last Lq queries.  A step reads the mean
     key of each complete block, which the cache averages once, in the step that completes it, and the keys and values
     of the selected blocks, never the whole cache.  Nothing waits for a device: KV-cache bookkeeping is on the host.
-    A CUDA graph of one step serves every later one, until a row of a paged cache has four times the pages that the
-    longest row had when it was captured: from then on the outputs of such a row are NaN, and a new capture is due.
+    A CUDA graph of one step serves every later one, until a row of a paged cache has over 256 pages and four times as
+    many as the longest row had in the capture: its outputs are NaN from then on, and a new capture is due.
 
     Args:
         q: [B, Lq, H, D], any floating dtype.  Under autocast q, k and v are cast to the cache's dtype, and the
