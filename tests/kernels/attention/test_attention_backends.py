@@ -176,6 +176,7 @@ def test_auto_skips_where_it_pays_and_calls_torch_where_it_does_not(monkeypatch)
     assert chosen(1024, ki.MaskContract(), ki.attention_with_lse) == "cpu"
 
 
+@pytest.mark.native
 def test_few_queries_are_left_to_kernels_without_tiles():
     q, k = torch.empty(1, 63, 2, 16), torch.empty(1, 4096, 2, 16)
     explained = ki.explain("attention", q, k, k)
