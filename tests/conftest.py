@@ -17,6 +17,11 @@ from kernel_index.core.dispatch import Ineligible
 from kernel_index.core.force import reload_environment
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("native") and (reason := native.machine_why_not()):
+        pytest.skip(reason)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """A test that asks for ``native`` by name is skipped where this CPU cannot run it, for the contract's reason."""

@@ -37,6 +37,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("op", OPS)
 def test_few_rows_of_an_inference_step_go_to_it(op):
     function, call = op()

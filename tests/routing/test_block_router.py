@@ -65,6 +65,7 @@ def test_native_picks_are_those_of_top_blocks(name, special):
         assert torch.equal(got, want)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("kind", ["clustered", "moba", "moba by key head"])
 def test_a_future_token_changes_no_pick_output_or_gradient_of_the_native_kernels(kind):
     """Long enough for the native router and core to be what ``auto`` takes."""

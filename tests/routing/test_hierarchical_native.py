@@ -51,6 +51,7 @@ def both(q, block_keys, call):
     return tuple(ki.hierarchical_block_select(q, block_keys, **call, backend=name) for name in ("auto", "chunked"))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("seed", range(60))
 def test_picks_are_those_of_the_plain_formula(seed, special, ran):
@@ -66,6 +67,7 @@ def test_picks_are_those_of_the_plain_formula(seed, special, ran):
     assert actual.plan == expected.plan
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("special", [0.0, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("queries", [1, 70])
 @pytest.mark.parametrize(("ratio", "topc"), [(8, 40), (1, 150), (700, 2)])
@@ -82,6 +84,7 @@ def test_many_candidates_are_cut_to_the_best(ratio, topc, queries, special, ran)
     assert len(ran) == 2
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_picks_agree_but_for_what_rounding_ties(queries, dtype, ran):
@@ -120,6 +123,7 @@ def test_the_same_bits_for_any_number_of_threads(queries, monkeypatch):
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.native
 def test_where_it_does_not_run(monkeypatch, ran):
     q, block_keys, call = drawn(1)
     expected = ki.hierarchical_block_select(q, block_keys, **call).indices
@@ -134,6 +138,7 @@ def test_where_it_does_not_run(monkeypatch, ran):
     assert len(ran) == 1
 
 
+@pytest.mark.native
 def test_a_receipt_says_what_scored(monkeypatch):
     q, k = torch.randn(1, 64, 2, 8), torch.randn(1, 64, 1, 8)
     config = ki.ClusteredSparseConfig(block_size=4, topk=3, hierarchy=(2, 2))

@@ -41,6 +41,7 @@ def both(tensors, call):
     return tuple(ki.lightning_indexer(*tensors, **call, backend=name) for name in ("auto", "chunked"))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("special", [None, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("seed", range(40))
 def test_picks_are_those_of_the_plain_form(seed, special, ran):
@@ -55,6 +56,7 @@ def test_picks_are_those_of_the_plain_form(seed, special, ran):
     torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_agree_within_rounding(queries, dtype, ran):
@@ -96,6 +98,7 @@ def test_the_same_bits_for_any_number_of_threads(queries, monkeypatch):
         assert torch.equal(other.scores, found[0].scores)
 
 
+@pytest.mark.native
 def test_where_it_does_not_run(monkeypatch, ran):
     (q, k, w), call = drawn(3)
     expected = ki.lightning_indexer(q, k, w, **call).indices
@@ -108,6 +111,7 @@ def test_where_it_does_not_run(monkeypatch, ran):
     assert len(ran) == 1
 
 
+@pytest.mark.native
 def test_a_compiled_caller_gets_it(ran):
     (q, k, w), call = drawn(3)
     expected = ki.lightning_indexer(q, k, w, **call).indices
@@ -116,6 +120,7 @@ def test_a_compiled_caller_gets_it(ran):
     assert len(ran) == 2
 
 
+@pytest.mark.native
 def test_the_receipt_says_what_chose(ran, monkeypatch):
     q, k, w = torch.randn(1, 3, 2, 8), torch.randn(1, 40, 8), torch.randn(1, 3, 2)
     with ki.receipts() as log:

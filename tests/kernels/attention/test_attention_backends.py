@@ -150,25 +150,33 @@ def test_a_long_packed_batch_stays_small(monkeypatch):
     torch.testing.assert_close(out[:, 512:1024], alone)
 
 
+LOCAL = ki.MaskContract(window=(63, 0))
+
+
+def chosen(length, mask, function=ki.attention, **extra):
+    q = torch.empty(1, length, 2, 16)
+    return ki.explain(function, q, q, q, mask, **extra).would_run
+
+
+@pytest.mark.native
+def test_auto_takes_native_kernels_but_for_short_rows():
+    assert {chosen(n, mask) for n in (128, 1024, 20_000) for mask in (LOCAL, ki.MaskContract())} == {"native"}
+    assert chosen(1024, ki.MaskContract(), ki.attention_with_lse, softcap=5.0) == "native"
+    assert chosen(64, LOCAL) == chosen(64, ki.MaskContract()) == "sdpa"
+    assert chosen(64, ki.MaskContract(), ki.attention_with_lse) == "reference"
+
+
 def test_auto_skips_where_it_pays_and_calls_torch_where_it_does_not(monkeypatch):
-    def ran(length, mask, function=ki.attention, **extra):
-        q = torch.empty(1, length, 2, 16)
-        return ki.explain(function, q, q, q, mask, **extra).would_run
-
-    local = ki.MaskContract(window=(63, 0))
-    assert {ran(n, mask) for n in (128, 1024, 20_000) for mask in (local, ki.MaskContract())} == {"native"}
-    assert ran(1024, ki.MaskContract(), ki.attention_with_lse, softcap=5.0) == "native"
-    assert ran(64, local) == ran(64, ki.MaskContract()) == "sdpa"
-    assert ran(64, ki.MaskContract(), ki.attention_with_lse) == "reference"
     monkeypatch.setattr(native, "has_libraries", lambda: False)
-    assert ran(1024, local) == "cpu"
-    assert ran(20_000, local) == "cpu"
-    assert ran(128, local) == "sdpa"
-    assert ran(1024, ki.MaskContract()) == "sdpa"
-    assert ran(1024, ki.MaskContract(), softcap=5.0) == "cpu"
-    assert ran(1024, ki.MaskContract(), ki.attention_with_lse) == "cpu"
+    assert chosen(1024, LOCAL) == "cpu"
+    assert chosen(20_000, LOCAL) == "cpu"
+    assert chosen(128, LOCAL) == "sdpa"
+    assert chosen(1024, ki.MaskContract()) == "sdpa"
+    assert chosen(1024, ki.MaskContract(), softcap=5.0) == "cpu"
+    assert chosen(1024, ki.MaskContract(), ki.attention_with_lse) == "cpu"
 
 
+@pytest.mark.native
 def test_few_queries_are_left_to_kernels_without_tiles():
     q, k = torch.empty(1, 63, 2, 16), torch.empty(1, 4096, 2, 16)
     explained = ki.explain("attention", q, k, k)

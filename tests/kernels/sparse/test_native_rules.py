@@ -15,6 +15,13 @@ def run(dtype=torch.float32, width=8):
     return log[0].ran, dict(log[0].declined).get("native")
 
 
+@pytest.fixture
+def able(monkeypatch):
+    """A machine that can run native kernels, as far as the rules can see."""
+    monkeypatch.setattr(native, "_has_vectors", lambda: True)
+    monkeypatch.setattr(native, "has_libraries", lambda: True)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
@@ -22,7 +29,7 @@ def run(dtype=torch.float32, width=8):
         ("_has_vectors", lambda: False, "needs a CPU with AVX-512 and PyTorch's oneDNN"),
     ],
 )
-def test_a_machine_without(name, value, reason, monkeypatch):
+def test_a_machine_without(name, value, reason, able, monkeypatch):
     monkeypatch.setattr(native, name, value)
     assert run() == ("cpu", reason)
 
@@ -40,9 +47,10 @@ def test_onednn_switched_off():
         (torch.float32, 7, "needs even head sizes: bfloat16 is multiplied in pairs"),
     ],
 )
-def test_a_call_that_it_does_not_take(dtype, width, reason):
+def test_a_call_that_it_does_not_take(dtype, width, reason, able):
     assert run(dtype, width) == ("cpu", reason)
 
 
+@pytest.mark.native
 def test_where_it_runs():
     assert run() == ("native", None)
