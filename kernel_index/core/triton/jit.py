@@ -36,7 +36,8 @@ class Kernel(JITFunction):
     def _start(self, grid: Any, *args: Any, **constants: Any) -> Any:
         if not _takes_short_way(args[0]) or self.pre_run_hooks:
             return self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
-        key = (torch.cuda.current_device(), *map(_kind, args), *constants.items())
+        kinds = [(type(a), a) if p.is_constexpr else _kind(a) for p, a in zip(self.params, args, strict=False)]
+        key = (torch.cuda.current_device(), *kinds, *constants.items())
         known = self.__dict__.setdefault("known_launches", {})
         if (found := known.get(key)) is None:
             kernel = self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
