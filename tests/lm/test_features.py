@@ -189,6 +189,7 @@ def assert_same_gradients(ours, theirs):
         assert (a - b).abs().max() <= 256 * EPS * b.abs().max() + EPS * largest, number
 
 
+@pytest.mark.thorough
 def test_every_letter_compiles_into_one_graph(plain):
     """``fullgraph=True`` refuses a graph break."""
     torch.manual_seed(0)
