@@ -35,11 +35,16 @@ IN_INDUCTOR = {s.function.__module__.rsplit(".", 2)[0]: s.op for s in reversed(S
 
 
 def repeats_a_case(suite, backend, case, dtype) -> bool:
-    """``make test`` has every case in float32 and bfloat16, or by turns where a case is slow, and the first in all."""
+    """``make test`` has every case in float32 and bfloat16, in one of them where Triton is interpreted, and of what
+    Inductor compiles anew, every third case."""
     turn = suite.cases.index(case)
-    if backend in SLOW:
-        return dtype != (torch.float32, torch.bfloat16)[turn % 2] and (turn > 0 or dtype == torch.float16)
-    return turn > 0 and dtype == torch.float16
+    first = turn == 0 and (dtype != torch.float16 or backend not in SLOW)
+    turns = (torch.float32, torch.bfloat16)
+    if backend == "inductor":
+        return not first and (turn % 3 > 0 or dtype != turns[turn // 3 % 2])
+    if backend == "triton":
+        return not first and dtype != turns[turn % 2]
+    return not first and dtype == torch.float16
 
 
 def repeats_a_scale(suite, backend, scale) -> bool:

@@ -205,6 +205,7 @@ def test_every_letter_compiles_into_one_graph(plain):
     assert_same_gradients(*(torch.autograd.grad(y, weights) for y in (compiled, eager)))
 
 
+@pytest.mark.thorough
 def test_a_compiled_run_takes_the_steps_of_an_eager_one(small_corpus, tmp_path):
     model = replace(PRESETS["nano"].model, pattern="A", windows=(16,), dropout=0.0, context=64)
     runs = [run(small_corpus, tmp_path / str(c), model=model, backend="auto", compile=c)[1] for c in (True, False)]
