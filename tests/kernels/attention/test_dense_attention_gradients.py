@@ -142,6 +142,7 @@ def test_a_compiled_model_is_one_graph_over_several_lengths(compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.thorough
 def test_a_restarted_trace_leaves_one_receipt_and_touches_no_other():
     def call(x, softcap):
         return ki.attention(x, x, x, softcap=softcap)
