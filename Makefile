@@ -5,13 +5,17 @@ BIN := .venv/bin
 ARGS ?=
 READY := .venv/.ready
 
-.PHONY: train test smoke check prove bench new list docs
+.PHONY: train test test-all smoke check prove bench new list docs
 
 train: $(READY)
 	$(BIN)/kernel-index train $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not thorough" $(ARGS)
+
+# The other tests: the same questions in more sizes, dtypes and compilers.
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m thorough $(ARGS)
 
 # Imports, dispatch, masks, and the values and gradients of every kernel on a CPU without Triton: a minute on two cores.
 smoke: $(READY)

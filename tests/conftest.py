@@ -17,6 +17,15 @@ from kernel_index.core.dispatch import Ineligible
 from kernel_index.core.force import reload_environment
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """``thorough_if`` becomes ``thorough`` where its rule holds, before ``-m`` reads the marks."""
+    for item in items:
+        for mark in item.iter_markers("thorough_if"):
+            if mark.kwargs["when"](**item.callspec.params):
+                item.add_marker("thorough")
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("native") and (reason := native.machine_why_not()):
         pytest.skip(reason)

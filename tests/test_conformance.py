@@ -6,6 +6,7 @@ from torch._inductor.utils import fresh_inductor_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_index as ki
+from kernel_index.core.inductor import Region
 from kernel_index.core.target import machine_why_not
 from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.proofs.errors import (
@@ -26,6 +27,33 @@ CASES = [
     pytest.param(s, b.name, c, id=f"{s.op}-{b.name}-{c.name}") for s in SUITES for b in s.backends for c in s.cases
 ]
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16, torch.float16)]
+
+IN_INDUCTOR = {s.function.__module__.rsplit(".", 2)[0]: s.op for s in reversed(SUITES)}
+"""By family, the op that ``make test`` compiles with Inductor."""
+
+
+def repeats_a_case(suite, backend, case, dtype) -> bool:
+    """``make test`` has every case in float32 and bfloat16, by turns where Triton is interpreted; the first in all."""
+    turn = suite.cases.index(case)
+    if backend == "inductor":  # test_formulas_without_their_compiler has the other cases
+        return turn > 0 or dtype != torch.float32
+    if backend == "triton":
+        return dtype != (torch.float32, torch.bfloat16)[turn % 2]
+    return turn > 0 and dtype == torch.float16
+
+
+def repeats_a_scale(suite, backend, scale) -> bool:
+    return scale != max(suite.scales)
+
+
+def repeats_a_graph(suite, backend) -> bool:
+    """Operators that launch Triton, and what ``auto`` takes, are traced; the others have no operators of their own."""
+    return backend not in ("auto", "triton")
+
+
+def repeats_inductor(suite, backend) -> bool:
+    return backend != "triton" or suite.op not in IN_INDUCTOR.values()
+
 
 NOT_TWICE = r"differentiate twice|once_differentiable|double backward|higher|derivative for .* is not implemented"
 
@@ -49,6 +77,7 @@ def assert_within_budget(suite: Suite, backend: str, kwargs) -> None:
         assert f.passes, f"{f.label}: {f.note or f'error {f.error:.3g} over the budget {f.budget:.3g}'}"
 
 
+@pytest.mark.thorough_if(when=repeats_a_case)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("suite", "backend", "case"), CASES)
 def test_values_and_gradients(suite, backend, case, dtype):
@@ -57,6 +86,16 @@ def test_values_and_gradients(suite, backend, case, dtype):
     assert_within_budget(suite, backend, kwargs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("suite", "backend", "case"), [p for p in CASES if p.values[1] == "inductor"])
+def test_formulas_without_their_compiler(suite, backend, case, dtype, monkeypatch):
+    """What Inductor compiles, run as it is written: to compile every case takes minutes."""
+    kwargs = build(suite, case, dtype, backend)
+    monkeypatch.setattr(Region, "__call__", lambda region, *args: region.function(*args))
+    assert_within_budget(suite, backend, kwargs)
+
+
+@pytest.mark.thorough_if(when=repeats_a_scale)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 16.0, 300.0])
 @pytest.mark.parametrize(("suite", "backend"), PAIRS)
 def test_input_scales(suite, backend, scale):
@@ -189,47 +228,65 @@ def test_gradcheck(suite, backend):
             torch.autograd.grad(sum(g.sum() for g in grads), leaves)
 
 
-@pytest.mark.parametrize(("suite", "backend"), [*PAIRS, *[pytest.param(s, "auto", id=f"{s.op}-auto") for s in SUITES]])
-def test_one_graph_over_several_sizes_then_inductor(suite, backend):
-    """fullgraph, dynamic, one graph, one receipt for each trace; then Inductor from an empty cache, gradients equal."""
-    reason = None if backend == "auto" else refusal(suite, backend, suite.sized(Maker(torch.float32), 9))
-    if reason:
-        pytest.skip(reason)
-    names = differentiable(suite, suite.sized(Maker(torch.float32), 9), backend)
+COMPILED = [*PAIRS, *[pytest.param(s, "auto", id=f"{s.op}-auto") for s in SUITES]]
 
-    def call(kwargs):
-        return suite.function(**kwargs, backend=backend)
 
-    traced: list[str] = []  # which backend each trace took
+class Compiled:
+    """A call compiled into one graph of any size, compared with the reference, and which backend each trace took."""
 
-    def trial(compiled, size):
-        kwargs = suite.sized(Maker(torch.float32), size)
+    def __init__(self, suite, backend, compiler):
+        self.suite, self.traced = suite, []
+        reason = None if backend == "auto" else refusal(suite, backend, suite.sized(Maker(torch.float32), 9))
+        if reason:
+            pytest.skip(reason)
+        self.names = differentiable(suite, suite.sized(Maker(torch.float32), 9), backend)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        self.call = torch.compile(
+            lambda kwargs: suite.function(**kwargs, backend=backend), fullgraph=True, dynamic=True, backend=compiler
+        )
+
+    def trial(self, size):
+        kwargs = self.suite.sized(Maker(torch.float32), size)
         with ki.receipts() as log:
-            actual = run(lambda **kw: compiled(kw), kwargs, names)
-        traced.extend(r.ran for r in log if r.op == suite.op)
-        expected = run(suite.function, kwargs, names, backend="reference")
+            actual = run(lambda **kw: self.call(kw), kwargs, self.names)
+        self.traced.extend(r.ran for r in log if r.op == self.suite.op)
+        expected = run(self.suite.function, kwargs, self.names, backend="reference")
         for a, e in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
             assert relative_error(a, e) <= 8 * floor(torch.float32)
 
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-    try:
-        trial(compiled, 9)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = "torch.compile is tracing"  # the one refusal that only a trace can show; any other error is a failure
-        if reason not in str(error):
-            raise
-        pytest.skip(reason)
+    def first_trial(self):
+        try:
+            self.trial(9)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = "torch.compile is tracing"  # the one refusal that only a trace can show; others are failures
+            if reason not in str(error):
+                raise
+            pytest.skip(reason)
+
+
+@pytest.mark.thorough_if(when=repeats_a_graph)
+@pytest.mark.parametrize(("suite", "backend"), COMPILED)
+def test_one_graph_over_several_sizes(suite, backend):
+    """fullgraph, dynamic, one graph, one receipt for each trace."""
+    compiled = Compiled(suite, backend, "aot_eager")
+    compiled.first_trial()
     for size in (13, 21, 9):
-        trial(compiled, size)
+        compiled.trial(size)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert len(traced) == 1, "one receipt for one trace"
-    torch._dynamo.reset()
-    if traced == ["reference"]:  # plain PyTorch: what Inductor makes of it is Inductor's, and takes longest to compile
-        return
+    assert len(compiled.traced) == 1, "one receipt for one trace"
+
+
+@pytest.mark.thorough_if(when=repeats_inductor)
+@pytest.mark.parametrize(("suite", "backend"), COMPILED)
+def test_inductor_from_an_empty_cache(suite, backend):
+    """Values and gradients are those of the reference."""
+    traced = Compiled(suite, backend, "aot_eager")
+    traced.first_trial()
+    if traced.traced == ["reference"]:
+        pytest.skip("plain PyTorch: what Inductor makes of it is Inductor's, and takes longest to compile")
     with fresh_inductor_cache():
-        trial(torch.compile(call, fullgraph=True, dynamic=True), 9)
+        Compiled(suite, backend, "inductor").trial(9)
 
 
 class Launches(TorchDispatchMode):

@@ -14,6 +14,7 @@ KEPT = 6 * 2**20
 """Bytes that the allocator may keep, give or take; 1,000 tensors of a few kilobytes would be twice that."""
 
 
+@pytest.mark.thorough
 def test_mixed_calls_leak_nothing(request):
     count = 1000 if request.config.getoption("--hypothesis-profile") == "nightly" else 300
     command = [sys.executable, "-m", "tests.leaks", str(count)]

@@ -50,6 +50,7 @@ def test_no_string_is_markup(to):
         assert printed.get() == f"{text}\n"
 
 
+@pytest.mark.thorough_if(when=lambda command, encoding: (command, encoding) != ("list", "ascii"))
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 @pytest.mark.parametrize("command", ["list", "show attention", "doctor"])
 def test_a_stream_that_lacks_characters(command, encoding):

@@ -27,7 +27,9 @@ def pytest_generate_tests(metafunc):
     if "known" in metafunc.fixturenames:
         nightly = metafunc.config.getoption("--hypothesis-profile") == "nightly"
         chosen = KNOWN if nightly else sorted(random.Random(18).sample(KNOWN, SHARE))
-        metafunc.parametrize("known", chosen, ids=str)
+        quick = [] if nightly else chosen[::3]
+        marks = [() if known in quick else pytest.mark.thorough for known in chosen]
+        metafunc.parametrize("known", [pytest.param(k, marks=m) for k, m in zip(chosen, marks, strict=True)], ids=str)
 
 
 def ways_of(known, nightly):

@@ -172,6 +172,7 @@ def test_a_deep_copy_is_patched_and_has_its_own_weights():
     assert results_of(other, batch)["logits"].abs().max() > 0
 
 
+@pytest.mark.thorough
 def test_a_patched_model_can_be_compiled():
     """Dynamo finds the names of a rebound forward, and the lazy logits are not in its way."""
     model, batch = model_of("llama"), batch_of("plain")

@@ -105,6 +105,7 @@ for name, call in calls.items():
 """
 
 
+@pytest.mark.thorough
 def test_shard_map_over_heads_and_batch():
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -189,6 +189,7 @@ def assert_same_gradients(ours, theirs):
         assert (a - b).abs().max() <= 256 * EPS * b.abs().max() + EPS * largest, number
 
 
+@pytest.mark.thorough
 def test_every_letter_compiles_into_one_graph(plain):
     """``fullgraph=True`` refuses a graph break."""
     torch.manual_seed(0)
@@ -204,6 +205,7 @@ def test_every_letter_compiles_into_one_graph(plain):
     assert_same_gradients(*(torch.autograd.grad(y, weights) for y in (compiled, eager)))
 
 
+@pytest.mark.thorough
 def test_a_compiled_run_takes_the_steps_of_an_eager_one(small_corpus, tmp_path):
     model = replace(PRESETS["nano"].model, pattern="A", windows=(16,), dropout=0.0, context=64)
     runs = [run(small_corpus, tmp_path / str(c), model=model, backend="auto", compile=c)[1] for c in (True, False)]

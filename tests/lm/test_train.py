@@ -175,6 +175,7 @@ def whole_run(corpus, tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.thorough
 def test_kill_loses_nothing_and_the_curve_is_the_same_bit_for_bit(whole_run, corpus, tmp_path):
     out = tmp_path / "killed"
     process = start_run(corpus, out, 60)
@@ -276,6 +277,7 @@ def test_presets_are_listed_with_parameters_and_flops(monkeypatch, capsys):
     assert "MFLOP" in printed
 
 
+@pytest.mark.thorough
 def test_forced_reference_trains_to_the_same_loss(finished, corpus, tmp_path, monkeypatch):
     """The plain path is one environment variable away, and its receipts say so."""
     monkeypatch.setenv("KERNEL_INDEX_BACKEND", "reference")

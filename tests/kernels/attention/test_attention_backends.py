@@ -69,10 +69,11 @@ def test_cpu_random_contracts_in_rectangles_of_any_size(monkeypatch, queries, sm
     check()
 
 
-def test_triton_random_contracts():
+@pytest.mark.parametrize("examples", [5, pytest.param(25, marks=pytest.mark.thorough)])
+def test_triton_random_contracts(examples):
     """Interpreted, so few; tiles of 16 rows against at most 40 keys, so that masked, full and skipped steps occur."""
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=examples, deadline=None, derandomize=True)
     @given(calls(max_rows=2), HEADS, st.sampled_from([0.0, 1.5]), st.booleans())
     def check(call, heads, softcap, with_sink):
         check_against_oracle(call, heads, softcap, with_sink, torch.float32, "triton", 2e-5)

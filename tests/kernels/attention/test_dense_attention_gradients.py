@@ -126,6 +126,7 @@ class Layer(torch.nn.Module):
         return x + ki.attention(x, x, x, local) + ki.attention_with_lse(x, x, x, mask, softcap=3.0).out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_model_is_one_graph_over_several_lengths(compiler):
     layer = Layer()
@@ -141,6 +142,7 @@ def test_a_compiled_model_is_one_graph_over_several_lengths(compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.thorough
 def test_a_restarted_trace_leaves_one_receipt_and_touches_no_other():
     def call(x, softcap):
         return ki.attention(x, x, x, softcap=softcap)

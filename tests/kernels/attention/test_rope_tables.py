@@ -304,6 +304,7 @@ def test_dynamic_needs_the_original_length_where_the_sequence_has_one():
     assert not torch.equal(a.cos, plain_tables.cos)
 
 
+@pytest.mark.thorough_if(when=lambda scaling: scaling is not YARN)
 @pytest.mark.parametrize("scaling", [None, YARN, LLAMA3], ids=["plain", "yarn", "llama3"])
 def test_one_graph_with_the_rotation_over_several_lengths(scaling):
     def layer(q, k, positions):

@@ -221,6 +221,7 @@ def test_checkpointing_replays_the_mask(backend, reentrant):
         assert torch.equal(a, b)
 
 
+@pytest.mark.thorough_if(when=lambda reentrant: reentrant)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_inside_torch_compile(reentrant):
     x, residual, bias = operands(8, 64)
