@@ -182,10 +182,11 @@ def _packing_rule(call: AttentionCall) -> str | None:
 WAITS = "documents and prefixes as packed lengths: reading them waits for the device"
 
 
-COMPARED_WIDTHS = (64, 128)
+PACKED_WIDTHS = (24, 32, 64, 96, 128, 192, 256)
+SINK_WIDTHS = (64, 128)
 NOT_COMPARED = (
-    "flash-attn-4's gradients of packed lengths, and those of a sink, were compared and are right with heads of 64 and "
-    "128, packed lengths without softcap and sink; with packed heads of 8 those of q and k came out wrong"
+    "flash-attn-4's gradients of packed lengths are right with heads of 24, 32, 64, 96, 128, 192 and 256, wrong with 8, "
+    "16, 48, 80 and 112; those of a sink were compared with heads of 64 and 128, without packed lengths"
 )
 """On an H200 with flash-attn-4 4.0.0b36, by ``tests/kernels/attention/test_attention_packages.py`` and the cases."""
 
@@ -213,8 +214,9 @@ def fa4_why_not(call: AttentionCall) -> str | None:
 def _gradients_were_compared(call: AttentionCall) -> bool:
     if not call.mask.has_tensors and call.sink is None:
         return True
-    packed_alone = call.sink is None and call.softcap == 0
-    return call.q.shape[3] in COMPARED_WIDTHS and (packed_alone or not call.mask.has_tensors)
+    if call.mask.has_tensors:
+        return call.sink is None and call.q.shape[3] in PACKED_WIDTHS
+    return call.q.shape[3] in SINK_WIDTHS
 
 
 def fa4_not_worth(call: AttentionCall) -> str | None:
