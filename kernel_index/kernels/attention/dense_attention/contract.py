@@ -185,8 +185,8 @@ WAITS = "documents and prefixes as packed lengths: reading them waits for the de
 PACKED_WIDTHS = (24, 32, 64, 96, 128, 192, 256)
 SINK_WIDTHS = (64, 128)
 NOT_COMPARED = (
-    "flash-attn-4's gradients of packed lengths are right with heads of 24, 32, 64, 96, 128, 192 and 256, wrong with 8, "
-    "16, 48, 80 and 112; those of a sink were compared with heads of 64 and 128, without packed lengths"
+    "flash-attn-4's gradients of packed lengths are right with heads of 24, 32, 64, 96, 128, 192 and 256, wrong with "
+    "8, 16, 48, 80 and 112; those of a sink were compared with heads of 64 and 128, without packed lengths"
 )
 """On an H200 with flash-attn-4 4.0.0b36, by ``tests/kernels/attention/test_attention_packages.py`` and the cases."""
 

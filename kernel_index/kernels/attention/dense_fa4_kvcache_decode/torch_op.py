@@ -35,7 +35,7 @@ def decode_triton(call: DecodeCall) -> Tensor:
     q, k_cache, v_cache, lengths, table = call.q, call.k_cache, call.v_cache, call.cache_seqlens, call.block_table
     left, right = (-1 if side is None else side for side in call.window_bounds)
     numbers = (call.new_tokens, left, right, float(call.scale), float(call.softcap))
-    if ops.are_seen() or not _writes_itself(call):
+    if call.k is None or call.v is None or ops.are_seen() or not _writes_itself(call):
         append(k_cache, v_cache, lengths, call.k, call.v, table)
         return ops.run(_decode_op, _launch, q, k_cache, v_cache, lengths, table, call.sink, *numbers)
     k, v = dense_heads(call.k), dense_heads(call.v)
