@@ -151,7 +151,7 @@ def receipts(*, every_thread: bool = True) -> Iterator[ReceiptLog]:
 def strict() -> Iterator[None]:
     """Inside the block, falling back to ``reference`` on an accelerator raises instead of running slowly.
 
-    A reference that is asked for by name still runs: it is no fallback.  ``KERNEL_INDEXSTRICT=1`` is the same, for
+    A reference that is asked for by name still runs: it is no fallback.  ``KERNEL_INDEX_STRICT=1`` is the same, for
     the whole process.
 
     >>> import torch, kernel_index as ki
