@@ -38,7 +38,8 @@ def repeats_a_case(suite, backend, case, dtype) -> bool:
     if backend == "inductor":  # test_formulas_without_their_compiler has the other cases
         return turn > 0 or dtype != torch.float32
     if backend == "triton":
-        return dtype != (torch.float32, torch.bfloat16)[turn % 2]
+        turns = [d for d in (torch.float32, torch.bfloat16) if d in suite.dtypes]
+        return dtype != turns[turn % len(turns)]
     return turn > 0 and dtype == torch.float16
 
 
@@ -84,6 +85,13 @@ def test_values_and_gradients(suite, backend, case, dtype):
     kwargs = build(suite, case, dtype, backend)
     poison_freed_memory(kwargs)
     assert_within_budget(suite, backend, kwargs)
+
+
+def test_every_case_has_a_quick_test():
+    for suite, backend, case in (p.values for p in CASES):
+        assert backend == "inductor" or not all(repeats_a_case(suite, backend, case, d) for d in suite.dtypes), (
+            case.name
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
