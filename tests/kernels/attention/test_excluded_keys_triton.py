@@ -121,7 +121,7 @@ SPARSE = ("padding", "the next document", "the document before", "beside a windo
 
 
 @interpreted
-@pytest.mark.thorough_if(when=lambda by_lists, name: name != "padding")
+@pytest.mark.thorough_if(when=lambda by_lists, name: name != "padding" or not by_lists)
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("by_lists", [False, True])
 def test_block_sparse(name, by_lists, monkeypatch):
