@@ -113,6 +113,7 @@ def test_a_proof_that_found_nothing_fails(proof, monkeypatch):
     assert prove(proof).exit_code == 1
 
 
+@pytest.mark.thorough
 def test_without_triton_the_backends_that_run_here_are_proven():
     def start(*arguments):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -121,7 +121,7 @@ SPARSE = ("padding", "the next document", "the document before", "beside a windo
 
 
 @interpreted
-@pytest.mark.thorough_if(when=lambda by_lists, name: name != "padding")
+@pytest.mark.thorough_if(when=lambda by_lists, name: name != "padding" or not by_lists)
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("by_lists", [False, True])
 def test_block_sparse(name, by_lists, monkeypatch):
@@ -138,6 +138,7 @@ def test_block_sparse(name, by_lists, monkeypatch):
 
 
 @interpreted
+@pytest.mark.thorough_if(when=lambda by_lists: not by_lists)
 @pytest.mark.parametrize("by_lists", [False, True])
 def test_blocks_that_were_not_selected(by_lists, monkeypatch):
     """The queries of a tile share a union: one that selected a block does not show it to another one."""
