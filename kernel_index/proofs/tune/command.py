@@ -29,10 +29,12 @@ def tune(
     `auto` passes over a backend where the table of the GPU's architecture says that another one is faster.  A file
     counts once it lies in kernel_index/core/crossovers.
     """
+    check_output("--out", out)
+    if not any(only in cell.name for cell in (*attention_cells.TUNED, *decode_cells.CELLS)):
+        raise typer.BadParameter(f"no cell's name contains {only!r}", param_hint="--only")
     if not torch.cuda.is_available():
         errors.print("error: kernel-index tune needs a CUDA or ROCm device", soft_wrap=True)
         raise typer.Exit(REFUSED)
-    check_output("--out", out)
     with clear_errors():
         found = _begun(out, _facts())
     torch.cuda.set_stream(torch.cuda.Stream())
