@@ -52,6 +52,10 @@ class Case:
     build: Callable[[Maker], dict[str, Any]]
 
 
+SOFTMAX_UNITS = 20.0
+"""``Suite.units`` where ``torch.softmax`` is called: on a CPU without AVX-512 its exponential is right to 20."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """The inputs and settings of the conformance test for one public function.

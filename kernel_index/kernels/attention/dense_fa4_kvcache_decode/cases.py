@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core.testing import Case, Maker, Suite
+from kernel_index.core.testing import SOFTMAX_UNITS, Case, Maker, Suite
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.api import BACKENDS, fa4_kvcache_decode
 
 
@@ -142,7 +142,7 @@ SUITES = (
     Suite(
         op="fa4_kvcache_decode", function=on_copies, backends=BACKENDS, cases=CASES,
         differentiable=("q", "k", "v", "sink"), oracle=oracle, sized=sized,
-        scales=SCALES, rounding=("native", "sdpa", "triton"), real=real,
+        scales=SCALES, rounding=("native", "sdpa", "triton"), units={"reference": SOFTMAX_UNITS}, real=real,
         without_gradient=("fa4", "native", "sdpa", "triton"),
     ),
 )  # fmt: skip

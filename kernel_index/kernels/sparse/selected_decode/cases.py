@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core.testing import Case, Maker, Suite
+from kernel_index.core.testing import SOFTMAX_UNITS, Case, Maker, Suite
 from kernel_index.kernels.sparse.moba_block_sparse.cases import filled
 from kernel_index.kernels.sparse.selected_decode.api import BACKENDS, selected_decode
 
@@ -126,7 +126,8 @@ SUITES = (
     Suite(
         op="selected_decode", function=decode_on_copies, backends=BACKENDS, cases=CASES,
         differentiable=("q", "k", "v"), oracle=oracle, sized=lambda m, n: call(m, (n, n - 2), 2, 5),
-        scales=SCALES, rounding=("triton", "native", "sdpa"), without_gradient=("triton", "native", "sdpa"),
+        scales=SCALES, rounding=("triton", "native", "sdpa"), units={"reference": SOFTMAX_UNITS},
+        without_gradient=("triton", "native", "sdpa"),
         real=real,
     ),
 )  # fmt: skip
