@@ -53,13 +53,10 @@ def _is_usual_step(q: Any, k_cache: Any, v_cache: Any, lengths: Any, k: Any, v: 
     False says nothing; what it accepts, the questions of ``check_tensors`` accept.
     """
     others = (k_cache, v_cache, k, v)
-    if (
-        type(q) is not Tensor
-        or type(lengths) is not Tensor
-        or any(type(x) is not Tensor or x.ndim != 4 for x in others)
-    ):
+    given = (q, lengths, *others) if table is None else (q, lengths, table, *others)
+    if any(type(x) is not Tensor or x.layout != torch.strided for x in given) or any(x.ndim != 4 for x in (q, *others)):
         return False
-    if q.ndim != 4 or k_cache.requires_grad or v_cache.requires_grad or lengths.dtype not in _INTEGERS:
+    if k_cache.requires_grad or v_cache.requires_grad or lengths.dtype not in _INTEGERS:
         return False
     dtype, device, (batch, _, heads, width), kv_heads = q.dtype, q.device, q.shape, k_cache.shape[2]
     if not dtype.is_floating_point or any(x.dtype != dtype or x.device != device for x in others):
@@ -72,7 +69,7 @@ def _is_usual_step(q: Any, k_cache: Any, v_cache: Any, lengths: Any, k: Any, v: 
         return False
     if table is None:
         return k_cache.shape[0] == batch
-    return type(table) is Tensor and table.dtype in _INTEGERS and table.device == device
+    return table.dtype in _INTEGERS and table.device == device
 
 
 _INTEGERS = (torch.int32, torch.int64)

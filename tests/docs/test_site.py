@@ -207,7 +207,7 @@ def test_the_pages_by_hand_and_the_plots_are_there(written):
     assert page.count('<figure class="ki-plot"') == len(measured.drawn(measured.peers())) == 6
     assert "<!-- " not in page
     assert "| causal 8k infer | 3.477 | fa4 | 0.98 fa4 | 0.98 SDPA cuDNN |" in page
-    assert "| 1 | 64k | 64 | 813.1 | fa4 | 6.74 triton | 11.45 SDPA contiguous |" in page
+    assert "| 1 | 64k | 64 | 73.0 | triton | 1.00 triton | 1.01 SDPA contiguous |" in page
 
 
 def test_the_newest_record_of_a_kind_is_shown(results, monkeypatch):
