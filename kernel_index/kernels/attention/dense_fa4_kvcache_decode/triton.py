@@ -36,7 +36,7 @@ from kernel_index.core.triton.launch import (
     processors,
     score_factors,
 )
-from kernel_index.kernels.attention.dense_fa4_kvcache_decode.split_plan import (
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode.triton_splits import (
     batch_row,
     ideal_split,
     splits_before,
