@@ -128,8 +128,9 @@ class Session:
         """This process can launch nothing more: another one goes on without the contender."""
         self.content["lost"].append([cell, name])
         write_whole(self.out, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
-        module = sys.modules["__main__"].__spec__.name
-        os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]])
+        spec = sys.modules["__main__"].__spec__  # None where a file was started, not a module
+        started = [sys.argv[0]] if spec is None else ["-m", spec.name]
+        os.execv(sys.executable, [sys.executable, *started, *sys.argv[1:]])
 
     def device(self, calls: list[timing.Call]) -> tuple[float, str]:
         """Microseconds of a call, and how it was timed."""
