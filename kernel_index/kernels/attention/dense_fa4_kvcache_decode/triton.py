@@ -113,8 +113,9 @@ def _walk(
 def _with_sink(acc, row_max, row_sum, sink):
     """The state with one key more, of logit ``sink`` [BM] and without a value."""
     new_max = tl.maximum(row_max, sink)
-    alpha = tl.exp2(row_max - new_max)
-    return acc * alpha[:, None], new_max, row_sum * alpha + tl.exp2(sink - new_max)
+    shift = finite_max(new_max)
+    alpha = tl.exp2(row_max - shift)
+    return acc * alpha[:, None], new_max, row_sum * alpha + tl.exp2(sink - shift)
 
 
 @jit
@@ -217,9 +218,9 @@ def _merge_kernel(
         row_max = new_max
     if SINK:
         sink = tl.load(sink_ptr + head).to(tl.float32) * _LOG2E
-        new_max = tl.maximum(row_max, sink)
-        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.exp2(sink - new_max)
-        acc = acc * tl.exp2(row_max - new_max)
+        shift = finite_max(tl.maximum(row_max, sink))
+        row_sum = row_sum * tl.exp2(row_max - shift) + tl.exp2(sink - shift)
+        acc = acc * tl.exp2(row_max - shift)
     out = tl.where(row_sum != 0, acc / tl.where(row_sum != 0, row_sum, 1.0), 0.0)  # NaN stays
     o_d = tl.arange(0, BLOCK_D)
     o_out = ((b * QUERIES + row // G) * KV * G + head) * D
