@@ -14,13 +14,11 @@ class StepTensors:
 
     >>> tensors = StepTensors(2, 4, torch.device("cpu"))
     >>> table = tensors.send_table([[3, 1], [0]])
-    >>> table
-    tensor([[ 3,  1],
-            [ 0, -1]], dtype=torch.int32)
-    >>> _ = tensors.send_table([[3, 1, 2], [0]])   # the same memory
-    >>> table
-    tensor([[3, 1],
-            [0, -1]], dtype=torch.int32)
+    >>> table.tolist()
+    [[3, 1], [0, -1]]
+    >>> _ = tensors.send_table([[4, 1], [0, 2]])   # the same memory
+    >>> table.tolist()
+    [[4, 1], [0, 2]]
     """
 
     def __init__(self, rows: int, columns: int, device: torch.device):
