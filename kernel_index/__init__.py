@@ -54,6 +54,8 @@ from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.masks.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
+from kernel_index.masks.prefix_tree.api import pack_tree
+from kernel_index.masks.prefix_tree.packing import TreePacking
 from kernel_index.routing.hierarchical_block_expansion.api import hierarchical_block_select
 from kernel_index.routing.hierarchical_block_expansion.selection import BlockSelection, HierarchyPlan
 from kernel_index.routing.lightning_indexer.api import lightning_indexer
@@ -87,6 +89,7 @@ __all__ = [
     "RotatedQK",
     "StreamsAndBranchInput",
     "TokenSelection",
+    "TreePacking",
     "UnionMaps",
     "WindowingPlan",
     "attention",
@@ -124,6 +127,7 @@ __all__ = [
     "moba_attention",
     "moba_decode",
     "moba_route",
+    "pack_tree",
     "receipts",
     "resolve_block_sparse_backend",
     "rope_tables",

@@ -120,7 +120,7 @@ def poisoned_keys(call: dict[str, Any], sees: Sees) -> dict[str, Tensor]:
     batch, keys = call["k"].shape[:2]
     key = torch.arange(keys, device=call["k"].device).expand(batch, -1)
     found = {"padding": ~sees.may.any(1).any(1), "future": key >= keys // 2}
-    docs = (call.get("mask") or MaskContract()).doc_rows
+    docs = (call.get("mask") or MaskContract()).document_rows(keys)
     if docs is not None:
         found["document"] = (docs == docs[:, keys // 2 : keys // 2 + 1]).expand(batch, -1)
     elif sees.may is sees.must:  # not routed: the mean of a block has the keys that a window cuts off

@@ -75,6 +75,40 @@ class Sight(NamedTuple):
         return flat(self.low), flat(self.high)
 
 
+class PairSight(NamedTuple):
+    """What ``Sight`` tells, for queries whose keys are no few intervals: pairs are compared, some queries at a time.
+
+    ``low`` and ``high`` bound the keys of a query [rows, T], and are equal where it sees none.  ``allowed`` gives bool
+    [rows, n, S] for a slice of n queries.
+    """
+
+    low: Tensor
+    high: Tensor
+    allowed: Callable[[slice], Tensor]
+
+    def rows_with_keys(self, heads: int) -> Tensor:
+        return (self.high > self.low)[..., None].expand(-1, -1, heads)
+
+    def rows_that_see(self, keys: Tensor, heads: int) -> Tensor:
+        wide = keys.to(torch.float32)
+        seen = torch.cat([self.allowed(chunk).to(wide.dtype) @ wide > 0 for chunk in self._chunks(keys.shape[1])], 1)
+        return seen.repeat_interleave(heads // keys.shape[2], 2)
+
+    def keys_seen_by(self, rows: Tensor, keys: int, kv_heads: int) -> Tensor:
+        wide = rows.unflatten(2, (kv_heads, rows.shape[2] // kv_heads)).any(3).to(torch.float32)
+        counts = sum(
+            self.allowed(chunk).to(wide.dtype).transpose(1, 2) @ wide[:, chunk] for chunk in self._chunks(keys)
+        )
+        return torch.as_tensor(counts) > 0
+
+    def _chunks(self, keys: int) -> list[slice]:
+        step = max(1, PAIRS_AT_ONCE // max(1, keys * self.low.shape[0]))
+        return [slice(t, t + step) for t in range(0, self.low.shape[1], step)]
+
+
+PAIRS_AT_ONCE = 1 << 24
+
+
 def sight_of_intervals(start: Tensor, end: Tensor) -> Sight:
     """Each query sees the keys ``start ≤ s < end`` [rows, T]."""
     low, high = (x.to(torch.int64)[:, :, None, None] for x in (start, end))
@@ -226,7 +260,9 @@ def _nan_with_gradient(call: Any, rows: Tensor, keys: Tensor) -> Tensor:
     return (each + shared) * math.nan
 
 
-def guarded_backward(run: Callable[[Backward], Gradients], sight: Callable[[], Sight], given: Backward) -> Gradients:
+def guarded_backward(
+    run: Callable[[Backward], Gradients], sight: Callable[[], Sight | PairSight], given: Backward
+) -> Gradients:
     """``run(given)`` where the gradient from above is finite.  For backends on a CPU: values are read.
 
     Else the rows in which it is not, and those whose output is not, send nothing; then the gradients of their queries

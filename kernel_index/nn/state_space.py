@@ -148,9 +148,9 @@ def _carry(added: Tensor, totals_BcH: Tensor, state: Tensor | None, same: _Same 
     return torch.cat([first, after[:, :-1]], 1), after[:, -1]
 
 
-def segments_of(mask: "ki.MaskContract | None") -> Tensor | None:
+def segments_of(mask: "ki.MaskContract | None", tokens: int) -> Tensor | None:
     """The number of each token's document in its row, int64 [B or 1, T]; None where the mask has no documents."""
-    ids = None if mask is None else mask.doc_rows
+    ids = None if mask is None else mask.document_rows(tokens)
     if ids is None:
         return None
     return nn.functional.pad((ids[:, 1:] != ids[:, :-1]).long().cumsum(-1), (1, 0))
@@ -221,7 +221,7 @@ class Mamba2(Mixer):
         cache: MixerState | None = None,
     ) -> Branch:
         gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
-        segments = segments_of(mask) if cache is None else None
+        segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
         counts = None if cache is None else cache.counts
         previous = inputs.new_zeros(len(inputs), self.width - 1, inputs.shape[-1]) if cache is None else cache.conv
         joined = torch.cat([previous.to(inputs.dtype), inputs], 1)

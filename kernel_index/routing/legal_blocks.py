@@ -88,7 +88,7 @@ def block_means(k: Tensor, block_size: int, mask: MaskContract) -> Tensor:
         keys = wide.shape[1]
         blocks = num_blocks(keys, block_size)
         whole = keys // block_size
-        docs = mask.doc_rows
+        docs = mask.document_rows(keys)
         if docs is None:
             means = [wide[:, : whole * block_size].unflatten(1, (whole, block_size)).mean(2)]
             if whole < blocks:

@@ -128,7 +128,7 @@ def unpacked(found: lowerings.Varlen, rows: int, queries: int, keys: int) -> tor
 def test_varlen_is_the_dense_mask_or_refuses(call):
     mask, rows, queries, keys = call
     expressible = mask.q_offset is None or mask.q_offset == keys - queries
-    if mask.has_tensors:
+    if not mask.is_band:
         expressible = expressible and queries == keys
     reason = mask.varlen_why_not(rows, queries, keys)
     assert (reason is None) == expressible
@@ -163,7 +163,7 @@ def test_only_varlen_waits_for_the_device(case):
     mask = case.build(13, 13).to("meta")
     assert mask.kernel_intervals(2, 13, 13, device="meta").q_start.is_meta
     assert mask.segment_ids(2, 13, 13, device="meta").q.is_meta
-    if not mask.has_tensors and mask.varlen_why_not(2, 13, 13) is None:
+    if mask.is_band and mask.varlen_why_not(2, 13, 13) is None:
         assert mask.varlen(2, 13, 13, device="meta").cu_seqlens_q.is_meta
 
 

@@ -122,7 +122,7 @@ def test_the_drawn_contracts_are_worth_drawing():
     @given(calls())
     def count(call):
         mask, rows, queries, keys = call
-        ids = [] if mask.doc_ids is None else mask.doc_rows.tolist()
+        ids = [] if mask.doc_ids is None else mask.document_rows(keys).tolist()
         for row in ids:
             runs = [i for p, i in enumerate(row) if p == 0 or row[p - 1] != i]
             seen["returning"] += len(runs) > len(set(runs))

@@ -39,7 +39,7 @@ def seen_by(suite, call: dict[str, Any]) -> Tensor:
 def poisoned_keys(call: dict[str, Any], seen: Tensor) -> dict[str, Tensor]:
     batch, n = seen.shape[0], seen.shape[2]
     found = {"unseen": ~seen.any(1), "future": (torch.arange(n) >= n // 2).expand(batch, -1)}
-    docs = (call.get("mask") or MaskContract()).doc_rows
+    docs = (call.get("mask") or MaskContract()).document_rows(n)
     if docs is not None and docs.shape[1] == n:
         found["document"] = (docs == docs[:, n // 2 : n // 2 + 1]).expand(batch, -1)
         found["first"] = (docs == docs[:, :1]).expand(batch, -1)

@@ -139,7 +139,7 @@ def contract_for(
 
 def _needs_none(contract: ki.MaskContract, call: Call, own: str, skips: dict[str, Any]) -> bool:
     """Whether PyTorch's attention is given no mask: what is plain, a layer may tell by that."""
-    if own != "sdpa" or contract.has_tensors or call.window is not None:
+    if own != "sdpa" or not contract.is_band or call.window is not None:
         return False
     if contract.causal:
         return bool(skips.get("allow_is_causal_skip")) and call.queries in (1, call.keys)

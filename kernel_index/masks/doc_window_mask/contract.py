@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kernel_index.core import checks
+from kernel_index.core import checks, rules
 
 Window = tuple[int | None, int | None]
 """(left, right): how many keys before and after its own position a query may attend to; None is unlimited."""
@@ -13,6 +13,9 @@ DENSE_LIMIT = 8192
 """Above this many queries a dense mask needs ``allow_large=True``: at 8192 × 8192 it takes 64 MiB for each row."""
 
 DENSE_TOO_LARGE = "dense_mask_too_large"
+
+BY_TOKEN = ("doc_ids", "subtree_end", "positions")
+"""Fields [B, S], or [S] for every row alike; the other tensors have one number for each row."""
 
 
 def normalize_window(window: Any) -> Window:
@@ -38,12 +41,32 @@ def _side(name: str, tokens: Any) -> int | None:
     return None if tokens < 0 else tokens
 
 
-def check_doc_ids(doc_ids: Any) -> None:
-    if doc_ids is None:
+def check_count(name: str, value: Any, minimum: int | None = None) -> None:
+    """A number for all rows, or integers [B]."""
+    if isinstance(value, torch.Tensor):
+        checks.is_integer_tensor(name, value)
+        checks.has_rank(name, value, 1, "one number for each row, shape [B]")
+    elif value is not None:
+        checks.is_int(name, value, minimum=minimum)
+
+
+def check_cu_seqlens(value: Any) -> None:
+    """``(cu_seqlens_q, cu_seqlens_k or None)``: integers [n + 1] that begin with 0 and do not decrease."""
+    if value is None:
         return
-    checks.is_integer_tensor("doc_ids", doc_ids)
-    if doc_ids.ndim not in (1, 2):
-        raise ValueError(f"doc_ids must be [B, S], or [S] for every row alike, got shape {tuple(doc_ids.shape)}")
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"cu_seqlens must be a pair (cu_seqlens_q, cu_seqlens_k), got {type(value).__name__}")
+    for name, lengths in zip(("cu_seqlens_q", "cu_seqlens_k"), value, strict=True):
+        if lengths is None and name == "cu_seqlens_k":
+            continue
+        checks.is_integer_tensor(name, lengths)
+        checks.has_rank(name, lengths, 1, "cumulative lengths, shape [n + 1]")
+        if lengths.shape != value[0].shape or lengths.shape[0] < 1:
+            raise ValueError(
+                f"{name} must have n + 1 numbers for n documents, in both lists alike, got {tuple(lengths.shape)}"
+            )
+        if rules.host_readable(lengths) and (int(lengths[0]) != 0 or bool((lengths.diff() < 0).any())):
+            raise ValueError(f"{name} must begin with 0 and never decrease, got {lengths.tolist()}")
 
 
 def agreed_size(name: str, given: Any, of_tensors: Any, owner: str) -> Any:
@@ -64,14 +87,14 @@ def check_dense(rows: int, queries: int, keys: int, allow_large: bool) -> None:
         )
 
 
-def device_of(device: Any, *tensors: torch.Tensor | None) -> torch.device:
+def device_of(device: Any, tensors: dict[str, torch.Tensor]) -> torch.device:
     """The device given, else that of the contract's tensors, else the CPU."""
-    for tensor in tensors:
-        if tensor is not None and device is None:
+    for tensor in tensors.values():
+        if device is None:
             device = tensor.device
     found = torch.device("cpu" if device is None else device)
-    for name, tensor in zip(("doc_ids", "validity", "key_validity"), tensors, strict=True):
-        if tensor is not None and not _same_device(tensor.device, found):
+    for name, tensor in tensors.items():
+        if not _same_device(tensor.device, found):
             raise ValueError(f"{name} must be on {found}, got {tensor.device}")
     return found
 

@@ -13,6 +13,31 @@ class Intervals(NamedTuple):
     end: Tensor
 
 
+class RowBounds(NamedTuple):
+    """Query t attends to key s iff ``start[t] ≤ s < end[t]`` and, in a tree, ``t < q_end[s]``.
+
+    int32 [rows, T] and [rows, S]; ``q_end`` is None where the keys of every query are one interval.  A query without
+    an allowed key has ``start == end``.
+    """
+
+    start: Tensor
+    end: Tensor
+    q_end: Tensor | None
+
+    def allowed(self, queries: slice, keys: Tensor) -> Tensor:
+        """Which of the keys [n] these queries may attend to, bool [rows, queries, n]."""
+        start, end = (bound[:, queries, None] for bound in self[:2])
+        seen = (keys >= start) & (keys < end)
+        if self.q_end is None:
+            return seen
+        query = torch.arange(self.start.shape[1], device=start.device, dtype=torch.int32)[queries, None]
+        return seen & (query < self.q_end.index_select(1, keys)[:, None])
+
+    def all_allowed(self, queries: slice, keys: int) -> Tensor:
+        """The same for all of the S keys, bool [rows, queries, S]."""
+        return self.allowed(queries, torch.arange(keys, device=self.start.device, dtype=torch.int32))
+
+
 class BlockPlan(NamedTuple):
     """For each block of queries, the blocks of keys to visit; int32 [B, ceil(T / q_block)].
 
@@ -28,13 +53,16 @@ class BlockPlan(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes of one call: B, rows of the mask's tensors (1 if all rows are alike), T, S, offset and device."""
+    """The sizes of one call: B, rows of the mask's tensors (1 if all rows are alike), T, S, offset and device.
+
+    ``offset`` is the position of query 0 among the keys; None where rows or documents have offsets of their own.
+    """
 
     batch: int
     rows: int
     queries: int
     keys: int
-    offset: int
+    offset: int | None
     device: torch.device
 
 
@@ -56,31 +84,51 @@ def segments(doc_ids: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
+class Documents(NamedTuple):
+    """The document of each query: its keys ``low ≤ s < high``, and whether the query is ``outside`` of the keys.
+
+    int64 and bool, [rows, n] or [1, n]; both bounds never decrease.
+    """
+
+    low: Tensor
+    high: Tensor
+    outside: Tensor
+
+
+def documents_of_ids(doc_ids: Tensor, position: Tensor, keys: int) -> Documents:
+    """From ids [rows, S] and the positions [rows or 1, n] of queries among the keys."""
+    at = position.clamp(0, keys - 1)
+    if position.shape[0] == 1:
+        low, high, padding = (x.index_select(1, at[0]) for x in (*segments(doc_ids), doc_ids < 0))
+    else:
+        low, high, padding = (x.expand(at.shape[0], -1).gather(1, at) for x in (*segments(doc_ids), doc_ids < 0))
+    return Documents(low, torch.where(padding, low, high), (position < 0) | (position >= keys))
+
+
 def interval_of(
     queries: Tensor,
+    position: Tensor,
     sizes: Sizes,
     window: tuple[int | None, int | None],
-    doc_ids: Tensor | None,
+    documents: Documents | None,
     counts: Tensor | None,
     key_counts: Tensor | None = None,
+    prefix: int | Tensor | None = None,
 ) -> Intervals:
-    """The intervals of the given queries, int64 [rows, n], in O(n + S) and without waiting for a device.
+    """The intervals of queries [n] at ``position`` [rows or 1, n], int64 [rows, n], in O(n), without a wait.
 
-    ``low`` and ``high`` bound the keys of the query's segment and valid prefix.  They and the sides of the window never
-    decrease from one query to the next, and an empty interval is placed at ``end``: so both results are non-decreasing.
+    ``low`` and ``high`` bound the keys of the query's document and valid prefix.  They and the sides of the window
+    never decrease from one query to the next, and an empty interval is placed at ``end``: so both results are
+    non-decreasing.
     """
     # The same formula for JAX arrays is MaskContract.bounds_of in jax/mask.py; tests/jax/test_mask.py compares the two.
     left, right = window
     keys = sizes.keys
-    position = (queries + sizes.offset)[None]  # of each query among the keys
     low, high = torch.zeros_like(position), torch.full_like(position, keys)
     outside, valid_end = None, torch.full_like(position, keys)
-    if doc_ids is not None and keys > 0:
-        at = position[0].clamp(0, keys - 1)
-        low, high = (bound.index_select(1, at) for bound in segments(doc_ids))
-        padding = (doc_ids < 0).index_select(1, at)
-        high = torch.where(padding, low, high)
-        outside = (position < 0) | (position >= keys)
+    if documents is not None:
+        low, high, outside = documents
+    document_low = low
     of_keys = counts if key_counts is None else key_counts
     if of_keys is not None:
         limit = of_keys[:, None]
@@ -94,8 +142,14 @@ def interval_of(
         empty = torch.where(position < 0, 0, valid_end)
         low, high = torch.where(outside, empty, low), torch.where(outside, empty, high)
     end = high if right is None else torch.minimum(high, position + (right + 1))
-    end = end.clamp(min=0)
+    # Under two lists of lengths a query may stand before its document: its interval is empty, at the document's start.
+    end = end.clamp(min=0) if documents is None else torch.maximum(end, torch.minimum(low, high))
     start = low if left is None else torch.maximum(low, position - left)
+    if prefix is not None:
+        prefix_end = document_low + (prefix[:, None] if isinstance(prefix, Tensor) else prefix)
+        inside = (position >= document_low) & (position < prefix_end)
+        start = torch.where(inside, low, start)
+        end = torch.where(inside, torch.maximum(end, torch.minimum(high, prefix_end)), end)
     shape = (sizes.rows, queries.shape[0])
     return Intervals(torch.minimum(start, end).expand(shape), end.expand(shape))
 

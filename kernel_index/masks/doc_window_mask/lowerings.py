@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, segments
+from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, RowBounds, Sizes, segments
+from kernel_index.masks.prefix_tree.tiles import Tiles, lists_of
 
 VARLEN_NEEDS_SQUARE = "documents and prefixes have packed lengths only where T = S and query 0 is at key 0"
 VARLEN_NEEDS_ONE_PREFIX = "packed lengths for keys with a valid prefix of their own are not made"
+VARLEN_NEEDS_CAUSALITY = "packed lengths have no prefix that is seen in both directions"
 VARLEN_NEEDS_BOTTOM_RIGHT = "packed lengths align the last query with the last key, and this offset does not"
 
 
@@ -17,7 +19,7 @@ class KernelIntervals(NamedTuple):
     """Intervals for queries and for keys; int32, one row where all rows are alike.
 
     Query t attends to the keys ``k_start[t] ≤ s < k_end[t]`` [B, T]; the queries ``q_start[s] ≤ t < q_end[s]`` [B, S]
-    attend to key s.  All four are non-decreasing.
+    attend to key s.  All four are non-decreasing.  In a tree both conditions must hold, and the bounds may decrease.
     """
 
     k_start: Tensor
@@ -63,46 +65,44 @@ def transposed(bounds: Intervals, keys: int) -> Intervals:
     return Intervals(first, last)
 
 
-def mask_mod(bounds: Intervals) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's predicate over the intervals [B, T]."""
-    start, end = bounds
+def mask_mod(bounds: RowBounds) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's predicate over the bounds [B, T]."""
+    start, end, q_end = bounds
 
     def allowed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (kv_idx >= start[b, q_idx]) & (kv_idx < end[b, q_idx])
+        inside = (kv_idx >= start[b, q_idx]) & (kv_idx < end[b, q_idx])
+        return inside if q_end is None else inside & (q_idx < q_end[b, kv_idx])
 
     return allowed
 
 
-def flex_block_mask(plan: BlockPlan, bounds: Intervals, sizes: Sizes, blocks: tuple[int, int]) -> Any:
-    """FlexAttention's BlockMask from the plan: its index lists are ranges, so no predicate is evaluated.
+def tiles_of_plan(plan: BlockPlan, sizes: Sizes, blocks: tuple[int, int]) -> Tiles:
+    """The partial and the full blocks of a plan: they are ranges, so no predicate is evaluated.
 
     A block of queries that ends after the last query has no full blocks, as in ``create_block_mask``.
     """
+    first, last, first_full, last_full = (bound[..., None] for bound in plan)
+    if sizes.queries % blocks[0]:
+        ragged = torch.arange(first.shape[1], device=first.device)[:, None] == first.shape[1] - 1
+        last_full = torch.where(ragged, first_full, last_full)
+    column = torch.arange(-(-sizes.keys // blocks[1]), device=first.device, dtype=torch.int32)
+    full = (column >= first_full) & (column < last_full)
+    return Tiles((column >= first) & (column < last) & ~full, full)
+
+
+def flex_block_mask(tiles: Tiles, bounds: RowBounds, sizes: Sizes, blocks: tuple[int, int]) -> Any:
+    """FlexAttention's BlockMask: lists of the partial and of the full blocks, by query and by key.
+
+    ``BlockMask.from_kv_blocks`` would sort to find the lists by key.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
-    q_block, kv_block = blocks
-    first, last, first_full, last_full = plan
-    if sizes.queries % q_block:
-        ragged = torch.arange(first.shape[1], device=first.device) == first.shape[1] - 1
-        last_full = torch.where(ragged, first_full, last_full)
-    columns = -(-sizes.keys // kv_block)
-    column = torch.arange(columns, device=first.device, dtype=torch.int32)
-    before = first_full - first  # partial blocks before the full ones
-    left, right = first[..., None] + column, last_full[..., None] + (column - before[..., None])
-    partial = torch.where(column < before[..., None], left, right)
-    full = first_full[..., None] + column
-    counts = (before + last - last_full, last_full - first_full)
-    (number, full_number) = (c[:, None].contiguous() for c in counts)
-    indices, full_indices = (i.clamp(max=max(columns - 1, 0))[:, None].contiguous() for i in (partial, full))
-    return BlockMask.from_kv_blocks(
-        number,
-        indices,
-        full_number,
-        full_indices,
-        BLOCK_SIZE=blocks,
-        mask_mod=mask_mod(bounds),
-        seq_lengths=(sizes.queries, sizes.keys),
-    )
+    named: dict[str, Tensor] = {}
+    for prefix, chosen in (("", tiles.partial), ("full_", tiles.full)):
+        for side, of_side in (("kv", chosen), ("q", chosen.transpose(1, 2))):
+            counts, indices = (x.expand(sizes.batch, *x.shape[1:])[:, None].contiguous() for x in lists_of(of_side))
+            named |= {f"{prefix}{side}_num_blocks": counts, f"{prefix}{side}_indices": indices}
+    return BlockMask(seq_lengths=(sizes.queries, sizes.keys), **named, BLOCK_SIZE=blocks, mask_mod=mask_mod(bounds))
 
 
 def segment_ids(
@@ -128,11 +128,11 @@ def segment_ids(
     return SegmentIds(*(x.to(torch.int32).expand(sizes.batch, -1).contiguous() for x in (of_queries, of_keys)))
 
 
-def varlen_why_not(sizes: Sizes, has_tensors: bool, has_key_counts: bool = False) -> str | None:
+def varlen_why_not(sizes: Sizes, has_documents: bool, has_key_counts: bool = False) -> str | None:
     """Why packed sequences cannot express the mask, or None."""
     if has_key_counts:
         return VARLEN_NEEDS_ONE_PREFIX
-    if has_tensors:
+    if has_documents:
         return None if sizes.queries == sizes.keys and sizes.offset == 0 else VARLEN_NEEDS_SQUARE
     return None if sizes.offset == sizes.keys - sizes.queries else VARLEN_NEEDS_BOTTOM_RIGHT
 

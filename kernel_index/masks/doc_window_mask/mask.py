@@ -8,15 +8,28 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks
-from kernel_index.masks.attention_validity_prefix.validity import AttentionValidity, same_values
 from kernel_index.masks.doc_window_mask import contract, lowerings
-from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, Sizes, interval_of, plan_blocks
+from kernel_index.masks.doc_window_mask.cu_seqlens import documents_of_lengths, ids_of_lengths, position_in_keys
+from kernel_index.masks.doc_window_mask.fields import MaskFields
+from kernel_index.masks.doc_window_mask.intervals import (
+    BlockPlan,
+    Documents,
+    Intervals,
+    RowBounds,
+    Sizes,
+    documents_of_ids,
+    interval_of,
+    plan_blocks,
+)
 from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals, SegmentIds, Varlen
 from kernel_index.masks.doc_window_mask.memo import kept_or_built
+from kernel_index.masks.prefix_tree.bounds import Tree, tree_bounds
+from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
+from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, tiles_of
 
 
 @dataclass(frozen=True, eq=False)
-class MaskContract:
+class MaskContract(MaskFields):
     """Which keys each query may attend to; immutable.
 
     With ``p(t) = t + offset`` the position of query t among the S keys, query t may attend to key s if all hold::
@@ -25,20 +38,23 @@ class MaskContract:
         window:    p(t) − left ≤ s ≤ p(t) + right
         documents: doc_ids is constant from p(t) to s, and not negative
         validity:  0 ≤ p(t) < count and s < count; with key_validity t < count and s < key count
+        prefix:    both among the first ``prefix`` tokens of a document, whatever causality and window say
+        tree:      s ≤ p(t) < subtree_end[s]; the window is positions[p(t)] − positions[s] ≤ left
 
     A document is a maximal run of equal ids: an id that is repeated after another one begins a new document.  A query
     whose position is outside the keys is in no document.
 
-    The allowed keys of a query are always one interval, and neither bound decreases from one query to the next.  The
-    intervals cost O(T) and are computed on the tensors' device without waiting for it; all lowerings derive from them.
+    Without a tree the allowed keys of a query are one interval, and neither bound decreases from one query to the next.
+    In a tree each query has a first key and each key an end of its queries.  Both cost O(T) and are computed on the
+    tensors' device without waiting for it; all lowerings derive from them.
 
-    Lowerings take ``batch_size``, ``seq_len`` (T), ``kv_len`` (S) and ``device``.  Sizes that ``doc_ids`` or
-    ``validity`` have may be left out: B and S come from their shapes, S and T default to each other, and B to 1 where
-    all rows are alike.  The contract keeps the latest lowering of each kind, so layers that share a contract share the
-    work; it rebuilds one whose source tensors or result were changed in place.  Inside torch.compile nothing is kept:
-    the compiler merges equal computations.
+    Lowerings take ``batch_size``, ``seq_len`` (T), ``kv_len`` (S) and ``device``.  Sizes that the tensors have may be
+    left out: B and S come from their shapes, S and T default to each other, and B to 1 where all rows are alike.  The
+    contract keeps the latest lowering of each kind, so layers that share a contract share the work; it rebuilds one
+    whose source tensors or result were changed in place.  Inside torch.compile nothing is kept: the compiler merges
+    equal computations.
 
-    Equality compares window bounds, offset, documents and validity, tensors by value; the hash reads metadata only.
+    Equality compares window bounds and all tensors by value; the hash reads metadata only.
 
     Args:
         causal: no query attends to a later position.
@@ -47,9 +63,19 @@ class MaskContract:
         validity: the valid prefix of each row, from ``attention_validity``.
         key_validity: the valid prefix of the keys alone, as in cross-attention to a padded source; ``validity`` then
             counts queries from query 0 on, and no key.
-        q_offset: the position of query 0 among the keys.  None aligns the last query with the last key
+        q_offset: the position of query 0 among the keys, or integers [B].  None aligns the last query with the last key
             (``offset = S − T``, bottom-right), which for T = S is the same as 0.  Where T ≠ S the two differ: 0 puts
             query 0 at key 0.
+        prefix: a number of tokens, or integers [B]: the first so many tokens of every document see each other in both
+            directions, as in a prefix language model.
+        subtree_end: integers [B, S], or [S] for every row alike, from ``pack_tree``: the first index after everything
+            that continues the token.
+        positions: integers [B, S] or [S] that increase along each path; a window counts in them.  None counts indices.
+        cu_seqlens: ``(cu_seqlens_q, cu_seqlens_k or None)``: see ``from_cu_seqlens``.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: fields that exclude each other, tensors of different sizes, or subtrees that are not nested.
 
     >>> import torch, kernel_index as ki
     >>> mask = ki.MaskContract(doc_ids=torch.tensor([[7, 7, 4, 4, 7, -1]]))
@@ -57,85 +83,7 @@ class MaskContract:
     ([[0, 0, 2, 2, 4, 5]], [[1, 2, 3, 4, 5, 5]])
     """
 
-    causal: bool = True
-    window: contract.Window = (None, None)
-    doc_ids: Tensor | None = None
-    validity: AttentionValidity | None = None
-    q_offset: int | None = None
-    key_validity: AttentionValidity | None = None
     _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        checks.is_bool("causal", self.causal)
-        object.__setattr__(self, "window", contract.normalize_window(self.window))
-        contract.check_doc_ids(self.doc_ids)
-        for name, value in (("validity", self.validity), ("key_validity", self.key_validity)):
-            if value is not None and not isinstance(value, AttentionValidity):
-                raise TypeError(f"{name} must be an AttentionValidity, got {type(value).__name__}")
-        if self.q_offset is not None:
-            checks.is_int("q_offset", self.q_offset)
-        self._rows_of_tensors()
-
-    @property
-    def window_bounds(self) -> contract.Window:
-        """How many keys a query may attend to on its left and on its right, causality included; None is unlimited."""
-        return self.window[0], 0 if self.causal else self.window[1]
-
-    @property
-    def counts(self) -> Tensor | None:
-        """The counts of the validity, or None if every token is valid."""
-        return None if self.validity is None else self.validity.counts
-
-    @property
-    def key_counts(self) -> Tensor | None:
-        """The counts of the key validity, or None where the keys have no prefix of their own."""
-        return None if self.key_validity is None else self.key_validity.counts
-
-    @property
-    def doc_rows(self) -> Tensor | None:
-        """The ids as [B, S], or as [1, S] if they are the same for every row."""
-        return self.doc_ids[None] if self.doc_ids is not None and self.doc_ids.ndim == 1 else self.doc_ids
-
-    @property
-    def has_tensors(self) -> bool:
-        """Whether the contract has document ids or counts, so that rows may differ."""
-        return self.doc_ids is not None or self.counts is not None or self.key_counts is not None
-
-    def _rows_of_tensors(self) -> int | None:
-        """B, if the tensors have a batch dimension; else None."""
-        in_docs = None if self.doc_ids is None or self.doc_ids.ndim == 1 else self.doc_ids.shape[0]
-        found, owner = in_docs, "doc_ids"
-        for name, counts in (("validity", self.counts), ("key_validity", self.key_counts)):
-            if counts is not None and found is not None and counts.shape[0] != found:
-                raise ValueError(f"{name} must be for the {found} rows of {owner}, got {counts.shape[0]} rows")
-            if counts is not None and found is None:
-                found, owner = counts.shape[0], name
-        return found
-
-    def sizes(
-        self,
-        batch_size: int | None = None,
-        seq_len: int | None = None,
-        kv_len: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> Sizes:
-        """All sizes of a call, completed from the contract's tensors.
-
-        Raises ``ValueError`` for a size that is missing or contradicts the tensors.
-        """
-        of_tensors = self._rows_of_tensors()
-        batch = contract.agreed_size("batch_size", batch_size, of_tensors, "the contract's doc_ids or validity")
-        in_docs = None if self.doc_ids is None else self.doc_ids.shape[-1]
-        if seq_len is None and kv_len is None and in_docs is None:
-            raise ValueError("seq_len must be given where the contract has no doc_ids to take it from, got None")
-        if kv_len is None and in_docs is None:
-            kv_len = seq_len
-        keys = contract.agreed_size("kv_len", kv_len, in_docs, "doc_ids [B, S]")
-        queries = contract.agreed_size("seq_len", seq_len, None, "") if seq_len is not None else keys
-        found = contract.device_of(device, self.doc_ids, self.counts, self.key_counts)
-        offset = keys - queries if self.q_offset is None else self.q_offset
-        rows = 1 if of_tensors is None else of_tensors
-        return Sizes(1 if batch is None else batch, rows, queries, keys, offset, found)
 
     def window_bounds_within(self, sizes: Sizes) -> contract.Window:
         """``window_bounds`` with None for a side that excludes no key of these sizes."""
@@ -148,7 +96,35 @@ class MaskContract:
 
     def bounds(self, queries: Tensor, sizes: Sizes) -> Intervals:
         """The intervals of the given query indices [n], int64 [rows, n]; not kept."""
-        return interval_of(queries, sizes, self.window_bounds, self.doc_rows, *self._prefix_tokens())
+        left, right = self.window_bounds
+        position = self._position(queries, sizes)
+        documents = self._documents(queries, position, sizes)
+        window = (None if self.is_tree else left, right)  # in a tree the window is along the path
+        return interval_of(queries, position, sizes, window, documents, *self._prefix_tokens(), self.prefix)
+
+    def positions_of_queries(self, sizes: Sizes) -> Tensor:
+        """The position of every query among the keys, int64 [rows or 1, T]."""
+        return self._position(torch.arange(sizes.queries, device=sizes.device), sizes)
+
+    def _position(self, queries: Tensor, sizes: Sizes) -> Tensor:
+        if isinstance(self.q_offset, Tensor):
+            return queries + self.q_offset.to(torch.int64)[:, None]
+        if sizes.offset is None and self.cu_seqlens is not None:
+            return position_in_keys(queries, *self.cu_seqlens)
+        return (queries + sizes.offset)[None]
+
+    def _documents(self, queries: Tensor, position: Tensor, sizes: Sizes) -> Documents | None:
+        if sizes.offset is None and self.cu_seqlens is not None:
+            return documents_of_lengths(queries, position, *self.cu_seqlens)
+        ids = self.document_rows(sizes.keys)
+        return None if ids is None or sizes.keys == 0 else documents_of_ids(ids, position, sizes.keys)
+
+    def document_rows(self, keys: int) -> Tensor | None:
+        """The ids of all documents as [B, S], or as [1, S] if they are the same for every row; None without any."""
+        if self.cu_seqlens is not None:
+            of_queries, of_keys = self.cu_seqlens
+            return ids_of_lengths(of_queries if of_keys is None else of_keys, keys)
+        return _as_rows(self.doc_ids)
 
     def _prefix_tokens(self) -> tuple[Tensor | None, Tensor | None]:
         """Valid tokens [B] of ``validity`` and of ``key_validity``."""
@@ -159,11 +135,7 @@ class MaskContract:
         """The kept result of ``name`` if key and tensors are unchanged, else ``build()``, which is then kept."""
         if torch.compiler.is_compiling():
             return build()
-        return kept_or_built(self._kept, name, key, (self.doc_ids, *self._prefixes()), build)
-
-    def _prefixes(self) -> tuple[Tensor | None, ...]:
-        given = [v for v in (self.validity, self.key_validity) if v is not None]
-        return tuple(tensor for v in given for tensor in (v.token_prefix, v.slot_counts))
+        return kept_or_built(self._kept, name, key, self.sources(), build)
 
     def intervals(
         self,
@@ -176,18 +148,33 @@ class MaskContract:
         """The keys of each query as ``Intervals(start, end)``, int32 [B, T], both non-decreasing along T.
 
         A query without an allowed key has ``start == end``, at a position that keeps both bounds non-decreasing.
+        Raises ``ValueError`` for a tree, where the keys of a query are no interval.
         """
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
         return Intervals(*(bound.expand(sizes.batch, -1).contiguous() for bound in self.row_intervals(sizes)))
 
     def row_intervals(self, sizes: Sizes) -> Intervals:
         """``intervals``, but with one row where all rows are alike."""
+        if self.is_tree:
+            raise ValueError(f"mask must have intervals of keys: {TREE_HAS_NO_INTERVALS}, got subtree_end or positions")
 
         def build() -> Intervals:
             bounds = self.bounds(torch.arange(sizes.queries, device=sizes.device), sizes)
             return Intervals(*(bound.to(torch.int32) for bound in bounds))
 
         return self.remember("intervals", sizes, build)
+
+    def row_bounds(self, sizes: Sizes) -> RowBounds:
+        """Which keys each query may attend to, for every contract; one row where all rows are alike."""
+        if not self.is_tree:
+            return RowBounds(*self.row_intervals(sizes), None)
+
+        def build() -> RowBounds:
+            queries = torch.arange(sizes.queries, device=sizes.device)
+            tree = Tree(_as_rows(self.subtree_end), _as_rows(self.positions), self.window[0])
+            return tree_bounds(self.bounds(queries, sizes), self._position(queries, sizes), tree, sizes.keys)
+
+        return self.remember("row_bounds", sizes, build)
 
     def dense(
         self,
@@ -206,10 +193,7 @@ class MaskContract:
         contract.check_dense(sizes.batch, sizes.queries, sizes.keys, allow_large)
 
         def build() -> Tensor:
-            start, end = self.row_intervals(sizes)
-            key = torch.arange(sizes.keys, device=sizes.device, dtype=torch.int32)
-            allowed = key >= start[:, None, :, None]
-            allowed &= key < end[:, None, :, None]
+            allowed = self.row_bounds(sizes).all_allowed(slice(None), sizes.keys)[:, None]
             return allowed.expand(sizes.batch, -1, -1, -1).contiguous()
 
         return self.remember("dense", sizes, build)
@@ -227,7 +211,8 @@ class MaskContract:
         """For each block of queries, the key blocks to visit and those that need no mask; int32 [B, ceil(T/q_block)].
 
         Costs O(T / q_block), plus O(S) where there are documents: the intervals of a block's first and last query bound
-        those of the others.
+        those of the others.  In a tree some blocks of the range may hold no allowed key, and full ones may lie outside
+        of ``first_full ≤ j < last_full``; ``flex_block_mask`` lists them exactly.
         """
         checks.is_int("q_block", q_block, minimum=1)
         checks.is_int("kv_block", kv_block, minimum=1)
@@ -239,6 +224,8 @@ class MaskContract:
         """``block_plan``, but with one row where all rows are alike."""
 
         def build() -> BlockPlan:
+            if self.is_tree:
+                return cover_of(self.row_tiles(q_block, kv_block, sizes))
             first = torch.arange(0, sizes.queries, q_block, device=sizes.device)
             last = (first + (q_block - 1)).clamp(max=sizes.queries - 1)
             blocks = first.shape[0]
@@ -247,6 +234,12 @@ class MaskContract:
             return plan_blocks(bounds, block, block + blocks, kv_block)
 
         return self.remember("block_plan", (q_block, kv_block, sizes), build)
+
+    def row_tiles(self, q_block: int, kv_block: int, sizes: Sizes) -> Tiles:
+        """The blocks of keys that each block of queries visits: those that need the mask, and those that do not."""
+        if self.is_tree:
+            return tiles_of(self.row_bounds(sizes), sizes.keys, q_block, kv_block)
+        return lowerings.tiles_of_plan(self.row_block_plan(q_block, kv_block, sizes), sizes, (q_block, kv_block))
 
     def kernel_intervals(
         self,
@@ -266,8 +259,14 @@ class MaskContract:
         """``kernel_intervals`` for given ``Sizes``."""
 
         def build() -> KernelIntervals:
-            bounds = Intervals(*(bound.contiguous() for bound in self.row_intervals(sizes)))
-            return KernelIntervals(*bounds, *lowerings.transposed(bounds, sizes.keys))
+            start, end, q_end = self.row_bounds(sizes)
+            if q_end is None:
+                bounds = Intervals(start.contiguous(), end.contiguous())
+                return KernelIntervals(*bounds, *lowerings.transposed(bounds, sizes.keys))
+            first_query = self.positions_of_queries(sizes)[:, :1].to(torch.int32)
+            q_start = torch.arange(sizes.keys, device=sizes.device, dtype=torch.int32) - first_query
+            q_start = q_start.clamp(0, sizes.queries).expand(q_end.shape).contiguous()
+            return KernelIntervals(start, end, q_start, q_end)
 
         return self.remember("kernel_intervals", sizes, build)
 
@@ -280,7 +279,11 @@ class MaskContract:
         device: torch.device | str | None = None,
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """FlexAttention's predicate ``(b, h, q_idx, kv_idx) → bool`` for these sizes: two loads and two comparisons."""
-        return lowerings.mask_mod(self.intervals(batch_size, seq_len, kv_len, device=device))
+        return lowerings.mask_mod(self._bounds_of_each_row(self.sizes(batch_size, seq_len, kv_len, device)))
+
+    def _bounds_of_each_row(self, sizes: Sizes) -> RowBounds:
+        bounds = self.row_bounds(sizes)
+        return RowBounds(*(None if x is None else x.expand(sizes.batch, -1).contiguous() for x in bounds))
 
     def flex_block_mask(
         self,
@@ -300,9 +303,8 @@ class MaskContract:
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
 
         def build() -> tuple[Any]:
-            bounds = self.intervals(batch_size, seq_len, kv_len, device=device)
-            plan = self.block_plan(*blocks, batch_size, seq_len, kv_len, device=device)
-            return (lowerings.flex_block_mask(plan, bounds, sizes, blocks),)
+            tiles = self.row_tiles(*blocks, sizes)
+            return (lowerings.flex_block_mask(tiles, self._bounds_of_each_row(sizes), sizes, blocks),)
 
         return self.remember("flex_block_mask", (blocks, sizes), build)[0]
 
@@ -319,7 +321,7 @@ class MaskContract:
         return self.remember("segment_ids", sizes, lambda: self._segment_ids(sizes))
 
     def _segment_ids(self, sizes: Sizes) -> SegmentIds:
-        return lowerings.segment_ids(sizes, self.doc_rows, *self._prefix_tokens())
+        return lowerings.segment_ids(sizes, self.document_rows(sizes.keys), *self._prefix_tokens())
 
     def varlen_why_not(
         self,
@@ -334,7 +336,11 @@ class MaskContract:
 
     def row_varlen_why_not(self, sizes: Sizes) -> str | None:
         """``varlen_why_not`` for given ``Sizes``."""
-        return lowerings.varlen_why_not(sizes, self.has_tensors, self.key_counts is not None)
+        if self.is_tree:
+            return TREE_HAS_NO_INTERVALS
+        if self.prefix is not None:
+            return lowerings.VARLEN_NEEDS_CAUSALITY
+        return lowerings.varlen_why_not(sizes, not self.is_band, self.key_counts is not None)
 
     def varlen(
         self,
@@ -356,40 +362,14 @@ class MaskContract:
             raise ValueError(f"mask must have a form with packed lengths ({reason}), got T, S, offset = {sizes[2:5]}")
 
         def build() -> Varlen:
-            ids = self._segment_ids(sizes).kv if self.has_tensors else None
+            ids = self._segment_ids(sizes).kv if not self.is_band else None
             return lowerings.varlen(sizes, self.window_bounds, ids)
 
         return self.remember("varlen", sizes, build)
 
-    def to(self, device: torch.device | str) -> "MaskContract":
-        """The same contract with its tensors on another device."""
-        return self._changed(lambda tensors: tensors.to(device))
 
-    def pin_memory(self) -> "MaskContract":
-        """The same contract with its tensors in pinned memory; a DataLoader with ``pin_memory=True`` calls it."""
-        return self._changed(lambda tensors: tensors.pin_memory())
-
-    def _changed(self, change: Callable[[Any], Any]) -> "MaskContract":
-        given = (self.doc_ids, self.validity, self.key_validity)
-        docs, rows, keys = (None if tensors is None else change(tensors) for tensors in given)
-        return MaskContract(self.causal, self.window, docs, rows, self.q_offset, keys)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, MaskContract):
-            return NotImplemented
-        return self._statics() == other._statics() and same_values(self.doc_ids, other.doc_ids)
-
-    def __hash__(self) -> int:
-        return hash((*self._statics(), None if self.doc_ids is None else self.doc_ids.shape))
-
-    def _statics(self) -> tuple:
-        absent = AttentionValidity()
-        return self.window_bounds, self.q_offset, self.validity or absent, self.key_validity or absent
-
-    def __reduce__(self) -> tuple:
-        # Copies and pickles hold the fields, not the kept lowerings.
-        fields = (self.causal, self.window, self.doc_ids, self.validity, self.q_offset, self.key_validity)
-        return MaskContract, fields
+def _as_rows(tensor: Tensor | None) -> Tensor | None:
+    return tensor[None] if tensor is not None and tensor.ndim == 1 else tensor
 
 
 torch.serialization.add_safe_globals([MaskContract])

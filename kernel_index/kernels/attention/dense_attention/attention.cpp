@@ -15,6 +15,7 @@ struct Call {
   int64_t B, T, S, H, K, D, Dv, bounds_rows, threads;
   Scoring scoring;
   const int32_t *start, *end;  // [bounds_rows, T]: query t sees the keys start ≤ s < end
+  const int32_t *q_end;        // [bounds_rows, S] in a tree: key s is seen by queries t < q_end; else null
 
   int64_t block() const { return std::min(KEYS, round_up(std::max<int64_t>(S, 1), ALIGN)); }  // keys of a block
   int64_t blocks() const { return (S + block() - 1) / block(); }
@@ -22,13 +23,36 @@ struct Call {
   int64_t heads() const { return H / K; }  // query heads of a KV head
 };
 
+// In a tree: where the queries of each key end, and the least and the greatest end of a block's keys.
+struct Paths {
+  std::vector<int32_t> q_end, low, high;  // [bounds_rows, blocks * block], [bounds_rows, blocks]
+
+  explicit Paths(const Call& c) {
+    if (!c.q_end) return;
+    const int64_t size = c.blocks() * c.block();
+    q_end.assign(c.bounds_rows * size, 0);
+    for (int64_t row = 0; row < c.bounds_rows; ++row)
+      std::copy_n(c.q_end + row * c.S, c.S, q_end.begin() + row * size);
+    for (auto from = q_end.begin(); from != q_end.end(); from += c.block()) {
+      const auto [least, greatest] = std::minmax_element(from, from + c.block());
+      low.push_back(*least), high.push_back(*greatest);
+    }
+  }
+};
+
 // The queries of a tile and their bounds; queries past the last see no key.
 struct Tile {
   int64_t b, first, count;
   int64_t low, high, all_from, all_to;  // some query sees the keys [low, high), every query sees [all_from, all_to)
   alignas(64) int32_t start[QUERIES], end[QUERIES];
+  const int32_t *q_end = nullptr, *block_low = nullptr, *block_high = nullptr;  // of the row's keys and blocks, in a tree
 
-  Tile(const Call& c, int64_t b, int64_t nth) : b(b), first(nth * QUERIES), count(std::min(QUERIES, c.T - first)) {
+  Tile(const Call& c, const Paths& paths, int64_t b, int64_t nth)
+      : b(b), first(nth * QUERIES), count(std::min(QUERIES, c.T - first)) {
+    if (c.q_end) {
+      const int64_t blocks = (c.bounds_rows > 1 ? b : 0) * c.blocks();
+      q_end = &paths.q_end[blocks * c.block()], block_low = &paths.low[blocks], block_high = &paths.high[blocks];
+    }
     const int64_t at = (c.bounds_rows > 1 ? b * c.T : 0) + first;
     low = c.S, high = 0, all_from = 0, all_to = count < QUERIES ? 0 : c.S;
     for (int64_t r = 0; r < QUERIES; ++r) {
@@ -48,7 +72,11 @@ struct Span {
       : from(std::max<int64_t>(t.low - j * block, 0) / ALIGN * ALIGN),
         to(std::min(round_up(std::max<int64_t>(t.high - j * block, 0), ALIGN), block)),
         first(j * block + from),
-        whole(t.all_from <= first && j * block + to <= t.all_to) {}
+        whole(t.all_from <= first && j * block + to <= t.all_to) {
+    if (!t.q_end) return;
+    if (t.block_high[j] <= t.first) to = from;  // the block is on no query's path
+    whole = whole && t.block_low[j] >= t.first + t.count;
+  }
   int64_t size() const { return std::max<int64_t>(to - from, 0); }
 };
 
@@ -130,7 +158,11 @@ inline void store_pair(BFloat16* to, int64_t i, Vec even, Vec odd) {
 // x, or `value` in the lanes of the queries i … that do not see key s.
 inline Vec masked(Vec x, const Tile& t, int64_t i, int64_t s, float value) {
   const __m512i key = _mm512_set1_epi32(s), start = _mm512_loadu_si512(t.start + i), end = _mm512_loadu_si512(t.end + i);
-  const Lanes hidden = _mm512_cmplt_epi32_mask(key, start) | _mm512_cmpge_epi32_mask(key, end);
+  Lanes hidden = _mm512_cmplt_epi32_mask(key, start) | _mm512_cmpge_epi32_mask(key, end);
+  if (t.q_end) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    hidden |= _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(t.q_end[s] - static_cast<int32_t>(t.first + i)));
+  }
   return select(hidden, x, Vec(value));
 }
 
@@ -172,6 +204,7 @@ void forward(const Call& c, const T* q, const T* k, const T* v, const float* sin
              float* inv_row_sums) {
   const int64_t block = c.block(), blocks = c.blocks(), tiles = c.tiles();
   const BlockRows<T> keys(k, c, c.D);
+  const Paths paths(c);
   Buffer<T> values(c.B * c.K * blocks * block * c.Dv);  // [B, K, blocks] of [Dv, block]
   transpose_blocks(v, values.at(0), c, c.Dv);
 #pragma omp parallel num_threads(c.threads)
@@ -184,7 +217,7 @@ void forward(const Call& c, const T* q, const T* k, const T* v, const float* sin
     for (int64_t unit = 0; unit < c.B * c.H * tiles; ++unit) {
       // The last queries see the most keys: they come first, so that threads end together.
       const int64_t h = unit % c.H, b = unit / c.H % c.B, group = b * c.K + h / c.heads();
-      const Tile t(c, b, tiles - 1 - unit / c.H / c.B);
+      const Tile t(c, paths, b, tiles - 1 - unit / c.H / c.B);
       const auto initial = RowState<float>::with_sink(sink[h]);
       std::fill_n(row_max, QUERIES, initial.row_max);
       std::fill_n(row_sum, QUERIES, initial.row_sum);
@@ -192,6 +225,7 @@ void forward(const Call& c, const T* q, const T* k, const T* v, const float* sin
       pack_rows(q, c, t, h, c.D, query.at(0));
       for (int64_t j = t.low / block; j * block < t.high; ++j) {
         const Span span(t, j, block);
+        if (span.size() == 0) continue;
         product(span.size(), QUERIES, c.D, keys.at(group, j, span.from), query.at(0), z.at(0), false, keys.stride(j));
         if (online_softmax(c, t, span, z.at(0), p.at(0), row_max, row_sum, alpha))
           for (int64_t d = 0; d < c.Dv; ++d)
@@ -286,6 +320,7 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
   const int64_t at_once = std::clamp<int64_t>(TILES / c.heads(), 1, std::max<int64_t>(c.tiles(), 1));
   const int64_t chunks = (c.tiles() + at_once - 1) / at_once;
   const int64_t splits = std::clamp<int64_t>(8 / std::max<int64_t>(groups, 1), 1, std::max<int64_t>(chunks, 1));
+  const Paths paths(c);
   const BlockRows<T> keys(k, c, c.D), values(v, c, c.Dv);
   Buffer<T> keys_transposed(groups * size * c.D);  // [B, K, blocks] of [D, block]
   transpose_blocks(k, keys_transposed.at(0), c, c.D);
@@ -313,7 +348,7 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
         tiles.clear();
         int64_t low = c.S, high = 0;
         for (int64_t i = nth * at_once; i < std::min((nth + 1) * at_once, c.tiles()); ++i) {
-          const Tile& t = tiles.emplace_back(c, b, i);
+          const Tile& t = tiles.emplace_back(c, paths, b, i);
           low = std::min(low, t.low), high = std::max(high, t.high);
           for (int64_t g = 0; g < c.heads(); ++g)
             query_tiles[(tiles.size() - 1) * c.heads() + g].load(c, t, head + g, q, d_out, row_maxes, inv_row_sums,
@@ -356,9 +391,10 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
 
 }  // namespace
 
-#define CALL const int64_t *n, float scale, float softcap, const int32_t *start, const int32_t *end
+#define CALL \
+  const int64_t *n, float scale, float softcap, const int32_t *start, const int32_t *end, const int32_t *q_end
 #define MADE \
-  Call { n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], {scale, softcap}, start, end }
+  Call { n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], {scale, softcap}, start, end, q_end }
 #define EXPORT(NAME, T)                                                                                             \
   void attention_forward_##NAME(CALL, const T* q, const T* k, const T* v, const float* sink, T* out, float* lse,    \
                                 float* row_maxes, float* inv_row_sums) {                                            \

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kernel_index.core import measured, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
-from kernel_index.core.excluded import Sight, sight_of_intervals
+from kernel_index.core.excluded import PairSight, Sight, sight_of_intervals
 from kernel_index.core.fa4_support import support_of
 from kernel_index.core.target import has_package, target_of
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
-from kernel_index.masks.doc_window_mask.intervals import Sizes
+from kernel_index.masks.doc_window_mask.intervals import RowBounds, Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
@@ -39,12 +39,20 @@ class AttentionCall(NamedTuple):
         """Whether the mask excludes a key from some query."""
         return lowering(self.sizes, self.mask) != "none"
 
-    def sight(self) -> Sight:
-        return sight_of_intervals(*self.mask.row_intervals(self.sizes))
+    def sight(self) -> Sight | PairSight:
+        return sight_of(self.mask.row_bounds(self.sizes))
 
     @property
     def is_empty(self) -> bool:
         return self.q.shape[0] * self.q.shape[1] * self.k.shape[1] == 0
+
+
+def sight_of(bounds: RowBounds) -> Sight | PairSight:
+    """What the queries of a mask see."""
+    start, end, q_end = bounds
+    if q_end is None:
+        return sight_of_intervals(start, end)
+    return PairSight(start, end, lambda queries: bounds.all_allowed(queries, q_end.shape[1]))
 
 
 OutAndLse = tuple[Tensor, Tensor | None]
@@ -64,7 +72,7 @@ def check(
 
 def lowering(sizes: Sizes, mask: MaskContract) -> str:
     """What torch's attention needs for this mask: ``none``, ``is_causal`` or ``dense``."""
-    if not mask.has_tensors:
+    if mask.is_band:
         left, right = mask.window_bounds_within(sizes)
         if left is None and right is None:
             return "none"
@@ -105,7 +113,9 @@ NO_MASK = "torch's own kernel needs no mask here"
 def measured_kind(call: AttentionCall) -> tuple[str, ...]:
     """What a measured row must have in common with the call; empty for calls like which nothing is measured."""
     mask, tokens = call.mask, call.q.shape[1]
-    if call.q.dtype not in rules.HALF or tokens != call.k.shape[1] or mask.q_offset not in (None, 0):
+    if call.q.dtype not in rules.HALF or tokens != call.k.shape[1] or call.sizes.offset != 0:
+        return ()
+    if mask.is_tree or mask.prefix is not None:
         return ()
     left, right = mask.window_bounds
     left = None if left is None or left >= tokens - 1 else left
@@ -113,7 +123,7 @@ def measured_kind(call: AttentionCall) -> tuple[str, ...]:
     if mask.counts is not None or mask.key_counts is not None or (right != 0 and (left, right) != (None, None)):
         return ()
     kind: tuple[str, ...] = ("train" if rules.wants_gradient(call.q, call.k, call.v, call.sink) else "infer",)
-    if mask.doc_ids is not None:
+    if mask.doc_ids is not None or mask.cu_seqlens is not None:
         kind += ("documents",)
     if right is None:
         kind += ("full",)
@@ -142,7 +152,7 @@ def _measured_or_no_mask(call: AttentionCall, name: str) -> str | None:
 def _may_run(rival: str, call: AttentionCall) -> bool:
     """Whether ``auto`` may take it instead.  FlexAttention compiles for each mask and shape: it is no rival."""
     if rival == "fa4":
-        return not call.mask.has_tensors and fa4_why_not(call) is None
+        return call.mask.is_band and fa4_why_not(call) is None
     if rival == "triton":
         return triton_why_not(call) is None
     return rival == "sdpa" and _needs_no_mask(call)
@@ -212,15 +222,15 @@ def fa4_why_not(call: AttentionCall) -> str | None:
 
 
 def _gradients_were_compared(call: AttentionCall) -> bool:
-    if not call.mask.has_tensors and call.sink is None:
+    if call.mask.is_band and call.sink is None:
         return True
-    if call.mask.has_tensors:
+    if not call.mask.is_band:
         return call.sink is None and call.q.shape[3] in PACKED_WIDTHS
     return call.q.shape[3] in SINK_WIDTHS
 
 
 def fa4_not_worth(call: AttentionCall) -> str | None:
-    return WAITS if call.mask.has_tensors else measured_why_not(call, "fa4", measured_kind(call))
+    return WAITS if not call.mask.is_band else measured_why_not(call, "fa4", measured_kind(call))
 
 
 def varlen_why_not(call: AttentionCall) -> str | None:
@@ -273,6 +283,8 @@ def flex_why_not(call: AttentionCall) -> str | None:
         return rules.NEEDS_TRITON_DTYPE
     if not all(16 <= x.shape[3] <= rules.WIDEST_HEAD for x in (call.q, call.v)):
         return "needs head sizes from 16 to 256"
+    if call.mask.is_tree and call.q.shape[1] > DENSE_LIMIT:
+        return "in a tree of over 8192 queries it would compare every pair to tell what is not finite"
     return "needs at least one query and one key" if call.is_empty else None
 
 

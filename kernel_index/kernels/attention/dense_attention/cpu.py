@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of, sink_gradient
-from kernel_index.core.excluded import guarded, guarded_backward, sight_of_intervals
+from kernel_index.core.excluded import guarded, guarded_backward
 from kernel_index.core.triton.launch import dense_heads
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, sight_of
 from kernel_index.kernels.attention.dense_attention.rectangles import Rectangle, allowed_within, rectangles_of
 from kernel_index.masks.attention_arguments import scale_of
-from kernel_index.masks.doc_window_mask.intervals import Intervals
+from kernel_index.masks.doc_window_mask.intervals import RowBounds
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -26,7 +26,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class _Plan(NamedTuple):
     """``rectangles`` for PyTorch's kernel, where it takes the call, and for the formula."""
 
-    bounds: Intervals
+    bounds: RowBounds
     for_kernel: tuple[Rectangle, ...] | None
     for_formula: tuple[Rectangle, ...]
     scale: float
@@ -56,7 +56,7 @@ def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) 
 
 
 def _backward(plan: _Plan, given: Backward) -> Gradients:
-    return guarded_backward(functools.partial(_run_backward, plan), lambda: sight_of_intervals(*plan.bounds), given)
+    return guarded_backward(functools.partial(_run_backward, plan), lambda: sight_of(plan.bounds), given)
 
 
 def _run_backward(plan: _Plan, given: Backward) -> Gradients:
@@ -104,19 +104,22 @@ def _zeros(x: Tensor, wide: bool) -> Tensor:
 
 
 def _share_no_key(rectangles: tuple[Rectangle, ...]) -> bool:
-    """Pieces come in the order of their rows and queries, and so of their keys."""
-    return all(a.batch != b.batch or a.k.stop <= b.k.start for a, b in itertools.pairwise(rectangles))
+    """Pieces come in the order of their rows and queries, and so of their keys, but in a tree."""
+    return all(
+        a.batch != b.batch or (isinstance(a.k, slice) and isinstance(b.k, slice) and a.k.stop <= b.k.start)
+        for a, b in itertools.pairwise(rectangles)
+    )
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-def _allowed(rectangle: Rectangle, bounds: Intervals) -> Tensor | None:
+def _allowed(rectangle: Rectangle, bounds: RowBounds) -> Tensor | None:
     return None if rectangle.kind == "full" else allowed_within(bounds, rectangle)
 
 
-def _bias(rectangle: Rectangle, bounds: Intervals, q: Tensor) -> dict[str, Tensor]:
+def _bias(rectangle: Rectangle, bounds: RowBounds, q: Tensor) -> dict[str, Tensor]:
     """The kernel's additive mask; none where a flag of the kernel suffices."""
     if rectangle.kind != "masked":
         return {}
@@ -182,7 +185,7 @@ def attention_cpu(call: AttentionCall) -> OutAndLse:
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
     by_kernel = call.softcap == 0 and q.shape[3] == v.shape[3]
     plan = _Plan(
-        call.mask.row_intervals(sizes),
+        call.mask.row_bounds(sizes),
         rectangles_of(call.mask, sizes, whole=True) if by_kernel else None,
         rectangles_of(call.mask, sizes, whole=False),
         scale_of(q, call.scale),

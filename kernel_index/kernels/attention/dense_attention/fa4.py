@@ -23,7 +23,7 @@ def attention_fa4(call: AttentionCall) -> OutAndLse:
         "learnable_sink": call.sink,
         "return_lse": True,
     }
-    if not mask.has_tensors:
+    if mask.is_band:
         out, lse = flash_attn_func(q.contiguous(), k.contiguous(), v.contiguous(), **options)
         return out, lse
     lengths = mask.varlen(sizes.batch, sizes.queries, sizes.keys, device=q.device)

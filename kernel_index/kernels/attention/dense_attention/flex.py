@@ -43,7 +43,7 @@ def attention_flex(call: AttentionCall) -> OutAndLse:
         enable_gqa=q.shape[2] != k.shape[2],
         return_lse=True,
     )
-    start, end = mask.row_intervals(sizes)
+    start, end, _ = mask.row_bounds(sizes)
     empty = (start == end)[:, None]
     if sink is not None:  # the sink logit is a term of the denominator of every query that has a key
         known = lse.masked_fill(empty, 0.0)

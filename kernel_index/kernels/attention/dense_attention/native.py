@@ -14,15 +14,16 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of, sink_gradient
-from kernel_index.core.excluded import guarded, guarded_backward, sight_of_intervals
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
+from kernel_index.core.excluded import guarded, guarded_backward
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, sight_of
 from kernel_index.masks.attention_arguments import scale_of
+from kernel_index.masks.doc_window_mask.intervals import RowBounds
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 
 
 class _Plan(NamedTuple):
-    bounds: tuple[Tensor, ...]  # each query's interval of keys, int32 [B or 1, T]
+    bounds: RowBounds  # each query's interval of keys, int32 [B or 1, T], and in a tree the end of each key's queries
     scoring: tuple[float, float]  # scale and softcap
 
 
@@ -37,7 +38,7 @@ def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) 
 
 
 def _backward(plan: _Plan, given: Backward) -> Gradients:
-    return guarded_backward(functools.partial(_run_backward, plan), lambda: sight_of_intervals(*plan.bounds), given)
+    return guarded_backward(functools.partial(_run_backward, plan), lambda: sight_of(plan.bounds), given)
 
 
 def _run_backward(plan: _Plan, given: Backward) -> Gradients:
@@ -59,13 +60,15 @@ PASSES = Passes("the native backend of attention", _forward, _backward)
 
 def _call(which: str, qkv: tuple[Tensor, Tensor, Tensor], plan: _Plan, *tensors: Tensor) -> None:
     q, k, v = qkv
-    sizes = (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], v.shape[3], plan.bounds[0].shape[0])
+    start, end, q_end = plan.bounds
+    q_end = start.new_empty(0) if q_end is None else q_end  # its address is null
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], v.shape[3], start.shape[0])
     function = f"attention_{which}_{native.suffix(q.dtype)}"
-    native.call(SOURCE, function, (*sizes, torch.get_num_threads()), plan.scoring, *plan.bounds, *tensors)
+    native.call(SOURCE, function, (*sizes, torch.get_num_threads()), plan.scoring, start, end, q_end, *tensors)
 
 
 @guarded
 def attention_native(call: AttentionCall) -> OutAndLse:
-    bounds = tuple(x.contiguous() for x in call.mask.row_intervals(call.sizes))
-    plan = _Plan(bounds, (scale_of(call.q, call.scale), call.softcap))
+    bounds = (None if x is None else x.contiguous() for x in call.mask.row_bounds(call.sizes))
+    plan = _Plan(RowBounds(*bounds), (scale_of(call.q, call.scale), call.softcap))
     return attend(PASSES, plan, call.q, call.k, call.v, call.sink)

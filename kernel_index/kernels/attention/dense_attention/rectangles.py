@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.masks.doc_window_mask.intervals import Intervals, Sizes
+from kernel_index.masks.doc_window_mask.intervals import RowBounds, Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 QUERIES = 256
@@ -18,12 +18,13 @@ SMALL = 128 * 128
 class Rectangle(NamedTuple):
     """Queries ``q`` of the rows ``batch`` against the keys ``k``; no other rectangle has the same query.
 
-    ``kind``: ``full`` where every pair is allowed, ``causal`` for the lower triangle of a square, else ``masked``.
+    ``k`` is a slice, or in a tree the ascending indices of keys.  ``kind``: ``full`` where every pair is allowed,
+    ``causal`` for the lower triangle of a square, else ``masked``.
     """
 
     batch: slice
     q: slice
-    k: slice
+    k: slice | Tensor
     kind: str
 
 
@@ -41,12 +42,16 @@ def rectangles_of(mask: MaskContract, sizes: Sizes, *, whole: bool) -> tuple[Rec
     """
 
     def build() -> tuple[Rectangle, ...]:
-        start, end = (bound.cpu() for bound in mask.row_intervals(sizes))
+        bounds = mask.row_bounds(sizes)
         found: list[Rectangle] = []
         for row in range(sizes.rows):
             rows = range(sizes.batch) if sizes.rows == 1 and not whole else [row]
             batch = slice(0, sizes.batch) if sizes.rows == 1 and whole else None
-            of_row = _row_rectangles(start[row], end[row], whole)
+            of_row = (
+                _row_rectangles(bounds.start[row], bounds.end[row], whole)
+                if bounds.q_end is None
+                else _tree_rectangles(bounds.start[row], bounds.end[row], bounds.q_end[row])
+            )
             found += [p._replace(batch=batch or slice(b, b + 1)) for b in rows for p in of_row]
         return tuple(found)
 
@@ -68,6 +73,22 @@ def _row_rectangles(start: Tensor, end: Tensor, whole: bool) -> list[Rectangle]:
                 found.append(part)
             else:
                 found[-1] = joined
+    return found
+
+
+def _tree_rectangles(start: Tensor, end: Tensor, q_end: Tensor) -> list[Rectangle]:
+    """Chunks of queries, each against the keys that one of its queries sees: those of a path, mostly."""
+    bounds = RowBounds(start[None], end[None], q_end[None])
+    found: list[Rectangle] = []
+    for t in range(0, start.shape[0], QUERIES):
+        q = slice(t, min(t + QUERIES, start.shape[0]))
+        some = end[q] > start[q]
+        if not bool(some.any()):
+            continue
+        low, high = int(start[q][some].min()), int(end[q][some].max())
+        keys = (q_end[low:high] > t).nonzero().flatten() + low
+        whole = bool(bounds.allowed(q, keys).all())
+        found.append(Rectangle(slice(0), q, keys, "full" if whole else "masked"))
     return found
 
 
@@ -101,9 +122,10 @@ def _joined(a: Rectangle, b: Rectangle) -> Rectangle | None:
     return Rectangle(slice(0), q, k, "masked") if (q.stop - q.start) * (k.stop - k.start) <= SMALL else None
 
 
-def allowed_within(bounds: Intervals, rectangle: Rectangle) -> Tensor:
+def allowed_within(bounds: RowBounds, rectangle: Rectangle) -> Tensor:
     """Bool [rows, queries, keys] for a rectangle."""
-    rows = slice(None) if bounds.start.shape[0] == 1 else rectangle.batch
-    key = torch.arange(rectangle.k.start, rectangle.k.stop, dtype=torch.int32, device=bounds.start.device)
-    start, end = (bound[rows, rectangle.q, None] for bound in bounds)
-    return (key >= start) & (key < end)
+    rows, keys = slice(None) if bounds.start.shape[0] == 1 else rectangle.batch, rectangle.k
+    if isinstance(keys, slice):
+        keys = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=bounds.start.device)
+    of_rows = RowBounds(*(None if x is None else x[rows] for x in bounds))
+    return of_rows.allowed(rectangle.q, keys)

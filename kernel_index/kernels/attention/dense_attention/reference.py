@@ -21,12 +21,11 @@ def attention_reference(call: AttentionCall) -> OutAndLse:
     q_BKGTD = (q.to(dtype) * scale_of(q, scale)).unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4)
     k_BKSD, v_BKSD = (x.to(dtype).transpose(1, 2) for x in (k, v))
     sink_KG = None if sink is None else sink.to(dtype).view(kv_heads, heads // kv_heads, 1)
-    start, end = mask.row_intervals(call.sizes)
-    key = torch.arange(keys, device=q.device)
+    bounds = mask.row_bounds(call.sizes)
 
     def attend(chunk: slice) -> tuple[Tensor, Tensor]:
-        lo, hi = start[:, chunk, None], end[:, chunk, None]
-        return _attend(q_BKGTD[:, :, :, chunk], k_BKSD, v_BKSD, (key >= lo) & (key < hi), softcap, sink_KG)
+        allowed_RTS = bounds.all_allowed(chunk, keys)
+        return _attend(q_BKGTD[:, :, :, chunk], k_BKSD, v_BKSD, allowed_RTS, softcap, sink_KG)
 
     if torch.compiler.is_compiling() or batch * heads * queries * keys <= SCORES_AT_ONCE:
         out, lse = attend(slice(None))

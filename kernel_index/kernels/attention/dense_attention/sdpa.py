@@ -2,7 +2,6 @@
 
 import functools
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -44,10 +43,8 @@ def _open_mask(mask: MaskContract, sizes: Sizes) -> tuple[Tensor, Tensor]:
     What torch's kernels make of a row without a key differs between devices and versions (zeros, NaN, an average).  So
     such a row attends to everything and its output is then replaced by 0, which also zeroes what it sends backward.
     """
-    start, end = mask.row_intervals(sizes)
-    empty = start == end
-    key = torch.arange(sizes.keys, device=sizes.device, dtype=torch.int32)
-    allowed = key >= start[:, None, :, None]
-    allowed &= key < end[:, None, :, None]
-    allowed |= empty[:, None, :, None]
-    return allowed, empty
+    bounds = mask.row_bounds(sizes)
+    empty = bounds.start == bounds.end
+    allowed = bounds.all_allowed(slice(None), sizes.keys)
+    allowed |= empty[..., None]
+    return allowed[:, None], empty

@@ -26,7 +26,10 @@ def decode_native(call: DecodeCall) -> Tensor:
     new_k, new_v = (q if x is None else x.detach().contiguous() for x in (call.k, call.v))
     lengths = call.cache_seqlens.to(torch.int32).contiguous()
     table = lengths if table is None else table.to(torch.int32).contiguous()
-    sink = torch.full((heads,), -torch.inf) if call.sink is None else call.sink.detach().to(torch.float32).contiguous()
+    if call.sink is None:
+        sink = torch.full((heads,), -torch.inf, dtype=torch.float32, device=q.device)
+    else:
+        sink = native.floats(call.sink.detach())
     tensors = (lengths, table, q, new_k, new_v, k_cache, v_cache, sink, out)
     native.call(SOURCE, f"decode_{native.suffix(q.dtype)}", sizes, (call.scale, call.softcap), *tensors)
     if added:  # autograd must notice that what a backward pass has saved of the cache was overwritten

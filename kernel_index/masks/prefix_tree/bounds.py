@@ -1,0 +1,109 @@
+"""A tree as bounds: each query's first key on its path, and for each key the end of the queries that see it.
+
+On its path, the keys of a query ascend, so a window is a first key.  The path itself needs one number for each key: a
+query sees key s while it stands inside the subtree of s.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import rules
+from kernel_index.masks.doc_window_mask.intervals import Intervals, RowBounds
+
+
+class Tree(NamedTuple):
+    """The fields of a contract: ``subtree_end`` and ``positions`` [rows or 1, S] or None, ``left`` of the window."""
+
+    subtree_end: Tensor | None
+    positions: Tensor | None
+    left: int | None
+
+
+def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int) -> RowBounds:
+    """The bounds of every query, int32 [rows, T] and [rows, S].
+
+    Where values may be read, a row of chains has intervals: it runs as documents do, with the same bits.
+
+    Args:
+        bounds: the intervals of the queries by causality, documents and counts, without a window.
+        position: of each query among the keys, [rows or 1, T].
+        tree: what the contract says.
+        keys: S.
+    """
+    start, end = bounds
+    rows, index = start.shape[0], torch.arange(keys, device=start.device)
+    until = torch.full_like(index, keys)[None] if tree.subtree_end is None else tree.subtree_end.to(torch.int64)
+    at = position.clamp(0, max(keys - 1, 0)).expand(start.shape)
+    readable = rules.host_readable(start, until)
+    gaps = until <= index
+    has_gaps = not readable or bool(gaps.any())
+    parent = parents_of(until, readable) if tree.left is not None or has_gaps else None
+    if parent is not None and has_gaps:  # a query in a gap sees the path above it
+        latest = torch.where(gaps, parent, index).expand(rows, -1).gather(1, at)
+        end = torch.where(latest >= start, end, start)
+    if parent is not None and tree.left is not None:
+        along = index[None] if tree.positions is None else tree.positions.to(torch.int64)
+        first = torch.where(gaps, 0, window_starts(parent, along, tree.left))  # the position of a gap says nothing
+        start = torch.minimum(torch.maximum(start, first.expand(rows, -1).gather(1, at)), end)
+    if readable and not has_gaps and (root := _roots_of_chains(until, index)) is not None:
+        start = torch.minimum(torch.maximum(start, root.expand(rows, -1).gather(1, at)), end)
+        return RowBounds(start.to(torch.int32), end.to(torch.int32), None)
+    first_query = position[:, :1] if position.shape[1] else torch.zeros_like(until[:, :1])
+    q_end = (until - first_query).clamp(0, position.shape[1])
+    return RowBounds(*(x.to(torch.int32).contiguous() for x in (start, end, q_end.expand(rows, -1))))
+
+
+def _roots_of_chains(until: Tensor, index: Tensor) -> Tensor | None:
+    """The root of each token [rows, S] where no token has two continuations, else None; reads values."""
+    inside = torch.nn.functional.pad(until.cummax(1).values[:, :-1] > index[1:], (1, 0))
+    continues = torch.nn.functional.pad(until[:, :-1] > index[1:], (1, 0))
+    if not torch.equal(inside, continues):  # a token whose path leaves out the token before it
+        return None
+    return torch.where(inside, 0, index).cummax(1).values
+
+
+def parents_of(subtree_end: Tensor, readable: bool) -> Tensor:
+    """The last earlier token whose subtree holds each token, −1 for none; int64 [rows, S].
+
+    A token continues the one before it, or, where subtrees end, what the first of these continues; a gap and the token
+    after it continue what the place before them continues.  Pointers to those are followed by doubling: the number of
+    rounds is the logarithm of the siblings in a row, and of S where values may not be read.
+    """
+    rows, keys = subtree_end.shape
+    index = torch.arange(keys, device=subtree_end.device).expand(rows, -1)
+    if keys == 0:
+        return index.clone()
+    real = subtree_end > index
+    ending = torch.full((rows, keys + 1), keys, device=subtree_end.device)
+    ending = ending.scatter_reduce(1, torch.where(real, subtree_end, keys), index, "amin")[:, :keys]
+    before = (index - 1).clamp(min=0)
+    continues = real.gather(1, before) & (subtree_end.gather(1, before) > index) & (index > 0)
+    pointer = torch.where(ending < index, ending, before)
+    pointer = torch.where(continues | (index == 0), index, pointer)
+    for _ in range(max(keys - 1, 1).bit_length()):
+        further = pointer.gather(1, pointer)
+        if readable and torch.equal(further, pointer):
+            break
+        pointer = further
+    return torch.where(continues, index - 1, -1).gather(1, pointer)
+
+
+def window_starts(parent: Tensor, along: Tensor, left: int) -> Tensor:
+    """The first token of each token's path whose position is at most ``left`` behind, [rows, S]; itself if none is."""
+    rows, keys = parent.shape
+    first = torch.arange(keys, device=parent.device).expand(rows, -1)
+    if keys == 0:
+        return first
+    along = along.expand(rows, -1)
+    least = along - left
+    up = [parent]
+    for _ in range(min(left, keys).bit_length() - 1):
+        last = up[-1]
+        up.append(torch.where(last >= 0, last.gather(1, last.clamp(min=0)), -1))
+    for step in reversed(up):
+        higher = step.gather(1, first)
+        inside = (higher >= 0) & (along.gather(1, higher.clamp(min=0)) >= least)
+        first = torch.where(inside, higher, first)
+    return first

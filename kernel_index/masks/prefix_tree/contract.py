@@ -1,0 +1,84 @@
+"""Argument checks of ``pack_tree``, and of the fields of a ``MaskContract`` that describe a tree."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import checks
+
+TREE_HAS_NO_INTERVALS = "in a prefix tree the keys of a query are not one interval"
+
+
+def integers(name: str, value: Any) -> list[int]:
+    """A list of Python integers from a sequence, an array or an integer tensor of rank 1."""
+    if isinstance(value, Tensor):
+        checks.is_integer_tensor(name, value)
+        checks.has_rank(name, value, 1, "one number for each run, [R]")
+        return value.tolist()
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be a sequence of integers, got {type(value).__name__}")
+    for i, number in enumerate(value):
+        checks.is_int(f"{name}[{i}]", number)
+    return list(value)
+
+
+def check_tree(parents: Any, lengths: Any, align: Any) -> tuple[list[int], list[int]]:
+    """The checked lists; raises ``ValueError`` that names the first run that is wrong."""
+    parents, lengths = integers("parents", parents), integers("lengths", lengths)
+    checks.is_int("align", align, minimum=1)
+    if len(parents) != len(lengths):
+        raise ValueError(f"lengths must have one number for each of the {len(parents)} runs, got {len(lengths)}")
+    for run, parent in enumerate(parents):
+        if not -1 <= parent < run:
+            raise ValueError(f"parents[{run}] must be an earlier run, 0 to {run - 1}, or -1 for a root, got {parent}")
+    for run, length in enumerate(lengths):
+        if length < 1:
+            raise ValueError(f"lengths[{run}] must be at least 1, got {length}")
+    return parents, lengths
+
+
+def check_rows(name: str, value: Any) -> None:
+    """An integer tensor [B, S], or [S] for every row alike."""
+    if value is None:
+        return
+    checks.is_integer_tensor(name, value)
+    if value.ndim not in (1, 2):
+        raise ValueError(f"{name} must be [B, S], or [S] for every row alike, got shape {tuple(value.shape)}")
+
+
+def check_nested(subtree_end: Tensor) -> None:
+    """Raise unless the subtrees of every row are nested; reads values, so only for tensors on the host.
+
+    A run is a maximal stretch of tokens with one ``subtree_end``.  Costs O(S) for the tokens and a step for each run.
+    """
+    rows = subtree_end.reshape(-1, subtree_end.shape[-1]).to(torch.int64)
+    index = torch.arange(rows.shape[1])
+    if bool(((rows < index) | (rows > rows.shape[1])).any()):
+        row, token = ((rows < index) | (rows > rows.shape[1])).nonzero()[0].tolist()
+        raise ValueError(
+            f"subtree_end[{token}] must be from {token} (a gap) to {rows.shape[1]}, got {int(rows[row, token])}"
+        )
+    changes = torch.ones_like(rows, dtype=torch.bool)
+    changes[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    tokens = changes & (rows > index)
+    for row in range(rows.shape[0]):
+        starts = tokens[row].nonzero().flatten()
+        _check_row(starts.tolist(), rows[row, starts].tolist())
+
+
+def _check_row(starts: list[int], ends: list[int]) -> None:
+    """``starts`` of the runs of a row, ascending, and the ends of their subtrees."""
+    around = list[tuple[int, int, int]]()
+    for run, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        while around and around[-1][2] <= start:
+            around.pop()
+        if around and around[-1][2] < end:
+            outer, first, last = around[-1]
+            raise ValueError(
+                f"subtree_end must nest: run {run} at {start} must end by {last}, where the subtree of run {outer} at "
+                f"{first} ends, got {end}"
+            )
+        around.append((run, start, end))
