@@ -19,11 +19,16 @@ from kernel_index.core.force import reload_environment
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """``thorough_if`` becomes ``thorough`` where its rule holds, before ``-m`` reads the marks."""
+    """``thorough_if`` becomes ``thorough`` where its rule holds, before ``-m`` reads the marks.
+
+    A test of the ``inductor`` backend is thorough, unless it has a rule of its own: Inductor compiles for seconds what
+    ``test_formulas_without_their_compiler`` runs as it is written.
+    """
     for item in items:
-        for mark in item.iter_markers("thorough_if"):
-            if mark.kwargs["when"](**item.callspec.params):
-                item.add_marker("thorough")
+        rules = [mark.kwargs["when"] for mark in item.iter_markers("thorough_if")]
+        named = item.callspec.params if hasattr(item, "callspec") else {}
+        if any(when(**named) for when in rules) or (not rules and named.get("backend") == "inductor"):
+            item.add_marker("thorough")
 
 
 def pytest_runtest_setup(item):

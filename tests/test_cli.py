@@ -334,6 +334,7 @@ def test_one_line_when_the_extra_is_missing(package):
 
 @pytest.mark.parametrize("arguments", [(), ("list",)])
 @pytest.mark.parametrize("home", ["", "/proc/nothing"], ids=["no home", "not writable"])
+@pytest.mark.thorough
 def test_without_a_writable_home_pytorchs_cache_is_used(tmp_path, home, arguments):
     """One line, and the command runs."""
     code = (

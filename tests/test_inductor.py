@@ -107,6 +107,7 @@ def test_two_dynamic_sizes_that_happen_to_agree_may_differ_later():
     assert len(r.variants) == 1
 
 
+@pytest.mark.thorough
 def test_results_do_not_depend_on_what_was_compiled_before():
     wanted = [torch.randn(n, w) for n, w in ((7, 24), (1, 24), (33, 24), (7, 100))]
     fresh = [region()(x, 3.0) for x in wanted]
@@ -117,6 +118,7 @@ def test_results_do_not_depend_on_what_was_compiled_before():
         assert torch.equal(used(x, 3.0), expected)
 
 
+@pytest.mark.thorough
 def test_more_widths_than_dynamo_would_recompile():
     """Dynamo gives a code object eight variants and then, with fullgraph, an error; ours have one each."""
     r = region()
@@ -260,6 +262,7 @@ def test_the_configuration_of_dynamo():
 
 @pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
 @pytest.mark.parametrize("loaded", [False, True], ids=["dynamo-not-imported", "dynamo-imported"])
+@pytest.mark.thorough_if(when=lambda variable, loaded: variable != "TORCHDYNAMO_DISABLE" or loaded)
 def test_the_environment(variable, loaded):
     code = (
         f"import torch{', torch._dynamo' if loaded else ''}, kernel_index as ki\n"

@@ -119,6 +119,7 @@ def test_the_reference_is_plain_pytorch(build, ran, monkeypatch):
     assert ran == []
 
 
+@pytest.mark.thorough
 def test_auto_runs_what_the_law_forbids(ran):
     """The same calls without the request: else the law would hold because the spies see nothing."""
     seen: set[str] = set()

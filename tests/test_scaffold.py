@@ -66,6 +66,7 @@ def test_what_it_makes_keeps_the_budgets_and_the_types(tree):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.thorough
 def test_what_it_makes_is_in_the_index_and_conforms(tree):
     name = f"{NAME}_experts"
     # The plain formula, and one compiled call: to compile the rest takes a minute, and is the new kernel's to do.

@@ -6,6 +6,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 import kernel_index as ki
@@ -131,6 +132,7 @@ print("served", len(calls))
 """
 
 
+@pytest.mark.thorough
 def test_forked_workers_of_a_data_loader_call_kernels():
     """After the parent has compiled regions and run OpenMP's threads, which a forked child does not have."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -18,6 +18,7 @@ def dry(module: str, out, *options: str):
     return done.stdout, json.loads(out.read_text())
 
 
+@pytest.mark.thorough
 def test_the_dry_run_of_attention_gives_every_field(tmp_path):
     only = "sink + window,documents + window,causal 2k"
     said, content = dry("gpu_attention", tmp_path / "a.json", "--only", only)

@@ -88,6 +88,7 @@ def test_a_full_disk_is_one_line(command):
 
 @pytest.mark.thorough_if(when=lambda command: command != "list")
 @pytest.mark.parametrize("command", ["list", "show attention --json"])
+@pytest.mark.thorough
 def test_a_closed_output_is_one_line(command):
     done = shell(f"{command} >&-")
     assert (done.returncode, done.stderr) == (streams.FAILED, b"error: the standard output is closed\n")
@@ -101,6 +102,7 @@ def test_a_reader_that_ends_early_is_told_nothing():
     assert done.stderr == b""
 
 
+@pytest.mark.thorough
 def test_wrong_use_is_said_once_where_nothing_can_be_written():
     done = shell("show nothing_like_it >/dev/full")
     assert done.returncode == terminal.WRONG_USE

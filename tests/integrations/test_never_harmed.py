@@ -59,6 +59,7 @@ torch.save((found.loss.detach(), sorted({r.op for r in log})), sys.argv[3])
 """
 
 
+@pytest.mark.thorough
 def test_a_patched_model_can_be_saved_and_loaded_by_another_process(tmp_path):
     model = tiny("qwen3")
     ki.transformers.apply(model)

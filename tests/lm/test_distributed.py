@@ -48,6 +48,7 @@ def together(small_corpus, tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_sharded_training_gives_the_losses_of_one_process(together, small_corpus, tmp_path):
     """Splitting a batch moves the losses by rounding; how far, a split within one process tells."""
     whole = alone(small_corpus, tmp_path / "one")
@@ -60,6 +61,7 @@ def test_sharded_training_gives_the_losses_of_one_process(together, small_corpus
     assert float((together / "share.json").read_text()) < 0.6, "each process keeps half of the parameters"
 
 
+@pytest.mark.thorough
 def test_sharded_blocks_without_a_feed_forward_layer(tmp_path):
     """The bias of such a block is added behind it, where its own parameters are gathered no more."""
     both("sharded", tmp_path, **PLAIN)
@@ -75,6 +77,7 @@ def test_sharded_blocks_without_a_feed_forward_layer(tmp_path):
             )
 
 
+@pytest.mark.thorough
 def test_one_process_continues_what_two_have_saved(together, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(together, folder)
@@ -91,6 +94,7 @@ def test_one_process_continues_what_two_have_saved(together, tmp_path):
     assert "".join(generate(load_model(together), "def ", 5)), "a sharded checkpoint also generates"
 
 
+@pytest.mark.thorough
 def test_two_processes_continue_what_one_has_saved(small_corpus, tmp_path):
     whole = alone(small_corpus, tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "checkpoint-00000004")
@@ -122,6 +126,7 @@ def test_tensor_parallel_loss_and_gradients(tmp_path):
         assert (found[name] - right).abs().max() <= allowed, name
 
 
+@pytest.mark.thorough
 def test_a_tensor_parallel_run_takes_the_steps_of_one_process(small_corpus, tmp_path):
     """Dropout included: every process draws the same masks.  One process then continues it."""
     both("train_split", tmp_path / "two", small_corpus)

@@ -147,6 +147,7 @@ def wait_for_checkpoint(out: Path, process) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.thorough
 def test_ctrl_c_saves_and_resume_finishes_with_the_same_bits(whole_run, corpus, tmp_path):
     folder, printed = whole_run
     assert "Which kernels ran" in printed
@@ -194,6 +195,7 @@ def test_kill_loses_nothing_and_the_curve_is_the_same_bit_for_bit(whole_run, cor
             assert torch.equal(tensor, getattr(ours, part)[name]), name
 
 
+@pytest.mark.thorough
 def test_full_disk_stops_clearly_and_keeps_the_last_checkpoint(corpus, tmp_path):
     out = tmp_path / "full"
     first = cli("train", "--preset", "nano", "--data", corpus, "--out", out, "--steps", 2)
@@ -227,6 +229,7 @@ def test_full_disk_stops_clearly_and_keeps_the_last_checkpoint(corpus, tmp_path)
         (("generate", "--checkpoint", "/nowhere/at/all"), "must be a checkpoint"),
     ],
 )
+@pytest.mark.thorough_if(when=lambda args, message: "--set" not in args)
 def test_bad_options_get_one_clear_line(tmp_path, args, message):
     result = cli(*args, cwd=tmp_path)
     assert result.returncode == 2
@@ -235,12 +238,14 @@ def test_bad_options_get_one_clear_line(tmp_path, args, message):
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
+@pytest.mark.thorough
 def test_resume_refuses_another_seed(finished):
     result = cli("train", "--resume", "--out", finished.folder, "--seed", 9)
     assert result.returncode == 2
     assert "--seed must stay 3" in " ".join(result.stderr.split())
 
 
+@pytest.mark.thorough
 def test_settings_reach_the_run_and_wrong_ones_are_named(corpus, tmp_path):
     out = tmp_path / "run"
     args = ("train", "--preset", "nano", "--data", corpus, "--out", out, "--set", "steps=1")
@@ -253,6 +258,7 @@ def test_settings_reach_the_run_and_wrong_ones_are_named(corpus, tmp_path):
     assert "--accumulate must stay 2 when the run is resumed, got 3" in " ".join(again.stderr.split())
 
 
+@pytest.mark.thorough
 def test_the_model_has_options_too_and_the_result_is_json(corpus, tmp_path):
     out = tmp_path / "run"
     args = ("train", "--preset", "nano", "--data", corpus, "--out", out, "--steps", 1, "--json")

@@ -344,6 +344,7 @@ def _graphs() -> int:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.thorough_if(when=lambda backend: backend == "inductor")
 def test_a_contract_is_an_argument_of_a_compiled_function(backend):
     def lower(x, mask):
         return x.cumsum(1), mask.dense(), mask.intervals(), mask.block_plan(4, 2)

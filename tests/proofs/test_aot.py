@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 SPILLS = """
@@ -60,6 +62,7 @@ print(built.asm["ttgir"].count("async_copy_global_to_local"))
 """
 
 
+@pytest.mark.thorough
 def test_decoding_has_keys_under_way_before_they_are_needed():
     """Triton's pipeliner gives up without a word where it does not like a kernel: the walk is then half as fast."""
     done = not_interpreted("-c", AHEAD)
@@ -67,6 +70,7 @@ def test_decoding_has_keys_under_way_before_they_are_needed():
     assert int(done.stdout) >= 4, "keys and values, before the walk and in it"
 
 
+@pytest.mark.thorough
 def test_unknown_target_and_op_are_named():
     assert "--target must be one of sm80" in not_interpreted(
         "-m", "kernel_index.cli", "prove", "aot", "--target", "sm7"

@@ -68,6 +68,7 @@ def test_a_name_that_does_not_exist_is_wrong_use(arguments, message, monkeypatch
         ("--target", "sm20", "--target must be one of sm80"),
     ],
 )
+@pytest.mark.thorough_if(when=lambda option, name, message: option != "--target")
 def test_a_name_that_cannot_be_compiled_is_wrong_use(option, name, message):
     """In a process of its own: this one imports Triton for its interpreter."""
     command = [sys.executable, "-m", "kernel_index.cli", "prove", "aot", option, name]

@@ -53,6 +53,7 @@ def test_launches_say_that_products_and_sums_are_fused(default):
     assert int(run(EVERY_LAUNCH, TRITON_DEFAULT_FP_FUSION=default)) >= 6
 
 
+@pytest.mark.thorough
 def test_the_compiler_obeys():
     assert "fma.rn.f32" in run(COMPILED.replace("FUSED", "True"), TRITON_DEFAULT_FP_FUSION="0")
     assert "fma.rn.f32" not in run(COMPILED.replace("FUSED", "False"), TRITON_DEFAULT_FP_FUSION="1")

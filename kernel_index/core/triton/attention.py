@@ -213,8 +213,28 @@ def window_tiles(start_ptr, end_ptr, first, ROWS, BLOCK: tl.constexpr, STEP: tl.
 
 
 @jit
-def masked_tile(i, low, left, full, STEP: tl.constexpr):
-    """First row of the i-th masked tile: those on the left, then those on the right of the full ones."""
+def listed_tiles(list_ptr):
+    """The same for the tiles of a list: full ones are numbers 0 to ``full``, masked ones 0 to ``right``."""
+    zero = tl.load(list_ptr) * 0
+    return zero, zero, tl.load(list_ptr), tl.load(list_ptr + 1)
+
+
+@jit
+def full_tile(i, low, left, list_ptr, STEP: tl.constexpr, LISTED: tl.constexpr):
+    """First row of the i-th full tile."""
+    if LISTED:
+        return tl.load(list_ptr + 2 + i) * STEP
+    return (low + left + i) * STEP
+
+
+@jit
+def masked_tile(i, low, left, full, list_ptr, tiles, STEP: tl.constexpr, LISTED: tl.constexpr):
+    """First row of the i-th masked tile: those on the left, then those on the right of the full ones.
+
+    A list has ``tiles`` places for full tiles before those for masked ones.
+    """
+    if LISTED:
+        return tl.load(list_ptr + 2 + tiles + i) * STEP
     return (low + i + tl.where(i < left, 0, full)) * STEP
 
 

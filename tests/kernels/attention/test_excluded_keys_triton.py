@@ -121,7 +121,7 @@ SPARSE = ("padding", "the next document", "the document before", "beside a windo
 
 
 @interpreted
-@pytest.mark.thorough_if(when=lambda by_lists, name: name != "padding" or not by_lists)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("by_lists", [False, True])
 def test_block_sparse(name, by_lists, monkeypatch):
@@ -138,7 +138,7 @@ def test_block_sparse(name, by_lists, monkeypatch):
 
 
 @interpreted
-@pytest.mark.thorough_if(when=lambda by_lists: not by_lists)
+@pytest.mark.thorough
 @pytest.mark.parametrize("by_lists", [False, True])
 def test_blocks_that_were_not_selected(by_lists, monkeypatch):
     """The queries of a tile share a union: one that selected a block does not show it to another one."""
@@ -177,7 +177,7 @@ def test_exact_tokens(name):
 
 
 @interpreted
-@pytest.mark.thorough_if(when=lambda name: name != "padding")
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["padding", "the next document", "the document before"])
 def test_moba(name):
     """Routed by Triton, too: a mean key of another document's keys would change what is selected."""

@@ -134,6 +134,7 @@ def test_faults_leave_a_receipt_that_does_not_pass(stand_in, tmp_path, fault, st
     assert verify_file(path) == problems(receipt)
 
 
+@pytest.mark.thorough
 def test_a_hang_is_ended_and_recorded(stand_in, tmp_path):
     receipt = run(stand_in, "hang", time_limit=8.0, out=tmp_path / "receipt.json")
     (only,) = receipt["runs"]

@@ -113,6 +113,7 @@ def test_second_derivatives(backend):
         torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_float64():
     c = {n: v.double() for n, v in call(t=2, d=6, r=4).items()}
     leaves = tuple(c[n].requires_grad_() for n in NAMES)

@@ -102,6 +102,7 @@ def test_the_mask_is_the_defined_one(backend, shape, seed):
 
 
 @pytest.mark.parametrize("shape", [(6, 128), (6, 96), (6, 33)], ids=str)
+@pytest.mark.thorough_if(when=lambda shape: shape != (6, 33))
 def test_one_mask_for_all_backends_dtypes_and_layouts(shape):
     expected = mask_of(shape, backend="reference")
     for dtype in (torch.float64, BF16, torch.float16):
@@ -221,7 +222,7 @@ def test_checkpointing_replays_the_mask(backend, reentrant):
         assert torch.equal(a, b)
 
 
-@pytest.mark.thorough_if(when=lambda reentrant: reentrant)
+@pytest.mark.thorough
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_inside_torch_compile(reentrant):
     x, residual, bias = operands(8, 64)
@@ -265,6 +266,7 @@ def test_only_the_seed_is_saved(p):
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["tensor seed", "drawn seed"])
+@pytest.mark.thorough_if(when=lambda given: given)
 def test_only_the_seed_is_saved_inside_torch_compile(given):
     x, residual, bias = operands(16, 128)
     compiled = torch.compile(
@@ -296,6 +298,7 @@ def test_changing_p_does_not_recompile():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.thorough
 def test_changing_seeds_do_not_recompile():
     x, residual, _ = operands(6, 64)
 
