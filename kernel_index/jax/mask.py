@@ -250,6 +250,8 @@ def as_contract(mask: Any) -> MaskContract:
         return mask
     if not isinstance(mask, torch_mask.MaskContract):
         raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
+    if mask.is_tree or mask.prefix is not None or mask.cu_seqlens is not None or hasattr(mask.q_offset, "shape"):
+        raise ValueError("mask must be told by causality, a window, documents, counts and one offset for JAX")
     docs = None if mask.doc_ids is None else jnp.asarray(_from_torch(mask.doc_ids), jnp.int32)
     rows, keys = (None if v is None else _validity_of(v) for v in (mask.validity, mask.key_validity))
     return MaskContract(mask.causal, mask.window, docs, rows, mask.q_offset, keys)

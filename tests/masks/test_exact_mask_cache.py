@@ -31,6 +31,10 @@ DIFFERENT = [
     {"has_valid_counts": True},
     {"has_valid_counts": True, "base_block_tokens": 64},
     {"has_q_offset": True},
+    {"has_prefix": True},
+    {"has_subtree_end": True},
+    {"has_positions": True},
+    {"has_cu_seqlens": True},
     {"block_sizes": 64},
     {"block_sizes": (64, 128)},
     {"dtype": torch.bfloat16},
@@ -117,7 +121,17 @@ def test_an_unknown_field_raises():
         ki.exact_mask_key({"windows": (4, 0)})
 
 
-RUNTIME = {"doc_ids": DOCS, "validity": TOKENS, "q_offset": 1}
+CHAIN = torch.full((1, 3), 3)
+RUNTIME = {
+    "doc_ids": DOCS,
+    "validity": TOKENS,
+    "q_offset": 1,
+    "key_validity": TOKENS,
+    "prefix": 2,
+    "subtree_end": CHAIN,
+    "positions": CHAIN.cumsum(1),
+    "cu_seqlens": (torch.tensor([0, 2, 3]), None),
+}
 
 
 @pytest.mark.parametrize("name", RUNTIME)

@@ -202,7 +202,8 @@ def test_no_lowering_waits_for_a_device(case):
     """The meta device has no values: reading one raises."""
     mask = case.build(13, 13).to("meta")
     assert mask.dense(2, 13, 13, device="meta").device.type == "meta"
-    assert mask.intervals(2, 13, 13, device="meta").start.device.type == "meta"
+    assert mask.row_bounds(mask.sizes(2, 13, 13, "meta")).start.device.type == "meta"
+    assert mask.flex_block_mask(4, 2, 13, 13, device="meta").kv_indices.device.type == "meta"
     assert mask.block_plan(4, 4, 2, 13, 13, device="meta").last_full.device.type == "meta"
 
 

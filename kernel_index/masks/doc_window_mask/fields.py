@@ -45,6 +45,7 @@ class MaskFields:
         contract.check_cu_seqlens(self.cu_seqlens)
         self._check_together()
         self._rows_of_tensors()
+        self._keys_of_tensors()
 
     @classmethod
     def from_cu_seqlens(

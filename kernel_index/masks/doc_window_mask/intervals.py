@@ -142,8 +142,10 @@ def interval_of(
         empty = torch.where(position < 0, 0, valid_end)
         low, high = torch.where(outside, empty, low), torch.where(outside, empty, high)
     end = high if right is None else torch.minimum(high, position + (right + 1))
-    # Under two lists of lengths a query may stand before its document: its interval is empty, at the document's start.
-    end = end.clamp(min=0) if documents is None else torch.maximum(end, torch.minimum(low, high))
+    end = end.clamp(min=0)
+    if sizes.offset is None and documents is not None:
+        # Under two lists of lengths a query may stand before its document: its interval is empty, at the start of it.
+        end = torch.maximum(end, torch.minimum(low, high))
     start = low if left is None else torch.maximum(low, position - left)
     if prefix is not None:
         prefix_end = document_low + (prefix[:, None] if isinstance(prefix, Tensor) else prefix)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Intervals, RowBounds, Sizes, segments
+from kernel_index.masks.doc_window_mask.intervals import BlockPlan, Documents, Intervals, RowBounds, Sizes, segments
 from kernel_index.masks.prefix_tree.tiles import Tiles, lists_of
 
 VARLEN_NEEDS_SQUARE = "documents and prefixes have packed lengths only where T = S and query 0 is at key 0"
@@ -106,18 +106,25 @@ def flex_block_mask(tiles: Tiles, bounds: RowBounds, sizes: Sizes, blocks: tuple
 
 
 def segment_ids(
-    sizes: Sizes, doc_ids: Tensor | None, counts: Tensor | None, key_counts: Tensor | None = None
+    sizes: Sizes,
+    position: Tensor,
+    documents: Documents | None,
+    doc_ids: Tensor | None,
+    counts: Tensor | None,
+    key_counts: Tensor | None = None,
 ) -> SegmentIds:
-    """The id of a segment is the position of its first token; without documents all tokens have id 0."""
+    """The id of a segment is the position of its first token; without documents all tokens have id 0.
+
+    ``position`` [rows or 1, T] and ``documents`` are those of the queries, ``doc_ids`` [rows, S] those of the keys.
+    """
     key, query = torch.arange(sizes.keys, device=sizes.device), torch.arange(sizes.queries, device=sizes.device)
-    position = (query + sizes.offset)[None]
     of_keys, of_queries = torch.zeros_like(key)[None], torch.zeros_like(position)
     if doc_ids is not None:
-        at = position[0].clamp(0, max(sizes.keys - 1, 0))
         of_keys = torch.where(doc_ids >= 0, segments(doc_ids)[0], -2)
         of_queries = of_queries - 1
-        if sizes.keys > 0:
-            of_queries = torch.where(position == at, of_keys.index_select(1, at).clamp(min=-1), -1)
+    if documents is not None:
+        low, high, outside = documents
+        of_queries = torch.where(outside | (high <= low), -1, low)
     valid_keys = counts if key_counts is None else key_counts
     if valid_keys is not None:
         of_keys = torch.where(key < valid_keys[:, None], of_keys, -2)

@@ -316,12 +316,21 @@ class MaskContract(MaskFields):
         *,
         device: torch.device | str | None = None,
     ) -> SegmentIds:
-        """Documents and valid prefixes as ids, int32 ``q`` [B, T] and ``kv`` [B, S], for TPU kernels to compare."""
+        """Documents and valid prefixes as ids, int32 ``q`` [B, T] and ``kv`` [B, S], for TPU kernels to compare.
+
+        Raises ``ValueError`` for a tree and for a prefix that is seen in both directions.
+        """
+        if self.is_tree or self.prefix is not None:
+            raise ValueError("mask must be told by segments and a window: it has no form for a tree or a prefix")
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
         return self.remember("segment_ids", sizes, lambda: self._segment_ids(sizes))
 
     def _segment_ids(self, sizes: Sizes) -> SegmentIds:
-        return lowerings.segment_ids(sizes, self.document_rows(sizes.keys), *self._prefix_tokens())
+        queries = torch.arange(sizes.queries, device=sizes.device)
+        position = self._position(queries, sizes)
+        documents = self._documents(queries, position, sizes)
+        rows = self.document_rows(sizes.keys)
+        return lowerings.segment_ids(sizes, position, documents, rows, *self._prefix_tokens())
 
     def varlen_why_not(
         self,

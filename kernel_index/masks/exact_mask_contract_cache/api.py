@@ -24,10 +24,11 @@ def exact_mask_key(
 
     Args:
         contract: a ``MaskContract``, or a mapping with some of the fields ``causal``, ``window``, ``local_window``,
-            ``doc_ids``, ``validity``, ``q_offset``, ``key_validity`` (or ``has_doc_ids``, ``has_valid_counts``,
-            ``has_q_offset``, ``has_key_validity`` where only their presence is known), ``valid_token_counts``
-            and ``valid_slot_counts`` instead of a validity, ``base_block_tokens``, ``block_sizes``, ``dtype`` and
-            ``backend``.  A field that is missing or None is absent; a zero is present.
+            ``doc_ids``, ``validity``, ``q_offset``, ``key_validity``, ``prefix``, ``subtree_end``, ``positions``,
+            ``cu_seqlens`` (or ``has_doc_ids``, ``has_valid_counts``, ``has_q_offset`` and so on where only their
+            presence is known), ``valid_token_counts`` and ``valid_slot_counts`` instead of a validity,
+            ``base_block_tokens``, ``block_sizes``, ``dtype`` and ``backend``.  A field that is missing or None is
+            absent; a zero is present.
         local_window: previous tokens that a sparse kernel attends to besides the selected ones; None for none.
         block_sizes: ``(q_block, kv_block)`` of the kernel, or one size for both.
         dtype: torch's, NumPy's or JAX's dtype of the tensors, or its name.
@@ -64,6 +65,10 @@ def exact_mask_key(
         slot_tokens=rules.slot_tokens(fields, has_counts),
         has_q_offset=rules.presence(fields, "q_offset"),
         has_key_validity=rules.presence(fields, "key_validity"),
+        has_prefix=rules.presence(fields, "prefix"),
+        has_subtree_end=rules.presence(fields, "subtree_end"),
+        has_positions=rules.presence(fields, "positions"),
+        has_cu_seqlens=rules.presence(fields, "cu_seqlens"),
         block_sizes=rules.block_sizes(fields.get("block_sizes")),
         dtype=rules.dtype_name(fields.get("dtype")),
         backend=name,

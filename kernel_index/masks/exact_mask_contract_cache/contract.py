@@ -8,7 +8,7 @@ from kernel_index.masks.attention_validity_prefix.validity import MODES, Validit
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
-RUNTIME = ("doc_ids", "validity", "q_offset", "key_validity")
+RUNTIME = ("doc_ids", "validity", "q_offset", "key_validity", "prefix", "subtree_end", "positions", "cu_seqlens")
 """Fields whose presence is static while their values change with the batch; ``has_…`` states the presence alone."""
 
 PRESENCE = {
@@ -16,6 +16,10 @@ PRESENCE = {
     "validity": "has_valid_counts",
     "q_offset": "has_q_offset",
     "key_validity": "has_key_validity",
+    "prefix": "has_prefix",
+    "subtree_end": "has_subtree_end",
+    "positions": "has_positions",
+    "cu_seqlens": "has_cu_seqlens",
 }
 
 COUNTS = ("valid_token_counts", "valid_slot_counts")

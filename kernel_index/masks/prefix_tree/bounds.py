@@ -12,6 +12,8 @@ from torch import Tensor
 from kernel_index.core import rules
 from kernel_index.masks.doc_window_mask.intervals import Intervals, RowBounds
 
+LONGEST_ROW_BITS = 24
+
 
 class Tree(NamedTuple):
     """The fields of a contract: ``subtree_end`` and ``positions`` [rows or 1, S] or None, ``left`` of the window."""
@@ -82,12 +84,17 @@ def parents_of(subtree_end: Tensor, readable: bool) -> Tensor:
     continues = real.gather(1, before) & (subtree_end.gather(1, before) > index) & (index > 0)
     pointer = torch.where(ending < index, ending, before)
     pointer = torch.where(continues | (index == 0), index, pointer)
-    for _ in range(max(keys - 1, 1).bit_length()):
+    for _ in range(_bits(keys)):
         further = pointer.gather(1, pointer)
         if readable and torch.equal(further, pointer):
             break
         pointer = further
     return torch.where(continues, index - 1, -1).gather(1, pointer)
+
+
+def _bits(keys: int) -> int:
+    """Bits of an index; in a trace those of the longest row, so that one graph serves every length."""
+    return LONGEST_ROW_BITS if torch.compiler.is_compiling() else keys.bit_length()
 
 
 def window_starts(parent: Tensor, along: Tensor, left: int) -> Tensor:
@@ -99,7 +106,7 @@ def window_starts(parent: Tensor, along: Tensor, left: int) -> Tensor:
     along = along.expand(rows, -1)
     least = along - left
     up = [parent]
-    for _ in range(min(left, keys).bit_length() - 1):
+    for _ in range(min(left.bit_length(), _bits(keys)) - 1):
         last = up[-1]
         up.append(torch.where(last >= 0, last.gather(1, last.clamp(min=0)), -1))
     for step in reversed(up):
