@@ -15,7 +15,6 @@ from kernel_index.jax.block_walk import inverted  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
 from kernel_index.masks.doc_window_mask.cases import CASES  # noqa: E402
 
-
 TAKEN = [c for c in CASES if c.name not in ("row_offsets", "prefix_lm", "whole_prefix") and "tree" not in c.name]
 
 
