@@ -47,7 +47,7 @@ def _branches(subtree_end: Tensor, parent: Tensor) -> tuple[Branch, ...]:
     starts = (tokens & ((parent != index - 1) | (index == 0))).nonzero().flatten().tolist()
     found = list[Branch]()
     paths = list[tuple[int, Tensor]]()  # the open branches, outermost first: where each begins, and its path
-    for start, limit in zip(starts, [*starts[1:], len(index)], strict=True):
+    for start, limit in zip(starts, [*starts, len(index)][1:], strict=True):
         queries = index[start:limit][tokens[start:limit]]
         above, before = int(parent[start]), index[:0]
         while paths and paths[-1][0] > above:
@@ -121,7 +121,7 @@ def along_paths(
     branches, rows = branches_of(mask, sizes), list[list[Tensor]]()
     for b in range(sizes.batch):
         pieces, queries = list[tuple[Tensor, ...]](), list[Tensor]()
-        for branch in branches[b % len(branches)] if sizes.keys else ():
+        for branch in branches[b % len(branches)]:
             q, keys = (x.to(sizes.device) for x in branch)
             of_branch = (x[b : b + 1].index_select(1, q) for x in by_query)
             of_path = (x[b : b + 1].index_select(1, keys) for x in by_key)
