@@ -88,6 +88,8 @@ class MaskContract(MaskFields):
     def window_bounds_within(self, sizes: Sizes) -> contract.Window:
         """``window_bounds`` with None for a side that excludes no key of these sizes."""
         left, right = self.window_bounds
+        if sizes.offset is None:
+            return left, right
         if left is not None and left >= sizes.offset + sizes.queries - 1:
             left = None
         if right is not None and sizes.offset + right >= sizes.keys - 1:
@@ -111,7 +113,7 @@ class MaskContract(MaskFields):
             return queries + self.q_offset.to(torch.int64)[:, None]
         if sizes.offset is None and self.cu_seqlens is not None:
             return position_in_keys(queries, *self.cu_seqlens)
-        return (queries + sizes.offset)[None]
+        return (queries + sizes.one_offset)[None]
 
     def _documents(self, queries: Tensor, position: Tensor, sizes: Sizes) -> Documents | None:
         if sizes.offset is None and self.cu_seqlens is not None:
@@ -282,8 +284,7 @@ class MaskContract(MaskFields):
         return lowerings.mask_mod(self._bounds_of_each_row(self.sizes(batch_size, seq_len, kv_len, device)))
 
     def _bounds_of_each_row(self, sizes: Sizes) -> RowBounds:
-        bounds = self.row_bounds(sizes)
-        return RowBounds(*(None if x is None else x.expand(sizes.batch, -1).contiguous() for x in bounds))
+        return self.row_bounds(sizes).each(lambda x: x.expand(sizes.batch, -1).contiguous())
 
     def flex_block_mask(
         self,

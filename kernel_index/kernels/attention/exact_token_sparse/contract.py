@@ -99,11 +99,11 @@ def check(
 
 def _on_path(indices: Tensor, valid: Tensor | None, mask: MaskContract, sizes: Sizes) -> Tensor:
     """Which selected tokens the tree lets each query see, bool like indices: all that is left of the mask."""
-    start, end, q_end = (None if x is None else x[:, :, None, None] for x in mask.row_bounds(sizes))
-    seen = (indices >= start) & (indices < end)
+    start, end, q_end = mask.row_bounds(sizes)
+    seen = (indices >= start[:, :, None, None]) & (indices < end[:, :, None, None])
     if q_end is not None and sizes.keys:
         at = indices.clamp(0, sizes.keys - 1).long()
-        until = q_end[:, :, 0, 0].expand(at.shape[0], -1).gather(1, at.flatten(1)).view(at.shape)
+        until = q_end.expand(at.shape[0], -1).gather(1, at.flatten(1)).view(at.shape)
         seen = seen & (torch.arange(sizes.queries, device=at.device)[:, None, None] < until)
     return seen if valid is None else seen & valid
 
