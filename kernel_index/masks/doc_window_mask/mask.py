@@ -25,6 +25,7 @@ from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals, Segmen
 from kernel_index.masks.doc_window_mask.memo import kept_or_built
 from kernel_index.masks.prefix_tree.bounds import Tree, tree_bounds
 from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
+from kernel_index.masks.prefix_tree.runs import Level, levels_of, parents_in_row
 from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, tiles_of
 
 
@@ -84,17 +85,6 @@ class MaskContract(MaskFields):
     """
 
     _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
-
-    def window_bounds_within(self, sizes: Sizes) -> contract.Window:
-        """``window_bounds`` with None for a side that excludes no key of these sizes."""
-        left, right = self.window_bounds
-        if sizes.offset is None:
-            return left, right
-        if left is not None and left >= sizes.offset + sizes.queries - 1:
-            left = None
-        if right is not None and sizes.offset + right >= sizes.keys - 1:
-            right = None
-        return left, right
 
     def bounds(self, queries: Tensor, sizes: Sizes) -> Intervals:
         """The intervals of the given query indices [n], int64 [rows, n]; not kept."""
@@ -308,6 +298,29 @@ class MaskContract(MaskFields):
             return (lowerings.flex_block_mask(tiles, self._bounds_of_each_row(sizes), sizes, blocks),)
 
         return self.remember("flex_block_mask", (blocks, sizes), build)[0]
+
+    def tree_parents(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The token that each token continues, int64 [rows, S], −1 for none; nothing waits."""
+        sizes = self.sizes(batch_size, seq_len, None, device)
+        return self.remember("parents", sizes, lambda: (parents_in_row(self.subtree_end, sizes),))[0]
+
+    def tree_levels(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> tuple[Level, ...]:
+        """The runs of all trees of a batch by levels, for recurrences; waits for the device, once for each contract."""
+        sizes = self.sizes(batch_size, seq_len, None, device)
+        parents = self.tree_parents(batch_size, seq_len, device=device)
+        return self.remember("levels", sizes, lambda: levels_of(self.subtree_end, parents, sizes))
 
     def segment_ids(
         self,

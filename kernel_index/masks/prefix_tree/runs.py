@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.core import rules
 from kernel_index.masks.doc_window_mask.intervals import Sizes
-from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.prefix_tree.bounds import parents_of
 
 
@@ -24,22 +24,14 @@ class Level(NamedTuple):
     before: Tensor
 
 
-def parents_in_row(mask: MaskContract, sizes: Sizes) -> Tensor:
+def parents_in_row(subtree_end: Tensor | None, sizes: Sizes) -> Tensor:
     """The token that each token continues, int64 [rows, S], −1 for none; on the device, without a wait."""
-
-    def build() -> tuple[Tensor]:
-        if mask.subtree_end is None:
-            return (torch.arange(-1, sizes.keys - 1, device=sizes.device)[None],)
-        ends = torch.atleast_2d(mask.subtree_end).to(torch.int64)
-        parent = parents_of(ends, sizes.device.type == "cpu" and not torch.compiler.is_compiling())
-        return (torch.where(ends > torch.arange(sizes.keys, device=sizes.device), parent, -1),)
-
-    return mask.remember("parents", sizes, build)[0]
-
-
-def levels_of(mask: MaskContract, sizes: Sizes) -> tuple[Level, ...]:
-    """The levels of a batch; reads values, which waits for a device once for each contract."""
-    return mask.remember("levels", sizes, lambda: tuple(_levels(mask, sizes)))
+    index = torch.arange(sizes.keys, device=sizes.device)
+    if subtree_end is None:
+        return index[None] - 1
+    ends = torch.atleast_2d(subtree_end).to(torch.int64)
+    parent = parents_of(ends, rules.host_readable(ends))
+    return torch.where(ends > index, parent, -1)
 
 
 class _Run(NamedTuple):
@@ -48,13 +40,12 @@ class _Run(NamedTuple):
     level: int
 
 
-def _levels(mask: MaskContract, sizes: Sizes) -> list[Level]:
-    tokens = sizes.queries
-    parents = parents_in_row(mask, sizes).cpu()
-    ends = mask.subtree_end
+def levels_of(subtree_end: Tensor | None, parents: Tensor, sizes: Sizes) -> tuple[Level, ...]:
+    """The levels of a batch; reads values."""
+    tokens, parents = sizes.keys, parents.cpu()
     real = torch.ones(1, tokens, dtype=torch.bool)
-    if ends is not None:
-        real = torch.atleast_2d(ends.detach().cpu()) > torch.arange(tokens)
+    if subtree_end is not None:
+        real = torch.atleast_2d(subtree_end.detach().cpu()) > torch.arange(tokens)
     runs = list[_Run]()
     for b in range(sizes.batch):
         runs += _runs_of_row(parents[b % len(parents)], real[b % len(real)], b * tokens, len(runs))
@@ -66,7 +57,7 @@ def _levels(mask: MaskContract, sizes: Sizes) -> list[Level]:
         of_level = [runs[i] for i in by_level[level]]
         found.append(_level(of_level, [place.get(run.parent, -1) for run in of_level], runs, sizes.device))
         place |= {i: len(place) + j for j, i in enumerate(by_level[level])}
-    return found
+    return tuple(found)
 
 
 def _runs_of_row(parent: Tensor, real: Tensor, offset: int, first: int) -> list[_Run]:
