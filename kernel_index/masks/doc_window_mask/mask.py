@@ -26,7 +26,7 @@ from kernel_index.masks.doc_window_mask.memo import kept_or_built
 from kernel_index.masks.prefix_tree.bounds import Tree, tree_bounds
 from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
 from kernel_index.masks.prefix_tree.runs import Level, levels_of, parents_in_row
-from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, tiles_of
+from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, ranges_of, tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +217,8 @@ class MaskContract(MaskFields):
 
         def build() -> BlockPlan:
             if self.is_tree:
-                return cover_of(self.row_tiles(q_block, kv_block, sizes))
+                ranges = ranges_of(self.row_bounds(sizes), sizes.keys, q_block, kv_block)
+                return cover_of(ranges, tiles_of(ranges).full)
             first = torch.arange(0, sizes.queries, q_block, device=sizes.device)
             last = (first + (q_block - 1)).clamp(max=sizes.queries - 1)
             blocks = first.shape[0]
@@ -230,7 +231,7 @@ class MaskContract(MaskFields):
     def row_tiles(self, q_block: int, kv_block: int, sizes: Sizes) -> Tiles:
         """The blocks of keys that each block of queries visits: those that need the mask, and those that do not."""
         if self.is_tree:
-            return tiles_of(self.row_bounds(sizes), sizes.keys, q_block, kv_block)
+            return tiles_of(ranges_of(self.row_bounds(sizes), sizes.keys, q_block, kv_block))
         return lowerings.tiles_of_plan(self.row_block_plan(q_block, kv_block, sizes), sizes, (q_block, kv_block))
 
     def kernel_intervals(
