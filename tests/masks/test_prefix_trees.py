@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernel_index as ki
+from kernel_index.kernels.attention.dense_attention import rectangles
 from kernel_index.masks.doc_window_mask.cases import dense_oracle, tree_fields
 from kernel_index.masks.prefix_tree.tiles import lists_of
 from tests.masks.trees import batch_of, forests, paths_of, places_of
@@ -295,3 +296,21 @@ def test_chains_have_the_bits_of_plain_rows(backend, documents):
         assert torch.equal(plain, chained)
         gradients = [torch.autograd.grad(x, leaves, torch.ones_like(x)) for x in (plain, chained)]
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("native", marks=pytest.mark.native)])
+def test_gradients_of_a_shared_prompt_are_summed_in_float32(backend, monkeypatch):
+    """Sums over many tiles of answers would lose digits in bfloat16, one rounding does not."""
+    monkeypatch.setattr(rectangles, "QUERIES", 8)
+    tree = ki.pack_tree([-1, *[0] * 40], [20, *[60] * 40])
+    mask = ki.MaskContract(subtree_end=tree.subtree_end)
+    leaves = leaves_of(len(tree.positions), torch.bfloat16)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    found, exact = (
+        torch.autograd.grad(ki.attention(*x, mask, backend=b).sum(), x[2])[0].double()
+        for x, b in ((leaves, backend), (wide, "reference"))
+    )
+    prompt = slice(0, 20)
+    relative = ((found - exact).abs() / exact.abs())[:, prompt]
+    # Weights are rounded to bfloat16 before their product: half a unit each, and another one of the sum itself.
+    assert relative.max() <= 1.5 * torch.finfo(torch.bfloat16).eps
