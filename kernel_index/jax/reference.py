@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernel_index.jax.excluded_rows import excluding
-from kernel_index.jax.mask import Intervals
+from kernel_index.jax.mask_bounds import Intervals
 
 SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores: 256 MiB of float32."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernel_index.jax.mask import Intervals
+from kernel_index.jax.mask_bounds import Intervals
 
 COLUMNS, QUERIES, KEYS = 1024, 512, 512
 """Upper bounds for interval attention: queries × heads of a tile, queries of a tile, keys of a block.

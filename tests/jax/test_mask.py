@@ -13,18 +13,12 @@ import kernel_index.jax as kij  # noqa: E402
 from kernel_index.jax.attention_pallas import interval_walk  # noqa: E402
 from kernel_index.jax.block_walk import inverted  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
-from kernel_index.masks.doc_window_mask.cases import CASES  # noqa: E402
+from kernel_index.masks.doc_window_mask.cases import CASES, packed  # noqa: E402
 
-TAKEN = [c for c in CASES if c.name not in ("row_offsets", "prefix_lm", "whole_prefix") and "tree" not in c.name]
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c not in TAKEN], ids=lambda c: c.name)
-def test_what_has_no_form_for_jax_is_refused(case):
-    with pytest.raises(ValueError, match="mask must be told by causality, a window, documents, counts and one offset"):
-        as_contract(case.build(13, 13))
+INTERVALS = [c for c in CASES if "tree" not in c.name]
 
 
-@pytest.mark.parametrize("case", TAKEN, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", INTERVALS, ids=lambda c: c.name)
 def test_intervals_are_torchs(case):
     for queries, keys in ((13, 13), (5, 12)):
         mask = case.build(queries, keys)
@@ -32,6 +26,32 @@ def test_intervals_are_torchs(case):
         found = jax.jit(lambda m, t=queries, s=keys: m.intervals(2, t, s))(as_contract(mask))
         for name in ("start", "end"):
             assert np.array_equal(getattr(found, name), getattr(expected, name).numpy())
+
+
+def test_offsets_and_prefixes_of_rows_meet_documents_and_counts():
+    fields = {
+        "doc_ids": packed(12),
+        "validity": ki.attention_validity(valid_token_counts=[12, 7]),
+        "q_offset": torch.tensor([6, -2]),
+        "prefix": torch.tensor([3, 2]),
+    }
+    for causal, window in ((True, (2, 0)), (False, (1, 1))):
+        mask = ki.MaskContract(causal, window, **fields)
+        dense = jax.jit(lambda m: m.dense(2, 9, 12))(as_contract(mask))
+        assert np.array_equal(dense, mask.dense(2, 9, 12).numpy())
+
+
+def test_packed_lengths_become_documents():
+    mask = ki.MaskContract.from_cu_seqlens(torch.tensor([0, 2, 2, 5]))
+    assert as_contract(mask).doc_ids.tolist() == [[0, 0, 2, 2, 2]]
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 1, 4)), jnp.float32)
+    longer = kij.MaskContract(doc_ids=jnp.array([[0, 0, 2, 2, 2, -1, -1]]))
+    assert np.array_equal(kij.attention(q, q, q, mask), kij.attention(q, q, q, longer))
+    with pytest.raises(ValueError, match="seq_len must be kv_len under one list of cu_seqlens, 7, got 6"):
+        kij.attention(q[:, :6], q, q, mask)
+    two = ki.MaskContract.from_cu_seqlens(torch.tensor([0, 2]), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="cu_seqlens must have one list for JAX, got two"):
+        kij.attention(q, q, q, two)
 
 
 def test_a_mask_is_a_pytree_with_traced_leaves():
@@ -50,6 +70,8 @@ BAD = (
     lambda m, v: m(window=(1, 2, 3)),
     lambda m, v: m(window=(1.5, 0)),
     lambda m, v: m(q_offset=1.0),
+    lambda m, v: m(prefix=-1),
+    lambda m, v: m(prefix=0.5),
     lambda m, v: m(validity=[3]),
     lambda m, v: v(valid_token_counts=[1.5]),
     lambda m, v: v(valid_token_counts=[-1]),
@@ -68,8 +90,20 @@ def test_errors_are_torchs(call):
     assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("name", ["q_offset", "prefix"])
+def test_numbers_of_rows_are_checked(name):
+    with pytest.raises(ValueError, match=rf"{name} must be one number for each row, shape \[B\], got shape \(1, 2\)"):
+        kij.MaskContract(**{name: jnp.ones((1, 2), int)})
+    with pytest.raises(TypeError, match=f"{name} must be an integer array, got float32"):
+        kij.MaskContract(**{name: jnp.ones(2)})
+    with pytest.raises(ValueError, match=f"{name} must be for the 3 rows of doc_ids, got 2 rows"):
+        kij.MaskContract(doc_ids=jnp.zeros((3, 4), int), **{name: np.array([1, 2])})
+
+
 def test_a_mask_of_other_sizes_is_refused():
     q = jnp.ones((2, 6, 1, 4))
+    with pytest.raises(ValueError, match="batch_size must be 3"):
+        kij.attention(q, q, q, kij.MaskContract(prefix=jnp.ones(3, int)))
     with pytest.raises(ValueError, match="kv_len must be 5"):
         kij.attention(q, q, q, kij.MaskContract(doc_ids=jnp.zeros((2, 5), int)))
     with pytest.raises(ValueError, match="batch_size must be 3"):
@@ -79,7 +113,9 @@ def test_a_mask_of_other_sizes_is_refused():
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in ("packed", "window", "prefix", "both_sides")], ids=lambda c: c.name
+    "case",
+    [c for c in CASES if c.name in ("packed", "window", "prefix", "both_sides", "prefix_lm", "row_offsets")],
+    ids=lambda c: c.name,
 )
 def test_a_walk_visits_the_blocks_that_the_mask_touches_and_no_other(case):
     tile, block, tokens = 4, 3, 26
