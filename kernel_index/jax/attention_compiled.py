@@ -35,7 +35,7 @@ def _build(key: ExactMaskKey) -> Any:
             call = AttentionCall(q, k, v, mask, scale, softcap, sink, key.block_sizes)
             out, lse = attention_pallas(call, interpret=interpret)
         else:
-            bounds = mask.intervals(q.shape[0], q.shape[1], k.shape[1])
+            bounds = mask.row_bounds(q.shape[0], q.shape[1], k.shape[1])
             out, lse = attention_with_lse_xla(q, k, v, bounds, None, scale=scale, softcap=softcap)
         return (out, lse) if sink is None else with_sink(out, lse, sink)
 

@@ -34,7 +34,7 @@ def _build(key: ExactMaskKey) -> Any:
 
 def _xla(call: ClusteredCall) -> tuple[jax.Array, jax.Array]:
     q, k, v, config = call.q, call.k, call.v, call.config
-    bounds = call.mask.intervals(q.shape[0], q.shape[1], k.shape[1])
+    bounds = call.mask.row_bounds(q.shape[0], q.shape[1], k.shape[1])
     how = {"scale": call.scale, "softcap": call.softcap}
     if call.reroute or q.size == 0 or k.size == 0:
         return attention_with_lse_xla(q, k, v, bounds, None, **how)

@@ -19,12 +19,25 @@ class Intervals(NamedTuple):
 class RowBounds(NamedTuple):
     """Query t attends to key s iff ``start[t] ≤ s < end[t]`` and, in a tree, ``t < q_end[s]``.
 
-    int32 [rows, T] and [rows, S]; ``q_end`` is None where the keys of every query are one interval.
+    int32 [rows, T] and [rows, S]; ``q_end`` is None where the keys of every query are one interval.  In a tree a query
+    may have ``start < end`` and no allowed key.
     """
 
     start: jax.Array
     end: jax.Array
     q_end: jax.Array | None
+
+
+def allowed(bounds: RowBounds, key: jax.Array, query: jax.Array | None = None) -> jax.Array:
+    """Which of all keys, ``key`` [S], the queries of the bounds may attend to, bool [rows, n, S].
+
+    ``query`` [n]: their indices, in a tree; None where they are all queries.
+    """
+    seen = (key >= bounds.start[..., None]) & (key < bounds.end[..., None])
+    if bounds.q_end is None:
+        return seen
+    query = jnp.arange(bounds.start.shape[1], dtype=jnp.int32) if query is None else query
+    return seen & (query[..., None] < bounds.q_end[:, None])
 
 
 class Documents(NamedTuple):

@@ -3,9 +3,12 @@
 from typing import Any
 
 import jax
+import numpy as np
+import torch
 
 from kernel_index.core import checks as host
 from kernel_index.jax import checks
+from kernel_index.masks.prefix_tree import contract
 
 
 def check_rows(name: str, value: Any) -> None:
@@ -27,6 +30,12 @@ def check_count(name: str, value: Any, minimum: int | None = None) -> None:
     checks.is_integer_array(name, value)
     if value.ndim > 1:
         raise ValueError(f"{name} must be one number for each row, shape [B], got shape {tuple(value.shape)}")
+
+
+def check_nested(subtree_end: jax.Array) -> None:
+    """Raise unless the subtrees are nested, where values may be read."""
+    if checks.is_readable(subtree_end):
+        contract.check_nested(torch.from_numpy(np.array(subtree_end)))
 
 
 def register(cls: type, leaves: tuple[str, ...], static: tuple[str, ...]) -> None:

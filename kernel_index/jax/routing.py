@@ -38,6 +38,9 @@ def check_routable(mask: MaskContract) -> None:
     """Raise ``ValueError`` for a mask under which past blocks and the current one are not those of a query."""
     if not mask.causal:
         raise ValueError("mask must be causal: a router takes past blocks and the current one, got causal=False")
+    if mask.is_tree:
+        name = "positions" if mask.subtree_end is None else "subtree_end"
+        raise ValueError(f"{name} must be None: a router selects blocks of one interval of keys, got a prefix tree")
     if mask.prefix is not None:
         raise ValueError("prefix must be None: a router takes past blocks and the current one, got a prefix")
     if isinstance(mask.q_offset, jax.Array) and mask.q_offset.ndim > 0:

@@ -1,5 +1,6 @@
 """Attention in JAX under the masks that torch and JAX share: outputs and gradients are torch's."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,8 @@ from kernel_index.masks.doc_window_mask.cases import CASES  # noqa: E402
 from tests.jax.arrays import draw, to_jax, with_gradients, within_budget  # noqa: E402
 
 CASE = {case.name: case for case in CASES}
-NEW = ("row_offsets", "prefix_lm", "whole_prefix")
-OFTEN = {"xla": NEW, "pallas": ("prefix_lm",)}
+NEW = ("row_offsets", "prefix_lm", "whole_prefix", "tree", "tree_window", "tree_all")
+OFTEN = {"xla": ("row_offsets", "whole_prefix", "tree_all"), "pallas": ("prefix_lm", "tree_all")}
 SIZES = {"xla": (13, 29), "pallas": (29, 29)}
 HOW = {"xla": {"backend": "xla"}, "pallas": {"backend": "pallas", "block_sizes": (8, 8)}}
 # As in test_attention: two dot products of D = 8 terms, each rounded by 1 + log2(D) units.
@@ -51,3 +52,36 @@ def test_outputs_and_gradients_are_torchs(name, backend):
     found = all_of_them(to_jax(upstream), ours, *map(to_jax, inputs))
     truth = with_gradients(attend, inputs, upstream, torch.float64)
     within_budget(found, with_gradients(attend, inputs, upstream), truth, torch.float32, UNITS)
+
+
+def test_long_rows_of_a_tree_are_taken_in_chunks(monkeypatch):
+    from kernel_index.jax import reference
+    from kernel_index.jax.attention_compiled import KERNELS
+
+    q, k, v = map(to_jax, draw(3, "float32", (2, 29, 2, 4), (2, 29, 1, 4), (2, 29, 1, 4)))
+    mask = CASE["tree_all"].build(29, 29)
+    whole = kij.attention(q, k, v, mask)
+    monkeypatch.setattr(reference, "SCORES_AT_ONCE", 2 * 2 * 29 * 5)
+    KERNELS.cache.clear()
+    assert np.allclose(kij.attention(q, k, v, mask), whole, rtol=1e-6, atol=1e-6)
+    KERNELS.cache.clear()
+
+
+@pytest.mark.parametrize("backend", HOW)
+def test_chains_have_the_bits_of_plain_rows(backend):
+    lengths = [9, 1, 14]
+    tree = ki.pack_tree([-1] * 3, lengths)
+    q, k, v = map(to_jax, draw(3, "float32", (1, 24, 2, 8), (1, 24, 1, 8), (1, 24, 1, 8)))
+    documents = ki.MaskContract(window=(5, 0), doc_ids=torch.repeat_interleave(torch.tensor(lengths)))
+    chains = ki.MaskContract(window=(5, 0), subtree_end=tree.subtree_end, positions=tree.positions)
+    pairs = [(documents, chains), (ki.MaskContract(), ki.MaskContract(subtree_end=torch.full((24,), 24)))]
+    for plain, chained in pairs:
+
+        @jax.jit
+        def results(mask):
+            return jax.value_and_grad(lambda *x: (kij.attention(*x, mask, **HOW[backend]) ** 2).sum(), (0, 1, 2))(
+                q, k, v
+            )
+
+        for a, b in zip(*(jax.tree.leaves(results(as_contract(m))) for m in (plain, chained)), strict=True):
+            assert np.array_equal(a, b)

@@ -145,6 +145,14 @@ def test_routing_has_no_gradient_and_bad_calls_are_refused():
 
 
 REFUSED = [
+    (
+        {"subtree_end": np.full(16, 16)},
+        "subtree_end must be None: a router selects blocks of one interval of keys, got a prefix tree",
+    ),
+    (
+        {"positions": np.arange(16)},
+        "positions must be None: a router selects blocks of one interval of keys, got a prefix tree",
+    ),
     ({"prefix": 2}, "prefix must be None: a router takes past blocks and the current one, got a prefix"),
     (
         {"q_offset": np.array([0])},

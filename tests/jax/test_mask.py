@@ -7,6 +7,8 @@ import torch
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 import kernel_index as ki  # noqa: E402
 import kernel_index.jax as kij  # noqa: E402
@@ -14,6 +16,7 @@ from kernel_index.jax.attention_pallas import interval_walk  # noqa: E402
 from kernel_index.jax.block_walk import inverted  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
 from kernel_index.masks.doc_window_mask.cases import CASES, packed  # noqa: E402
+from tests.masks.trees import batch_of, forests  # noqa: E402
 
 INTERVALS = [c for c in CASES if "tree" not in c.name]
 
@@ -26,6 +29,29 @@ def test_intervals_are_torchs(case):
         found = jax.jit(lambda m, t=queries, s=keys: m.intervals(2, t, s))(as_contract(mask))
         for name in ("start", "end"):
             assert np.array_equal(getattr(found, name), getattr(expected, name).numpy())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in INTERVALS], ids=lambda c: c.name)
+def test_a_tree_is_the_mask_of_torch(case):
+    for queries, keys in ((13, 13), (5, 12)):
+        mask = case.build(queries, keys)
+        found = jax.jit(lambda m, t=queries, s=keys: m.dense(2, t, s))(as_contract(mask))
+        assert np.array_equal(found, mask.dense(2, queries, keys).numpy())
+        with pytest.raises(ValueError, match="mask must have intervals of keys: in a prefix tree"):
+            as_contract(mask).intervals(2, queries, keys)
+
+
+LONGEST = 40
+DENSE = jax.jit(lambda mask, queries: mask.dense(1, queries, LONGEST), static_argnums=1)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(forests(), st.sampled_from([1, 2, 3]), st.sampled_from([None, 0, 3]), st.sampled_from([LONGEST, 11]))
+def test_every_tree_is_the_mask_of_torch(tree, align, left, queries):
+    """No value is read: one compilation serves all trees, chains and gaps."""
+    fields = batch_of([ki.pack_tree(*tree, align=align), ki.pack_tree([-1], [LONGEST])])
+    mask = ki.MaskContract(window=(left, 0), **{name: x[0] for name, x in fields.items()})
+    assert np.array_equal(DENSE(as_contract(mask), queries), mask.dense(1, queries, LONGEST).numpy())
 
 
 def test_offsets_and_prefixes_of_rows_meet_documents_and_counts():
@@ -87,6 +113,28 @@ def test_errors_are_torchs(call):
         call(ki.MaskContract, ki.attention_validity)
     with pytest.raises(type(expected.value)) as found:
         call(kij.MaskContract, kij.attention_validity)
+    assert str(found.value) == str(expected.value)
+
+
+BAD_TREES = (
+    {"subtree_end": [3, 5, 3]},
+    {"subtree_end": [3, 3, 1]},
+    {"subtree_end": [3, 4, 4, 4]},
+    {"subtree_end": [2, 2], "causal": False},
+    {"subtree_end": [2, 2], "prefix": 1},
+    {"subtree_end": [2, 2], "positions": [0, 1, 2]},
+    {"subtree_end": [2, 2], "doc_ids": [[0, 1, 2]]},
+    {"positions": [[0, 1]], "doc_ids": [[0, 0], [0, 0]]},
+    {"subtree_end": [[[2, 2]]]},
+)
+
+
+@pytest.mark.parametrize("fields", BAD_TREES, ids=range(len(BAD_TREES)))
+def test_errors_of_trees_are_torchs(fields):
+    with pytest.raises(ValueError) as expected:
+        ki.MaskContract(**{n: torch.tensor(x) if isinstance(x, list) else x for n, x in fields.items()})
+    with pytest.raises(ValueError) as found:
+        kij.MaskContract(**{n: np.array(x) if isinstance(x, list) else x for n, x in fields.items()})
     assert str(found.value) == str(expected.value)
 
 
