@@ -75,8 +75,6 @@ def check_block_sizes(block_sizes: Any) -> None:
 
 
 def pallas_why_not(call: AttentionCall) -> str | None:
-    if call.mask.is_tree:
-        return "has no form for a prefix tree"
     return pallas_arrays_why_not(call.q, call.v)
 
 

@@ -71,8 +71,7 @@ def parents_of(until: jax.Array) -> jax.Array:
     continues = (ends_before > before) & (ends_before > index) & (index > 0)
     pointer = jnp.where(ending < index, ending, before)
     pointer = jnp.where(continues | (index == 0), index, pointer)
-    for _ in range(keys.bit_length()):
-        pointer = taken(pointer, pointer)
+    pointer = lax.fori_loop(0, keys.bit_length(), lambda _, pointer: taken(pointer, pointer), pointer)
     return taken(jnp.where(continues, index - 1, -1), pointer)
 
 

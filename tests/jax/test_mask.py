@@ -12,7 +12,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import kernel_index as ki  # noqa: E402
 import kernel_index.jax as kij  # noqa: E402
-from kernel_index.jax.attention_pallas import interval_walk  # noqa: E402
+from kernel_index.jax.attention_pallas import interval_walk, tree_walk  # noqa: E402
 from kernel_index.jax.block_walk import inverted  # noqa: E402
 from kernel_index.jax.mask import as_contract  # noqa: E402
 from kernel_index.masks.doc_window_mask.cases import CASES, packed  # noqa: E402
@@ -188,6 +188,57 @@ def test_a_walk_visits_the_blocks_that_the_mask_touches_and_no_other(case):
         back = np.asarray(by_keys.spans[b, 0])
         tiles = (np.arange(7) >= back[1][:, None]) & (np.arange(7) < (back[1] + back[0])[:, None])
         assert (visited <= tiles.T).all()
+
+
+def visits(walk, blocks):
+    """The listed blocks of every row, bool [B', rows, blocks]."""
+    counts, lists = np.asarray(walk.spans[:, 0, 0]), np.asarray(walk.lists[:, 0, :, 0])
+    assert all(
+        len(set(row[:n])) == n for row, n in zip(lists.reshape(-1, lists.shape[-1]), counts.ravel(), strict=True)
+    )
+    listed = np.arange(lists.shape[-1]) < counts[..., None]
+    return ((lists[..., None] == np.arange(blocks)) & listed[..., None]).any(2)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in INTERVALS], ids=lambda c: c.name)
+def test_a_walk_over_a_tree_visits_the_blocks_that_the_mask_touches(case):
+    tile, block, tokens = 4, 3, 26
+    mask = case.build(tokens, tokens)
+    dense = np.pad(mask.dense(2, tokens, tokens)[:, 0].numpy(), ((0, 0), (0, 2), (0, 1)))
+    needed = dense.reshape(2, 7, tile, 9, block).any((2, 4))
+
+    @jax.jit
+    def plan(mask):
+        walk = tree_walk(mask.row_bounds(2, tokens, tokens), tile, block)
+        return walk, inverted(walk, 9)
+
+    walk, by_keys = plan(as_contract(mask))
+    visited = visits(walk, 9)
+    assert (visited >= needed).all()
+    assert np.array_equal(visits(by_keys, 7), visited.swapaxes(1, 2))
+
+
+def test_a_walk_over_chains_is_that_over_documents():
+    lengths = [9, 1, 14]
+    documents = kij.MaskContract(window=(5, 0), doc_ids=np.repeat(np.arange(3), lengths))
+    tree = ki.pack_tree([-1] * 3, lengths)
+    chains = as_contract(ki.MaskContract(window=(5, 0), subtree_end=tree.subtree_end, positions=tree.positions))
+
+    @jax.jit
+    def walks(documents, chains):
+        return interval_walk(documents, 24, 24, 4, 4), tree_walk(chains.row_bounds(1, 24, 24), 4, 4)
+
+    plain, listed = walks(documents, chains)
+    (count, first), visited = plain.spans[0, 0], visits(listed, 6)
+    block = np.arange(6)
+    assert np.array_equal(visited[0], (block >= first[:, None]) & (block < (first + count)[:, None]))
+
+
+def test_a_leaf_visits_its_prompt_and_itself_and_no_other_leaf():
+    tree = ki.pack_tree([-1, *[0] * 8], [4096, *[512] * 8])
+    mask = as_contract(ki.MaskContract(subtree_end=tree.subtree_end))
+    walk = jax.jit(lambda mask: tree_walk(mask.row_bounds(1, 8192, 8192), 128, 128))(mask)
+    assert walk.spans[0, 0, 0].tolist() == [*range(1, 33), *[32 + i for _ in range(8) for i in range(1, 5)]]
 
 
 def test_torch_masks_are_taken():
