@@ -170,7 +170,7 @@ class MaskContract:
         if not self.is_tree:
             return RowBounds(*bounds, None)
         ends, along = (None if x is None else jnp.atleast_2d(x) for x in (self.subtree_end, self.positions))
-        return tree_bounds(bounds, self.position_of(query, queries, keys), Tree(ends, along, self.window[0]))
+        return tree_bounds(bounds, self.position_of(query, queries, keys), Tree(ends, along, self.window[0]), keys)
 
     def bounds_of(self, query: jax.Array, queries: int, keys: int) -> Intervals:
         """The intervals of the given query indices [n], int32 [1 or B, n]: O(n), and O(S) where there are documents.

@@ -1,7 +1,6 @@
 """A prefix tree as bounds: each query's first key on its path, and for each key the end of the queries that see it.
 
 The formulas are those of ``masks/prefix_tree/bounds.py``; here no value is read, so a row of chains is a tree as well.
-Its first keys are those of documents, so the same blocks are visited.
 """
 
 from typing import NamedTuple
@@ -21,38 +20,25 @@ class Tree(NamedTuple):
     left: int | None
 
 
-def tree_bounds(bounds: Intervals, position: jax.Array, tree: Tree) -> RowBounds:
+def tree_bounds(bounds: Intervals, position: jax.Array, tree: Tree, keys: int) -> RowBounds:
     """The bounds of every query, int32 [rows, T] and [rows, S]; O(T + S), with a window O(T + S · log S).
 
     ``bounds``: the intervals [rows, T] by causality, documents and counts, without a window.  ``position``
-    [rows or 1, T]: of each query among the keys.  At least one field of the tree is given.
+    [rows or 1, T]: of each query among the keys.
     """
     start, end = bounds
     rows, queries = start.shape
-    along = tree.positions
-    given = along if tree.subtree_end is None else tree.subtree_end
-    assert given is not None
-    keys = given.shape[1]
     index = jnp.arange(keys, dtype=jnp.int32)
     until = jnp.full((1, keys), keys, jnp.int32) if tree.subtree_end is None else tree.subtree_end.astype(jnp.int32)
     first_query = position[:, :1] if queries else jnp.zeros((1, 1), jnp.int32)
     q_end = jnp.broadcast_to(jnp.clip(until - first_query, 0, queries), (rows, keys))
-    if queries * keys == 0:
+    if tree.left is None or queries * keys == 0:
         return RowBounds(start, end, q_end)
-    first = roots_of(until)
-    if tree.left is not None:
-        along = index[None] if along is None else along.astype(jnp.int32)
-        inside = window_starts(parents_of(until), along, tree.left)
-        first = jnp.maximum(first, jnp.where(until <= index, 0, inside))  # the position of a gap says nothing
+    along = index[None] if tree.positions is None else tree.positions.astype(jnp.int32)
+    first = window_starts(parents_of(until), along, tree.left)
+    first = jnp.where(until <= index, 0, first)  # the position of a gap says nothing
     first = taken(first, jnp.broadcast_to(jnp.clip(position, 0, keys - 1), (rows, queries)))
     return RowBounds(jnp.minimum(jnp.maximum(start, first), end), end, q_end)
-
-
-def roots_of(until: jax.Array) -> jax.Array:
-    """The first token of the tree that each token is in, int32 [rows, S]; a gap between trees is its own."""
-    index = jnp.arange(until.shape[1], dtype=jnp.int32)
-    inside = lax.cummax(until, axis=1)[:, :-1] > index[1:]
-    return lax.cummax(jnp.where(jnp.pad(inside, ((0, 0), (1, 0))), 0, index), axis=1)
 
 
 def parents_of(until: jax.Array) -> jax.Array:

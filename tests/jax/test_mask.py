@@ -61,8 +61,9 @@ def test_offsets_and_prefixes_of_rows_meet_documents_and_counts():
         "q_offset": torch.tensor([6, -2]),
         "prefix": torch.tensor([3, 2]),
     }
-    for causal, window in ((True, (2, 0)), (False, (1, 1))):
-        mask = ki.MaskContract(causal, window, **fields)
+    numbers = {name: fields[name] for name in ("q_offset", "prefix")}
+    for causal, window, chosen in ((True, (2, 0), fields), (False, (1, 1), fields), (True, (None, 0), numbers)):
+        mask = ki.MaskContract(causal, window, **chosen)
         dense = jax.jit(lambda m: m.dense(2, 9, 12))(as_contract(mask))
         assert np.array_equal(dense, mask.dense(2, 9, 12).numpy())
 
