@@ -59,4 +59,4 @@ def is_traced(value: Any) -> bool:
 
 def is_readable(value: jax.Array) -> bool:
     """Whether the values may be read here: they are known, and no device is waited for."""
-    return not is_traced(value) and all(d.platform == "cpu" for d in value.devices())
+    return not is_traced(value) and value.is_fully_addressable and all(d.platform == "cpu" for d in value.devices())

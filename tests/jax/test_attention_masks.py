@@ -54,6 +54,13 @@ def test_outputs_and_gradients_are_torchs(name, backend):
     within_budget(found, with_gradients(attend, inputs, upstream), truth, torch.float32, UNITS)
 
 
+@pytest.mark.parametrize("backend", HOW)
+def test_a_row_without_tokens_has_no_output(backend):
+    x = jnp.ones((1, 0, 1, 8))
+    mask = kij.MaskContract(window=(2, 0), subtree_end=jnp.zeros(0, int))
+    assert kij.attention(x, x, x, mask, backend=backend).shape == x.shape
+
+
 def test_long_rows_of_a_tree_are_taken_in_chunks(monkeypatch):
     from kernel_index.jax import reference
     from kernel_index.jax.attention_compiled import KERNELS

@@ -54,6 +54,8 @@ def check_nested(subtree_end: Tensor) -> None:
 
     A run is a maximal stretch of tokens with one ``subtree_end``.  Costs O(S) for the tokens and a step for each run.
     """
+    if subtree_end.numel() == 0:
+        return
     rows = subtree_end.reshape(-1, subtree_end.shape[-1]).to(torch.int64)
     index = torch.arange(rows.shape[1])
     if bool(((rows < index) | (rows > rows.shape[1])).any()):
