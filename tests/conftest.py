@@ -15,20 +15,34 @@ import pytest
 from kernel_index.core import native
 from kernel_index.core.dispatch import Ineligible
 from kernel_index.core.force import reload_environment
+from kernel_index.core.inductor import Region
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """``thorough_if`` becomes ``thorough`` where its rule holds, before ``-m`` reads the marks.
 
-    A test of the ``inductor`` backend is thorough, unless it has a rule of its own: Inductor compiles for seconds what
-    ``test_formulas_without_their_compiler`` runs as it is written.
+    So does what Inductor compiles, unless the test has a rule of its own: to compile a formula takes seconds.
     """
     for item in items:
         rules = [mark.kwargs["when"] for mark in item.iter_markers("thorough_if")]
-        named = item.callspec.params if hasattr(item, "callspec") else {}
-        if any(when(**named) for when in rules) or (not rules and named.get("backend") == "inductor"):
+        if any(when(**item.callspec.params) for when in rules) or (not rules and _compiles(item)):
             item.add_marker("thorough")
+
+
+def _backend_of(item):
+    return item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+
+
+def _compiles(item) -> bool:
+    return _backend_of(item) == "inductor" and item.get_closest_marker("compiled") is not None
+
+
+@pytest.fixture(autouse=True)
+def _formulas_run_as_written(request, monkeypatch):
+    """Inductor finds no mistake in a formula: unless a test is marked ``compiled``, its formulas are not compiled."""
+    if _backend_of(request.node) == "inductor" and request.node.get_closest_marker("compiled") is None:
+        monkeypatch.setattr(Region, "__call__", lambda region, *args: region.function(*args))
 
 
 def pytest_runtest_setup(item):

@@ -103,7 +103,7 @@ def test_the_rule_is_pytorchs():
 
 
 @pytest.mark.parametrize(("suite", "backend"), calls(SUITES))
-@pytest.mark.thorough_if(when=lambda suite, backend: backend in ("triton", "inductor"))
+@pytest.mark.thorough_if(when=lambda suite, backend: backend == "triton")
 def test_mixed_dtypes_are_the_call_that_is_cast_by_hand(suite, backend):
     kwargs = mixed(suite)
     names = differentiable(suite, kwargs, backend)
@@ -119,7 +119,7 @@ def test_mixed_dtypes_are_the_call_that_is_cast_by_hand(suite, backend):
 
 
 @pytest.mark.parametrize(("suite", "backend"), calls(PLAIN))
-@pytest.mark.thorough_if(when=lambda suite, backend: backend in ("triton", "inductor"))
+@pytest.mark.thorough_if(when=lambda suite, backend: backend == "triton")
 def test_the_kernel_itself_runs_without_autocast(suite, backend):
     """Float32 arithmetic inside a backend stays float32: the same bits as outside of autocast, backward included."""
     kwargs = lowered(suite, scale=4.0)

@@ -28,8 +28,11 @@ CASES = [
 ]
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16, torch.float16)]
 
-IN_INDUCTOR = "fused_bias_dropout_add"
-"""The op whose call ``make test`` compiles with Inductor."""
+BY_FAMILY = {s.function.__module__.rsplit(".", 2)[0]: s for s in reversed(SUITES)}
+IN_INDUCTOR = [
+    pytest.param(s, "triton", id=s.op) for s in BY_FAMILY.values() if any(b.name == "triton" for b in s.backends)
+]
+"""One op of each family whose call is compiled with Inductor; ``make test`` compiles one of them."""
 
 LONG_TRACES = ("attention_with_lse", "block_sparse_attention", "clustered_sparse_attention", "moba_attention")
 """Ops whose traces take from 10 to 30 seconds; ``attention`` and ``block_router`` are made of the same parts."""
@@ -38,29 +41,29 @@ LONG_TRACES = ("attention_with_lse", "block_sparse_attention", "clustered_sparse
 def repeats_a_case(suite, backend, case, dtype) -> bool:
     """``make test`` has every case in float32, which has the smallest budget, and in bfloat16 if that is cheap."""
     first = case == suite.cases[0]
-    if backend == "inductor":  # test_formulas_without_their_compiler has the other cases
-        return not first or dtype != torch.float32
+    if backend == "inductor":  # the first case; test_formulas_without_their_compiler has all of them
+        return dtype != torch.float32
     if backend == "triton":
         return not (dtype == torch.float32 or (first and dtype == torch.bfloat16))
     return not first and dtype == torch.float16
 
 
 def repeats_a_scale(suite, backend, scale) -> bool:
-    return scale != max(suite.scales) or backend == "inductor"
+    return scale != max(suite.scales)
 
 
 def repeats_a_graph(suite, backend) -> bool:
-    """What ``auto`` takes is traced, and one operator that launches Triton."""
+    """What ``auto`` takes is traced, which on a CPU is the reference, and one operator that launches Triton."""
     return suite.op in LONG_TRACES or not (backend == "auto" or (backend == "triton" and suite.op == "attention"))
 
 
 def repeats_inductor(suite, backend) -> bool:
-    return backend != "triton" or suite.op != IN_INDUCTOR
+    return suite.op != "fused_bias_dropout_add"
 
 
 def repeats_in_long_calls(suite, backend) -> bool:
-    """Interpreted calls that take seconds, of ops that are made of others; and what Inductor compiles."""
-    return backend == "inductor" or (backend == "triton" and suite.op in LONG_TRACES[1:])
+    """Interpreted calls that take seconds, of ops that are made of others."""
+    return backend == "triton" and suite.op in LONG_TRACES[1:]
 
 
 NOT_TWICE = r"differentiate twice|once_differentiable|double backward|higher|derivative for .* is not implemented"
@@ -85,9 +88,13 @@ def assert_within_budget(suite: Suite, backend: str, kwargs) -> None:
         assert f.passes, f"{f.label}: {f.note or f'error {f.error:.3g} over the budget {f.budget:.3g}'}"
 
 
+@pytest.mark.compiled
 @pytest.mark.thorough_if(when=repeats_a_case)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("suite", "backend", "case"), CASES)
+@pytest.mark.parametrize(
+    ("suite", "backend", "case"),
+    [p for p in CASES if p.values[1] != "inductor" or p.values[2] == p.values[0].cases[0]],
+)
 def test_values_and_gradients(suite, backend, case, dtype):
     kwargs = build(suite, case, dtype, backend)
     poison_freed_memory(kwargs)
@@ -244,7 +251,8 @@ def test_gradcheck(suite, backend):
             torch.autograd.grad(sum(g.sum() for g in grads), leaves)
 
 
-COMPILED = [*PAIRS, *[pytest.param(s, "auto", id=f"{s.op}-auto") for s in SUITES]]
+TRACED = [pytest.param(s, "auto", id=f"{s.op}-auto") for s in SUITES]
+TRACED += [p for p in PAIRS if p.values[1] != "reference"]  # which is what ``auto`` takes in a trace on a CPU
 
 
 class Compiled:
@@ -282,7 +290,7 @@ class Compiled:
 
 
 @pytest.mark.thorough_if(when=repeats_a_graph)
-@pytest.mark.parametrize(("suite", "backend"), COMPILED)
+@pytest.mark.parametrize(("suite", "backend"), TRACED)
 def test_one_graph_over_several_sizes(suite, backend):
     """fullgraph, dynamic, one graph, one receipt for each trace."""
     compiled = Compiled(suite, backend, "aot_eager")
@@ -294,13 +302,9 @@ def test_one_graph_over_several_sizes(suite, backend):
 
 
 @pytest.mark.thorough_if(when=repeats_inductor)
-@pytest.mark.parametrize(("suite", "backend"), COMPILED)
+@pytest.mark.parametrize(("suite", "backend"), IN_INDUCTOR)
 def test_inductor_from_an_empty_cache(suite, backend):
-    """Values and gradients are those of the reference."""
-    traced = Compiled(suite, backend, "aot_eager")
-    traced.first_trial()
-    if traced.traced == ["reference"]:
-        pytest.skip("plain PyTorch: what Inductor makes of it is Inductor's, and takes longest to compile")
+    """Values and gradients are those of the reference, where a graph holds operators of ours."""
     with fresh_inductor_cache():
         Compiled(suite, backend, "inductor").trial(9)
 

@@ -23,6 +23,7 @@ MASKS = {
     "window": ki.MaskContract(window=(20, 0)),
     "both sides": ki.MaskContract(causal=False, window=(9, 4)),
     "documents": ki.MaskContract(doc_ids=DOCUMENTS),
+    "tree": ki.MaskContract(subtree_end=ki.pack_tree([-1, 0, 0, 1], [60, 45, 25, 20]).subtree_end),
 }
 PLAIN = attention_reference.__wrapped__  # without the rule of this module: 0 · NaN is NaN there
 

@@ -56,7 +56,7 @@ def results(function, suite: Suite, backend: str, kwargs: dict[str, Any], pair: 
     return [*(o.detach() for o in outputs), sum(gradients)]
 
 
-@pytest.mark.thorough_if(when=lambda compiled, backend, **_: compiled or backend == "inductor")
+@pytest.mark.thorough_if(when=lambda compiled, **_: compiled)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("suite", "backend", "kwargs", "pair"), CALLS)
 def test_equals_two_clones(suite, backend, kwargs, pair, compiled):

@@ -216,7 +216,7 @@ def _on_device(run: Callable[[Any], Any], call: Any, selects: bool) -> Any:
     from kernel_index.core.triton.excluded import finite_keys, mark_rows
 
     q, (k, v) = call.q, map(dense_heads, (call.k, call.v))
-    bounds = call.mask.row_intervals(call.sizes)
+    bounds = call.mask.row_bounds(call.sizes)
     if rules.wants_gradient(q, k, v):
         q, k, v, keys = ops.apply(_Finite, bounds, q, k, v)
     else:

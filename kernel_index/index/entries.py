@@ -51,8 +51,8 @@ ENTRIES = (
         "doc_window_mask",
         "Attention",
         "masks/doc_window_mask",
-        "doc_window_mask MaskContract",
-        "Say once which keys each query may attend to: causality, documents, valid prefixes and local windows.",
+        "doc_window_mask MaskContract pack_tree",
+        "Say once which keys each query may attend to: causality, documents, prefix trees, valid prefixes, windows.",
         "nn.Attention nn.SparseAttention",
     ),
     seed_entry(

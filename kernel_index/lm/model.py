@@ -10,6 +10,7 @@ import kernel_index as ki
 from kernel_index.lm.cache import ModelCache
 from kernel_index.lm.config import ModelConfig
 from kernel_index.lm.data import IGNORED, Batch
+from kernel_index.lm.trees import TreeBatch, at_sources
 from kernel_index.nn import (
     MLA,
     Attention,
@@ -105,11 +106,13 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.zeros_(self.head.weight)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [B, T, C] of a packed batch."""
-        mask = ki.MaskContract(
-            causal=True, doc_ids=batch.doc_ids, validity=ki.attention_validity(valid_token_counts=batch.valid_counts)
-        )
+    def hidden(self, batch: Batch | TreeBatch) -> Tensor:
+        """Final hidden states [B, T, C] of a packed batch, or of one of prefix trees."""
+        if isinstance(batch, TreeBatch):
+            mask = batch.mask()
+        else:
+            counts = ki.attention_validity(valid_token_counts=batch.valid_counts)
+            mask = ki.MaskContract(causal=True, doc_ids=batch.doc_ids, validity=counts)
         masks: dict[int | None, ki.MaskContract] = {}  # layers with the same window share one contract
         for mixer in self.mixers():
             if mixer is not None and mixer.window not in masks:
@@ -134,12 +137,14 @@ class LanguageModel(nn.Module):
                 stream, branch = block(stream, branch, *own)
         return self.final(stream, branch)[1]
 
-    def loss(self, batch: Batch, *, reduction: Reduction = "mean", z_loss: float | None = None) -> Tensor:
-        """Cross-entropy in nats per token over the batch's targets (-100 is ignored).
+    def loss(self, batch: Batch | TreeBatch, *, reduction: Reduction = "mean", z_loss: float | None = None) -> Tensor:
+        """Cross-entropy in nats per token over the batch's targets (-100 is ignored), or over the edges of its trees.
 
         In training, with ``config.ahead`` and ``"mean"``, the loss of the token after the next is added.
         """
         hidden = self.hidden(batch)
+        if isinstance(batch, TreeBatch):
+            hidden = at_sources(hidden, batch.sources)
         options: dict[str, Any] = {
             "reduction": reduction,
             "z_loss": self.config.z_loss if z_loss is None else z_loss,
@@ -148,11 +153,16 @@ class LanguageModel(nn.Module):
         loss = ki.fused_linear_cross_entropy(hidden, self.head.weight, batch.targets, **options)
         if self.after_next is None or not self.training or reduction != "mean":
             return loss
-        further = self.after_next(hidden, self.embed(batch.targets.clamp_min(0)))
-        targets = after_next_targets(batch)
+        if isinstance(batch, TreeBatch):
+            first, second = batch.after_next.T
+            further = self.after_next(hidden[None, first], self.embed(batch.targets[None, first]))[0]
+            targets = batch.targets[second]
+        else:
+            further = self.after_next(hidden, self.embed(batch.targets.clamp_min(0)))
+            targets = after_next_targets(batch)
         return loss + self.config.ahead * ki.fused_linear_cross_entropy(further, self.head.weight, targets, **options)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch | TreeBatch) -> Tensor:
         """The training loss: ``torch.compile`` and FSDP wrap this method."""
         return self.loss(batch)
 

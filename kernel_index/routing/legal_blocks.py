@@ -40,8 +40,11 @@ def num_blocks(keys: int, block_size: int) -> int:
 
 def check_causal(mask: MaskContract) -> None:
     """Routers select past blocks only, so a contract that allows the future has no routed form."""
-    if not mask.causal:
-        raise ValueError("mask must be causal: a router takes past blocks and the current one, got causal=False")
+    if not mask.causal or mask.prefix is not None:
+        got = "causal=False" if not mask.causal else f"prefix={mask.prefix}"
+        raise ValueError(f"mask must be causal: a router takes past blocks and the current one, got {got}")
+    if isinstance(mask.q_offset, Tensor) or (mask.cu_seqlens is not None and mask.cu_seqlens[1] is not None):
+        raise ValueError("q_offset must be one number for all rows where blocks are routed, got one for each row")
 
 
 def legal_blocks(mask: MaskContract, sizes: Sizes, block_size: int) -> LegalBlocks:
@@ -63,7 +66,7 @@ def legal_blocks(mask: MaskContract, sizes: Sizes, block_size: int) -> LegalBloc
 
     def build() -> LegalBlocks:
         start, end = mask.row_intervals(sizes)
-        position = torch.arange(sizes.queries, dtype=torch.int32, device=sizes.device) + sizes.offset
+        position = mask.positions_of_queries(sizes).to(torch.int32)
         some = start < end
         first = torch.where(some, start // block_size, 0)
         current = (position // block_size).clamp(max=num_blocks(sizes.keys, block_size)).expand_as(start)

@@ -181,6 +181,18 @@ def check_key(kwargs: dict[str, Any], found: ki.ExactMaskKey) -> None:
     assert found == ki.exact_mask_key(**kwargs)
 
 
+def tree(rng: random.Random) -> dict[str, Any]:
+    runs = rng.randrange(1, 6)
+    parents = [rng.randrange(-1, run) for run in range(runs)]
+    return {"parents": parents, "lengths": [rng.randrange(1, 5) for _ in parents], "align": rng.choice([1, 4])}
+
+
+def check_tree(kwargs: dict[str, Any], found: ki.TreePacking) -> None:
+    assert int(found.is_token.sum()) == sum(kwargs["lengths"])
+    assert len(found.edges.source) == sum(kwargs["lengths"]) - list(kwargs["parents"]).count(-1)
+    ki.MaskContract(subtree_end=found.subtree_end, positions=found.positions).dense()
+
+
 def indexer_loss(rng: random.Random) -> dict[str, Any]:
     q, k = floats(rng, B, T, H, D), floats(rng, B, T, K, D)
     weights = floats(rng, B, T, 2)
@@ -270,6 +282,7 @@ CALLS = {
     "clustered_sparse_attention_with_lse": Call(ki.clustered_sparse_attention_with_lse, clustered, check_clustered),
     "clustered_route": Call(ki.clustered_route, clustered_routes, check_clustered_routes),
     "resolve_block_sparse_backend": Call(ki.resolve_block_sparse_backend, lambda r: {"requested": "auto"}),
+    "pack_tree": Call(ki.pack_tree, tree, check_tree),
     "exact_mask_key": Call(ki.exact_mask_key, key, check_key),
     "lightning_indexer_loss": Call(ki.lightning_indexer_loss, indexer_loss),
     "fa4_kvcache_decode": Call(ki.fa4_kvcache_decode, decode, finite),
@@ -277,7 +290,13 @@ CALLS = {
     "selected_decode": Call(ki.selected_decode, selected_decode, finite),
     "MaskContract": Call(
         ki.MaskContract,
-        lambda r: {"causal": True, "window": (2, 0), "doc_ids": whole(r, -1, 3, B, T), "q_offset": r.choice([None, 1])},
+        lambda r: {
+            "causal": True,
+            "window": (2, 0),
+            "doc_ids": whole(r, -1, 3, B, T),
+            "q_offset": r.choice([None, 1, torch.tensor([0, 2])]),
+            **r.choice([{}, {"prefix": r.choice([2, torch.tensor([1, 3])])}, {"subtree_end": torch.full((B, T), T)}]),
+        },
         lambda kwargs, mask: mask.dense(B, 3, T) if mask.doc_ids is not None else None,
     ),
     "ContiguousKVCache": Call(

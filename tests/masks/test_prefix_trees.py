@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import kernel_index as ki
 from kernel_index.masks.doc_window_mask.cases import dense_oracle, tree_fields
-from kernel_index.masks.prefix_tree.tiles import cover_of, lists_of
+from kernel_index.masks.prefix_tree.tiles import lists_of
 from tests.masks.trees import batch_of, forests, paths_of, places_of
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True)
@@ -155,7 +155,7 @@ def test_every_lowering_is_the_rule(call, q_block, kv_block):
                 tile = expected[row, i * q_block : (i + 1) * q_block, j * kv_block : (j + 1) * kv_block]
                 assert not tile.any() or partial[i, j] or full[i, j]
                 assert not full[i, j] or (tile.shape == (q_block, kv_block) and tile.all())
-    cover = cover_of(tiles)
+    cover = mask.block_plan(q_block, kv_block, rows, queries, keys)
     column = torch.arange(tiles.full.shape[2])
     inside = (column >= cover.first[..., None]) & (column < cover.last[..., None])
     assert not ((tiles.partial | tiles.full) & ~inside).any()

@@ -5,7 +5,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.nn import Mamba2, chunked_scan
-from kernel_index.nn.state_space import scan_step
+from kernel_index.nn.scan import scan_step
 from tests.nn.close import assert_as_exact_as_float32
 
 

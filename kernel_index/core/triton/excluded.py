@@ -59,8 +59,10 @@ def _finite_keys_kernel(
 
 @jit
 def _mark_rows_kernel(
-    out_ptr, lse_ptr, bad_ptr, some_ptr, start_ptr, end_ptr, out_b, out_t, out_h, window_b, tiles, T, S, H, G,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    out_ptr, lse_ptr, bad_ptr, some_ptr, start_ptr, end_ptr, q_end_ptr, out_b, out_t, out_h, window_b, q_end_b, tiles,
+    T, S, H, G,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_LSE: tl.constexpr, IN_TREE: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Every program takes each ``num_programs``-th tile of rows of one head."""
     if tl.load(some_ptr) == 0:
@@ -80,6 +82,9 @@ def _mark_rows_kernel(
             o_k = s + tl.arange(0, BN)  # [BN]
             bad = tl.load(p_bad + o_k, mask=o_k < high, other=0).to(tl.int32)  # [BN]
             m_seen = (o_k[None, :] >= start[:, None]) & (o_k[None, :] < end[:, None])  # [BM, BN]
+            if IN_TREE:
+                q_end = tl.load(q_end_ptr + b * q_end_b + o_k, mask=o_k < high, other=0)  # [BN]
+                m_seen = m_seen & (o_q[:, None] < q_end[None, :])
             found = tl.maximum(found, tl.max(tl.where(m_seen, bad[None, :], 0), 1))
         o_d = tl.arange(0, BLOCK_DV)  # [BLOCK_DV]
         nan = tl.full((BM, BLOCK_DV), float("nan"), tl.float32)
@@ -108,15 +113,19 @@ def finite_keys(k: Tensor, v: Tensor, *, copy_k: bool) -> tuple[Tensor, Tensor, 
     return *copies, keys
 
 
-def mark_rows(out: Tensor, lse: Tensor | None, keys: BadKeys, start: Tensor, end: Tensor) -> None:
+def mark_rows(
+    out: Tensor, lse: Tensor | None, keys: BadKeys, start: Tensor, end: Tensor, q_end: Tensor | None = None
+) -> None:
     """Write NaN, in place, to the rows of out [B, T, H, Dv] and lse [B, H, T] that see one of the keys.
 
-    ``start`` and ``end`` int32 [B or 1, T] bound the keys that a row sees.
+    ``start`` and ``end`` int32 [B or 1, T] bound the keys that a row sees; in a tree row t sees key s only if
+    ``t < q_end[s]``, int32 [B or 1, S].
     """
     (B, T, H, DV), (K, S) = out.shape, keys.bad.shape[1:]
     tiles = ceil_div(T, ROWS) * B * H
     with on_device(out):
         _mark_rows_kernel[(min(tiles, processors(out)),)](
-            out, lse, keys.bad, keys.some, start, end, *strides(out), row_stride(start), tiles, T, S, H, H // K,
-            DV, next_power_of_2(DV), lse is not None, ROWS, KEYS, num_warps=4,
+            out, lse, keys.bad, keys.some, start, end, q_end, *strides(out), row_stride(start),
+            0 if q_end is None else row_stride(q_end), tiles, T, S, H, H // K,
+            DV, next_power_of_2(DV), lse is not None, q_end is not None, ROWS, KEYS, num_warps=4,
         )  # fmt: skip

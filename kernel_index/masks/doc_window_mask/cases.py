@@ -164,11 +164,14 @@ def _without_empty(parents: list[int], lengths: list[int]) -> tuple[list[int], l
     return above, [lengths[run] for run in kept]
 
 
-def tree_fields(length: int) -> dict[str, Tensor]:
+def tree_fields(length: int) -> dict[str, Any]:
     """``subtree_end`` and ``positions`` of two rows: a forest, and a prompt with leaves at aligned places and gaps."""
     tree = forest(length)
     star = pack_tree([-1, 0, 0, 0], [max(length // 4, 1)] * 4, align=3)
-    ends, along = (torch.stack([x, _fitted(y, length)]) for x, y in zip(tree[2:0:-1], star[2:0:-1], strict=True))
+    ends, along = (
+        torch.stack([getattr(tree, name), _fitted(getattr(star, name), length)])
+        for name in ("subtree_end", "positions")
+    )
     index = torch.arange(length)
     return {"subtree_end": torch.maximum(ends, index), "positions": torch.where(ends > index, along, 0)}
 

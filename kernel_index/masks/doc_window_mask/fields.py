@@ -117,6 +117,17 @@ class MaskFields:
         """How many keys a query may attend to on its left and on its right, causality included; None is unlimited."""
         return self.window[0], 0 if self.causal else self.window[1]
 
+    def window_bounds_within(self, sizes: Sizes) -> contract.Window:
+        """``window_bounds`` with None for a side that excludes no key of these sizes."""
+        left, right = self.window_bounds
+        if sizes.offset is None:
+            return left, right
+        if left is not None and left >= sizes.offset + sizes.queries - 1:
+            left = None
+        if right is not None and sizes.offset + right >= sizes.keys - 1:
+            right = None
+        return left, right
+
     @property
     def counts(self) -> Tensor | None:
         """The counts of the validity, or None if every token is valid."""

@@ -1,5 +1,6 @@
 """The canonical form of a mask: for each query the half-open interval of keys that it may attend to."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ class RowBounds(NamedTuple):
     start: Tensor
     end: Tensor
     q_end: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "RowBounds":
+        """The changed bounds."""
+        return RowBounds(change(self.start), change(self.end), None if self.q_end is None else change(self.q_end))
 
     def allowed(self, queries: slice, keys: Tensor) -> Tensor:
         """Which of the keys [n] these queries may attend to, bool [rows, queries, n]."""
@@ -64,6 +69,12 @@ class Sizes(NamedTuple):
     keys: int
     offset: int | None
     device: torch.device
+
+    @property
+    def one_offset(self) -> int:
+        """The offset of every row, where the caller has made sure that there is one."""
+        assert self.offset is not None
+        return self.offset
 
 
 def segments(doc_ids: Tensor) -> tuple[Tensor, Tensor]:

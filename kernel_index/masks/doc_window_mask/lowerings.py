@@ -97,7 +97,7 @@ def flex_block_mask(tiles: Tiles, bounds: RowBounds, sizes: Sizes, blocks: tuple
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    named: dict[str, Tensor] = {}
+    named: dict[str, Any] = {}
     for prefix, chosen in (("", tiles.partial), ("full_", tiles.full)):
         for side, of_side in (("kv", chosen), ("q", chosen.transpose(1, 2))):
             counts, indices = (x.expand(sizes.batch, *x.shape[1:])[:, None].contiguous() for x in lists_of(of_side))

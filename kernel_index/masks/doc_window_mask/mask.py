@@ -25,7 +25,8 @@ from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals, Segmen
 from kernel_index.masks.doc_window_mask.memo import kept_or_built
 from kernel_index.masks.prefix_tree.bounds import Tree, tree_bounds
 from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
-from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, tiles_of
+from kernel_index.masks.prefix_tree.runs import Level, levels_of, parents_in_row
+from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, ranges_of, tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +86,6 @@ class MaskContract(MaskFields):
 
     _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
 
-    def window_bounds_within(self, sizes: Sizes) -> contract.Window:
-        """``window_bounds`` with None for a side that excludes no key of these sizes."""
-        left, right = self.window_bounds
-        if left is not None and left >= sizes.offset + sizes.queries - 1:
-            left = None
-        if right is not None and sizes.offset + right >= sizes.keys - 1:
-            right = None
-        return left, right
-
     def bounds(self, queries: Tensor, sizes: Sizes) -> Intervals:
         """The intervals of the given query indices [n], int64 [rows, n]; not kept."""
         left, right = self.window_bounds
@@ -111,7 +103,7 @@ class MaskContract(MaskFields):
             return queries + self.q_offset.to(torch.int64)[:, None]
         if sizes.offset is None and self.cu_seqlens is not None:
             return position_in_keys(queries, *self.cu_seqlens)
-        return (queries + sizes.offset)[None]
+        return (queries + sizes.one_offset)[None]
 
     def _documents(self, queries: Tensor, position: Tensor, sizes: Sizes) -> Documents | None:
         if sizes.offset is None and self.cu_seqlens is not None:
@@ -225,7 +217,8 @@ class MaskContract(MaskFields):
 
         def build() -> BlockPlan:
             if self.is_tree:
-                return cover_of(self.row_tiles(q_block, kv_block, sizes))
+                ranges = ranges_of(self.row_bounds(sizes), sizes.keys, q_block, kv_block)
+                return cover_of(ranges, tiles_of(ranges).full)
             first = torch.arange(0, sizes.queries, q_block, device=sizes.device)
             last = (first + (q_block - 1)).clamp(max=sizes.queries - 1)
             blocks = first.shape[0]
@@ -238,7 +231,7 @@ class MaskContract(MaskFields):
     def row_tiles(self, q_block: int, kv_block: int, sizes: Sizes) -> Tiles:
         """The blocks of keys that each block of queries visits: those that need the mask, and those that do not."""
         if self.is_tree:
-            return tiles_of(self.row_bounds(sizes), sizes.keys, q_block, kv_block)
+            return tiles_of(ranges_of(self.row_bounds(sizes), sizes.keys, q_block, kv_block))
         return lowerings.tiles_of_plan(self.row_block_plan(q_block, kv_block, sizes), sizes, (q_block, kv_block))
 
     def kernel_intervals(
@@ -282,8 +275,7 @@ class MaskContract(MaskFields):
         return lowerings.mask_mod(self._bounds_of_each_row(self.sizes(batch_size, seq_len, kv_len, device)))
 
     def _bounds_of_each_row(self, sizes: Sizes) -> RowBounds:
-        bounds = self.row_bounds(sizes)
-        return RowBounds(*(None if x is None else x.expand(sizes.batch, -1).contiguous() for x in bounds))
+        return self.row_bounds(sizes).each(lambda x: x.expand(sizes.batch, -1).contiguous())
 
     def flex_block_mask(
         self,
@@ -307,6 +299,29 @@ class MaskContract(MaskFields):
             return (lowerings.flex_block_mask(tiles, self._bounds_of_each_row(sizes), sizes, blocks),)
 
         return self.remember("flex_block_mask", (blocks, sizes), build)[0]
+
+    def tree_parents(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The token that each token continues, int64 [rows, S], −1 for none; nothing waits."""
+        sizes = self.sizes(batch_size, seq_len, None, device)
+        return self.remember("parents", sizes, lambda: (parents_in_row(self.subtree_end, sizes),))[0]
+
+    def tree_levels(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> tuple[Level, ...]:
+        """The runs of all trees of a batch by levels, for recurrences; waits for the device, once for each contract."""
+        sizes = self.sizes(batch_size, seq_len, None, device)
+        parents = self.tree_parents(batch_size, seq_len, device=device)
+        return self.remember("levels", sizes, lambda: levels_of(self.subtree_end, parents, sizes))
 
     def segment_ids(
         self,

@@ -54,9 +54,7 @@ def check_nested(subtree_end: Tensor) -> None:
 
     A run is a maximal stretch of tokens with one ``subtree_end``.  Costs O(S) for the tokens and a step for each run.
     """
-    if subtree_end.numel() == 0:
-        return
-    rows = subtree_end.reshape(-1, subtree_end.shape[-1]).to(torch.int64)
+    rows = torch.atleast_2d(subtree_end).to(torch.int64)
     index = torch.arange(rows.shape[1])
     if bool(((rows < index) | (rows > rows.shape[1])).any()):
         row, token = ((rows < index) | (rows > rows.shape[1])).nonzero()[0].tolist()

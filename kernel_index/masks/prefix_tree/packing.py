@@ -20,6 +20,10 @@ class TreePacking(NamedTuple):
     its path, 0 in a gap.  ``subtree_end``: the first index after everything that continues the token; in a gap the
     index itself, so that no query sees it.  ``parent_of``: the token that it continues, −1 at a root's first and in a
     gap.  ``edges``: every token but a root's first is the target of one edge, whose source is ``parent_of``.
+
+    >>> import kernel_index as ki
+    >>> ki.pack_tree([-1, 0, 0], [2, 1, 1], align=2).is_token.tolist()
+    [True, True, True, False, True]
     """
 
     order: Tensor

@@ -26,7 +26,7 @@ def route_chunked(call: RouterCall) -> TopBlocks:
         for t in range(0, sizes.queries, step):
             end = min(t + step, sizes.queries)
             window = call.mask.window_bounds[0]
-            low, high = _visible(t + sizes.offset, end + sizes.offset, window, call.block_size, blocks)
+            low, high = _visible(t + sizes.one_offset, end + sizes.one_offset, window, call.block_size, blocks)
             scores = grouped_scores(q_BTGD[:, t:end], means[:, low:high])
             legal_here = LegalBlocks(*(x[:, t:end] for x in legal))
             chunks.append(top_blocks(scores, legal_here, topk, first_block=low))

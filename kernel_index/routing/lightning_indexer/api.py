@@ -1,13 +1,15 @@
 """The tokens that score best for each query by a light index, and their scores."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.masks.prefix_tree.paths import along_paths
 from kernel_index.routing.lightning_indexer import contract
 from kernel_index.routing.lightning_indexer.native import SOURCE
 from kernel_index.routing.lightning_indexer.reference import lightning_indexer_reference
@@ -74,4 +76,19 @@ def lightning_indexer(
     [[0, -1], [1, 0], [1, 0], [1, 0]]
     """
     call = contract.check(q_idx, k_idx, weights, topk, EVERYTHING_BEFORE if mask is None else mask, replay)
+    if call.mask.is_tree:
+
+        def route_branch(q: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            *recorded, k, places, path = rest
+            replay = None if not recorded else TokenSelection(*recorded).within(places[0])
+            found = lightning_indexer(q, k, weights, topk=topk, mask=path, replay=replay, backend=backend)
+            at = places[0][found.indices.clamp(min=0)]
+            return torch.where(found.valid, at, -1), found.valid, found.scores
+
+        places = torch.arange(call.k.shape[1], device=call.k.device).expand(call.k.shape[:2])
+        by_query = (call.q, call.weights, *(call.replay or ()))
+        indices, valid, scores = along_paths(
+            "lightning_indexer", route_branch, call.mask, call.sizes, by_query, (call.k, places), (1, 1, 1)
+        )
+        return TokenSelection(torch.where(valid, indices, -1), valid, torch.where(valid, scores, -torch.inf))
     return choose("lightning_indexer", BACKENDS, backend, call).run(call)

@@ -86,6 +86,8 @@ def chunked_why_not(call: IndexerCall) -> str | None:
         return rules.INSIDE_FUNCTORCH
     if any(type(t) not in rules.PLAIN for t in (call.q, call.k, call.weights)):
         return rules.NEEDS_PLAIN
+    if call.sizes.offset is None or call.mask.prefix is not None:
+        return "takes one offset for all rows, and no prefix"
     return None
 
 

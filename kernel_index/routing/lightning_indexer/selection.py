@@ -24,6 +24,14 @@ class TokenSelection(NamedTuple):
     valid: Tensor
     scores: Tensor
 
+    def within(self, path: Tensor) -> "TokenSelection":
+        """The same tokens as indices of a path, int64 [m] ascending; those beside it are not valid."""
+        if path.shape[0] == 0:
+            return TokenSelection(torch.full_like(self.indices, -1), torch.zeros_like(self.valid), self.scores)
+        at = torch.searchsorted(path, self.indices.long()).clamp(max=path.shape[0] - 1)
+        valid = self.valid & (path[at] == self.indices)
+        return TokenSelection(torch.where(valid, at, -1), valid, self.scores)
+
 
 def replayed(replay: TokenSelection, start: Tensor, end: Tensor) -> Tensor:
     """The recorded tokens, int64; −1 for those that the intervals [rows, T] of this mask forbid."""

@@ -69,7 +69,7 @@ def lightning_indexer_chunked(call: IndexerCall) -> TokenSelection:
     if call.replay is not None:
         return _selection(call, replayed(call.replay, start, end), None)
     left, right = (-1 if side is None else side for side in call.mask.window_bounds)
-    indices, scores = _topk_op(*_detached(call), start, end, call.topk, call.sizes.offset, left, right)
+    indices, scores = _topk_op(*_detached(call), start, end, call.topk, call.sizes.one_offset, left, right)
     return _selection(call, indices, scores if call.q.dtype != torch.float64 else None)  # they are float32
 
 

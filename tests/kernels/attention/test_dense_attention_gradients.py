@@ -127,12 +127,11 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_a_compiled_model_is_one_graph_over_several_lengths(compiler):
+def test_a_compiled_model_is_one_graph_over_several_lengths():
     layer = Layer()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=compiler)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (9, 13, 21):
         x = Maker(torch.float32).normal(2, n, 2, 8).requires_grad_()
         actual, expected = compiled(x, packed(n)), layer(x, packed(n))

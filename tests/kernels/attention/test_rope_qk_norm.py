@@ -49,7 +49,7 @@ def test_nothing_is_rounded_between_the_two(backend):
 @pytest.mark.parametrize("backend", ["inductor", "triton"])
 def test_the_gradients_of_the_weights_are_summed_in_float32_and_in_order(backend):
     """Of many tokens with a bfloat16 weight: one rounding, and the same bits every time."""
-    c = call(t=300, dtype=torch.bfloat16)
+    c = call(t=300 if backend == "inductor" else 130, dtype=torch.bfloat16)  # more than one program
     c |= {n: c[n].bfloat16() for n in ("q_weight", "k_weight")}
     of = ("q_weight", "k_weight")
     found, again = gradients(c, backend, of), gradients(c, backend, of)

@@ -69,6 +69,6 @@ def _call(which: str, qkv: tuple[Tensor, Tensor, Tensor], plan: _Plan, *tensors:
 
 @guarded
 def attention_native(call: AttentionCall) -> OutAndLse:
-    bounds = (None if x is None else x.contiguous() for x in call.mask.row_bounds(call.sizes))
-    plan = _Plan(RowBounds(*bounds), (scale_of(call.q, call.scale), call.softcap))
+    bounds = call.mask.row_bounds(call.sizes).each(torch.Tensor.contiguous)
+    plan = _Plan(bounds, (scale_of(call.q, call.scale), call.softcap))
     return attend(PASSES, plan, call.q, call.k, call.v, call.sink)

@@ -118,6 +118,8 @@ def _rectangle(bounds: Bounds, q0: int, q1: int) -> Rectangle:
 
 
 def _joined(a: Rectangle, b: Rectangle) -> Rectangle | None:
+    assert isinstance(a.k, slice)
+    assert isinstance(b.k, slice)
     q, k = slice(a.q.start, b.q.stop), slice(a.k.start, b.k.stop)
     return Rectangle(slice(0), q, k, "masked") if (q.stop - q.start) * (k.stop - k.start) <= SMALL else None
 
@@ -127,5 +129,4 @@ def allowed_within(bounds: RowBounds, rectangle: Rectangle) -> Tensor:
     rows, keys = slice(None) if bounds.start.shape[0] == 1 else rectangle.batch, rectangle.k
     if isinstance(keys, slice):
         keys = torch.arange(keys.start, keys.stop, dtype=torch.int32, device=bounds.start.device)
-    of_rows = RowBounds(*(None if x is None else x[rows] for x in bounds))
-    return of_rows.allowed(rectangle.q, keys)
+    return bounds.each(lambda x: x[rows]).allowed(rectangle.q, keys)

@@ -24,7 +24,7 @@ def _launch(q, k, v, sink, k_start, k_end, scale, softcap, q_end=None, tiles=Non
 
     outputs = _allocate(q, k, v, sink, k_start, k_end, scale, softcap)
     q, k, v = map(launch.dense_heads, (q, k, v))
-    return triton.forward(q, k, v, sink, k_start, k_end, scale, softcap, outputs, paths_of(tiles, q_end))
+    return triton.forward(q, k, v, sink, (k_start, k_end), scale, softcap, outputs, paths_of(tiles, q_end))
 
 
 def _allocate_queries(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, scale, softcap, q_end=None, tiles=None):
@@ -39,7 +39,7 @@ def _launch_queries(d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, scale,
     d_out, q, k, v = map(launch.dense_heads, (d_out, q, k, v))
     (d_lse,) = launch.dense((d_lse,))
     return triton_backward.backward_queries(
-        d_out, d_lse, q, k, v, out, log2_sum, k_start, k_end, scale, softcap, outputs, paths_of(tiles, q_end)
+        d_out, d_lse, q, k, v, out, log2_sum, (k_start, k_end), scale, softcap, outputs, paths_of(tiles, q_end)
     )
 
 
@@ -56,7 +56,7 @@ def _launch_keys(d_out, q, k, v, log2_sum, delta, q_start, q_end, scale, softcap
     d_out, q, k, v = map(launch.dense_heads, (d_out, q, k, v))
     paths = paths_of(tiles, k_start, k_end)
     return triton_backward.backward_keys(
-        d_out, q, k, v, log2_sum, delta, q_start, q_end, scale, softcap, outputs, paths
+        d_out, q, k, v, log2_sum, delta, (q_start, q_end), scale, softcap, outputs, paths
     )
 
 

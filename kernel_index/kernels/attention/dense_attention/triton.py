@@ -122,7 +122,7 @@ def _forward_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, start: Tensor, end: Tensor, scale: float | None, softcap:
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bounds: tuple[Tensor, Tensor], scale: float | None, softcap:
     float, outputs: tuple[Tensor, Tensor], paths: Paths | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
@@ -131,7 +131,7 @@ def forward(
     if B * T * H:
         with on_device(q):
             _forward_kernel[(ceil_div(T, launch.config.tile), B * H)](
-                q, k, v, sink, start, end, *seen, *outputs, *strides(q, k, v), row_stride(start), *strides_of_paths,
+                q, k, v, sink, *bounds, *seen, *outputs, *strides(q, k, v), row_stride(bounds[0]), *strides_of_paths,
                 T, S, H, H // K, launch.inner, launch.outer, **launch.constants,
             )  # fmt: skip
     return outputs

@@ -221,8 +221,9 @@ def _keys_kernel(
 
 
 def backward_queries(
-    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, start: Tensor,
-    end: Tensor, scale: float | None, softcap: float, outputs: tuple[Tensor, Tensor], paths: Paths | None = None,
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds:
+    tuple[Tensor, Tensor], scale: float | None, softcap: float, outputs: tuple[Tensor, Tensor],
+    paths: Paths | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
     launch = launch_of("queries", q, v, T, scale, softcap, HAS_D_LSE=d_lse is not None, LISTED=paths is not None)
@@ -230,16 +231,16 @@ def backward_queries(
     if B * T * H:
         with on_device(q):
             _queries_kernel[(ceil_div(T, launch.config.tile), B * H)](
-                d_out, d_lse, q, k, v, out, lse, start, end, *seen, *outputs, *strides(d_out, q, k, v),
-                row_stride(start), *strides_of_paths, T, S, H, H // K, launch.scale, launch.inner, launch.outer,
+                d_out, d_lse, q, k, v, out, lse, *bounds, *seen, *outputs, *strides(d_out, q, k, v),
+                row_stride(bounds[0]), *strides_of_paths, T, S, H, H // K, launch.scale, launch.inner, launch.outer,
                 **launch.constants,
             )  # fmt: skip
     return outputs
 
 
 def backward_keys(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, start: Tensor, end: Tensor, scale:
-    float | None, softcap: float, outputs: tuple[Tensor, Tensor], paths: Paths | None = None,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, bounds: tuple[Tensor, Tensor],
+    scale: float | None, softcap: float, outputs: tuple[Tensor, Tensor], paths: Paths | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
     launch = launch_of("keys", q, v, S, scale, softcap, LISTED=paths is not None)
@@ -247,7 +248,7 @@ def backward_keys(
     if B * S * K:
         with on_device(q):
             _keys_kernel[(ceil_div(S, launch.config.tile), B * K)](
-                d_out, q, k, v, lse, delta, start, end, *seen, *outputs, *strides(d_out, q, k, v), row_stride(start),
+                d_out, q, k, v, lse, delta, *bounds, *seen, *outputs, *strides(d_out, q, k, v), row_stride(bounds[0]),
                 *strides_of_paths, T, S, H, H // K, launch.scale, launch.inner, launch.outer, **launch.constants,
             )  # fmt: skip
     return outputs

@@ -12,6 +12,7 @@ from kernel_index.core.target import target_of
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.masks.attention_arguments import check_attention, scale_of, sizes_of
+from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.contract import check_in_range, check_indices
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
@@ -91,7 +92,20 @@ def check(
     if indices.ndim == 3:
         indices = indices.unsqueeze(2)
         valid = None if valid is None else valid.unsqueeze(2)
+    if mask.is_tree:
+        mask, valid = MaskContract(causal=False), _on_path(indices, valid, mask, sizes_of(q, k, mask))
     return ExactTokenCall(q, k, v, indices, valid, mask, scale, softcap, requested, indexer)
+
+
+def _on_path(indices: Tensor, valid: Tensor | None, mask: MaskContract, sizes: Sizes) -> Tensor:
+    """Which selected tokens the tree lets each query see, bool like indices: all that is left of the mask."""
+    start, end, q_end = mask.row_bounds(sizes)
+    seen = (indices >= start[:, :, None, None]) & (indices < end[:, :, None, None])
+    if q_end is not None and sizes.keys:
+        at = indices.clamp(0, sizes.keys - 1).long()
+        until = q_end.expand(at.shape[0], -1).gather(1, at.flatten(1)).view(at.shape)
+        seen = seen & (torch.arange(sizes.queries, device=at.device)[:, None, None] < until)
+    return seen if valid is None else seen & valid
 
 
 def _check_selection(q: Tensor, k: Tensor, indices: Any, valid: Any) -> None:

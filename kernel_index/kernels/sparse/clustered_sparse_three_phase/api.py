@@ -16,8 +16,10 @@ from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import Clus
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.contract import ClusteredCall
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.masks.prefix_tree.paths import along_paths
 from kernel_index.routing.block_router.api import RouterBackend
 from kernel_index.routing.block_router.native import SOURCE as BY_BLOCK
+from kernel_index.routing.branches import route_along_paths
 from kernel_index.routing.hierarchical_block_expansion.native import SOURCE as BY_GROUP
 from kernel_index.routing.legal_blocks import TopBlocks
 
@@ -130,6 +132,17 @@ def clustered_sparse_attention(
     tensor([0.0000, 0.5000, 2.0000, 2.5000, 4.0000, 4.5000, 6.0000, 6.5000])
     """
     call = contract.check(q, k, v, config, mask, scale, softcap, with_lse=False)
+    if mask.is_tree:
+
+        def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> Tensor:
+            return clustered_sparse_attention(
+                q, k, v, config=config, mask=mask, scale=scale, softcap=softcap, backend=backend
+            )
+
+        by_key = call.k, call.v
+        return along_paths(
+            "clustered_sparse_attention", attend_branch, mask, call.routing.exhaustive.sizes, (call.q,), by_key
+        )[0]
     return _attend("clustered_sparse_attention", call, backend)[0]
 
 
@@ -163,6 +176,17 @@ def clustered_sparse_attention_with_lse(
     tensor([[[1., 2., 1., 2.]]])
     """
     call = contract.check(q, k, v, config, mask, scale, softcap, with_lse=True)
+    if mask.is_tree:
+
+        def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> BlockSparseOutput:
+            return clustered_sparse_attention_with_lse(
+                q, k, v, config=config, mask=mask, scale=scale, softcap=softcap, backend=backend
+            )
+
+        name, by_key = "clustered_sparse_attention_with_lse", (call.k, call.v)
+        return BlockSparseOutput(
+            *along_paths(name, attend_branch, mask, call.routing.exhaustive.sizes, (call.q,), by_key, (1, 2))
+        )
     out, lse = _attend("clustered_sparse_attention_with_lse", call, backend)
     assert lse is not None
     return BlockSparseOutput(out, lse)
@@ -213,4 +237,11 @@ def clustered_route(
     tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32)
     """
     call = contract.check(q, k, k, config, mask, None, 0.0, with_lse=False).routing
+    if mask.is_tree:
+
+        def route_branch(q: Tensor, k: Tensor, mask: MaskContract) -> TopBlocks:
+            return clustered_route(q, k, config=config, mask=mask, backend=backend)
+
+        scored = call.exhaustive
+        return route_along_paths("clustered_route", route_branch, mask, scored.sizes, call.q, call.k, scored.selected)
     return choose("clustered_route", ROUTERS, backend, call).run(call)

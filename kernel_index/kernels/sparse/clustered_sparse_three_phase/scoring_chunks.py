@@ -28,13 +28,13 @@ def chunks_of(mask: MaskContract, sizes: Sizes, block_size: int) -> tuple[Chunk,
     found = []
     for begin in range(0, sizes.queries, QUERIES):
         end = min(begin + QUERIES, sizes.queries)
-        first = max(0, begin + sizes.offset)  # queries before the first key attend to nothing
+        first = max(0, begin + sizes.one_offset)  # queries before the first key attend to nothing
         plan = causal_windowing_plan(
             num_blocks=blocks,
             tile_size=TILE_BLOCKS,
             block_stride=block_size,
             q_chunk_start=first,
-            q_chunk_size=max(1, end + sizes.offset - first),
+            q_chunk_size=max(1, end + sizes.one_offset - first),
             left_window=mask.window_bounds[0],
         )
         tiles = plan.active_tiles

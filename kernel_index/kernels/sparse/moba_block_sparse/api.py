@@ -20,8 +20,10 @@ from kernel_index.kvcache.cache import CacheLayer, KVCache
 from kernel_index.kvcache.decode_arguments import cast_result, layer_of
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.masks.prefix_tree.paths import along_paths
 from kernel_index.routing.block_router.api import BACKENDS as ROUTERS
 from kernel_index.routing.block_router.api import RouterBackend
+from kernel_index.routing.branches import route_along_paths
 from kernel_index.routing.legal_blocks import TopBlocks
 
 __all__ = ["moba_attention", "moba_decode", "moba_route", "resolve_block_sparse_backend"]
@@ -86,7 +88,8 @@ def moba_attention(
 
     So ``topk = 1`` is the current block alone, and ``topk ≥ blocks`` is ``ki.attention``.  Future blocks are never
     selected, and a change of a future token changes no selection.  Where documents meet inside a block, its mean is
-    over the last one of them; a document that begins at a block has the selection that it has alone.  Routing is exact
+    over the last one of them; a document that begins at a block has the selection that it has alone.  In a prefix tree
+    blocks count along each path, and every branch runs, and writes a receipt, as a call of its own.  Routing is exact
     and has no gradient; attention is differentiable in q, k and v.
 
     Receipts carry ``semantic_branch``, ``router_type``, ``requested_backend`` as written, ``requested_backend_source``,
@@ -128,6 +131,14 @@ def moba_attention(
     tensor([1, 3], dtype=torch.int32)
     """
     call = contract.check(q, k, v, block_size, topk, mask, route_per, scale, softcap, query_tile_size)
+    if mask.is_tree:
+        sizes, scoring = call.routing.sizes, {"scale": scale, "softcap": softcap, "query_tile_size": query_tile_size}
+
+        def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> Tensor:
+            options = {"block_size": block_size, "topk": topk, "route_per": route_per, **scoring}
+            return moba_attention(q, k, v, mask=mask, backend=backend, **options)
+
+        return along_paths("moba_attention", attend_branch, mask, sizes, (call.q,), (call.k, call.v))[0]
     choice = pick("moba_attention", BACKENDS, FLASH, backend, call)
     router = choice.choose("moba_route", ROUTERS, call.routing)
     return choice.with_details(routed_by=router.backend.name).run(call, router)
@@ -165,6 +176,12 @@ def moba_route(
     tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32)
     """
     call = contract.check_route(q, k, block_size, topk, mask, route_per)
+    if mask.is_tree:
+
+        def route_branch(q: Tensor, k: Tensor, mask: MaskContract) -> TopBlocks:
+            return moba_route(q, k, block_size=block_size, topk=topk, mask=mask, route_per=route_per, backend=backend)
+
+        return route_along_paths("moba_route", route_branch, mask, call.sizes, call.q, call.k, call.selected)
     return choose("moba_route", ROUTERS, backend, call).run(call)
 
 

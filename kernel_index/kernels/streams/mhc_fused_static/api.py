@@ -148,18 +148,29 @@ def mhc_merge_and_branch_input(
 
 
 def sinkhorn(
-    logits: Tensor, iters: int = 20, temperature: float = 1.0, eps: float = 1e-8, *, backend: SinkhornBackend = "auto"
+    logits: Tensor,
+    iters: int = 20,
+    temperature: float = 1.0,
+    eps: float = 1e-8,
+    *,
+    eps_in: Literal["sums", "elements"] = "sums",
+    backend: SinkhornBackend = "auto",
 ) -> Tensor:
     """A doubly stochastic matrix: Sinkhorn's alternating normalisation of ``exp(logits / temperature)``.
 
     ``iters`` times: ``M ← M / (row sums + eps)``, then ``M ← M / (column sums + eps)``.  It is computed on
     logarithms, in float32 at least, so that no exponential overflows or vanishes on the way.
 
+    ``eps_in="elements"`` is the convention of DeepSeek's and Liger's kernels, for models that were trained with it:
+    ``M ← softmax of the rows + eps``, ``M ← M / (column sums + eps)``, then ``iters − 1`` times rows and columns as
+    above.
+
     Args:
         logits: [..., n, n], any floating dtype.
         iters: repetitions, at least 1.
         temperature: positive; a small one sharpens the matrix.
-        eps: added to each sum; 0 is allowed.
+        eps: added to each sum; 0 is allowed, and makes both conventions equal.
+        eps_in: ``"sums"``, or ``"elements"`` to add it once to each element, too.
         backend: ``"auto"`` or a backend's name.
 
     Returns:
@@ -176,6 +187,6 @@ def sinkhorn(
     tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]])
     """
-    contract.check_sinkhorn(logits, iters, temperature, eps)
-    call = (logits, iters, temperature, eps)
+    contract.check_sinkhorn(logits, iters, temperature, eps, eps_in)
+    call = (logits, iters, temperature, eps, eps_in)
     return choose("sinkhorn", SINKHORN_BACKENDS, backend, *call).run(*call)

@@ -102,9 +102,15 @@ def both_oracle(hidden: Tensor, branch_out: Tensor, h_post: Tensor, h_res: Tenso
     return merged.to(hidden.dtype), read_oracle(merged, h_pre).to(hidden.dtype)
 
 
-def sinkhorn_oracle(logits: Tensor, iters: int = 20, temperature: float = 1.0, eps: float = 1e-8) -> Tensor:
+def sinkhorn_oracle(
+    logits: Tensor, iters: int = 20, temperature: float = 1.0, eps: float = 1e-8, eps_in: str = "sums"
+) -> Tensor:
     """On the matrix itself; the largest entry of each row is brought to 1 first, which the first row step undoes."""
     matrix = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
+    if eps_in == "elements":
+        matrix = matrix / matrix.sum(-1, keepdim=True) + eps
+        matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
+        iters -= 1
     for _ in range(iters):
         matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
         matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
@@ -156,6 +162,11 @@ SUITES = (
             Case("streams", "one layer's mixing matrix", lambda m: {"logits": m.normal(4, 4)}),
             Case("layers", "all layers at once", lambda m: {"logits": m.normal(6, 4, 4), "iters": 5, "eps": 1e-6}),
             Case("sharp", "a low temperature", lambda m: {"logits": m.normal(3, 5, 5), "temperature": 0.3}),
+            Case(
+                "elements",
+                "the convention of other kernels",
+                lambda m: {"logits": m.normal(3, 4, 4), "iters": 4, "eps": 1e-2, "eps_in": "elements"},
+            ),
             Case("one stream", "nothing to mix", lambda m: {"logits": m.normal(1, 1)}),
             Case("no layers", "empty", lambda m: {"logits": m.normal(0, 4, 4)}),
         ),

@@ -108,7 +108,10 @@ def native_not_worth(call: Call) -> str | None:
     return native.rows_not_worth(call.hidden)
 
 
-def check_sinkhorn(logits: Any, iters: Any, temperature: Any, eps: Any) -> None:
+EPS_IN = ("sums", "elements")
+
+
+def check_sinkhorn(logits: Any, iters: Any, temperature: Any, eps: Any, eps_in: Any) -> None:
     checks.is_floating("logits", logits)
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"logits must be square matrices [..., n, n], got shape {tuple(logits.shape)}")
@@ -119,3 +122,4 @@ def check_sinkhorn(logits: Any, iters: Any, temperature: Any, eps: Any) -> None:
     checks.is_real("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
+    checks.one_of("eps_in", eps_in, EPS_IN)

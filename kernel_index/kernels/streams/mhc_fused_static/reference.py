@@ -34,8 +34,13 @@ def _over_tokens(coefficient: Tensor, rank: int, hidden: Tensor, dtype: torch.dt
     return coefficient.to(dtype)
 
 
-def sinkhorn_reference(logits: Tensor, iters: int, temperature: float, eps: float) -> Tensor:
+def sinkhorn_reference(logits: Tensor, iters: int, temperature: float, eps: float, eps_in: str) -> Tensor:
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    if eps_in == "elements":  # no element is below eps, so the matrix itself is safe
+        matrix = scaled.softmax(-1) + eps
+        for step in range(2 * iters - 1):
+            matrix = matrix / (matrix.sum(-2 if step % 2 == 0 else -1, keepdim=True) + eps)
+        return matrix
     for _ in range(iters):
         for dim in (-1, -2):  # rows, then columns
             if not eps:

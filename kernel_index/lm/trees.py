@@ -1,0 +1,76 @@
+"""Batches of prefix trees: rows that hold each shared run of tokens once, and the loss over their edges."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernel_index as ki
+from kernel_index.lm.data import START
+
+
+class TokenTree(NamedTuple):
+    """A tree of token runs: ``parents[i] < i`` is the run that run i continues, −1 for a root."""
+
+    parents: Sequence[int]
+    runs: Sequence[Tensor]
+
+
+class TreeBatch(NamedTuple):
+    """Rows of prefix trees, each tensor int64.
+
+    ``tokens`` ``positions`` ``subtree_end``: [B, T]; a gap has token START and sees nothing that counts.  ``sources``
+    ``targets``: [E], for each edge the place of its source in the B·T tokens, and the token that it predicts.
+    ``after_next``: [A, 2], pairs of edges of which the second continues the first.
+
+    >>> import torch
+    >>> tree = TokenTree([-1, 0, 0], [torch.tensor([5, 6]), torch.tensor([7]), torch.tensor([8])])
+    >>> batch = TreeBatch.of([tree])
+    >>> batch.tokens.tolist(), batch.sources.tolist(), batch.targets.tolist()
+    ([[5, 6, 7, 8]], [0, 1, 1], [6, 7, 8])
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    subtree_end: Tensor
+    sources: Tensor
+    targets: Tensor
+    after_next: Tensor
+
+    @classmethod
+    def of(cls, trees: Sequence[TokenTree], *, length: int | None = None, align: int = 1) -> "TreeBatch":
+        """One tree in each row; rows are as long as the longest, or ``length``.
+
+        Raises ``ValueError`` for a tree that does not fit.
+        """
+        packings = [ki.pack_tree(t.parents, [len(run) for run in t.runs], align=align) for t in trees]
+        longest = max((len(p.positions) for p in packings), default=0)
+        if length is not None and longest > length:
+            raise ValueError(f"length must be at least {longest}, the longest tree, got {length}")
+        T = longest if length is None else length
+        tokens, positions = torch.full((len(trees), T), START), torch.zeros(len(trees), T, dtype=torch.int64)
+        ends, edges, pairs = torch.arange(T).repeat(len(trees), 1), list[Tensor](), list[Tensor]()
+        for row, (tree, packing) in enumerate(zip(trees, packings, strict=True)):
+            used = slice(len(packing.positions))
+            tokens[row, used][packing.is_token] = torch.cat([tree.runs[i] for i in packing.order.tolist()])
+            positions[row, used], ends[row, used] = packing.positions, packing.subtree_end
+            source, target = packing.edges
+            of_target = torch.full((T,), -1)
+            of_target[target] = torch.arange(len(target)) + sum(map(len, edges))
+            first = of_target[source]
+            pairs.append(torch.stack([first, of_target[target]], 1)[first >= 0])
+            edges.append(torch.stack([row * T + source, tokens[row, target]], 1))
+        sources, targets = (torch.cat(edges) if edges else torch.zeros(0, 2, dtype=torch.int64)).T
+        after_next = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.int64)
+        return cls(tokens, positions, ends, sources.contiguous(), targets.contiguous(), after_next)
+
+    def mask(self) -> "ki.MaskContract":
+        """Which keys each token may attend to: those of its path."""
+        return ki.MaskContract(subtree_end=self.subtree_end, positions=self.positions)
+
+
+def at_sources(hidden_BTC: Tensor, sources: Tensor) -> Tensor:
+    """The hidden state of each edge's source [E, C]; the gradient of a shared one is added up in float32, in order."""
+    flat = hidden_BTC.flatten(0, 1)
+    return ki.gather_rows(flat[:, None].contiguous(), sources)[:, 0]

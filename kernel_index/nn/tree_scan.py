@@ -1,0 +1,72 @@
+"""The state-space mixer over a prefix tree: each run begins with the state in which the run before it ended."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernel_index as ki
+from kernel_index.nn.scan import chunked_scan
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What ``chunked_scan`` takes: x, log_a, b, c."""
+
+
+def convolve_tree(inputs_BTC: Tensor, weight_JC: Tensor, mask: "ki.MaskContract", segments: Tensor | None) -> Tensor:
+    """``Σ_j w[j]·input`` over the last tokens of each token's path, those of its own segment."""
+    B, T, _ = inputs_BTC.shape
+    out = weight_JC[-1] * inputs_BTC
+    parent = mask.tree_parents(B, T, device=inputs_BTC.device)
+    at = torch.arange(T, device=inputs_BTC.device).expand_as(parent)
+    row = torch.arange(B, device=inputs_BTC.device)[:, None] * T
+    for back in range(1, weight_JC.shape[0]):
+        at = torch.where(at >= 0, parent.gather(1, at.clamp(min=0)), -1)
+        place = at.clamp(min=0)
+        own = at >= 0
+        if segments is not None:
+            own = own & (segments == segments.gather(1, place.expand(segments.shape[0], -1)))
+        earlier = _rows(inputs_BTC, (row + place).flatten()).view_as(inputs_BTC)
+        out = out + torch.where(own[..., None], weight_JC[-1 - back] * earlier, 0.0)
+    return out
+
+
+def scan_tree(operands: Operands, mask: "ki.MaskContract", *, segments: Tensor | None, chunk: int) -> Tensor:
+    """``y`` of ``chunked_scan`` along each path, [B, T, H, P]; 0 in a gap.  One scan for each level of the tree."""
+    B, T = operands[0].shape[:2]
+    segment = None if segments is None else segments.expand(B, -1).flatten()
+    states, outputs, places = list[Tensor](), list[Tensor](), list[Tensor]()
+    for level in mask.tree_levels(B, T, device=operands[0].device):
+        x, log_a, b, c = (_rows(t, level.index.flatten()).view(*level.index.shape, *t.shape[2:]) for t in operands)
+        # A repeated token neither decays the state (log_a 0) nor adds to it (x 0).
+        x, log_a = x * level.is_token[..., None, None], log_a * level.is_token[..., None]
+        own = None if segment is None else segment[level.index]
+        state = _first_state(states, level, segment) if states else None
+        scanned = chunked_scan(x, log_a, b, c, segments=own, state=state, chunk=chunk)
+        states.append(scanned.state)
+        outputs.append(scanned.y[level.is_token])
+        places.append(level.index[level.is_token])
+    return _in_order(outputs, places, B * T).unflatten(0, (B, T))
+
+
+def _rows(x_BT: Tensor, index: Tensor) -> Tensor:
+    """Tokens [R, …] of x [B, T, …]; the gradient of one that several runs read is added up in float32, in order."""
+    flat = x_BT.flatten(0, 1)
+    return ki.gather_rows(flat.reshape(flat.shape[0], 1, -1).contiguous(), index).view(-1, *flat.shape[1:])
+
+
+def _first_state(states: list[Tensor], level: Any, segment: Tensor | None) -> Tensor:
+    """The states that the runs of a level begin with; zeros where a document begins with the run."""
+    state = torch.cat(states)
+    state = ki.gather_rows(state.flatten(1)[:, None], level.parent).view(-1, *state.shape[1:])
+    if segment is None:
+        return state
+    same = segment[level.index[:, 0]] == segment[level.before]
+    return state * same[:, None, None, None]
+
+
+def _in_order(outputs: list[Tensor], places: list[Tensor], tokens: int) -> Tensor:
+    y, at = torch.cat(outputs), torch.cat(places)
+    inverse = at.new_full((tokens,), at.shape[0])
+    inverse[at] = torch.arange(at.shape[0], device=at.device)
+    with_zeros = torch.cat([y, y.new_zeros(1, *y.shape[1:])])
+    return with_zeros[inverse]

@@ -1,0 +1,161 @@
+"""What routes over a prefix tree gives what each root-to-leaf path gives alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernel_index as ki
+from kernel_index.masks.prefix_tree.paths import branches_of
+from tests.masks.trees import batch_of, forests, paths_of
+
+FEW = settings(max_examples=20, deadline=None, derandomize=True)
+CONFIG = ki.ClusteredSparseConfig(block_size=3, topk=2)
+MOBA = {"block_size": 3, "topk": 2}
+
+
+def moba(q, k, v, mask, backend):
+    return ki.moba_attention(q, k, v, mask=mask, backend=backend, **MOBA)
+
+
+def by_group(q, k, v, mask, backend):
+    return ki.moba_attention(q, k, v, mask=mask, backend=backend, route_per="kv_group", softcap=2.0, **MOBA)
+
+
+def clustered(q, k, v, mask, backend):
+    return ki.clustered_sparse_attention(q, k, v, config=CONFIG, mask=mask, backend=backend)
+
+
+def clustered_with_lse(q, k, v, mask, backend):
+    out, lse = ki.clustered_sparse_attention_with_lse(q, k, v, config=CONFIG, mask=mask, backend=backend)
+    return torch.cat([out, lse.transpose(1, 2)[..., None]], -1)
+
+
+def exact(q, k, v, mask, backend):
+    selected = ki.lightning_indexer(q.detach(), k[:, :, 0].detach(), q[..., 0].detach(), topk=4, mask=mask)
+    return ki.exact_token_attention(q, k, v, selected, mask=mask, backend=backend)
+
+
+FUNCTIONS = [moba, by_group, clustered, clustered_with_lse, exact]
+
+
+def leaves_of(rows: int, length: int, dtype=torch.float64):
+    g = torch.Generator().manual_seed(length)
+    shapes = ((4, 8), (2, 8), (2, 8))
+    return [torch.randn(rows, length, *s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def each_path_alone(function, leaves, row, tree, packing, window, backend, above):
+    """Outputs by place, and the sum of their products with ``above``: each token counts on its first path."""
+    seen, found, total = set(), {}, 0.0
+    for path in paths_of(*tree, packing):
+        one = function(*(x[row : row + 1, path] for x in leaves), ki.MaskContract(window=window), backend)
+        new = [i for i, place in enumerate(path) if place not in seen]
+        seen |= set(path)
+        found |= {path[i]: one[0, i].detach() for i in new}
+        total = total + sum((one[0, i] * above[row, path[i]]).sum() for i in new)
+    return found, total
+
+
+def assert_law(function, trees, align, window, backend, dtype, **close):
+    packings = [ki.pack_tree(*tree, align=align) for tree in trees]
+    fields = batch_of(packings)
+    leaves = leaves_of(len(trees), fields["positions"].shape[1], dtype)
+    out = function(*leaves, ki.MaskContract(window=window, **fields), backend)
+    above = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    alone = 0.0
+    real = fields["subtree_end"] > torch.arange(out.shape[1])
+    for row, (tree, packing) in enumerate(zip(trees, packings, strict=True)):
+        found, total = each_path_alone(function, leaves, row, tree, packing, window, backend, above)
+        alone = alone + total
+        assert real[row].sum() == len(found)
+        for place, expected in found.items():
+            torch.testing.assert_close(out[row, place], expected, **close)
+    together = torch.autograd.grad((out * above)[real].sum(), leaves)
+    for a, b in zip(together, torch.autograd.grad(alone, leaves), strict=True):
+        torch.testing.assert_close(a, b, **close)
+    return out, real
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@FEW
+@given(st.lists(forests(most_runs=5), min_size=1, max_size=2), st.sampled_from([1, 3]), st.sampled_from([None, 4]))
+def test_the_law(function, trees, align, left):
+    out, real = assert_law(function, trees, align, (left, 0), "reference", torch.float64)
+    if function not in (exact, clustered_with_lse):
+        assert (out[~real] == 0).all()
+
+
+LONG = ([-1, 0, 0, 1, -1], [9, 5, 4, 6, 7])
+BACKENDS = ["cpu", pytest.param("native", marks=pytest.mark.native), pytest.param("triton", marks=pytest.mark.thorough)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_every_backend(function, backend):
+    if function is exact and backend == "native":
+        pytest.skip("exact_token_attention has no native backend")
+    with ki.receipts() as log:
+        assert_law(function, [LONG], 1, (None, 0), backend, torch.float32, rtol=2e-5, atol=2e-5)
+    assert {r.ran for r in log if r.op != "lightning_indexer"} == {backend}
+
+
+def test_routes_count_blocks_and_tokens_of_the_path():
+    packing = ki.pack_tree([-1, 0, 0], [4, 3, 5])
+    mask = ki.MaskContract(subtree_end=packing.subtree_end)
+    q, k, _ = leaves_of(1, 12)
+    for route in (
+        lambda q, k, m: ki.moba_route(q, k, block_size=2, topk=3, mask=m),
+        lambda q, k, m: ki.clustered_route(q, k, config=ki.ClusteredSparseConfig(block_size=2, topk=3), mask=m),
+    ):
+        found = route(q, k, mask)
+        assert found.indices.shape[-1] == 3
+        for path in paths_of([-1, 0, 0], [4, 3, 5], packing):
+            alone = route(q[:, path], k[:, path], ki.MaskContract())
+            assert torch.equal(found.indices[:, path], alone.indices)
+            assert torch.equal(found.valid[:, path], alone.valid)
+    tokens = ki.lightning_indexer(q, k[:, :, 0], q[..., 0], topk=4, mask=mask)
+    assert not (tokens.indices[:, 7:] // 1 == 5).any(), "the second answer selected a token of the first"
+    again = ki.lightning_indexer(q, k[:, :, 0], q[..., 0], topk=4, mask=mask, replay=tokens)
+    assert torch.equal(again.indices, tokens.indices)
+    torch.testing.assert_close(again.scores, tokens.scores)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(forests(), st.sampled_from([1, 2, 5]))
+def test_branches_hold_every_token_once_and_end_their_paths(tree, align):
+    packing = ki.pack_tree(*tree, align=align)
+    mask = ki.MaskContract(subtree_end=packing.subtree_end)
+    sizes = mask.sizes()
+    (branches,) = branches_of(mask, sizes)
+    assert torch.equal(torch.cat([b.queries for b in branches]), packing.is_token.nonzero().flatten())
+    dense = mask.dense()[0, 0]
+    for branch in branches:
+        assert torch.equal(branch.keys[-len(branch.queries) :], branch.queries)
+        assert torch.equal(dense[branch.queries[-1]].nonzero().flatten(), branch.keys)
+
+
+def test_what_cannot_be_routed_is_refused_by_a_reason():
+    packing = ki.pack_tree([-1, 0, 0], [2, 2, 2])
+    q, k, v = leaves_of(1, 6)
+    mask = ki.MaskContract(subtree_end=packing.subtree_end)
+    with pytest.raises(ki.Ineligible, match="routed only where T = S"):
+        moba(q[:, 3:], k, v, mask, "auto")
+    jumps = ki.MaskContract(window=(2, 0), subtree_end=packing.subtree_end, positions=packing.positions * 2)
+    with pytest.raises(ki.Ineligible, match="positions that grow by 1"):
+        moba(q, k, v, jumps, "auto")
+    with pytest.raises(Exception, match="read on the host"):
+        torch.compile(lambda *x: moba(*x, mask, "auto"), fullgraph=True, backend="eager")(q, k, v)
+    with pytest.raises(ValueError, match="one number for all rows"):
+        moba(q, k, v, ki.MaskContract(q_offset=torch.tensor([0])), "auto")
+    with pytest.raises(ValueError, match=r"must be causal: .* got prefix=2"):
+        moba(q, k, v, ki.MaskContract(prefix=2), "auto")
+
+
+def test_empty_rows_and_batches():
+    for rows, length in ((0, 4), (1, 0)):
+        q, k, v = leaves_of(rows, length)
+        ends = torch.full((rows, length), length)
+        assert moba(q, k, v, ki.MaskContract(subtree_end=ends), "auto").shape == q.shape
+    q, k, v = leaves_of(1, 3)
+    assert (moba(q, k, v, ki.MaskContract(subtree_end=torch.arange(3)), "auto") == 0).all()
