@@ -17,8 +17,9 @@ if TYPE_CHECKING:
         clustered_sparse_attention_with_lse,
     )
     from kernel_index.jax.interval_attention import AttentionOutput, attention, attention_with_lse
-    from kernel_index.jax.mask import AttentionValidity, MaskContract, attention_validity
+    from kernel_index.jax.mask import MaskContract
     from kernel_index.jax.routing import UnionMaps, union_selection
+    from kernel_index.jax.validity import AttentionValidity, attention_validity
 
 __all__ = [
     "AttentionOutput",
@@ -43,8 +44,9 @@ __all__ = [
 _HOME = {
     "clustered_attention": ("clustered_route", "clustered_sparse_attention", "clustered_sparse_attention_with_lse"),
     "interval_attention": ("AttentionOutput", "attention", "attention_with_lse"),
-    "mask": ("AttentionValidity", "MaskContract", "attention_validity"),
+    "mask": ("MaskContract",),
     "routing": ("UnionMaps", "union_selection"),
+    "validity": ("AttentionValidity", "attention_validity"),
 }
 
 

@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernel_index.jax.block_walk import PrefetchLoop, Walk, by_chunks, kv_copies
-from kernel_index.jax.kernel_launch import IN_HBM, Refs, TileMasks, bounds_spec, launch, over_batches, per_row, result
-from kernel_index.jax.tile_scores import LOG2E, NN, NT, TN, Setup, allowed, dot, scores
+from kernel_index.jax.kernel_launch import IN_HBM, Refs, TileMasks, launch, over_batches, per_row, result
+from kernel_index.jax.tile_scores import LOG2E, NN, NT, TN, Setup, allowed, dot, key_column, scores
 
 
 def _probabilities(k: Any, q: Any, stats: Any, allowed: Callable[[], Any], setup: Setup) -> tuple[Any, Any]:
@@ -27,18 +27,20 @@ def _score_gradient(p: Any, s: Any, v: Any, do: Any, stats: Any, setup: Setup) -
 
 
 def _dq_kernel(refs: Refs, setup: Setup, width: int) -> None:
-    do_ref, stats_ref, dq_ref, k_buffer, v_buffer, acc_ref, sems, slot_ref = refs.own
+    do_ref, stats_ref, dq_ref, *buffers, acc_ref, sems, slot_ref = refs.own
+    k_buffer, v_buffer = buffers[:2]
     size = setup.block
-    copies = kv_copies(refs.k, refs.v, k_buffer, v_buffer, sems, size)
+    copies = kv_copies(refs.k, refs.v, refs.q_end, buffers, sems, size)
     loop = PrefetchLoop(refs.spans, refs.lists, width, copies, slot_ref)
     q, do = refs.q[0, 0, 0], do_ref[0, 0, 0]  # [C, D], [C, Dv]
-    stats, bounds = stats_ref[0, 0, 0], refs.bounds[0, 0]  # [2, C] each
+    stats, bounds = stats_ref[0, 0, 0], refs.bounds[0, 0]  # [2, C], [2 or 3, C]
     acc_ref[...] = jnp.zeros_like(acc_ref)  # [D, C]
 
     def attend(slot: Any, at: Any, blocks: list[Any]) -> None:
         rows = pl.ds(at, len(blocks) * size)
         k, v = k_buffer[slot, rows], v_buffer[slot, rows]  # [keys, D], [keys, Dv]
-        p, s = _probabilities(k, q, stats, lambda: allowed(bounds, refs.word_of(), blocks, size), setup)
+        q_end = None if refs.q_end is None else key_column(buffers[2][slot], size)  # [keys, 1]
+        p, s = _probabilities(k, q, stats, lambda: allowed(bounds, refs.word_of(), blocks, size, q_end), setup)
         ds = _score_gradient(p, s, v, do, stats, setup)  # [keys, C]
         acc_ref[...] += dot(k, ds.astype(k.dtype), TN)
 
@@ -61,13 +63,14 @@ def _dkv_kernel(refs: Refs, setup: Setup, width: int) -> None:
 
     loop = PrefetchLoop(refs.spans, refs.lists, width, copies, slot_ref)
     k, v = refs.k[0, 0], refs.v[0, 0]  # [block, D], [block, Dv]
+    q_end = None if refs.q_end is None else key_column(refs.q_end[0, 0], setup.block)  # [block, 1]
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
 
     def attend(_: Any, slot: Any) -> None:
-        q, do, stats, bounds = (x[slot] for x in buffers[:4])  # [C, D], [C, Dv], [2, C], [2, C]
+        q, do, stats, bounds = (x[slot] for x in buffers[:4])  # [C, D], [C, Dv], [2, C], [2 or 3, C]
         word_of = None if refs.members is None else lambda _: buffers[4][slot]
-        p, s = _probabilities(k, q, stats, lambda: allowed(bounds, word_of, [block], setup.block), setup)
+        p, s = _probabilities(k, q, stats, lambda: allowed(bounds, word_of, [block], setup.block, q_end), setup)
         dv_acc[...] += dot(p.astype(do.dtype), do, NN)
         ds = _score_gradient(p, s, v, do, stats, setup)
         dk_acc[...] += dot(ds.astype(q.dtype), q, NN)
@@ -91,7 +94,6 @@ def gradient_q(
     """dQ in q's shape; ``stats`` float32 [B, K, tiles, 2, C] holds the log-sum-exp (large where empty) and δ."""
     columns, width = q.shape[3:]
     value_width = v.shape[-1]
-    members = () if masks.members is None else (masks.members,)
     keys = walk.width * setup.block
     (dq,) = launch(
         _dq_kernel,
@@ -99,11 +101,10 @@ def gradient_q(
         setup,
         walk,
         masks,
-        (q, masks.bounds, *members, k, v, do, stats),
+        (q, *masks.given, k, v, do, stats),
         (
             per_row(columns, width),
-            bounds_spec(masks.bounds),
-            *(per_row(*x.shape[3:]) for x in members),
+            *masks.specs(of_tile=True),
             IN_HBM,
             IN_HBM,
             per_row(columns, value_width),
@@ -113,8 +114,9 @@ def gradient_q(
         [
             pltpu.VMEM((2, keys, width), k.dtype),
             pltpu.VMEM((2, keys, value_width), v.dtype),
+            *masks.key_buffers(),
             pltpu.VMEM((width, columns), jnp.float32),
-            pltpu.SemaphoreType.DMA((2, 2, walk.width)),
+            pltpu.SemaphoreType.DMA((3, 2, walk.width)),
         ],
     )
     return dq
@@ -146,8 +148,8 @@ def gradient_kv(
         setup,
         walk,
         masks,
-        (q, masks.bounds, *members, k, v, do, stats),
-        (IN_HBM, IN_HBM, *(IN_HBM for _ in members), keys(k), keys(v), IN_HBM, IN_HBM),
+        (q, *masks.given, k, v, do, stats),
+        (IN_HBM, *masks.specs(of_tile=False), keys(k), keys(v), IN_HBM, IN_HBM),
         ((result(k.shape, k.dtype, k), keys(k)), (result(v.shape, v.dtype, v), keys(v))),
         [
             *buffers,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernel_index.jax.attention_contract import AttentionCall
 from kernel_index.jax.attention_pallas import attention_pallas
 from kernel_index.jax.mask import MaskContract
-from kernel_index.jax.mask_kernel_cache import MaskKernels
+from kernel_index.jax.mask_kernel_cache import MaskKernels, mask_of
 from kernel_index.jax.reference import attention_with_lse_xla
 from kernel_index.jax.target import is_interpreted
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
@@ -30,12 +30,12 @@ def _build(key: ExactMaskKey) -> Any:
         softcap: Any,
         interpret: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        mask = MaskContract(key.causal, key.window, mask.doc_ids, mask.validity, mask.q_offset, mask.key_validity)
+        mask = mask_of(key, mask)
         if key.backend == "pallas":
             call = AttentionCall(q, k, v, mask, scale, softcap, sink, key.block_sizes)
             out, lse = attention_pallas(call, interpret=interpret)
         else:
-            bounds = mask.intervals(q.shape[0], q.shape[1], k.shape[1])
+            bounds = mask.row_bounds(q.shape[0], q.shape[1], k.shape[1])
             out, lse = attention_with_lse_xla(q, k, v, bounds, None, scale=scale, softcap=softcap)
         return (out, lse) if sink is None else with_sink(out, lse, sink)
 

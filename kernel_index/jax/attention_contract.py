@@ -42,7 +42,6 @@ def check_attention(q: Any, k: Any, v: Any, mask: Any, scale: Any, softcap: Any,
     from kernel_index.jax import checks
     from kernel_index.jax.mask import as_contract
 
-    mask = as_contract(mask)
     for name, value, legend in (("q", q, "[B, T, H, D]"), ("k", k, "[B, S, K, D]"), ("v", v, "[B, S, K, Dv]")):
         checks.is_floating(name, value)
         checks.has_rank(name, value, 4, legend)
@@ -55,6 +54,7 @@ def check_attention(q: Any, k: Any, v: Any, mask: Any, scale: Any, softcap: Any,
         raise ValueError(f"q must be of head size at least 1, got shape {tuple(q.shape)}")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q must be of a multiple of k's {kv_heads} heads, got {heads}")
+    mask = as_contract(mask, q.shape[1], keys)
     mask.check_sizes(batch, keys)
     check_scoring(scale, softcap)
     if sink is not None:

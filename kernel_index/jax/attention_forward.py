@@ -8,19 +8,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernel_index.jax.block_walk import PrefetchLoop, Walk, by_chunks, kv_copies
-from kernel_index.jax.kernel_launch import IN_HBM, Refs, TileMasks, bounds_spec, launch, over_batches, per_row, result
-from kernel_index.jax.tile_scores import LOG2E, MASKED, TN, Setup, allowed, dot, scores
+from kernel_index.jax.kernel_launch import IN_HBM, Refs, TileMasks, launch, over_batches, per_row, result
+from kernel_index.jax.tile_scores import LOG2E, MASKED, TN, Setup, allowed, dot, key_column, scores
 
 COLUMN_TILE = 512
 """Columns whose softmax is computed while the next ones are multiplied; unrolled, or the two would take turns."""
 
 
 def _forward_kernel(refs: Refs, setup: Setup, width: int) -> None:
-    o_ref, lse_ref, k_buffer, v_buffer, row_max_ref, row_sum_ref, acc_ref, sems, slot_ref = refs.own
+    o_ref, lse_ref, *buffers, row_max_ref, row_sum_ref, acc_ref, sems, slot_ref = refs.own
+    k_buffer, v_buffer = buffers[:2]
     size = setup.block
-    copies = kv_copies(refs.k, refs.v, k_buffer, v_buffer, sems, size)
+    copies = kv_copies(refs.k, refs.v, refs.q_end, buffers, sems, size)
     loop = PrefetchLoop(refs.spans, refs.lists, width, copies, slot_ref)
-    q, bounds = refs.q[0, 0, 0], refs.bounds[0, 0]  # [C, D], [2, C]
+    q, bounds = refs.q[0, 0, 0], refs.bounds[0, 0]  # [C, D], [2 or 3, C]
     columns = q.shape[0]
     row_max_ref[...] = jnp.full_like(row_max_ref, MASKED)  # [1, C]
     row_sum_ref[...] = jnp.zeros_like(row_sum_ref)  # [1, C]
@@ -29,10 +30,11 @@ def _forward_kernel(refs: Refs, setup: Setup, width: int) -> None:
     def attend(slot: Any, at: Any, blocks: list[Any]) -> None:
         rows = pl.ds(at, len(blocks) * size)
         k, v = k_buffer[slot, rows], v_buffer[slot, rows]  # [keys, D], [keys, Dv]
+        q_end = None if refs.q_end is None else key_column(buffers[2][slot], size)  # [keys, 1]
         tiles = [slice(c, min(c + COLUMN_TILE, columns)) for c in range(0, columns, COLUMN_TILE)]
         every = [scores(k, q[c], setup) for c in tiles]  # [keys, ≤ COLUMN_TILE] each
         for c, s in zip(tiles, every, strict=True):
-            s = jnp.where(allowed(bounds[:, c], refs.word_of(c), blocks, size), s, MASKED)
+            s = jnp.where(allowed(bounds[:, c], refs.word_of(c), blocks, size, q_end), s, MASKED)
             old_max = row_max_ref[:, c]
             new_max = jnp.maximum(old_max, jnp.max(s, 0, keepdims=True))
             # A query without a key so far has row_max = MASKED and p = 1 here; its first real score sets alpha to 0.
@@ -59,7 +61,6 @@ def forward(setup: Setup, walk: Walk, masks: TileMasks, q: jax.Array, k: jax.Arr
     """
     batch, heads, rows, columns, width = q.shape
     value_width = v.shape[-1]
-    members = () if masks.members is None else (masks.members,)
     keys = walk.width * setup.block
     return launch(
         _forward_kernel,
@@ -67,11 +68,10 @@ def forward(setup: Setup, walk: Walk, masks: TileMasks, q: jax.Array, k: jax.Arr
         setup,
         walk,
         masks,
-        (q, masks.bounds, *members, k, v),
+        (q, *masks.given, k, v),
         (
             per_row(columns, width),
-            bounds_spec(masks.bounds),
-            *(per_row(*x.shape[3:]) for x in members),
+            *masks.specs(of_tile=True),
             IN_HBM,
             IN_HBM,
         ),
@@ -82,9 +82,10 @@ def forward(setup: Setup, walk: Walk, masks: TileMasks, q: jax.Array, k: jax.Arr
         [
             pltpu.VMEM((2, keys, width), k.dtype),
             pltpu.VMEM((2, keys, value_width), v.dtype),
+            *masks.key_buffers(),
             pltpu.VMEM((1, columns), jnp.float32),
             pltpu.VMEM((1, columns), jnp.float32),
             pltpu.VMEM((value_width, columns), jnp.float32),
-            pltpu.SemaphoreType.DMA((2, 2, walk.width)),
+            pltpu.SemaphoreType.DMA((3, 2, walk.width)),
         ],
     )

@@ -25,7 +25,7 @@ class Walk(NamedTuple):
     """Which blocks each row visits.
 
     ``spans`` int32 [B', K', 1 + width, rows]: how many, and the first ``width`` of them.  ``lists`` int32
-    [B, K, rows, 1, U]: all of them, or None where they follow each other.  B' and K' are 1 where all rows are alike.
+    [B', K', rows, 1, U]: all of them, or None where they follow each other.  B' and K' are 1 where all rows are alike.
     """
 
     spans: jax.Array
@@ -51,7 +51,7 @@ def ranges(first: jax.Array, count: jax.Array) -> Walk:
 
 
 def listed(lists: jax.Array, counts: jax.Array, width: int) -> Walk:
-    """Rows that visit ``lists[..., :count]``; int32 [B, K, rows, U] and [B, K, rows]."""
+    """Rows that visit ``lists[..., :count]``; int32 [B', K', rows, U] and [B', K', rows]."""
     columns = lists.shape[-1]
     if columns < width:
         lists = jnp.pad(lists, ((0, 0), (0, 0), (0, 0), (0, width - columns)))
@@ -72,7 +72,8 @@ def smem_specs(walk: Walk) -> list[pl.BlockSpec]:
     ]
     if walk.lists is not None:
         block = (1, 1, 1, 1, walk.lists.shape[-1])
-        specs.append(pl.BlockSpec(block, lambda b, h, r: (b, h, r, 0, 0), memory_space=pltpu.SMEM))
+        index = lambda b, h, r: (0 if alike[0] else b, 0 if alike[1] else h, r, 0, 0)  # noqa: E731
+        specs.append(pl.BlockSpec(block, index, memory_space=pltpu.SMEM))
     return specs
 
 
@@ -86,9 +87,9 @@ def inverted(walk: Walk, blocks: int) -> Walk:
         search = jax.vmap(lambda bounds: jnp.searchsorted(bounds, block, side="right"))
         begin = search(end).astype(jnp.int32)  # [B', blocks]
         return ranges(begin, jnp.maximum(search(first).astype(jnp.int32) - begin, 0))
-    lists = walk.lists[:, :, :, 0]  # [B, K, tiles, U]
+    lists = walk.lists[:, :, :, 0]  # [B', K', tiles, U]
     visited = jnp.where(jnp.arange(lists.shape[-1]) < count[..., None], lists, blocks)
-    marks = jnp.zeros((*visited.shape[:3], blocks), bool)  # [B, K, tiles, blocks]
+    marks = jnp.zeros((*visited.shape[:3], blocks), bool)  # [B', K', tiles, blocks]
     row = jnp.meshgrid(*(jnp.arange(n) for n in visited.shape[:3]), indexing="ij")
     marks = marks.at[(*(i[..., None] for i in row), visited)].set(True, mode="drop")
     return listed(*marked_first(marks.swapaxes(2, 3)), width=1)
@@ -193,16 +194,16 @@ def by_chunks(
     return compute
 
 
-def kv_copies(k_hbm: Any, v_hbm: Any, k_buffer: Any, v_buffer: Any, sems: Any, size: int) -> Callable[..., tuple]:
-    """``copies`` for ``PrefetchLoop`` where the blocks hold keys and values."""
+def kv_copies(k_hbm: Any, v_hbm: Any, q_end_hbm: Any, buffers: list[Any], sems: Any, size: int) -> Callable[..., tuple]:
+    """``copies`` for ``PrefetchLoop`` where the blocks hold keys and values, and in a tree ``TileMasks.q_end``."""
     b, h = pl.program_id(0), pl.program_id(1)
 
     def copies(_: Any, block: Any, slot: Any, i: int) -> tuple:
         source = pl.ds(pl.multiple_of(block * size, size), size)
         target = pl.ds(i * size, size)
-        return (
-            pltpu.make_async_copy(k_hbm.at[b, h, source], k_buffer.at[slot, target], sems.at[0, slot, i]),
-            pltpu.make_async_copy(v_hbm.at[b, h, source], v_buffer.at[slot, target], sems.at[1, slot, i]),
-        )
+        pairs = [(x.at[b, h, source], y.at[slot, target]) for x, y in zip((k_hbm, v_hbm), buffers[:2], strict=True)]
+        if q_end_hbm is not None:  # one block at a time: the walk of a tree has width 1
+            pairs.append((q_end_hbm.at[0 if q_end_hbm.shape[0] == 1 else b, block], buffers[2].at[slot]))
+        return tuple(pltpu.make_async_copy(x, y, sems.at[n, slot, i]) for n, (x, y) in enumerate(pairs))
 
     return copies

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 
 from kernel_index.core import checks as host
 
-__all__ = ["has_dtype", "has_rank", "has_shape", "host", "is_array", "is_floating", "is_integer_array", "is_traced"]
+__all__ = [
+    "has_dtype",
+    "has_rank",
+    "has_shape",
+    "host",
+    "is_array",
+    "is_floating",
+    "is_integer_array",
+    "is_readable",
+    "is_traced",
+]
 
 
 def is_array(name: str, value: Any) -> None:
@@ -45,3 +55,8 @@ def has_dtype(name: str, value: jax.Array, dtype: Any, why: str) -> None:
 def is_traced(value: Any) -> bool:
     """Whether the values are unknown: inside jit, vmap, grad."""
     return isinstance(value, jax.core.Tracer)
+
+
+def is_readable(value: jax.Array) -> bool:
+    """Whether the values may be read here: they are known, and no device is waited for."""
+    return not is_traced(value) and value.is_fully_addressable and all(d.platform == "cpu" for d in value.devices())

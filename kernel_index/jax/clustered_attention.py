@@ -45,7 +45,8 @@ def clustered_sparse_attention(
         v: [B, S, K, Dv], q's dtype.
         config: a ``ClusteredSparseConfig``, the same as torch's; ``dense_above`` is ignored: the size of a union
             cannot be read inside jit, and a walk over all blocks costs as much as a dense one.
-        mask: a causal ``MaskContract`` of this package, or torch's.
+        mask: a causal ``MaskContract`` of this package, or torch's, without a prefix tree, a ``prefix`` and a
+            ``q_offset`` of rows.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
         backend: ``"auto"``, ``"pallas"`` (compiled on a TPU, interpreted on a CPU) or ``"xla"``, the reference.  Inside
@@ -57,7 +58,7 @@ def clustered_sparse_attention(
 
     Raises:
         TypeError: an array is not floating, dtypes differ, or mask or config are of the wrong type.
-        ValueError: shapes, heads, sizes or options do not fit, or the mask is not causal.
+        ValueError: shapes, heads, sizes or options do not fit, or the mask is not one of those above.
         Ineligible: the named backend cannot run this call.
 
     Source: Yuan et al., "Native Sparse Attention", 2025; Lu et al., "MoBA", 2025.

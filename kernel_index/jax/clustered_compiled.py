@@ -12,7 +12,7 @@ from kernel_index.jax.block_selection import select
 from kernel_index.jax.clustered_contract import ClusteredCall
 from kernel_index.jax.clustered_pallas import attend_selected
 from kernel_index.jax.mask import MaskContract
-from kernel_index.jax.mask_kernel_cache import MaskKernels
+from kernel_index.jax.mask_kernel_cache import MaskKernels, mask_of
 from kernel_index.jax.reference import attention_with_lse_xla
 from kernel_index.jax.target import is_interpreted
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
@@ -25,7 +25,7 @@ def _build(key: ExactMaskKey) -> Any:
     def attend(
         q: Any, k: Any, v: Any, mask: MaskContract, *, config: Any, scale: Any, softcap: Any, interpret: Any
     ) -> tuple[jax.Array, jax.Array]:
-        mask = MaskContract(key.causal, key.window, mask.doc_ids, mask.validity, mask.q_offset, mask.key_validity)
+        mask = mask_of(key, mask)
         call = ClusteredCall(q, k, v, config, mask, scale, softcap)
         return _xla(call) if key.backend == "xla" or q.size == 0 or k.size == 0 else _pallas(call, interpret)
 
@@ -34,7 +34,7 @@ def _build(key: ExactMaskKey) -> Any:
 
 def _xla(call: ClusteredCall) -> tuple[jax.Array, jax.Array]:
     q, k, v, config = call.q, call.k, call.v, call.config
-    bounds = call.mask.intervals(q.shape[0], q.shape[1], k.shape[1])
+    bounds = call.mask.row_bounds(q.shape[0], q.shape[1], k.shape[1])
     how = {"scale": call.scale, "softcap": call.softcap}
     if call.reroute or q.size == 0 or k.size == 0:
         return attention_with_lse_xla(q, k, v, bounds, None, **how)

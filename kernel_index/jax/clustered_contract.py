@@ -35,12 +35,12 @@ class ClusteredCall(NamedTuple):
 
 
 def check(q: Any, k: Any, v: Any, config: Any, mask: Any, scale: Any, softcap: Any) -> ClusteredCall:
-    from kernel_index.jax.routing import check_causal
+    from kernel_index.jax.routing import check_routable
 
     mask = check_attention(q, k, v, mask, scale, softcap)
     if not isinstance(config, ClusteredSparseConfig):
         raise TypeError(f"config must be a ClusteredSparseConfig, got {type(config).__name__}")
-    check_causal(mask)
+    check_routable(mask)
     return ClusteredCall(q, k, v, config, mask, scale, softcap)
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from kernel_index.jax.attention_vjp import Plan, attend
 from kernel_index.jax.block_walk import listed, marked_first
 from kernel_index.jax.kernel_launch import TileMasks
-from kernel_index.jax.mask import Intervals
+from kernel_index.jax.mask_bounds import Intervals
 from kernel_index.jax.routing import num_blocks, tile_marks
 from kernel_index.jax.tile_layout import Sizes, from_rows, from_tiles, to_blocks, to_columns, to_tiles
 from kernel_index.jax.tile_scores import Setup

@@ -78,8 +78,9 @@ def attention(
 
         out[t, h] = Σ_s exp(z[t, s]) · v[s, h // G] / (exp(sink[h]) + Σ_s exp(z[t, s]))      over allowed s
 
-    On a TPU (``pallas``) a tile of queries fetches only blocks of keys that one of its queries may attend to.  The
-    plan is made inside jit, from arrays, so that one compilation serves every batch.  Works under ``jit``, ``vmap``,
+    On a TPU (``pallas``) a tile of queries fetches only blocks of keys that one of its queries may attend to; in a
+    prefix tree, the blocks of its path and few others.  The plan is made inside jit, from arrays, so that one
+    compilation serves every batch.  Works under ``jit``, ``vmap``,
     ``grad`` (once) and ``shard_map`` over batch or heads.  A query that may attend to nothing gives exactly 0 and
     gradient 0.
 

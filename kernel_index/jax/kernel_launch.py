@@ -19,13 +19,37 @@ IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)
 class TileMasks(NamedTuple):
     """Which keys each query may attend to.
 
-    ``bounds`` int32 [B', tiles, 2, C]: first key and end; B' is 1 where rows are alike.
+    ``bounds`` int32 [B', tiles, 2, C]: first key and end; B' is 1 where rows are alike.  In a tree [B', tiles, 3, C],
+    and the third number is the index of the query.
     ``members`` int32 [B, K, tiles, words, 1, C]: bit ``j % 32`` of word ``j // 32`` is set where block j is selected
     for a query; None where every block may be visited.
+    ``q_end`` int32 [B', blocks, 1, L]: in a tree, the end of the queries that see each key; else None.
     """
 
     bounds: jax.Array
-    members: jax.Array | None
+    members: jax.Array | None = None
+    q_end: jax.Array | None = None
+
+    @property
+    def given(self) -> tuple[jax.Array, ...]:
+        """Those that there are, in the order of ``Refs``."""
+        return tuple(x for x in self if x is not None)
+
+    def specs(self, of_tile: bool) -> list[pl.BlockSpec]:
+        """The specs of ``given`` for a kernel whose rows are tiles of queries, or blocks of keys.
+
+        What belongs to a row comes to VMEM with it; the kernel copies the rest from HBM.
+        """
+        found = [bounds_spec(self.bounds) if of_tile else IN_HBM]
+        if self.members is not None:
+            found.append(per_row(*self.members.shape[3:]) if of_tile else IN_HBM)
+        if self.q_end is not None:
+            found.append(IN_HBM if of_tile else bounds_spec(self.q_end))
+        return found
+
+    def key_buffers(self) -> list[Any]:
+        """The scratch of ``kv_copies`` for what belongs to the keys of a block."""
+        return [] if self.q_end is None else [pltpu.VMEM((2, *self.q_end.shape[2:]), jnp.int32)]
 
 
 class Refs(NamedTuple):
@@ -36,6 +60,7 @@ class Refs(NamedTuple):
     q: Any
     bounds: Any
     members: Any
+    q_end: Any
     k: Any
     v: Any
     own: tuple
@@ -45,12 +70,12 @@ class Refs(NamedTuple):
         return None if self.members is None else lambda block: self.members[0, 0, 0, block >> 5, :, columns]
 
 
-def _named_refs(refs: tuple, has_lists: bool, has_members: bool) -> Refs:
+def _named_refs(refs: tuple, has_lists: bool, masks: TileMasks) -> Refs:
     left = iter(refs)
     spans, lists = next(left), next(left) if has_lists else None
     q, bounds = next(left), next(left)
-    members = next(left) if has_members else None
-    return Refs(spans, lists, q, bounds, members, next(left), next(left), tuple(left))
+    members, q_end = (None if x is None else next(left) for x in masks[1:])
+    return Refs(spans, lists, q, bounds, members, q_end, next(left), next(left), tuple(left))
 
 
 def launch(
@@ -65,10 +90,10 @@ def launch(
     scratch: list[Any],
 ) -> tuple[jax.Array, ...]:
     """Run ``kernel(refs, setup, walk.width)`` over batch, KV heads and the walk's rows."""
-    has_lists, has_members = walk.lists is not None, masks.members is not None
+    has_lists = walk.lists is not None
 
     def body(*refs: Any) -> None:
-        kernel(_named_refs(refs, has_lists, has_members), setup, walk.width)
+        kernel(_named_refs(refs, has_lists, masks), setup, walk.width)
 
     batch, heads = operands[0].shape[:2]
     if not setup.interpret:  # or XLA brings small arrays to VMEM, and copies from there are loops of the vector unit

@@ -1,5 +1,6 @@
 """Compiled JAX functions, cached by the static part of their mask in an ``exact_mask_contract_cache``."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,18 @@ from kernel_index.masks.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.masks.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
 
+FIELDS = tuple(field.name for field in dataclasses.fields(MaskContract))
+
 
 def key_of(mask: MaskContract, dtype: Any, backend: str, block_sizes: tuple[int, int] | None) -> ExactMaskKey:
     """The static part of a call's mask: no array, and nothing that may differ between two batches."""
-    fields = {name: getattr(mask, name) for name in ("causal", "window", "doc_ids", "validity", "key_validity")}
-    fields["has_q_offset"] = mask.q_offset is not None
+    fields = {name: getattr(mask, name) for name in FIELDS}
     return exact_mask_key(fields, dtype=dtype, backend=backend, block_sizes=block_sizes)
+
+
+def mask_of(key: ExactMaskKey, arrays: MaskContract) -> MaskContract:
+    """The mask of a key with the arrays of a batch."""
+    return dataclasses.replace(arrays, causal=key.causal, window=key.window)
 
 
 class MaskKernels:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernel_index.jax.excluded_rows import excluding
-from kernel_index.jax.mask import Intervals
+from kernel_index.jax.mask_bounds import RowBounds, allowed
 
 SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores: 256 MiB of float32."""
@@ -18,7 +18,7 @@ def attention_with_lse_xla(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    bounds: Intervals,
+    bounds: RowBounds,
     selected: jax.Array | None,
     *,
     scale: float | None,
@@ -34,7 +34,7 @@ def attention_with_lse_xla(
 
 
 def _attend(
-    plan: tuple[Intervals, jax.Array | None],
+    plan: tuple[RowBounds, jax.Array | None],
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -57,17 +57,22 @@ def _attend(
     key = jnp.arange(keys, dtype=jnp.int32)
 
     def chunk(
-        q_BTKGD: jax.Array, flag_BTKG1: jax.Array, bounds: Intervals, selected: jax.Array | None
+        q_BTKGD: jax.Array,
+        flag_BTKG1: jax.Array,
+        start: jax.Array,
+        end: jax.Array,
+        query: jax.Array,
+        selected: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        allowed = (key >= bounds.start[..., None]) & (key < bounds.end[..., None])  # [B', T, S]
-        allowed = allowed[:, None, None]  # [B', 1, 1, T, S]
+        seen = allowed(RowBounds(start, end, bounds.q_end), key, query)[:, None, None]  # [B', 1, 1, T, S]
         if selected is not None:
             is_selected = _selects(selected, block, keys)  # [B, T, K, S]
-            allowed = allowed & is_selected.transpose(0, 2, 1, 3)[:, :, None]
-        return _softmax(q_BTKGD, k_BSKD, v_BSKD, flag_BTKG1, allowed, softcap)
+            seen = seen & is_selected.transpose(0, 2, 1, 3)[:, :, None]
+        return _softmax(q_BTKGD, k_BSKD, v_BSKD, flag_BTKG1, seen, softcap)
 
     scores = batch * heads * queries * keys
-    operands = (q_BTKGD, flag_BTKG1, bounds, selected)
+    query = jnp.arange(queries, dtype=jnp.int32)[None]
+    operands = (q_BTKGD, flag_BTKG1, bounds.start, bounds.end, query, selected)
     if scores <= SCORES_AT_ONCE:
         out, lse = chunk(*operands)
     else:

@@ -12,7 +12,8 @@ from jax import lax
 
 from kernel_index.jax import checks
 from kernel_index.jax.block_walk import marked_first
-from kernel_index.jax.mask import MaskContract, segments
+from kernel_index.jax.mask import MaskContract
+from kernel_index.jax.mask_bounds import segments
 from kernel_index.routing.union_selection_query_mask.contract import MODES
 
 UnionMode = Literal["auto", "bitmap", "sort"]
@@ -33,14 +34,24 @@ def num_blocks(keys: int, block_size: int) -> int:
     return -(-keys // block_size)
 
 
-def check_causal(mask: MaskContract) -> None:
+def check_routable(mask: MaskContract) -> None:
+    """Raise ``ValueError`` for a mask under which past blocks and the current one are not those of a query."""
     if not mask.causal:
         raise ValueError("mask must be causal: a router takes past blocks and the current one, got causal=False")
+    if mask.is_tree:
+        name = "positions" if mask.subtree_end is None else "subtree_end"
+        raise ValueError(f"{name} must be None: a router selects blocks of one interval of keys, got a prefix tree")
+    if mask.prefix is not None:
+        raise ValueError("prefix must be None: a router takes past blocks and the current one, got a prefix")
+    if isinstance(mask.q_offset, jax.Array) and mask.q_offset.ndim > 0:
+        raise ValueError(
+            f"q_offset must be one number for all rows where blocks are selected, got shape {mask.q_offset.shape}"
+        )
 
 
 def legal_blocks(mask: MaskContract, batch: int, queries: int, keys: int, block_size: int) -> LegalBlocks:
     """The routable blocks of every query: wholly before its current block, with a key that it may attend to."""
-    check_causal(mask)
+    check_routable(mask)
     start, end = mask.intervals(batch, queries, keys)
     offset = keys - queries if mask.q_offset is None else mask.q_offset
     position = jnp.arange(queries, dtype=jnp.int32) + offset

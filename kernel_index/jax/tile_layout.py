@@ -1,11 +1,10 @@
 """The layout that Pallas kernels read, [B, T, H, D] as tiles and back; and the sizes of tiles and blocks."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from kernel_index.jax.mask import Intervals
 
 COLUMNS, QUERIES, KEYS = 1024, 512, 512
 """Upper bounds for interval attention: queries × heads of a tile, queries of a tile, keys of a block.
@@ -14,6 +13,10 @@ More columns read the keys less often.  More queries or keys compute more scores
 """
 SMALLEST = 16
 """Rows of a bfloat16 vector register."""
+
+
+LANES = 128
+"""Columns of a vector register."""
 
 
 class Sizes(NamedTuple):
@@ -69,11 +72,19 @@ def to_blocks(x: jax.Array, block: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, ceil_to(keys, block) - keys), (0, 0), (0, 0))).swapaxes(1, 2)
 
 
-def to_columns(bounds: Intervals, sizes: Sizes) -> jax.Array:
-    """Intervals [B', T] as int32 [B', tiles, 2, G · tile]; padding queries attend to nothing."""
-    both = jnp.stack(bounds, 1).astype(jnp.int32)  # [B', 2, T]
-    rows, _, queries = both.shape
+def to_columns(numbers: Sequence[jax.Array], sizes: Sizes) -> jax.Array:
+    """n numbers [B', T] of each query as int32 [B', tiles, n, G · tile]; 0 for padding queries."""
+    stacked = jnp.stack(numbers, 1).astype(jnp.int32)  # [B', n, T]
+    rows, count, queries = stacked.shape
     tiles = -(-queries // sizes.tile)
-    both = jnp.pad(both, ((0, 0), (0, 0), (0, tiles * sizes.tile - queries)))
-    both = both.reshape(rows, 2, tiles, sizes.tile).swapaxes(1, 2)  # [B', tiles, 2, tile]
-    return jnp.tile(both, (1, 1, 1, sizes.groups))
+    stacked = jnp.pad(stacked, ((0, 0), (0, 0), (0, tiles * sizes.tile - queries)))
+    stacked = stacked.reshape(rows, count, tiles, sizes.tile).swapaxes(1, 2)  # [B', tiles, n, tile]
+    return jnp.tile(stacked, (1, 1, 1, sizes.groups))
+
+
+def to_key_rows(numbers: jax.Array, block: int) -> jax.Array:
+    """A number of each key [B', S] as int32 [B', blocks, 1, L], L the block in whole vector registers; 0 as padding."""
+    rows, keys = numbers.shape
+    blocks = -(-keys // block)
+    padded = jnp.pad(numbers, ((0, 0), (0, blocks * block - keys))).reshape(rows, blocks, 1, block)
+    return jnp.pad(padded, ((0, 0), (0, 0), (0, 0), (0, ceil_to(block, LANES) - block)))

@@ -7,7 +7,8 @@ sublanes instead of lanes, and the query heads of a KV head are adjacent columns
     z = scale · k·qᵀ, softcap·tanh(z / softcap) where there is a softcap,     p = exp(z − lse)
     o = pᵀ·v,  dv = p·do,  ds = p · (v·doᵀ − δ) · dz,  dk = scale · ds·q,  dq = scale · dsᵀ·k,  δ = Σ do·o − dlse
 
-A query attends to key s of block j if its interval holds s and, where blocks are selected, j is selected for it.
+A query attends to key s of block j if its interval holds s and, where blocks are selected, j is selected for it.  In a
+prefix tree the query must also stand before the end of the queries that see s.
 """
 
 import math
@@ -17,6 +18,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+
+from kernel_index.jax.tile_layout import LANES
 
 NN = (((1,), (0,)), ((), ()))  # which dimensions of the two operands are summed over
 NT = (((1,), (1,)), ((), ()))
@@ -52,10 +55,18 @@ def scores(k: Any, q: Any, setup: Setup) -> Any:
     return setup.softcap * jnp.tanh(s * (setup.scale / setup.softcap)) if setup.softcap else s
 
 
-def allowed(bounds: Any, word_of: Callable[[Any], Any] | None, blocks: list[Any], size: int) -> Any:
-    """Which keys each query attends to, bool [len(blocks) · size, C], for ``bounds`` [2, C].
+def key_column(row: Any, size: int) -> Any:
+    """The first numbers of a row [1, L] as a column [size, 1]; ``TileMasks.q_end`` is kept in rows, which are short."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:size, :1]
+
+
+def allowed(
+    bounds: Any, word_of: Callable[[Any], Any] | None, blocks: list[Any], size: int, q_end: Any | None = None
+) -> Any:
+    """Which keys each query attends to, bool [len(blocks) · size, C], for ``bounds`` [2 or 3, C] of ``TileMasks``.
 
     ``word_of(block)`` is the word [1, C] of ``TileMasks.members`` that holds the block; None where all blocks count.
+    ``q_end`` [size, 1]: in a tree, the end of the queries that see each key of the one block.
     """
     key = lax.broadcasted_iota(jnp.int32, (size, bounds.shape[1]), 0)  # [size, C]
     masks = []
@@ -66,4 +77,6 @@ def allowed(bounds: Any, word_of: Callable[[Any], Any] | None, blocks: list[Any]
             high = jnp.where(is_member > 0, high, 0)
         position = key + block * size
         masks.append((position >= low) & (position < high))
+    if q_end is not None:
+        return masks[0] & (bounds[2:3] < q_end)
     return masks[0] if len(masks) == 1 else jnp.concatenate(masks, 0)

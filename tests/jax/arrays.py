@@ -48,7 +48,7 @@ def within_budget(
     actual: list[Any], plain: list[Tensor], truth: list[Tensor], dtype: torch.dtype, units: float
 ) -> None:
     """Error ≤ 2 × the error of the plain formula in the same dtype + rounding + ``units`` of float32."""
-    for name, ours, theirs, exact in zip(("out", "dq", "dk", "dv"), actual, plain, truth, strict=False):
+    for name, ours, theirs, exact in zip(("out", "dq", "dk", "dv", "d_sink"), actual, plain, truth, strict=False):
         budget = 2 * relative_error(theirs, exact) + floor(dtype) + units * torch.finfo(torch.float32).eps
         error = relative_error(to_torch(ours), exact)
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"

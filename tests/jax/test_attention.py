@@ -80,6 +80,22 @@ def test_vmap_is_a_larger_batch():
     assert np.array_equal(mapped.reshape(whole.shape), whole)
 
 
+@pytest.mark.thorough
+def test_vmap_over_trees_is_a_larger_batch():
+    q, k, v = map(to_jax, draw(4, "float32", (2, 2, 20, 2, 8), (2, 2, 20, 1, 8), (2, 2, 20, 1, 8)))
+    trees = ki.pack_tree([-1, 0, 0], [9, 5, 6]), ki.pack_tree([-1, 0, 1, 0], [3, 7, 4, 6])
+    ends = jnp.asarray(np.stack([tree.subtree_end for tree in trees]))
+
+    def attend(q, k, v, ends):
+        return (kij.attention(q, k, v, kij.MaskContract(subtree_end=ends), **SMALL) ** 2).sum()
+
+    gradients = jax.grad(attend, (0, 1, 2))
+    mapped = jax.vmap(gradients)(q, k, v, ends)
+    flat = [x.reshape(4, *x.shape[2:]) for x in (q, k, v)]
+    for a, b in zip(mapped, gradients(*flat, jnp.repeat(ends, 2, 0)), strict=True):
+        assert np.array_equal(a.reshape(b.shape), b)
+
+
 SHARDED = """
 import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"

@@ -142,3 +142,33 @@ def test_routing_has_no_gradient_and_bad_calls_are_refused():
     odd = ki.ClusteredSparseConfig(block_size=12, topk=2)
     with pytest.raises(ki.Ineligible, match="multiples of 8"):
         kij.clustered_sparse_attention(q, k, v, config=odd, backend="pallas")
+
+
+REFUSED = [
+    (
+        {"subtree_end": np.full(16, 16)},
+        "subtree_end must be None: a router selects blocks of one interval of keys, got a prefix tree",
+    ),
+    (
+        {"positions": np.arange(16)},
+        "positions must be None: a router selects blocks of one interval of keys, got a prefix tree",
+    ),
+    ({"prefix": 2}, "prefix must be None: a router takes past blocks and the current one, got a prefix"),
+    (
+        {"q_offset": np.array([0])},
+        "q_offset must be one number for all rows where blocks are selected, got shape (1,)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
+@pytest.mark.parametrize("topk", [2, 8])
+def test_masks_that_have_no_past_blocks_are_refused(fields, message, topk):
+    """Also where every block is selected: the answer must not depend on the length of the rows."""
+    x = jnp.ones((1, 16, 1, 8))
+    config = ki.ClusteredSparseConfig(block_size=4, topk=topk)
+    calls = kij.clustered_sparse_attention, kij.clustered_sparse_attention_with_lse
+    for call in (*calls, lambda q, k, v, **how: kij.clustered_route(q, k, **how)):
+        with pytest.raises(ValueError) as refusal:
+            call(x, x, x, config=config, mask=kij.MaskContract(**fields))
+        assert str(refusal.value) == message

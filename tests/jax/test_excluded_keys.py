@@ -41,6 +41,8 @@ LAWS = {
                    slice(0, 29), slice(0, 29), slice(29, T)),
     "the next document": Law(documents(21), slice(21, T), slice(0, 21), slice(0, 21)),
     "the document before": Law(documents(21), slice(0, 21), slice(21, T), slice(21, T)),
+    "another branch": Law({"subtree_end": np.repeat([T, 33, T], [21, 12, 12])}, slice(21, 33), slice(33, T),
+                          slice(33, T)),
     "the future": Law({}, slice(37, T), slice(0, 37), slice(0, 0)),
 }  # fmt: skip
 
@@ -80,6 +82,8 @@ def function_of(route: str, law: Law, softcap: float) -> Any:
 @pytest.mark.thorough_if(when=lambda name, **_: name != "padding")
 def test_rows_that_may_not_see_it_keep_their_bits(name, route, dtype, softcap):
     law, tensors = LAWS[name], drawn(dtype)
+    if "subtree_end" in law.mask and "clustered" in route:
+        pytest.skip("clustered attention takes no tree")
     results = function_of(route, law, softcap)
     clean = results(**tensors)
     for value, names in (*((math.nan, (name,)) for name in NAMES), (math.inf, NAMES)):

@@ -82,7 +82,9 @@ def test_numbers_may_be_tensors_and_align_is_checked():
     assert torch.equal(found.subtree_end, expected.subtree_end)
     with pytest.raises(ValueError, match="align must be at least 1, got 0"):
         ki.pack_tree([-1], [1], align=0)
-    assert ki.pack_tree([], []).positions.shape == (0,)
+    nothing = ki.pack_tree([], [])
+    assert nothing.positions.shape == (0,)
+    assert ki.MaskContract(window=(2, 0), subtree_end=nothing.subtree_end).dense(1, 0, 0).shape == (1, 1, 0, 0)
 
 
 # --- the contract --------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def interval_of(
     never decrease from one query to the next, and an empty interval is placed at ``end``: so both results are
     non-decreasing.
     """
-    # The same formula for JAX arrays is MaskContract.bounds_of in jax/mask.py; tests/jax/test_mask.py compares the two.
+    # The same formula for JAX arrays is interval_of in jax/mask_bounds.py; tests/jax/test_mask.py compares the two.
     left, right = window
     keys = sizes.keys
     low, high = torch.zeros_like(position), torch.full_like(position, keys)
