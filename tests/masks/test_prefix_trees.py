@@ -119,11 +119,13 @@ def tree_calls(draw) -> tuple[ki.MaskContract, int, int, int]:
     """A contract of trees in some rows, with the B, T and S that it is for."""
     packings = [ki.pack_tree(*draw(forests()), align=draw(ALIGN)) for _ in range(draw(st.integers(1, 2)))]
     fields = batch_of(packings)
-    keys = fields["positions"].shape[1]
+    keys = fields["subtree_end"].shape[1]
     queries = draw(st.one_of(st.just(keys), st.integers(1, keys)))
     if len(packings) == 1 and draw(st.booleans()):
         fields = {name: x[0] for name, x in fields.items()}
     left = draw(st.one_of(st.none(), st.integers(0, 6)))
+    if draw(st.booleans()):  # a window counts indices
+        del fields["positions"]
     if draw(st.booleans()):  # documents that begin where trees do, or that cut them
         ids = draw(st.lists(st.integers(-1, 1), min_size=keys, max_size=keys))
         fields["doc_ids"] = torch.tensor(ids).sort().values

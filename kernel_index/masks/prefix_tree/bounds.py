@@ -41,14 +41,18 @@ def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int) -> R
     readable = rules.host_readable(start, until)
     gaps = until <= index
     has_gaps = not readable or bool(gaps.any())
-    parent = parents_of(until, readable) if tree.left is not None or has_gaps else None
+    along_path = tree.left is not None and tree.positions is not None  # else a window counts indices
+    parent = parents_of(until, readable) if along_path or has_gaps else None
+    if tree.left is not None:
+        if tree.positions is not None and parent is not None:
+            first = window_starts(parent, tree.positions.to(torch.int64), tree.left)
+            first = torch.where(gaps, 0, first).expand(rows, -1).gather(1, at)  # the position of a gap says nothing
+        else:
+            first = position - tree.left
+        start = torch.minimum(torch.maximum(start, first), end)
     if parent is not None and has_gaps:  # a query in a gap sees the path above it
         latest = torch.where(gaps, parent, index).expand(rows, -1).gather(1, at)
         end = torch.where(latest >= start, end, start)
-    if parent is not None and tree.left is not None:
-        along = index[None] if tree.positions is None else tree.positions.to(torch.int64)
-        first = torch.where(gaps, 0, window_starts(parent, along, tree.left))  # the position of a gap says nothing
-        start = torch.minimum(torch.maximum(start, first.expand(rows, -1).gather(1, at)), end)
     if readable and not has_gaps and (root := _roots_of_chains(until, index)) is not None:
         start = torch.minimum(torch.maximum(start, root.expand(rows, -1).gather(1, at)), end)
         return RowBounds(start.to(torch.int32), end.to(torch.int32), None)
