@@ -34,10 +34,12 @@ def tree_bounds(bounds: Intervals, position: jax.Array, tree: Tree, keys: int) -
     q_end = jnp.broadcast_to(jnp.clip(until - first_query, 0, queries), (rows, keys))
     if tree.left is None or queries * keys == 0:
         return RowBounds(start, end, q_end)
-    along = index[None] if tree.positions is None else tree.positions.astype(jnp.int32)
-    first = window_starts(parents_of(until), along, tree.left)
-    first = jnp.where(until <= index, 0, first)  # the position of a gap says nothing
-    first = taken(first, jnp.broadcast_to(jnp.clip(position, 0, keys - 1), (rows, queries)))
+    if tree.positions is None:  # the window counts indices
+        first = position - tree.left
+    else:
+        first = window_starts(parents_of(until), tree.positions.astype(jnp.int32), tree.left)
+        first = jnp.where(until <= index, 0, first)  # the position of a gap says nothing
+        first = taken(first, jnp.broadcast_to(jnp.clip(position, 0, keys - 1), (rows, queries)))
     return RowBounds(jnp.minimum(jnp.maximum(start, first), end), end, q_end)
 
 
