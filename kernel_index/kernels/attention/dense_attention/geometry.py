@@ -66,20 +66,20 @@ def paths_of(tiles: Tensor | None, *bounds: Tensor | None) -> Paths | None:
     return None if tiles is None else Paths(tuple(x for x in bounds if x is not None), tiles)
 
 
-def tile_lists(mask: MaskContract, sizes: Sizes, q_block: int, kv_block: int, *, by_key: bool) -> Tensor:
-    """``Paths.tiles`` for tiles of these sizes; the contract keeps them."""
+def tile_lists(kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, sizes: Sizes) -> Tensor:
+    """``Paths.tiles`` for ``forward``, ``queries`` or ``keys``; the contract keeps them."""
+    blocks = _tile_sizes(kernel, q, k, v)
 
     def build() -> tuple[Tensor]:
-        tiles = mask.row_tiles(q_block, kv_block, sizes)
-        of_kinds = [lists_of(x.transpose(1, 2) if by_key else x) for x in (tiles.full, tiles.partial)]
+        tiles = mask.row_tiles(*blocks, sizes)
+        of_kinds = [lists_of(x.transpose(1, 2) if kernel == "keys" else x) for x in (tiles.full, tiles.partial)]
         counts = [of_kind.counts[..., None] for of_kind in of_kinds]
         return (torch.cat([*counts, *(of_kind.indices for of_kind in of_kinds)], 2),)
 
-    name = f"tile_lists_by_key_{by_key}"
-    return mask.remember(name, (q_block, kv_block, sizes), build)[0]
+    return mask.remember(f"tile_lists_{kernel}", (blocks, sizes), build)[0]
 
 
-def tile_sizes(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+def _tile_sizes(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
     """The queries and the keys of a tile."""
     config = _config_of(kernel, q, v, k.shape[1] if kernel == "keys" else q.shape[1])
     return (config.step, config.tile) if kernel == "keys" else (config.tile, config.step)

@@ -10,7 +10,7 @@ from kernel_index.core import ops, rules
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
-from kernel_index.kernels.attention.dense_attention.geometry import paths_of, tile_lists, tile_sizes
+from kernel_index.kernels.attention.dense_attention.geometry import paths_of, tile_lists
 
 
 def _allocate(q, k, v, sink, k_start, k_end, scale, softcap, q_end=None, tiles=None):
@@ -126,6 +126,4 @@ def _tiles_of_each_kernel(call: AttentionCall) -> tuple[Tensor, ...]:
     """The lists of ``Paths.tiles`` for ``forward`` and, where a gradient is wanted, ``queries`` and ``keys``."""
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
     kernels = ("forward", "queries", "keys") if rules.wants_gradient(q, k, v, call.sink) else ("forward",)
-    return tuple(
-        tile_lists(call.mask, sizes, *tile_sizes(kernel, q, k, v), by_key=kernel == "keys") for kernel in kernels
-    )
+    return tuple(tile_lists(kernel, q, k, v, call.mask, sizes) for kernel in kernels)
