@@ -72,10 +72,24 @@ def worker(rank, port, dtype):
     torch.testing.assert_close(logs.double(), exact, **tolerance)
     same = ki.token_log_probs(hidden, shard, targets, backend="reference")
     torch.testing.assert_close(same.double(), exact, **tolerance)
+    _assert_lse_is_the_whole_vocabularys(mesh, dtype, tolerance)
     _assert_offset_changes_nothing(mesh, dtype)
     with pytest.raises(ki.Ineligible, match="sharded over the vocabulary on a mesh of one dimension"):
         ki.token_log_probs(hidden, distribute_tensor(weight, mesh, [Replicate()]), targets, backend="sharded")
     dist.destroy_process_group()
+
+
+def _assert_lse_is_the_whole_vocabularys(mesh, dtype, tolerance):
+    def call(hidden, weight, **backend):
+        out = ki.fused_linear_cross_entropy_with_lse(hidden, weight, targets, **EVERY, **backend)
+        return out, torch.autograd.grad(out.loss + out.lse.cos().sum() + out.z_loss, (hidden, weight))
+
+    hidden, weight, _, targets = inputs(dtype)
+    shard = distribute_tensor(weight, mesh, [Shard(0)])
+    out, (d_hidden, d_weight) = call(hidden.requires_grad_(), shard.detach().requires_grad_())
+    exact, exact_grads = call(*(x.detach().double().requires_grad_() for x in (hidden, weight)), backend="reference")
+    for a, e in zip((*out, d_hidden, d_weight.full_tensor()), (*exact, *exact_grads), strict=True):
+        torch.testing.assert_close(a.double(), e, **tolerance)
 
 
 def _assert_offset_changes_nothing(mesh, dtype):

@@ -14,7 +14,7 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op impor
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_sliced import linear_cross_entropy_triton
 
 
-def _sharded(call: contract.Call) -> Tensor:
+def _sharded(call: contract.Call) -> contract.CrossEntropyOutput:
     """Imported at the call: torch.distributed takes longer to load than the rest of the index."""
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import vocab_parallel
 
@@ -108,7 +108,84 @@ def fused_linear_cross_entropy(
         chunk_size=chunk_size,
         valid_vocab=valid_vocab,
     )
-    return choose("fused_linear_cross_entropy", BACKENDS, backend, call).run(call)
+    return choose("fused_linear_cross_entropy", BACKENDS, backend, call).run(call).loss
+
+
+def fused_linear_cross_entropy_with_lse(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: contract.Reduction = "mean",
+    chunk_size: int | None = None,
+    valid_vocab: int | None = None,
+    backend: LossBackend = "auto",
+) -> contract.CrossEntropyOutput:
+    """The loss, with the log-sum-exp of each token's logits and the part of the loss that the z-loss is.
+
+    With ``z`` the logits as ``fused_linear_cross_entropy`` has them, after scale, softcap and ``valid_vocab``::
+
+        lse    = log Σ_v exp(z_v)                        0 for an ignored token, without a gradient
+        z_loss = reduction(z_loss · lse²)                loss includes it
+
+    ``loss`` has the bits of ``fused_linear_cross_entropy``.  All three are differentiable; one that is not used costs
+    no pass.  With ``mean`` and ``sum``, a backward through ``lse`` or ``z_loss`` forms the logits of each chunk once
+    more, and hidden and weight are kept for it.
+
+    Args:
+        hidden: [..., C].
+        weight: [V, C], or a DTensor sharded over V.
+        targets: [...] class indices or ``ignore_index``.
+        bias: [V] or None.
+        ignore_index: targets that cost nothing.
+        softcap: positive, or None.
+        logit_scale: factor of the logits.
+        label_smoothing: fraction of the target mass spread evenly over the vocabulary.
+        z_loss: coefficient of the squared log-sum-exp.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, of ``loss`` and ``z_loss``; ``lse`` is of each token always.
+        chunk_size: tokens per chunk.
+        valid_vocab: rows of weight that are classes.
+        backend: ``"auto"`` or a backend's name.
+
+    Returns:
+        ``CrossEntropyOutput(loss, lse, z_loss)``: scalars, or the shape of targets for ``"none"``; ``lse`` has the
+        shape of targets.  All are float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError, Ineligible: as ``fused_linear_cross_entropy``.
+
+    Source: de Brébisson and Vincent, "The Z-loss", 2016, for the squared log-sum-exp.
+
+    >>> import torch, kernel_index as ki
+    >>> call = torch.ones(2, 4), torch.zeros(8, 4), torch.tensor([3, -100])
+    >>> loss, lse, z_loss = ki.fused_linear_cross_entropy_with_lse(*call, z_loss=0.1)
+    >>> lse
+    tensor([2.0794, 0.0000])
+    >>> z_loss
+    tensor(0.4324)
+    """
+    call = contract.check(
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        chunk_size=chunk_size,
+        valid_vocab=valid_vocab,
+    )
+    call = call._replace(options=call.options._replace(with_lse=True))
+    return choose("fused_linear_cross_entropy_with_lse", BACKENDS, backend, call).run(call)
 
 
 def token_log_probs(
@@ -164,5 +241,5 @@ def token_log_probs(
         chunk_size=chunk_size,
         valid_vocab=valid_vocab,
     )
-    losses = choose("token_log_probs", BACKENDS, backend, call).run(call)
+    losses = choose("token_log_probs", BACKENDS, backend, call).run(call).loss
     return 0.0 - losses  # not -losses: an ignored target gives 0, not -0

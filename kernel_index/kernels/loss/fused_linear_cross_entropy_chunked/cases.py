@@ -1,4 +1,4 @@
-"""Named calls of ``fused_linear_cross_entropy`` and ``token_log_probs``."""
+"""Named calls of ``fused_linear_cross_entropy``, with and without the log-sum-exp, and of ``token_log_probs``."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from kernel_index.core.testing import Case, Maker, Suite
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import (
     BACKENDS,
     fused_linear_cross_entropy,
+    fused_linear_cross_entropy_with_lse,
     token_log_probs,
 )
 
@@ -58,6 +59,19 @@ CASES = (
 )
 
 
+def full_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+) -> Tensor:
+    z = torch.nn.functional.linear(hidden, weight, bias)[..., :valid_vocab] * logit_scale
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return z if softcap is None else (z / softcap).tanh() * softcap
+
+
 def oracle(
     hidden: Tensor,
     weight: Tensor,
@@ -74,9 +88,7 @@ def oracle(
     valid_vocab: int | None = None,
 ) -> Tensor:
     """PyTorch's own cross-entropy on full logits, the z-loss beside it."""
-    z = torch.nn.functional.linear(hidden, weight, bias)[..., :valid_vocab].flatten(0, -2) * logit_scale
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    z = z if softcap is None else (z / softcap).tanh() * softcap
+    z = full_logits(hidden, weight, bias, softcap, logit_scale, valid_vocab).flatten(0, -2)
     kept = targets.flatten() != ignore_index
     flat = torch.nn.functional.cross_entropy(
         z, targets.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
@@ -85,6 +97,20 @@ def oracle(
     if reduction == "none":
         return flat.reshape(targets.shape)
     return flat.sum() if reduction == "sum" else flat.sum() / max(1, int(kept.sum()))
+
+
+def oracle_with_lse(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float = 0.0, reduction: str = "mean", **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss beside the log-sum-exp of full logits; the z-loss is a square of the latter."""
+    loss = oracle(hidden, weight, targets, **options, z_loss=z_loss, reduction=reduction)
+    named = {n: options[n] for n in ("bias", "softcap", "logit_scale", "valid_vocab") if n in options}
+    kept = targets != options.get("ignore_index", -100)
+    lse = torch.logsumexp(full_logits(hidden, weight, **named), -1) * kept
+    squares = z_loss * lse**2
+    if reduction != "none":
+        squares = squares.sum() / (1 if reduction == "sum" else max(1, int(kept.sum())))
+    return loss, lse, squares
 
 
 def oracle_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
@@ -98,6 +124,18 @@ SUITES = (
         sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4},
         real=lambda m: call(m, (8192,), 4096, 128256), rounding=("triton", "inductor", "chunked"),
         scales=(1e-3, 1.0, 16.0),  # at 300 every softmax is one-hot and only overflow would be left to see
+    ),
+    Suite(
+        op="fused_linear_cross_entropy_with_lse", function=fused_linear_cross_entropy_with_lse, backends=BACKENDS,
+        cases=(
+            Case("mean", "a z-loss of its own weight", lambda m: call(m, (2, 13), 8, 20, chunk_size=9, z_loss=1e-2)),
+            *(c for c in CASES if c.name in ("per token", "every option", "no tokens", "all ignored")),
+        ),
+        differentiable=("hidden", "weight", "bias"), oracle=oracle_with_lse,
+        sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4, "z_loss": 1e-2},
+        rounding=("triton", "inductor", "chunked"), scales=(1e-3, 1.0),
+        # At 16, logits are near 50 and ``triton`` forms them twice, by products that add in different orders: what it
+        # recomputes of p is wrong by more units than a plain formula's p, whose errors cancel in the softmax.
     ),
     Suite(
         op="token_log_probs",

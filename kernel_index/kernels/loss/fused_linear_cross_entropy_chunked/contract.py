@@ -17,7 +17,8 @@ REDUCTIONS = ("mean", "sum", "none")
 class Options(NamedTuple):
     """What a call has beside its tensors.
 
-    ``softcap`` 0 is none, ``vocab`` counts the rows of weight that take part, ``chunk_size`` 0 is the byte budget's.
+    ``softcap`` 0 is none, ``vocab`` counts the rows of weight that take part, ``chunk_size`` 0 is the byte budget's;
+    ``with_lse`` says that the log-sum-exp and the z-loss may be differentiated too.
     """
 
     ignore_index: int
@@ -28,6 +29,24 @@ class Options(NamedTuple):
     reduction: Reduction
     vocab: int
     chunk_size: int
+    with_lse: bool = False
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What ``fused_linear_cross_entropy_with_lse`` returns.
+
+    ``loss`` is that of ``fused_linear_cross_entropy``.  ``lse`` is the log-sum-exp of each token's logits, in the shape
+    of targets, 0 where they are ignored.  ``z_loss`` is the part of ``loss`` that the z-loss is, in its shape.
+
+    >>> import torch, kernel_index as ki
+    >>> call = torch.ones(2, 4), torch.zeros(8, 4), torch.tensor([3, -100])
+    >>> ki.fused_linear_cross_entropy_with_lse(*call).lse
+    tensor([2.0794, 0.0000])
+    """
+
+    loss: Tensor
+    lse: Tensor
+    z_loss: Tensor
 
 
 class Call(NamedTuple):

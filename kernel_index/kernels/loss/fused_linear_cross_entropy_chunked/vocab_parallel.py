@@ -11,14 +11,18 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import torch_op
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Call, rows_per_chunk
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import (
+    Call,
+    CrossEntropyOutput,
+    rows_per_chunk,
+)
 
 
 def _local(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def linear_cross_entropy_sharded(call: Call) -> Tensor:
+def linear_cross_entropy_sharded(call: Call) -> CrossEntropyOutput:
     weight: Any = call.weight
     bias: Any = call.bias
     mesh, options = weight.device_mesh, call.options
