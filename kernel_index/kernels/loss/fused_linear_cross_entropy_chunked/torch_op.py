@@ -1,6 +1,5 @@
 """The chunk loops as registered ops, opaque to torch.compile: a compiled model keeps the memory bound."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import ops, rules
 from kernel_index.core.inductor import Region
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import products
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunk_pass import (
     gradient_pass,
     loss_pass,
@@ -21,12 +21,14 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract impor
     Options,
     rows_per_chunk,
 )
-
-WEIGHT_TILE = 8192
-"""Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
-
-BLOCK_BYTES = 1 << 20
-"""Float32 bytes of the rows that a plain pass works on at a time: its temporaries are of this size, not the chunk's."""
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products import (
+    all_reduce,
+    by_blocks,
+    empty_gradients,
+    exact_dtype,
+    logits_of,
+    refuse_create_graph,
+)
 
 _loss_region = Region(loss_pass, z=(0,), targets=(0,))
 _gradient_region = Region(
@@ -38,26 +40,6 @@ _OPTIONS = (
     "SymInt first_class, SymInt classes, str group"
 )
 """This process has ``vocab`` of the ``classes``, from ``first_class`` on; other processes of ``group`` the rest."""
-
-
-def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
-
-
-def _loss_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.promote_types(hidden.dtype, torch.float32)
-
-
-def _block_rows(z: Tensor) -> int:
-    return max(1, (BLOCK_BYTES if z.device.type == "cpu" else 256 * BLOCK_BYTES) // (4 * max(1, z.shape[1])))
-
-
-def _by_blocks(function: Callable[..., Any], z: Tensor, *vectors: Tensor | None) -> list[Any]:
-    """A plain pass over blocks of rows, so that its temporaries stay small."""
-    rows = _block_rows(z)
-    blocks = z.split(rows)
-    split = ([None] * len(blocks) if v is None else v.split(rows) for v in vectors)
-    return [function(*block) for block in zip(blocks, *split, strict=True)]
 
 
 class _Chunks(NamedTuple):
@@ -95,28 +77,20 @@ class _Chunks(NamedTuple):
         if self.passes == "inductor":
             _gradient_region(z, *vectors, *constants)
             return
-        _by_blocks(lambda *block: gradient_pass(*block, *constants), z, *vectors)
+        by_blocks(lambda *block: gradient_pass(*block, *constants), z, *vectors)
 
     def _statistics(self, z: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Loss, row_max, log_sum and 1 − p of each row; two small all-reduces where a group has the classes."""
         if self.passes == "inductor":
             return _loss_region(z, targets, *self.terms)
         if not self.group:
-            blocks = _by_blocks(lambda *block: loss_pass(*block, *self.terms), z, targets)
+            blocks = by_blocks(lambda *block: loss_pass(*block, *self.terms), z, targets)
             return tuple(torch.cat(rows) for rows in zip(*blocks, strict=True))
         cap: Any = (self.softcap, self.scale)
-        maxima = all_reduce(torch.cat(_by_blocks(lambda block: row_max(block, *cap), z)), "max", self.group)
+        maxima = all_reduce(torch.cat(by_blocks(lambda block: row_max(block, *cap), z)), "max", self.group)
         local = targets - self.first_class
-        sums = torch.cat(_by_blocks(lambda *block: row_sums(*block, *cap), z, local, maxima))
+        sums = torch.cat(by_blocks(lambda *block: row_sums(*block, *cap), z, local, maxima))
         return row_losses(maxima, all_reduce(sums, "sum", self.group), self.smoothing, self.z_loss, self.classes)
-
-
-def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
-    """``value`` combined over the process group of that name."""
-    from torch.distributed import _functional_collectives as collectives
-
-    name: Any = group
-    return collectives.wait_tensor(collectives.all_reduce(value, how, name))
 
 
 def _all_losses(hidden, weight, targets, bias, *options):
@@ -134,67 +108,21 @@ def _all_losses(hidden, weight, targets, bias, *options):
 
 def _gradients(hidden, weight, targets, bias, rows, lse_rows, factor, needs, *options):
     chunks = _Chunks(*options)
-    vocab = chunks.vocab
     if hidden.dtype != torch.float16:  # a token's part of a mean would underflow there: the sums get the factor
         rows, lse_rows, factor = rows * factor, None if lse_rows is None else lse_rows * factor, None
     losses, lse = _allocate_losses(hidden)
-    d_hidden, d_weight, d_bias = empty_gradients(hidden, weight, needs)
-    exact = _loss_dtype(hidden)
-    if chunks.group:  # the sum over all classes is rounded only when it is complete
-        d_hidden = d_hidden.to(exact)
-    weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
-    bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
-    used, used_bias = weight[:vocab], None if bias is None else bias[:vocab]
-    chunk = rows_per_chunk(hidden, vocab, chunks.chunk_size)
-    for start in range(0, hidden.shape[0], chunk):
-        at = slice(start, start + chunk)
-        z = logits_of(hidden[at], used, used_bias)
+    chunk = rows_per_chunk(hidden, chunks.vocab, chunks.chunk_size)
+
+    def to_gradient(at: slice, z: Tensor) -> None:
         saved = chunks.losses(z, targets[at], losses[at], lse[at])
         chunks.gradient(z, targets[at], rows[at], None if lse_rows is None else lse_rows[at], saved)
-        if needs[0]:
-            product = torch.mm(z, used)
-            d_hidden[at] = product if factor is None else product.to(exact) * factor
-        if needs[1]:
-            _add_outer(weight_sum[:vocab], z, hidden[at])
-        if needs[2]:
-            for block in z.split(_block_rows(z)):
-                bias_sum[:vocab] += block.sum(0, dtype=exact)
-        del z  # before the next chunk is allocated
-    sums = (weight_sum, bias_sum) if factor is None else (weight_sum * factor, bias_sum * factor)
-    d_weight, d_bias = (total.to(weight.dtype) for total in sums)
-    if chunks.group and needs[0]:
-        d_hidden = all_reduce(d_hidden, "sum", chunks.group)
-    return losses, lse, d_hidden.to(hidden.dtype), d_weight, d_bias
 
-
-def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
-    """total += zᵀ·hidden, summed in total's dtype whatever the factors' own."""
-    if z.dtype == total.dtype:
-        total.addmm_(z.T, hidden)
-        return
-    if z.is_cuda:  # the product's own accumulator takes part in the sum: no rounding, no tensor between
-        torch.addmm(total, z.T, hidden, out_dtype=total.dtype, out=total)
-        return
-    for start in range(0, total.shape[0], WEIGHT_TILE):
-        at = slice(start, start + WEIGHT_TILE)
-        if z.dtype == torch.float16:  # a sum over tokens may pass 65504 before it is scaled
-            total[at].addmm_(z[:, at].T.to(total.dtype), hidden.to(total.dtype))
-        else:
-            total[at] += torch.mm(z[:, at].T, hidden)
-
-
-def empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of hidden, weight and bias; one that is not wanted is empty: an op's outputs have a fixed number."""
-    nothing = (0,)
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else nothing),
-        weight.new_empty(weight.shape if needs[1] else nothing),
-        weight.new_empty((weight.shape[0],) if needs[2] else nothing),
-    )
+    found = products.gradients(hidden, weight, bias, needs, chunk, chunks.vocab, chunks.group, factor, to_gradient)
+    return losses, lse, *found
 
 
 def _allocate_losses(hidden, *_):
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)) for _ in range(2))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=exact_dtype(hidden)) for _ in range(2))
 
 
 def _fake_gradients(hidden, weight, targets, bias, rows, lse_rows, factor, needs, *_):
@@ -218,14 +146,6 @@ _gradients_op = ops.register(
 )
 
 
-def refuse_create_graph() -> None:
-    """Grad mode is on in a backward only under create_graph=True, which would get gradients without a graph."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "the chunked linear cross-entropy has no double backward: create_graph=True needs backend='reference'"
-        )
-
-
 class Tokens(NamedTuple):
     """The tensors of a call, hidden [N, C] and targets [N], and the reduction's weights.
 
@@ -246,7 +166,7 @@ class Tokens(NamedTuple):
 
 def tokens_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> Tokens:
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    rows = (targets != options.ignore_index).to(_loss_dtype(hidden))
+    rows = (targets != options.ignore_index).to(exact_dtype(hidden))
     factor = 1 / rows.sum().clamp(min=1) if options.reduction == "mean" else rows.new_ones(())
     return Tokens(hidden, weight, bias, targets, rows, factor)
 

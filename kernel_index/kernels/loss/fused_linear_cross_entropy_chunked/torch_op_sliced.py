@@ -16,11 +16,13 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract impor
     CrossEntropyOutput,
     rows_per_chunk,
 )
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products import (
     empty_gradients,
     logits_of,
-    outputs,
     refuse_create_graph,
+)
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
+    outputs,
     shaped,
     tokens_of,
     upstream_rows,
