@@ -24,8 +24,9 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import (
     fused_linear_cross_entropy,
     fused_linear_cross_entropy_with_lse,
     token_log_probs,
+    token_stats,
 )
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import CrossEntropyOutput
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import CrossEntropyOutput, TokenStats
 from kernel_index.kernels.mla.fused_mla_projection.api import fused_mla_projection
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.api import (
     clustered_route,
@@ -95,6 +96,7 @@ __all__ = [
     "RotatedQK",
     "StreamsAndBranchInput",
     "TokenSelection",
+    "TokenStats",
     "TreePacking",
     "UnionMaps",
     "WindowingPlan",
@@ -142,6 +144,7 @@ __all__ = [
     "sinkhorn",
     "strict",
     "token_log_probs",
+    "token_stats",
     "union_selection",
 ]
 

@@ -1,5 +1,7 @@
-"""Named calls of ``fused_linear_cross_entropy``, with and without the log-sum-exp, and of ``token_log_probs``."""
+"""Named calls of ``fused_linear_cross_entropy``, with and without the log-sum-exp, and of ``token_log_probs``
+and ``token_stats``."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,9 +10,11 @@ from torch import Tensor
 from kernel_index.core.testing import Case, Maker, Suite
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import (
     BACKENDS,
+    STATS_BACKENDS,
     fused_linear_cross_entropy,
     fused_linear_cross_entropy_with_lse,
     token_log_probs,
+    token_stats,
 )
 
 
@@ -117,6 +121,79 @@ def oracle_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, **options:
     return -oracle(hidden, weight, targets, **options, reduction="none")
 
 
+def sampled(m: Maker, tokens: int, vocab: int, equal: int = 1, **options: Any) -> dict[str, Any]:
+    """Logits that every dtype holds exactly, a quarter apart: no rounding changes which classes are kept.
+
+    ``equal`` classes have each logit.
+    """
+    order = torch.stack([torch.randperm(vocab, generator=m.generator) for _ in range(tokens)], -1)
+    return {
+        "hidden": torch.eye(tokens, dtype=m.dtype, device=m.device) * m.scale,
+        "weight": (order // equal).to(device=m.device, dtype=m.dtype) / 4,
+        "targets": torch.where(m.integers(0, 4, tokens) == 0, -100, m.integers(0, vocab, tokens)),
+        **options,
+    }
+
+
+STATS_CASES = (
+    Case("sampled", "a rollout", lambda m: sampled(m, 9, 32, temperature=0.7, top_k=20, top_p=0.7)),
+    Case("plain", "entropy and log-probability alone", lambda m: call(m, (3, 11), 16, 40)),
+    Case(
+        "capped",
+        "a capped head with bias and padded classes",
+        lambda m: {
+            **call(m, (11,), 16, 40, 37, softcap=10.0, temperature=1.5),
+            "bias": m.normal(40),
+            "valid_vocab": 37,
+        },
+    ),
+    Case("nucleus", "top_p alone has no sorted logits", lambda m: sampled(m, 9, 32, top_p=0.9, softcap=30.0)),
+    Case("ties", "the last class kept has equals", lambda m: sampled(m, 7, 30, equal=3, top_k=7)),
+    Case("ties of a nucleus", "as before, by mass", lambda m: sampled(m, 7, 30, equal=3, top_p=0.7)),
+    Case("no tokens", "an empty microbatch", lambda m: call(m, (0,), 8, 5, top_k=2, top_p=0.5)),
+)
+
+
+def sampled_classes(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[int]:
+    """One at a time, as a sampler might: by falling logit, then by index, until the mass is reached."""
+    order = sorted(range(len(logits)), key=lambda v: (-logits[v], v))[:top_k]
+    weights = [math.exp(min(0.0, (logits[v] - logits[order[0]]) / temperature)) for v in order]
+    kept, before = [], 0.0
+    for v, weight in zip(order, weights, strict=True):
+        if kept and before >= top_p * sum(weights):
+            break
+        kept.append(v)
+        before += weight
+    return kept
+
+
+def oracle_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = full_logits(hidden, weight, **options)
+    rows = [sampled_classes(row, temperature, top_k, top_p or 1.0) for row in logits.flatten(0, -2).tolist()]
+    outside = torch.ones_like(logits, dtype=torch.bool).flatten(0, -2)
+    for kept, row in zip(outside, rows, strict=True):
+        kept[row] = False
+    x = logits / temperature
+    log_p = x - torch.logsumexp(x, -1, keepdim=True)
+    there = targets != ignore_index
+    chosen = log_p.gather(-1, torch.where(there, targets, 0)[..., None])[..., 0]
+    entropy = torch.distributions.Categorical(logits=x, validate_args=False).entropy()
+    support = torch.logsumexp(log_p.masked_fill(outside.view(log_p.shape), -torch.inf), -1)
+    if top_k is None and top_p is None:
+        support = support.detach() * 0.0
+    return chosen * there, entropy * there, support * there, logits.argmax(-1)
+
+
 SUITES = (
     Suite(
         op="fused_linear_cross_entropy", function=fused_linear_cross_entropy, backends=BACKENDS, cases=CASES,
@@ -158,5 +235,11 @@ SUITES = (
         sized=lambda m, n: {**call(m, (n,), 16, 20), "chunk_size": 4},
         rounding=("triton", "inductor", "chunked"),
         scales=(1e-3, 1.0, 16.0),
+    ),
+    Suite(
+        op="token_stats", function=token_stats, backends=STATS_BACKENDS, cases=STATS_CASES,
+        differentiable=("hidden", "weight", "bias"), oracle=oracle_stats,
+        sized=lambda m, n: {**call(m, (n,), 16, 20), "top_k": 12, "top_p": 0.8},
+        rounding=("chunked",), scales=(1e-3, 1.0, 16.0),
     ),
 )  # fmt: skip
