@@ -20,7 +20,13 @@ from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import Residu
 from kernel_index.kernels.experts.fused_gated_activation.api import fused_gated_activation
 from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.kernels.experts.grouped_product.api import grouped_product
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import fused_linear_cross_entropy, token_log_probs
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import (
+    fused_linear_cross_entropy,
+    fused_linear_cross_entropy_with_lse,
+    token_log_probs,
+    token_stats,
+)
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import CrossEntropyOutput, TokenStats
 from kernel_index.kernels.mla.fused_mla_projection.api import fused_mla_projection
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.api import (
     clustered_route,
@@ -72,6 +78,7 @@ __all__ = [
     "CacheLayer",
     "ClusteredSparseConfig",
     "ContiguousKVCache",
+    "CrossEntropyOutput",
     "ExactMaskKey",
     "Explanation",
     "GatheredPair",
@@ -89,6 +96,7 @@ __all__ = [
     "RotatedQK",
     "StreamsAndBranchInput",
     "TokenSelection",
+    "TokenStats",
     "TreePacking",
     "UnionMaps",
     "WindowingPlan",
@@ -110,6 +118,7 @@ __all__ = [
     "fused_bias_dropout_add",
     "fused_gated_activation",
     "fused_linear_cross_entropy",
+    "fused_linear_cross_entropy_with_lse",
     "fused_mla_projection",
     "fused_relu_squared",
     "fused_residual_add_rms_norm",
@@ -135,6 +144,7 @@ __all__ = [
     "sinkhorn",
     "strict",
     "token_log_probs",
+    "token_stats",
     "union_selection",
 ]
 

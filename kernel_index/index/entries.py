@@ -188,7 +188,7 @@ ENTRIES = (
         "fused_linear_cross_entropy_chunked",
         "Loss",
         "kernels/loss/fused_linear_cross_entropy_chunked",
-        "fused_linear_cross_entropy token_log_probs",
+        "fused_linear_cross_entropy fused_linear_cross_entropy_with_lse token_log_probs token_stats",
         "Classify over a large vocabulary without ever holding more than a chunk of the logits.",
         "lm.LanguageModel",
     ),

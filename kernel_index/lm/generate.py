@@ -56,12 +56,21 @@ class Sampling:
         """A token from logits [V]."""
         if self.temperature == 0:
             return int(logits.argmax())
-        best = torch.topk(logits.cpu(), min(self.top_k, logits.numel()))
-        below = best.values.double() - best.values[0]  # 0 for the best, which stays finite at any temperature
+        tokens, p = self.kept(logits)
+        return int(tokens[torch.multinomial(p, 1, generator=generator)])
+
+    def kept(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that may be drawn, by falling logit, the smaller first among equals, and their relative weights.
+
+        ``ki.token_stats`` has the same rule.
+        """
+        best, tokens = (x[: self.top_k] for x in logits.cpu().sort(descending=True, stable=True))
+        below = best.double() - best[0]  # 0 for the best, which stays finite at any temperature
         p = torch.softmax(below / self.temperature, -1).float()
         if self.top_p < 1:
-            p = torch.where(p.cumsum(-1) - p < self.top_p, p, 0.0)
-        return int(best.indices[torch.multinomial(p, 1, generator=generator)])
+            count = int((p.cumsum(-1) - p < self.top_p).sum().clamp(min=1))
+            tokens, p = tokens[:count], p[:count]
+        return tokens, p
 
 
 def generate(

@@ -20,6 +20,8 @@ SHAPES: dict[str, dict[str, str]] = {
     },
     "fused_gated_activation": {"gate": "...", "up": "..."},
     "fused_linear_cross_entropy": {"hidden": "... C", "weight": "V C", "targets": "...", "bias": "V"},
+    "fused_linear_cross_entropy_with_lse": {"hidden": "... C", "weight": "V C", "targets": "...", "bias": "V"},
+    "token_stats": {"hidden": "... C", "weight": "V C", "targets": "...", "bias": "V"},
     "token_log_probs": {"hidden": "... C", "weight": "V C", "targets": "...", "bias": "V"},
     "attention": {"q": "B T H D", "k": "B S K D", "v": "B S K E", "sink": "H"},
     "attention_with_lse": {"q": "B T H D", "k": "B S K D", "v": "B S K E", "sink": "H"},

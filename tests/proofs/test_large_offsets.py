@@ -189,8 +189,9 @@ def test_loss(late):
     flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss.BLOCK}
     call = (z, targets, losses, row_max, log_sum, missing, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     holds(late(loss._losses_kernel, row, *call, **flags), z, row * vocab, (row + 1) * vocab - 1)
-    call = (z, targets, rows, row_max, log_sum, missing, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
-    holds(late(loss._gradient_kernel, row, *call, **flags), z, row * vocab, row * vocab + loss.BLOCK - 1)
+    call = (z, targets, rows, row_max, log_sum, missing, rows, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
+    seen = late(loss._gradient_kernel, row, *call, **flags, LSE=True)
+    holds(seen, z, row * vocab, row * vocab + loss.BLOCK - 1)
 
 
 SPARSE = {

@@ -72,10 +72,81 @@ def worker(rank, port, dtype):
     torch.testing.assert_close(logs.double(), exact, **tolerance)
     same = ki.token_log_probs(hidden, shard, targets, backend="reference")
     torch.testing.assert_close(same.double(), exact, **tolerance)
+    _assert_lse_is_the_whole_vocabularys(mesh, dtype, tolerance)
+    _assert_stats_are_the_whole_vocabularys(mesh, dtype, tolerance)
     _assert_offset_changes_nothing(mesh, dtype)
     with pytest.raises(ki.Ineligible, match="sharded over the vocabulary on a mesh of one dimension"):
         ki.token_log_probs(hidden, distribute_tensor(weight, mesh, [Replicate()]), targets, backend="sharded")
     dist.destroy_process_group()
+
+
+def _assert_lse_is_the_whole_vocabularys(mesh, dtype, tolerance):
+    def call(hidden, weight, **backend):
+        out = ki.fused_linear_cross_entropy_with_lse(hidden, weight, targets, **EVERY, **backend)
+        return out, torch.autograd.grad(out.loss + out.lse.cos().sum() + out.z_loss, (hidden, weight))
+
+    hidden, weight, _, targets = inputs(dtype)
+    shard = distribute_tensor(weight, mesh, [Shard(0)])
+    out, (d_hidden, d_weight) = call(hidden.requires_grad_(), shard.detach().requires_grad_())
+    exact, exact_grads = call(*(x.detach().double().requires_grad_() for x in (hidden, weight)), backend="reference")
+    for a, e in zip((*out, d_hidden, d_weight.full_tensor()), (*exact, *exact_grads), strict=True):
+        torch.testing.assert_close(a.double(), e, **tolerance)
+
+
+STATS = (
+    {},
+    {"temperature": 0.7, "top_k": 9, "softcap": 15.0},
+    {"top_k": 36, "top_p": 0.8},
+    {"top_p": 0.8},
+    {"top_k": 25, "valid_vocab": 30},
+    {"top_p": 0.9, "valid_vocab": 15},  # the second process has padding alone
+)
+
+
+def _assert_stats_are_the_whole_vocabularys(mesh, dtype, tolerance):
+    """Logits that both dtypes hold exactly, in equal pairs that lie on two processes: the kept class is the smaller."""
+    hidden = torch.eye(7)
+    order = torch.stack([torch.randperm(VOCAB, generator=torch.Generator().manual_seed(i)) for i in range(7)], -1)
+    weight, targets = order // 2 / 4.0, torch.tensor([0, 3, -100, 7, 9, 11, 14])
+
+    def grads(found, leaves):
+        g = torch.linspace(-1, 1, 7)
+        loss = (found.log_prob * g).sum() + (found.entropy * g.cos()).sum() + (found.log_support * g.exp()).sum()
+        return torch.autograd.grad(loss, leaves)
+
+    for call in STATS:
+        exact = [x.double().requires_grad_() for x in (hidden, weight)]
+        whole = ki.token_stats(*exact, targets, **call, backend="reference")
+        expected = *whole[:3], *grads(whole, exact)
+        here = hidden.to(dtype).requires_grad_()
+        shard = distribute_tensor(weight.to(dtype), mesh, [Shard(0)]).detach().requires_grad_()
+        with ki.receipts() as log:
+            found = ki.token_stats(here, shard, targets, **call)
+        assert [r.ran for r in log] == ["sharded"]
+        d_hidden, d_weight = grads(found, (here, shard))
+        assert torch.equal(found.predicted, whole.predicted)
+        for a, e in zip((*found[:3], d_hidden, d_weight.full_tensor()), expected, strict=True):
+            torch.testing.assert_close(a.double(), e, **tolerance, msg=lambda m, c=call: f"{c}: {m}")
+    _assert_rows_of_a_group(mesh.get_group(), hidden, weight, targets)
+
+
+def _assert_rows_of_a_group(group, hidden, weight, targets):
+    """Plain rows of a process, as many on each."""
+    weight, bias = weight[:36], torch.arange(36.0) % 5
+    half = slice(18 * group.rank(), 18 * group.rank() + 18)
+    rows, own = (x[half].clone().requires_grad_() for x in (weight, bias))
+    whole, all_bias = (x.clone().requires_grad_() for x in (weight, bias))
+    for backend in ("auto", "reference"):
+        found = ki.token_stats(hidden, rows, targets, bias=own, top_k=20, top_p=0.9, group=group, backend=backend)
+        exact = ki.token_stats(hidden, whole, targets, bias=all_bias, top_k=20, top_p=0.9, backend="reference")
+        for a, e in zip(found, exact, strict=True):
+            torch.testing.assert_close(a, e)
+        actual = torch.autograd.grad(sum(x.sum() for x in found[:3]), (rows, own))
+        expected = torch.autograd.grad(sum(x.sum() for x in exact[:3]), (whole, all_bias))
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e[half])
+    with pytest.raises(ValueError, match=r"valid_vocab must be at most the 36 rows"):
+        ki.token_stats(hidden, rows, targets, group=group, valid_vocab=37)
 
 
 def _assert_offset_changes_nothing(mesh, dtype):

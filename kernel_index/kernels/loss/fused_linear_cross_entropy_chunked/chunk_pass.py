@@ -71,13 +71,16 @@ def gradient_pass(
     row_max: Tensor,
     log_sum: Tensor,
     missing: Tensor,
+    lse_rows: Tensor | None,
     softcap: float,
     scale: float,
     smoothing: float,
     z_loss: float,
     classes: int,
 ) -> None:
-    """z is overwritten by the gradient of Σ rows·loss with respect to the logits before the scale.
+    """z is overwritten by the gradient of Σ (rows·loss + lse_rows·lse) with respect to the logits before the scale.
+
+    ``lse_rows`` None is 0 for every row.
 
     It is apart from ``loss_pass`` and has no reduction, so that no second tensor of the chunk's size is held: fused
     with the sums, it would store the exponentials of a low-precision chunk in float32, at twice the chunk's bytes.
@@ -90,6 +93,12 @@ def gradient_pass(
         d = d - smoothing / classes
     if z_loss:
         d = d + 2 * z_loss * (row_max + log_sum)[:, None] * p
+    unused = rows[:, None] == 0  # such a row may hold NaN
+    if lse_rows is None:
+        d = d * (rows[:, None] * scale)
+    else:
+        d = (d * rows[:, None] + p * lse_rows[:, None]) * scale
+        unused = unused & (lse_rows[:, None] == 0)
     if softcap:
         d = d * (1 - t * t)
-    z.copy_(torch.where(rows[:, None] == 0, 0.0, d * (rows[:, None] * scale)))
+    z.copy_(torch.where(unused, 0.0, d))

@@ -17,7 +17,8 @@ REDUCTIONS = ("mean", "sum", "none")
 class Options(NamedTuple):
     """What a call has beside its tensors.
 
-    ``softcap`` 0 is none, ``vocab`` counts the rows of weight that take part, ``chunk_size`` 0 is the byte budget's.
+    ``softcap`` 0 is none, ``vocab`` counts the rows of weight that take part, ``chunk_size`` 0 is the byte budget's;
+    ``with_lse`` says that the log-sum-exp and the z-loss may be differentiated too.
     """
 
     ignore_index: int
@@ -28,6 +29,24 @@ class Options(NamedTuple):
     reduction: Reduction
     vocab: int
     chunk_size: int
+    with_lse: bool = False
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What ``fused_linear_cross_entropy_with_lse`` returns.
+
+    ``loss`` is that of ``fused_linear_cross_entropy``.  ``lse`` is the log-sum-exp of each token's logits, in the shape
+    of targets, 0 where they are ignored.  ``z_loss`` is the part of ``loss`` that the z-loss is, in its shape.
+
+    >>> import torch, kernel_index as ki
+    >>> call = torch.ones(2, 4), torch.zeros(8, 4), torch.tensor([3, -100])
+    >>> ki.fused_linear_cross_entropy_with_lse(*call).lse
+    tensor([2.0794, 0.0000])
+    """
+
+    loss: Tensor
+    lse: Tensor
+    z_loss: Tensor
 
 
 class Call(NamedTuple):
@@ -38,6 +57,41 @@ class Call(NamedTuple):
     targets: Tensor
     bias: Tensor | None
     options: Options
+
+
+class StatsOptions(NamedTuple):
+    """``softcap`` 0 is none; ``top_k`` 0 and ``top_p`` 1 do not truncate; ``vocab`` rows of weight are classes."""
+
+    ignore_index: int
+    softcap: float
+    temperature: float
+    vocab: int
+    top_k: int
+    top_p: float
+
+
+class StatsCall(NamedTuple):
+    """A checked call of ``token_stats``; weight and bias may be DTensors."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    options: StatsOptions
+
+
+class TokenStats(NamedTuple):
+    """What ``token_stats`` returns, in the shape of targets; ``predicted`` is int64, the others are differentiable.
+
+    >>> import torch, kernel_index as ki
+    >>> ki.token_stats(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([3])).log_prob
+    tensor([-1.3863])
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    log_support: Tensor
+    predicted: Tensor
 
 
 def check(
@@ -94,6 +148,47 @@ def check(
     return Call(hidden, weight, targets, bias, options)
 
 
+SMALLEST_TEMPERATURE = 2.0**-126
+"""The smallest normal float32: below it a division by the temperature would be one by 0."""
+
+
+def check_stats(call: Call, temperature: Any, top_k: Any, top_p: Any) -> StatsCall:
+    """A call whose other arguments ``check`` has seen."""
+    checks.is_real("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if top_k is not None:
+        checks.is_int("top_k", top_k, minimum=1)
+    if top_p is not None:
+        checks.is_real("top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    options = StatsOptions(
+        ignore_index=call.options.ignore_index,
+        softcap=call.options.softcap,
+        temperature=max(float(temperature), SMALLEST_TEMPERATURE),
+        vocab=call.options.vocab,
+        top_k=0 if top_k is None or top_k >= call.options.vocab else top_k,
+        top_p=1.0 if top_p is None else float(top_p),
+    )
+    return StatsCall(*call[:4], options)
+
+
+def check_group(weight: Any, bias: Any, group: Any) -> None:
+    """A weight that is spread over ``group`` is given as this process's rows."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    checks.is_floating("weight", weight)
+    checks.has_rank("weight", weight, 2, "[V / processes, C]")
+    if bias is not None:
+        checks.is_floating("bias", bias)
+        checks.has_shape("bias", bias, (weight.shape[0],), "[V / processes] =")
+    if _is_distributed(weight):
+        raise ValueError("group must be None for a weight that is a DTensor, which has its own")
+
+
 def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any) -> None:
     checks.is_floating("hidden", hidden)
     checks.is_floating("weight", weight)
@@ -145,7 +240,7 @@ def rows_per_chunk(hidden: Tensor, vocab: int, chunk_size: int = 0) -> int:
     return max(1, -(-tokens // chunks))
 
 
-def sharded_why_not(call: Call) -> str | None:
+def sharded_why_not(call: Call | StatsCall) -> str | None:
     if not _is_distributed(call.weight):
         return "needs a weight sharded over the vocabulary (a DTensor)"
     from torch.distributed.tensor import DTensor, Shard  # loaded already where there is a DTensor
@@ -182,5 +277,5 @@ def inductor_not_worth(call: Call) -> str | None:
     return inductor.TOO_SMALL if logits < 16 * inductor.MIN_ELEMENTS else None
 
 
-def chunked_why_not(call: Call) -> str | None:
+def chunked_why_not(call: Call | StatsCall) -> str | None:
     return rules.plain_why_not(call.hidden, call.weight)

@@ -1,6 +1,5 @@
 """The chunk loops as registered ops, opaque to torch.compile: a compiled model keeps the memory bound."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import ops, rules
 from kernel_index.core.inductor import Region
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import products
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunk_pass import (
     gradient_pass,
     loss_pass,
@@ -17,42 +17,29 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunk_pass imp
 )
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import (
     Call,
+    CrossEntropyOutput,
     Options,
     rows_per_chunk,
 )
-
-WEIGHT_TILE = 8192
-"""Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
-
-BLOCK_BYTES = 1 << 20
-"""Float32 bytes of the rows that a plain pass works on at a time: its temporaries are of this size, not the chunk's."""
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products import (
+    all_reduce,
+    by_blocks,
+    empty_gradients,
+    exact_dtype,
+    logits_of,
+    refuse_create_graph,
+)
 
 _loss_region = Region(loss_pass, z=(0,), targets=(0,))
-_gradient_region = Region(gradient_pass, z=(0,), targets=(0,), rows=(0,), row_max=(0,), log_sum=(0,), missing=(0,))
+_gradient_region = Region(
+    gradient_pass, z=(0,), targets=(0,), rows=(0,), row_max=(0,), log_sum=(0,), missing=(0,), lse_rows=(0,)
+)
 
 _OPTIONS = (
     "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes, "
     "SymInt first_class, SymInt classes, str group"
 )
 """This process has ``vocab`` of the ``classes``, from ``first_class`` on; other processes of ``group`` the rest."""
-
-
-def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
-
-
-def _loss_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.promote_types(hidden.dtype, torch.float32)
-
-
-def _block_rows(z: Tensor) -> int:
-    return max(1, (BLOCK_BYTES if z.device.type == "cpu" else 256 * BLOCK_BYTES) // (4 * max(1, z.shape[1])))
-
-
-def _by_blocks(function: Callable[..., Any], z: Tensor, *vectors: Tensor) -> list[Any]:
-    """A plain pass over blocks of rows, so that its temporaries stay small."""
-    rows = _block_rows(z)
-    return [function(*block) for block in zip(z.split(rows), *(v.split(rows) for v in vectors), strict=True)]
 
 
 class _Chunks(NamedTuple):
@@ -74,145 +61,89 @@ class _Chunks(NamedTuple):
         """The constants of the loss's formula."""
         return self.softcap, self.scale, self.smoothing, self.z_loss
 
-    def losses(self, z: Tensor, targets: Tensor, out: Tensor) -> None:
-        out.copy_(self._statistics(z, targets)[0])
-
-    def gradient(self, z: Tensor, targets: Tensor, rows: Tensor, losses: Tensor) -> None:
-        """Fill losses; z becomes the gradient of Σ rows·loss with respect to the logits."""
-        loss, *saved = self._statistics(z, targets)
+    def losses(self, z: Tensor, targets: Tensor, losses: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        """Fill losses and lse; returns row_max, log_sum and 1 − p."""
+        loss, row_max, log_sum, missing = self._statistics(z, targets)
         losses.copy_(loss)
-        vectors: Any = (targets - self.first_class, rows, *saved)
+        torch.add(row_max, log_sum, out=lse)
+        return row_max, log_sum, missing
+
+    def gradient(
+        self, z: Tensor, targets: Tensor, rows: Tensor, lse_rows: Tensor | None, saved: tuple[Tensor, ...]
+    ) -> None:
+        """z becomes the gradient of Σ (rows·loss + lse_rows·lse) with respect to the logits."""
+        vectors: Any = (targets - self.first_class, rows, *saved, lse_rows)
         constants: Any = (*self.terms, self.classes)
         if self.passes == "inductor":
             _gradient_region(z, *vectors, *constants)
             return
-        _by_blocks(lambda *block: gradient_pass(*block, *constants), z, *vectors)
+        by_blocks(lambda *block: gradient_pass(*block, *constants), z, *vectors)
 
     def _statistics(self, z: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Loss, row_max, log_sum and 1 − p of each row; two small all-reduces where a group has the classes."""
         if self.passes == "inductor":
             return _loss_region(z, targets, *self.terms)
         if not self.group:
-            blocks = _by_blocks(lambda *block: loss_pass(*block, *self.terms), z, targets)
+            blocks = by_blocks(lambda *block: loss_pass(*block, *self.terms), z, targets)
             return tuple(torch.cat(rows) for rows in zip(*blocks, strict=True))
         cap: Any = (self.softcap, self.scale)
-        maxima = all_reduce(torch.cat(_by_blocks(lambda block: row_max(block, *cap), z)), "max", self.group)
+        maxima = all_reduce(torch.cat(by_blocks(lambda block: row_max(block, *cap), z)), "max", self.group)
         local = targets - self.first_class
-        sums = torch.cat(_by_blocks(lambda *block: row_sums(*block, *cap), z, local, maxima))
+        sums = torch.cat(by_blocks(lambda *block: row_sums(*block, *cap), z, local, maxima))
         return row_losses(maxima, all_reduce(sums, "sum", self.group), self.smoothing, self.z_loss, self.classes)
-
-
-def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
-    """``value`` combined over the process group of that name."""
-    from torch.distributed import _functional_collectives as collectives
-
-    name: Any = group
-    return collectives.wait_tensor(collectives.all_reduce(value, how, name))
 
 
 def _all_losses(hidden, weight, targets, bias, *options):
     chunks = _Chunks(*options)
     weight, bias = weight[: chunks.vocab], None if bias is None else bias[: chunks.vocab]
-    losses = _allocate_losses(hidden)
+    losses, lse = _allocate_losses(hidden)
     chunk = rows_per_chunk(hidden, chunks.vocab, chunks.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
         z = logits_of(hidden[at], weight, bias)
-        chunks.losses(z, targets[at], losses[at])
+        chunks.losses(z, targets[at], losses[at], lse[at])
         del z  # before the next chunk is allocated
-    return losses
+    return losses, lse
 
 
-def _gradients(hidden, weight, targets, bias, rows, factor, needs, *options):
+def _gradients(hidden, weight, targets, bias, rows, lse_rows, factor, needs, *options):
     chunks = _Chunks(*options)
-    vocab = chunks.vocab
     if hidden.dtype != torch.float16:  # a token's part of a mean would underflow there: the sums get the factor
-        rows, factor = rows * factor, None
-    losses = _allocate_losses(hidden)
-    d_hidden, d_weight, d_bias = empty_gradients(hidden, weight, needs)
-    exact = _loss_dtype(hidden)
-    if chunks.group:  # the sum over all classes is rounded only when it is complete
-        d_hidden = d_hidden.to(exact)
-    weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
-    bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
-    used, used_bias = weight[:vocab], None if bias is None else bias[:vocab]
-    chunk = rows_per_chunk(hidden, vocab, chunks.chunk_size)
-    for start in range(0, hidden.shape[0], chunk):
-        at = slice(start, start + chunk)
-        z = logits_of(hidden[at], used, used_bias)
-        chunks.gradient(z, targets[at], rows[at], losses[at])
-        if needs[0]:
-            product = torch.mm(z, used)
-            d_hidden[at] = product if factor is None else product.to(exact) * factor
-        if needs[1]:
-            _add_outer(weight_sum[:vocab], z, hidden[at])
-        if needs[2]:
-            for block in z.split(_block_rows(z)):
-                bias_sum[:vocab] += block.sum(0, dtype=exact)
-        del z  # before the next chunk is allocated
-    sums = (weight_sum, bias_sum) if factor is None else (weight_sum * factor, bias_sum * factor)
-    d_weight, d_bias = (total.to(weight.dtype) for total in sums)
-    if chunks.group and needs[0]:
-        d_hidden = all_reduce(d_hidden, "sum", chunks.group)
-    return losses, d_hidden.to(hidden.dtype), d_weight, d_bias
+        rows, lse_rows, factor = rows * factor, None if lse_rows is None else lse_rows * factor, None
+    losses, lse = _allocate_losses(hidden)
+    chunk = rows_per_chunk(hidden, chunks.vocab, chunks.chunk_size)
 
+    def to_gradient(at: slice, z: Tensor) -> None:
+        saved = chunks.losses(z, targets[at], losses[at], lse[at])
+        chunks.gradient(z, targets[at], rows[at], None if lse_rows is None else lse_rows[at], saved)
 
-def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
-    """total += zᵀ·hidden, summed in total's dtype whatever the factors' own."""
-    if z.dtype == total.dtype:
-        total.addmm_(z.T, hidden)
-        return
-    if z.is_cuda:  # the product's own accumulator takes part in the sum: no rounding, no tensor between
-        torch.addmm(total, z.T, hidden, out_dtype=total.dtype, out=total)
-        return
-    for start in range(0, total.shape[0], WEIGHT_TILE):
-        at = slice(start, start + WEIGHT_TILE)
-        if z.dtype == torch.float16:  # a sum over tokens may pass 65504 before it is scaled
-            total[at].addmm_(z[:, at].T.to(total.dtype), hidden.to(total.dtype))
-        else:
-            total[at] += torch.mm(z[:, at].T, hidden)
-
-
-def empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of hidden, weight and bias; one that is not wanted is empty: an op's outputs have a fixed number."""
-    nothing = (0,)
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else nothing),
-        weight.new_empty(weight.shape if needs[1] else nothing),
-        weight.new_empty((weight.shape[0],) if needs[2] else nothing),
-    )
+    found = products.gradients(hidden, weight, bias, needs, chunk, chunks.vocab, chunks.group, factor, to_gradient)
+    return losses, lse, *found
 
 
 def _allocate_losses(hidden, *_):
-    return hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden))
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=exact_dtype(hidden)) for _ in range(2))
 
 
-def _fake_gradients(hidden, weight, targets, bias, rows, factor, needs, *_):
-    return _allocate_losses(hidden), *empty_gradients(hidden, weight, needs)
+def _fake_gradients(hidden, weight, targets, bias, rows, lse_rows, factor, needs, *_):
+    return *_allocate_losses(hidden), *empty_gradients(hidden, weight, needs)
 
 
 _EVERYWHERE = ("CompositeExplicitAutograd",)
 _losses_op = ops.register(
-    f"linear_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, {_OPTIONS}) -> Tensor",
+    "linear_cross_entropy_losses(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
     _all_losses,
     _allocate_losses,
     _EVERYWHERE,
 )
 _gradients_op = ops.register(
     "linear_cross_entropy_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, "
-    f"Tensor factor, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? lse_rows, Tensor factor, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gradients,
     _fake_gradients,
     _EVERYWHERE,
 )
-
-
-def refuse_create_graph() -> None:
-    """Grad mode is on in a backward only under create_graph=True, which would get gradients without a graph."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "the chunked linear cross-entropy has no double backward: create_graph=True needs backend='reference'"
-        )
 
 
 class Tokens(NamedTuple):
@@ -235,48 +166,102 @@ class Tokens(NamedTuple):
 
 def tokens_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> Tokens:
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    rows = (targets != options.ignore_index).to(_loss_dtype(hidden))
+    rows = (targets != options.ignore_index).to(exact_dtype(hidden))
     factor = 1 / rows.sum().clamp(min=1) if options.reduction == "mean" else rows.new_ones(())
     return Tokens(hidden, weight, bias, targets, rows, factor)
 
 
+def outputs(
+    losses: Tensor, lse: Tensor, rows: Tensor, factor: Tensor, z_loss: float, reduced: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of ``CrossEntropyOutput`` for flat tokens; ignored ones are 0, whatever their logits hold."""
+    losses, lse = (torch.where(rows == 0, 0.0, x) for x in (losses, lse))
+    z_losses = z_loss * lse.square() if z_loss else torch.zeros_like(lse)
+    return (losses.sum() * factor, lse, z_losses.sum() * factor) if reduced else (losses, lse, z_losses)
+
+
+Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""The gradients of ``outputs``; None where one is not used."""
+
+
+def upstream_rows(
+    given: Upstream, lse: Tensor, rows: Tensor, factor: Tensor, z_loss: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``(rows, lse_rows, factor)`` of the gradient op: upstream of each token's loss and lse, times one factor.
+
+    The z-loss's own output is ζ·lse², so its gradient is one of lse.
+    """
+    g, g_lse, g_z = given
+    if g is not None and g_lse is None and g_z is None:
+        return (rows, None, factor * g) if g.ndim == 0 else (torch.where(rows == 0, 0.0, g), None, rows.new_ones(()))
+    of_loss = torch.zeros_like(rows) if g is None else g * factor
+    of_lse = torch.zeros_like(rows) if g_lse is None else g_lse
+    if g_z is not None:
+        of_lse = of_lse + 2 * z_loss * lse * (g_z * factor)
+    of_loss, of_lse = (torch.where(rows == 0, 0.0, x) for x in (of_loss, of_lse))
+    if dtype != torch.float16:
+        return of_loss, of_lse, rows.new_ones(())
+    # A token's part of a mean would underflow in float16: the largest part becomes 1 and the sums get the factor.
+    smallest = rows.new_full((1,), torch.finfo(rows.dtype).tiny)
+    largest = torch.cat((of_loss.abs(), of_lse.abs(), smallest)).amax()
+    return of_loss / largest, of_lse / largest, largest
+
+
 class _Reduced(torch.autograd.Function):
-    """Mean or sum: the gradients are formed with the loss, in one pass over the logits, and scaled in backward."""
+    """Mean or sum: the gradients are formed with the loss, in one pass over the logits, and scaled in backward.
+
+    Where ``lse`` or ``z_loss`` is used too, backward forms the logits of each chunk once more for all three.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, chunks):
-        losses, *gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, needs, *chunks)
-        ctx.save_for_backward(*gradients)
-        ctx.needs = needs
-        return torch.where(rows == 0, 0.0, losses).sum() * factor
+    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, chunks, with_lse):
+        ctx.set_materialize_grads(False)
+        losses, lse, *gradients = _gradients_op(hidden, weight, targets, bias, rows, None, factor, needs, *chunks)
+        out = outputs(losses, lse, rows, factor, chunks.z_loss, True)
+        again = (hidden, weight, bias, targets, rows, factor, out[1]) if with_lse else ()
+        ctx.save_for_backward(*gradients, *again)
+        ctx.needs, ctx.chunks, ctx.with_lse = needs, chunks, with_lse
+        return out
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g, g_lse, g_z):
         refuse_create_graph()
+        if g is g_lse is g_z is None:
+            return (None,) * 9
+        *gradients, factor = *ctx.saved_tensors[:3], g
+        if ctx.with_lse and not (g_lse is None and g_z is None):
+            gradients, factor = _formed_again(ctx, ctx.saved_tensors[3:], (g, g_lse, g_z)), None
         # Out of place: a second backward must find the unscaled gradients.
-        scaled = (d * g if need else None for d, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
-        return *scaled, None, None, None, None, None
+        scaled = (d if factor is None else d * factor for d in gradients)
+        return *(d if need else None for d, need in zip(scaled, ctx.needs, strict=True)), *[None] * 6
 
 
 class _PerToken(torch.autograd.Function):
     """Unreduced: upstream gradients differ by token, so backward forms the logits of each chunk once more."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, rows, needs, chunks):
-        ctx.save_for_backward(hidden, weight, bias, targets, rows)
+    def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, chunks):
+        ctx.set_materialize_grads(False)
+        losses, lse = _losses_op(hidden, weight, targets, bias, *chunks)
+        out = outputs(losses, lse, rows, factor, chunks.z_loss, False)
+        ctx.save_for_backward(hidden, weight, bias, targets, rows, factor, out[1])
         ctx.needs, ctx.chunks = needs, chunks
-        losses = _losses_op(hidden, weight, targets, bias, *chunks)
-        return torch.where(rows == 0, 0.0, losses)
+        return out
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, *given):
         refuse_create_graph()
-        hidden, weight, bias, targets, rows = ctx.saved_tensors
-        upstream = torch.where(rows == 0, 0.0, g)
-        one = rows.new_ones(())
-        _, *gradients = _gradients_op(hidden, weight, targets, bias, upstream, one, ctx.needs, *ctx.chunks)
-        out = (d if need else None for d, need in zip(gradients, ctx.needs, strict=True))
-        return *out, None, None, None, None
+        if all(g is None for g in given):
+            return (None,) * 8
+        gradients = _formed_again(ctx, ctx.saved_tensors, given)
+        return *(d if need else None for d, need in zip(gradients, ctx.needs, strict=True)), *[None] * 5
+
+
+def _formed_again(ctx, saved, given):
+    """The gradients of hidden, weight and bias, for any upstream, by forming the logits of each chunk again."""
+    hidden, weight, bias, targets, rows, factor, lse = saved
+    upstream = upstream_rows(given, lse, rows, factor, ctx.chunks.z_loss, hidden.dtype)
+    return _gradients_op(hidden, weight, targets, bias, *upstream, ctx.needs, *ctx.chunks)[2:]
 
 
 class VocabShard(NamedTuple):
@@ -287,8 +272,8 @@ class VocabShard(NamedTuple):
     group: str
 
 
-def by_chunks(tokens: Tokens, options: Options, passes: str, shard: VocabShard | None = None) -> Tensor:
-    """The loss, in chunks of tokens."""
+def by_chunks(tokens: Tokens, options: Options, passes: str, shard: VocabShard | None = None) -> CrossEntropyOutput:
+    """The loss of flat tokens, in chunks of them."""
     shard = shard or VocabShard(0, options.vocab, "")
     chunks = _Chunks(
         softcap=options.softcap,
@@ -304,25 +289,26 @@ def by_chunks(tokens: Tokens, options: Options, passes: str, shard: VocabShard |
     )
     needs = tokens.wanted()
     if options.reduction != "none" and any(needs):
-        return ops.apply(_Reduced, *tokens, needs, chunks)
-    hidden, weight, bias, targets, rows, factor = tokens
-    losses = ops.apply(_PerToken, hidden, weight, bias, targets, rows, needs, chunks)
-    return losses if options.reduction == "none" else losses.sum() * factor
+        return CrossEntropyOutput(*ops.apply(_Reduced, *tokens, needs, chunks, options.with_lse))
+    losses, lse, z_losses = ops.apply(_PerToken, *tokens, needs, chunks)
+    if options.reduction == "none":
+        return CrossEntropyOutput(losses, lse, z_losses)
+    return CrossEntropyOutput(losses.sum() * tokens.factor, lse, z_losses.sum() * tokens.factor)
 
 
-def _run(call: Call, passes: str) -> Tensor:
+def _run(call: Call, passes: str) -> CrossEntropyOutput:
     tokens = tokens_of(call.hidden, call.weight, call.bias, call.targets, call.options)
     return shaped(by_chunks(tokens, call.options, passes), call)
 
 
-def shaped(loss: Tensor, call: Call) -> Tensor:
-    """The losses of flat tokens in the shape of targets; a reduced loss is a scalar already."""
-    return loss.view(call.targets.shape) if call.options.reduction == "none" else loss
+def shaped(found: CrossEntropyOutput, call: Call) -> CrossEntropyOutput:
+    """What flat tokens have in the shape of targets; a reduced loss is a scalar already."""
+    return CrossEntropyOutput(*(x if x.ndim == 0 else x.view(call.targets.shape) for x in found))
 
 
-def linear_cross_entropy_chunked(call: Call) -> Tensor:
+def linear_cross_entropy_chunked(call: Call) -> CrossEntropyOutput:
     return _run(call, "plain")
 
 
-def linear_cross_entropy_inductor(call: Call) -> Tensor:
+def linear_cross_entropy_inductor(call: Call) -> CrossEntropyOutput:
     return _run(call, "inductor")

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Call, rows_per_chunk
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import (
+    Call,
+    CrossEntropyOutput,
+    rows_per_chunk,
+)
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products import (
     empty_gradients,
     logits_of,
     refuse_create_graph,
+)
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
+    outputs,
     shaped,
     tokens_of,
+    upstream_rows,
 )
 
 SLICE_BYTES = 64 << 20
@@ -70,7 +78,7 @@ def _losses(hidden, weight, targets, bias, *constants):
     return outputs
 
 
-def _fake_gradients(hidden, weight, targets, bias, rows, factor, row_max, log_sum, missing, needs, *_):
+def _fake_gradients(hidden, weight, targets, bias, rows, lse_rows, factor, row_max, log_sum, missing, needs, *_):
     return empty_gradients(hidden, weight, needs)
 
 
@@ -84,13 +92,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _gradients(hidden, weight, targets, bias, rows, factor, row_max, log_sum, missing, needs, *constants):
+def _gradients(hidden, weight, targets, bias, rows, lse_rows, factor, row_max, log_sum, missing, needs, *constants):
     from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
 
     slices = _Slices(*constants)
     vocab = slices.vocab
     late = hidden.dtype == torch.float16  # a token's part of a mean would underflow: the sums get the factor
-    rows = rows if late else rows * factor
+    if not late:
+        rows, lse_rows = rows * factor, None if lse_rows is None else lse_rows * factor
     _, d_weight, d_bias = empty_gradients(hidden, weight, [False, *needs[1:]])
     for d in (d_weight, d_bias):
         d[vocab:] = 0  # padding
@@ -99,7 +108,7 @@ def _gradients(hidden, weight, targets, bias, rows, factor, row_max, log_sum, mi
     for first in range(0, vocab, step):
         at = slice(first, min(first + step, vocab))
         z = logits_of(hidden, weight[at], None if bias is None else bias[at])
-        triton.gradient(z, targets, rows, (row_max, log_sum, missing), first, vocab, slices.terms)
+        triton.gradient(z, targets, rows, (row_max, log_sum, missing), first, vocab, slices.terms, lse_rows)
         if needs[0]:
             _add_product(sums, z, weight[at])
         if needs[1] and late:
@@ -126,7 +135,7 @@ _losses_op = ops.register(
 )
 _gradients_op = ops.register(
     "linear_cross_entropy_sliced_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor rows, "
-    "Tensor factor, Tensor row_max, Tensor log_sum, Tensor missing, bool[] needs, "
+    "Tensor? lse_rows, Tensor factor, Tensor row_max, Tensor log_sum, Tensor missing, bool[] needs, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _gradients,
     _fake_gradients,
@@ -139,26 +148,25 @@ class _Sliced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, slices, reduced):
+        ctx.set_materialize_grads(False)
         losses, *saved = _losses_op(hidden, weight, targets, bias, *slices)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, factor, *saved)
-        ctx.needs, ctx.slices, ctx.reduced = needs, slices, reduced
-        losses = torch.where(rows == 0, 0.0, losses)
-        return losses.sum() * factor if reduced else losses
+        ctx.needs, ctx.slices = needs, slices
+        return outputs(losses, saved[0] + saved[1], rows, factor, slices.z_loss, reduced)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_z: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_create_graph()
+        if g is g_lse is g_z is None:
+            return (None,) * 9
         hidden, weight, bias, targets, rows, factor, *saved = ctx.saved_tensors
-        if ctx.reduced:
-            factor = factor * g
-        else:
-            rows = torch.where(rows == 0, 0.0, g)
-        gradients = _gradients_op(hidden, weight, targets, bias, rows, factor, *saved, ctx.needs, *ctx.slices)
+        upstream = upstream_rows((g, g_lse, g_z), saved[0] + saved[1], rows, factor, ctx.slices.z_loss, hidden.dtype)
+        gradients = _gradients_op(hidden, weight, targets, bias, *upstream, *saved, ctx.needs, *ctx.slices)
         out = (d if need else None for d, need in zip(gradients, ctx.needs, strict=True))
         return *out, *[None] * 6
 
 
-def linear_cross_entropy_triton(call: Call) -> Tensor:
+def linear_cross_entropy_triton(call: Call) -> CrossEntropyOutput:
     options = call.options
     tokens = tokens_of(call.hidden, call.weight, call.bias, call.targets, options)
     slices = _Slices(
@@ -169,5 +177,5 @@ def linear_cross_entropy_triton(call: Call) -> Tensor:
         vocab=options.vocab,
         chunk_size=options.chunk_size,
     )
-    loss = ops.apply(_Sliced, *tokens, tokens.wanted(), slices, options.reduction != "none")
-    return shaped(loss, call)
+    found = ops.apply(_Sliced, *tokens, tokens.wanted(), slices, options.reduction != "none")
+    return shaped(CrossEntropyOutput(*found), call)

@@ -82,8 +82,9 @@ def _losses_kernel(
 
 @jit
 def _gradient_kernel(
-    z_ptr, targets_ptr, rows_ptr, max_ptr, log_sum_ptr, missing_ptr, stride, first, width, classes, softcap, scale,
-    smoothing, z_loss, CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+    z_ptr, targets_ptr, rows_ptr, max_ptr, log_sum_ptr, missing_ptr, lse_rows_ptr, stride, first, width, classes,
+    softcap, scale, smoothing, z_loss,
+    CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, LSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride
@@ -98,9 +99,15 @@ def _gradient_kernel(
         dz -= smoothing / classes
     if Z_LOSS:
         dz += 2.0 * z_loss * (row_max + log_sum) * p
+    unused = factor == 0.0  # such a row may hold NaN
+    dz *= factor
+    if LSE:
+        lse_factor = tl.load(lse_rows_ptr + row)
+        dz += lse_factor * p
+        unused = unused & (lse_factor == 0.0)
     if CAP:
         dz *= 1.0 - t * t
-    dz = tl.where(factor == 0.0, 0.0, dz * (factor * scale))  # an ignored row may hold NaN
+    dz = tl.where(unused, 0.0, dz * scale)
     tl.store(z_ptr + o_v, dz.to(z_ptr.dtype.element_ty), mask=m_v)
 
 
@@ -135,15 +142,17 @@ def gradient(
     first: int,
     classes: int,
     constants: Constants,
+    lse_rows: Tensor | None = None,
 ) -> None:
-    """Turn the columns of logits that begin with class ``first`` into the gradient of Σ rows · loss.
+    """Turn the columns of logits that begin with class ``first`` into the gradient of Σ (rows·loss + lse_rows·lse).
 
-    ``statistics`` are row_max, log_sum and 1 − p of ``losses``.
+    ``statistics`` are row_max, log_sum and 1 − p of ``losses``; ``lse_rows`` None is 0 for every row.
     """
     if z.numel():
         geometry = _geometry(z.shape[1])
         with on_device(z):
             _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], geometry["BLOCK"]))](
-                z, targets.contiguous(), rows.contiguous(), *statistics, z.stride(0), first, z.shape[1], classes,
-                *constants, **_flags(constants), **geometry,
+                z, targets.contiguous(), rows.contiguous(), *statistics,
+                rows if lse_rows is None else lse_rows.contiguous(), z.stride(0), first, z.shape[1], classes,
+                *constants, **_flags(constants), LSE=lse_rows is not None, **geometry,
             )  # fmt: skip
