@@ -53,8 +53,8 @@ def repeats_a_scale(suite, backend, scale) -> bool:
 
 
 def repeats_a_graph(suite, backend) -> bool:
-    """What ``auto`` takes is traced, which on a CPU is the reference, and one operator that launches Triton."""
-    return suite.op in LONG_TRACES or not (backend == "auto" or (backend == "triton" and suite.op == "attention"))
+    """What ``auto`` takes is traced, which on a CPU is the reference, and of attention what launches Triton."""
+    return suite.op in LONG_TRACES or backend != ("triton" if suite.op == "attention" else "auto")
 
 
 def repeats_inductor(suite, backend) -> bool:

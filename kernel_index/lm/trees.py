@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
+from kernel_index.core import checks
 from kernel_index.lm.data import START
 
 
@@ -20,7 +21,7 @@ class TokenTree(NamedTuple):
 class TreeBatch(NamedTuple):
     """Rows of prefix trees, each tensor int64.
 
-    ``tokens`` ``positions`` ``subtree_end``: [B, T]; a gap has token START and sees nothing that counts.  ``sources``
+    ``tokens`` ``positions`` ``subtree_end``: [B, T]; a gap has token START, and no token sees it.  ``sources``
     ``targets``: [E], for each edge the place of its source in the B·T tokens, and the token that it predicts.
     ``after_next``: [A, 2], pairs of edges of which the second continues the first.
 
@@ -44,6 +45,9 @@ class TreeBatch(NamedTuple):
 
         Raises ``ValueError`` for a tree that does not fit.
         """
+        if length is not None:
+            checks.is_int("length", length, minimum=0)
+        trees = [TokenTree(t.parents, [torch.as_tensor(run, dtype=torch.int64) for run in t.runs]) for t in trees]
         packings = [ki.pack_tree(t.parents, [len(run) for run in t.runs], align=align) for t in trees]
         longest = max((len(p.positions) for p in packings), default=0)
         if length is not None and longest > length:
@@ -53,7 +57,8 @@ class TreeBatch(NamedTuple):
         ends, edges, pairs = torch.arange(T).repeat(len(trees), 1), list[Tensor](), list[Tensor]()
         for row, (tree, packing) in enumerate(zip(trees, packings, strict=True)):
             used = slice(len(packing.positions))
-            tokens[row, used][packing.is_token] = torch.cat([tree.runs[i] for i in packing.order.tolist()])
+            in_order = [tree.runs[i] for i in packing.order.tolist()]
+            tokens[row, used][packing.is_token] = torch.cat([tokens.new_empty(0), *in_order])
             positions[row, used], ends[row, used] = packing.positions, packing.subtree_end
             source, target = packing.edges
             of_target = torch.full((T,), -1)

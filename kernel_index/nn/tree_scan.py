@@ -45,13 +45,16 @@ def scan_tree(operands: Operands, mask: "ki.MaskContract", *, segments: Tensor |
         states.append(scanned.state)
         outputs.append(scanned.y[level.is_token])
         places.append(level.index[level.is_token])
+    if not outputs:  # no token at all
+        return torch.zeros_like(operands[0], dtype=torch.promote_types(operands[0].dtype, torch.float32))
     return _in_order(outputs, places, B * T).unflatten(0, (B, T))
 
 
 def _rows(x_BT: Tensor, index: Tensor) -> Tensor:
     """Tokens [R, …] of x [B, T, …]; the gradient of one that several runs read is added up in float32, in order."""
     flat = x_BT.flatten(0, 1)
-    return ki.gather_rows(flat.reshape(flat.shape[0], 1, -1).contiguous(), index).view(-1, *flat.shape[1:])
+    rows = flat.flatten(1) if flat.ndim > 1 else flat[:, None]
+    return ki.gather_rows(rows[:, None].contiguous(), index).view(len(index), *flat.shape[1:])
 
 
 def _first_state(states: list[Tensor], level: Any, segment: Tensor | None) -> Tensor:

@@ -43,8 +43,10 @@ def check_causal(mask: MaskContract) -> None:
     if not mask.causal or mask.prefix is not None:
         got = "causal=False" if not mask.causal else f"prefix={mask.prefix}"
         raise ValueError(f"mask must be causal: a router takes past blocks and the current one, got {got}")
-    if isinstance(mask.q_offset, Tensor) or (mask.cu_seqlens is not None and mask.cu_seqlens[1] is not None):
+    if isinstance(mask.q_offset, Tensor):
         raise ValueError("q_offset must be one number for all rows where blocks are routed, got one for each row")
+    if mask.cu_seqlens is not None and mask.cu_seqlens[1] is not None:
+        raise ValueError("cu_seqlens must be one list where blocks are routed, got two")
 
 
 def legal_blocks(mask: MaskContract, sizes: Sizes, block_size: int) -> LegalBlocks:

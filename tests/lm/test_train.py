@@ -296,6 +296,7 @@ def test_forced_reference_trains_to_the_same_loss(finished, corpus, tmp_path, mo
         assert ours.loss == pytest.approx(plain.loss, rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_one_file_of_text_is_trained_on(tmp_path):
     data = tmp_path / "corpus.txt"
     data.write_text("To be, or not to be, that is the question.\n" * 200)

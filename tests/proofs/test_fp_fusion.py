@@ -48,12 +48,12 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.mark.thorough_if(when=lambda default: default == "1")
 @pytest.mark.parametrize("default", ["0", "1"])
+@pytest.mark.thorough
 def test_launches_say_that_products_and_sums_are_fused(default):
     """Whatever Triton's default is."""
     assert int(run(EVERY_LAUNCH, TRITON_DEFAULT_FP_FUSION=default)) >= 6
 
 
-@pytest.mark.thorough
 def test_the_compiler_obeys():
     assert "fma.rn.f32" in run(COMPILED.replace("FUSED", "True"), TRITON_DEFAULT_FP_FUSION="0")
     assert "fma.rn.f32" not in run(COMPILED.replace("FUSED", "False"), TRITON_DEFAULT_FP_FUSION="1")

@@ -46,6 +46,8 @@ def check_count(name: str, value: Any, minimum: int | None = None) -> None:
     if isinstance(value, torch.Tensor):
         checks.is_integer_tensor(name, value)
         checks.has_rank(name, value, 1, "one number for each row, shape [B]")
+        if minimum is not None and rules.host_readable(value) and bool((value < minimum).any()):
+            raise ValueError(f"{name} must be at least {minimum} in every row, got {value.tolist()}")
     elif value is not None:
         checks.is_int(name, value, minimum=minimum)
 
@@ -65,7 +67,7 @@ def check_cu_seqlens(value: Any) -> None:
             raise ValueError(
                 f"{name} must have n + 1 numbers for n documents, in both lists alike, got {tuple(lengths.shape)}"
             )
-        if rules.host_readable(lengths) and (int(lengths[0]) != 0 or bool((lengths.diff() < 0).any())):
+        if rules.host_readable(lengths) and (int(lengths[0]) != 0 or bool((lengths.long().diff() < 0).any())):
             raise ValueError(f"{name} must begin with 0 and never decrease, got {lengths.tolist()}")
 
 

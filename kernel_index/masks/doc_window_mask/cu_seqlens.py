@@ -28,11 +28,12 @@ def position_in_keys(queries: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
     return (queries + (k_end - q_end))[None]
 
 
-def documents_of_lengths(
-    queries: Tensor, position: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None
-) -> Documents:
-    """The keys of each query's document; a query after the last document is outside."""
-    of_keys = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).to(torch.int64)
+def documents_of_lengths(queries: Tensor, keys: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> Documents:
+    """The keys of each query's document; a query after the last document is outside.
+
+    Lengths beyond the S keys, which the host may not have read, end at them.
+    """
+    of_keys = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k).to(torch.int64).clamp(0, keys)
     document = _document(queries, cu_seqlens_q)
     if of_keys.shape[0] == 1:
         nothing = torch.zeros_like(queries)[None]

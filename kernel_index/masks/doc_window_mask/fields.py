@@ -157,8 +157,8 @@ class MaskFields:
         }
         return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
-    def _rows_of_tensors(self) -> int | None:
-        """B, if the tensors have a batch dimension; else None."""
+    def _rows_of_tensors(self) -> tuple[int | None, str]:
+        """B, if the tensors have a batch dimension, and the name of the field that says so."""
         found, owner = (None, "") if self.cu_seqlens is None else (1, "cu_seqlens")
         for name, tensor in self._tensors_by_name().items():
             if name in contract.BY_TOKEN and tensor.ndim == 1:
@@ -166,7 +166,7 @@ class MaskFields:
             if found is not None and tensor.shape[0] != found:
                 raise ValueError(f"{name} must be for the {found} rows of {owner}, got {tensor.shape[0]} rows")
             found, owner = tensor.shape[0], owner or name
-        return found
+        return found, owner
 
     def _keys_of_tensors(self) -> tuple[int | None, str]:
         """S, if a tensor has one number for each key, and the name of its field."""
@@ -190,8 +190,8 @@ class MaskFields:
 
         Raises ``ValueError`` for a size that is missing or contradicts the tensors.
         """
-        of_tensors = self._rows_of_tensors()
-        batch = contract.agreed_size("batch_size", batch_size, of_tensors, "the contract's doc_ids or validity")
+        of_tensors, row_owner = self._rows_of_tensors()
+        batch = contract.agreed_size("batch_size", batch_size, of_tensors, f"the contract's {row_owner}")
         of_keys, owner = self._keys_of_tensors()
         if seq_len is None and kv_len is None and of_keys is None:
             raise ValueError("seq_len must be given where the contract has no doc_ids to take it from, got None")
@@ -199,9 +199,16 @@ class MaskFields:
             kv_len = seq_len
         keys = contract.agreed_size("kv_len", kv_len, of_keys, f"{owner} [B, S]")
         queries = contract.agreed_size("seq_len", seq_len, None, "") if seq_len is not None else keys
+        self._check_lengths(queries, keys)
         found = contract.device_of(device, self._tensors_by_name() | self._cu_seqlens_by_name())
         rows = 1 if of_tensors is None else of_tensors
         return Sizes(1 if batch is None else batch, rows, queries, keys, self._offset(queries, keys), found)
+
+    def _check_lengths(self, queries: int, keys: int) -> None:
+        """Raise where cumulative lengths that may be read go beyond the tokens."""
+        for (name, lengths), tokens in zip(self._cu_seqlens_by_name().items(), (queries, keys), strict=False):
+            if rules.host_readable(lengths) and int(lengths[-1]) > tokens:
+                raise ValueError(f"{name} must end by the {tokens} tokens, got {int(lengths[-1])}")
 
     def _offset(self, queries: int, keys: int) -> int | None:
         if isinstance(self.q_offset, Tensor) or (self.cu_seqlens is not None and self.cu_seqlens[1] is not None):
@@ -263,6 +270,11 @@ class MaskFields:
     def __reduce__(self) -> tuple:
         # Copies and pickles hold the fields, not the kept lowerings.
         return type(self), self._fields()
+
+
+def as_rows(tensor: Tensor | None) -> Tensor | None:
+    """[B, S], or [1, S] of a tensor for every row alike."""
+    return tensor[None] if tensor is not None and tensor.ndim == 1 else tensor
 
 
 def _same(a: Any, b: Any) -> bool:

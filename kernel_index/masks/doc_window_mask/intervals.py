@@ -159,7 +159,8 @@ def interval_of(
         end = torch.maximum(end, torch.minimum(low, high))
     start = low if left is None else torch.maximum(low, position - left)
     if prefix is not None:
-        prefix_end = document_low + (prefix[:, None] if isinstance(prefix, Tensor) else prefix)
+        tokens = prefix.clamp(0, keys)[:, None] if isinstance(prefix, Tensor) else min(prefix, keys)
+        prefix_end = document_low + tokens
         inside = (position >= document_low) & (position < prefix_end)
         start = torch.where(inside, low, start)
         end = torch.where(inside, torch.maximum(end, torch.minimum(high, prefix_end)), end)

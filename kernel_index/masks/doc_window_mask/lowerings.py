@@ -11,6 +11,7 @@ from kernel_index.masks.prefix_tree.tiles import Tiles, lists_of
 
 VARLEN_NEEDS_SQUARE = "documents and prefixes have packed lengths only where T = S and query 0 is at key 0"
 VARLEN_NEEDS_ONE_PREFIX = "packed lengths for keys with a valid prefix of their own are not made"
+VARLEN_NEEDS_ONE_LIST = "packed lengths of queries that differ from those of the keys are not made"
 VARLEN_NEEDS_CAUSALITY = "packed lengths have no prefix that is seen in both directions"
 VARLEN_NEEDS_BOTTOM_RIGHT = "packed lengths align the last query with the last key, and this offset does not"
 

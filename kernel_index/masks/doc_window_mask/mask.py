@@ -10,7 +10,7 @@ from torch import Tensor
 from kernel_index.core import checks
 from kernel_index.masks.doc_window_mask import contract, lowerings
 from kernel_index.masks.doc_window_mask.cu_seqlens import documents_of_lengths, ids_of_lengths, position_in_keys
-from kernel_index.masks.doc_window_mask.fields import MaskFields
+from kernel_index.masks.doc_window_mask.fields import MaskFields, as_rows
 from kernel_index.masks.doc_window_mask.intervals import (
     BlockPlan,
     Documents,
@@ -70,8 +70,9 @@ class MaskContract(MaskFields):
         prefix: a number of tokens, or integers [B]: the first so many tokens of every document see each other in both
             directions, as in a prefix language model.
         subtree_end: integers [B, S], or [S] for every row alike, from ``pack_tree``: the first index after everything
-            that continues the token.
+            that continues the token.  A token that no query may see, such as padding, has its own index.
         positions: integers [B, S] or [S] that increase along each path; a window counts in them.  None counts indices.
+            A contract with positions has the forms of a tree, also without ``subtree_end``.
         cu_seqlens: ``(cu_seqlens_q, cu_seqlens_k or None)``: see ``from_cu_seqlens``.
 
     Raises:
@@ -107,7 +108,7 @@ class MaskContract(MaskFields):
 
     def _documents(self, queries: Tensor, position: Tensor, sizes: Sizes) -> Documents | None:
         if sizes.offset is None and self.cu_seqlens is not None:
-            return documents_of_lengths(queries, position, *self.cu_seqlens)
+            return documents_of_lengths(queries, sizes.keys, *self.cu_seqlens)
         ids = self.document_rows(sizes.keys)
         return None if ids is None or sizes.keys == 0 else documents_of_ids(ids, position, sizes.keys)
 
@@ -116,7 +117,7 @@ class MaskContract(MaskFields):
         if self.cu_seqlens is not None:
             of_queries, of_keys = self.cu_seqlens
             return ids_of_lengths(of_queries if of_keys is None else of_keys, keys)
-        return _as_rows(self.doc_ids)
+        return as_rows(self.doc_ids)
 
     def _prefix_tokens(self) -> tuple[Tensor | None, Tensor | None]:
         """Valid tokens [B] of ``validity`` and of ``key_validity``."""
@@ -163,8 +164,9 @@ class MaskContract(MaskFields):
 
         def build() -> RowBounds:
             queries = torch.arange(sizes.queries, device=sizes.device)
-            tree = Tree(_as_rows(self.subtree_end), _as_rows(self.positions), self.window[0])
-            return tree_bounds(self.bounds(queries, sizes), self._position(queries, sizes), tree, sizes.keys)
+            tree = Tree(as_rows(self.subtree_end), as_rows(self.positions), self.window[0])
+            bounds, clipped = self.bounds(queries, sizes), self.key_validity is not None
+            return tree_bounds(bounds, self._position(queries, sizes), tree, sizes.keys, clipped)
 
         return self.remember("row_bounds", sizes, build)
 
@@ -204,7 +206,7 @@ class MaskContract(MaskFields):
 
         Costs O(T / q_block), plus O(S) where there are documents: the intervals of a block's first and last query bound
         those of the others.  In a tree some blocks of the range may hold no allowed key, and full ones may lie outside
-        of ``first_full ≤ j < last_full``; ``flex_block_mask`` lists them exactly.
+        of ``first_full ≤ j < last_full``; ``flex_block_mask`` lists all full ones.
         """
         checks.is_int("q_block", q_block, minimum=1)
         checks.is_int("kv_block", kv_block, minimum=1)
@@ -364,6 +366,8 @@ class MaskContract(MaskFields):
             return TREE_HAS_NO_INTERVALS
         if self.prefix is not None:
             return lowerings.VARLEN_NEEDS_CAUSALITY
+        if sizes.offset is None and self.cu_seqlens is not None:
+            return lowerings.VARLEN_NEEDS_ONE_LIST
         return lowerings.varlen_why_not(sizes, not self.is_band, self.key_counts is not None)
 
     def varlen(
@@ -390,10 +394,6 @@ class MaskContract(MaskFields):
             return lowerings.varlen(sizes, self.window_bounds, ids)
 
         return self.remember("varlen", sizes, build)
-
-
-def _as_rows(tensor: Tensor | None) -> Tensor | None:
-    return tensor[None] if tensor is not None and tensor.ndim == 1 else tensor
 
 
 torch.serialization.add_safe_globals([MaskContract])

@@ -23,7 +23,7 @@ class Tree(NamedTuple):
     left: int | None
 
 
-def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int) -> RowBounds:
+def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int, clipped: bool) -> RowBounds:
     """The bounds of every query, int32 [rows, T] and [rows, S].
 
     Where values may be read, a row of chains has intervals: it runs as documents do, with the same bits.
@@ -33,32 +33,72 @@ def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int) -> R
         position: of each query among the keys, [rows or 1, T].
         tree: what the contract says.
         keys: S.
+        clipped: whether the interval of a query may end before its own key.
     """
     start, end = bounds
     rows, index = start.shape[0], torch.arange(keys, device=start.device)
     until = torch.full_like(index, keys)[None] if tree.subtree_end is None else tree.subtree_end.to(torch.int64)
     at = position.clamp(0, max(keys - 1, 0)).expand(start.shape)
+    end = torch.where((position < 0) | (position >= keys), start, end)
     readable = rules.host_readable(start, until)
     gaps = until <= index
     has_gaps = not readable or bool(gaps.any())
     along_path = tree.left is not None and tree.positions is not None  # else a window counts indices
-    parent = parents_of(until, readable) if along_path or has_gaps else None
+    parent = parents_of(until, readable) if along_path or has_gaps or clipped else None
     if tree.left is not None:
         if tree.positions is not None and parent is not None:
-            first = window_starts(parent, tree.positions.to(torch.int64), tree.left)
-            first = torch.where(gaps, 0, first).expand(rows, -1).gather(1, at)  # the position of a gap says nothing
+            along = tree.positions.to(torch.int64)
+            _check_increase(along, parent, gaps, readable)
+            first = torch.where(gaps, 0, window_starts(parent, along, tree.left))  # a gap's position says nothing
+            first = first.expand(rows, -1).gather(1, at)
         else:
             first = position - tree.left
         start = torch.minimum(torch.maximum(start, first), end)
-    if parent is not None and has_gaps:  # a query in a gap sees the path above it
-        latest = torch.where(gaps, parent, index).expand(rows, -1).gather(1, at)
+    if parent is not None and (has_gaps or clipped):
+        latest = torch.where(gaps, parent, index).expand(rows, -1).gather(1, at)  # a gap sees the path above it
+        latest = _last_before(latest, end, parent) if clipped else latest
         end = torch.where(latest >= start, end, start)
     if readable and not has_gaps and (root := _roots_of_chains(until, index)) is not None:
         start = torch.minimum(torch.maximum(start, root.expand(rows, -1).gather(1, at)), end)
-        return RowBounds(start.to(torch.int32), end.to(torch.int32), None)
+        return RowBounds(*(x.to(torch.int32) for x in _in_order(start, end)), None)
     first_query = position[:, :1] if position.shape[1] else torch.zeros_like(until[:, :1])
     q_end = (until - first_query).clamp(0, position.shape[1])
     return RowBounds(*(x.to(torch.int32).contiguous() for x in (start, end, q_end.expand(rows, -1))))
+
+
+def _in_order(start: Tensor, end: Tensor) -> Intervals:
+    """The same intervals, with empty ones where both bounds never decrease: at the end of those before."""
+    some = start < end
+    before = torch.where(some, end, 0)
+    before = before.cummax(1).values if before.shape[1] else before
+    return Intervals(torch.where(some, start, before), torch.where(some, end, before))
+
+
+def _check_increase(along: Tensor, parent: Tensor, gaps: Tensor, readable: bool) -> None:
+    """Raise where positions that may be read do not increase along a path."""
+    if not readable or not rules.host_readable(along) or along.shape[1] == 0:
+        return
+    before = along.gather(1, parent.clamp(min=0).expand(along.shape[0], -1))
+    wrong = (parent >= 0) & ~gaps & (along <= before)
+    if bool(wrong.any()):
+        token = int(wrong.nonzero()[0, 1])
+        raise ValueError(f"positions must increase along each path, got {int(along[wrong][0])} at token {token}")
+
+
+def _last_before(token: Tensor, end: Tensor, parent: Tensor) -> Tensor:
+    """The last of the token and its ancestors, [rows, T], that stands before ``end``; −1 if none does."""
+    parent = parent.expand(token.shape[0], -1)
+
+    def taken(step: Tensor, of: Tensor) -> Tensor:
+        return torch.where(of >= 0, step.gather(1, of.clamp(min=0)), -1)
+
+    up = [parent]
+    for _ in range(_bits(parent.shape[1]) - 1):
+        up.append(taken(up[-1], up[-1]))
+    for step in reversed(up):
+        higher = taken(step, token)
+        token = torch.where(higher >= end, higher, token)
+    return torch.where(token >= end, taken(parent, token), token)
 
 
 def _roots_of_chains(until: Tensor, index: Tensor) -> Tensor | None:
@@ -103,11 +143,11 @@ def _bits(keys: int) -> int:
 
 def window_starts(parent: Tensor, along: Tensor, left: int) -> Tensor:
     """The first token of each token's path whose position is at most ``left`` behind, [rows, S]; itself if none is."""
-    rows, keys = parent.shape
+    rows, keys = max(parent.shape[0], along.shape[0]), parent.shape[1]
     first = torch.arange(keys, device=parent.device).expand(rows, -1)
     if keys == 0:
         return first
-    along = along.expand(rows, -1)
+    parent, along = parent.expand(rows, -1), along.expand(rows, -1)
     least = along - left
     up = [parent]
     for _ in range(min(left.bit_length(), _bits(keys)) - 1):

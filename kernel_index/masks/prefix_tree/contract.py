@@ -16,6 +16,7 @@ def integers(name: str, value: Any) -> list[int]:
     if isinstance(value, Tensor):
         checks.is_integer_tensor(name, value)
         checks.has_rank(name, value, 1, "one number for each run, [R]")
+        checks.has_values(name, value, "cpu")
         return value.tolist()
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
@@ -32,6 +33,8 @@ def check_tree(parents: Any, lengths: Any, align: Any) -> tuple[list[int], list[
     if len(parents) != len(lengths):
         raise ValueError(f"lengths must have one number for each of the {len(parents)} runs, got {len(lengths)}")
     for run, parent in enumerate(parents):
+        if run == 0 and parent != -1:
+            raise ValueError(f"parents[0] must be -1: no run comes before the first, got {parent}")
         if not -1 <= parent < run:
             raise ValueError(f"parents[{run}] must be an earlier run, 0 to {run - 1}, or -1 for a root, got {parent}")
     for run, length in enumerate(lengths):

@@ -61,7 +61,9 @@ def packed(parents: list[int], lengths: list[int], align: int) -> TreePacking:
         parent_of[first:stop] = index[first:stop] - 1
         parent_of[first] = -1 if parent < 0 else starts[parent] + lengths[parent] - 1
     target = (parent_of >= 0).nonzero().flatten()
-    return TreePacking(torch.tensor(order), positions, subtree_end, parent_of, Edges(parent_of[target], target))
+    return TreePacking(
+        torch.tensor(order, dtype=torch.int64), positions, subtree_end, parent_of, Edges(parent_of[target], target)
+    )
 
 
 def _depth_first(parents: list[int]) -> list[int]:
@@ -76,3 +78,7 @@ def _depth_first(parents: list[int]) -> list[int]:
         order.append(waiting.pop())
         waiting += reversed(children[order[-1]])
     return order
+
+
+torch.serialization.add_safe_globals([TreePacking, Edges])
+"""``torch.load`` takes a packing from files that are not trusted: it holds tensors alone."""

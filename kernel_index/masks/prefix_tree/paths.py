@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernel_index.core import rules
 from kernel_index.core.dispatch import Ineligible
+from kernel_index.masks.attention_validity_prefix.api import attention_validity
 from kernel_index.masks.doc_window_mask.intervals import Sizes, segments
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.prefix_tree.bounds import parents_of
@@ -72,6 +73,8 @@ def check_branches(op: str, mask: MaskContract, sizes: Sizes) -> None:
 def _why_not(mask: MaskContract, sizes: Sizes) -> str | None:
     if torch.compiler.is_compiling() or rules.inside_functorch() or rules.inside_dispatch_mode():
         return NEEDS_VALUES
+    if sizes.device.type == "meta":
+        return "a tensor on the meta device has no values: the branches of a prefix tree are read"
     if sizes.queries != sizes.keys or sizes.offset != 0:
         return NEEDS_SQUARE
     if mask.window[0] is not None and mask.positions is not None and not _steps(mask, sizes):
@@ -99,6 +102,7 @@ def along_paths(
     by_query: tuple[Tensor, ...],
     by_key: tuple[Tensor, ...],
     time_dims: tuple[int, ...] = (1,),
+    in_gaps: tuple[float, ...] = (0.0,),
 ) -> tuple[Tensor, ...]:
     """``run(*by_query, *by_key, branch's mask)`` for each branch of each row, put back in the row's order.
 
@@ -110,9 +114,10 @@ def along_paths(
         by_query: tensors [B, T, …].
         by_key: tensors [B, S, …].
         time_dims: of each result, the dimension of the queries.
+        in_gaps: of each result, what a gap has; zeros after the last one.
 
     Returns:
-        The results with T queries; 0 in a gap.
+        The results with T queries.
 
     Raises:
         Ineligible: T ≠ S, a window over positions that do not grow by 1, or values that may not be read here.
@@ -125,9 +130,9 @@ def along_paths(
             q, keys = (x.to(sizes.device) for x in branch)
             of_branch = (x[b : b + 1].index_select(1, q) for x in by_query)
             of_path = (x[b : b + 1].index_select(1, keys) for x in by_key)
-            pieces.append(_as_tuple(run(*of_branch, *of_path, _mask_of_path(mask, sizes, b, keys))))
+            pieces.append(_as_tuple(run(*of_branch, *of_path, _mask_of_path(mask, sizes, b, q, keys))))
             queries.append(q)
-        rows.append(_in_order(pieces, queries, sizes.queries, time_dims))
+        rows.append(_in_order(pieces, queries, sizes.queries, time_dims, in_gaps))
     if not rows:
         return _as_tuple(run(*by_query, *by_key, MaskContract()))
     return tuple(torch.cat(of_rows) for of_rows in zip(*rows, strict=True))
@@ -138,22 +143,27 @@ def _as_tuple(found: Any) -> tuple[Tensor, ...]:
 
 
 def _in_order(
-    pieces: list[tuple[Tensor, ...]], queries: list[Tensor], tokens: int, dims: tuple[int, ...]
+    pieces: list[tuple[Tensor, ...]],
+    queries: list[Tensor],
+    tokens: int,
+    dims: tuple[int, ...],
+    in_gaps: tuple[float, ...],
 ) -> list[Tensor]:
-    """Each result of a row; a place that no branch has takes the row of zeros after the last query."""
+    """Each result of a row; a place that no branch has takes what stands after the last query."""
     at = torch.cat(queries)
     place = at.new_full((tokens,), at.shape[0])
     place[at] = torch.arange(at.shape[0], device=at.device)
     found = list[Tensor]()
-    for of_result, dim in zip(zip(*pieces, strict=True), dims, strict=True):
+    fillers = in_gaps + (0.0,) * (len(dims) - len(in_gaps))
+    for of_result, dim, filler in zip(zip(*pieces, strict=True), dims, fillers, strict=True):
         joined = torch.cat(of_result, dim)
         shape = [1 if i == dim else n for i, n in enumerate(joined.shape)]
-        found.append(torch.cat([joined, joined.new_zeros(shape)], dim).index_select(dim, place))
+        found.append(torch.cat([joined, joined.new_full(shape, filler)], dim).index_select(dim, place))
     return found
 
 
-def _mask_of_path(mask: MaskContract, sizes: Sizes, b: int, keys: Tensor) -> MaskContract:
-    """Causality, the window and the documents of a path; what is not valid is in no document.
+def _mask_of_path(mask: MaskContract, sizes: Sizes, b: int, queries: Tensor, keys: Tensor) -> MaskContract:
+    """Causality, the window, the documents and the valid tokens of a path, which are its first ones.
 
     A document is named by its first token, since the path leaves out what stands between two runs of one id.
     """
@@ -162,8 +172,13 @@ def _mask_of_path(mask: MaskContract, sizes: Sizes, b: int, keys: Tensor) -> Mas
     if rows is not None:
         row = rows[b % len(rows)][None]
         ids = torch.where(row < 0, -1, segments(row)[0])[0, keys]
-    for validity in (mask.validity, mask.key_validity):
-        if validity is not None and (counts := validity.tokens) is not None:
-            ids = torch.zeros_like(keys) if ids is None else ids
-            ids = torch.where(keys < counts[b], ids, -1)
-    return MaskContract(window=mask.window, doc_ids=None if ids is None else ids[None])
+    counts = [None if v is None or v.tokens is None else v.tokens[b] for v in (mask.validity, mask.key_validity)]
+    own = of_keys = None
+    if counts[1] is not None:
+        of_keys = attention_validity(valid_token_counts=(keys < counts[1]).sum()[None])
+        own = None if counts[0] is None else attention_validity(valid_token_counts=(queries < counts[0]).sum()[None])
+    elif counts[0] is not None:
+        ids = torch.where(keys < counts[0], 0 if ids is None else ids, -1)
+    return MaskContract(
+        window=mask.window, doc_ids=None if ids is None else ids[None], validity=own, key_validity=of_keys
+    )

@@ -42,6 +42,8 @@ class _Run(NamedTuple):
 
 def levels_of(subtree_end: Tensor | None, parents: Tensor, sizes: Sizes) -> tuple[Level, ...]:
     """The levels of a batch; reads values."""
+    if parents.is_meta:
+        raise ValueError("subtree_end must hold values where a tree is taken apart, got a tensor on the meta device")
     tokens, parents = sizes.keys, parents.cpu()
     real = torch.ones(1, tokens, dtype=torch.bool)
     if subtree_end is not None:

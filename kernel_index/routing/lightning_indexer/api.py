@@ -80,9 +80,10 @@ def lightning_indexer(
 
         def route_branch(q: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             *recorded, k, places, path = rest
-            replay = None if not recorded else TokenSelection(*recorded).within(places[0])
+            of_path = places.flatten()  # of one row, or of none
+            replay = None if not recorded else TokenSelection(*recorded).within(of_path)
             found = lightning_indexer(q, k, weights, topk=topk, mask=path, replay=replay, backend=backend)
-            at = places[0][found.indices.clamp(min=0)]
+            at = found.indices if not len(of_path) else of_path[found.indices.clamp(min=0)]
             return torch.where(found.valid, at, -1), found.valid, found.scores
 
         places = torch.arange(call.k.shape[1], device=call.k.device).expand(call.k.shape[:2])

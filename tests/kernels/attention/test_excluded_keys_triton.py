@@ -100,7 +100,7 @@ def hold(function, law: Law, tensors: dict[str, Tensor]) -> None:
 
 
 @interpreted
-@pytest.mark.thorough_if(when=lambda name, softcap: not softcap and name != "padding")
+@pytest.mark.thorough_if(when=lambda name, softcap: not softcap)
 @pytest.mark.parametrize(("name", "softcap"), [*((name, 0.0) for name in LAWS), ("the next document", 2.0)])
 def test_attention(name, softcap):
     law = LAWS[name]

@@ -1,6 +1,7 @@
 """Attention in three phases: score blocks, join the selections of neighbouring queries, attend to what was selected."""
 
 import functools
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -185,7 +186,9 @@ def clustered_sparse_attention_with_lse(
 
         name, by_key = "clustered_sparse_attention_with_lse", (call.k, call.v)
         return BlockSparseOutput(
-            *along_paths(name, attend_branch, mask, call.routing.exhaustive.sizes, (call.q,), by_key, (1, 2))
+            *along_paths(
+                name, attend_branch, mask, call.routing.exhaustive.sizes, (call.q,), by_key, (1, 2), (0.0, -math.inf)
+            )
         )
     out, lse = _attend("clustered_sparse_attention_with_lse", call, backend)
     assert lse is not None

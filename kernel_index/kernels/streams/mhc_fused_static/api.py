@@ -162,8 +162,8 @@ def sinkhorn(
     logarithms, in float32 at least, so that no exponential overflows or vanishes on the way.
 
     ``eps_in="elements"`` is the convention of DeepSeek's and Liger's kernels, for models that were trained with it:
-    ``M ← softmax of the rows + eps``, ``M ← M / (column sums + eps)``, then ``iters − 1`` times rows and columns as
-    above.
+    ``M ← softmax(logits / temperature) + eps`` over each row, ``M ← M / (column sums + eps)``, then ``iters − 1`` times
+    rows and columns as above.
 
     Args:
         logits: [..., n, n], any floating dtype.
