@@ -32,17 +32,28 @@ BY_FAMILY = {s.function.__module__.rsplit(".", 2)[0]: s for s in reversed(SUITES
 IN_INDUCTOR = [
     pytest.param(s, "triton", id=s.op) for s in BY_FAMILY.values() if any(b.name == "triton" for b in s.backends)
 ]
-"""One op of each family whose call is compiled with Inductor; ``make test`` compiles one of them."""
+"""One op of each family whose call is compiled with Inductor."""
 
-LONG_TRACES = ("attention_with_lse", "block_sparse_attention", "clustered_sparse_attention", "moba_attention")
-"""Ops whose traces take from 10 to 30 seconds; ``attention`` and ``block_router`` are made of the same parts."""
+COMPILED = "fused_bias_dropout_add"
+"""The op that ``make test`` compiles with Inductor."""
+
+MADE_OF_OTHERS = ("attention_with_lse", "clustered_sparse_attention", "clustered_sparse_attention_with_lse")
+"""Their kernels are those of ``attention`` and ``block_sparse_attention``."""
+
+LONG_CALLS = ("block_sparse_attention", "clustered_sparse_attention", "moba_attention")
+LONG_TRACES = (
+    *LONG_CALLS, "attention_with_lse", "exact_token_attention", "fa4_kvcache_decode", "hierarchical_block_select"
+)  # fmt: skip
+"""Ops whose traces take from 4 to 30 seconds; ``attention`` and ``block_router`` are made of the same parts."""
 
 
 def repeats_a_case(suite, backend, case, dtype) -> bool:
     """``make test`` has every case in float32, which has the smallest budget, and in bfloat16 if that is cheap."""
     first = case == suite.cases[0]
     if backend == "inductor":  # the first case; test_formulas_without_their_compiler has all of them
-        return dtype != torch.float32
+        return dtype != torch.float32 or suite.op != COMPILED
+    if backend == "triton" and not first and suite.op in MADE_OF_OTHERS:
+        return True
     if backend == "triton":
         return not (dtype == torch.float32 or (first and dtype == torch.bfloat16))
     return not first and dtype == torch.float16
@@ -57,13 +68,9 @@ def repeats_a_graph(suite, backend) -> bool:
     return suite.op in LONG_TRACES or backend != ("triton" if suite.op == "attention" else "auto")
 
 
-def repeats_inductor(suite, backend) -> bool:
-    return suite.op != "fused_bias_dropout_add"
-
-
 def repeats_in_long_calls(suite, backend) -> bool:
     """Interpreted calls that take seconds, of ops that are made of others."""
-    return backend == "triton" and suite.op in LONG_TRACES[1:]
+    return backend == "triton" and suite.op in LONG_CALLS
 
 
 NOT_TWICE = r"differentiate twice|once_differentiable|double backward|higher|derivative for .* is not implemented"
@@ -103,9 +110,8 @@ def test_values_and_gradients(suite, backend, case, dtype):
 
 def test_every_case_has_a_quick_test():
     for suite, backend, case in (p.values for p in CASES):
-        assert backend == "inductor" or not all(repeats_a_case(suite, backend, case, d) for d in suite.dtypes), (
-            case.name
-        )
+        repeated = all(repeats_a_case(suite, backend, case, d) for d in suite.dtypes)
+        assert backend == "inductor" or suite.op in MADE_OF_OTHERS or not repeated, case.name
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -182,6 +188,7 @@ def test_each_input_alone_may_need_a_gradient(suite, backend):
         assert relative_error(alone, expected) <= floor(torch.float32), name
 
 
+@pytest.mark.thorough_if(when=repeats_in_long_calls)
 @pytest.mark.parametrize(("suite", "backend"), PAIRS)
 def test_same_call_same_bits(suite, backend):
     kwargs = build(suite, suite.cases[0], torch.float32, backend)
@@ -191,6 +198,7 @@ def test_same_call_same_bits(suite, backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.thorough_if(when=repeats_in_long_calls)
 @pytest.mark.parametrize(("suite", "backend"), PAIRS)
 def test_default_device_and_dtype_change_nothing(suite, backend):
     """Where the arguments say what is computed, a process's defaults say nothing."""
@@ -301,7 +309,7 @@ def test_one_graph_over_several_sizes(suite, backend):
     assert len(compiled.traced) == 1, "one receipt for one trace"
 
 
-@pytest.mark.thorough_if(when=repeats_inductor)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("suite", "backend"), IN_INDUCTOR)
 def test_inductor_from_an_empty_cache(suite, backend):
     """Values and gradients are those of the reference, where a graph holds operators of ours."""

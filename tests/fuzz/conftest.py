@@ -6,8 +6,8 @@ from tests.fuzz.outcome import COUNTS
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 common = {"deadline": None, "database": None, "suppress_health_check": SLOW, "phases": [Phase.generate]}
-settings.register_profile("ci", max_examples=40, derandomize=True, **common)
-settings.register_profile("nightly", max_examples=250, **common)
+settings.register_profile("ci", max_examples=25, derandomize=True, **common)
+settings.register_profile("nightly", max_examples=260, **common)
 settings.load_profile("ci")
 
 

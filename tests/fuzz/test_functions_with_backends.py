@@ -40,7 +40,7 @@ def test_every_suite_has_small_cases():
 
 @pytest.mark.thorough_if(when=lambda op, part: part > 0)
 @pytest.mark.parametrize("op", SMALL)
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(4))
 @given(seed=st.integers(0, 2**40))
 def test_a_call_matches_the_formula_or_says_no(op: str, part: int, seed: int):
     try_one(next(s for s in SUITES if s.op == op), seed + (part << 40))

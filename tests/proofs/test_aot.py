@@ -28,6 +28,7 @@ def not_interpreted(*command: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.thorough
 def test_compiles_for_nvidia_and_amd_without_either(tmp_path):
     out = tmp_path / "aot.json"
     targets = ("--target", "sm80", "--target", "sm90", "--target", "gfx942")

@@ -85,7 +85,7 @@ BAD = [
         (Q, K, K, ki.MaskContract(validity=ki.attention_validity(valid_token_counts=[5]))),
         {},
         ValueError,
-        "batch_size must be 1, the size of the contract's doc_ids or validity, got 2",
+        "batch_size must be 1, the size of the contract's validity, got 2",
     ),
     ((K, K[:, :3], K[:, :3]), {}, ValueError, "the layout is [B, T, H, D], not SDPA's [B, H, T, D]; give a mask"),
     ((Q, K, K, ki.MaskContract(doc_ids=packed(5).to("meta"))), {}, ValueError, "doc_ids must be on cpu, got meta"),

@@ -164,6 +164,7 @@ def test_blocks_that_were_not_selected(by_lists, monkeypatch):
 @interpreted
 @pytest.mark.thorough_if(when=lambda name: name != "padding")
 @pytest.mark.parametrize("name", ["padding", "the future"])
+@pytest.mark.thorough
 def test_exact_tokens(name):
     law = LAWS[name]
     generator = torch.Generator().manual_seed(1)

@@ -123,6 +123,7 @@ def test_a_right_run_on_the_cpu_misses_the_device_and_nothing_else(honest):
         ("no_gradient_of_k", "executed", "dk: is zero throughout"),
     ],
 )
+@pytest.mark.thorough_if(when=lambda fault, **_: fault != "slightly_wrong")
 def test_faults_leave_a_receipt_that_does_not_pass(stand_in, tmp_path, fault, state, reason):
     path = tmp_path / "receipt.json"
     receipt = run(stand_in, fault, out=path)

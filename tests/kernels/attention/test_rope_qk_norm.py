@@ -150,6 +150,7 @@ def test_one_graph():
 
 
 @pytest.mark.skipif(not launch.interpreting(), reason="counts in Triton's interpreter, on a CPU")
+@pytest.mark.thorough
 def test_the_kernel_moves_what_it_must():
     c = call(b=1, t=132, heads=8, kv_heads=2, d=128, r=128, dtype=torch.bfloat16)
     tensors = 2 * (c["q"].numel() + c["k"].numel())

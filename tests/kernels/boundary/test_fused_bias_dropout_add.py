@@ -103,6 +103,7 @@ def test_the_mask_is_the_defined_one(backend, shape, seed):
 
 @pytest.mark.parametrize("shape", [(6, 128), (6, 96), (6, 33)], ids=str)
 @pytest.mark.thorough_if(when=lambda shape: shape != (6, 33))
+@pytest.mark.thorough
 def test_one_mask_for_all_backends_dtypes_and_layouts(shape):
     expected = mask_of(shape, backend="reference")
     for dtype in (torch.float64, BF16, torch.float16):
@@ -267,6 +268,7 @@ def test_only_the_seed_is_saved(p):
 
 @pytest.mark.parametrize("given", [True, False], ids=["tensor seed", "drawn seed"])
 @pytest.mark.thorough_if(when=lambda given: given)
+@pytest.mark.thorough
 def test_only_the_seed_is_saved_inside_torch_compile(given):
     x, residual, bias = operands(16, 128)
     compiled = torch.compile(

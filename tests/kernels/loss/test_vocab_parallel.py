@@ -162,6 +162,7 @@ def _assert_offset_changes_nothing(mesh, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.thorough_if(when=lambda dtype: dtype == torch.bfloat16)
+@pytest.mark.thorough
 def test_two_processes_equal_one(dtype):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -88,6 +88,7 @@ OPTIONS = [{}, {"window_size": (9, 0), "route_per": "kv_group"}, {"softcap": 2.0
     ("kind", "options"), some(itertools.product(KINDS, OPTIONS), list(zip(KINDS, OPTIONS, strict=True))), ids=str
 )
 @pytest.mark.thorough_if(when=lambda kind, options: not options or "softcap" not in options)
+@pytest.mark.thorough
 def test_a_captured_step_serves_every_later_step(kind, options):
     options = {"block_size": 4, "topk": 3} | options
     total, new = 46, (2 if "softcap" in options else 1)
