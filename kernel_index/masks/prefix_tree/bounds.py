@@ -60,7 +60,8 @@ def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int, clip
         end = torch.where(latest >= start, end, start)
     if readable and not has_gaps and (root := _roots_of_chains(until, index)) is not None:
         start = torch.minimum(torch.maximum(start, root.expand(rows, -1).gather(1, at)), end)
-        return RowBounds(*(x.to(torch.int32) for x in _in_order(start, end)), None)
+        start, end = _in_order(start, end)
+        return RowBounds(start.to(torch.int32), end.to(torch.int32), None)
     first_query = position[:, :1] if position.shape[1] else torch.zeros_like(until[:, :1])
     q_end = (until - first_query).clamp(0, position.shape[1])
     return RowBounds(*(x.to(torch.int32).contiguous() for x in (start, end, q_end.expand(rows, -1))))
