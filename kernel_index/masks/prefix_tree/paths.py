@@ -149,7 +149,7 @@ def _in_order(
     dims: tuple[int, ...],
     in_gaps: tuple[float, ...],
 ) -> list[Tensor]:
-    """Each result of a row; a place that no branch has takes what stands after the last query."""
+    """Each result of a row, in the row's order.  A gap takes the filler, which stands after the last query."""
     at = torch.cat(queries)
     place = at.new_full((tokens,), at.shape[0])
     place[at] = torch.arange(at.shape[0], device=at.device)
@@ -165,7 +165,8 @@ def _in_order(
 def _mask_of_path(mask: MaskContract, sizes: Sizes, b: int, queries: Tensor, keys: Tensor) -> MaskContract:
     """Causality, the window, the documents and the valid tokens of a path, which are its first ones.
 
-    A document is named by its first token, since the path leaves out what stands between two runs of one id.
+    The first token of a document is its id here.  Two documents may have one id, and a path may leave out all tokens
+    between them.
     """
     rows = mask.document_rows(sizes.keys)
     ids = None
