@@ -105,6 +105,14 @@ REFUSALS = {
     "causal must be True or False, got Tensor": {"causal": torch.tensor(True)},
     "window[0] must be an integer, got Tensor": {"window": (torch.tensor(3), 0)},
     "block_sizes[1] must be at least 1, got 0": {"block_sizes": (64, 0)},
+    "has_prefix must be False in a tree: its keys are seen along the path alone, got True": {
+        "prefix": 2,
+        "subtree_end": torch.tensor([[3, 3, 3]]),
+    },
+    "causal must be True in a tree: a query sees keys of its path, got False": {
+        "causal": False,
+        "has_positions": True,
+    },
     "validity must be an AttentionValidity, got Tensor": {"validity": torch.tensor([3])},
 }
 

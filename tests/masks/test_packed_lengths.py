@@ -109,6 +109,7 @@ def test_what_does_not_fit_packed_lengths_is_refused():
     lists = (torch.tensor([0, 3]), None)
     with pytest.raises(ValueError, match="cu_seqlens must be given without doc_ids and validity"):
         ki.MaskContract(doc_ids=torch.zeros(3, dtype=torch.int64), cu_seqlens=lists)
+    assert ki.MaskContract(validity=ki.attention_validity(), cu_seqlens=lists).is_band is False  # no counts: absent
     with pytest.raises(ValueError, match="q_offset must be None: cu_seqlens place the queries, got 1"):
         ki.MaskContract(q_offset=1, cu_seqlens=lists)
     with pytest.raises(TypeError, match="cu_seqlens must be a pair"):

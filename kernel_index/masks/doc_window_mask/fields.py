@@ -92,7 +92,8 @@ class MaskFields:
 
     def _check_together(self) -> None:
         """Raise for fields that exclude each other."""
-        if self.cu_seqlens is not None and (self.doc_ids is not None or self.validity or self.key_validity):
+        others = (self.doc_ids, self.counts, self.key_counts)
+        if self.cu_seqlens is not None and any(x is not None for x in others):
             raise ValueError("cu_seqlens must be given without doc_ids and validity: it says where documents end")
         if self.cu_seqlens is not None and self.q_offset is not None:
             raise ValueError(f"q_offset must be None: cu_seqlens place the queries, got {self.q_offset}")

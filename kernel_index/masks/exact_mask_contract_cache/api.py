@@ -56,19 +56,15 @@ def exact_mask_key(
     causal, window = rules.causal_and_window(fields)
     has_counts = rules.presence(fields, "validity")
     name = rules.backend_name(fields.get("backend") or "auto")
+    kinds = {flag: rules.presence(fields, field) for field, flag in rules.PRESENCE.items() if field != "validity"}
+    rules.check_tree(causal, kinds)
     return ExactMaskKey(
         causal=causal,
         window=window,
         local_window=rules.local_window(fields.get("local_window")),
-        has_doc_ids=rules.presence(fields, "doc_ids"),
         has_valid_counts=has_counts,
         slot_tokens=rules.slot_tokens(fields, has_counts),
-        has_q_offset=rules.presence(fields, "q_offset"),
-        has_key_validity=rules.presence(fields, "key_validity"),
-        has_prefix=rules.presence(fields, "prefix"),
-        has_subtree_end=rules.presence(fields, "subtree_end"),
-        has_positions=rules.presence(fields, "positions"),
-        has_cu_seqlens=rules.presence(fields, "cu_seqlens"),
+        **kinds,
         block_sizes=rules.block_sizes(fields.get("block_sizes")),
         dtype=rules.dtype_name(fields.get("dtype")),
         backend=name,

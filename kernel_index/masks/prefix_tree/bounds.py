@@ -13,6 +13,7 @@ from kernel_index.core import rules
 from kernel_index.masks.doc_window_mask.intervals import Intervals, RowBounds
 
 LONGEST_ROW_BITS = 24
+"""A trace follows pointers through 16 million tokens, or siblings, of a row."""
 
 
 class Tree(NamedTuple):
@@ -89,17 +90,23 @@ def _check_increase(along: Tensor, parent: Tensor, gaps: Tensor, readable: bool)
 def _last_before(token: Tensor, end: Tensor, parent: Tensor) -> Tensor:
     """The last of the token and its ancestors, [rows, T], that stands before ``end``; −1 if none does."""
     parent = parent.expand(token.shape[0], -1)
-
-    def taken(step: Tensor, of: Tensor) -> Tensor:
-        return torch.where(of >= 0, step.gather(1, of.clamp(min=0)), -1)
-
-    up = [parent]
-    for _ in range(_bits(parent.shape[1]) - 1):
-        up.append(taken(up[-1], up[-1]))
-    for step in reversed(up):
-        higher = taken(step, token)
+    for step in _steps_up(parent, _bits(parent.shape[1])):
+        higher = _taken(step, token)
         token = torch.where(higher >= end, higher, token)
-    return torch.where(token >= end, taken(parent, token), token)
+    return torch.where(token >= end, _taken(parent, token), token)
+
+
+def _taken(step: Tensor, token: Tensor) -> Tensor:
+    """Where a step leads from each token; −1 from −1."""
+    return torch.where(token >= 0, step.gather(1, token.clamp(min=0)), -1)
+
+
+def _steps_up(parent: Tensor, bits: int) -> list[Tensor]:
+    """The ancestors 2ᵏ tokens up, the farthest first: with each taken or left, a walk may have any length."""
+    found = [parent]
+    while len(found) < bits:
+        found.append(_taken(found[-1], found[-1]))
+    return found[::-1]
 
 
 def _roots_of_chains(until: Tensor, index: Tensor) -> Tensor | None:
@@ -150,11 +157,7 @@ def window_starts(parent: Tensor, along: Tensor, left: int) -> Tensor:
         return first
     parent, along = parent.expand(rows, -1), along.expand(rows, -1)
     least = along - left
-    up = [parent]
-    for _ in range(min(left.bit_length(), _bits(keys)) - 1):
-        last = up[-1]
-        up.append(torch.where(last >= 0, last.gather(1, last.clamp(min=0)), -1))
-    for step in reversed(up):
+    for step in _steps_up(parent, min(left.bit_length(), _bits(keys))):
         higher = step.gather(1, first)
         inside = (higher >= 0) & (along.gather(1, higher.clamp(min=0)) >= least)
         first = torch.where(inside, higher, first)
