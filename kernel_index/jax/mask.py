@@ -14,7 +14,7 @@ from kernel_index.jax.tree_bounds import Tree, tree_bounds
 from kernel_index.jax.validity import AttentionValidity, from_torch, validity_of
 from kernel_index.masks.doc_window_mask import contract
 from kernel_index.masks.doc_window_mask import mask as torch_mask
-from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
+from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS, check_tree_mask
 
 ARRAYS = ("doc_ids", "q_offset", "prefix", "subtree_end", "positions")
 """Fields that are arrays, or may be; the validities hold others."""
@@ -83,10 +83,7 @@ class MaskContract:
         """Raise for fields that a tree excludes."""
         if not self.is_tree:
             return
-        if self.prefix is not None:
-            raise ValueError("prefix must be None in a tree: its keys are seen along the path alone")
-        if not self.causal:
-            raise ValueError("causal must be True in a tree: a query sees keys of its path, got False")
+        check_tree_mask(self.causal, self.prefix is not None)
         if self.subtree_end is not None:
             check_nested(self.subtree_end)
 

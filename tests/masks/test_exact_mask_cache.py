@@ -105,7 +105,7 @@ REFUSALS = {
     "causal must be True or False, got Tensor": {"causal": torch.tensor(True)},
     "window[0] must be an integer, got Tensor": {"window": (torch.tensor(3), 0)},
     "block_sizes[1] must be at least 1, got 0": {"block_sizes": (64, 0)},
-    "has_prefix must be False in a tree: its keys are seen along the path alone, got True": {
+    "prefix must be left out in a tree: its keys are seen along the path alone, got one": {
         "prefix": 2,
         "subtree_end": torch.tensor([[3, 3, 3]]),
     },

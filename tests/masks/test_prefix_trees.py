@@ -97,7 +97,7 @@ BAD_FIELDS = [
         "subtree_end must nest: run 1 at 1 must end by 3, where the subtree of run 0 at 0 ends, got 4",
     ),
     ({"subtree_end": torch.tensor([2, 2]), "causal": False}, "causal must be True in a tree"),
-    ({"subtree_end": torch.tensor([2, 2]), "prefix": 1}, "prefix must be None in a tree"),
+    ({"subtree_end": torch.tensor([2, 2]), "prefix": 1}, "prefix must be left out in a tree"),
     ({"subtree_end": torch.tensor([2, 2]), "positions": torch.zeros(3, dtype=torch.int64)}, "positions must be for"),
     ({"subtree_end": torch.zeros(1, 1, 1, dtype=torch.int64)}, "subtree_end must be [B, S], or [S]"),
     ({"prefix": -1}, "prefix must be at least 0, got -1"),

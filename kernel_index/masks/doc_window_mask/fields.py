@@ -11,7 +11,7 @@ from kernel_index.core import checks, rules
 from kernel_index.masks.attention_validity_prefix.validity import AttentionValidity, same_values
 from kernel_index.masks.doc_window_mask import contract
 from kernel_index.masks.doc_window_mask.intervals import Sizes
-from kernel_index.masks.prefix_tree.contract import check_nested, check_rows
+from kernel_index.masks.prefix_tree.contract import check_nested, check_rows, check_tree_mask
 
 CuSeqlens = tuple[Tensor, Tensor | None]
 
@@ -99,10 +99,7 @@ class MaskFields:
             raise ValueError(f"q_offset must be None: cu_seqlens place the queries, got {self.q_offset}")
         if not self.is_tree:
             return
-        if self.prefix is not None:
-            raise ValueError("prefix must be None in a tree: its keys are seen along the path alone")
-        if not self.causal:
-            raise ValueError("causal must be True in a tree: a query sees keys of its path, got False")
+        check_tree_mask(self.causal, self.prefix is not None)
         if self.cu_seqlens is not None and self.cu_seqlens[1] is not None:
             raise ValueError("cu_seqlens must have one list in a tree, got two")
         if self.subtree_end is not None and rules.host_readable(self.subtree_end):

@@ -6,6 +6,7 @@ from typing import Any
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.exact_mask_contract_cache import contract as rules
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey, versions_for
+from kernel_index.masks.prefix_tree.contract import check_tree_mask
 
 
 def exact_mask_key(
@@ -57,7 +58,8 @@ def exact_mask_key(
     has_counts = rules.presence(fields, "validity")
     name = rules.backend_name(fields.get("backend") or "auto")
     kinds = {flag: rules.presence(fields, field) for field, flag in rules.PRESENCE.items() if field != "validity"}
-    rules.check_tree(causal, kinds)
+    if kinds["has_subtree_end"] or kinds["has_positions"]:
+        check_tree_mask(causal, kinds["has_prefix"])
     return ExactMaskKey(
         causal=causal,
         window=window,

@@ -77,16 +77,6 @@ def presence(fields: Mapping[str, Any], name: str) -> bool:
     return stated
 
 
-def check_tree(causal: bool, kinds: Mapping[str, bool]) -> None:
-    """Raise for kinds of metadata that no ``MaskContract`` has together; ``kinds`` are ``has_…`` fields."""
-    if not (kinds["has_subtree_end"] or kinds["has_positions"]):
-        return
-    if kinds["has_prefix"]:
-        raise ValueError("has_prefix must be False in a tree: its keys are seen along the path alone, got True")
-    if not causal:
-        raise ValueError("causal must be True in a tree: a query sees keys of its path, got False")
-
-
 def mode_of(validity: Any) -> ValidityMode:
     """The mode of an ``AttentionValidity``, of torch or of JAX."""
     mode = getattr(validity, "mode", None)

@@ -52,6 +52,14 @@ def check_rows(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be [B, S], or [S] for every row alike, got shape {tuple(value.shape)}")
 
 
+def check_tree_mask(causal: bool, has_prefix: bool) -> None:
+    """Raise for what a mask over a tree excludes."""
+    if has_prefix:
+        raise ValueError("prefix must be left out in a tree: its keys are seen along the path alone, got one")
+    if not causal:
+        raise ValueError("causal must be True in a tree: a query sees keys of its path, got False")
+
+
 def check_nested(subtree_end: Tensor) -> None:
     """Raise unless the subtrees of every row are nested; reads values, so only for tensors on the host.
 
