@@ -16,6 +16,10 @@ from kernel_index.core import native
 from kernel_index.core.dispatch import Ineligible
 from kernel_index.core.force import reload_environment
 from kernel_index.core.inductor import Region
+from tests.interpreter import remember_builtins
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    remember_builtins()
 
 
 @pytest.hookimpl(tryfirst=True)
