@@ -25,6 +25,8 @@ def attention_peers(inputs: AttentionInputs) -> dict[str, Callable[[], Attend]]:
         sdpas = {"SDPA math": lambda: sdpa(inputs, SDPBackend.MATH)}
     if inputs.cell.documents:
         return {"FA4 varlen": lambda: fa4_varlen(inputs), "Flex": lambda: flex(inputs)}
+    if inputs.cell.prefix or inputs.cell.trees:
+        return {"Flex": lambda: flex(inputs)}
     rest = {"FA4": lambda: fa4(inputs), "Flex": lambda: flex(inputs)}
     return rest if inputs.cell.kinds else sdpas | rest
 
@@ -70,12 +72,18 @@ def flex(inputs: AttentionInputs) -> Attend:
         raise LeftOut("FlexAttention has no sink")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    ids, left, softcap, tokens = inputs.ids, inputs.cell.left, inputs.cell.softcap, inputs.cell.tokens
+    cell, ids = inputs.cell, inputs.ids
+    left, softcap, tokens, prefix = cell.left, cell.softcap, cell.tokens, cell.prefix
+    tree, answer = inputs.tree_and_answer() if cell.trees else (ids, ids)
 
     def seen(b, h, i, j):
         allowed = i >= j
         allowed = allowed if left is None else allowed & (i - j <= left)
-        return allowed & (ids[i] == ids[j]) if inputs.cell.documents else allowed
+        if cell.trees:
+            return allowed & (tree[i] == tree[j]) & ((answer[j] < 0) | (answer[i] == answer[j]))
+        if prefix:
+            return allowed | ((i < prefix) & (j < prefix))
+        return allowed & (ids[i] == ids[j]) if cell.documents else allowed
 
     def capped(score, b, h, i, j):
         return softcap * torch.tanh(score / softcap)

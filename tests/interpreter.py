@@ -1,7 +1,7 @@
 """Triton's interpreter, made quicker for the suite.
 
-Each call of a device function searches all of ``triton.language`` for builtins to replace, which takes a third to a half
-of an interpreted kernel's time. The names of a module never change, so here they are searched for once.
+Each call of a device function searches all of ``triton.language`` for builtins to replace, which takes a third to a
+half of an interpreted kernel's time.  The names of a module never change, so here they are searched for once.
 """
 
 import functools

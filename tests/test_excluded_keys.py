@@ -80,12 +80,12 @@ LAWS: dict[str, Callable[[dict[str, Any]], Sees]] = {
 ATTENTION = [s for s in suites() if s.op in LAWS]
 
 
-def large(op: str) -> Case:
+def large(op: str, width: int = 16) -> Case:
     """Several tiles of every kernel; a document, and the padding, begin inside one."""
 
     def build(m: Maker) -> dict[str, Any]:
         ids = torch.tensor([3] * 170 + [8] * 120 + [-1] * 30, device=m.device).expand(2, -1)
-        call = {**qkv(m, 2, 320, 320, 4, 2, 16), "mask": MaskContract(doc_ids=ids, window=(120, 0))}
+        call = {**qkv(m, 2, 320, 320, 4, 2, width), "mask": MaskContract(doc_ids=ids, window=(120, 0))}
         if op == "exact_token_attention":
             call["indices"] = m.integers(-1, 320, 2, 320, 2, 40)
         if op == "block_sparse_attention":
@@ -93,6 +93,16 @@ def large(op: str) -> Case:
         return call
 
     return Case("large", "several tiles", build)
+
+
+def lengths() -> Case:
+    """Documents by cumulative lengths, which a package takes as they are; padding after the last."""
+
+    def build(m: Maker) -> dict[str, Any]:
+        ends = torch.tensor([0, 130, 130, 280], dtype=torch.int32, device=m.device)
+        return {**qkv(m, 1, 320, 320, 4, 2, 64), "mask": MaskContract.from_cu_seqlens(ends)}
+
+    return Case("lengths", "cumulative lengths", build)
 
 
 FEW = ("packed", "documents", "per_head_documents", "empty_rows", "cross", "large")
@@ -108,6 +118,8 @@ def cases(*, few: bool = False, only: tuple[str, ...] = ()) -> list[Any]:
     for suite in ATTENTION:
         for name in (b.name for b in suite.backends if machine_why_not(b.name) is None):
             of_backend = [*suite.cases, *([large(suite.op)] if name in OURS and LAWS[suite.op] is not routed else [])]
+            if name in HALF_ONLY:
+                of_backend += [large(suite.op, 64), lengths()]
             if few or name == "triton":
                 of_backend = [c for c in of_backend if c.name in FEW]
             if not only or name in only:
@@ -165,6 +177,17 @@ def keys_reached(sees: Sees, rows: Tensor, kv_heads: int) -> Tensor:
     return (sees.may & rows[..., None]).any(1).unflatten(1, (kv_heads, -1)).any(2).transpose(1, 2)
 
 
+def keys_beside(call: dict[str, Any], bad: Tensor) -> Tensor:
+    """Keys [B, S, K] that a NaN of these rows reaches in a backward pass that is not ours: all that its kernel takes
+    together, which is the document where it is told of documents by their lengths."""
+    docs = (call.get("mask") or MaskContract()).document_rows(call["k"].shape[1])
+    rows = bad.any(2)  # [B, T]
+    apart = docs is not None and call["mask"].cu_seqlens is not None
+    near = docs[:, :, None] == docs[:, None] if apart else torch.ones_like(call["k"][:, :, 0, :1], dtype=torch.bool)
+    reached = (near & rows[:, :, None]).any(1) if apart else near[..., 0] & rows.any(1, keepdim=True)
+    return reached[..., None].expand(-1, -1, call["k"].shape[2])
+
+
 def assert_law(suite: Suite, backend: str, call: dict[str, Any], values: dict[str, float], of_silent: float) -> None:
     sees = LAWS[suite.op](call)
     empty = ~sees.may.any(-1)  # [B, T, H]
@@ -183,11 +206,8 @@ def assert_law(suite: Suite, backend: str, call: dict[str, Any], values: dict[st
         assert torch.equal(found.grads["q"][~bad], plain.grads["q"][~bad]), f"dq, {label}"
         assert (found.grads["q"][empty] == 0).all(), f"dq of empty rows, {label}"
         kept = ~keys_reached(sees, bad, call["k"].shape[2])
-        windowed = (call.get("mask") or MaskContract()).window is not None
-        if backend in HALF_ONLY and windowed and bad.any():
-            kept = torch.zeros_like(
-                kept
-            )  # a backward pass that is not ours: NaN of a row reaches keys beside its window
+        if backend in HALF_ONLY:
+            kept = kept & ~keys_beside(call, bad)
         for x in ("k", "v"):
             assert torch.equal(found.grads[x][kept], plain.grads[x][kept]), f"d{x}, {label}"
         if "sink" in found.grads and not bad.any():
@@ -205,7 +225,8 @@ def assert_law(suite: Suite, backend: str, call: dict[str, Any], values: dict[st
 def built(suite: Suite, backend: str, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     call = case.build(Maker(torch.bfloat16 if backend in HALF_ONLY else dtype, device=DEVICE))
     call = {name: x.to(DEVICE) if isinstance(x, MaskContract) else x for name, x in call.items()}
-    reason = ki.explain(suite.function, **call, backend=backend).verdicts[backend]
+    wanted = {name: call[name].detach().requires_grad_() for name in differentiable(suite, call, backend)}
+    reason = ki.explain(suite.function, **(call | wanted), backend=backend).verdicts[backend]
     if reason:
         pytest.skip(reason)
     return call

@@ -1,7 +1,8 @@
-"""Two small kernels around a kernel that is not ours: keys and values that are finite, and NaN where one was seen.
+"""Small kernels around a kernel that is not ours: finite keys and values, NaN where others were seen, 0 in padding.
 
 ``finite_keys`` copies, once, and notes which keys it changed.  ``mark_rows`` writes NaN to the rows that see one of
-these keys; where there is none, which the device alone knows, its few programs end at once.
+these keys, ``clear_after`` 0 to the tokens after the last document; where there are none, which the device alone knows,
+their few programs end at once.
 """
 
 from typing import NamedTuple
@@ -15,6 +16,9 @@ from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 TOKENS, ROWS, KEYS = 32, 64, 128
 """Of a tile of the copy; of a tile of rows, and the keys that it looks at together."""
+
+CLEARED = 4096
+"""Elements that are cleared at a time."""
 
 
 class BadKeys(NamedTuple):
@@ -129,3 +133,21 @@ def mark_rows(
             0 if q_end is None else row_stride(q_end), tiles, T, S, H, H // K,
             DV, next_power_of_2(DV), lse is not None, q_end is not None, ROWS, KEYS, num_warps=4,
         )  # fmt: skip
+
+
+@jit
+def _clear_after_kernel(x_ptr, last_ptr, width, size, BLOCK: tl.constexpr):
+    """Programs share out what comes after the last token."""
+    first = tl.load(last_ptr).to(tl.int64) * width
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(first + tl.program_id(0) * BLOCK, size, step):
+        o = start + tl.arange(0, BLOCK)  # [BLOCK]
+        tl.store(x_ptr + o, tl.zeros((BLOCK,), x_ptr.dtype.element_ty), mask=o < size)
+
+
+def clear_after(x: Tensor, tokens: Tensor) -> None:
+    """Write 0, in place, to the rows of contiguous x [T, …] from ``tokens`` on, an integer on the device."""
+    with on_device(x):
+        _clear_after_kernel[(processors(x),)](
+            x, tokens, x.numel() // max(1, x.shape[0]), x.numel(), CLEARED, num_warps=4
+        )

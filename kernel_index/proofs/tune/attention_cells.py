@@ -16,7 +16,11 @@ LAST = 64
 
 @dataclass(frozen=True)
 class AttentionCell:
-    """One kind and size of call in bfloat16; ``left`` tokens before a query are in its window."""
+    """One kind and size of call in bfloat16; ``left`` tokens before a query are in its window.
+
+    ``documents`` are given by cumulative lengths, with ``ids`` by an id for each token.  ``trees`` have a prompt, which
+    is half of their tokens, and eight answers.
+    """
 
     name: str
     tokens: int
@@ -25,6 +29,9 @@ class AttentionCell:
     kv_heads: int = 8
     head_size: int = 128
     documents: int = 0
+    ids: bool = False
+    prefix: int = 0
+    trees: int = 0
     left: int | None = None
     softcap: float = 0.0
     sink: bool = False
@@ -33,8 +40,16 @@ class AttentionCell:
     @property
     def kinds(self) -> tuple[str, ...]:
         """What the call has beside causal attention, in alphabetical order."""
-        has = {"documents": self.documents, "full": not self.causal, "sink": self.sink, "softcap": self.softcap}
-        has["window"] = self.left is not None
+        has = {
+            "documents": self.documents and self.ids,
+            "full": not self.causal,
+            "lengths": self.documents and not self.ids,
+            "prefix": self.prefix,
+            "sink": self.sink,
+            "softcap": self.softcap,
+            "tree": self.trees,
+            "window": self.left is not None,
+        }
         return tuple(kind for kind, present in has.items() if present)
 
     @property
@@ -47,7 +62,8 @@ class AttentionCell:
     def small(self) -> "AttentionCell":
         """The same kind of call at a size for an interpreter."""
         small = replace(self, tokens=48, rows=1, heads=4, kv_heads=2, head_size=16)
-        return replace(small, documents=3 if self.documents else 0, left=None if self.left is None else 16)
+        small = replace(small, documents=3 if self.documents else 0, left=None if self.left is None else 16)
+        return replace(small, prefix=9 if self.prefix else 0, trees=1 if self.trees else 0)
 
 
 CELLS = (
@@ -65,8 +81,13 @@ CELLS = (
     AttentionCell("sink + window 128 8k head size 64", 8192, rows=2, heads=64, head_size=64, left=127, sink=True),
     AttentionCell("head size 256 window 4096 32k", 32768, heads=16, head_size=256, left=4095),
     AttentionCell("64 documents 32k head size 64", 32768, heads=16, kv_heads=16, head_size=64, documents=64),
+    AttentionCell("16 documents by id 32k", 32768, documents=16, ids=True),
+    AttentionCell("documents by id + window 1024 32k", 32768, documents=16, ids=True, left=1023),
+    AttentionCell("64 documents by id 32k head size 64", 32768, 1, 16, 16, 64, documents=64, ids=True),
+    AttentionCell("prefix 4096 32k", 32768, prefix=4096),
+    AttentionCell("4 trees 32k", 32768, trees=4),
+    AttentionCell("4 trees 32k head size 64", 32768, head_size=64, trees=4),
 )
-
 
 TUNED = (
     *CELLS,
@@ -96,8 +117,31 @@ class AttentionInputs:
         lengths = torch.diff(F.pad(ends, (1, 0)))
         self.longest = int(lengths.max())
         self.ids = torch.repeat_interleave(torch.arange(len(ends)), lengths).to(device)
-        doc_ids = self.ids.expand(shape).contiguous() if cell.documents else None
-        self.mask = ki.MaskContract(causal=cell.causal, doc_ids=doc_ids, window=(cell.left, None))
+        self.mask = self._mask(shape)
+
+    def _mask(self, shape: tuple[int, int]) -> ki.MaskContract:
+        cell, window = self.cell, (self.cell.left, None)
+        if cell.documents and not cell.ids:
+            return ki.MaskContract.from_cu_seqlens(self.starts, causal=cell.causal, window=window)
+        return ki.MaskContract(
+            causal=cell.causal,
+            doc_ids=self.ids.expand(shape).contiguous() if cell.documents else None,
+            window=window,
+            prefix=cell.prefix or None,
+            subtree_end=self._subtree_end() if cell.trees else None,
+        )
+
+    def tree_and_answer(self) -> tuple[Tensor, Tensor]:
+        """Of each token its tree, and its answer or −1 in the prompt."""
+        size = self.cell.tokens // self.cell.trees
+        token = torch.arange(self.cell.tokens, device=self.q.device)
+        inside = token % size
+        return token // size, torch.where(inside < size // 2, -1, (inside - size // 2) // (size // 16))
+
+    def _subtree_end(self) -> Tensor:
+        size = self.cell.tokens // self.cell.trees
+        tree, answer = self.tree_and_answer()
+        return size * tree + torch.where(answer < 0, size, size // 2 + (answer + 1) * (size // 16))
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +170,10 @@ class AttentionInputs:
         t = s[-last:, None]
         seen = ((s <= t) | (not cell.causal)) & (self.ids[s] == self.ids[t])
         seen = seen if cell.left is None else seen & (t - s <= cell.left)
+        seen = seen | ((s < cell.prefix) & (t < cell.prefix))
+        if cell.trees:
+            tree, answer = self.tree_and_answer()
+            seen = seen & (tree[s] == tree[t]) & ((answer[s] < 0) | (answer[s] == answer[t]))
         z = z.masked_fill(~seen, float("-inf"))
         if self.sink is not None:
             z = torch.cat((z, self.sink.float().view(1, -1, 1, 1).expand(1, -1, last, 1)), -1)

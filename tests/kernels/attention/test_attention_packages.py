@@ -110,12 +110,11 @@ def test_varlen_is_told_what_the_contract_says(monkeypatch):
 
 
 def test_fa4_takes_calls_that_need_gradients_of_packed_documents(monkeypatch):
-    """Named, it runs them; ``auto`` passes over it, since reading the lengths waits for the device."""
+    """Where lists of tiles were not tried, ``auto`` passes over it: reading the lengths waits for the device."""
     monkeypatch.setattr(contract, "has_package", lambda name: True)
-    monkeypatch.setattr(contract, "_packing_rule", lambda call: None)  # reads the ids, which "meta" has not
     q, k, v = (torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
     ids = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
-    with pretend(Target("cuda", 90)):
+    with pretend(Target("cuda", 100)):
         call = AttentionCall(q, k, v, ids, None, 0.0, None, False)
         assert contract.fa4_why_not(call) is None
         assert contract.fa4_not_worth(call) == contract.WAITS
@@ -123,7 +122,6 @@ def test_fa4_takes_calls_that_need_gradients_of_packed_documents(monkeypatch):
 
 def test_fa4_declines_gradients_of_packed_documents_that_were_not_found_right(monkeypatch):
     monkeypatch.setattr(contract, "has_package", lambda name: True)
-    monkeypatch.setattr(contract, "_packing_rule", lambda call: None)
     ids = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
 
     def reason(width: int, mask: ki.MaskContract, softcap: float = 0.0, grad: bool = True) -> str | None:
@@ -131,7 +129,7 @@ def test_fa4_declines_gradients_of_packed_documents_that_were_not_found_right(mo
         q, k, v = (torch.empty(1, 64, 2, width, **kind) for _ in range(3))
         return contract.fa4_why_not(AttentionCall(q, k, v, mask, None, softcap, None, False))
 
-    with pretend(Target("cuda", 90)):
+    with pretend(Target("cuda", 100)):
         assert reason(8, ids) == contract.NOT_COMPARED
         assert reason(80, ids) == contract.NOT_COMPARED
         assert reason(64, ids, softcap=20.0) is None

@@ -28,7 +28,7 @@ def _attention_fa4(call: AttentionCall) -> OutAndLse:
 AttentionBackend = Literal["auto", "fa4", "triton", "flex", "varlen", "native", "cpu", "sdpa", "reference"]
 
 BACKENDS = (
-    Backend("fa4", contract.fa4_why_not, _attention_fa4, contract.fa4_not_worth),
+    Backend("fa4", contract.fa4_why_not, _attention_fa4, contract.fa4_not_worth, details=contract.fa4_details),
     Backend("triton", contract.triton_why_not, attention_triton, contract.triton_not_worth),
     Backend("flex", contract.flex_why_not, attention_flex, contract.flex_not_worth),
     Backend("varlen", contract.varlen_why_not, attention_varlen, contract.varlen_not_worth),

@@ -115,23 +115,23 @@ def measured_kind(call: AttentionCall) -> tuple[str, ...]:
     mask, tokens = call.mask, call.q.shape[1]
     if call.q.dtype not in rules.HALF or tokens != call.k.shape[1] or call.sizes.offset != 0:
         return ()
-    if mask.is_tree or mask.prefix is not None:
-        return ()
     left, right = mask.window_bounds
     left = None if left is None or left >= tokens - 1 else left
     right = None if right is None or right >= tokens - 1 else right
     if mask.counts is not None or mask.key_counts is not None or (right != 0 and (left, right) != (None, None)):
         return ()
-    kind: tuple[str, ...] = ("train" if rules.wants_gradient(call.q, call.k, call.v, call.sink) else "infer",)
-    if mask.doc_ids is not None or mask.cu_seqlens is not None:
-        kind += ("documents",)
-    if right is None:
-        kind += ("full",)
-    if call.sink is not None:
-        kind += ("sink",)
-    if call.softcap != 0:
-        kind += ("softcap",)
-    return kind if left is None else (*kind, "window")
+    has = {
+        "documents": mask.doc_ids is not None,
+        "full": right is None,
+        "lengths": mask.cu_seqlens is not None,
+        "prefix": mask.prefix is not None,
+        "sink": call.sink is not None,
+        "softcap": call.softcap != 0,
+        "tree": mask.is_tree,
+        "window": left is not None,
+    }
+    direction = "train" if rules.wants_gradient(call.q, call.k, call.v, call.sink) else "infer"
+    return direction, *(name for name, present in has.items() if present)
 
 
 def measured_why_not(call: AttentionCall, name: str, kind: tuple[str, ...]) -> str | None:
@@ -152,7 +152,7 @@ def _measured_or_no_mask(call: AttentionCall, name: str) -> str | None:
 def _may_run(rival: str, call: AttentionCall) -> bool:
     """Whether ``auto`` may take it instead.  FlexAttention compiles for each mask and shape: it is no rival."""
     if rival == "fa4":
-        return call.mask.is_band and fa4_why_not(call) is None
+        return fa4_why_not(call) is None and fa4_form(call) != "packed"
     if rival == "triton":
         return triton_why_not(call) is None
     return rival == "sdpa" and _needs_no_mask(call)
@@ -175,30 +175,66 @@ def triton_not_worth(call: AttentionCall) -> str | None:
     return rules.triton_not_worth(call.q)
 
 
-# flash-attn-4 and PyTorch's varlen_attn: documents as packed sequences
+# flash-attn-4 and PyTorch's varlen_attn
 
 
-def _packing_rule(call: AttentionCall) -> str | None:
-    """What every kernel with cumulative lengths asks of the call."""
+def _trace_rule(call: AttentionCall) -> str | None:
+    """What every kernel of a package asks of the call."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing: lengths are read on the host"
     if rules.inside_functorch():
         return rules.INSIDE_FUNCTORCH
-    if call.is_empty:
-        return "needs at least one query and one key"
-    return call.mask.row_varlen_why_not(call.sizes)
+    return "needs at least one query and one key" if call.is_empty else None
+
+
+def _packing_rule(call: AttentionCall) -> str | None:
+    """What every kernel with cumulative lengths asks of the call."""
+    return _trace_rule(call) or call.mask.row_varlen_why_not(call.sizes)
 
 
 WAITS = "documents and prefixes as packed lengths: reading them waits for the device"
 
 
+BAND_SINK_WIDTHS = (64, 128)
 PACKED_WIDTHS = (24, 32, 64, 96, 128, 192, 256)
-SINK_WIDTHS = (64, 128)
+LIST_WIDTHS = (64, 96, 128, 192, 256)
 NOT_COMPARED = (
     "flash-attn-4's gradients of packed lengths are right with heads of 24, 32, 64, 96, 128, 192 and 256, wrong with "
-    "8, 16, 48, 80 and 112; those of a sink were compared with heads of 64 and 128, without packed lengths"
+    "8, 16, 48, 80 and 112; those by lists of tiles were compared with heads of 64, 96, 128, 192 and 256, those of a "
+    "sink with heads of 64 and 128, without packed lengths"
 )
 """On an H200 with flash-attn-4 4.0.0b36, by ``tests/kernels/attention/test_attention_packages.py`` and the cases."""
+
+LONGEST_LISTS = 1 << 19
+"""Queries or keys: their lists of tiles are 268 MB."""
+
+
+def fa4_form(call: AttentionCall) -> str:
+    """How flash-attn-4 is told the mask.
+
+    ``band``: by its own arguments; ``lengths``: by packed lengths that were given; ``lists``: by lists of tiles;
+    ``packed``: by packed lengths that the host has to read.
+    """
+    mask, sizes = call.mask, call.sizes
+    if mask.row_varlen_why_not(sizes) is None:
+        if mask.is_band:
+            return "band"
+        if mask.cu_seqlens is not None and sizes.batch == 1:
+            return "lengths"
+    return "packed" if _lists_why_not(call) else "lists"
+
+
+def fa4_tile(width: int) -> tuple[int, int]:
+    """Queries and keys of a tile of the lists: the package's own tiles at this head size, forward and backward."""
+    return 128, 128 if width <= 128 else 96 if width <= 192 else 64
+
+
+def _lists_why_not(call: AttentionCall) -> str | None:
+    if target_of(call.q.device).arch != 90:
+        return "lists of tiles have run on sm_90 alone"
+    if max(call.q.shape[1], call.k.shape[1]) > LONGEST_LISTS:
+        return f"lists of tiles are not made for more than {LONGEST_LISTS} queries or keys"
+    return None
 
 
 def fa4_why_not(call: AttentionCall) -> str | None:
@@ -216,21 +252,29 @@ def fa4_why_not(call: AttentionCall) -> str | None:
         return "flash-attn-4 has no sink on this architecture"
     if not support.takes_head_size(call.q.shape[3]) or call.q.shape[3] != call.v.shape[3]:
         return "flash-attn-4 does not take these head sizes on this architecture"
-    if rules.wants_gradient(call.q, call.k, call.v, call.sink) and not _gradients_were_compared(call):
+    if (rule := _trace_rule(call)) is not None:
+        return rule
+    form = fa4_form(call)
+    if rules.wants_gradient(call.q, call.k, call.v, call.sink) and not _gradients_were_compared(call, form):
         return NOT_COMPARED
-    return _packing_rule(call)
+    return call.mask.row_varlen_why_not(call.sizes) if form == "packed" else None
 
 
-def _gradients_were_compared(call: AttentionCall) -> bool:
-    if call.mask.is_band and call.sink is None:
-        return True
-    if not call.mask.is_band:
-        return call.sink is None and call.q.shape[3] in PACKED_WIDTHS
-    return call.q.shape[3] in SINK_WIDTHS
+def _gradients_were_compared(call: AttentionCall, form: str) -> bool:
+    width = call.q.shape[3]
+    if form == "band":
+        return call.sink is None or width in BAND_SINK_WIDTHS
+    if form == "lists":
+        return width in (LIST_WIDTHS if call.sink is None else BAND_SINK_WIDTHS)
+    return call.sink is None and width in PACKED_WIDTHS
+
+
+def fa4_details(call: AttentionCall) -> tuple[tuple[str, str], ...]:
+    return (("mask_lowering", fa4_form(call)),)
 
 
 def fa4_not_worth(call: AttentionCall) -> str | None:
-    return WAITS if not call.mask.is_band else measured_why_not(call, "fa4", measured_kind(call))
+    return WAITS if fa4_form(call) == "packed" else measured_why_not(call, "fa4", measured_kind(call))
 
 
 def varlen_why_not(call: AttentionCall) -> str | None:

@@ -1,31 +1,101 @@
-"""flash-attn-4: windows by its own arguments, documents as packed sequences; a ``mask_mod`` would disable both."""
+"""flash-attn-4: windows by its own arguments, documents as packed sequences, any other mask as lists of tiles."""
+
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from kernel_index.core import ops, rules
 from kernel_index.core.excluded import guarded_on_device
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, fa4_form, fa4_tile
 from kernel_index.kernels.attention.dense_attention.packing import no_tokens, packed, unpacked
+from kernel_index.kernels.attention.dense_attention.tile_mask import tile_mask
 from kernel_index.masks.attention_arguments import scale_of
 
 
 @guarded_on_device
 def attention_fa4(call: AttentionCall) -> OutAndLse:
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
-
-    q, k, v, mask, sizes = call.q, call.k, call.v, call.mask, call.sizes
-    left, right = mask.window_bounds_within(sizes)
-    options = {
-        "softmax_scale": scale_of(q, call.scale),
-        "causal": right == 0,
-        # None is "no window"; -1 beside causal would select the package's local kernel with no left end at all
-        "window_size": (left, right) if left is not None or right not in (None, 0) else (None, None),
+    options: dict[str, Any] = {
+        "softmax_scale": scale_of(call.q, call.scale),
         "softcap": call.softcap,
         "learnable_sink": call.sink,
         "return_lse": True,
     }
-    if mask.is_band:
-        out, lse = flash_attn_func(q.contiguous(), k.contiguous(), v.contiguous(), **options)
-        return out, lse
+    return _WAYS[fa4_form(call)](call, options)
+
+
+def _band(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = (x.contiguous() for x in (call.q, call.k, call.v))
+    return flash_attn_func(q, k, v, **_window(call), **options)
+
+
+def _window(call: AttentionCall) -> dict[str, Any]:
+    """A ``mask_mod`` would disable both; None is "no window", and -1 beside causal would be one without a left end."""
+    left, right = call.mask.window_bounds_within(call.sizes)
+    windowed = left is not None or right not in (None, 0)
+    return {"causal": right == 0, "window_size": (left, right) if windowed else (None, None)}
+
+
+def _lists(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
+    """Tiles that are partly allowed ask a predicate; the others are visited as they are, or not at all."""
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    from kernel_index.kernels.attention.dense_attention import fa4_predicates
+
+    mask, sizes, tile = call.mask, call.sizes, fa4_tile(call.q.shape[3])
+    tiles = tile_mask(mask, sizes, tile)
+    start, end, _ = mask.row_bounds(sizes)
+    q, k, v = (x.contiguous() for x in (call.q, call.k, call.v))
+    if rules.wants_gradient(q, k, v) and _may_have_padding(call):
+        # A query that is NaN and sees nothing has weights of 0, and 0 · NaN would be the gradient of its tile's keys.
+        q = torch.where((start < end)[..., None, None], q, 0.0)
+    out, lse = flash_attn_func(
+        q, k, v, **options,
+        mask_mod=getattr(fa4_predicates, tiles.predicate),
+        aux_tensors=list(tiles.bounds),
+        block_sparse_tensors=BlockSparseTensorsTorch(*tiles.by_query, block_size=tile),
+        block_sparse_tensors_bwd=BlockSparseTensorsTorch(*tiles.by_key, block_size=tile),
+    )  # fmt: skip
+    if call.sink is not None:  # the package counts the sink of a query without keys
+        lse = lse.masked_fill((start >= end)[:, None], float("-inf"))
+    return out, lse
+
+
+def _may_have_padding(call: AttentionCall) -> bool:
+    """Whether a query may see no key."""
+    mask = call.mask
+    return call.sizes.offset != 0 or any(x is not None for x in (mask.doc_ids, mask.counts, mask.key_counts))
+
+
+def _lengths(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
+    """Packed lengths as they were given: nothing is read.  What comes after the last is one more sequence."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    assert call.mask.cu_seqlens is not None
+    queries = call.q.shape[1]
+    given = call.mask.cu_seqlens[0].to(torch.int32).clamp(max=queries)
+    lengths, last = F.pad(given, (0, 1), value=queries), given[-1:]
+    q, k, v = (x[0].contiguous() for x in (call.q, call.k, call.v))
+    if rules.wants_gradient(q, k, v):
+        q, k, v = ops.apply(_WithoutPadding, last, q, k, v)
+    out, lse = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=queries, max_seqlen_k=queries,
+        **_window(call), **options,
+    )  # fmt: skip
+    _clear(out.detach(), last)
+    outside = torch.arange(queries, device=lse.device) >= last
+    return out[None], lse.masked_fill(outside, float("-inf"))[None]
+
+
+def _packed(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
+    """Packed lengths that are read: waits for the device, once for each contract."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    q, k, v, mask, sizes = call.q, call.k, call.v, call.mask, call.sizes
     lengths = mask.varlen(sizes.batch, sizes.queries, sizes.keys, device=q.device)
     if lengths.max_seqlen_q == 0:
         out, lse = no_tokens(q, k, v), q.new_empty(q.shape[2], 0, dtype=torch.float32)
@@ -36,8 +106,36 @@ def attention_fa4(call: AttentionCall) -> OutAndLse:
             cu_seqlens_k=lengths.cu_seqlens_k,
             max_seqlen_q=lengths.max_seqlen_q,
             max_seqlen_k=lengths.max_seqlen_k,
+            **_window(call),
             **options,
         )
     lse = unpacked(lse.transpose(0, 1), lengths, sizes.batch, sizes.queries, fill=float("-inf"))
     out = unpacked(out, lengths, sizes.batch, sizes.queries)
     return out, lse.transpose(1, 2).contiguous()
+
+
+_WAYS = {"band": _band, "lengths": _lengths, "lists": _lists, "packed": _packed}
+
+
+class _WithoutPadding(torch.autograd.Function):
+    """No gradient for what comes after the ``last`` token of the documents."""
+
+    @staticmethod
+    def forward(ctx: Any, last: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        ctx.last = last
+        return q.view_as(q), k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dense = [None if gradient is None else gradient.contiguous() for gradient in gradients]
+        for gradient in dense:
+            if gradient is not None:
+                _clear(gradient, ctx.last)  # in place: the kernel made it, and nobody else has it yet
+        return None, *dense
+
+
+def _clear(x: Tensor, last: Tensor) -> None:
+    from kernel_index.core.triton.excluded import clear_after
+
+    clear_after(x, last)
