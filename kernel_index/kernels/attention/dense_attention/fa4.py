@@ -51,8 +51,7 @@ def _lists(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
     start, end, _ = mask.row_bounds(sizes)
     q, k, v = (x.contiguous() for x in (call.q, call.k, call.v))
     if rules.wants_gradient(q, k, v) and _may_have_padding(call):
-        # A query that is NaN and sees nothing has weights of 0, and 0 · NaN would be the gradient of its tile's keys.
-        q = torch.where((start < end)[..., None, None], q, 0.0)
+        q = _without(start >= end, q)
     out, lse = flash_attn_func(
         q, k, v, **options,
         mask_mod=getattr(fa4_predicates, tiles.predicate),
@@ -71,6 +70,11 @@ def _may_have_padding(call: AttentionCall) -> bool:
     return call.sizes.offset != 0 or any(x is not None for x in (mask.doc_ids, mask.counts, mask.key_counts))
 
 
+def _without(padding: Tensor, q: Tensor) -> Tensor:
+    """0 in the queries that see nothing: their weights are 0, and 0 · NaN would be the gradient of their tile's keys."""
+    return torch.where(padding[..., None, None], 0.0, q)
+
+
 def _lengths(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
     """Packed lengths as they were given: nothing is read.  What comes after the last is one more sequence."""
     from flash_attn.cute import flash_attn_varlen_func
@@ -80,15 +84,15 @@ def _lengths(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
     given = call.mask.cu_seqlens[0].to(torch.int32).clamp(max=queries)
     lengths, last = F.pad(given, (0, 1), value=queries), given[-1:]
     q, k, v = (x[0].contiguous() for x in (call.q, call.k, call.v))
+    padding = torch.arange(queries, device=q.device) >= last
     if rules.wants_gradient(q, k, v):
-        q, k, v = ops.apply(_WithoutPadding, last, q, k, v)
+        q, k, v = ops.apply(_WithoutPadding, last, _without(padding, q), k, v)
     out, lse = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=queries, max_seqlen_k=queries,
         **_window(call), **options,
     )  # fmt: skip
     _clear(out.detach(), last)
-    outside = torch.arange(queries, device=lse.device) >= last
-    return out[None], lse.masked_fill(outside, float("-inf"))[None]
+    return out[None], lse.masked_fill(padding, float("-inf"))[None]
 
 
 def _packed(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
