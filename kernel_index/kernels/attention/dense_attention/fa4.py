@@ -71,7 +71,7 @@ def _may_have_padding(call: AttentionCall) -> bool:
 
 
 def _without(padding: Tensor, q: Tensor) -> Tensor:
-    """0 in the queries that see nothing: their weights are 0, and 0 · NaN would be the gradient of their tile's keys."""
+    """0 in the queries that see nothing: their weights are 0, and 0 · NaN would be the gradient of a tile's keys."""
     return torch.where(padding[..., None, None], 0.0, q)
 
 
