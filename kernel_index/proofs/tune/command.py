@@ -38,6 +38,7 @@ def tune(
     with clear_errors():
         found = _begun(out, _facts())
     torch.cuda.set_stream(torch.cuda.Stream())
+    torch._dynamo.config.recompile_limit = 4096  # FlexAttention is compiled for each cell
     for op, made in (
         ("attention", rows.attention_rows([c for c in attention_cells.TUNED if only in c.name], _say)),
         ("fa4_kvcache_decode", rows.decode_rows([c for c in decode_cells.CELLS if only in c.name], _say)),
