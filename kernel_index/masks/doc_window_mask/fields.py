@@ -1,7 +1,7 @@
 """The fields of a ``MaskContract``: their checks, the sizes that follow from them, copies and equality."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -30,6 +30,8 @@ class MaskFields:
     subtree_end: Tensor | None = None
     positions: Tensor | None = None
     cu_seqlens: CuSeqlens | None = None
+    _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
+    _last: tuple[int, int] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         checks.is_bool("causal", self.causal)
@@ -46,6 +48,16 @@ class MaskFields:
         self._check_together()
         self._rows_of_tensors()
         self._keys_of_tensors()
+        if self.cu_seqlens is not None and rules.host_readable(self.cu_seqlens[0]):
+            self._know_last(int(self.cu_seqlens[0][-1]))
+
+    def _know_last(self, tokens: int) -> None:
+        assert self.cu_seqlens is not None
+        object.__setattr__(self, "_last", (tokens, self.cu_seqlens[0]._version))
+
+    def has_no_padding_after(self, tokens: int) -> bool:
+        """Whether the host knows that documents end with the last of so many tokens: lengths were on it once."""
+        return self.cu_seqlens is not None and self._last == (tokens, self.cu_seqlens[0]._version)
 
     @classmethod
     def from_cu_seqlens(
@@ -184,10 +196,21 @@ class MaskFields:
         kv_len: int | None = None,
         device: torch.device | str | None = None,
     ) -> Sizes:
-        """All sizes of a call, completed from the contract's tensors.
+        """All sizes of a call, completed from the contract's tensors; the latest are kept, since layers ask again.
 
         Raises ``ValueError`` for a size that is missing or contradicts the tensors.
         """
+        asked = (batch_size, seq_len, kv_len, device)
+        if not _is_plain(asked) or any(map(rules.host_readable, self._cu_seqlens_by_name().values())):
+            return self._agreed_sizes(*asked)
+        kept = self._kept.get("sizes")
+        if kept is None or kept[0] != asked:
+            kept = self._kept["sizes"] = (asked, self._agreed_sizes(*asked))
+        return kept[1]
+
+    def _agreed_sizes(
+        self, batch_size: int | None, seq_len: int | None, kv_len: int | None, device: torch.device | str | None
+    ) -> Sizes:
         of_tensors, row_owner = self._rows_of_tensors()
         batch = contract.agreed_size("batch_size", batch_size, of_tensors, f"the contract's {row_owner}")
         of_keys, owner = self._keys_of_tensors()
@@ -240,7 +263,10 @@ class MaskFields:
                 return tuple(map(changed, value))
             return change(value) if isinstance(value, Tensor | AttentionValidity) else value
 
-        return type(self)(self.causal, self.window, *map(changed, self._fields()[2:]))
+        found = type(self)(self.causal, self.window, *map(changed, self._fields()[2:]))
+        if self._last is not None and self.has_no_padding_after(self._last[0]):
+            found._know_last(self._last[0])
+        return found
 
     def _fields(self) -> tuple[Any, ...]:
         return (
@@ -268,6 +294,16 @@ class MaskFields:
     def __reduce__(self) -> tuple:
         # Copies and pickles hold the fields, not the kept lowerings.
         return type(self), self._fields()
+
+
+def _is_plain(asked: tuple) -> bool:
+    """Whether sizes are numbers, not symbols of a trace, and the device is one that stays the same."""
+    *sizes, device = asked
+    return (
+        not torch.compiler.is_compiling()
+        and all(size is None or type(size) is int for size in sizes)
+        and isinstance(device, torch.device)
+    )
 
 
 def as_rows(tensor: Tensor | None) -> Tensor | None:

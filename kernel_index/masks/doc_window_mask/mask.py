@@ -1,7 +1,7 @@
 """``MaskContract``: which keys each query may attend to, and the forms of it that kernels take (lowerings)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,8 +84,6 @@ class MaskContract(MaskFields):
     >>> mask.intervals().start.tolist(), mask.intervals().end.tolist()
     ([[0, 0, 2, 2, 4, 5]], [[1, 2, 3, 4, 5, 5]])
     """
-
-    _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
 
     def bounds(self, queries: Tensor, sizes: Sizes) -> Intervals:
         """The intervals of the given query indices [n], int64 [rows, n]; not kept."""

@@ -121,8 +121,9 @@ class AttentionInputs:
 
     def _mask(self, shape: tuple[int, int]) -> ki.MaskContract:
         cell, window = self.cell, (self.cell.left, None)
-        if cell.documents and not cell.ids:
-            return ki.MaskContract.from_cu_seqlens(self.starts, causal=cell.causal, window=window)
+        if cell.documents and not cell.ids:  # made on the host, as a collator makes it
+            mask = ki.MaskContract.from_cu_seqlens(self.starts.cpu(), causal=cell.causal, window=window)
+            return mask.to(self.q.device)
         return ki.MaskContract(
             causal=cell.causal,
             doc_ids=self.ids.expand(shape).contiguous() if cell.documents else None,

@@ -243,6 +243,27 @@ def test_what_comes_after_the_last_document_spoils_nothing(package, monkeypatch)
         assert (gradient[:, 4:] == 0).all()
 
 
+def test_padding_is_looked_for_unless_the_host_knows_that_there_is_none(package, monkeypatch):
+    monkeypatch.setattr(fa4, "fa4_form", lambda call: "lengths")
+    cleared = []
+    monkeypatch.setattr(fa4, "_clear", lambda x, last: cleared.append(last))
+    leaves = [x.requires_grad_() for x in qkv(Maker(torch.float64), 1, 7, 7, 4, 2, 4).values()]
+
+    def clears(mask):
+        cleared.clear()
+        out, _ = fa4.attention_fa4(AttentionCall(*leaves, mask, None, 0.0, None, True))
+        torch.autograd.grad(out.sum(), leaves)
+        return len(cleared)
+
+    ends = torch.tensor([0, 3, 7])
+    mask = ki.MaskContract.from_cu_seqlens(ends)
+    assert mask.has_no_padding_after(7)
+    assert clears(mask) == clears(mask.to("cpu")) == 0
+    assert clears(ki.MaskContract.from_cu_seqlens(torch.tensor([0, 3, 5]))) == 4
+    ends[2] = 6
+    assert clears(mask) == clears(mask.to("cpu")) == 4, "known of values that were there before"
+
+
 IDS = torch.zeros(1, 64, dtype=torch.int64)
 LENGTHS = torch.tensor([0, 20, 64])
 

@@ -1,6 +1,6 @@
 """flash-attn-4: windows by its own arguments, documents as packed sequences, any other mask as lists of tiles."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def _lists(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
     start, end, _ = mask.row_bounds(sizes)
     q, k, v = (x.contiguous() for x in (call.q, call.k, call.v))
     if rules.wants_gradient(q, k, v) and _may_have_padding(call):
-        q = _without(start >= end, q)
+        q = ops.apply(_WithoutEmpty, start >= end, q)
     out, lse = flash_attn_func(
         q, k, v, **options,
         mask_mod=getattr(fa4_predicates, tiles.predicate),
@@ -70,29 +70,44 @@ def _may_have_padding(call: AttentionCall) -> bool:
     return call.sizes.offset != 0 or any(x is not None for x in (mask.doc_ids, mask.counts, mask.key_counts))
 
 
-def _without(padding: Tensor, q: Tensor) -> Tensor:
-    """0 in the queries that see nothing: their weights are 0, and 0 · NaN would be the gradient of a tile's keys."""
-    return torch.where(padding[..., None, None], 0.0, q)
+class _Lengths(NamedTuple):
+    """Cumulative lengths with one more sequence, the padding, and where that begins, [1]; bool [T] tells of padding."""
+
+    lengths: Tensor
+    last: Tensor
+    padding: Tensor
+
+
+def _given_lengths(call: AttentionCall) -> _Lengths:
+    cu_seqlens, queries = call.mask.cu_seqlens, call.q.shape[1]
+    assert cu_seqlens is not None
+
+    def build() -> _Lengths:
+        given = cu_seqlens[0].to(torch.int32).clamp(max=queries)
+        padding = torch.arange(queries, device=given.device) >= given[-1]
+        return _Lengths(F.pad(given, (0, 1), value=queries), given[-1:].clone(), padding)
+
+    return call.mask.remember("given_lengths", call.sizes, build)
 
 
 def _lengths(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
     """Packed lengths as they were given: nothing is read.  What comes after the last is one more sequence."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    assert call.mask.cu_seqlens is not None
     queries = call.q.shape[1]
-    given = call.mask.cu_seqlens[0].to(torch.int32).clamp(max=queries)
-    lengths, last = F.pad(given, (0, 1), value=queries), given[-1:]
+    lengths, last, padding = _given_lengths(call)
     q, k, v = (x[0].contiguous() for x in (call.q, call.k, call.v))
-    padding = torch.arange(queries, device=q.device) >= last
-    if rules.wants_gradient(q, k, v):
-        q, k, v = ops.apply(_WithoutPadding, last, _without(padding, q), k, v)
+    has_padding = not call.mask.has_no_padding_after(queries)
+    if has_padding and rules.wants_gradient(q, k, v):
+        q, k, v = ops.apply(_WithoutPadding, padding, last, q, k, v)
     out, lse = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=queries, max_seqlen_k=queries,
         **_window(call), **options,
     )  # fmt: skip
-    _clear(out.detach(), last)
-    return out[None], lse.masked_fill(padding, float("-inf"))[None]
+    if has_padding:
+        _clear(out.detach(), last)
+        lse = lse.masked_fill(padding, float("-inf"))
+    return out[None], lse[None]
 
 
 def _packed(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
@@ -121,13 +136,29 @@ def _packed(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
 _WAYS = {"band": _band, "lengths": _lengths, "lists": _lists, "packed": _packed}
 
 
-class _WithoutPadding(torch.autograd.Function):
-    """No gradient for what comes after the ``last`` token of the documents."""
+class _WithoutEmpty(torch.autograd.Function):
+    """0 in the queries that see nothing.
+
+    Their weights are 0, and 0 · NaN would be the gradient of their tile's keys; their own gradient is 0 as it is.
+    """
 
     @staticmethod
-    def forward(ctx: Any, last: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, empty: Tensor, q: Tensor) -> Tensor:
+        return torch.where(empty[..., None, None], 0.0, q)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_q: Tensor) -> tuple[None, Tensor]:
+        return None, d_q
+
+
+class _WithoutPadding(torch.autograd.Function):
+    """The same for the queries after the last document, which have no gradient, nor have their keys and values."""
+
+    @staticmethod
+    def forward(ctx: Any, padding: Tensor, last: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         ctx.last = last
-        return q.view_as(q), k.view_as(k), v.view_as(v)
+        return torch.where(padding[:, None, None], 0.0, q), k.view_as(k), v.view_as(v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -136,7 +167,7 @@ class _WithoutPadding(torch.autograd.Function):
         for gradient in dense:
             if gradient is not None:
                 _clear(gradient, ctx.last)  # in place: the kernel made it, and nobody else has it yet
-        return None, *dense
+        return None, None, *dense
 
 
 def _clear(x: Tensor, last: Tensor) -> None:
