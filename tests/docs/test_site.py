@@ -206,7 +206,7 @@ def test_the_pages_by_hand_and_the_plots_are_there(written):
     page = (written[0] / "measured.md").read_text()
     assert page.count('<figure class="ki-plot"') == len(measured.drawn(measured.peers())) == 6
     assert "<!-- " not in page
-    assert "| causal 8k infer | 3.477 | fa4 | 0.98 fa4 | 0.98 SDPA cuDNN |" in page
+    assert "| causal 8k infer | 3.103 | fa4 | 0.88 fa4 | 0.83 FA4 |" in page
     assert "| 1 | 64k | 64 | 73.0 | triton | 1.00 triton | 1.01 SDPA contiguous |" in page
 
 

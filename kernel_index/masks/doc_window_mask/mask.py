@@ -162,7 +162,8 @@ class MaskContract(MaskFields):
 
         def build() -> RowBounds:
             queries = torch.arange(sizes.queries, device=sizes.device)
-            tree = Tree(as_rows(self.subtree_end), as_rows(self.positions), self.window[0])
+            whole = self.cu_seqlens is None and self.doc_ids is None
+            tree = Tree(as_rows(self.subtree_end), as_rows(self.positions), self.window[0], whole)
             bounds, clipped = self.bounds(queries, sizes), self.key_validity is not None
             return tree_bounds(bounds, self._position(queries, sizes), tree, sizes.keys, clipped)
 

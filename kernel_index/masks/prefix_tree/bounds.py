@@ -17,11 +17,15 @@ LONGEST_ROW_BITS = 24
 
 
 class Tree(NamedTuple):
-    """The fields of a contract: ``subtree_end`` and ``positions`` [rows or 1, S] or None, ``left`` of the window."""
+    """The fields of a contract: ``subtree_end`` and ``positions`` [rows or 1, S] or None, ``left`` of the window.
+
+    ``whole``: the keys of a path begin at the first of the row, so there are no documents.
+    """
 
     subtree_end: Tensor | None
     positions: Tensor | None
     left: int | None
+    whole: bool
 
 
 def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int, clipped: bool) -> RowBounds:
@@ -45,7 +49,8 @@ def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int, clip
     gaps = until <= index
     has_gaps = not readable or bool(gaps.any())
     along_path = tree.left is not None and tree.positions is not None  # else a window counts indices
-    parent = parents_of(until, readable) if along_path or has_gaps or clipped else None
+    all_above = tree.left is None and tree.whole and not clipped  # up to the root
+    parent = parents_of(until, readable) if along_path or clipped or (has_gaps and not all_above) else None
     if tree.left is not None:
         if tree.positions is not None and parent is not None:
             along = tree.positions.to(torch.int64)
@@ -55,7 +60,11 @@ def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int, clip
         else:
             first = position - tree.left
         start = torch.minimum(torch.maximum(start, first), end)
-    if parent is not None and (has_gaps or clipped):
+    if all_above and has_gaps and keys:
+        held = torch.nn.functional.pad(until.cummax(1).values[:, :-1] > index[1:], (1, 0))
+        nothing = (gaps & ~held).expand(rows, -1).gather(1, at)  # a gap sees the path above it
+        end = torch.where(nothing, start, end)
+    elif parent is not None and (has_gaps or clipped):
         latest = torch.where(gaps, parent, index).expand(rows, -1).gather(1, at)  # a gap sees the path above it
         latest = _last_before(latest, end, parent) if clipped else latest
         end = torch.where(latest >= start, end, start)

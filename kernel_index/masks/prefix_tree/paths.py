@@ -1,9 +1,10 @@
-"""A tree as paths: what routes over blocks runs once for each branch, over the keys of its path.
+"""A tree as paths: what routes over blocks runs branch by branch, each over the keys of its path.
 
 A branch is a stretch of the row in which each token continues the one before it.  Its queries are the last tokens of
 its path, so an ordinary call with fewer queries than keys serves them, and every query is computed once.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -104,7 +105,9 @@ def along_paths(
     time_dims: tuple[int, ...] = (1,),
     in_gaps: tuple[float, ...] = (0.0,),
 ) -> tuple[Tensor, ...]:
-    """``run(*by_query, *by_key, branch's mask)`` for each branch of each row, put back in the row's order.
+    """``run(*by_query, *by_key, mask of the paths)`` for the branches, put back in the rows' order.
+
+    Branches of equal size, in whatever rows, are rows of one call.
 
     Args:
         op: the name of the function.
@@ -123,63 +126,81 @@ def along_paths(
         Ineligible: T ≠ S, a window over positions that do not grow by 1, or values that may not be read here.
     """
     check_branches(op, mask, sizes)
-    branches, rows = branches_of(mask, sizes), list[list[Tensor]]()
-    for b in range(sizes.batch):
-        pieces, queries = list[tuple[Tensor, ...]](), list[Tensor]()
-        for branch in branches[b % len(branches)]:
-            q, keys = (x.to(sizes.device) for x in branch)
-            of_branch = (x[b : b + 1].index_select(1, q) for x in by_query)
-            of_path = (x[b : b + 1].index_select(1, keys) for x in by_key)
-            pieces.append(_as_tuple(run(*of_branch, *of_path, _mask_of_path(mask, sizes, b, q, keys))))
-            queries.append(q)
-        rows.append(_in_order(pieces, queries, sizes.queries, time_dims, in_gaps))
-    if not rows:
+    if not sizes.batch:
         return _as_tuple(run(*by_query, *by_key, MaskContract()))
-    return tuple(torch.cat(of_rows) for of_rows in zip(*rows, strict=True))
+    groups, place = mask.remember("groups of branches", sizes, lambda: _grouped(mask, sizes))
+    found = [
+        _as_tuple(run(*(_taken(x, g.queries) for x in by_query), *(_taken(x, g.keys) for x in by_key), g.mask))
+        for g in groups
+    ]
+    fillers = in_gaps + (0.0,) * (len(time_dims) - len(in_gaps))
+    return tuple(map(functools.partial(_in_order, place), zip(*found, strict=True), time_dims, fillers))
+
+
+class Group(NamedTuple):
+    """Branches of one size: ``queries`` [G, n] and ``keys`` [G, m], indices of the B·T tokens, and their mask."""
+
+    queries: Tensor
+    keys: Tensor
+    mask: MaskContract
+
+
+def _grouped(mask: MaskContract, sizes: Sizes) -> tuple[tuple[Group, ...], Tensor]:
+    """The groups, and for each token [B, T] its place among the queries of all of them; a gap is after the last."""
+    branches = branches_of(mask, sizes)
+    by_size: dict[tuple[int, int], list[tuple[int, Branch]]] = {}
+    for b in range(sizes.batch):
+        for branch in branches[b % len(branches)]:
+            by_size.setdefault((len(branch.queries), len(branch.keys)), []).append((b, branch))
+    if len(by_size) > 1:
+        by_size.pop((0, 0), None)  # rows of gaps
+    groups, order = list[Group](), list[Tensor]()
+    for members in by_size.values():
+        rows = torch.tensor([b for b, _ in members])[:, None]
+        queries, keys = (torch.stack(x) for x in zip(*(branch for _, branch in members), strict=True))
+        order.append((rows * sizes.queries + queries).flatten())
+        of_paths = _mask_of_paths(mask, sizes, *(x.to(sizes.device) for x in (rows, queries, keys)))
+        places = order[-1].view(queries.shape), rows * sizes.keys + keys
+        groups.append(Group(places[0].to(sizes.device), places[1].to(sizes.device), of_paths))
+    at = torch.cat(order)
+    place = at.new_full((sizes.batch * sizes.queries,), at.shape[0])
+    place[at] = torch.arange(at.shape[0])
+    return tuple(groups), place.view(sizes.batch, sizes.queries).to(sizes.device)
+
+
+def _taken(x: Tensor, at: Tensor) -> Tensor:
+    """The tokens ``at`` [G, n] of x [B, T, …]."""
+    return x.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
 def _as_tuple(found: Any) -> tuple[Tensor, ...]:
     return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
-def _in_order(
-    pieces: list[tuple[Tensor, ...]],
-    queries: list[Tensor],
-    tokens: int,
-    dims: tuple[int, ...],
-    in_gaps: tuple[float, ...],
-) -> list[Tensor]:
-    """Each result of a row, in the row's order.  A gap takes the filler, which stands after the last query."""
-    at = torch.cat(queries)
-    place = at.new_full((tokens,), at.shape[0])
-    place[at] = torch.arange(at.shape[0], device=at.device)
-    found = list[Tensor]()
-    fillers = in_gaps + (0.0,) * (len(dims) - len(in_gaps))
-    for of_result, dim, filler in zip(zip(*pieces, strict=True), dims, fillers, strict=True):
-        joined = torch.cat(of_result, dim)
-        shape = [1 if i == dim else n for i, n in enumerate(joined.shape)]
-        found.append(torch.cat([joined, joined.new_full(shape, filler)], dim).index_select(dim, place))
-    return found
+def _in_order(place: Tensor, pieces: tuple[Tensor, ...], dim: int, filler: float) -> Tensor:
+    """One result of every group, [B, …] in the rows' order."""
+    flat = [piece.movedim(dim, 1).flatten(0, 1) for piece in pieces]
+    last = flat[0].new_full((1, *flat[0].shape[1:]), filler)
+    found = torch.cat([*flat, last]).index_select(0, place.flatten()).unflatten(0, place.shape)
+    return found.movedim(1, dim).contiguous()
 
 
-def _mask_of_path(mask: MaskContract, sizes: Sizes, b: int, queries: Tensor, keys: Tensor) -> MaskContract:
-    """Causality, the window, the documents and the valid tokens of a path, which are its first ones.
+def _mask_of_paths(mask: MaskContract, sizes: Sizes, rows: Tensor, queries: Tensor, keys: Tensor) -> MaskContract:
+    """Causality, the window, the documents and the valid tokens of paths, which are their first ones.
 
     The first token of a document is its id here.  Two documents may have one id, and a path may leave out all tokens
-    between them.
+    between them.  ``rows`` [G, 1], ``queries`` [G, n] and ``keys`` [G, m] are indices.
     """
-    rows = mask.document_rows(sizes.keys)
+    of_rows = mask.document_rows(sizes.keys)
     ids = None
-    if rows is not None:
-        row = rows[b % len(rows)][None]
-        ids = torch.where(row < 0, -1, segments(row)[0])[0, keys]
-    counts = [None if v is None or v.tokens is None else v.tokens[b] for v in (mask.validity, mask.key_validity)]
+    if of_rows is not None:
+        first = torch.where(of_rows < 0, -1, segments(of_rows)[0])
+        ids = first[rows % len(first), keys]
+    counts = [None if v is None or v.tokens is None else v.tokens[rows] for v in (mask.validity, mask.key_validity)]
     own = of_keys = None
     if counts[1] is not None:
-        of_keys = attention_validity(valid_token_counts=(keys < counts[1]).sum()[None])
-        own = None if counts[0] is None else attention_validity(valid_token_counts=(queries < counts[0]).sum()[None])
+        of_keys = attention_validity(valid_token_counts=(keys < counts[1]).sum(1))
+        own = None if counts[0] is None else attention_validity(valid_token_counts=(queries < counts[0]).sum(1))
     elif counts[0] is not None:
         ids = torch.where(keys < counts[0], 0 if ids is None else ids, -1)
-    return MaskContract(
-        window=mask.window, doc_ids=None if ids is None else ids[None], validity=own, key_validity=of_keys
-    )
+    return MaskContract(window=mask.window, doc_ids=ids, validity=own, key_validity=of_keys)

@@ -127,3 +127,25 @@ def lists_of(chosen: Tensor) -> TileLists:
     column = torch.arange(columns, device=chosen.device, dtype=torch.int32).expand(chosen.shape)
     indices = column.new_zeros(*chosen.shape[:2], columns + 1).scatter(2, place, column)
     return TileLists(slot[..., -1], indices[..., :columns].contiguous())
+
+
+class Listed(NamedTuple):
+    """The tiles of one side that are partly allowed, and those that are allowed whole."""
+
+    partial: TileLists
+    full: TileLists
+
+
+def listed(bounds: RowBounds, keys: int, tile: tuple[int, int], *, by_key: bool) -> Listed:
+    """For each tile of queries its tiles of keys, or ``by_key`` the reverse; nothing waits for a device."""
+    if not torch.compiler.is_compiling() and bounds.start.is_cuda and rules.triton_why_not(*bounds) is None:
+        return _by_kernels(bounds, keys, tile, by_key)
+    tiles = tiles_of(ranges_of(bounds, keys, *tile))
+    return Listed(*(lists_of(chosen.transpose(1, 2) if by_key else chosen) for chosen in tiles))
+
+
+def _by_kernels(bounds: RowBounds, keys: int, tile: tuple[int, int], by_key: bool) -> Listed:
+    from kernel_index.masks.prefix_tree.triton_tiles import lists
+
+    counts, indices = lists(bounds, keys, tile, by_key=by_key)
+    return Listed(*map(TileLists, counts, indices))

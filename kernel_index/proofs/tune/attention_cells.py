@@ -161,10 +161,23 @@ class AttentionInputs:
         return [t[:1, -LAST:] for t in results]
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Output and gradients of q, k and v in float32, of the last queries and keys of the first row."""
+        """Output and gradients of q, k and v in float32, of the last queries and keys of the first row.
+
+        Causally the last keys are seen by the last queries alone; else all queries count, some heads at a time.
+        """
         cell, last = self.cell, min(LAST, self.cell.tokens)
-        q, k, v = (x.detach().float().requires_grad_() for x in (self.q[:1, -last:], self.k[:1], self.v[:1]))
-        groups = cell.heads // cell.kv_heads
+        if cell.causal:
+            return self._of_queries(last, slice(None))
+        of_heads = [self._of_queries(cell.tokens, slice(h, h + 1)) for h in range(cell.kv_heads)]
+        out, dq, dk, dv = (torch.cat(parts, 2)[:, -last:] for parts in zip(*of_heads, strict=True))
+        return out, dq, dk, dv
+
+    def _of_queries(self, last: int, kv_heads: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the ``last`` queries, and of as many keys, of some KV heads of the first row."""
+        cell, groups = self.cell, self.cell.heads // self.cell.kv_heads
+        heads = slice(*(None if i is None else i * groups for i in (kv_heads.start, kv_heads.stop)))
+        parts = self.q[:1, -last:, heads], self.k[:1, :, kv_heads], self.v[:1, :, kv_heads]
+        q, k, v = (x.detach().float().requires_grad_() for x in parts)
         z = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(groups, 2)) * cell.head_size**-0.5
         z = cell.softcap * torch.tanh(z / cell.softcap) if cell.softcap else z
         s = torch.arange(cell.tokens, device=z.device)
@@ -177,8 +190,8 @@ class AttentionInputs:
             seen = seen & (tree[s] == tree[t]) & ((answer[s] < 0) | (answer[s] == answer[t]))
         z = z.masked_fill(~seen, float("-inf"))
         if self.sink is not None:
-            z = torch.cat((z, self.sink.float().view(1, -1, 1, 1).expand(1, -1, last, 1)), -1)
+            z = torch.cat((z, self.sink[heads].float().view(1, -1, 1, 1).expand(1, -1, last, 1)), -1)
         p = z.softmax(-1)[..., : cell.tokens]
         out = torch.einsum("bhts,bshd->bthd", p, v.repeat_interleave(groups, 2))
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), self.upstream[:1, -last:].float())
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), self.upstream[:1, -last:, heads].float())
         return out.detach(), dq, dk[:, -last:], dv[:, -last:]

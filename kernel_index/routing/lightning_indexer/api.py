@@ -79,12 +79,9 @@ def lightning_indexer(
     if call.mask.is_tree:
 
         def route_branch(q: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-            *recorded, k, places, path = rest
-            of_path = places.flatten()  # of one row, or of none
-            replay = None if not recorded else TokenSelection(*recorded).within(of_path)
-            found = lightning_indexer(q, k, weights, topk=topk, mask=path, replay=replay, backend=backend)
-            at = found.indices if not len(of_path) else of_path[found.indices.clamp(min=0)]
-            return torch.where(found.valid, at, -1), found.valid, found.scores
+            *recorded, k, places, mask = rest
+            replay = None if not recorded else TokenSelection(*recorded).within(places)
+            return lightning_indexer(q, k, weights, topk=topk, mask=mask, replay=replay, backend=backend).of_row(places)
 
         places = torch.arange(call.k.shape[1], device=call.k.device).expand(call.k.shape[:2])
         by_query = (call.q, call.weights, *(call.replay or ()))

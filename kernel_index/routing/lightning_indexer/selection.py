@@ -24,13 +24,21 @@ class TokenSelection(NamedTuple):
     valid: Tensor
     scores: Tensor
 
-    def within(self, path: Tensor) -> "TokenSelection":
-        """The same tokens as indices of a path, int64 [m] ascending; those beside it are not valid."""
-        if path.shape[0] == 0:
+    def within(self, paths: Tensor) -> "TokenSelection":
+        """The same tokens as indices of each row's path, int64 [B, m] ascending; those beside it are not valid."""
+        if paths.shape[1] == 0:
             return TokenSelection(torch.full_like(self.indices, -1), torch.zeros_like(self.valid), self.scores)
-        at = torch.searchsorted(path, self.indices.long()).clamp(max=path.shape[0] - 1)
-        valid = self.valid & (path[at] == self.indices)
-        return TokenSelection(torch.where(valid, at, -1), valid, self.scores)
+        flat = self.indices.long().flatten(1).contiguous()
+        at = torch.searchsorted(paths.contiguous(), flat).clamp(max=paths.shape[1] - 1)
+        valid = self.valid & (paths.gather(1, at) == flat).view_as(self.valid)
+        return TokenSelection(torch.where(valid, at.view_as(self.indices), -1), valid, self.scores)
+
+    def of_row(self, paths: Tensor) -> "TokenSelection":
+        """The reverse: indices of each row's path as those of the row."""
+        if paths.shape[1] == 0:
+            return self
+        at = paths.gather(1, self.indices.long().clamp(min=0).flatten(1)).view_as(self.indices)
+        return TokenSelection(torch.where(self.valid, at, -1), self.valid, self.scores)
 
 
 def replayed(replay: TokenSelection, start: Tensor, end: Tensor) -> Tensor:

@@ -159,3 +159,12 @@ def test_empty_rows_and_batches():
         assert moba(q, k, v, ki.MaskContract(subtree_end=ends), "auto").shape == q.shape
     q, k, v = leaves_of(1, 3)
     assert (moba(q, k, v, ki.MaskContract(subtree_end=torch.arange(3)), "auto") == 0).all()
+
+
+def test_branches_of_one_size_are_one_call():
+    """Eight answers on a prompt in each of two rows: two calls, not eighteen."""
+    ends = ki.pack_tree([-1, *[0] * 8], [24, *[6] * 8]).subtree_end
+    leaves = leaves_of(2, len(ends), torch.float32)
+    with ki.receipts() as log:
+        moba(*leaves, ki.MaskContract(subtree_end=ends), "reference")
+    assert [r.op for r in log] == ["moba_attention"] * 2

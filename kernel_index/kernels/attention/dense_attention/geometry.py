@@ -18,7 +18,7 @@ from kernel_index.core.triton.launch import (
 )
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.masks.prefix_tree.tiles import lists_of
+from kernel_index.masks.prefix_tree.tiles import listed
 
 
 def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> Config:
@@ -71,10 +71,9 @@ def tile_lists(kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: MaskContract,
     blocks = _tile_sizes(kernel, q, k, v)
 
     def build() -> tuple[Tensor]:
-        tiles = mask.row_tiles(*blocks, sizes)
-        of_kinds = [lists_of(x.transpose(1, 2) if kernel == "keys" else x) for x in (tiles.full, tiles.partial)]
-        counts = [of_kind.counts[..., None] for of_kind in of_kinds]
-        return (torch.cat([*counts, *(of_kind.indices for of_kind in of_kinds)], 2),)
+        partial, full = listed(mask.row_bounds(sizes), sizes.keys, blocks, by_key=kernel == "keys")
+        counts = [of_kind.counts[..., None] for of_kind in (full, partial)]
+        return (torch.cat([*counts, full.indices, partial.indices], 2),)
 
     return mask.remember(f"tile_lists_{kernel}", (blocks, sizes), build)[0]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernel_index.masks.doc_window_mask.intervals import RowBounds, Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.masks.prefix_tree.tiles import lists_of
+from kernel_index.masks.prefix_tree.tiles import listed
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of partly allowed tiles counts int32 [rows, 1, n] and indices [rows, 1, n, m], and the same of full ones."""
@@ -30,13 +30,10 @@ def tile_mask(mask: MaskContract, sizes: Sizes, tile: tuple[int, int]) -> TileMa
     """The mask in tiles of ``(queries, keys)``; nothing waits for the device, and the contract keeps the result."""
 
     def build() -> tuple[Tensor, ...]:
-        bounds = _padded(mask.row_bounds(sizes), sizes, tile)
-        lists: list[Tensor] = []
-        for by_key in (False, True):
-            for chosen in mask.row_tiles(*tile, sizes):
-                found = lists_of(chosen.transpose(1, 2) if by_key else chosen)
-                lists += (x[:, None].contiguous() for x in found)
-        return (*lists, *bounds)
+        bounds = mask.row_bounds(sizes)
+        sides = (listed(bounds, sizes.keys, tile, by_key=by_key) for by_key in (False, True))
+        lists = [x[:, None].contiguous() for side in sides for kind in side for x in kind]
+        return (*lists, *_padded(bounds, sizes, tile))
 
     kept = mask.remember("tile_mask", (tile, sizes), build)
     by_query, by_key, bounds = kept[:4], kept[4:8], kept[8:]
