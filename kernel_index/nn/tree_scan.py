@@ -36,18 +36,35 @@ def scan_tree(operands: Operands, mask: "ki.MaskContract", *, segments: Tensor |
     segment = None if segments is None else segments.expand(B, -1).flatten()
     states, outputs, places = list[Tensor](), list[Tensor](), list[Tensor]()
     for level in mask.tree_levels(B, T, device=operands[0].device):
-        x, log_a, b, c = (_rows(t, level.index.flatten()).view(*level.index.shape, *t.shape[2:]) for t in operands)
+        x, log_a, b, c = (_OfRuns.apply(t, level) for t in operands)
         # A repeated token neither decays the state (log_a 0) nor adds to it (x 0).
         x, log_a = x * level.is_token[..., None, None], log_a * level.is_token[..., None]
         own = None if segment is None else segment[level.index]
         state = _first_state(states, level, segment) if states else None
         scanned = chunked_scan(x, log_a, b, c, segments=own, state=state, chunk=chunk)
         states.append(scanned.state)
-        outputs.append(scanned.y[level.is_token])
-        places.append(level.index[level.is_token])
+        outputs.append(scanned.y.flatten(0, 1).index_select(0, level.tokens))
+        places.append(level.index.flatten().index_select(0, level.tokens))
     if not outputs:  # no token at all
         return torch.zeros_like(operands[0], dtype=torch.promote_types(operands[0].dtype, torch.float32))
     return _in_order(outputs, places, B * T).unflatten(0, (B, T))
+
+
+class _OfRuns(torch.autograd.Function):
+    """Tokens [R, L, …] of x [B, T, …]; a repeated token sends no gradient back, so that no sum is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BT: Tensor, level: Any) -> Tensor:
+        ctx.level, ctx.shape = level, x_BT.shape
+        return x_BT.flatten(0, 1).index_select(0, level.index.flatten()).view(*level.index.shape, *x_BT.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, d_RL: Tensor) -> tuple[Tensor, None]:
+        level, tokens = ctx.level, ctx.level.tokens
+        of_tokens = d_RL.flatten(0, 1).index_select(0, tokens)
+        places = level.index.flatten().index_select(0, tokens)
+        d_x = of_tokens.new_zeros(ctx.shape[0] * ctx.shape[1], *ctx.shape[2:]).index_copy(0, places, of_tokens)
+        return d_x.view(ctx.shape), None
 
 
 def _rows(x_BT: Tensor, index: Tensor) -> Tensor:

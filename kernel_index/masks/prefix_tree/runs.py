@@ -14,12 +14,14 @@ class Level(NamedTuple):
     """R runs that begin where runs of earlier levels end; L is the longest of them.
 
     ``index``: int64 [R, L], places in the B·T tokens of the batch; a shorter run repeats its last token.  ``is_token``:
-    bool [R, L], False for the repeated ones.  ``parent``: int64 [R], the run before it, counted over all levels; −1 for
-    roots, which are all on the first level.  ``before``: int64 [R], the last token of that run, −1 for roots.
+    bool [R, L], False for the repeated ones, and ``tokens`` int64 [n], where it is True in the R·L.  ``parent``: int64
+    [R], the run before it, counted over all levels; −1 for roots, which are all on the first level.  ``before``: int64
+    [R], the last token of that run, −1 for roots.
     """
 
     index: Tensor
     is_token: Tensor
+    tokens: Tensor
     parent: Tensor
     before: Tensor
 
@@ -35,7 +37,7 @@ def parents_in_row(subtree_end: Tensor | None, sizes: Sizes) -> Tensor:
 
 
 class _Run(NamedTuple):
-    tokens: list[int]  # places in the batch
+    tokens: Tensor  # places in the batch
     parent: int
     level: int
 
@@ -70,17 +72,20 @@ def _runs_of_row(parent: Tensor, real: Tensor, offset: int, first: int) -> list[
     starts = (real & ~((parent == index - 1) & alone)).nonzero().flatten().tolist()
     found, run_of = list[_Run](), dict[int, int]()
     for start, limit in zip(starts, [*starts, parent.shape[0]][1:], strict=True):
-        tokens = index[start:limit][real[start:limit]].tolist()
+        tokens = index[start:limit][real[start:limit]]
         before = run_of.get(int(parent[start]), -1)
         level = 0 if before < 0 else found[before - first].level + 1
-        run_of[tokens[-1]] = first + len(found)
-        found.append(_Run([offset + t for t in tokens], before, level))
+        run_of[int(tokens[-1])] = first + len(found)
+        found.append(_Run(offset + tokens, before, level))
     return found
 
 
 def _level(of_level: list[_Run], parents: list[int], runs: list[_Run], device: torch.device) -> Level:
-    longest = max(len(run.tokens) for run in of_level)
-    index = torch.tensor([run.tokens + run.tokens[-1:] * (longest - len(run.tokens)) for run in of_level])
-    lengths = torch.tensor([[len(run.tokens)] for run in of_level])
-    before = torch.tensor([-1 if run.parent < 0 else runs[run.parent].tokens[-1] for run in of_level])
-    return Level(*(x.to(device) for x in (index, torch.arange(longest) < lengths, torch.tensor(parents), before)))
+    lengths = torch.tensor([len(run.tokens) for run in of_level])[:, None]
+    index = torch.nn.utils.rnn.pad_sequence([run.tokens for run in of_level], batch_first=True)
+    at = torch.arange(index.shape[1])
+    index = index.gather(1, torch.minimum(at, lengths - 1))
+    is_token = at < lengths
+    before = torch.tensor([-1 if run.parent < 0 else int(runs[run.parent].tokens[-1]) for run in of_level])
+    tokens = is_token.flatten().nonzero().flatten()
+    return Level(*(x.to(device) for x in (index, is_token, tokens, torch.tensor(parents), before)))
