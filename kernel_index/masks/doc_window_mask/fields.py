@@ -31,7 +31,6 @@ class MaskFields:
     positions: Tensor | None = None
     cu_seqlens: CuSeqlens | None = None
     _kept: dict[str, tuple] = field(default_factory=dict, init=False, repr=False)
-    _last: tuple[int, int] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         checks.is_bool("causal", self.causal)
@@ -48,16 +47,6 @@ class MaskFields:
         self._check_together()
         self._rows_of_tensors()
         self._keys_of_tensors()
-        if self.cu_seqlens is not None and rules.host_readable(self.cu_seqlens[0]):
-            self._know_last(int(self.cu_seqlens[0][-1]))
-
-    def _know_last(self, tokens: int) -> None:
-        assert self.cu_seqlens is not None
-        object.__setattr__(self, "_last", (tokens, self.cu_seqlens[0]._version))
-
-    def has_no_padding_after(self, tokens: int) -> bool:
-        """Whether the host knows that documents end with the last of so many tokens: lengths were on it once."""
-        return self.cu_seqlens is not None and self._last == (tokens, self.cu_seqlens[0]._version)
 
     @classmethod
     def from_cu_seqlens(
@@ -263,10 +252,7 @@ class MaskFields:
                 return tuple(map(changed, value))
             return change(value) if isinstance(value, Tensor | AttentionValidity) else value
 
-        found = type(self)(self.causal, self.window, *map(changed, self._fields()[2:]))
-        if self._last is not None and self.has_no_padding_after(self._last[0]):
-            found._know_last(self._last[0])
-        return found
+        return type(self)(self.causal, self.window, *map(changed, self._fields()[2:]))
 
     def _fields(self) -> tuple[Any, ...]:
         return (

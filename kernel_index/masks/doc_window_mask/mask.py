@@ -10,7 +10,7 @@ from torch import Tensor
 from kernel_index.core import checks
 from kernel_index.masks.doc_window_mask import contract, lowerings
 from kernel_index.masks.doc_window_mask.cu_seqlens import documents_of_lengths, ids_of_lengths, position_in_keys
-from kernel_index.masks.doc_window_mask.fields import MaskFields, as_rows
+from kernel_index.masks.doc_window_mask.fields import as_rows
 from kernel_index.masks.doc_window_mask.intervals import (
     BlockPlan,
     Documents,
@@ -21,8 +21,9 @@ from kernel_index.masks.doc_window_mask.intervals import (
     interval_of,
     plan_blocks,
 )
-from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals, SegmentIds, Varlen
+from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals, SegmentIds
 from kernel_index.masks.doc_window_mask.memo import kept_or_built
+from kernel_index.masks.doc_window_mask.packed import PackedMask
 from kernel_index.masks.prefix_tree.bounds import Tree, tree_bounds
 from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
 from kernel_index.masks.prefix_tree.runs import Level, levels_of, parents_in_row
@@ -30,7 +31,7 @@ from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, ranges_of, til
 
 
 @dataclass(frozen=True, eq=False)
-class MaskContract(MaskFields):
+class MaskContract(PackedMask):
     """Which keys each query may attend to; immutable.
 
     With ``p(t) = t + offset`` the position of query t among the S keys, query t may attend to key s if all hold::
@@ -347,52 +348,6 @@ class MaskContract(MaskFields):
         documents = self._documents(queries, position, sizes)
         rows = self.document_rows(sizes.keys)
         return lowerings.segment_ids(sizes, position, documents, rows, *self._prefix_tokens())
-
-    def varlen_why_not(
-        self,
-        batch_size: int | None = None,
-        seq_len: int | None = None,
-        kv_len: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-    ) -> str | None:
-        """Why ``varlen`` raises for these sizes, or None; reads metadata only."""
-        return self.row_varlen_why_not(self.sizes(batch_size, seq_len, kv_len, device))
-
-    def row_varlen_why_not(self, sizes: Sizes) -> str | None:
-        """``varlen_why_not`` for given ``Sizes``."""
-        if self.is_tree:
-            return TREE_HAS_NO_INTERVALS
-        if self.prefix is not None:
-            return lowerings.VARLEN_NEEDS_CAUSALITY
-        if sizes.offset is None and self.cu_seqlens is not None:
-            return lowerings.VARLEN_NEEDS_ONE_LIST
-        return lowerings.varlen_why_not(sizes, not self.is_band, self.key_counts is not None)
-
-    def varlen(
-        self,
-        batch_size: int | None = None,
-        seq_len: int | None = None,
-        kv_len: int | None = None,
-        *,
-        device: torch.device | str | None = None,
-    ) -> Varlen:
-        """The contract as packed sequences with cumulative lengths.
-
-        With documents or a valid prefix the number of sequences and the longest length depend on the data: reading them
-        waits for the device, once for each contract.  No other lowering waits.  Raises ``ValueError`` with the reason
-        of ``varlen_why_not`` where packed sequences cannot express the contract.
-        """
-        sizes = self.sizes(batch_size, seq_len, kv_len, device)
-        reason = self.row_varlen_why_not(sizes)
-        if reason is not None:
-            raise ValueError(f"mask must have a form with packed lengths ({reason}), got T, S, offset = {sizes[2:5]}")
-
-        def build() -> Varlen:
-            ids = self._segment_ids(sizes).kv if not self.is_band else None
-            return lowerings.varlen(sizes, self.window_bounds, ids)
-
-        return self.remember("varlen", sizes, build)
 
 
 torch.serialization.add_safe_globals([MaskContract])

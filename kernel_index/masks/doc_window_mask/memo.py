@@ -20,18 +20,29 @@ def kept_or_built(
     """
     if not _keepable(sources):
         return build()
-    if name in kept:
-        old_key, states, value, versions = kept[name]
-        if old_key == key and _versions(value) == versions and all(map(_unchanged, sources, states)):
-            return value
-    states = tuple(map(_state, sources))
-    with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counter and no backward
-        value = build()
+    value = kept_value(kept, name, key, sources)
+    if value is None:
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version counter and no backward
+            value = build()
+        keep(kept, name, key, sources, value)
+    return value
+
+
+def kept_value(kept: dict[str, tuple], name: str, key: tuple, sources: tuple[Tensor | None, ...]) -> Any:
+    """The result kept under ``name`` if it still holds, else None."""
+    if name not in kept or not _keepable(sources):
+        return None
+    old_key, states, value, versions = kept[name]
+    holds = old_key == key and _versions(value) == versions and all(map(_unchanged, sources, states))
+    return value if holds else None
+
+
+def keep(kept: dict[str, tuple], name: str, key: tuple, sources: tuple[Tensor | None, ...], value: Any) -> None:
+    """Keep a result that was made from these sources as they are now."""
     if any(t.is_inference() for t in _tensors(value)):  # a view of a source made in inference mode
         kept.pop(name, None)
     else:
-        kept[name] = (key, states, value, _versions(value))
-    return value
+        kept[name] = (key, tuple(map(_state, sources)), value, _versions(value))
 
 
 def _keepable(sources: tuple[Tensor | None, ...]) -> bool:

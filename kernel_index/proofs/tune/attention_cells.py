@@ -124,7 +124,7 @@ class AttentionInputs:
         if cell.documents and not cell.ids:  # made on the host, as a collator makes it
             mask = ki.MaskContract.from_cu_seqlens(self.starts.cpu(), causal=cell.causal, window=window)
             return mask.to(self.q.device)
-        return ki.MaskContract(
+        return ki.MaskContract(  # ids made on the device: their lengths are not known
             causal=cell.causal,
             doc_ids=self.ids.expand(shape).contiguous() if cell.documents else None,
             window=window,

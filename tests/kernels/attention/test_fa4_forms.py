@@ -136,9 +136,8 @@ def flash_attn_func(
 
 
 def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **how):
-    """Rows outside of the lengths are memory that nobody wrote."""
     assert cu_seqlens_q is cu_seqlens_k
-    assert max_seqlen_q == max_seqlen_k == q.shape[0]
+    assert cu_seqlens_q.diff().max() <= max_seqlen_q == max_seqlen_k <= q.shape[0]
     scale, softcap, sink = how["softmax_scale"], how["softcap"], how["learnable_sink"]
     at = torch.arange(q.shape[0])
     document = torch.bucketize(at, cu_seqlens_q.to(torch.int64), right=True)
@@ -243,25 +242,47 @@ def test_what_comes_after_the_last_document_spoils_nothing(package, monkeypatch)
         assert (gradient[:, 4:] == 0).all()
 
 
-def test_padding_is_looked_for_unless_the_host_knows_that_there_is_none(package, monkeypatch):
-    monkeypatch.setattr(fa4, "fa4_form", lambda call: "lengths")
-    cleared = []
-    monkeypatch.setattr(fa4, "_clear", lambda x, last: cleared.append(last))
-    leaves = [x.requires_grad_() for x in qkv(Maker(torch.float64), 1, 7, 7, 4, 2, 4).values()]
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, -1, 2], [4, 4, 4, 4, 5, 5, 5]])
 
-    def clears(mask):
-        cleared.clear()
-        out, _ = fa4.attention_fa4(AttentionCall(*leaves, mask, None, 0.0, None, True))
-        torch.autograd.grad(out.sum(), leaves)
-        return len(cleared)
 
-    ends = torch.tensor([0, 3, 7])
-    mask = ki.MaskContract.from_cu_seqlens(ends)
-    assert mask.has_no_padding_after(7)
-    assert clears(mask) == clears(mask.to("cpu")) == 0
-    assert clears(ki.MaskContract.from_cu_seqlens(torch.tensor([0, 3, 5]))) == 4
-    ends[2] = 6
-    assert clears(mask) == clears(mask.to("cpu")) == 4, "known of values that were there before"
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ki.MaskContract(window=(2, 0), doc_ids=DOCUMENTS),
+        ki.MaskContract(doc_ids=DOCUMENTS, validity=ki.attention_validity(valid_token_counts=[6, 2])),
+        ki.MaskContract.from_cu_seqlens(torch.tensor([0, 3, 3, 7])),
+    ],
+)
+def test_lengths_that_were_on_the_host_stay_known(mask):
+    rows = 1 if mask.doc_ids is None else 2
+    there = mask.to("meta")
+    sizes = there.sizes(rows, 7, 7, torch.device("meta"))
+    assert there.lengths_are_known(sizes)
+    found, expected = there.varlen(rows, 7, 7), mask.varlen(rows, 7, 7)
+    assert found[2:4] == expected[2:4]
+    assert found.window == expected.window
+    assert found.cu_seqlens_q.shape == expected.cu_seqlens_q.shape
+    assert (found.kept is None) == (expected.kept is None)
+    source = next(t for t in there.sources() if t is not None)
+    source.add_(1)
+    assert not there.lengths_are_known(sizes), "written to since"
+
+
+def test_lengths_that_the_host_cannot_know():
+    on_meta = torch.device("meta")
+    for mask, rows in (
+        (ki.MaskContract(doc_ids=DOCUMENTS.to(on_meta)), 2),
+        (ki.MaskContract(doc_ids=DOCUMENTS[0]), 2),  # moved for one row
+        (ki.MaskContract.from_cu_seqlens(torch.tensor([0, 3, 5])), 1),  # there may be padding after them
+        (ki.MaskContract(doc_ids=DOCUMENTS, prefix=1), 2),
+    ):
+        there = mask.to(on_meta)
+        assert not there.lengths_are_known(there.sizes(rows, 7, 7, on_meta))
+
+
+def test_known_lengths_are_handed_over(package, monkeypatch):
+    """From a contract on the host, whose lengths are read there."""
+    compare(monkeypatch, "packed", ki.MaskContract(doc_ids=DOCUMENTS), qkv(Maker(torch.float64), 2, 7, 7, 4, 2, 4))
 
 
 IDS = torch.zeros(1, 64, dtype=torch.int64)
@@ -288,6 +309,8 @@ def test_which_form(monkeypatch, mask, rows, expected):
     monkeypatch.setattr(contract, "has_package", lambda name: True)
     monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
     assert contract.fa4_form(call) == expected
+    if mask.doc_ids is not None:
+        assert contract.measured_kind(call) == ("infer", "documents")
     assert contract.fa4_details(call) == (("mask_lowering", expected),)
     assert contract.fa4_why_not(call) is None
     assert contract.fa4_not_worth(call) != contract.WAITS
@@ -297,6 +320,18 @@ def test_which_form(monkeypatch, mask, rows, expected):
     reason = contract.fa4_why_not(call)
     assert reason == (mask.row_varlen_why_not(call.sizes) if elsewhere == "packed" else None)
     assert (contract.fa4_not_worth(call) == contract.WAITS) == (elsewhere == "packed")
+
+
+def test_documents_whose_lengths_are_known_are_packed(monkeypatch):
+    q = torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta")
+    mask = ki.MaskContract(doc_ids=IDS).to("meta")
+    call = AttentionCall(q, q, q, mask, None, 0.0, None, False)
+    monkeypatch.setattr(contract, "has_package", lambda name: True)
+    monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
+    assert contract.fa4_form(call) == "packed"
+    assert contract.fa4_why_not(call) is None
+    assert contract.fa4_not_worth(call) != contract.WAITS
+    assert contract.measured_kind(call) == ("infer", "lengths")
 
 
 def test_lists_end_where_they_would_be_large(monkeypatch):

@@ -120,10 +120,11 @@ def measured_kind(call: AttentionCall) -> tuple[str, ...]:
     right = None if right is None or right >= tokens - 1 else right
     if mask.counts is not None or mask.key_counts is not None or (right != 0 and (left, right) != (None, None)):
         return ()
+    known = mask.doc_ids is not None and mask.lengths_are_known(call.sizes)
     has = {
-        "documents": mask.doc_ids is not None,
+        "documents": mask.doc_ids is not None and not known,
         "full": right is None,
-        "lengths": mask.cu_seqlens is not None,
+        "lengths": known or mask.cu_seqlens is not None,
         "prefix": mask.prefix is not None,
         "sink": call.sink is not None,
         "softcap": call.softcap != 0,
@@ -152,7 +153,7 @@ def _measured_or_no_mask(call: AttentionCall, name: str) -> str | None:
 def _may_run(rival: str, call: AttentionCall) -> bool:
     """Whether ``auto`` may take it instead.  FlexAttention compiles for each mask and shape: it is no rival."""
     if rival == "fa4":
-        return fa4_why_not(call) is None and fa4_form(call) != "packed"
+        return fa4_why_not(call) is None and not _waits(call)
     if rival == "triton":
         return triton_why_not(call) is None
     return rival == "sdpa" and _needs_no_mask(call)
@@ -212,13 +213,15 @@ LONGEST_LISTS = 1 << 19
 def fa4_form(call: AttentionCall) -> str:
     """How flash-attn-4 is told the mask.
 
-    ``band``: by its own arguments; ``lengths``: by packed lengths that were given; ``lists``: by lists of tiles;
-    ``packed``: by packed lengths that the host has to read.
+    ``band``: by its own arguments; ``packed``: by packed lengths that the host knows, or has to read where nothing else
+    is left; ``lengths``: by packed lengths that were given on the device; ``lists``: by lists of tiles.
     """
     mask, sizes = call.mask, call.sizes
     if mask.row_varlen_why_not(sizes) is None:
         if mask.is_band:
             return "band"
+        if mask.lengths_are_known(sizes):
+            return "packed"
         if mask.cu_seqlens is not None and sizes.batch == 1:
             return "lengths"
     return "packed" if _lists_why_not(call) else "lists"
@@ -273,8 +276,13 @@ def fa4_details(call: AttentionCall) -> tuple[tuple[str, str], ...]:
     return (("mask_lowering", fa4_form(call)),)
 
 
+def _waits(call: AttentionCall) -> bool:
+    """Whether flash-attn-4 would need lengths that only the device knows."""
+    return fa4_form(call) == "packed" and not call.mask.lengths_are_known(call.sizes)
+
+
 def fa4_not_worth(call: AttentionCall) -> str | None:
-    return WAITS if fa4_form(call) == "packed" else measured_why_not(call, "fa4", measured_kind(call))
+    return WAITS if _waits(call) else measured_why_not(call, "fa4", measured_kind(call))
 
 
 def varlen_why_not(call: AttentionCall) -> str | None:

@@ -97,21 +97,18 @@ def _lengths(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
     queries = call.q.shape[1]
     lengths, last, padding = _given_lengths(call)
     q, k, v = (x[0].contiguous() for x in (call.q, call.k, call.v))
-    has_padding = not call.mask.has_no_padding_after(queries)
-    if has_padding and rules.wants_gradient(q, k, v):
+    if rules.wants_gradient(q, k, v):
         q, k, v = ops.apply(_WithoutPadding, padding, last, q, k, v)
     out, lse = flash_attn_varlen_func(
         q, k, v, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=queries, max_seqlen_k=queries,
         **_window(call), **options,
     )  # fmt: skip
-    if has_padding:
-        _clear(out.detach(), last)
-        lse = lse.masked_fill(padding, float("-inf"))
-    return out[None], lse[None]
+    _clear(out.detach(), last)
+    return out[None], lse.masked_fill(padding, float("-inf"))[None]
 
 
 def _packed(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
-    """Packed lengths that are read: waits for the device, once for each contract."""
+    """Packed lengths that the host knows, or that it reads: that waits for the device, once for each contract."""
     from flash_attn.cute import flash_attn_varlen_func
 
     q, k, v, mask, sizes = call.q, call.k, call.v, call.mask, call.sizes

@@ -1,0 +1,102 @@
+"""A contract as packed sequences: the one form whose sizes the host has to know."""
+
+from typing import Self
+
+import torch
+
+from kernel_index.core import rules
+from kernel_index.masks.doc_window_mask import lowerings
+from kernel_index.masks.doc_window_mask.fields import MaskFields
+from kernel_index.masks.doc_window_mask.intervals import Sizes
+from kernel_index.masks.doc_window_mask.lowerings import SegmentIds, Varlen
+from kernel_index.masks.doc_window_mask.memo import keep, kept_or_built, kept_value
+from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
+
+ON_THE_HOST = "varlen of the host"
+
+
+class PackedMask(MaskFields):
+    """Lengths are read from a contract whose tensors are on the host, and stay known when it is moved to a device."""
+
+    def _segment_ids(self, sizes: Sizes) -> SegmentIds:
+        raise NotImplementedError
+
+    def varlen_why_not(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> str | None:
+        """Why ``varlen`` raises for these sizes, or None; reads metadata only."""
+        return self.row_varlen_why_not(self.sizes(batch_size, seq_len, kv_len, device))
+
+    def row_varlen_why_not(self, sizes: Sizes) -> str | None:
+        """``varlen_why_not`` for given ``Sizes``."""
+        if self.is_tree:
+            return TREE_HAS_NO_INTERVALS
+        if self.prefix is not None:
+            return lowerings.VARLEN_NEEDS_CAUSALITY
+        if sizes.offset is None and self.cu_seqlens is not None:
+            return lowerings.VARLEN_NEEDS_ONE_LIST
+        return lowerings.varlen_why_not(sizes, not self.is_band, self.key_counts is not None)
+
+    def varlen(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Varlen:
+        """The contract as packed sequences with cumulative lengths.
+
+        With documents or a valid prefix the number of sequences and the longest length depend on the data: reading them
+        waits for the device, once for each contract, unless the contract was made on the host and then moved with
+        ``to``.  No other lowering waits.  Raises ``ValueError`` with the reason of ``varlen_why_not`` where packed
+        sequences cannot express the contract.
+        """
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        reason = self.row_varlen_why_not(sizes)
+        if reason is not None:
+            raise ValueError(f"mask must have a form with packed lengths ({reason}), got T, S, offset = {sizes[2:5]}")
+        known = self._known(sizes)
+        if known is not None:
+            return known
+
+        def build() -> Varlen:
+            ids = self._segment_ids(sizes).kv if not self.is_band else None
+            return lowerings.varlen(sizes, self.window_bounds, ids)
+
+        if torch.compiler.is_compiling():
+            return build()
+        return kept_or_built(self._kept, "varlen", sizes, self.sources(), build)
+
+    def lengths_are_known(self, sizes: Sizes) -> bool:
+        """Whether ``varlen`` waits for nobody although there are documents or a valid prefix."""
+        return self._known(sizes) is not None
+
+    def _known(self, sizes: Sizes) -> Varlen | None:
+        if torch.compiler.is_compiling():
+            return None
+        return kept_value(self._kept, ON_THE_HOST, sizes, self.sources())
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same contract with its tensors on another device; what the host knows of its lengths stays known."""
+        found = super().to(device)
+        tokens, _ = self._keys_of_tensors()
+        if self.is_band or (tokens is None and self.cu_seqlens is None):
+            return found
+        sources = [t for t in self.sources() if t is not None]
+        if not rules.host_readable(*sources):
+            return found
+        sizes = self.sizes(None, tokens if self.cu_seqlens is None else int(self.cu_seqlens[0][-1]))
+        if self.row_varlen_why_not(sizes) is None:
+            there = found.sizes(sizes.batch, sizes.queries, sizes.keys)
+            lengths = self.varlen(sizes.batch, sizes.queries, sizes.keys)
+            of_queries, of_keys = (x.to(there.device) for x in (lengths.cu_seqlens_q, lengths.cu_seqlens_k))
+            kept = None if lengths.kept is None else lengths.kept.to(there.device)
+            moved = lengths._replace(cu_seqlens_q=of_queries, cu_seqlens_k=of_keys, kept=kept)
+            keep(found._kept, ON_THE_HOST, there, found.sources(), moved)
+        return found
