@@ -309,6 +309,9 @@ def test_which_form(monkeypatch, mask, rows, expected):
     monkeypatch.setattr(contract, "has_package", lambda name: True)
     monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
     assert contract.fa4_form(call) == expected
+    with_sink = call._replace(sink=torch.zeros(2, requires_grad=True))
+    assert contract.fa4_form(with_sink) == {"lengths": "lists"}.get(expected, expected)
+    assert contract.fa4_why_not(with_sink) is None
     if mask.doc_ids is not None:
         assert contract.measured_kind(call) == ("infer", "documents")
     assert contract.fa4_details(call) == (("mask_lowering", expected),)

@@ -220,9 +220,9 @@ def fa4_form(call: AttentionCall) -> str:
     if mask.row_varlen_why_not(sizes) is None:
         if mask.is_band:
             return "band"
-        if mask.lengths_are_known(sizes):
+        if call.sink is None and mask.lengths_are_known(sizes):  # a sink's gradient was compared by lists
             return "packed"
-        if mask.cu_seqlens is not None and sizes.batch == 1:
+        if call.sink is None and mask.cu_seqlens is not None and sizes.batch == 1:
             return "lengths"
     return "packed" if _lists_why_not(call) else "lists"
 
