@@ -107,7 +107,7 @@ def along_paths(
 ) -> tuple[Tensor, ...]:
     """``run(*by_query, *by_key, mask of the paths)`` for the branches, put back in the rows' order.
 
-    Branches of equal size, in whatever rows, are rows of one call.
+    Branches that begin at the same place of their paths, in whatever rows, are rows of one call: a prompt's answers.
 
     Args:
         op: the name of the function.
@@ -138,34 +138,74 @@ def along_paths(
 
 
 class Group(NamedTuple):
-    """Branches of one size: ``queries`` [G, n] and ``keys`` [G, m], indices of the B·T tokens, and their mask."""
+    """Branches that begin at one place of their paths: ``queries`` [G, n] and ``keys`` [G, m] among the B·T tokens.
+
+    Shorter ones repeat their last token, which the ``mask`` leaves out.
+    """
 
     queries: Tensor
     keys: Tensor
     mask: MaskContract
 
 
+MOST_PADDED = 2
+"""A branch joins others that are at most so many times as long."""
+
+
 def _grouped(mask: MaskContract, sizes: Sizes) -> tuple[tuple[Group, ...], Tensor]:
     """The groups, and for each token [B, T] its place among the queries of all of them; a gap is after the last."""
     branches = branches_of(mask, sizes)
-    by_size: dict[tuple[int, int], list[tuple[int, Branch]]] = {}
-    for b in range(sizes.batch):
-        for branch in branches[b % len(branches)]:
-            by_size.setdefault((len(branch.queries), len(branch.keys)), []).append((b, branch))
-    if len(by_size) > 1:
-        by_size.pop((0, 0), None)  # rows of gaps
-    groups, order = list[Group](), list[Tensor]()
-    for members in by_size.values():
-        rows = torch.tensor([b for b, _ in members])[:, None]
-        queries, keys = (torch.stack(x) for x in zip(*(branch for _, branch in members), strict=True))
-        order.append((rows * sizes.queries + queries).flatten())
-        of_paths = _mask_of_paths(mask, sizes, *(x.to(sizes.device) for x in (rows, queries, keys)))
-        places = order[-1].view(queries.shape), rows * sizes.keys + keys
-        groups.append(Group(places[0].to(sizes.device), places[1].to(sizes.device), of_paths))
-    at = torch.cat(order)
-    place = at.new_full((sizes.batch * sizes.queries,), at.shape[0])
-    place[at] = torch.arange(at.shape[0])
-    return tuple(groups), place.view(sizes.batch, sizes.queries).to(sizes.device)
+    members = [(b, branch) for b in range(sizes.batch) for branch in branches[b % len(branches)]]
+    if any(len(branch.queries) for _, branch in members):
+        members = [member for member in members if len(member[1].queries)]  # without the rows of gaps
+    of_keys = mask.key_validity is not None and mask.key_validity.tokens is not None
+    groups, last = list[Group](), 0
+    place = torch.full((sizes.batch * sizes.queries,), -1)
+    for of_group in _alike(members, 1 if of_keys else MOST_PADDED):
+        group = _group(mask, sizes, of_group)
+        width = group.queries.shape[1]
+        for b, branch in of_group:
+            at = last + torch.arange(len(branch.queries))
+            place[b * sizes.queries + branch.queries] = at
+            last += width
+        groups.append(group)
+    place = torch.where(place < 0, last, place).view(sizes.batch, sizes.queries)
+    return tuple(groups), place.to(sizes.device)
+
+
+def _alike(members: list[tuple[int, Branch]], most: int) -> list[list[tuple[int, Branch]]]:
+    """Branches that begin at the same place of their paths, the longest first, at most ``most`` times as long."""
+    found = list[list[tuple[int, Branch]]]()
+
+    def order(member: tuple[int, Branch]) -> tuple[int, int]:
+        queries, keys = map(len, member[1])
+        return keys - queries, -queries
+
+    for member in sorted(members, key=order):
+        begin, length = order(member)
+        first = order(found[-1][0]) if found else (-1, 0)
+        if begin == first[0] and -length * most >= -first[1]:
+            found[-1].append(member)
+        else:
+            found.append([member])
+    return found
+
+
+def _group(mask: MaskContract, sizes: Sizes, members: list[tuple[int, Branch]]) -> Group:
+    rows = torch.tensor([b for b, _ in members])[:, None]
+    queries, keys = (_padded(x) for x in zip(*(branch for _, branch in members), strict=True))
+    lengths = torch.tensor([len(branch.keys) for _, branch in members])[:, None]
+    is_token = None if bool((lengths == keys.shape[1]).all()) else torch.arange(keys.shape[1]) < lengths
+    device, at_queries, at_keys = sizes.device, rows * sizes.queries + queries, rows * sizes.keys + keys
+    real = None if is_token is None else is_token.to(device)
+    of_paths = _mask_of_paths(mask, sizes, rows.to(device), queries.to(device), keys.to(device), real)
+    return Group(at_queries.to(device), at_keys.to(device), of_paths)
+
+
+def _padded(parts: tuple[Tensor, ...]) -> Tensor:
+    """Rows of one length [G, n]; the last of each is repeated."""
+    longest = max(map(len, parts))
+    return torch.stack([x[torch.arange(longest).clamp(max=max(len(x) - 1, 0))] if len(x) else x for x in parts])
 
 
 def _taken(x: Tensor, at: Tensor) -> Tensor:
@@ -185,11 +225,14 @@ def _in_order(place: Tensor, pieces: tuple[Tensor, ...], dim: int, filler: float
     return found.movedim(1, dim).contiguous()
 
 
-def _mask_of_paths(mask: MaskContract, sizes: Sizes, rows: Tensor, queries: Tensor, keys: Tensor) -> MaskContract:
+def _mask_of_paths(
+    mask: MaskContract, sizes: Sizes, rows: Tensor, queries: Tensor, keys: Tensor, is_token: Tensor | None
+) -> MaskContract:
     """Causality, the window, the documents and the valid tokens of paths, which are their first ones.
 
     The first token of a document is its id here.  Two documents may have one id, and a path may leave out all tokens
-    between them.  ``rows`` [G, 1], ``queries`` [G, n] and ``keys`` [G, m] are indices.
+    between them.  ``rows`` [G, 1], ``queries`` [G, n] and ``keys`` [G, m] are indices; ``is_token`` [G, m] is False for
+    what is repeated, None where nothing is.
     """
     of_rows = mask.document_rows(sizes.keys)
     ids = None
@@ -203,4 +246,6 @@ def _mask_of_paths(mask: MaskContract, sizes: Sizes, rows: Tensor, queries: Tens
         own = None if counts[0] is None else attention_validity(valid_token_counts=(queries < counts[0]).sum(1))
     elif counts[0] is not None:
         ids = torch.where(keys < counts[0], 0 if ids is None else ids, -1)
+    if is_token is not None:
+        ids = torch.where(is_token, 0 if ids is None else ids, -1)
     return MaskContract(window=mask.window, doc_ids=ids, validity=own, key_validity=of_keys)

@@ -161,10 +161,15 @@ def test_empty_rows_and_batches():
     assert (moba(q, k, v, ki.MaskContract(subtree_end=torch.arange(3)), "auto") == 0).all()
 
 
-def test_branches_of_one_size_are_one_call():
-    """Eight answers on a prompt in each of two rows: two calls, not eighteen."""
-    ends = ki.pack_tree([-1, *[0] * 8], [24, *[6] * 8]).subtree_end
-    leaves = leaves_of(2, len(ends), torch.float32)
+@pytest.mark.parametrize(
+    ("answers", "calls"), [([6] * 8, 2), ([6, 5, 4, 3], 2), ([9, 8, 4, 2], 3), ([6, 5], 3)], ids=str
+)
+@pytest.mark.parametrize("function", [moba, clustered, exact], ids=lambda f: f.__name__)
+def test_answers_to_a_prompt_are_one_call(function, answers, calls):
+    """In two rows; a branch of less than half the length of another is apart, and so is one that begins elsewhere."""
+    trees = [([-1, *[0] * len(answers)], [24, *answers]), ([-1, *[0] * len(answers)], [24 - (calls == 3), *answers])]
     with ki.receipts() as log:
-        moba(*leaves, ki.MaskContract(subtree_end=ends), "reference")
-    assert [r.op for r in log] == ["moba_attention"] * 2
+        assert_law(function, trees, 1, (None, 0), "reference", torch.float64)
+    op = "lightning_indexer" if function is exact else log[0].op
+    paths = sum(1 + len(lengths) - 1 for _, lengths in trees) - len(trees)
+    assert sum(r.op == op for r in log) - paths == calls, "beside the call of each path alone"
