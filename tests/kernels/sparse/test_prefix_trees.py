@@ -162,14 +162,16 @@ def test_empty_rows_and_batches():
 
 
 @pytest.mark.parametrize(
-    ("answers", "calls"), [([6] * 8, 2), ([6, 5, 4, 3], 2), ([9, 8, 4, 2], 3), ([6, 5], 3)], ids=str
+    ("prompts", "answers", "calls"),
+    [((24, 24), [6] * 8, 2), ((24, 24), [6, 5, 4, 3], 2), ((24, 24), [9, 8, 4, 2], 3), ((24, 23), [6, 5], 3)],
+    ids=str,
 )
 @pytest.mark.parametrize("function", [moba, clustered, exact], ids=lambda f: f.__name__)
-def test_answers_to_a_prompt_are_one_call(function, answers, calls):
+def test_answers_to_a_prompt_are_one_call(function, prompts, answers, calls):
     """In two rows; a branch of less than half the length of another is apart, and so is one that begins elsewhere."""
-    trees = [([-1, *[0] * len(answers)], [24, *answers]), ([-1, *[0] * len(answers)], [24 - (calls == 3), *answers])]
+    trees = [([-1, *[0] * len(answers)], [prompt, *answers]) for prompt in prompts]
     with ki.receipts() as log:
         assert_law(function, trees, 1, (None, 0), "reference", torch.float64)
     op = "lightning_indexer" if function is exact else log[0].op
-    paths = sum(1 + len(lengths) - 1 for _, lengths in trees) - len(trees)
-    assert sum(r.op == op for r in log) - paths == calls, "beside the call of each path alone"
+    alone = 2 * len(answers)
+    assert sum(r.op == op for r in log) - alone == calls, "beside the call of each path alone"
