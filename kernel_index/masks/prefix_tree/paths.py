@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernel_index.core import rules
 from kernel_index.core.dispatch import Ineligible
+from kernel_index.core.rows import taken
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
 from kernel_index.masks.doc_window_mask.intervals import Sizes, segments
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -209,8 +210,8 @@ def _padded(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def _taken(x: Tensor, at: Tensor) -> Tensor:
-    """The tokens ``at`` [G, n] of x [B, T, …]."""
-    return x.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+    """The tokens ``at`` [G, n] of x [B, T, …]; answers share the keys of their prompt."""
+    return taken(x.flatten(0, 1), at.flatten()).unflatten(0, at.shape)
 
 
 def _as_tuple(found: Any) -> tuple[Tensor, ...]:

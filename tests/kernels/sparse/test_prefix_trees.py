@@ -175,3 +175,16 @@ def test_answers_to_a_prompt_are_one_call(function, prompts, answers, calls):
     op = "lightning_indexer" if function is exact else log[0].op
     alone = 2 * len(answers)
     assert sum(r.op == op for r in log) - alone == calls, "beside the call of each path alone"
+
+
+def test_gradients_of_a_shared_prompt_are_summed_in_float32():
+    """Two hundred answers: sums in bfloat16 would stop growing."""
+    answers, g = 200, torch.Generator().manual_seed(0)
+    ends = ki.pack_tree([-1, *[0] * answers], [4, *[1] * answers]).subtree_end
+    mask = ki.MaskContract(subtree_end=ends)
+    shapes = ((1, len(ends), heads, 8) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(shape, generator=g).to(torch.bfloat16).requires_grad_() for shape in shapes)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    found = torch.autograd.grad(moba(q, k, v, mask, "reference").sum(), v)[0][0, :4].double()
+    wanted = torch.autograd.grad(moba(*exact, mask, "reference").sum(), exact[2])[0][0, :4]
+    assert ((found - wanted).norm() / wanted.norm()) <= torch.finfo(torch.bfloat16).eps

@@ -52,8 +52,3 @@ triton_not_worth = rules.triton_not_worth
 
 def eager_why_not(a: Tensor, b: Tensor | None, idx: Tensor) -> str | None:
     return rules.plain_why_not(a, b, idx)
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the gradients of duplicates are added up in."""
-    return torch.promote_types(dtype, torch.float32)

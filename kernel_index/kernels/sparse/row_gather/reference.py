@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernel_index.kernels.sparse.row_gather.contract import sum_dtype
+from kernel_index.core.rows import sum_dtype
 
 
 def gather_reference(a: Tensor, b: Tensor | None, idx: Tensor) -> tuple[Tensor, ...]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.rows import add_up
 from kernel_index.core.triton import launch
-from kernel_index.kernels.sparse.row_gather.contract import sum_dtype
 
 
 def _allocate(a, b, idx):
@@ -45,17 +45,6 @@ _sums_op = ops.register(
 )
 
 
-def _add_up(g: Tensor | None, idx: Tensor, rows: int) -> Tensor | None:
-    """Row n is the sum of the rows of g that came from it, in a fixed order."""
-    if g is None:
-        return None
-    wide = sum_dtype(g.dtype)
-    sums = torch.zeros((rows, *g.shape[1:]), dtype=wide, device=g.device)
-    if g.device.type == "cpu" or torch.is_grad_enabled():
-        return sums.index_add(0, idx, g.to(wide)).to(g.dtype)
-    return sums.index_put((idx,), g.to(wide), accumulate=True).to(g.dtype)  # sorted on a GPU, where index_add is not
-
-
 def _gather(a: Tensor, b: Tensor | None, idx: Tensor, backend: str) -> tuple[Tensor, ...]:
     if backend == "triton":
         outputs = _gather_op(a, b, idx)
@@ -81,7 +70,7 @@ class _Gather(torch.autograd.Function):
             sums = _sums_op(g, h, idx, ctx.rows)
             first, second = (s if t is not None else None for s, t in zip(sums, (g, h), strict=True))
         else:
-            first, second = (_add_up(t, idx, ctx.rows) for t in (g, h))
+            first, second = (None if t is None else add_up(t, idx, ctx.rows) for t in (g, h))
         return first, second, None, None
 
 
