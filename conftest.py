@@ -1,4 +1,4 @@
-"""For tests and doctests alike: JAX runs on the CPU, and where it is missing its modules are not collected."""
+"""For tests and doctests alike: JAX runs on the CPU, and modules whose package is missing are not collected."""
 
 import importlib.util
 import os
@@ -8,3 +8,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would searc
 collect_ignore_glob: list[str] = []
 if importlib.util.find_spec("jax") is None:
     collect_ignore_glob += ["kernel_index/jax/*"]
+if importlib.util.find_spec("cutlass") is None:  # the language of flash-attn-4
+    collect_ignore_glob += ["kernel_index/kernels/attention/dense_attention/fa4_predicates.py"]
