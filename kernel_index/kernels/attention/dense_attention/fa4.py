@@ -66,8 +66,11 @@ def _lists(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
 
 def _may_have_padding(call: AttentionCall) -> bool:
     """Whether a query may see no key."""
-    mask = call.mask
-    return call.sizes.offset != 0 or any(x is not None for x in (mask.doc_ids, mask.counts, mask.key_counts))
+    mask, sizes = call.mask, call.sizes
+    if sizes.offset != 0 or sizes.queries > sizes.keys:
+        return True
+    told = (mask.doc_ids, mask.counts, mask.key_counts, mask.cu_seqlens, mask.subtree_end)  # a tree may have gaps
+    return any(x is not None for x in told)
 
 
 class _Lengths(NamedTuple):
