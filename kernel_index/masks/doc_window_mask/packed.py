@@ -83,10 +83,17 @@ class PackedMask(MaskFields):
         return kept_value(self._kept, ON_THE_HOST, sizes, self.sources())
 
     def to(self, device: torch.device | str) -> Self:
-        """The same contract with its tensors on another device; what the host knows of its lengths stays known."""
+        """The same contract with its tensors on another device, itself where they are on it already.
+
+        What the host knows of its lengths stays known.
+        """
         found = super().to(device)
+        if all(a is b for a, b in zip(self.sources(), found.sources(), strict=True)):
+            return self
         tokens, _ = self._keys_of_tensors()
-        if self.is_band or (tokens is None and self.cu_seqlens is None):
+        if tokens is None and self.cu_seqlens is None:
+            return found
+        if self.cu_seqlens is not None and self.cu_seqlens[1] is not None:
             return found
         sources = [t for t in self.sources() if t is not None]
         if not rules.host_readable(*sources):

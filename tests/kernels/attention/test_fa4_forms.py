@@ -254,41 +254,6 @@ def test_what_comes_after_the_last_document_spoils_nothing(package, monkeypatch)
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, -1, 2], [4, 4, 4, 4, 5, 5, 5]])
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        ki.MaskContract(window=(2, 0), doc_ids=DOCUMENTS),
-        ki.MaskContract(doc_ids=DOCUMENTS, validity=ki.attention_validity(valid_token_counts=[6, 2])),
-        ki.MaskContract.from_cu_seqlens(torch.tensor([0, 3, 3, 7])),
-    ],
-)
-def test_lengths_that_were_on_the_host_stay_known(mask):
-    rows = 1 if mask.doc_ids is None else 2
-    there = mask.to("meta")
-    sizes = there.sizes(rows, 7, 7, torch.device("meta"))
-    assert there.lengths_are_known(sizes)
-    found, expected = there.varlen(rows, 7, 7), mask.varlen(rows, 7, 7)
-    assert found[2:4] == expected[2:4]
-    assert found.window == expected.window
-    assert found.cu_seqlens_q.shape == expected.cu_seqlens_q.shape
-    assert (found.kept is None) == (expected.kept is None)
-    source = next(t for t in there.sources() if t is not None)
-    source.add_(1)
-    assert not there.lengths_are_known(sizes), "written to since"
-
-
-def test_lengths_that_the_host_cannot_know():
-    on_meta = torch.device("meta")
-    for mask, rows in (
-        (ki.MaskContract(doc_ids=DOCUMENTS.to(on_meta)), 2),
-        (ki.MaskContract(doc_ids=DOCUMENTS[0]), 2),  # moved for one row
-        (ki.MaskContract.from_cu_seqlens(torch.tensor([0, 3, 5])), 1),  # there may be padding after them
-        (ki.MaskContract(doc_ids=DOCUMENTS, prefix=1), 2),
-    ):
-        there = mask.to(on_meta)
-        assert not there.lengths_are_known(there.sizes(rows, 7, 7, on_meta))
-
-
 def test_known_lengths_are_handed_over(package, monkeypatch):
     """From a contract on the host, whose lengths are read there."""
     compare(monkeypatch, "packed", ki.MaskContract(doc_ids=DOCUMENTS), qkv(Maker(torch.float64), 2, 7, 7, 4, 2, 4))
