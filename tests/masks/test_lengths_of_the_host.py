@@ -55,3 +55,13 @@ def test_to_where_it_is_already_forgets_nothing():
     there = ki.MaskContract(doc_ids=DOCUMENTS).to("meta")
     again = there.to("meta")
     assert again.lengths_are_known(again.sizes(2, 7, 7))
+
+
+def test_sizes_are_not_those_of_a_tensor_before_it_was_resized():
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    mask, device = ki.MaskContract(doc_ids=ids), ids.device
+    assert mask.sizes(2, None, None, device).keys == 7
+    ids.resize_(3, 5)
+    assert mask.sizes(3, None, None, device).keys == 5
+    with pytest.raises(ValueError, match="batch_size"):
+        mask.sizes(2, None, None, device)
