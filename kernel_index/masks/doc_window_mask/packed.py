@@ -53,9 +53,9 @@ class PackedMask(MaskFields):
         """The contract as packed sequences with cumulative lengths.
 
         With documents or a valid prefix the number of sequences and the longest length depend on the data: reading them
-        waits for the device, once for each contract, unless the contract was made on the host and then moved with
-        ``to``.  No other lowering waits.  Raises ``ValueError`` with the reason of ``varlen_why_not`` where packed
-        sequences cannot express the contract.
+        waits for the device, once for each contract.  It does not wait if documents were described on the host, for
+        every row and up to the last token, and then moved with ``to``.  No other lowering waits.  Raises ``ValueError``
+        with the reason of ``varlen_why_not`` where packed sequences cannot express the contract.
         """
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
         reason = self.row_varlen_why_not(sizes)
