@@ -123,15 +123,17 @@ class Sparse(NamedTuple):
 
 
 def flash_attn_func(
-    q, k, v, *, softmax_scale, softcap, learnable_sink, return_lse, mask_mod, aux_tensors, block_sparse_tensors,
-    block_sparse_tensors_bwd,
+    q, k, v, *, softmax_scale, softcap, learnable_sink, return_lse, mask_mod=None, aux_tensors=(),
+    block_sparse_tensors=None, block_sparse_tensors_bwd=None, causal=False, window_size=(None, None),
 ):  # fmt: skip
+    shape = q.shape[0], q.shape[1], k.shape[1]
+    if mask_mod is None:
+        allowed = ki.MaskContract(causal=causal, window=window_size).dense(*shape)[:, 0]
+        return attend(q, k, v, allowed, softmax_scale, softcap, learnable_sink)
     *lists, tile = block_sparse_tensors
     assert (return_lse, tile, block_sparse_tensors_bwd.block_size) == (True, TILE, TILE)
     assert all(x.dtype == torch.int32 for x in (*lists, *aux_tensors))
-    allowed = allowed_of(
-        lists, predicate_of(mask_mod, aux_tensors), (q.shape[0], q.shape[1], k.shape[1]), block_sparse_tensors[-1]
-    )
+    allowed = allowed_of(lists, predicate_of(mask_mod, aux_tensors), shape, tile)
     return attend(q, k, v, allowed, softmax_scale, softcap, learnable_sink)
 
 
@@ -198,23 +200,27 @@ def test_lists_are_what_the_contract_says(package, monkeypatch):
     check()
 
 
+@pytest.mark.parametrize("with_sink", [False, True])
 @pytest.mark.parametrize(
-    ("mask", "keys", "empty"),
+    ("form", "mask", "keys", "empty"),
     [
-        (ki.MaskContract(doc_ids=torch.tensor([[0, 0, -1, 1, 1, 1]])), 6, 2),
-        (ki.MaskContract(subtree_end=torch.tensor([[2, 2, 2, 6, 6, 6]])), 6, 2),
-        (ki.MaskContract(prefix=2, cu_seqlens=(torch.tensor([0, 3, 5]), None)), 6, 5),
-        (ki.MaskContract(window=(1, 0), q_offset=0), 4, 5),
+        ("lists", ki.MaskContract(doc_ids=torch.tensor([[0, 0, -1, 1, 1, 1]])), 6, 2),
+        ("lists", ki.MaskContract(subtree_end=torch.tensor([[2, 2, 2, 6, 6, 6]])), 6, 2),
+        ("lists", ki.MaskContract(prefix=2, cu_seqlens=(torch.tensor([0, 3, 5]), None)), 6, 5),
+        ("lists", ki.MaskContract(window=(1, 0), q_offset=0), 4, 5),
+        ("band", ki.MaskContract(), 4, 1),
     ],
 )
-def test_a_query_without_keys_spoils_no_gradient(package, mask, keys, empty):
+def test_a_query_without_keys_spoils_nothing(package, form, mask, keys, empty, with_sink):
     """Without ``guarded_on_device``, which takes NaN out of queries on a CPU alone."""
-    inputs = qkv(Maker(torch.float64), 1, 6, keys, 4, 2, 4)
+    m = Maker(torch.float64)
+    inputs, sink = qkv(m, 1, 6, keys, 4, 2, 4), m.normal(4) if with_sink else None
     inputs["q"][:, empty] = float("nan")
     leaves = [x.requires_grad_() for x in inputs.values()]
-    options = {"softmax_scale": 0.5, "softcap": 0.0, "learnable_sink": None, "return_lse": True}
-    out, _ = fa4._lists(AttentionCall(*leaves, mask, None, 0.0, None, True), options)
+    options = {"softmax_scale": 0.5, "softcap": 0.0, "learnable_sink": sink, "return_lse": True}
+    out, lse = fa4._WAYS[form](AttentionCall(*leaves, mask, None, 0.0, sink, True), options)
     assert (out[:, empty] == 0).all()
+    assert lse[:, :, empty].isneginf().all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
 
 
