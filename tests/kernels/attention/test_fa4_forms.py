@@ -124,11 +124,11 @@ class Sparse(NamedTuple):
 
 def flash_attn_func(
     q, k, v, *, softmax_scale, softcap, learnable_sink, return_lse, mask_mod=None, aux_tensors=(),
-    block_sparse_tensors=None, block_sparse_tensors_bwd=None, causal=False, window_size=(None, None),
+    block_sparse_tensors=None, block_sparse_tensors_bwd=None, **band,
 ):  # fmt: skip
     shape = q.shape[0], q.shape[1], k.shape[1]
     if mask_mod is None:
-        allowed = ki.MaskContract(causal=causal, window=window_size).dense(*shape)[:, 0]
+        allowed = ki.MaskContract(causal=band["causal"], window=band["window_size"]).dense(*shape)[:, 0]
         return attend(q, k, v, allowed, softmax_scale, softcap, learnable_sink)
     *lists, tile = block_sparse_tensors
     assert (return_lse, tile, block_sparse_tensors_bwd.block_size) == (True, TILE, TILE)
@@ -312,6 +312,16 @@ def test_documents_whose_lengths_are_known_are_packed(monkeypatch):
     assert contract.fa4_why_not(call) is None
     assert contract.fa4_not_worth(call) != contract.WAITS
     assert contract.measured_kind(call) == ("infer", "lengths")
+
+
+@pytest.mark.parametrize(("width", "grad"), [(32, True), (80, False)])
+def test_heads_of_which_no_lists_were_compared_are_packed(monkeypatch, width, grad):
+    monkeypatch.setattr(contract, "has_package", lambda name: True)
+    monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
+    q = torch.empty(1, 64, 2, width, dtype=torch.bfloat16, requires_grad=grad)
+    call = AttentionCall(q, q, q, ki.MaskContract(doc_ids=IDS), None, 0.0, None, False)
+    assert (contract.fa4_form(call), contract.fa4_why_not(call)) == ("packed", None)
+    assert contract.fa4_not_worth(call) == contract.WAITS
 
 
 def test_lists_end_where_they_would_be_large(monkeypatch):
