@@ -150,17 +150,18 @@ FOLDERS = {module.removesuffix(".api") for module in MODULES if module.endswith(
 """The kernels, dotted; those of ``masks`` and ``routing`` among them."""
 
 BACKENDS = {name for e in ENTRIES for name in e.backends()} | set(machine_rules())
-FRAMEWORK = {"triton": "triton", "fa4": "flash_attn", "pallas": "jax"}  # module of a backend -> what it may import
+FRAMEWORK = {"triton": ("triton",), "fa4": ("flash_attn", "cutlass"), "pallas": ("jax",)}
+"""Module of a backend -> what it may import; flash-attn-4 takes predicates in the language of cutlass."""
 
 
 def breaches(folder: str, role: str, source: str) -> list[str]:
     """What the module ``role`` of a kernel's folder (dotted) imports and may not."""
     found = []
-    framework = FRAMEWORK.get(role.partition("_")[0])  # triton_backward.py is triton's too
+    framework = FRAMEWORK.get(role.partition("_")[0], ())  # triton_backward.py is triton's too
     for i in imports(source):
         other, _, target = i.module.rpartition(".")
         if i.module not in MODULES:
-            if i.module not in ("torch", framework, *sys.stdlib_module_names):
+            if i.module not in ("torch", *framework, *sys.stdlib_module_names):
                 found.append(f"needs {i.module}")
         elif other in FOLDERS:
             found += _breaches_of_kernels(folder, role, other, target, i.top)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
+from kernel_index.core import ops, rules
 from kernel_index.nn.scan import chunked_scan
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -36,7 +37,7 @@ def scan_tree(operands: Operands, mask: "ki.MaskContract", *, segments: Tensor |
     segment = None if segments is None else segments.expand(B, -1).flatten()
     states, outputs, places = list[Tensor](), list[Tensor](), list[Tensor]()
     for level in mask.tree_levels(B, T, device=operands[0].device):
-        x, log_a, b, c = (_OfRuns.apply(t, level) for t in operands)
+        x, log_a, b, c = (_of_runs(t, level) for t in operands)
         # A repeated token neither decays the state (log_a 0) nor adds to it (x 0).
         x, log_a = x * level.is_token[..., None, None], log_a * level.is_token[..., None]
         own = None if segment is None else segment[level.index]
@@ -50,8 +51,15 @@ def scan_tree(operands: Operands, mask: "ki.MaskContract", *, segments: Tensor |
     return _in_order(outputs, places, B * T).unflatten(0, (B, T))
 
 
+def _of_runs(x_BT: Tensor, level: Any) -> Tensor:
+    """Tokens [R, L, …] of x [B, T, …]."""
+    if rules.inside_functorch():  # it takes no autograd Function of this form
+        return x_BT.flatten(0, 1)[level.index]
+    return ops.apply(_OfRuns, x_BT, level)
+
+
 class _OfRuns(torch.autograd.Function):
-    """Tokens [R, L, …] of x [B, T, …]; a repeated token sends no gradient back, so that no sum is needed."""
+    """``_of_runs``; a repeated token sends no gradient back, so that no sum is needed."""
 
     @staticmethod
     def forward(ctx: Any, x_BT: Tensor, level: Any) -> Tensor:

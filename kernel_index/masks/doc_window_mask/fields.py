@@ -192,9 +192,10 @@ class MaskFields:
         asked = (batch_size, seq_len, kv_len, device)
         if not _is_plain(asked) or any(map(rules.host_readable, self._cu_seqlens_by_name().values())):
             return self._agreed_sizes(*asked)
+        key = asked, [x.shape for x in self.sources() if x is not None]  # ``resize_`` changes a tensor's own shape
         kept = self._kept.get("sizes")
-        if kept is None or kept[0] != asked:
-            kept = self._kept["sizes"] = (asked, self._agreed_sizes(*asked))
+        if kept is None or kept[0] != key:
+            kept = self._kept["sizes"] = (key, self._agreed_sizes(*asked))
         return kept[1]
 
     def _agreed_sizes(

@@ -53,9 +53,9 @@ class PackedMask(MaskFields):
         """The contract as packed sequences with cumulative lengths.
 
         With documents or a valid prefix the number of sequences and the longest length depend on the data: reading them
-        waits for the device, once for each contract, unless the contract was made on the host and then moved with
-        ``to``.  No other lowering waits.  Raises ``ValueError`` with the reason of ``varlen_why_not`` where packed
-        sequences cannot express the contract.
+        waits for the device, once for each contract.  It does not wait if documents were described on the host, for
+        every row and up to the last token, and then moved with ``to``.  No other lowering waits.  Raises ``ValueError``
+        with the reason of ``varlen_why_not`` where packed sequences cannot express the contract.
         """
         sizes = self.sizes(batch_size, seq_len, kv_len, device)
         reason = self.row_varlen_why_not(sizes)
@@ -83,10 +83,17 @@ class PackedMask(MaskFields):
         return kept_value(self._kept, ON_THE_HOST, sizes, self.sources())
 
     def to(self, device: torch.device | str) -> Self:
-        """The same contract with its tensors on another device; what the host knows of its lengths stays known."""
+        """The same contract with its tensors on another device, itself where they are on it already.
+
+        What the host knows of its lengths stays known.
+        """
         found = super().to(device)
+        if all(a is b for a, b in zip(self.sources(), found.sources(), strict=True)):
+            return self
         tokens, _ = self._keys_of_tensors()
-        if self.is_band or (tokens is None and self.cu_seqlens is None):
+        if tokens is None and self.cu_seqlens is None:
+            return found
+        if self.cu_seqlens is not None and self.cu_seqlens[1] is not None:
             return found
         sources = [t for t in self.sources() if t is not None]
         if not rules.host_readable(*sources):

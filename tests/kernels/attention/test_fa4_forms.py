@@ -123,15 +123,17 @@ class Sparse(NamedTuple):
 
 
 def flash_attn_func(
-    q, k, v, *, softmax_scale, softcap, learnable_sink, return_lse, mask_mod, aux_tensors, block_sparse_tensors,
-    block_sparse_tensors_bwd,
+    q, k, v, *, softmax_scale, softcap, learnable_sink, return_lse, mask_mod=None, aux_tensors=(),
+    block_sparse_tensors=None, block_sparse_tensors_bwd=None, **band,
 ):  # fmt: skip
+    shape = q.shape[0], q.shape[1], k.shape[1]
+    if mask_mod is None:
+        allowed = ki.MaskContract(causal=band["causal"], window=band["window_size"]).dense(*shape)[:, 0]
+        return attend(q, k, v, allowed, softmax_scale, softcap, learnable_sink)
     *lists, tile = block_sparse_tensors
     assert (return_lse, tile, block_sparse_tensors_bwd.block_size) == (True, TILE, TILE)
     assert all(x.dtype == torch.int32 for x in (*lists, *aux_tensors))
-    allowed = allowed_of(
-        lists, predicate_of(mask_mod, aux_tensors), (q.shape[0], q.shape[1], k.shape[1]), block_sparse_tensors[-1]
-    )
+    allowed = allowed_of(lists, predicate_of(mask_mod, aux_tensors), shape, tile)
     return attend(q, k, v, allowed, softmax_scale, softcap, learnable_sink)
 
 
@@ -198,14 +200,27 @@ def test_lists_are_what_the_contract_says(package, monkeypatch):
     check()
 
 
-def test_a_query_of_no_document_spoils_no_gradient(package, monkeypatch):
-    monkeypatch.setattr(fa4, "fa4_form", lambda call: "lists")
-    mask = ki.MaskContract(doc_ids=torch.tensor([[0, 0, -1, 1, 1, 1]]))
-    inputs = qkv(Maker(torch.float64), 1, 6, 6, 4, 2, 4)
-    inputs["q"][:, 2] = float("nan")
+@pytest.mark.parametrize("with_sink", [False, True])
+@pytest.mark.parametrize(
+    ("form", "mask", "keys", "empty"),
+    [
+        ("lists", ki.MaskContract(doc_ids=torch.tensor([[0, 0, -1, 1, 1, 1]])), 6, 2),
+        ("lists", ki.MaskContract(subtree_end=torch.tensor([[2, 2, 2, 6, 6, 6]])), 6, 2),
+        ("lists", ki.MaskContract(prefix=2, cu_seqlens=(torch.tensor([0, 3, 5]), None)), 6, 5),
+        ("lists", ki.MaskContract(window=(1, 0), q_offset=0), 4, 5),
+        ("band", ki.MaskContract(), 4, 1),
+    ],
+)
+def test_a_query_without_keys_spoils_nothing(package, form, mask, keys, empty, with_sink):
+    """Without ``guarded_on_device``, which takes NaN out of queries on a CPU alone."""
+    m = Maker(torch.float64)
+    inputs, sink = qkv(m, 1, 6, keys, 4, 2, 4), m.normal(4) if with_sink else None
+    inputs["q"][:, empty] = float("nan")
     leaves = [x.requires_grad_() for x in inputs.values()]
-    out, _ = fa4.attention_fa4(AttentionCall(*leaves, mask, None, 0.0, None, True))
-    assert (out[:, 2] == 0).all()
+    options = {"softmax_scale": 0.5, "softcap": 0.0, "learnable_sink": sink, "return_lse": True}
+    out, lse = fa4._WAYS[form](AttentionCall(*leaves, mask, None, 0.0, sink, True), options)
+    assert (out[:, empty] == 0).all()
+    assert lse[:, :, empty].isneginf().all()
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
 
 
@@ -243,41 +258,6 @@ def test_what_comes_after_the_last_document_spoils_nothing(package, monkeypatch)
 
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, -1, 2], [4, 4, 4, 4, 5, 5, 5]])
-
-
-@pytest.mark.parametrize(
-    "mask",
-    [
-        ki.MaskContract(window=(2, 0), doc_ids=DOCUMENTS),
-        ki.MaskContract(doc_ids=DOCUMENTS, validity=ki.attention_validity(valid_token_counts=[6, 2])),
-        ki.MaskContract.from_cu_seqlens(torch.tensor([0, 3, 3, 7])),
-    ],
-)
-def test_lengths_that_were_on_the_host_stay_known(mask):
-    rows = 1 if mask.doc_ids is None else 2
-    there = mask.to("meta")
-    sizes = there.sizes(rows, 7, 7, torch.device("meta"))
-    assert there.lengths_are_known(sizes)
-    found, expected = there.varlen(rows, 7, 7), mask.varlen(rows, 7, 7)
-    assert found[2:4] == expected[2:4]
-    assert found.window == expected.window
-    assert found.cu_seqlens_q.shape == expected.cu_seqlens_q.shape
-    assert (found.kept is None) == (expected.kept is None)
-    source = next(t for t in there.sources() if t is not None)
-    source.add_(1)
-    assert not there.lengths_are_known(sizes), "written to since"
-
-
-def test_lengths_that_the_host_cannot_know():
-    on_meta = torch.device("meta")
-    for mask, rows in (
-        (ki.MaskContract(doc_ids=DOCUMENTS.to(on_meta)), 2),
-        (ki.MaskContract(doc_ids=DOCUMENTS[0]), 2),  # moved for one row
-        (ki.MaskContract.from_cu_seqlens(torch.tensor([0, 3, 5])), 1),  # there may be padding after them
-        (ki.MaskContract(doc_ids=DOCUMENTS, prefix=1), 2),
-    ):
-        there = mask.to(on_meta)
-        assert not there.lengths_are_known(there.sizes(rows, 7, 7, on_meta))
 
 
 def test_known_lengths_are_handed_over(package, monkeypatch):
@@ -335,6 +315,16 @@ def test_documents_whose_lengths_are_known_are_packed(monkeypatch):
     assert contract.fa4_why_not(call) is None
     assert contract.fa4_not_worth(call) != contract.WAITS
     assert contract.measured_kind(call) == ("infer", "lengths")
+
+
+@pytest.mark.parametrize(("width", "grad"), [(32, True), (80, False)])
+def test_heads_of_which_no_lists_were_compared_are_packed(monkeypatch, width, grad):
+    monkeypatch.setattr(contract, "has_package", lambda name: True)
+    monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
+    q = torch.empty(1, 64, 2, width, dtype=torch.bfloat16, requires_grad=grad)
+    call = AttentionCall(q, q, q, ki.MaskContract(doc_ids=IDS), None, 0.0, None, False)
+    assert (contract.fa4_form(call), contract.fa4_why_not(call)) == ("packed", None)
+    assert contract.fa4_not_worth(call) == contract.WAITS
 
 
 def test_lists_end_where_they_would_be_large(monkeypatch):

@@ -235,6 +235,8 @@ def fa4_tile(width: int) -> tuple[int, int]:
 def _lists_why_not(call: AttentionCall) -> str | None:
     if target_of(call.q.device).arch != 90:
         return "lists of tiles have run on sm_90 alone"
+    if call.q.shape[3] not in LIST_WIDTHS:
+        return "lists of tiles were compared with heads of 64, 96, 128, 192 and 256 alone"
     if max(call.q.shape[1], call.k.shape[1]) > LONGEST_LISTS:
         return f"lists of tiles are not made for more than {LONGEST_LISTS} queries or keys"
     return None

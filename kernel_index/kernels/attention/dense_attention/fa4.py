@@ -28,8 +28,9 @@ def attention_fa4(call: AttentionCall) -> OutAndLse:
 def _band(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
     from flash_attn.cute import flash_attn_func
 
-    q, k, v = (x.contiguous() for x in (call.q, call.k, call.v))
-    return flash_attn_func(q, k, v, **_window(call), **options)
+    q, k, v = (x.contiguous() for x in (_finite_queries(call), call.k, call.v))
+    out, lse = flash_attn_func(q, k, v, **_window(call), **options)
+    return out, _of_empty(call, lse)
 
 
 def _window(call: AttentionCall) -> dict[str, Any]:
@@ -48,10 +49,7 @@ def _lists(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
 
     mask, sizes, tile = call.mask, call.sizes, fa4_tile(call.q.shape[3])
     tiles = tile_mask(mask, sizes, tile)
-    start, end, _ = mask.row_bounds(sizes)
-    q, k, v = (x.contiguous() for x in (call.q, call.k, call.v))
-    if rules.wants_gradient(q, k, v) and _may_have_padding(call):
-        q = ops.apply(_WithoutEmpty, start >= end, q)
+    q, k, v = (x.contiguous() for x in (_finite_queries(call), call.k, call.v))
     out, lse = flash_attn_func(
         q, k, v, **options,
         mask_mod=getattr(fa4_predicates, tiles.predicate),
@@ -59,15 +57,37 @@ def _lists(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
         block_sparse_tensors=BlockSparseTensorsTorch(*tiles.by_query, block_size=tile),
         block_sparse_tensors_bwd=BlockSparseTensorsTorch(*tiles.by_key, block_size=tile),
     )  # fmt: skip
-    if call.sink is not None:  # the package counts the sink of a query without keys
-        lse = lse.masked_fill((start >= end)[:, None], float("-inf"))
-    return out, lse
+    return out, _of_empty(call, lse)
+
+
+def _empty(call: AttentionCall) -> Tensor:
+    start, end, _ = call.mask.row_bounds(call.sizes)
+    return start >= end
+
+
+def _finite_queries(call: AttentionCall) -> Tensor:
+    """q, with 0 in the queries that see no key where their values would reach a gradient."""
+    if rules.wants_gradient(call.q, call.k, call.v) and _may_have_padding(call):
+        return ops.apply(_WithoutEmpty, _empty(call), call.q)
+    return call.q
+
+
+def _of_empty(call: AttentionCall, lse: Tensor) -> Tensor:
+    """The package counts the sink of a query without keys."""
+    if call.sink is None or not _may_have_padding(call):
+        return lse
+    return lse.masked_fill(_empty(call)[:, None], float("-inf"))
 
 
 def _may_have_padding(call: AttentionCall) -> bool:
     """Whether a query may see no key."""
-    mask = call.mask
-    return call.sizes.offset != 0 or any(x is not None for x in (mask.doc_ids, mask.counts, mask.key_counts))
+    mask, sizes = call.mask, call.sizes
+    if mask.is_band and sizes.offset == sizes.keys - sizes.queries >= 0:
+        return False
+    if sizes.offset != 0 or sizes.queries > sizes.keys:
+        return True
+    told = (mask.doc_ids, mask.counts, mask.key_counts, mask.cu_seqlens, mask.subtree_end)  # a tree may have gaps
+    return any(x is not None for x in told)
 
 
 class _Lengths(NamedTuple):
