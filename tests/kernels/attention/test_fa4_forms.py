@@ -20,6 +20,7 @@ from tests.masks.contracts import calls
 from tests.masks.test_prefix_trees import tree_calls
 
 MANY = settings(max_examples=120, deadline=None, derandomize=True)
+FEW = settings(MANY, max_examples=50)
 TILE = (4, 3)
 
 
@@ -187,7 +188,7 @@ def compare(monkeypatch, form, mask, inputs, sink=None):
 
 
 def test_lists_are_what_the_contract_says(package, monkeypatch):
-    @MANY
+    @FEW
     @given(any_calls(), st.booleans())
     def check(call, with_sink):
         mask, rows, queries, keys = call
@@ -231,7 +232,7 @@ needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="a kern
 def test_given_lengths_are_not_read(package, monkeypatch):
     monkeypatch.setattr(ki.MaskContract, "varlen", None)
 
-    @MANY
+    @FEW
     @given(st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n), lengths(n))), st.sampled_from([None, 2]))
     def check(drawn, left):
         tokens, given_lengths = drawn
@@ -329,7 +330,7 @@ def test_heads_of_which_no_lists_were_compared_are_packed(monkeypatch, width, gr
 
 def test_lists_end_where_they_would_be_large(monkeypatch):
     monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
-    monkeypatch.setattr(contract, "LONGEST_LISTS", 63)
+    monkeypatch.setattr(contract, "LARGEST_LISTS", 15)
     q = torch.empty(1, 64, 2, 64)
     assert contract.fa4_form(AttentionCall(q, q, q, ki.MaskContract(prefix=8), None, 0.0, None, False)) == "packed"
 

@@ -206,8 +206,8 @@ NOT_COMPARED = (
 )
 """On an H200 with flash-attn-4 4.0.0b36, by ``tests/kernels/attention/test_attention_packages.py`` and the cases."""
 
-LONGEST_LISTS = 1 << 19
-"""Queries or keys: their lists of tiles are 268 MB."""
+LARGEST_LISTS = 1 << 30
+"""Bytes of the lists of tiles: 16 for each pair of tiles."""
 
 
 def fa4_form(call: AttentionCall) -> str:
@@ -237,8 +237,9 @@ def _lists_why_not(call: AttentionCall) -> str | None:
         return "lists of tiles have run on sm_90 alone"
     if call.q.shape[3] not in LIST_WIDTHS:
         return "lists of tiles were compared with heads of 64, 96, 128, 192 and 256 alone"
-    if max(call.q.shape[1], call.k.shape[1]) > LONGEST_LISTS:
-        return f"lists of tiles are not made for more than {LONGEST_LISTS} queries or keys"
+    rows, (q_block, kv_block) = call.sizes.rows, fa4_tile(call.q.shape[3])
+    if 16 * rows * -(-call.q.shape[1] // q_block) * -(-call.k.shape[1] // kv_block) > LARGEST_LISTS:
+        return f"lists of tiles are not made where they are larger than {LARGEST_LISTS} bytes"
     return None
 
 
