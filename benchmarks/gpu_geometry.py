@@ -1,8 +1,8 @@
 """Which tiles are fastest for our Triton kernels of dense attention on this GPU?
 
 ``python -m benchmarks.gpu_geometry``: forward without gradients, and forward and backward, each with one of its three
-kernels in another geometry than ``pick_config`` takes.  ``--warm`` compiles
-every n-th candidate and times nothing, for several processes at once.
+kernels in another geometry than ``pick_config`` takes.  ``--warm`` compiles every n-th candidate and times nothing, for
+several processes at once.
 """
 
 import contextlib
@@ -57,10 +57,9 @@ def microseconds(inputs: AttentionInputs, kernel: str, warm: bool) -> float:
     with torch.set_grad_enabled(kernel != "forward"):
         found = step()
         known = inputs.truth()
-        found = inputs.last(*(found if isinstance(found, tuple) else (found,)))
-        error = max(
-            timing.error_of(a, b) for a, b in zip(found, known[:1] if len(found) == 1 else known[1:], strict=True)
-        )
+        got = inputs.last(*found) if isinstance(found, tuple) else inputs.last(found)
+        wanted = known[1:] if isinstance(found, tuple) else known[:1]
+        error = max(timing.error_of(a, b) for a, b in zip(got, wanted, strict=True))
         if not error < 3e-2:
             raise AssertionError(f"relative error {error:.1e}")
         return 0.0 if warm else timing.device_us([step])[0]
