@@ -1,13 +1,19 @@
-"""A contract as packed sequences: the one form whose sizes the host has to know."""
+"""Where queries and documents lie, and the forms that tell of them: segments, and packed sequences.
 
-from typing import Self
+Packed sequences are the one form whose sizes the host has to know.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from kernel_index.core import rules
 from kernel_index.masks.doc_window_mask import lowerings
-from kernel_index.masks.doc_window_mask.fields import MaskFields
-from kernel_index.masks.doc_window_mask.intervals import Sizes
+from kernel_index.masks.doc_window_mask.cu_seqlens import documents_of_lengths, ids_of_lengths, position_in_keys
+from kernel_index.masks.doc_window_mask.fields import MaskFields, as_rows
+from kernel_index.masks.doc_window_mask.intervals import Documents, Sizes, documents_of_ids
 from kernel_index.masks.doc_window_mask.lowerings import SegmentIds, Varlen
 from kernel_index.masks.doc_window_mask.memo import keep, kept_or_built, kept_value
 from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
@@ -18,8 +24,60 @@ ON_THE_HOST = "varlen of the host"
 class PackedMask(MaskFields):
     """Lengths are read from a contract whose tensors are on the host, and stay known when it is moved to a device."""
 
+    def _position(self, queries: Tensor, sizes: Sizes) -> Tensor:
+        if isinstance(self.q_offset, Tensor):
+            return queries + self.q_offset.to(torch.int64)[:, None]
+        if sizes.offset is None and self.cu_seqlens is not None:
+            return position_in_keys(queries, *self.cu_seqlens)
+        return (queries + sizes.one_offset)[None]
+
+    def _documents(self, queries: Tensor, position: Tensor, sizes: Sizes) -> Documents | None:
+        if sizes.offset is None and self.cu_seqlens is not None:
+            return documents_of_lengths(queries, sizes.keys, *self.cu_seqlens)
+        ids = self.document_rows(sizes.keys)
+        return None if ids is None or sizes.keys == 0 else documents_of_ids(ids, position, sizes.keys)
+
+    def document_rows(self, keys: int) -> Tensor | None:
+        """The ids of all documents as [B, S], or as [1, S] if they are the same for every row; None without any."""
+        if self.cu_seqlens is not None:
+            of_queries, of_keys = self.cu_seqlens
+            return ids_of_lengths(of_queries if of_keys is None else of_keys, keys)
+        return as_rows(self.doc_ids)
+
+    def _prefix_tokens(self) -> tuple[Tensor | None, Tensor | None]:
+        """Valid tokens [B] of ``validity`` and of ``key_validity``."""
+        of_rows = None if self.validity is None else self.validity.tokens
+        return of_rows, None if self.key_validity is None else self.key_validity.tokens
+
+    def remember(self, name: str, key: tuple, build: Callable[[], Any]) -> Any:
+        """The kept result of ``name`` if key and tensors are unchanged, else ``build()``, which is then kept."""
+        if torch.compiler.is_compiling():
+            return build()
+        return kept_or_built(self._kept, name, key, self.sources(), build)
+
+    def segment_ids(
+        self,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        kv_len: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> SegmentIds:
+        """Documents and valid prefixes as ids, int32 ``q`` [B, T] and ``kv`` [B, S], for TPU kernels to compare.
+
+        Raises ``ValueError`` for a tree and for a prefix that is seen in both directions.
+        """
+        if self.is_tree or self.prefix is not None:
+            raise ValueError("mask must be told by segments and a window: it has no form for a tree or a prefix")
+        sizes = self.sizes(batch_size, seq_len, kv_len, device)
+        return self.remember("segment_ids", sizes, lambda: self._segment_ids(sizes))
+
     def _segment_ids(self, sizes: Sizes) -> SegmentIds:
-        raise NotImplementedError
+        queries = torch.arange(sizes.queries, device=sizes.device)
+        position = self._position(queries, sizes)
+        documents = self._documents(queries, position, sizes)
+        rows = self.document_rows(sizes.keys)
+        return lowerings.segment_ids(sizes, position, documents, rows, *self._prefix_tokens())
 
     def varlen_why_not(
         self,
@@ -69,9 +127,7 @@ class PackedMask(MaskFields):
             ids = self._segment_ids(sizes).kv if not self.is_band else None
             return lowerings.varlen(sizes, self.window_bounds, ids)
 
-        if torch.compiler.is_compiling():
-            return build()
-        return kept_or_built(self._kept, "varlen", sizes, self.sources(), build)
+        return self.remember("varlen", sizes, build)
 
     def lengths_are_known(self, sizes: Sizes) -> bool:
         """Whether ``varlen`` waits for nobody although there are documents or a valid prefix."""
