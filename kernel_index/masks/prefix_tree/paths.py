@@ -141,7 +141,8 @@ def along_paths(
 class Group(NamedTuple):
     """Branches that begin at one place of their paths: ``queries`` [G, n] and ``keys`` [G, m] among the B·T tokens.
 
-    Shorter ones repeat their last token, which the ``mask`` leaves out.
+    Shorter ones repeat their last token.  It comes after their own, so nobody sees it; by the ``mask`` it sees nothing,
+    and kernels pass over it.
     """
 
     queries: Tensor

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernel_index as ki
-from kernel_index.masks.prefix_tree.paths import branches_of
+from kernel_index.masks.prefix_tree.paths import _grouped, branches_of
 from tests.masks.trees import batch_of, forests, paths_of
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
@@ -188,3 +188,13 @@ def test_gradients_of_a_shared_prompt_are_summed_in_float32():
     found = torch.autograd.grad(moba(q, k, v, mask, "reference").sum(), v)[0][0, :4].double()
     wanted = torch.autograd.grad(moba(*exact, mask, "reference").sum(), exact[2])[0][0, :4]
     assert ((found - wanted).norm() / wanted.norm()) <= torch.finfo(torch.bfloat16).eps
+
+
+def test_what_pads_a_shorter_answer_costs_nothing():
+    """Causality hides the padding from every query; as queries it sees nothing, so that kernels pass over it."""
+    mask = ki.MaskContract(subtree_end=ki.pack_tree([-1, 0, 0], [8, 6, 4]).subtree_end)
+    groups, _ = _grouped(mask, mask.sizes(1, 18, 18, torch.device("cpu")))
+    answers = groups[-1]
+    assert answers.queries.shape == (2, 6)
+    sees = answers.mask.dense(2, 6, 14)[:, 0].any(-1)
+    assert sees.tolist() == [[True] * 6, [True] * 4 + [False] * 2]
