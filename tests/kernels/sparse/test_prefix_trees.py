@@ -192,8 +192,9 @@ def test_gradients_of_a_shared_prompt_are_summed_in_float32():
 
 def test_what_pads_a_shorter_answer_costs_nothing():
     """Causality hides the padding from every query; as queries it sees nothing, so that kernels pass over it."""
-    mask = ki.MaskContract(subtree_end=ki.pack_tree([-1, 0, 0], [8, 6, 4]).subtree_end)
-    groups, _ = _grouped(mask, mask.sizes(1, 18, 18, torch.device("cpu")))
+    ends = ki.pack_tree([-1, 0, 0, 0], [8, 7, 6, 4]).subtree_end  # the first answer goes on where the prompt ends
+    mask = ki.MaskContract(subtree_end=ends)
+    groups, _ = _grouped(mask, mask.sizes(1, 25, 25, torch.device("cpu")))
     answers = groups[-1]
     assert answers.queries.shape == (2, 6)
     sees = answers.mask.dense(2, 6, 14)[:, 0].any(-1)
