@@ -23,16 +23,22 @@ from kernel_index.lm.model import LanguageModel
 from kernel_index.lm.train import forced_backend
 
 COMPILED = "kernel_index under torch.compile"
+SIZES = (("small", 16, False), ("base", 4, True))
+"""Presets, their rows, and whether blocks are computed again in the backward pass."""
 
 
-def steps(name: str, rows: int, recompute: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Each contender and its step, over one model and one batch."""
+def model_and_batch(name: str, rows: int, recompute: bool) -> tuple[LanguageModel, Batch]:
     config = replace(PRESETS[name].model, ahead=0.0)
     torch.manual_seed(0)
     model = LanguageModel(config).cuda()
     for block in model.hybrid_blocks():
         block.recompute = recompute
-    batch = Batch(*(t.cuda() for t in packed(config, rows, 4)))
+    return model, Batch(*(t.cuda() for t in packed(config, rows, 4)))
+
+
+def steps(name: str, rows: int, recompute: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each contender and its step, over one model and one batch."""
+    model, batch = model_and_batch(name, rows, recompute)
 
     def step(forward: Callable[[Batch], torch.Tensor], backend: str) -> None:
         with forced_backend(backend), torch.autocast("cuda", torch.bfloat16):
@@ -58,7 +64,7 @@ def peak(step: Callable[[], None]) -> float:
 
 def main(rounds: int = 5) -> None:
     console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
-    for name, rows, recompute in (("small", 16, False), ("base", 4, True)):
+    for name, rows, recompute in SIZES:
         contenders = dict(steps(name, rows, recompute))
         seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
         peaks = {contender: peak(step) for contender, step in contenders.items()}

@@ -11,7 +11,7 @@ import kernel_index as ki
 from kernel_index.core import measured, rules
 from kernel_index.core.target import Target, pretend, target_of
 from kernel_index.index.rule_sentences import sentences
-from kernel_index.kernels.attention.dense_attention import contract
+from kernel_index.kernels.attention.dense_attention import contract, gpu_rules
 from kernel_index.kernels.attention.dense_attention.api import BACKENDS
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.api import BACKENDS as DECODE
 
@@ -188,7 +188,7 @@ def on_sm90(monkeypatch, table):
     table(attention=ATTENTION)
 
     def explained(tokens: int, d: int, fa4: bool, train: bool = False, arch: int = 90, heads: int = 8, **options):
-        monkeypatch.setattr(contract, "has_package", lambda name: fa4 or name != "flash_attn")
+        monkeypatch.setattr(gpu_rules, "has_package", lambda name: fa4 or name != "flash_attn")
         made = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": train}
         q, k, v = (torch.empty(4, tokens, heads, d, **made) for _ in range(3))
         sink = torch.empty(heads, dtype=torch.bfloat16, device="meta") if options.pop("sink", False) else None
@@ -224,11 +224,11 @@ def test_a_row_in_which_our_kernel_was_faster_than_flash_attn(on_sm90):
 
 def test_documents_keep_waiting_for_nobody(on_sm90, monkeypatch):
     """Where their lengths would have to be read, flash-attn-4 is no rival of Triton, however fast it is."""
-    monkeypatch.setattr(contract, "fa4_form", lambda call: "packed")
+    monkeypatch.setattr(gpu_rules, "fa4_form", lambda call: "packed")
     ids = torch.zeros(4, 32768, dtype=torch.int64, device="meta")
     found = on_sm90(32768, 128, fa4=True, doc_ids=ids)
     assert found.would_run == "triton"
-    assert found.verdicts["fa4"] == contract.WAITS
+    assert found.verdicts["fa4"] == gpu_rules.WAITS
 
 
 def test_where_nothing_was_measured_torchs_kernel_is_taken_for_calls_without_a_mask(on_sm90):
@@ -242,7 +242,7 @@ def test_the_rules_that_are_listed_hold_the_measured_one():
     for name in ("fa4", "triton", "flex"):
         rule = next(b for b in BACKENDS if b.name == name).not_worth
         assert measured.SLOWER in sentences(rule)
-    assert contract.NO_MASK in sentences(contract.triton_not_worth)
+    assert contract.NO_MASK in sentences(gpu_rules.triton_not_worth)
 
 
 def test_a_named_backend_is_not_asked(on_sm90):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernel_index.core import ops, rules
 from kernel_index.core.excluded import guarded_on_device
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, fa4_form, fa4_tile
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
+from kernel_index.kernels.attention.dense_attention.gpu_rules import fa4_form, fa4_tile
 from kernel_index.kernels.attention.dense_attention.packing import no_tokens, packed, unpacked
 from kernel_index.kernels.attention.dense_attention.tile_mask import tile_mask
 from kernel_index.masks.attention_arguments import scale_of

@@ -1,0 +1,137 @@
+"""The kernels for Hopper: what they take, that they compile without a GPU, and, on one, their results."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.core.target import Target, has_package
+from kernel_index.kernels.attention.dense_attention import gpu_rules
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
+from tests.kernels.attention.on_a_gpu import MASKS, compare_on_a_gpu, leaves_of, sink_of
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of sm_90"
+)
+
+
+def call_of(*, width=64, value_width=None, dtype=torch.bfloat16, mask=None, tokens=8):
+    q, k = (torch.empty(1, tokens, heads, width, dtype=dtype) for heads in (4, 2))
+    v = torch.empty(1, tokens, 2, value_width or width, dtype=dtype)
+    return AttentionCall(q, k, v, mask or ki.MaskContract(), None, 0.0, None, False)
+
+
+TREE = ki.MaskContract(subtree_end=ki.pack_tree([-1, 0, 0], [4, 2, 2]).subtree_end)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (call_of(width=96), "takes heads of 64 and 128"),
+        (call_of(value_width=32), "takes heads of 64 and 128"),
+        (call_of(dtype=torch.float32), "takes float16 and bfloat16"),
+        (call_of(mask=TREE), "goes by intervals of keys: a tree has none"),
+        (call_of(tokens=0), "needs at least one query and one key"),
+    ],
+    ids=["width", "value_width", "dtype", "tree", "empty"],
+)
+def test_what_it_declines(monkeypatch, call, reason):
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    assert gpu_rules.gluon_why_not(call) == reason
+
+
+def test_other_architectures(monkeypatch):
+    for target in (Target("cuda", 100), Target("cuda", 80), Target("hip", "gfx942"), Target("cpu", None)):
+        monkeypatch.setattr(gpu_rules, "target_of", lambda device, target=target: target)
+        assert gpu_rules.gluon_why_not(call_of()) == "its kernels are made of instructions that only sm_90 has"
+
+
+COMPILE = """
+from kernel_index.core.testing import suites
+from kernel_index.proofs import aot
+(suite,) = [s for s in suites() if s.op == "attention"]
+for launch in aot.launches(suite, aot.TARGETS["sm90"], "gluon"):
+    found = aot.compile_for("attention", launch, "sm90")
+    print(found.kernel, found.error or "compiled", found.registers, found.spilled)
+"""
+
+
+@pytest.mark.skipif(not has_package("triton"), reason="needs Triton")
+def test_the_three_kernels_compile_without_a_gpu():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("_")]
+    compiled = {row[0] for row in rows if row[1] == "compiled"}
+    assert {"_forward_kernel", "_queries_kernel", "_keys_kernel"} <= compiled, done.stdout
+
+
+@on_hopper
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (128, 64)], ids=str)
+@pytest.mark.parametrize(("softcap", "with_sink"), [(0.0, False), (20.0, False), (0.0, True)])
+@pytest.mark.parametrize("name", sorted(MASKS.keys() - {"tree"}))
+def test_against_the_reference(name, softcap, with_sink, widths):
+    sink = sink_of(8) if with_sink else None
+    compare_on_a_gpu(
+        MASKS[name]().to("cuda"), leaves_of(2, 700, 2, *widths), softcap=softcap, sink=sink, backend="gluon"
+    )
+
+
+@on_hopper
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 700), (64, 64), (129, 257), (300, 100)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_sizes(sizes, causal):
+    """Fewer queries than keys and more; rows without a key; a part of a tile."""
+    queries, keys = sizes
+    compare_on_a_gpu(ki.MaskContract(causal=causal), leaves_of(3, queries, 2, 64, keys=keys), backend="gluon")
+
+
+@on_hopper
+def test_layouts():
+    """Parts of one product, heads before tokens, and an expanded head, which the copy engine does not take."""
+    fused = torch.randn(2, 200, 12 * 64, device="cuda", dtype=torch.bfloat16).view(2, 200, 12, 64)
+    q, k, v = (x.detach().requires_grad_() for x in fused.split([8, 2, 2], 2))
+    compare_on_a_gpu(ki.MaskContract(), [q, k, v], backend="gluon")
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
+    compare_on_a_gpu(ki.MaskContract(), [q, k, v], backend="gluon")
+    k, v = (x.detach()[:, :, :1].expand(-1, -1, 2, -1).requires_grad_() for x in (k, v))
+    compare_on_a_gpu(ki.MaskContract(), [q, k, v], backend="gluon")
+
+
+@on_hopper
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_excluded_has_no_influence(bad):
+    """NaN in one document: rows and gradients of the others have the same bits, its own rows that see it are NaN."""
+    ids = torch.tensor([[0] * 150 + [1] * 90 + [2] * 160], device="cuda")
+    leaves = leaves_of(1, 400, 2, 64)
+    spoiled = [x.detach().clone() for x in leaves]
+    for x in spoiled[1:]:
+        x[:, 200] = bad
+    up = torch.randn(1, 400, 8, 64, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for inputs in (leaves, [x.requires_grad_() for x in spoiled]):
+        out = ki.attention(*inputs, ki.MaskContract(doc_ids=ids), backend="gluon")
+        found.append([out, *torch.autograd.grad(out, inputs, up)])
+    others = ids[0] != 1
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean[:, others], dirty[:, others])
+    assert found[1][0][:, 200:240].isnan().all()
+    assert torch.equal(found[0][0][:, 150:200], found[1][0][:, 150:200])
+
+
+@on_hopper
+def test_the_same_bits_again():
+    leaves = leaves_of(2, 1500, 2, 128)
+    up = torch.randn(2, 1500, 8, 128, device="cuda", dtype=torch.bfloat16)
+    runs = []
+    for _ in range(4):
+        out = ki.attention(*leaves, ki.MaskContract(window=(300, 0)), backend="gluon")
+        runs.append([out, *torch.autograd.grad(out, leaves, up)])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
