@@ -159,6 +159,7 @@ def test_a_file_says_when_and_where_and_names_backends(path):
             assert set(r["us"]) <= {b.name for b in table_of}
             assert all(us > 0 for us in r["us"].values())
             assert len(r["sizes"]) == 3
+            assert len(r.get("date", content["date"])) == 10
     assert len({r["cell"] for op in ("attention", "fa4_kvcache_decode") for r in content[op]}) == sum(
         len(content[op]) for op in ("attention", "fa4_kvcache_decode")
     )
@@ -207,6 +208,15 @@ def test_without_flash_attn_torchs_kernel_is_taken_since_it_was_faster(on_sm90):
     assert "causal 8k train" in on_sm90(8192, 128, fa4=False, train=True).verdicts["triton"]
 
 
+def test_the_kernels_for_hopper_are_taken_only_where_they_were_measured(on_sm90, table):
+    assert on_sm90(8192, 128, fa4=False).verdicts["gluon"] == gpu_rules.NOT_MEASURED
+    table(attention=[row("causal 8k infer", [128, 8192, 4], ["infer"], fa4=3.5, triton=5.0, gluon=3.7, flex=5.4, sdpa=3.9)])
+    found = on_sm90(8192, 128, fa4=False)
+    assert found.would_run == "gluon"
+    assert "1.35x of gluon at causal 8k infer" in found.verdicts["triton"]
+    assert on_sm90(8192, 96, fa4=False).would_run == "sdpa", "gluon takes no head of 96, and torch's was faster"
+
+
 def test_with_flash_attn_it_is_taken_where_nothing_was_faster(on_sm90):
     for tokens in (1000, 8192, 50000):
         assert on_sm90(tokens, 128, fa4=True).would_run == "fa4"
@@ -239,7 +249,7 @@ def test_where_nothing_was_measured_torchs_kernel_is_taken_for_calls_without_a_m
 
 
 def test_the_rules_that_are_listed_hold_the_measured_one():
-    for name in ("fa4", "triton", "flex"):
+    for name in ("fa4", "triton", "gluon", "flex"):
         rule = next(b for b in BACKENDS if b.name == name).not_worth
         assert measured.SLOWER in sentences(rule)
     assert contract.NO_MASK in sentences(gpu_rules.triton_not_worth)

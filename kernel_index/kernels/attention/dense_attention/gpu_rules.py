@@ -111,8 +111,14 @@ def has_gluon() -> bool:
     return has_package("triton") and tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
 
 
+NOT_MEASURED = "no call like this one was measured with these kernels"
+
+
 def gluon_not_worth(call: AttentionCall) -> str | None:
-    return _measured_or_no_mask(call, "gluon")
+    kind = measured_kind(call)
+    if not measured.known("attention", target_of(call.q.device), kind, "gluon"):
+        return NOT_MEASURED
+    return measured_why_not(call, "gluon", kind)
 
 
 # flash-attn-4 and PyTorch's varlen_attn

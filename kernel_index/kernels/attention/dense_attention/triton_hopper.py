@@ -1,8 +1,8 @@
 """Parts of the Hopper kernels of attention, in Gluon: tiles come by TMA, products are wgmma, and warps have roles.
 
-A program has two consumers, each a warpgroup with 64 rows of the tile and its accumulators in registers, and a
+A program has two or three consumers, each a warpgroup with 64 rows of the tile and its accumulators in registers, and a
 producer, one warp that copies tiles to shared memory.  A ring of STAGES slots joins them: the producer fills slot
-``i % STAGES`` when both consumers have emptied it, and each waits for the other on a barrier whose phase is
+``i % STAGES`` when all consumers have emptied it, and each waits for the other on a barrier whose phase is
 ``(i // STAGES) & 1``.  Products are asynchronous: those of the next scores run while the softmax of the last is
 computed.
 
@@ -18,11 +18,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
-CONSUMERS = 2
-"""Of a program; a tile has 64 rows for each."""
+ROWS = 64
+"""Of a consumer."""
 
-WARPS = {"worker_num_warps": (4, 1), "worker_num_regs": (240, 24)}
-"""Of the second consumer and the producer; the first consumer is the program's own four warps."""
+TWO, THREE = gl.constexpr(((4, 1), (240, 24))), gl.constexpr(((4, 4, 1), (160, 160, 24)))
+"""Warps and registers of the consumers behind the first one, which is the program's own four warps, and the producer:
+65536 registers in all."""
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 

@@ -4,6 +4,8 @@ dQ goes by tiles of queries over the keys, dK and dV by tiles of keys over the q
 The scores of the keys' kernel are transposed: what is multiplied with d_out and q stays in registers.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,7 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 from kernel_index.kernels.attention.dense_attention.triton_hopper import (
-    CONSUMERS,
+    ROWS,
+    THREE,
+    TWO,
     barriers,
     copy_tile,
     product_nt,
@@ -32,8 +36,17 @@ from kernel_index.kernels.attention.dense_attention.triton_hopper import (
     within,
 )
 
-STEP = 64
-"""Keys of a tile for dQ, queries of a tile for dK and dV."""
+
+class Shape(NamedTuple):
+    """Consumers, rows of the tiles that the producer copies, and slots of its ring."""
+
+    consumers: int
+    step: int
+    stages: int
+
+
+SHAPES = {"queries": {64: Shape(2, 64, 3), 128: Shape(2, 64, 3)}, "keys": {64: Shape(2, 64, 2), 128: Shape(2, 64, 2)}}
+"""Of a kernel, by the larger head size: what needs no more registers than there are, timed on an H200."""
 
 
 @gluon.jit
@@ -43,12 +56,12 @@ def _slope(z, CAPPED: gl.constexpr):
 
 
 @gluon.jit
-def _produce_keys(
-    q_desc, do_desc, k_desc, v_desc, buffers, b, h, kv_head, first, low, left, full, right,
-    ROWS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _produce_keys(given):
+    q_desc, do_desc, k_desc, v_desc, buffers, b, h, kv_head, first, low, left, full, right = given
     q_ring, do_ring, k_ring, v_ring, q_full, kv_full, kv_empty = buffers
+    STAGES: gl.constexpr = k_ring.shape[0]
     TILES: gl.constexpr = q_ring.shape[0]
+    ROWS: gl.constexpr = q_ring.shape[1]
     BN: gl.constexpr = k_ring.shape[1]
     mbarrier.expect(q_full.index(0), TILES * (q_desc.block_type.nbytes + do_desc.block_type.nbytes))
     for i in gl.static_range(TILES):
@@ -79,12 +92,13 @@ def _score_grad(
 
 
 @gluon.jit
-def _consume_keys(shared, CONSUMER: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE: gl.constexpr):
+def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE: gl.constexpr):
     (
         buffers, start_ptr, end_ptr, p_out, p_do, p_d_lse, p_lse, p_delta, p_dq, out_t, do_t, dq_t, first, T, low, left,
         full, right, scale, inner, outer,
-    ) = shared  # fmt: skip
+    ) = given  # fmt: skip
     q_ring, do_ring, k_ring, v_ring, q_full, kv_full, kv_empty = buffers
+    STAGES: gl.constexpr = k_ring.shape[0]
     ROWS: gl.constexpr = q_ring.shape[1]
     BN: gl.constexpr = k_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
@@ -176,33 +190,45 @@ def _queries_kernel(
     o_row = (b * H + h).to(gl.int64)
     if HAS_D_LSE:
         d_lse_ptr += o_row * T
-    shared = (
+    consumed = (
         buffers, start_ptr, end_ptr, out_ptr + o_head * DV, d_out_ptr + b.to(gl.int64) * do_b + h.to(gl.int64) * do_h,
         d_lse_ptr, lse_ptr + o_row * lse_h, delta_ptr + o_row * lse_h, dq_ptr + o_head * D, H * DV, do_t, H * D, first,
         T, low, left, full, right, scale, inner, outer,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_consume_keys, (shared, 0, STAGES, CAPPED, HAS_D_LSE)),
-            (_consume_keys, (shared, 1, STAGES, CAPPED, HAS_D_LSE)),
-            (
-                _produce_keys,
-                (q_desc, do_desc, k_desc, v_desc, buffers, b, h, h // G, first, low, left, full, right, ROWS, STAGES),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    produced = (q_desc, do_desc, k_desc, v_desc, buffers, b, h, h // G, first, low, left, full, right)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume_keys, (consumed, 0, CAPPED, HAS_D_LSE)),
+                (_consume_keys, (consumed, 1, CAPPED, HAS_D_LSE)),
+                (_produce_keys, (produced,)),
+            ],
+            TWO[0],
+            TWO[1],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_keys, (consumed, 0, CAPPED, HAS_D_LSE)),
+                (_consume_keys, (consumed, 1, CAPPED, HAS_D_LSE)),
+                (_consume_keys, (consumed, 2, CAPPED, HAS_D_LSE)),
+                (_produce_keys, (produced,)),
+            ],
+            THREE[0],
+            THREE[1],
+        )
 
 
 @gluon.jit
-def _produce_queries(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, b, H, kv_head, G, first, low, left, full, right,
-    ROWS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _produce_queries(given):
     """The queries of the G heads of a group, one head after the other, with their ``lse`` and ``delta``."""
+    (
+        q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, b, H, kv_head, G, first, low, left, full, right,
+    ) = given  # fmt: skip
     k_ring, v_ring, q_ring, do_ring, lse_ring, delta_ring, kv_full, q_full, q_empty = buffers
+    STAGES: gl.constexpr = q_ring.shape[0]
     TILES: gl.constexpr = k_ring.shape[0]
+    ROWS: gl.constexpr = k_ring.shape[1]
     BM: gl.constexpr = q_ring.shape[1]
     BYTES: gl.constexpr = q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes
     mbarrier.expect(kv_full.index(0), TILES * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
@@ -231,11 +257,12 @@ def _selected(x, first, start, end, BM: gl.constexpr, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _consume_queries(shared, CONSUMER: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr):
+def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
     (
         buffers, start_ptr, end_ptr, p_dk, p_dv, dk_t, dv_t, first, S, G, low, left, full, right, scale, inner, outer,
-    ) = shared  # fmt: skip
+    ) = given  # fmt: skip
     k_ring, v_ring, q_ring, do_ring, lse_ring, delta_ring, kv_full, q_full, q_empty = buffers
+    STAGES: gl.constexpr = q_ring.shape[0]
     ROWS: gl.constexpr = k_ring.shape[1]
     BM: gl.constexpr = q_ring.shape[1]
     D: gl.constexpr = k_ring.shape[2]
@@ -314,23 +341,34 @@ def _keys_kernel(
     end_ptr += b * window_b
     low, left, full, right = window_tiles(start_ptr, end_ptr, first, S, CONSUMERS * ROWS, BM)
     o_head = b.to(gl.int64) * S * K + kv_head
-    shared = (
+    consumed = (
         buffers, start_ptr, end_ptr, dk_ptr + o_head * D, dv_ptr + o_head * DV, K * D, K * DV, first, S, G, low, left,
         full, right, scale, inner, outer,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_consume_queries, (shared, 0, STAGES, CAPPED)),
-            (_consume_queries, (shared, 1, STAGES, CAPPED)),
-            (
-                _produce_queries,
-                (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, b, H, kv_head, G, first, low, left,
-                 full, right, ROWS, STAGES),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
+    produced = (
+        q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, b, H, kv_head, G, first, low, left, full, right,
     )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume_queries, (consumed, 0, CAPPED)),
+                (_consume_queries, (consumed, 1, CAPPED)),
+                (_produce_queries, (produced,)),
+            ],
+            TWO[0],
+            TWO[1],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_queries, (consumed, 0, CAPPED)),
+                (_consume_queries, (consumed, 1, CAPPED)),
+                (_consume_queries, (consumed, 2, CAPPED)),
+                (_produce_queries, (produced,)),
+            ],
+            THREE[0],
+            THREE[1],
+        )
 
 
 def backward_queries(
@@ -340,11 +378,12 @@ def backward_queries(
     """``outputs``: dQ, contiguous, and ``delta``, which lies as ``lse`` does."""
     (B, T, H, D), K = q.shape, k.shape[2]
     scale = D**-0.5 if scale is None else scale
+    consumers, step, stages = SHAPES["queries"][max(D, v.shape[3])]
     with on_device(q):
-        _queries_kernel[(ceil_div(T, 64 * CONSUMERS), B * H)](
-            tiles_of(q, 64), tiles_of(d_out, 64), tiles_of(k, STEP), tiles_of(v, STEP), d_out, d_lse, out, lse,
+        _queries_kernel[(ceil_div(T, ROWS * consumers), B * H)](
+            tiles_of(q, ROWS), tiles_of(d_out, ROWS), tiles_of(k, step), tiles_of(v, step), d_out, d_lse, out, lse,
             *bounds, *outputs, *d_out.stride()[:3], row_stride(bounds[0]), lse.stride(1), T, H, H // K, scale,
-            *score_factors(scale, softcap), CONSUMERS, 3, softcap > 0, d_lse is not None, num_warps=4,
+            *score_factors(scale, softcap), consumers, stages, softcap > 0, d_lse is not None, num_warps=4,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return outputs
@@ -356,10 +395,12 @@ def backward_keys(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, S, K, _), H, D = k.shape, q.shape[2], q.shape[3]
     scale = D**-0.5 if scale is None else scale
+    consumers, step, stages = SHAPES["keys"][max(D, v.shape[3])]
     with on_device(q):
-        _keys_kernel[(ceil_div(S, 64 * CONSUMERS), B * K)](
-            tiles_of(q, STEP), tiles_of(d_out, STEP), tiles_of(k, 64), tiles_of(v, 64), rows_of(lse, STEP),
-            rows_of(delta, STEP), *bounds, *outputs, row_stride(bounds[0]), S, H, H // K, scale,
-            *score_factors(scale, softcap), CONSUMERS, 2, softcap > 0, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+        _keys_kernel[(ceil_div(S, ROWS * consumers), B * K)](
+            tiles_of(q, step), tiles_of(d_out, step), tiles_of(k, ROWS), tiles_of(v, ROWS), rows_of(lse, step),
+            rows_of(delta, step), *bounds, *outputs, row_stride(bounds[0]), S, H, H // K, scale,
+            *score_factors(scale, softcap), consumers, stages, softcap > 0, num_warps=4,
+            enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return outputs

@@ -18,8 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import ceil_div, on_device, processors, row_stride, score_factors
 from kernel_index.kernels.attention.dense_attention.triton_hopper import (
-    CONSUMERS,
     LOG2E,
+    ROWS,
+    THREE,
+    TWO,
     barriers,
     copy_tile,
     product_nt,
@@ -50,11 +52,10 @@ def _place_of(number, n, H, heads, near):
 
 
 @gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, buffers, start_ptr, end_ptr, counter_ptr, window_b, T, H, G, heads, near, total,
-    STAGES: gl.constexpr,
-):  # fmt: skip
+def _produce(given):
+    q_desc, k_desc, v_desc, buffers, start_ptr, end_ptr, counter_ptr, window_b, T, H, G, heads, near, total = given
     q_ring, k_ring, v_ring, plan, q_full, q_empty, k_full, k_empty, v_full, v_empty, plan_full, plan_empty = buffers
+    STAGES: gl.constexpr = k_ring.shape[0]
     TILES: gl.constexpr = q_ring.shape[0]
     ROWS: gl.constexpr = q_ring.shape[1]
     BM: gl.constexpr = TILES * ROWS
@@ -121,11 +122,13 @@ def _number(plan, i: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
-    buffers, start_ptr, end_ptr, sink_ptr, out_ptr, lse_ptr, window_b, lse_h, T, H, heads, near, total, inner, outer,
-    CONSUMER: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr, HAS_SINK: gl.constexpr,
-):  # fmt: skip
+def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_SINK: gl.constexpr):
+    (
+        buffers, start_ptr, end_ptr, sink_ptr, out_ptr, lse_ptr, window_b, lse_h, T, H, heads, near, total, inner,
+        outer,
+    ) = given  # fmt: skip
     q_ring, k_ring, v_ring, plan, q_full, q_empty, k_full, k_empty, v_full, v_empty, plan_full, plan_empty = buffers
+    STAGES: gl.constexpr = k_ring.shape[0]
     ROWS: gl.constexpr = q_ring.shape[1]
     BM: gl.constexpr = q_ring.shape[0] * ROWS
     BN: gl.constexpr = k_ring.shape[1]
@@ -236,27 +239,34 @@ def _forward_kernel(
         barriers(1, CONSUMERS),
     )
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (buffers, start_ptr, end_ptr, sink_ptr, out_ptr, lse_ptr, window_b, lse_h, T, H, heads, near, total,
-                 inner, outer, 0, STAGES, CAPPED, HAS_SINK),
-            ),
-            (
-                _consume,
-                (buffers, start_ptr, end_ptr, sink_ptr, out_ptr, lse_ptr, window_b, lse_h, T, H, heads, near, total,
-                 inner, outer, 1, STAGES, CAPPED, HAS_SINK),
-            ),
-            (
-                _produce,
-                (q_desc, k_desc, v_desc, buffers, start_ptr, end_ptr, counter_ptr, window_b, T, H, G, heads, near,
-                 total, STAGES),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
+    consumed = (
+        buffers, start_ptr, end_ptr, sink_ptr, out_ptr, lse_ptr, window_b, lse_h, T, H, heads, near, total, inner,
+        outer,
     )  # fmt: skip
+    produced = (
+        q_desc, k_desc, v_desc, buffers, start_ptr, end_ptr, counter_ptr, window_b, T, H, G, heads, near, total,
+    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (consumed, 0, CAPPED, HAS_SINK)),
+                (_consume, (consumed, 1, CAPPED, HAS_SINK)),
+                (_produce, (produced,)),
+            ],
+            TWO[0],
+            TWO[1],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (consumed, 0, CAPPED, HAS_SINK)),
+                (_consume, (consumed, 1, CAPPED, HAS_SINK)),
+                (_consume, (consumed, 2, CAPPED, HAS_SINK)),
+                (_produce, (produced,)),
+            ],
+            THREE[0],
+            THREE[1],
+        )
 
 
 def forward(
@@ -266,15 +276,15 @@ def forward(
     """``outputs``: out [B, T, H, Dv], contiguous, and the log-sum-exp of base 2 [B, H, T], whose rows may have gaps."""
     (B, T, H, D), (S, K), DV = q.shape, k.shape[1:3], v.shape[3]
     inner, outer = score_factors(D**-0.5 if scale is None else scale, softcap)
-    rows = 64 * CONSUMERS
-    total = B * H * ceil_div(T, rows)
+    narrow = max(D, DV) <= 64
+    consumers, stages = (3, 3) if narrow else (2, 2)
+    total = B * H * ceil_div(T, ROWS * consumers)
     near = max(1, CACHED // max(1, S * (D + DV) * k.element_size())) * (H // K)
     with on_device(q):
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
         _forward_kernel[(min(total, processors(q)),)](
-            tiles_of(q, 64), tiles_of(k, KEYS), tiles_of(v, KEYS), sink, *bounds, *outputs, counter,
+            tiles_of(q, ROWS), tiles_of(k, KEYS), tiles_of(v, KEYS), sink, *bounds, *outputs, counter,
             row_stride(bounds[0]), outputs[1].stride(1), T, H, H // K, B * H, min(near, B * H), total, inner, outer,
-            CONSUMERS, 2 if max(D, DV) > 64 else 3, softcap > 0, sink is not None, num_warps=4,
-            enable_fp_fusion=ENABLE_FP_FUSION,
+            consumers, stages, softcap > 0, sink is not None, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return outputs
