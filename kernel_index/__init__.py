@@ -43,6 +43,7 @@ from kernel_index.kernels.sparse.moba_block_sparse.api import (
 from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import BlockSparseBackend
 from kernel_index.kernels.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
 from kernel_index.kernels.sparse.selected_decode.api import selected_decode
+from kernel_index.kernels.state_space.ssd_scan.api import Scanned, ssd_scan
 from kernel_index.kernels.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,
     mhc_branch_input,
@@ -94,6 +95,7 @@ __all__ = [
     "ResidualAndNormed",
     "RopeTables",
     "RotatedQK",
+    "Scanned",
     "StreamsAndBranchInput",
     "TokenSelection",
     "TokenStats",
@@ -142,6 +144,7 @@ __all__ = [
     "rope_tables",
     "selected_decode",
     "sinkhorn",
+    "ssd_scan",
     "strict",
     "token_log_probs",
     "token_stats",

@@ -13,6 +13,7 @@ FAMILIES = (
     "Multi-stream fusion",
     "MLA",
     "Loss",
+    "State space",
 )
 
 
@@ -224,6 +225,14 @@ ENTRIES = (
         "fused_gated_activation",
         "Apply a gated MLP's activation, SwiGLU or GEGLU for example, in one pass without keeping its result.",
         "nn.SwiGLUMLP nn.Experts",
+    ),
+    entry(
+        "ssd_scan",
+        "State space",
+        "kernels/state_space/ssd_scan",
+        "ssd_scan",
+        "Run the recurrence of Mamba-2 over packed documents, in chunks of matrix products.",
+        "nn.Mamba2",
     ),
 )
 """The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""

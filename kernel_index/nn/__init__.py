@@ -8,7 +8,6 @@ from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.mla import MLA, PagedLatentCache
 from kernel_index.nn.mlp import SquaredReLUMLP, SwiGLUMLP
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
-from kernel_index.nn.scan import chunked_scan
 from kernel_index.nn.sparse_attention import ExactTokenCache, SparseAttention
 from kernel_index.nn.state_space import Mamba2, MixerState
 
@@ -33,5 +32,4 @@ __all__ = [
     "SquaredReLUMLP",
     "SwiGLUMLP",
     "TransformerBlock",
-    "chunked_scan",
 ]

@@ -1,6 +1,7 @@
 """The Mamba-2 mixer: a gated linear recurrence, computed in chunks, that restarts with every document."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 import kernel_index as ki
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
-from kernel_index.nn.scan import Scanned, chunked_scan, scan_step
 from kernel_index.nn.tree_scan import convolve_tree, scan_tree
 
 
@@ -97,26 +97,29 @@ class Mamba2(Mixer):
             mixed = nn.functional.silu(convolve_tree(inputs, self.conv, tree, segments))
         inner, shared = self.heads * self.head_dim, self.groups * self.state
         x, b, c = mixed.split([inner, shared, shared], -1)
-        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim)).float()
+        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim))
         b_BTGN, c_BTGN = (t.unflatten(-1, (self.groups, self.state)) for t in (b, c))
-        dt_BTH = nn.functional.softplus(step.float() + self.step_bias)
-        if counts is not None:  # padding after a shorter prompt does not change the state
-            dt_BTH = dt_BTH * (torch.arange(x.shape[1], device=x.device) < counts[:, None])[..., None]
-        log_a_BTH = -dt_BTH * self.log_decay.exp()
-        operands = x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN
-        if cache is not None and x.shape[1] == 1:
-            x_BHP, log_a_BH, b_BGN, c_BGN = (t[:, 0] for t in operands)
-            scanned = scan_step(x_BHP, log_a_BH, b_BGN, c_BGN, cache.scan)
-        elif tree is not None:
-            scanned = Scanned(scan_tree(operands, tree, segments=segments, chunk=self.chunk), x.new_empty(0))
-        else:
+        if counts is not None:  # padding after a shorter prompt does not change the state: softplus(−∞) is 0
+            is_token = torch.arange(x.shape[1], device=x.device) < counts[:, None]
+            step = step.masked_fill(~is_token[..., None], -torch.inf)
+        if tree is None:
             state = None if cache is None else cache.scan
-            scanned = chunked_scan(*operands, segments=segments, state=state, chunk=self.chunk)
-        if cache is not None:
-            self._remember(cache, joined, scanned.state)
-        y = (scanned.y.view(x_BTHP.shape) + self.skip[:, None] * x_BTHP).flatten(2) * nn.functional.silu(gate.float())
+            y_BTHP, last = self._scan(x_BTHP, step, b_BTGN, c_BTGN, segments, state)
+            if cache is not None:
+                self._remember(cache, joined, last)
+        else:
+            y_BTHP = scan_tree(self._scan, (x_BTHP, step, b_BTGN, c_BTGN), tree, segments)
+        y = y_BTHP.flatten(2).float() * nn.functional.silu(gate.float())
         normed = nn.functional.rms_norm(y, self.norm.shape, self.norm, 1e-6)
         return self.out(normed.to(x_BTC.dtype)), None
+
+    def _scan(
+        self, x_BTHP: Tensor, step_BTH: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, segments: Tensor | None,
+        state: Tensor | None,
+    ) -> ki.Scanned:  # fmt: skip
+        options: dict[str, Any] = {"segments": segments, "state": state, "chunk": self.chunk}
+        layer: dict[str, Any] = {"d": self.skip, "dt_bias": self.step_bias, "dt_softplus": True}
+        return ki.ssd_scan(x_BTHP, step_BTH, -self.log_decay.exp(), b_BTGN, c_BTGN, **layer, **options)
 
     def _convolve(self, joined: Tensor, segments: Tensor | None) -> Tensor:
         """``Σ_j w[j]·input[t − (width − 1) + j]`` over the inputs of t's own segment; a product for each j."""
