@@ -210,7 +210,11 @@ def test_without_flash_attn_torchs_kernel_is_taken_since_it_was_faster(on_sm90):
 
 def test_the_kernels_for_hopper_are_taken_only_where_they_were_measured(on_sm90, table):
     assert on_sm90(8192, 128, fa4=False).verdicts["gluon"] == gpu_rules.NOT_MEASURED
-    table(attention=[row("causal 8k infer", [128, 8192, 4], ["infer"], fa4=3.5, triton=5.0, gluon=3.7, flex=5.4, sdpa=3.9)])
+    table(
+        attention=[
+            row("causal 8k infer", [128, 8192, 4], ["infer"], fa4=3.5, triton=5.0, gluon=3.7, flex=5.4, sdpa=3.9)
+        ]
+    )
     found = on_sm90(8192, 128, fa4=False)
     assert found.would_run == "gluon"
     assert "1.35x of gluon at causal 8k infer" in found.verdicts["triton"]

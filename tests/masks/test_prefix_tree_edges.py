@@ -8,6 +8,7 @@ import torch
 import kernel_index as ki
 from kernel_index.lm.trees import TokenTree, TreeBatch
 from kernel_index.masks.doc_window_mask.cases import dense_oracle
+from kernel_index.masks.prefix_tree.paths import branches_of
 from kernel_index.nn import Mamba2
 
 BACKENDS = ["reference", "cpu", "sdpa", pytest.param("native", marks=pytest.mark.native), "triton"]
@@ -171,3 +172,29 @@ def test_a_packing_is_saved_and_loaded():
     torch.save(tree, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=True).subtree_end, tree.subtree_end)
+
+
+def test_a_tree_that_was_moved_is_taken_apart_without_a_wait():
+    """On a device without values, by what the host knew when it was moved, until the moved tensors change."""
+    ends = ki.pack_tree([-1, 0, 0, 2], [3, 2, 1, 2]).subtree_end
+    mask = ki.MaskContract(subtree_end=ends)
+    expected = mask.tree_levels(1, 8)
+    sizes = mask.sizes(1, 8, 8)
+    branches = branches_of(mask, sizes)
+    moved = mask.to("meta")
+    ends.fill_(8)  # a loader that fills its buffer again
+    for level, there in zip(expected, moved.tree_levels(1, 8), strict=True):
+        assert [x.shape for x in level] == [x.shape for x in there]
+        assert there.index.is_meta
+    found = branches_of(moved, sizes._replace(device=torch.device("meta")))
+    assert all(torch.equal(a, b) for x, y in zip(found[0], branches[0], strict=True) for a, b in zip(x, y, strict=True))
+    moved.subtree_end.add_(0)
+    with pytest.raises(ValueError, match="must hold values"):
+        moved.tree_levels(1, 8)
+
+
+def test_a_batch_that_is_moved_keeps_what_the_host_knows():
+    batch = TreeBatch.of([TokenTree([-1, 0, 0], [torch.tensor([5, 6]), torch.tensor([7]), torch.tensor([8])])])
+    moved = batch.to("meta")
+    assert all(x.is_meta for x in (moved.tokens, moved.mask.subtree_end, moved.targets))
+    assert [len(level.parent) for level in moved.mask.tree_levels(1, 4)] == [1, 2]
