@@ -1,0 +1,150 @@
+"""A step that is replayed has the effects of one that runs; a recorder that runs again stands for the CUDA graph."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.lm.captured import WARM, CapturedStep, GraphRecorder, Step, run_step
+from kernel_index.lm.data import Batch
+
+
+class Again:
+    """Replays by running again, into the memory of the recorded call, as a graph does."""
+
+    def __init__(self, parameters):
+        self.parameters, self.recorded, self.replayed = parameters, 0, 0
+
+    def warm(self, run):
+        return run()
+
+    def record(self, run):
+        self.recorded += 1
+        run()
+        memory = [p.grad for p in self.parameters]
+        for grad in memory:
+            grad.fill_(float("nan"))  # a graph that is recorded has not run
+
+        def replay():
+            self.replayed += 1
+            held = [p.grad for p in self.parameters]
+            for p in self.parameters:
+                p.grad = None
+            run()
+            for p, grad, before in zip(self.parameters, memory, held, strict=True):
+                grad.copy_(p.grad)
+                p.grad = before
+
+        return replay
+
+
+def batch_of(tokens: int, seed: int) -> Batch:
+    torch.manual_seed(seed)
+    ids = torch.randint(0, 9, (2, tokens))
+    return Batch(ids, ids, ids, torch.zeros_like(ids), torch.full((2,), tokens))
+
+
+@pytest.fixture
+def weight():
+    torch.manual_seed(0)
+    return torch.nn.Parameter(torch.randn(9, 4))
+
+
+def gradients_of(weight):
+    def gradients(batch: Batch, share: torch.Tensor) -> torch.Tensor:
+        h = ki.fused_relu_squared(weight[batch.tokens])
+        loss = (h * (1 + batch.targets[..., None])).sum() * share
+        loss.backward()
+        return loss.detach()
+
+    return gradients
+
+
+def test_effects_are_those_of_plain_calls(weight):
+    """Steps of one and of three micro-batches, of two shapes, gradients dropped between steps or kept."""
+    recorder = Again([weight])
+    step = CapturedStep(gradients_of(weight), [weight], recorder)
+    other = torch.nn.Parameter(weight.detach().clone())
+    plain = gradients_of(other)
+    for number in range(12):
+        for micro in range(1 + 2 * (number % 2)):
+            batch = batch_of(5 if number % 3 else 7, 10 * number + micro)
+            share = torch.tensor(0.25 + 0.125 * micro)
+            found = step(batch, share)
+            expected = run_step(plain, batch, share)
+            assert torch.equal(found.loss, expected.loss)
+            assert found.receipts == expected.receipts
+            assert sum(found.receipts.values()) == 1
+        assert torch.equal(weight.grad, other.grad)
+        if number % 4 != 3:
+            weight.grad = other.grad = None
+    assert recorder.recorded == 2
+    assert recorder.replayed == sum(1 + 2 * (n % 2) for n in range(12)) - 2 * WARM
+
+
+def test_another_key_is_another_graph(weight):
+    recorder = Again([weight])
+    step = CapturedStep(gradients_of(weight), [weight], recorder)
+    for key in (True, False, True):
+        for seed in range(4):
+            step(batch_of(5, seed), torch.tensor(1.0), key)
+    assert recorder.recorded == 2
+
+
+def test_a_parameter_without_a_gradient_keeps_none(weight):
+    idle = torch.nn.Parameter(torch.ones(2))
+    step = CapturedStep(gradients_of(weight), [weight, idle], Again([weight]))
+    for seed in range(5):
+        step(batch_of(5, seed), torch.tensor(1.0))
+        assert idle.grad is None
+        weight.grad = None
+
+
+def test_a_gradient_that_is_not_in_the_graph_stays(weight):
+    """What was added to a parameter before is kept, also where the step adds nothing to it."""
+    idle = torch.nn.Parameter(torch.ones(2))
+    step = CapturedStep(gradients_of(weight), [weight, idle], Again([weight]))
+    for seed in range(5):
+        idle.grad = torch.full((2,), 3.0)
+        step(batch_of(5, seed), torch.tensor(1.0))
+        assert torch.equal(idle.grad, torch.full((2,), 3.0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_a_gpu_has_the_same_bits():
+    from dataclasses import replace
+
+    from kernel_index.lm.config import PRESETS
+    from kernel_index.lm.model import LanguageModel
+
+    config = replace(PRESETS["small"].model, context=256)
+    ids = [torch.randint(0, 256, (2, 256), device="cuda") for _ in range(6)]
+    docs = (torch.arange(256, device="cuda") // 100).expand(2, -1).contiguous()
+    at = torch.arange(256, device="cuda").expand(2, -1).contiguous()
+    counts = torch.full((2,), 256, device="cuda")
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = LanguageModel(config).cuda()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.02 * torch.randn_like(weight))
+
+        def gradients(batch, share, model=model):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(batch) * share
+            loss.backward()
+            return loss.detach()
+
+        step = CapturedStep(gradients, model.parameters(), GraphRecorder(torch.device("cuda", 0)))
+        losses = []
+        for tokens in ids:
+            batch = Batch(tokens, tokens.roll(-1, 1), at, docs, counts)
+            share = torch.ones((), device="cuda")
+            result: Step = step(batch, share) if captured else run_step(gradients, batch, share)
+            losses.append(result.loss.clone())
+            assert isinstance(result.receipts, Counter)
+            assert result.receipts
+        found.append([*losses, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
