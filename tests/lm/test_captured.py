@@ -111,8 +111,15 @@ def test_a_gradient_that_is_not_in_the_graph_stays(weight):
         assert torch.equal(idle.grad, torch.full((2,), 3.0))
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_model_on_a_gpu_has_the_same_bits():
+def test_a_model_on_a_gpu_has_the_same_bits(deterministic):
     from dataclasses import replace
 
     from kernel_index.lm.config import PRESETS

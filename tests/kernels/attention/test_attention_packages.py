@@ -22,9 +22,10 @@ from tests.masks.contracts import calls
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
-def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse):
+def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse, deterministic):
     """Bottom-right, None for no window; a -1 is a length of its own, as in the package."""
     assert return_lse
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert all(side is None or side >= 0 for side in window_size)
     mask = ki.MaskContract(causal, window_size)
     options = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}

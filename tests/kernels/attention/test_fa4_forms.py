@@ -329,6 +329,23 @@ def test_heads_of_which_no_lists_were_compared_are_packed(monkeypatch, width, gr
     assert gpu_rules.fa4_not_worth(call) == gpu_rules.WAITS
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_gradients_that_must_repeat_are_not_taken_by_lists(monkeypatch, deterministic, grad):
+    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    q = torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, requires_grad=grad)
+    listed = AttentionCall(q, q, q, ki.MaskContract(prefix=8), None, 0.0, None, False)
+    assert gpu_rules.fa4_why_not(listed) == (gpu_rules.ANY_ORDER if grad else None)
+    assert gpu_rules.fa4_why_not(listed._replace(mask=ki.MaskContract())) is None
+
+
 def test_lists_end_where_they_would_be_large(monkeypatch):
     monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
     monkeypatch.setattr(gpu_rules, "LARGEST_LISTS", 15)

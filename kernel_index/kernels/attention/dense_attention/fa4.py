@@ -22,6 +22,7 @@ def attention_fa4(call: AttentionCall) -> OutAndLse:
         "softcap": call.softcap,
         "learnable_sink": call.sink,
         "return_lse": True,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     return _WAYS[fa4_form(call)](call, options)
 

@@ -74,11 +74,12 @@ class _SSDScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, _, a, _, _, d, dt_bias, _, state = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: a checkpoint that recomputes them gives them once
+        x, _, a, _, _, d, dt_bias, _, state = saved
         if d_y is None and d_last is None:
             return (None,) * 10
         d_y = torch.zeros_like(x) if d_y is None else d_y
-        d_x, d_dt, d_b, d_c, of_heads, d_state = _backward_op(d_y, d_last, *ctx.saved_tensors, ctx.dt_softplus)
+        d_x, d_dt, d_b, d_c, of_heads, d_state = _backward_op(d_y, d_last, *saved, ctx.dt_softplus)
         d_a, d_bias, d_skip = (
             None if like is None else found.to(like.dtype)
             for like, found in zip((a, dt_bias, d), of_heads.unbind(), strict=True)
