@@ -93,7 +93,7 @@ class Mamba2(Mixer):
             before = None if cache is None else cache.conv
             mixed = ki.causal_conv1d(inputs, self.conv.T, activation="silu", segments=segments, state=before)
         else:
-            mixed = nn.functional.silu(convolve_tree(inputs, self.conv, tree, segments))
+            mixed = nn.functional.silu(convolve_tree(inputs, self.conv, tree, segments)).to(inputs.dtype)
         inner, shared = self.heads * self.head_dim, self.groups * self.state
         x, b, c = mixed.split([inner, shared, shared], -1)
         x_BTHP = x.unflatten(-1, (self.heads, self.head_dim))
@@ -108,8 +108,7 @@ class Mamba2(Mixer):
                 self._remember(cache, inputs, last)
         else:
             y_BTHP = scan_tree(self._scan, (x_BTHP, step, b_BTGN, c_BTGN), tree, segments)
-        y = y_BTHP.flatten(2).float() * nn.functional.silu(gate.float())
-        normed = nn.functional.rms_norm(y, self.norm.shape, self.norm, 1e-6)
+        normed = ki.gated_rms_norm(y_BTHP.flatten(2), gate, self.norm)
         return self.out(normed.to(x_BTC.dtype)), None
 
     def _scan(
