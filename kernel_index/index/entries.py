@@ -234,5 +234,21 @@ ENTRIES = (
         "Run the recurrence of Mamba-2 over packed documents, in chunks of matrix products.",
         "nn.Mamba2",
     ),
+    entry(
+        "causal_conv1d",
+        "State space",
+        "kernels/state_space/causal_conv1d",
+        "causal_conv1d",
+        "Convolve each channel with its last few inputs of the same document, and apply SiLU, in one pass.",
+        "nn.Mamba2",
+    ),
+    entry(
+        "gated_rms_norm",
+        "State space",
+        "kernels/state_space/gated_rms_norm",
+        "gated_rms_norm",
+        "Gate the output of a scan and normalise it in one pass over memory.",
+        "nn.Mamba2",
+    ),
 )
 """The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""

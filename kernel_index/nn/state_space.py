@@ -88,13 +88,12 @@ class Mamba2(Mixer):
         gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
         segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
         counts = None if cache is None else cache.counts
-        previous = inputs.new_zeros(len(inputs), self.width - 1, inputs.shape[-1]) if cache is None else cache.conv
-        joined = torch.cat([previous.to(inputs.dtype), inputs], 1)
         tree = mask if cache is None and mask is not None and mask.is_tree else None
         if tree is None:
-            mixed = nn.functional.silu(self._convolve(joined, segments))
+            before = None if cache is None else cache.conv
+            mixed = ki.causal_conv1d(inputs, self.conv.T, activation="silu", segments=segments, state=before)
         else:
-            mixed = nn.functional.silu(convolve_tree(inputs, self.conv, tree, segments))
+            mixed = nn.functional.silu(convolve_tree(inputs, self.conv, tree, segments)).to(inputs.dtype)
         inner, shared = self.heads * self.head_dim, self.groups * self.state
         x, b, c = mixed.split([inner, shared, shared], -1)
         x_BTHP = x.unflatten(-1, (self.heads, self.head_dim))
@@ -106,11 +105,10 @@ class Mamba2(Mixer):
             state = None if cache is None else cache.scan
             y_BTHP, last = self._scan(x_BTHP, step, b_BTGN, c_BTGN, segments, state)
             if cache is not None:
-                self._remember(cache, joined, last)
+                self._remember(cache, inputs, last)
         else:
             y_BTHP = scan_tree(self._scan, (x_BTHP, step, b_BTGN, c_BTGN), tree, segments)
-        y = y_BTHP.flatten(2).float() * nn.functional.silu(gate.float())
-        normed = nn.functional.rms_norm(y, self.norm.shape, self.norm, 1e-6)
+        normed = ki.gated_rms_norm(y_BTHP.flatten(2), gate, self.norm)
         return self.out(normed.to(x_BTC.dtype)), None
 
     def _scan(
@@ -121,23 +119,8 @@ class Mamba2(Mixer):
         layer: dict[str, Any] = {"d": self.skip, "dt_bias": self.step_bias, "dt_softplus": True}
         return ki.ssd_scan(x_BTHP, step_BTH, -self.log_decay.exp(), b_BTGN, c_BTGN, **layer, **options)
 
-    def _convolve(self, joined: Tensor, segments: Tensor | None) -> Tensor:
-        """``Σ_j w[j]·input[t − (width − 1) + j]`` over the inputs of t's own segment; a product for each j."""
-        T = joined.shape[1] - self.width + 1
-        if T == 1:
-            return (self.conv * joined).sum(1, keepdim=True)
-        out = self.conv[-1] * joined[:, self.width - 1 :]
-        for j in range(self.width - 1):
-            back = self.width - 1 - j
-            earlier = self.conv[j] * joined[:, j : j + T]
-            if segments is not None:
-                own = segments == nn.functional.pad(segments, (back, 0), value=-1)[:, :T]
-                earlier = torch.where(own[..., None], earlier, 0.0)
-            out = out + earlier
-        return out
-
-    def _remember(self, cache: MixerState, joined: Tensor, state: Tensor) -> None:
-        keep = self.width - 1
+    def _remember(self, cache: MixerState, inputs: Tensor, state: Tensor) -> None:
+        joined, keep = torch.cat([cache.conv.to(inputs.dtype), inputs], 1), self.width - 1
         if cache.counts is None:
             latest = joined[:, -keep:] if keep else joined[:, :0]
         else:

@@ -45,6 +45,8 @@ SHAPES: dict[str, dict[str, str]] = {
         "segments": "B|1 T",
         "state": "B H P N",
     },
+    "gated_rms_norm": {"x": "... C", "gate": "... C", "weight": "C"},
+    "causal_conv1d": {"x": "B T C", "weight": "C W", "bias": "C", "segments": "B|1 T"},
     "lightning_indexer": {"q_idx": "B T J D", "k_idx": "B S D", "weights": "B T J"},
 }
 
