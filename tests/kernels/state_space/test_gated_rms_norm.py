@@ -22,6 +22,23 @@ def test_it_is_the_norm_of_the_gated_values(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_dtype_of_the_result(backend, gated):
+    """It is rounded once; gradients have the arguments' dtypes."""
+    kwargs = {n: v.requires_grad_() for n, v in call(Maker(torch.float32), 7, 40).items()}
+    kwargs = kwargs if gated else kwargs | {"gate": None}
+    wide = ki.gated_rms_norm(**kwargs, backend=backend)
+    found = ki.gated_rms_norm(**kwargs, dtype=torch.float16, backend=backend)
+    assert torch.equal(found, wide.to(torch.float16))
+    leaves = [v for v in kwargs.values() if v is not None]
+    upstream = torch.randn(7, 40).to(torch.float16)
+    pairs = zip(
+        torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(wide, leaves, upstream.float()), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_are_rows_of_their_own(backend):
     kwargs = call(Maker(torch.float32), 5, 48, groups=3)
     found = ki.gated_rms_norm(**kwargs, backend=backend)
@@ -57,6 +74,7 @@ BAD = {
     "eps must be at least 0": {"eps": -1.0},
     "groups must divide the 24 channels of x, got 5": {"groups": 5},
     "groups must be at least 1": {"groups": 0},
+    "dtype must be a floating dtype or None, got torch.int64": {"dtype": torch.int64},
 }
 
 

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
@@ -19,30 +20,33 @@ BACKENDS = (
 
 def gated_rms_norm(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     weight: Tensor,
     *,
     eps: float = 1e-6,
     groups: int = 1,
+    dtype: torch.dtype | None = None,
     backend: GatedRMSNormBackend = "auto",
 ) -> Tensor:
     """RMS normalisation of ``x · silu(gate)`` in one pass over memory.
 
-    With ``z = x · gate · sigmoid(gate)``, group by group over the last dimension:
+    With ``z = x · gate · sigmoid(gate)``, or z = x without a gate, group by group over the last dimension:
     ``y = z · rsqrt(mean(z²) + eps) · weight``, computed in float32 at least and rounded once.  Backward makes z again;
     kept are the arguments and one float32 number for each group of a row.  The gradient of weight is added up in a
     fixed order.
 
     Args:
         x: ``[..., C]``, any floating dtype; C is at least 1.
-        gate: x's shape, any floating dtype.  It may be a part of a projection: rows are read where they are.
+        gate: x's shape, any floating dtype; None for none.  It may be a part of a projection: rows are read where they
+            are.
         weight: ``[C]``, any floating dtype.
         eps: added to the mean square.
         groups: into how many equal groups the channels are divided; each is normalised by itself.
+        dtype: of the result; None for x's.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
-        A new contiguous tensor of x's shape and dtype.
+        A new contiguous tensor of x's shape.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -55,5 +59,5 @@ def gated_rms_norm(
     >>> ki.gated_rms_norm(torch.tensor([[1.0, 3.0]]), torch.full((1, 2), 20.0), torch.ones(2))
     tensor([[0.4472, 1.3416]])
     """
-    call = contract.check(x, gate, weight, eps, groups)
+    call = contract.check(x, gate, weight, eps, groups, dtype)
     return choose("gated_rms_norm", BACKENDS, backend, call).run(call)

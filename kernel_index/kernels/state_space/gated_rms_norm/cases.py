@@ -23,8 +23,16 @@ def transposed(m: Maker) -> dict[str, Any]:
     return call(m, 6, 24) | {"x": m.normal(24, 6).t(), "gate": m.normal(6, 1, scale=2.0).expand(6, 24)}
 
 
-def oracle(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float = 1e-6, groups: int = 1) -> Tensor:
-    z = (x * (gate / (1 + torch.exp(-gate)))).unflatten(-1, (groups, -1))
+def oracle(
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    z = (x if gate is None else x * (gate / (1 + torch.exp(-gate)))).unflatten(-1, (groups, -1))
     rms = torch.sqrt((z * z).sum(-1, keepdim=True) / z.shape[-1] + eps)
     return ((z / rms).flatten(-2) * weight).to(x.dtype)
 
@@ -46,6 +54,7 @@ CASES = (
     Case("no rows", "a data-parallel rank without tokens", lambda m: call(m, 0, 64)),
     Case("part of a projection", "the gate is a slice of the projection's output", part_of_a_projection),
     Case("transposed", "not contiguous, and a gate of strides 0", transposed),
+    Case("no gate", "the norm alone", lambda m: call(m, 6, 40) | {"gate": None}),
     Case("low weight", "a weight in the dtype of x", lambda m: call(m, 5, 48, weight=m.normal(48, scale=1.0))),
 )
 

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernel_index.core import checks, rules
@@ -14,20 +15,23 @@ class Call(NamedTuple):
     """A checked call."""
 
     x: Tensor
-    gate: Tensor
+    gate: Tensor | None
     weight: Tensor
     eps: float
     groups: int
+    dtype: torch.dtype  # of the result
 
 
-def check(x: Any, gate: Any, weight: Any, eps: Any, groups: Any) -> Call:
+def check(x: Any, gate: Any, weight: Any, eps: Any, groups: Any, dtype: Any) -> Call:
     checks.is_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., C] with C of at least 1, got shape {tuple(x.shape)}")
     for name, value in (("gate", gate), ("weight", weight)):
-        checks.is_floating(name, value)
-        checks.on_device(name, value, x, "x")
-    checks.has_shape("gate", gate, tuple(x.shape), "of x's shape")
+        if name == "weight" or value is not None:
+            checks.is_floating(name, value)
+            checks.on_device(name, value, x, "x")
+    if gate is not None:
+        checks.has_shape("gate", gate, tuple(x.shape), "of x's shape")
     checks.has_shape("weight", weight, tuple(x.shape[-1:]), "[C]")
     checks.is_real("eps", eps)
     if eps < 0:
@@ -35,7 +39,9 @@ def check(x: Any, gate: Any, weight: Any, eps: Any, groups: Any) -> Call:
     checks.is_int("groups", groups, minimum=1)
     if x.shape[-1] % groups:
         raise ValueError(f"groups must divide the {x.shape[-1]} channels of x, got {groups}")
-    return Call(x, gate, weight, eps, groups)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating dtype or None, got {dtype!r}")
+    return Call(x, gate, weight, eps, groups, x.dtype if dtype is None else dtype)
 
 
 def triton_why_not(call: Call) -> str | None:

@@ -15,21 +15,22 @@ def _rows(x: Tensor) -> Tensor:
     return dense_heads(x.reshape(-1, x.shape[-1]))
 
 
-def _allocate(x, gate, weight, eps, groups):
+def _allocate(x, gate, weight, eps, groups, dtype):
     rstd = torch.empty((*x.shape[:-1], groups), dtype=torch.float32, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), rstd
+    return torch.empty(x.shape, dtype=dtype, device=x.device), rstd
 
 
-def _launch(x, gate, weight, eps, groups):
+def _launch(x, gate, weight, eps, groups, dtype):
     from kernel_index.kernels.state_space.gated_rms_norm import triton
 
-    y, rstd = _allocate(x, gate, weight, eps, groups)
-    triton.forward(_rows(x), _rows(gate), weight.contiguous(), eps, groups, y, rstd)
+    y, rstd = _allocate(x, gate, weight, eps, groups, dtype)
+    triton.forward(_rows(x), None if gate is None else _rows(gate), weight.contiguous(), eps, groups, y, rstd)
     return y, rstd
 
 
 def _allocate_gradients(d_y, x, gate, weight, rstd):
-    d_x, d_gate, d_weight = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate, weight))
+    like = x, x[:0] if gate is None else gate, weight  # without a gate there is nothing to fill
+    d_x, d_gate, d_weight = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like)
     return d_x, d_gate, d_weight
 
 
@@ -37,17 +38,19 @@ def _launch_backward(d_y, x, gate, weight, rstd):
     from kernel_index.kernels.state_space.gated_rms_norm import triton
 
     outputs = _allocate_gradients(d_y, x, gate, weight, rstd)
-    triton.backward(_rows(d_y), _rows(x), _rows(gate), weight.contiguous(), rstd, outputs)
+    gate_rows = None if gate is None else _rows(gate)
+    triton.backward(_rows(d_y), _rows(x), gate_rows, weight.contiguous(), rstd, outputs)
     return outputs
 
 
 _forward_op = ops.register(
-    "gated_rms_norm(Tensor x, Tensor gate, Tensor weight, float eps, int groups) -> (Tensor, Tensor)",
+    "gated_rms_norm(Tensor x, Tensor? gate, Tensor weight, float eps, int groups, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
     _launch,
     _allocate,
 )
 _backward_op = ops.register(
-    "gated_rms_norm_backward(Tensor d_y, Tensor x, Tensor gate, Tensor weight, Tensor rstd) "
+    "gated_rms_norm_backward(Tensor d_y, Tensor x, Tensor? gate, Tensor weight, Tensor rstd) "
     "-> (Tensor, Tensor, Tensor)",
     _launch_backward,
     _allocate_gradients,
@@ -56,8 +59,10 @@ _backward_op = ops.register(
 
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-        y, rstd = _forward_op(x, gate, weight, eps, groups)
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int, dtype: torch.dtype
+    ) -> Tensor:
+        y, rstd = _forward_op(x, gate, weight, eps, groups, dtype)
         ctx.save_for_backward(x, gate, weight, rstd)
         return y
 
@@ -65,7 +70,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         found = _backward_op(d_y, *ctx.saved_tensors)
-        return *(g if needs else None for needs, g in zip(ctx.needs_input_grad[:3], found, strict=True)), None, None
+        return *(g if needs else None for needs, g in zip(ctx.needs_input_grad[:3], found, strict=True)), *[None] * 3
 
 
 def gated_rms_norm_triton(call: Call) -> Tensor:
