@@ -60,8 +60,9 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        _, weight, bias, _, state = ctx.saved_tensors
-        d_x, rows, d_state = _backward_op(d_y, *ctx.saved_tensors, ctx.activation)
+        saved = ctx.saved_tensors
+        _, weight, bias, _, state = saved
+        d_x, rows, d_state = _backward_op(d_y, *saved, ctx.activation)
         d_bias = None if bias is None else rows[-1].to(bias.dtype)
         found = (d_x, rows[:-1].T.to(weight.dtype), d_bias, None, None if state is None else d_state)
         return None, *(g if needs else None for needs, g in zip(ctx.needs_input_grad[1:], found, strict=True))

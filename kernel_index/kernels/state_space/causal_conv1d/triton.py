@@ -121,7 +121,11 @@ def backward_kernel(
     w0, w1 = _tap(weight_ptr, w_c, w_w, o_c, 0, C, W), _tap(weight_ptr, w_c, w_w, o_c, 1, C, W)
     w2, w3 = _tap(weight_ptr, w_c, w_w, o_c, 2, C, W), _tap(weight_ptr, w_c, w_w, o_c, 3, C, W)
     zero = tl.zeros((BC,), tl.float32)
-    bias, d_bias, d_w0, d_w1, d_w2, d_w3 = zero, zero, zero, zero, zero, zero
+    bias = zero
+    # Each of them a tensor of its own: values that a loop carries under several names are lost by Triton's compiler
+    # where they begin as one.
+    d_bias, d_w0, d_w1 = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    d_w2, d_w3 = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     if BIAS:
         bias += tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
     for run in range(tl.program_id(0), count, tl.num_programs(0)):
@@ -133,7 +137,7 @@ def backward_kernel(
         x1 = _input(_row(p_x, x_t, first - 1, o_c, T, C), p_state, first - 1, o_c, C, STATE, W)
         x2 = _input(_row(p_x, x_t, first - 2, o_c, T, C), p_state, first - 2, o_c, C, STATE, W)
         x3 = _input(_row(p_x, x_t, first - 3, o_c, T, C), p_state, first - 3, o_c, C, STATE, W)
-        g1, g2, g3 = zero, zero, zero
+        g1, g2, g3 = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
         b_next, b_after = _row(p_x, x_t, first, o_c, T, C), _row(p_x, x_t, first + 1, o_c, T, C)
         b_dy, b_dy_after = _row(p_dy, dy_t, first, o_c, T, C), _row(p_dy, dy_t, first + 1, o_c, T, C)
         for i in range(0, tl.minimum(RUN, T - first) + W - 1):

@@ -74,7 +74,7 @@ class _SSDScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor | None, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: a checkpoint that recomputes them gives them once
+        saved = ctx.saved_tensors
         x, _, a, _, _, d, dt_bias, _, state = saved
         if d_y is None and d_last is None:
             return (None,) * 10
