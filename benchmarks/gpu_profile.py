@@ -52,7 +52,7 @@ class Kernel(NamedTuple):
 
 def kind_of(name: str) -> str:
     small = name.lower()
-    if small.startswith("_") and small.endswith("_kernel"):
+    if small.endswith("_kernel") and "::" not in small:
         return "ours"
     return next((kind for kind, words in KINDS.items() if any(word in small for word in words)), "other")
 
@@ -85,9 +85,11 @@ def _mark(module: nn.Module, letter: str) -> list[Any]:
         if open_ranges:
             open_ranges.pop().__exit__(None, None, None)
 
-    def begins(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        _first_hook(inputs, leave)
+    def begins(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        own = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in inputs)  # others may read the same tensor
+        _first_hook(own, leave)
         enter()
+        return own
 
     def ends(_: nn.Module, __: object, outputs: Any) -> None:
         leave()
