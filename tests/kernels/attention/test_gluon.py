@@ -1,5 +1,6 @@
 """The kernels for Hopper: what they take, that they compile without a GPU, and, on one, their results."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -48,6 +49,24 @@ def test_other_architectures(monkeypatch):
     for target in (Target("cuda", 100), Target("cuda", 80), Target("hip", "gfx942"), Target("cpu", None)):
         monkeypatch.setattr(gpu_rules, "target_of", lambda device, target=target: target)
         assert gpu_rules.gluon_why_not(call_of()) == "its kernels are made of instructions that only sm_90 has"
+
+
+@pytest.fixture
+def gluon():
+    """The module, on a machine with Triton: its launchers need no GPU."""
+    pytest.importorskip("triton")
+    return importlib.import_module("kernel_index.kernels.attention.dense_attention.gluon")
+
+
+def test_dense_memory_that_is_not_aligned_is_copied(gluon):
+    """A part of a flat buffer is contiguous wherever it begins; the copy engine begins at multiples of 16 bytes."""
+    flat = torch.arange(1 + 2 * 8 * 2 * 64, dtype=torch.bfloat16)
+    x = flat[1:].view(2, 8, 2, 64)
+    assert x.is_contiguous()
+    found = gluon._tiles(x)
+    assert gluon.has_tiles(found)
+    assert torch.equal(found, x)
+    assert gluon._tiles(found) is found
 
 
 COMPILE = """

@@ -18,7 +18,8 @@ ALIGNED = 64
 
 
 def _tiles(x: Tensor) -> Tensor:
-    return x if has_tiles(x) else x.contiguous()
+    """x, or a copy: ``contiguous`` would give back what is dense but begins between two multiples of 16 bytes."""
+    return x if has_tiles(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _rows_like(q: Tensor) -> Tensor:
