@@ -69,6 +69,16 @@ def test_dense_memory_that_is_not_aligned_is_copied(gluon):
     assert gluon._tiles(found) is found
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_numbers_of_every_head_begin_aligned(gluon, rows, heads):
+    """Also where there is one head of one row: a tensor flattened to one row has the stride of its length."""
+    x = gluon._rows_like(torch.empty(rows, 5, heads, 64))
+    found = gluon.backward_kernels.rows_of(x, 64)
+    assert found.base.data_ptr() == x.data_ptr()
+    assert (found.shape, found.strides) == ([rows * heads, 5], [64, 1])
+
+
 COMPILE = """
 from kernel_index.core.testing import suites
 from kernel_index.proofs import aot
