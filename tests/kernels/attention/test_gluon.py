@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.core.attention_function import Backward
 from kernel_index.core.target import Target, has_package
 from kernel_index.kernels.attention.dense_attention import gpu_rules
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
@@ -77,6 +78,29 @@ def test_numbers_of_every_head_begin_aligned(gluon, rows, heads):
     found = gluon.backward_kernels.rows_of(x, 64)
     assert found.base.data_ptr() == x.data_ptr()
     assert (found.shape, found.strides) == ([rows * heads, 5], [64, 1])
+
+
+def test_saved_numbers_that_come_back_without_gaps(gluon, monkeypatch):
+    """As ``torch.autograd.graph.save_on_cpu`` gives them back: the kernels read lse and delta with one stride."""
+    q, k = torch.zeros(2, 100, 4, 64, dtype=torch.bfloat16), torch.zeros(2, 100, 2, 64, dtype=torch.bfloat16)
+    log2_sum, bound = torch.randn(2, 4, 100), torch.zeros(1, 100, dtype=torch.int32)
+    seen = {}
+
+    def queries(d_out, d_lse, q, k, v, out, lse, bounds, scale, softcap, outputs):
+        seen["queries"] = lse, outputs[1]
+        return outputs
+
+    def keys(d_out, q, k, v, lse, delta, bounds, scale, softcap, outputs):
+        seen["keys"] = lse, delta
+        return outputs
+
+    monkeypatch.setattr(gluon.backward_kernels, "backward_queries", queries)
+    monkeypatch.setattr(gluon.backward_kernels, "backward_keys", keys)
+    given = Backward(q, None, q, k, k, None, q, (log2_sum, *[bound] * 4), (True, True, True, False))
+    gluon._backward(gluon.Scoring(None, 0.0), given)
+    for lse, delta in seen.values():
+        assert lse.stride() == delta.stride() == (512, 128, 1)
+        assert torch.equal(lse, log2_sum)
 
 
 COMPILE = """

@@ -42,6 +42,8 @@ def _backward(scoring: Scoring, given: Backward) -> Gradients:
     d_out, q, k, v = map(_tiles, (given.d_out, given.q, given.k, given.v))
     d_lse = None if given.d_lse is None else given.d_lse.contiguous()
     outputs = q.new_empty(q.shape), _rows_like(q)
+    if log2_sum.stride() != outputs[1].stride():  # what hooks on saved tensors kept elsewhere comes back without gaps
+        log2_sum = _rows_like(q).copy_(log2_sum)
     d_q, delta = backward_kernels.backward_queries(
         d_out, d_lse, q, k, v, given.out, log2_sum, (k_start, k_end), *scoring, outputs
     )
