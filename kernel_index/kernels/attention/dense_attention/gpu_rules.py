@@ -48,9 +48,9 @@ def measured_why_not(call: AttentionCall, name: str, kind: tuple[str, ...]) -> s
 
 
 def _measured_or_no_mask(call: AttentionCall, name: str) -> str | None:
-    """Where nothing like the call was measured, torch's own kernel is taken if it needs no mask."""
+    """Where the backend was not measured in calls like this, torch's own kernel is taken if it needs no mask."""
     kind = measured_kind(call)
-    if measured.known("attention", target_of(call.q.device), kind):
+    if measured.known("attention", target_of(call.q.device), kind, name):
         return measured_why_not(call, name, kind)
     return NO_MASK if needs_no_mask(call) else None
 
