@@ -1,6 +1,7 @@
 """The kernels for Hopper: what they take, that they compile without a GPU, and, on one, their results."""
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -80,27 +81,51 @@ def test_numbers_of_every_head_begin_aligned(gluon, rows, heads):
     assert (found.shape, found.strides) == ([rows * heads, 5], [64, 1])
 
 
-def test_saved_numbers_that_come_back_without_gaps(gluon, monkeypatch):
-    """As ``torch.autograd.graph.save_on_cpu`` gives them back: the kernels read lse and delta with one stride."""
-    q, k = torch.zeros(2, 100, 4, 64, dtype=torch.bfloat16), torch.zeros(2, 100, 2, 64, dtype=torch.bfloat16)
-    log2_sum, bound = torch.randn(2, 4, 100), torch.zeros(1, 100, dtype=torch.int32)
+@pytest.fixture
+def launches(gluon, monkeypatch):
+    """The arguments of the backward launches, of which none runs, by the name of the launcher."""
     seen = {}
+    for name in ("backward_queries", "backward_keys"):
+        signature = inspect.signature(getattr(gluon.backward_kernels, name))
 
-    def queries(d_out, d_lse, q, k, v, out, lse, bounds, scale, softcap, outputs):
-        seen["queries"] = lse, outputs[1]
-        return outputs
+        def record(*args, name=name, signature=signature):
+            seen[name] = signature.bind(*args).arguments
+            return seen[name]["outputs"]
 
-    def keys(d_out, q, k, v, lse, delta, bounds, scale, softcap, outputs):
-        seen["keys"] = lse, delta
-        return outputs
+        monkeypatch.setattr(gluon.backward_kernels, name, record)
+    return seen
 
-    monkeypatch.setattr(gluon.backward_kernels, "backward_queries", queries)
-    monkeypatch.setattr(gluon.backward_kernels, "backward_keys", keys)
-    given = Backward(q, None, q, k, k, None, q, (log2_sum, *[bound] * 4), (True, True, True, False))
-    gluon._backward(gluon.Scoring(None, 0.0), given)
-    for lse, delta in seen.values():
+
+def given_to_backward(tokens=100, **changed):
+    q, k = (torch.ones(2, tokens, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+    start, end = torch.zeros(1, tokens, dtype=torch.int32), torch.arange(1, tokens + 1, dtype=torch.int32)[None]
+    saved = torch.randn(2, 4, tokens), start, end, start, end
+    return Backward(q, None, q, k, k, None, q, saved, (True, True, True, False))._replace(**changed)
+
+
+def test_saved_numbers_that_come_back_without_gaps(gluon, launches):
+    """As ``torch.autograd.graph.save_on_cpu`` gives them back: the kernels read lse and delta with one stride."""
+    given = given_to_backward()
+    gluon._backward(gluon.Statics(gluon.Scoring(None, 0.0), False), given)
+    of_queries, of_keys = launches["backward_queries"], launches["backward_keys"]
+    for lse, delta in ((of_queries["lse"], of_queries["outputs"][1]), (of_keys["lse"], of_keys["delta"])):
         assert lse.stride() == delta.stride() == (512, 128, 1)
-        assert torch.equal(lse, log2_sum)
+        assert torch.equal(lse, given.saved[0])
+
+
+def test_padding_has_no_influence_on_gradients(gluon, launches):
+    """NaN in queries that see nothing, and in their gradient from above, is not multiplied with weights of 0."""
+    start, end = given_to_backward().saved[1:3]
+    end = end.clone()
+    end[:, 70:] = 0
+    q = torch.ones(2, 100, 4, 64, dtype=torch.bfloat16)
+    q[:, 70:] = float("nan")
+    given = given_to_backward(q=q, d_out=q, saved=(torch.zeros(2, 4, 100), start, end, start, end))
+    gluon._backward(gluon.Statics(gluon.Scoring(None, 0.0), True), given)
+    for arguments in launches.values():
+        for x in (arguments["q"], arguments["d_out"]):
+            assert torch.equal(x[:, :70], q[:, :70])
+            assert (x[:, 70:] == 0).all()
 
 
 COMPILE = """
