@@ -128,8 +128,8 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
     zero = gl.full([ROWS, BN], 0.0, gl.float32, layout=S_LAYOUT)
     dq = gl.full([ROWS, D], 0.0, gl.float32, layout=Q_LAYOUT)
     count = left + full + right
+    mbarrier.wait(q_full.index(0), 0)  # also without keys: a program that ends gives its shared memory to the next
     if count > 0:
-        mbarrier.wait(q_full.index(0), 0)
         mbarrier.wait(kv_full.index(0), 0)
         q_tile, do_tile = q_ring.index(CONSUMER), do_ring.index(CONSUMER)
         s_started = product_nt(q_tile, k_ring.index(0), zero)
