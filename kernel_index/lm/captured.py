@@ -43,10 +43,11 @@ class GraphRecorder:
         self.stream = torch.cuda.Stream(device)
 
     def warm(self, run: Callable[[], Step]) -> Step:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        callers = torch.cuda.current_stream(self.stream.device)  # that of another GPU may be current
+        self.stream.wait_stream(callers)
         with torch.cuda.stream(self.stream):
             found = run()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        callers.wait_stream(self.stream)
         return found
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
