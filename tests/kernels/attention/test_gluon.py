@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_other_architectures(monkeypatch):
     for target in (Target("cuda", 100), Target("cuda", 80), Target("hip", "gfx942"), Target("cpu", None)):
         monkeypatch.setattr(gpu_rules, "target_of", lambda device, target=target: target)
         assert gpu_rules.gluon_why_not(call_of()) == "its kernels are made of instructions that only sm_90 has"
+
+
+@pytest.mark.parametrize(
+    ("version", "has"), [("3.5.1", False), ("3.6.0", True), ("3.7.0+git1234", True), ("4.0", True)]
+)
+def test_the_version_of_triton(monkeypatch, version, has):
+    """Whatever its distribution is called: nightly builds of PyTorch bring one of another name."""
+    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"no distribution is called {name}"))
+    assert gpu_rules.has_gluon.__wrapped__() is has
 
 
 @pytest.fixture

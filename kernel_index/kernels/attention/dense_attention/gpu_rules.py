@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from importlib.metadata import version
 
 import torch
 
@@ -108,7 +107,11 @@ def gluon_why_not(call: AttentionCall) -> str | None:
 @functools.cache
 def has_gluon() -> bool:
     """Whether Triton has Gluon with the instructions of Hopper, as it is written here."""
-    return has_package("triton") and tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
+    if not has_package("triton"):
+        return False
+    import triton  # its distribution has several names, such as pytorch-triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
 NOT_MEASURED = "no call like this one was measured with these kernels"
