@@ -199,3 +199,13 @@ def test_a_batch_that_is_moved_keeps_what_the_host_knows():
     moved = batch.to("meta")
     assert all(x.is_meta for x in (moved.tokens, moved.mask.subtree_end, moved.targets))
     assert [len(level.parent) for level in moved.mask.tree_levels(1, 4)] == [1, 2]
+
+
+def test_a_tree_is_moved_in_inference_mode():
+    """Tensors that are made there count no writes, so nothing that is known of them is kept."""
+    mask = ki.MaskContract(subtree_end=FORK.clone())
+    with torch.inference_mode():
+        moved = mask.to("meta")
+    assert moved.subtree_end.is_meta
+    assert moved.on_the_host() is None
+    assert mask.to("meta").on_the_host() is not None
