@@ -40,8 +40,10 @@ TREE = ki.MaskContract(subtree_end=ki.pack_tree([-1, 0, 0], [4, 2, 2]).subtree_e
         (call_of(dtype=torch.float32), "takes float16 and bfloat16"),
         (call_of(mask=TREE), "goes by intervals of keys: a tree has none"),
         (call_of(tokens=0), "needs at least one query and one key"),
+        (call_of()._replace(scale=-0.1), "takes scales above 0: it compares scores before they are scaled"),
+        (call_of()._replace(scale=0.0), "takes scales above 0: it compares scores before they are scaled"),
     ],
-    ids=["width", "value_width", "dtype", "tree", "empty"],
+    ids=["width", "value_width", "dtype", "tree", "empty", "negative", "zero"],
 )
 def test_what_it_declines(monkeypatch, call, reason):
     monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
@@ -138,6 +140,13 @@ def test_padding_has_no_influence_on_gradients(gluon, launches):
         for x in (arguments["q"], arguments["d_out"]):
             assert torch.equal(x[:, :70], q[:, :70])
             assert (x[:, 70:] == 0).all()
+
+
+def test_a_softcap_takes_any_scale(monkeypatch):
+    """The scale is inside of its tanh."""
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    found = gpu_rules.gluon_why_not(call_of()._replace(scale=-0.1, softcap=20.0))
+    assert found != gpu_rules.gluon_why_not(call_of()._replace(scale=-0.1))
 
 
 COMPILE = """

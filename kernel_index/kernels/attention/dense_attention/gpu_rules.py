@@ -93,6 +93,8 @@ def gluon_why_not(call: AttentionCall) -> str | None:
         return "takes heads of 64 and 128"
     if call.q.dtype not in rules.HALF:
         return "takes float16 and bfloat16"
+    if call.softcap == 0 and call.scale is not None and call.scale <= 0:
+        return "takes scales above 0: it compares scores before they are scaled"
     if call.mask.is_tree and call.mask.row_bounds(call.sizes).q_end is not None:
         return "goes by intervals of keys: a tree has none"
     if torch.compiler.is_compiling():
