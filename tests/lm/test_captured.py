@@ -117,6 +117,23 @@ def test_a_gradient_that_is_not_in_the_graph_stays(weight):
         assert torch.equal(idle.grad, torch.full((2,), 3.0))
 
 
+def test_a_step_that_cannot_be_recorded_leaves_the_gradients(weight):
+    recorder = Again([weight])
+    step = CapturedStep(gradients_of(weight), [weight], recorder)
+    for seed in range(WARM):
+        step(batch_of(5, seed), torch.tensor(1.0))
+    before = weight.grad.clone()
+
+    def record(run):
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorder.record = record
+    with pytest.raises(RuntimeError, match="capturing"):
+        step(batch_of(5, WARM), torch.tensor(1.0))
+    assert torch.equal(weight.grad, before)
+
+
 def test_what_is_recorded_and_what_is_not(monkeypatch):
     """A model that reports its unions reads them on the host, which no graph can hold."""
     monkeypatch.setattr("kernel_index.lm.train.GraphRecorder", lambda device: Again([]))
