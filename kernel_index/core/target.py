@@ -59,6 +59,16 @@ def has_package(name: str) -> bool:
     return _find_package(name)
 
 
+@functools.cache
+def triton_version() -> tuple[int, ...]:
+    """Major and minor, (0, 0) without it.  The module is asked: its distribution has several names."""
+    if not has_package("triton"):
+        return 0, 0
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 NO_COMPILER = "no C++ compiler (g++ or clang++) found"
 NO_GXX = "needs g++, or another C++ compiler named by the variable CXX"
 NO_VECTORS = "needs a CPU with AVX-512 and PyTorch's oneDNN"

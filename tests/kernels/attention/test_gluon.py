@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.core import target
 from kernel_index.core.attention_function import Backward
 from kernel_index.core.target import Target, has_package
 from kernel_index.kernels.attention.dense_attention import gpu_rules
@@ -51,20 +52,23 @@ def test_what_it_declines(monkeypatch, call, reason):
 
 
 def test_other_architectures(monkeypatch):
-    for target in (Target("cuda", 100), Target("cuda", 80), Target("hip", "gfx942"), Target("cpu", None)):
-        monkeypatch.setattr(gpu_rules, "target_of", lambda device, target=target: target)
+    for other in (Target("cuda", 100), Target("cuda", 80), Target("hip", "gfx942"), Target("cpu", None)):
+        monkeypatch.setattr(gpu_rules, "target_of", lambda device, other=other: other)
         assert gpu_rules.gluon_why_not(call_of()) == "its kernels are made of instructions that only sm_90 has"
 
 
-@pytest.mark.parametrize(
-    ("version", "has"), [("3.5.1", False), ("3.6.0", True), ("3.7.0+git1234", True), ("4.0", True)]
-)
-def test_the_version_of_triton(monkeypatch, version, has):
+@pytest.mark.parametrize(("version", "found"), [("3.5.1", (3, 5)), ("3.7.0+git1234", (3, 7)), ("4.0", (4, 0))])
+def test_the_version_of_triton(monkeypatch, version, found):
     """Whatever its distribution is called: nightly builds of PyTorch bring one of another name."""
-    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(target, "has_package", lambda name: True)
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
-    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"no distribution is called {name}"))
-    assert gpu_rules.has_gluon.__wrapped__() is has
+    assert target.triton_version.__wrapped__() == found
+
+
+def test_older_versions_of_triton(monkeypatch):
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    monkeypatch.setattr(gpu_rules, "triton_version", lambda: (3, 5))
+    assert gpu_rules.gluon_why_not(call_of()) == "needs Triton 3.6 or later"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from kernel_index.core import measured, rules
 from kernel_index.core.fa4_support import support_of
-from kernel_index.core.target import has_package, target_of
+from kernel_index.core.target import has_package, target_of, triton_version
 from kernel_index.kernels.attention.dense_attention.contract import NO_MASK, AttentionCall, needs_no_mask
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
 
@@ -101,19 +101,9 @@ def gluon_why_not(call: AttentionCall) -> str | None:
         return "torch.compile is tracing: it is no operator that a graph could hold"
     if call.is_empty:
         return "needs at least one query and one key"
-    if not has_gluon():
+    if triton_version() < (3, 6):
         return "needs Triton 3.6 or later"
     return rules.triton_why_not(call.q, call.k, call.v, call.sink)
-
-
-@functools.cache
-def has_gluon() -> bool:
-    """Whether Triton has Gluon with the instructions of Hopper, as it is written here."""
-    if not has_package("triton"):
-        return False
-    import triton  # its distribution has several names, such as pytorch-triton
-
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
 NOT_MEASURED = "no call like this one was measured with these kernels"
