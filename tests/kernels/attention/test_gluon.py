@@ -146,6 +146,18 @@ def test_padding_has_no_influence_on_gradients(gluon, launches):
             assert (x[:, 70:] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("ids", "expected"), [([[0] * 5 + [1] * 3], False), ([[0] * 5 + [1] * 2 + [-1]], True)], ids=["none", "one"]
+)
+def test_padding_that_the_host_knows_of(ids, expected):
+    """Documents without padding need no copies of queries, if they were described on the host."""
+    mask = ki.MaskContract(doc_ids=torch.tensor(ids))
+    q = torch.empty(1, 8, 4, 64, device="meta")
+    assert call_of(mask=mask.to("meta"))._replace(q=q, k=q).may_have_padding is expected
+    on_the_device = ki.MaskContract(doc_ids=torch.empty(1, 8, dtype=torch.int64, device="meta"))
+    assert call_of(mask=on_the_device)._replace(q=q, k=q).may_have_padding
+
+
 def test_a_softcap_takes_any_scale(monkeypatch):
     """The scale is inside of its tanh."""
     monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))

@@ -49,6 +49,8 @@ class AttentionCall(NamedTuple):
             return False
         if sizes.offset != 0 or sizes.queries > sizes.keys:
             return True
+        if mask.lengths_are_known(sizes):  # reads nothing: the host knows which tokens are in a document
+            return mask.varlen(sizes.batch, sizes.queries, sizes.keys, device=sizes.device).kept is not None
         told = (mask.doc_ids, mask.counts, mask.key_counts, mask.cu_seqlens, mask.subtree_end)  # a tree may have gaps
         return any(x is not None for x in told)
 
