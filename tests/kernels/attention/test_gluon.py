@@ -158,6 +158,15 @@ def test_padding_that_the_host_knows_of(ids, expected):
     assert call_of(mask=on_the_device)._replace(q=q, k=q).may_have_padding
 
 
+def test_a_trace_computes_no_bounds_of_a_tree_to_decline_it(monkeypatch):
+    """Nor does it compare a scale that may be a symbol."""
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(ki.MaskContract, "row_bounds", lambda *_: pytest.fail("bounds of a tree"))
+    found = gpu_rules.gluon_why_not(call_of(mask=TREE)._replace(scale=-1.0))
+    assert found == "torch.compile is tracing: it is no operator that a graph could hold"
+
+
 def test_a_softcap_takes_any_scale(monkeypatch):
     """The scale is inside of its tanh."""
     monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))

@@ -89,6 +89,8 @@ def gluon_why_not(call: AttentionCall) -> str | None:
     target = target_of(call.q.device)
     if target.kind != "cuda" or target.arch != 90:
         return "its kernels are made of instructions that only sm_90 has"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: it is no operator that a graph could hold"
     if call.q.shape[3] not in GLUON_WIDTHS or call.v.shape[3] not in GLUON_WIDTHS:
         return "takes heads of 64 and 128"
     if call.q.dtype not in rules.HALF:
@@ -97,8 +99,6 @@ def gluon_why_not(call: AttentionCall) -> str | None:
         return "takes scales above 0: it compares scores before they are scaled"
     if call.mask.is_tree and call.mask.row_bounds(call.sizes).q_end is not None:
         return "goes by intervals of keys: a tree has none"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing: it is no operator that a graph could hold"
     if call.is_empty:
         return "needs at least one query and one key"
     if triton_version() < (3, 6):
