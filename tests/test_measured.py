@@ -221,6 +221,15 @@ def test_the_kernels_for_hopper_are_taken_only_where_they_were_measured(on_sm90,
     assert on_sm90(8192, 96, fa4=False).would_run == "sdpa", "gluon takes no head of 96, and torch's was faster"
 
 
+def test_flex_attention_is_not_taken_where_it_was_not_measured_and_torchs_kernel_was_faster(on_sm90, table):
+    """The table of the package has no time of it: it compiles for each mask and shape."""
+    table(attention=[row("causal 512 infer", [128, 512, 32], ["infer"], fa4=271.0, triton=307.0, sdpa=226.0)])
+    for fa4 in (True, False):
+        found = on_sm90(512, 128, fa4=fa4)
+        assert found.would_run == "sdpa"
+        assert found.verdicts["flex"] == contract.NO_MASK
+
+
 def test_with_flash_attn_it_is_taken_where_nothing_was_faster(on_sm90):
     for tokens in (1000, 8192, 50000):
         assert on_sm90(tokens, 128, fa4=True).would_run == "fa4"

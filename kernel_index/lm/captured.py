@@ -43,10 +43,11 @@ class GraphRecorder:
         self.stream = torch.cuda.Stream(device)
 
     def warm(self, run: Callable[[], Step]) -> Step:
-        self.stream.wait_stream(torch.cuda.current_stream())
+        callers = torch.cuda.current_stream(self.stream.device)  # that of another GPU may be current
+        self.stream.wait_stream(callers)
         with torch.cuda.stream(self.stream):
             found = run()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        callers.wait_stream(self.stream)
         return found
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -98,10 +99,15 @@ class _Recorded:
     def __init__(self, captured: CapturedStep, batch: Batch, share: Tensor):
         self.batch, self.share = Batch(*(t.clone() for t in batch)), share.clone()
         self.step = Step(self.share, Counter())
-        for parameter in captured.parameters:
-            parameter.grad = None  # so that the recorded backward pass makes gradients, and does not add to any
-        self.replay = captured.recorder.record(lambda: self._run(captured.gradients))
-        self.grads = [p.grad for p in captured.parameters]
+        earlier = [p.grad for p in captured.parameters]
+        try:
+            for parameter in captured.parameters:
+                parameter.grad = None  # so that the recorded backward pass makes gradients, and does not add to any
+            self.replay = captured.recorder.record(lambda: self._run(captured.gradients))
+            self.grads = [p.grad for p in captured.parameters]
+        finally:  # what failed leaves no gradient in memory that no graph will write
+            for parameter, grad in zip(captured.parameters, earlier, strict=True):
+                parameter.grad = grad
 
     def _run(self, gradients: Gradients) -> None:
         self.step = run_step(gradients, self.batch, self.share)

@@ -189,6 +189,8 @@ class Trainer:
             batches = [self.rows.batch(indices[i : i + c.batch_rows]) for i in range(0, len(indices), c.batch_rows)]
         with self.goodput.phase("step"):
             self.model.attend_densely(self.step < c.sparse_from_step)
+            if self.step == c.sparse_from_step > 0:
+                self.captured = self._captured()  # the graph of the dense steps, and its memory, are not used again
             rate = self.learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -249,11 +251,11 @@ class Trainer:
         return loss_share.detach()
 
     def _captured(self) -> CapturedStep | None:
-        """Steps as CUDA graphs, on one GPU, where nothing is drawn on the host."""
+        """Steps as CUDA graphs, on one GPU, where nothing is drawn or read on the host."""
         c = self.config
         if not c.graphs or self.device.type != "cuda" or torch.version.hip is not None or self.group.size > 1:
             return None
-        if c.compile or c.backend != "auto" or c.model.dropout > 0:
+        if c.compile or c.backend != "auto" or c.model.dropout > 0 or c.model.sparse.report_unions:
             return None
         return CapturedStep(self._add_gradients, self.model.parameters(), GraphRecorder(self.device))
 

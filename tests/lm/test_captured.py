@@ -1,6 +1,8 @@
 """A step that is replayed has the effects of one that runs; a recorder that runs again stands for the CUDA graph."""
 
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,10 @@ import torch
 import kernel_index as ki
 from kernel_index.lm.captured import WARM, CapturedStep, GraphRecorder, Step, run_step
 from kernel_index.lm.data import Batch
+from kernel_index.lm.distributed import Group
+from kernel_index.lm.train import RunConfig, Trainer
+from tests.lm.runs import config as run_config
+from tests.lm.runs import losses
 
 
 class Again:
@@ -111,6 +117,63 @@ def test_a_gradient_that_is_not_in_the_graph_stays(weight):
         assert torch.equal(idle.grad, torch.full((2,), 3.0))
 
 
+def test_a_step_that_cannot_be_recorded_leaves_the_gradients(weight):
+    recorder = Again([weight])
+    step = CapturedStep(gradients_of(weight), [weight], recorder)
+    for seed in range(WARM):
+        step(batch_of(5, seed), torch.tensor(1.0))
+    before = weight.grad.clone()
+
+    def record(run):
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorder.record = record
+    with pytest.raises(RuntimeError, match="capturing"):
+        step(batch_of(5, WARM), torch.tensor(1.0))
+    assert torch.equal(weight.grad, before)
+
+
+def test_what_is_recorded_and_what_is_not(monkeypatch):
+    """A model that reports its unions reads them on the host, which no graph can hold."""
+    monkeypatch.setattr("kernel_index.lm.train.GraphRecorder", lambda device: Again([]))
+
+    def captured(preset: str, **changes) -> CapturedStep | None:
+        config = replace(RunConfig.from_preset(preset), device="cuda", **changes)
+        model = torch.nn.Linear(1, 1)
+        trainer = SimpleNamespace(
+            config=config, device=torch.device("cuda"), group=Group(), model=model, _add_gradients=None
+        )
+        return Trainer._captured(trainer)
+
+    assert captured("small") is not None
+    assert captured("small", graphs=False) is None
+    assert captured("nano") is None, "dropout"
+    assert captured("tiny") is None, "report_unions"
+
+
+def test_a_run_whose_steps_are_replayed(corpus, tmp_path, monkeypatch):
+    """It has the numbers of one whose steps run; no graph of the dense steps is left behind them."""
+    changes = {"sparse_from_step": 4, "steps": 8, "accumulate": 2, "evaluate_every": 3}
+    losses_of = {}
+    for replayed in (False, True):
+        config = run_config(corpus, **changes)
+        config = replace(config, model=replace(config.model, dropout=0.0))
+        if replayed:
+            monkeypatch.setattr(
+                Trainer,
+                "_captured",
+                lambda self: CapturedStep(
+                    self._add_gradients, self.model.parameters(), Again(list(self.model.parameters()))
+                ),
+            )
+        trainer = Trainer.start(config, tmp_path / str(replayed))
+        list(trainer.steps())
+        losses_of[replayed] = losses(trainer.folder)
+    assert losses_of[True] == losses_of[False]
+    assert {kind[0] for kind in trainer.captured.recorded} == {False}
+
+
 @pytest.fixture
 def deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -120,8 +183,6 @@ def deterministic():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_model_on_a_gpu_has_the_same_bits(deterministic):
-    from dataclasses import replace
-
     from kernel_index.lm.config import PRESETS
     from kernel_index.lm.model import LanguageModel
 

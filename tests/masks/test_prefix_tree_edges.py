@@ -199,3 +199,21 @@ def test_a_batch_that_is_moved_keeps_what_the_host_knows():
     moved = batch.to("meta")
     assert all(x.is_meta for x in (moved.tokens, moved.mask.subtree_end, moved.targets))
     assert [len(level.parent) for level in moved.mask.tree_levels(1, 4)] == [1, 2]
+
+
+def test_a_tree_is_moved_in_inference_mode():
+    """Tensors that are made there count no writes, so nothing that is known of them is kept."""
+    mask = ki.MaskContract(subtree_end=FORK.clone())
+    with torch.inference_mode():
+        moved = mask.to("meta")
+    assert moved.subtree_end.is_meta
+    assert moved.on_the_host() is None
+    assert mask.to("meta").on_the_host() is not None
+
+
+def test_what_the_host_keeps_of_a_moved_tree_is_its_row_alone():
+    """A loader may hold its rows in one large tensor."""
+    rows = FORK.expand(1000, -1).clone()
+    known = ki.MaskContract(subtree_end=rows[3]).to("meta").on_the_host()
+    assert torch.equal(known.subtree_end, FORK)
+    assert known.subtree_end.untyped_storage().nbytes() == FORK.numel() * FORK.element_size()

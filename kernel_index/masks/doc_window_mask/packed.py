@@ -158,8 +158,8 @@ class PackedMask(MaskFields):
         found = super().to(device)
         if all(a is b for a, b in zip(self.sources(), found.sources(), strict=True)):
             return self
-        if self.is_tree and (known := self.on_the_host()) is not None:  # copied: a loader may fill its buffers again
-            keep(found._kept, TWIN, (), found.sources(), (known._changed(lambda tensors: copy.deepcopy(tensors)),))
+        if self.is_tree and (known := self.on_the_host()) is not None:
+            keep(found._kept, TWIN, (), found.sources(), (known._changed(_copied),))
         tokens, _ = self._keys_of_tensors()
         if tokens is None and self.cu_seqlens is None:
             return found
@@ -177,3 +177,8 @@ class PackedMask(MaskFields):
             moved = lengths._replace(cu_seqlens_q=of_queries, cu_seqlens_k=of_keys, kept=kept)
             keep(found._kept, ON_THE_HOST, there, found.sources(), moved)
         return found
+
+
+def _copied(tensors: Any) -> Any:
+    """A loader may fill its buffers again.  A deep copy of a tensor would be one of all that its view lies in."""
+    return tensors.clone() if isinstance(tensors, Tensor) else copy.deepcopy(tensors)

@@ -41,6 +41,19 @@ class AttentionCall(NamedTuple):
     def is_empty(self) -> bool:
         return self.q.shape[0] * self.q.shape[1] * self.k.shape[1] == 0
 
+    @property
+    def may_have_padding(self) -> bool:
+        """Whether a query may see no key."""
+        mask, sizes = self.mask, self.sizes
+        if mask.is_band and sizes.offset == sizes.keys - sizes.queries >= 0:
+            return False
+        if sizes.offset != 0 or sizes.queries > sizes.keys:
+            return True
+        if mask.lengths_are_known(sizes):  # reads nothing: the host knows which tokens are in a document
+            return mask.varlen(sizes.batch, sizes.queries, sizes.keys, device=sizes.device).kept is not None
+        told = (mask.doc_ids, mask.counts, mask.key_counts, mask.cu_seqlens, mask.subtree_end)  # a tree may have gaps
+        return any(x is not None for x in told)
+
 
 def sight_of(bounds: RowBounds) -> Sight | PairSight:
     """What the queries of a mask see."""

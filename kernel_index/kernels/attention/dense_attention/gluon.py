@@ -1,6 +1,7 @@
 """The ``gluon`` backend: the kernels of ``triton_hopper.py``, with what a mask excludes hidden before they run."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,16 @@ ALIGNED = 64
 """The copy engine reads the log-sum-exp of so many queries together, and begins at multiples of 16 bytes."""
 
 
+class Statics(NamedTuple):
+    """``may_have_padding``: whether a query may see no key."""
+
+    scoring: Scoring
+    may_have_padding: bool
+
+
 def _tiles(x: Tensor) -> Tensor:
-    return x if has_tiles(x) else x.contiguous()
+    """x, or a copy: ``contiguous`` would give back what is dense but begins between two multiples of 16 bytes."""
+    return x if has_tiles(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _rows_like(q: Tensor) -> Tensor:
@@ -28,19 +37,25 @@ def _rows_like(q: Tensor) -> Tensor:
 
 
 def _forward(
-    scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *bounds: Tensor
+    statics: Statics, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *bounds: Tensor
 ) -> Forward:  # fmt: skip
     outputs = q.new_empty(*q.shape[:3], v.shape[3]), _rows_like(q)
     q, k, v = map(_tiles, (q, k, v))
-    out, log2_sum = forward_kernels.forward(q, k, v, sink, (bounds[0], bounds[1]), *scoring, outputs)
+    out, log2_sum = forward_kernels.forward(q, k, v, sink, (bounds[0], bounds[1]), *statics.scoring, outputs)
     return Forward(out, log2_sum * math.log(2), (log2_sum, *bounds))
 
 
-def _backward(scoring: Scoring, given: Backward) -> Gradients:
+def _backward(statics: Statics, given: Backward) -> Gradients:
     log2_sum, k_start, k_end, q_start, q_end = given.saved
-    d_out, q, k, v = map(_tiles, (given.d_out, given.q, given.k, given.v))
+    scoring, d_out, q = statics.scoring, given.d_out, given.q
+    if statics.may_have_padding:  # its weights are 0, and 0 · NaN would be the gradient of the keys of its tile
+        m_some = (k_start < k_end)[..., None, None]
+        d_out, q = torch.where(m_some, d_out, 0.0), torch.where(m_some, q, 0.0)
+    d_out, q, k, v = map(_tiles, (d_out, q, given.k, given.v))
     d_lse = None if given.d_lse is None else given.d_lse.contiguous()
     outputs = q.new_empty(q.shape), _rows_like(q)
+    if log2_sum.stride() != outputs[1].stride():  # what hooks on saved tensors kept elsewhere comes back without gaps
+        log2_sum = _rows_like(q).copy_(log2_sum)
     d_q, delta = backward_kernels.backward_queries(
         d_out, d_lse, q, k, v, given.out, log2_sum, (k_start, k_end), *scoring, outputs
     )
@@ -60,4 +75,5 @@ PASSES = Passes("the gluon backend of attention", _forward, _backward)
 @guarded_on_device
 def attention_gluon(call: AttentionCall) -> OutAndLse:
     bounds = call.mask.row_kernel_intervals(call.sizes)
-    return attend(PASSES, Scoring(call.scale, call.softcap), call.q, call.k, call.v, call.sink, *bounds)
+    statics = Statics(Scoring(call.scale, call.softcap), call.may_have_padding)
+    return attend(PASSES, statics, call.q, call.k, call.v, call.sink, *bounds)

@@ -2,13 +2,12 @@
 
 import functools
 import inspect
-from importlib.metadata import version
 
 import torch
 
 from kernel_index.core import measured, rules
 from kernel_index.core.fa4_support import support_of
-from kernel_index.core.target import has_package, target_of
+from kernel_index.core.target import has_package, target_of, triton_version
 from kernel_index.kernels.attention.dense_attention.contract import NO_MASK, AttentionCall, needs_no_mask
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
 
@@ -48,9 +47,9 @@ def measured_why_not(call: AttentionCall, name: str, kind: tuple[str, ...]) -> s
 
 
 def _measured_or_no_mask(call: AttentionCall, name: str) -> str | None:
-    """Where nothing like the call was measured, torch's own kernel is taken if it needs no mask."""
+    """Where the backend was not measured in calls like this, torch's own kernel is taken if it needs no mask."""
     kind = measured_kind(call)
-    if measured.known("attention", target_of(call.q.device), kind):
+    if measured.known("attention", target_of(call.q.device), kind, name):
         return measured_why_not(call, name, kind)
     return NO_MASK if needs_no_mask(call) else None
 
@@ -90,25 +89,21 @@ def gluon_why_not(call: AttentionCall) -> str | None:
     target = target_of(call.q.device)
     if target.kind != "cuda" or target.arch != 90:
         return "its kernels are made of instructions that only sm_90 has"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing: it is no operator that a graph could hold"
     if call.q.shape[3] not in GLUON_WIDTHS or call.v.shape[3] not in GLUON_WIDTHS:
         return "takes heads of 64 and 128"
     if call.q.dtype not in rules.HALF:
         return "takes float16 and bfloat16"
+    if call.softcap == 0 and call.scale is not None and call.scale <= 0:
+        return "takes scales above 0: it compares scores before they are scaled"
     if call.mask.is_tree and call.mask.row_bounds(call.sizes).q_end is not None:
         return "goes by intervals of keys: a tree has none"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing: it is no operator that a graph could hold"
     if call.is_empty:
         return "needs at least one query and one key"
-    if not has_gluon():
+    if triton_version() < (3, 6):
         return "needs Triton 3.6 or later"
     return rules.triton_why_not(call.q, call.k, call.v, call.sink)
-
-
-@functools.cache
-def has_gluon() -> bool:
-    """Whether Triton has Gluon with the instructions of Hopper, as it is written here."""
-    return has_package("triton") and tuple(map(int, version("triton").split(".")[:2])) >= (3, 6)
 
 
 NOT_MEASURED = "no call like this one was measured with these kernels"

@@ -38,8 +38,8 @@ def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
 
 def rows_of(x: Tensor, rows: int) -> TensorDescriptor:
     """Stretches of ``rows`` numbers of x [B, H, T], float32, whose heads begin at multiples of 16 bytes."""
-    flat = x.flatten(0, 1)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, rows], gl.NVMMASharedLayout(0, 32, 2))
+    shape, strides = [x.shape[0] * x.shape[1], x.shape[2]], [x.stride(1), 1]  # flattened, one head has another stride
+    return TensorDescriptor(x, shape, strides, [1, rows], gl.NVMMASharedLayout(0, 32, 2))
 
 
 def has_tiles(x: Tensor) -> bool:

@@ -21,7 +21,6 @@ from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 from kernel_index.kernels.attention.dense_attention.triton_hopper import (
     ROWS,
-    THREE,
     TWO,
     barriers,
     copy_tile,
@@ -36,17 +35,18 @@ from kernel_index.kernels.attention.dense_attention.triton_hopper import (
     within,
 )
 
+CONSUMERS = gl.constexpr(2)
+
 
 class Shape(NamedTuple):
-    """Consumers, rows of the tiles that the producer copies, and slots of its ring."""
+    """Rows of the tiles that the producer copies, and slots of its ring."""
 
-    consumers: int
     step: int
     stages: int
 
 
-SHAPES = {"queries": {64: Shape(2, 64, 3), 128: Shape(2, 64, 3)}, "keys": {64: Shape(2, 64, 2), 128: Shape(2, 64, 2)}}
-"""Of a kernel, by the larger head size: what needs no more registers than there are, timed on an H200."""
+SHAPES = {"queries": Shape(64, 3), "keys": Shape(64, 2)}
+"""Of a kernel: what needs no more registers than there are, timed on an H200."""
 
 
 @gluon.jit
@@ -128,8 +128,8 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
     zero = gl.full([ROWS, BN], 0.0, gl.float32, layout=S_LAYOUT)
     dq = gl.full([ROWS, D], 0.0, gl.float32, layout=Q_LAYOUT)
     count = left + full + right
+    mbarrier.wait(q_full.index(0), 0)  # also without keys: a program that ends gives its shared memory to the next
     if count > 0:
-        mbarrier.wait(q_full.index(0), 0)
         mbarrier.wait(kv_full.index(0), 0)
         q_tile, do_tile = q_ring.index(CONSUMER), do_ring.index(CONSUMER)
         s_started = product_nt(q_tile, k_ring.index(0), zero)
@@ -164,7 +164,7 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
 def _queries_kernel(
     q_desc, do_desc, k_desc, v_desc, d_out_ptr, d_lse_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, dq_ptr, delta_ptr,
     do_b, do_t, do_h, window_b, lse_h, T, H, G, scale, inner, outer,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE: gl.constexpr,
+    STAGES: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE: gl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head, and its ``delta`` for the keys' kernel."""
     buffers = (
@@ -196,27 +196,15 @@ def _queries_kernel(
         T, low, left, full, right, scale, inner, outer,
     )  # fmt: skip
     produced = (q_desc, do_desc, k_desc, v_desc, buffers, b, h, h // G, first, low, left, full, right)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume_keys, (consumed, 0, CAPPED, HAS_D_LSE)),
-                (_consume_keys, (consumed, 1, CAPPED, HAS_D_LSE)),
-                (_produce_keys, (produced,)),
-            ],
-            TWO[0],
-            TWO[1],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume_keys, (consumed, 0, CAPPED, HAS_D_LSE)),
-                (_consume_keys, (consumed, 1, CAPPED, HAS_D_LSE)),
-                (_consume_keys, (consumed, 2, CAPPED, HAS_D_LSE)),
-                (_produce_keys, (produced,)),
-            ],
-            THREE[0],
-            THREE[1],
-        )
+    gl.warp_specialize(
+        [
+            (_consume_keys, (consumed, 0, CAPPED, HAS_D_LSE)),
+            (_consume_keys, (consumed, 1, CAPPED, HAS_D_LSE)),
+            (_produce_keys, (produced,)),
+        ],
+        TWO[0],
+        TWO[1],
+    )
 
 
 @gluon.jit
@@ -314,7 +302,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
 @gluon.jit
 def _keys_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, start_ptr, end_ptr, dk_ptr, dv_ptr, window_b, S, H, G, scale,
-    inner, outer, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr,
+    inner, outer, STAGES: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one KV head; ``start`` and ``end`` bound the queries that see each key."""
     NUMBERS: gl.constexpr = lse_desc.layout
@@ -348,27 +336,15 @@ def _keys_kernel(
     produced = (
         q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, b, H, kv_head, G, first, low, left, full, right,
     )  # fmt: skip
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume_queries, (consumed, 0, CAPPED)),
-                (_consume_queries, (consumed, 1, CAPPED)),
-                (_produce_queries, (produced,)),
-            ],
-            TWO[0],
-            TWO[1],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume_queries, (consumed, 0, CAPPED)),
-                (_consume_queries, (consumed, 1, CAPPED)),
-                (_consume_queries, (consumed, 2, CAPPED)),
-                (_produce_queries, (produced,)),
-            ],
-            THREE[0],
-            THREE[1],
-        )
+    gl.warp_specialize(
+        [
+            (_consume_queries, (consumed, 0, CAPPED)),
+            (_consume_queries, (consumed, 1, CAPPED)),
+            (_produce_queries, (produced,)),
+        ],
+        TWO[0],
+        TWO[1],
+    )
 
 
 def backward_queries(
@@ -378,12 +354,12 @@ def backward_queries(
     """``outputs``: dQ, contiguous, and ``delta``, which lies as ``lse`` does."""
     (B, T, H, D), K = q.shape, k.shape[2]
     scale = D**-0.5 if scale is None else scale
-    consumers, step, stages = SHAPES["queries"][max(D, v.shape[3])]
+    step, stages = SHAPES["queries"]
     with on_device(q):
-        _queries_kernel[(ceil_div(T, ROWS * consumers), B * H)](
+        _queries_kernel[(ceil_div(T, ROWS * CONSUMERS.value), B * H)](
             tiles_of(q, ROWS), tiles_of(d_out, ROWS), tiles_of(k, step), tiles_of(v, step), d_out, d_lse, out, lse,
             *bounds, *outputs, *d_out.stride()[:3], row_stride(bounds[0]), lse.stride(1), T, H, H // K, scale,
-            *score_factors(scale, softcap), consumers, stages, softcap > 0, d_lse is not None, num_warps=4,
+            *score_factors(scale, softcap), stages, softcap > 0, d_lse is not None, num_warps=4,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return outputs
@@ -395,12 +371,12 @@ def backward_keys(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, S, K, _), H, D = k.shape, q.shape[2], q.shape[3]
     scale = D**-0.5 if scale is None else scale
-    consumers, step, stages = SHAPES["keys"][max(D, v.shape[3])]
+    step, stages = SHAPES["keys"]
     with on_device(q):
-        _keys_kernel[(ceil_div(S, ROWS * consumers), B * K)](
+        _keys_kernel[(ceil_div(S, ROWS * CONSUMERS.value), B * K)](
             tiles_of(q, step), tiles_of(d_out, step), tiles_of(k, ROWS), tiles_of(v, ROWS), rows_of(lse, step),
             rows_of(delta, step), *bounds, *outputs, row_stride(bounds[0]), S, H, H // K, scale,
-            *score_factors(scale, softcap), consumers, stages, softcap > 0, num_warps=4,
+            *score_factors(scale, softcap), stages, softcap > 0, num_warps=4,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return outputs
