@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kernel_index as ki
 from kernel_index.core import target
@@ -164,7 +165,24 @@ def test_a_trace_computes_no_bounds_of_a_tree_to_decline_it(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(ki.MaskContract, "row_bounds", lambda *_: pytest.fail("bounds of a tree"))
     found = gpu_rules.gluon_why_not(call_of(mask=TREE)._replace(scale=-1.0))
-    assert found == "torch.compile is tracing: it is no operator that a graph could hold"
+    assert found == gpu_rules.NO_OPERATOR
+
+
+def test_a_graph_of_operators_has_no_hole(monkeypatch):
+    """``make_fx`` would record the memory of the result, and nothing that writes to it."""
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    seen = []
+
+    def trace(q: torch.Tensor) -> torch.Tensor:
+        seen.append(gpu_rules.gluon_why_not(call_of()._replace(q=q)))
+        return q + 1
+
+    q = torch.zeros(1, 8, 4, 64, dtype=torch.bfloat16)
+    make_fx(trace)(q)
+    torch.jit.trace(trace, q, check_trace=False)
+    trace(q)
+    assert seen[:2] == [gpu_rules.NO_OPERATOR] * 2
+    assert seen[2] != gpu_rules.NO_OPERATOR
 
 
 def test_a_softcap_takes_any_scale(monkeypatch):

@@ -84,13 +84,15 @@ def triton_not_worth(call: AttentionCall) -> str | None:
 
 GLUON_WIDTHS = (64, 128)
 
+NO_OPERATOR = "it is no operator that a graph could hold, and operators are being traced or recorded"
+
 
 def gluon_why_not(call: AttentionCall) -> str | None:
     target = target_of(call.q.device)
     if target.kind != "cuda" or target.arch != 90:
         return "its kernels are made of instructions that only sm_90 has"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing: it is no operator that a graph could hold"
+    if torch.compiler.is_compiling() or rules.records_operators():
+        return NO_OPERATOR
     if call.q.shape[3] not in GLUON_WIDTHS or call.v.shape[3] not in GLUON_WIDTHS:
         return "takes heads of 64 and 128"
     if call.q.dtype not in rules.HALF:
