@@ -24,6 +24,10 @@ class Step(NamedTuple):
     receipts: Counter[ki.Receipt]
 
 
+class RecordingError(RuntimeError):
+    """A step could not be recorded.  Nothing has changed: it can still run as it is."""
+
+
 class Recorder(Protocol):
     """What runs and records launches."""
 
@@ -76,7 +80,7 @@ class CapturedStep:
         self.recorded: dict[Any, _Recorded] = {}
 
     def __call__(self, batch: Batch, share: Tensor, key: object = None) -> Step:
-        """``key``: whatever else decides what is launched."""
+        """``key``: whatever else decides what is launched.  Raises ``RecordingError``."""
         kind = key, *(tuple(t.shape) for t in batch)
         self.calls[kind] += 1
         if self.calls[kind] <= WARM:
@@ -105,6 +109,8 @@ class _Recorded:
                 parameter.grad = None  # so that the recorded backward pass makes gradients, and does not add to any
             self.replay = captured.recorder.record(lambda: self._run(captured.gradients))
             self.grads = [p.grad for p in captured.parameters]
+        except RuntimeError as error:  # PyTorch's own: of CUDA, of a capture, of memory
+            raise RecordingError(f"the step cannot be a CUDA graph: {str(error).splitlines()[0]}") from error
         finally:  # what failed leaves no gradient in memory that no graph will write
             for parameter, grad in zip(captured.parameters, earlier, strict=True):
                 parameter.grad = grad

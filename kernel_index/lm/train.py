@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from kernel_index.core import native
 from kernel_index.core.atomic_write import write_whole
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import distributed
-from kernel_index.lm.captured import CapturedStep, GraphRecorder, Step, run_step
+from kernel_index.lm.captured import CapturedStep, GraphRecorder, RecordingError, Step, run_step
 from kernel_index.lm.data import IGNORED, Batch, PackedRows, digest, load_documents, unigram_bits_per_byte
 from kernel_index.lm.distributed import is_sharded
 from kernel_index.lm.goodput import PHASES, Goodput
@@ -240,9 +241,13 @@ class Trainer:
         return self.group.sum(float(loss)) if self.row_shards > 1 else float(loss)
 
     def _micro_batch(self, batch: Batch, share: Tensor) -> Step:
-        if self.captured is None:
-            return run_step(self._add_gradients, batch, share)
-        return self.captured(batch, share, self.step < self.config.sparse_from_step)
+        if self.captured is not None:
+            try:
+                return self.captured(batch, share, self.step < self.config.sparse_from_step)
+            except RecordingError as error:
+                warnings.warn(f"{error}; every kernel is launched by itself", stacklevel=2)
+                self.captured = None
+        return run_step(self._add_gradients, batch, share)
 
     def _add_gradients(self, batch: Batch, share: Tensor) -> Tensor:
         with self._autocast():

@@ -174,6 +174,28 @@ def test_a_run_whose_steps_are_replayed(corpus, tmp_path, monkeypatch):
     assert {kind[0] for kind in trainer.captured.recorded} == {False}
 
 
+def test_a_run_goes_on_where_a_step_cannot_be_recorded(corpus, tmp_path, monkeypatch):
+    class Refuses(Again):
+        def record(self, run):
+            run()
+            raise torch.OutOfMemoryError("no memory for the graph\nand more")
+
+    config = run_config(corpus, steps=4)
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    plain = Trainer.start(config, tmp_path / "plain")
+    list(plain.steps())
+    monkeypatch.setattr(
+        Trainer,
+        "_captured",
+        lambda self: CapturedStep(self._add_gradients, self.model.parameters(), Refuses(list(self.model.parameters()))),
+    )
+    trainer = Trainer.start(config, tmp_path / "refused")
+    with pytest.warns(UserWarning, match="the step cannot be a CUDA graph: no memory for the graph; every kernel"):
+        list(trainer.steps())
+    assert losses(trainer.folder) == losses(plain.folder)
+    assert trainer.captured is None
+
+
 @pytest.fixture
 def deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
