@@ -13,6 +13,7 @@ FAMILIES = (
     "Multi-stream fusion",
     "MLA",
     "Loss",
+    "Linear layers",
 )
 
 
@@ -224,6 +225,14 @@ ENTRIES = (
         "fused_gated_activation",
         "Apply a gated MLP's activation, SwiGLU or GEGLU for example, in one pass without keeping its result.",
         "nn.SwiGLUMLP nn.Experts",
+    ),
+    entry(
+        "linear",
+        "Linear layers",
+        "kernels/linear/linear",
+        "linear",
+        "Multiply by a weight so that each row's bits depend on that row alone, in training and in decoding.",
+        "nn.Linear",
     ),
 )
 """The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""

@@ -20,7 +20,17 @@ from torch import Tensor
 
 from kernel_index.core.inductor import MIN_ELEMENTS
 from kernel_index.core.native import build
-from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOAT32, PLAIN, opaque_why_not
+from kernel_index.core.rules import (
+    INSIDE_FUNCTORCH,
+    NEEDS_CPU,
+    NEEDS_PLAIN,
+    NEGATED,
+    NO_BACKWARD,
+    ONLY_FLOAT32,
+    PLAIN,
+    inside_functorch,
+    opaque_why_not,
+)
 from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -57,6 +67,19 @@ def machine_why_not() -> str | None:
     if not _has_vectors():
         return NO_VECTORS
     return None if has_libraries() else "needs a C++ compiler (g++ or clang++)"
+
+
+def op_why_not(*tensors: Tensor | None) -> str | None:
+    """The rules of native kernels that are registered ops with a gradient: a trace and a mode see them."""
+    present = [t for t in tensors if t is not None]
+    if inside_functorch():
+        return INSIDE_FUNCTORCH
+    for tensor in present:
+        if tensor.device.type != "cpu":
+            return NEEDS_CPU
+        if tensor.dtype not in DTYPES:
+            return "needs float32 or bfloat16"
+    return why_not(*present)
 
 
 def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
