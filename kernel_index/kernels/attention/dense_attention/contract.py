@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import measured, native, rules
+from kernel_index.core import document_attention, measured, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import PairSight, Sight, sight_of_intervals
 from kernel_index.core.fa4_support import support_of
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.target import has_package, target_of
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
@@ -355,11 +356,19 @@ SMALL = 256 * 256
 
 
 def native_why_not(call: AttentionCall) -> str | None:
+    if is_invariant():
+        return _documents_why_not(call)
     if (rule := host_plan_why_not(call.q)) is not None:
         return rule
     if call.q.shape[3] % 2 or call.v.shape[3] % 2 or call.v.shape[3] == 0:
         return "needs even head sizes: bfloat16 is multiplied in pairs"
     return native.why_not(*(t for t in (call.q, call.k, call.v, call.sink) if t is not None))
+
+
+def _documents_why_not(call: AttentionCall) -> str | None:
+    if call.mask.is_tree:
+        return "its invariant form has segments of a document's keys, and a path of a tree is none"
+    return document_attention.why_not(call.q, call.k, call.v, call.sink)
 
 
 def native_not_worth(call: AttentionCall) -> str | None:

@@ -1,0 +1,147 @@
+"""Attention whose rows do not depend on the other rows: the C++ kernel of ``attention`` and of decoding alike.
+
+Query t sees the keys ``start[t] ≤ s < end[t]`` of a document that begins at key ``origin[t]``.  Keys are taken in
+segments of 128 counted from there, by an online softmax; within a segment and from one to the next in rising order.
+So a row has the same bits packed or alone, in any batch, with any number of new queries, and over a cache.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import native, ops, rules
+from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
+from kernel_index.core.excluded import guarded_backward, sight_of_intervals
+from kernel_index.core.numerics import Recipe
+
+SOURCE = Path(native.__file__).with_name("documents.cpp")
+
+ATTENTION = Recipe(
+    "attention 1: segments of 128 keys from the document's start in rising order, online softmax in float32, "
+    "weights rounded to the dtype of v before the second product, products by brgemm, one rounding"
+)
+NEEDS_EVEN_HEADS = "needs even head sizes: bfloat16 is multiplied in pairs"
+
+
+class Bounds(NamedTuple):
+    """int32 [rows, T], one row where all rows are alike."""
+
+    start: Tensor
+    end: Tensor
+    origin: Tensor
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
+    if q.shape[3] % 2 or v.shape[3] % 2 or v.shape[3] == 0:
+        return NEEDS_EVEN_HEADS
+    return native.op_why_not(q, k, v, *others)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, start: Tensor, end: Tensor, origin: Tensor, scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, (k, v) = q.contiguous(), _rows_of_tokens(k, v)
+    logits = torch.full((q.shape[2],), -torch.inf, dtype=torch.float32) if sink is None else native.floats(sink)
+    made = _allocate(q, k, v, sink, start, end, origin, scale, softcap)
+    _call("forward", (q, k, v), (start, end, origin), (scale, softcap), q, k, v, logits, *made)
+    return made
+
+
+def _allocate(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    lse, row_max, inv_row_sum = (q.new_empty(batch, heads, queries, dtype=torch.float32) for _ in range(3))
+    return q.new_empty(batch, queries, heads, v.shape[3]), lse, row_max, inv_row_sum
+
+
+def _launch_backward(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, row_max: Tensor,
+    inv_row_sum: Tensor, start: Tensor, end: Tensor, origin: Tensor, scale: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_out, q, k, v, out = (x.contiguous() for x in (d_out, q, k, v, out))
+    delta = torch.zeros_like(row_max) if d_lse is None else d_lse.to(torch.float32, copy=True).contiguous()
+    gradients = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    tensors = (d_out, q, k, v, out, row_max, inv_row_sum, delta, *gradients)
+    _call("backward", (q, k, v), (start, end, origin), (scale, softcap), *tensors)
+    return *gradients, delta
+
+
+def _allocate_backward(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, row_max: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return *(x.new_empty(x.shape) for x in (q, k, v)), row_max.new_empty(row_max.shape)
+
+
+def _rows_of_tokens(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values whose tokens are dense; the rows of both may be equally many tokens apart, as in a cache."""
+    apart = k.stride(0) // max(1, k.shape[2] * k.shape[3])
+    dense = all(x[0].is_contiguous() and x.stride(0) == apart * x.shape[2] * x.shape[3] for x in (k, v) if len(x))
+    return (k, v) if dense else (k.contiguous(), v.contiguous())
+
+
+def _call(
+    which: str, qkv: tuple[Tensor, ...], bounds: tuple[Tensor, ...], scoring: tuple[float, float], *tensors: Tensor
+) -> None:
+    q, k, v = qkv
+    if q.numel() == 0:
+        return
+    start, end, origin = (x.contiguous() for x in bounds)
+    apart = k.stride(0) // (k.shape[2] * k.shape[3])
+    sizes = (*q.shape[:2], k.shape[1], apart, q.shape[2], *k.shape[2:], v.shape[3], start.shape[0])
+    function = f"{which}_{native.suffix(q.dtype)}"
+    native.call(SOURCE, function, (*sizes, torch.get_num_threads()), scoring, start, end, origin, *tensors)
+
+
+document_attention = ops.NativeOp(
+    "document_attention(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor start, Tensor end, Tensor origin, "
+    "float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch,
+    _allocate,
+)
+"""``out`` [B, T, H, Dv], ``lse``, ``row_max`` and ``1 / row_sum`` [B, H, T]."""
+
+_backward_op = ops.NativeOp(
+    "document_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor row_max, Tensor inv_row_sum, Tensor start, Tensor end, Tensor origin, float scale, float softcap) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _allocate_backward,
+)
+
+
+def _forward(
+    scoring: tuple[float, float], q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *bounds: Tensor
+) -> Forward:
+    out, lse, row_max, inv_row_sum = document_attention(q, k, v, sink, *bounds, *scoring)
+    return Forward(out, lse, (row_max, inv_row_sum, *bounds))
+
+
+def _backward(scoring: tuple[float, float], given: Backward) -> Gradients:
+    _, _, start, end, _ = given.saved
+
+    def run(given: Backward) -> Gradients:
+        row_max, inv_row_sum, *bounds = given.saved
+        *found, delta = _backward_op(
+            given.d_out, given.d_lse, given.q, given.k, given.v, given.out, row_max, inv_row_sum, *bounds, *scoring
+        )
+        d_sink = None
+        if given.sink is not None and given.needs[3]:
+            weight = torch.exp(given.sink.to(torch.float32)[:, None] - row_max) * inv_row_sum
+            d_sink = sink_gradient(given, weight, delta)
+        return Gradients(*found, d_sink)
+
+    if rules.host_readable(given.d_out):
+        return guarded_backward(run, lambda: sight_of_intervals(start, end), given)
+    return run(given)
+
+
+PASSES = Passes("the invariant form of attention", _forward, _backward)
+
+
+def attend_to_documents(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bounds: Bounds, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` with their gradients."""
+    return attend(PASSES, (scale, softcap), q, k, v, sink, *bounds)
