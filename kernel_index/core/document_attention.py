@@ -91,7 +91,7 @@ def _call(
     apart = k.stride(0) // (k.shape[2] * k.shape[3])
     sizes = (*q.shape[:2], k.shape[1], apart, q.shape[2], *k.shape[2:], v.shape[3], start.shape[0])
     function = f"{which}_{native.suffix(q.dtype)}"
-    native.call(SOURCE, function, (*sizes, torch.get_num_threads()), scoring, start, end, origin, *tensors)
+    native.call(SOURCE, function, (*sizes, native.threads_for(q.numel() * k.shape[1])), scoring, start, end, origin, *tensors)
 
 
 document_attention = ops.NativeOp(

@@ -14,6 +14,7 @@ from typing import Literal
 from kernel_index.core import force
 
 Mode = Literal["ordinary", "invariant"]
+FOR_THE_MODE = "has no advantage but its recipe: numerics('invariant') takes it"
 NO_RECIPE = "has no invariant form, which numerics('invariant') needs"
 
 
@@ -57,6 +58,11 @@ def numerics(mode: Mode) -> Iterator[None]:
 def check_mode(name: str, mode: object) -> None:
     if mode not in ("ordinary", "invariant"):
         raise ValueError(f"{name} must be 'invariant' or 'ordinary', got {mode!r}")
+
+
+def not_worth(*_: object) -> str:
+    """The rule by which ``auto`` passes over a backend in ordinary mode that is there for its recipe."""
+    return FOR_THE_MODE
 
 
 def is_invariant() -> bool:

@@ -19,18 +19,17 @@ PRODUCT = Recipe(
     "product 1: float32 sums over blocks of 1024, brgemm by rising index within a block, blocks added in order, "
     "bias added to the sum, one rounding"
 )
-NEEDS_PAIRS = "needs even numbers of features: bfloat16 is multiplied in pairs"
 
 
-def why_not(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
-    """The rules of ``product`` for x [..., R] and weight [N, R]."""
-    if x.dtype == torch.bfloat16 and (weight.shape[0] % 2 or weight.shape[1] % 2):
-        return NEEDS_PAIRS
-    return native.op_why_not(x, weight, *others)
+def _in_pairs(x: Tensor, dim: int) -> Tensor:
+    """Padded with zeros to an even size: bfloat16 is multiplied in pairs."""
+    if x.dtype != torch.bfloat16 or x.shape[dim] % 2 == 0:
+        return x.contiguous()
+    return torch.cat((x, torch.zeros_like(x.narrow(dim, 0, 1))), dim)
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    y, x, weight = _allocate(x, weight, bias, dtype), x.contiguous(), weight.contiguous()
+    y, x, weight = _allocate(x, weight, bias, dtype), _in_pairs(x, 1), _in_pairs(weight, 1)
     added = y.new_empty(0, dtype=torch.float32) if bias is None else native.floats(bias)
     _call(f"forward_{native.suffix(x.dtype)}_{native.suffix(dtype)}", x, weight, bias is not None, x, weight, added, y)
     return y
@@ -41,7 +40,7 @@ def _allocate(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 
 
 def _launch_d_input(d_y: Tensor, weight: Tensor) -> Tensor:
-    d_x, d_y, weight = _allocate_d_input(d_y, weight), d_y.contiguous(), weight.contiguous()
+    d_x, d_y, weight = _allocate_d_input(d_y, weight), _in_pairs(d_y, 1), _in_pairs(weight, 0)
     _call(f"d_input_{native.suffix(d_y.dtype)}", d_y, weight, 0, d_y, weight, d_x)
     return d_x
 
@@ -62,7 +61,8 @@ def _allocate_d_weight(d_y: Tensor, x: Tensor) -> Tensor:
 
 def _call(function: str, rows: Tensor, weight: Tensor, flag: int, *tensors: Tensor) -> None:
     if 0 not in tensors[-1].shape:
-        sizes = (rows.shape[0], *weight.shape, torch.get_num_threads(), flag)
+        threads = native.threads_for(rows.shape[0] * weight.numel())
+        sizes = (rows.shape[0], *weight.shape, threads, flag)
         native.call(SOURCE, function, sizes, (), *tensors)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
@@ -50,12 +51,12 @@ class MLA(Mixer):
             raise ValueError(f"rope must be a positive even number of channels, got {rope}")
         self.heads, self.head_dim, self.rope_dim, self.latent = heads, head_dim, rope, latent
         self.fused, self.eps = fused, eps
-        self.q = nn.Linear(dim, heads * (rope + head_dim), bias=False)
-        self.k_rope = nn.Linear(dim, rope, bias=False)
-        self.down = nn.Linear(dim, latent, bias=False)
+        self.q = Linear(dim, heads * (rope + head_dim), bias=False)
+        self.k_rope = Linear(dim, rope, bias=False)
+        self.down = Linear(dim, latent, bias=False)
         self.norm = nn.Parameter(torch.ones(latent))
-        self.up = nn.Linear(latent, heads * 2 * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.up = Linear(latent, heads * 2 * head_dim, bias=False)
+        self.out = Linear(heads * head_dim, dim, bias=False)
 
     def forward(
         self,

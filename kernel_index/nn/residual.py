@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core.numerics import is_invariant
 
 Branch = tuple[Tensor, Tensor | None]
 """The result of a mixer or an MLP: its output, and a bias [C] that the boundary adds (or None)."""
@@ -39,6 +40,8 @@ class ResidualRMSNorm(nn.Module):
         return stream, self._norm(stream).to(out.dtype)
 
     def _norm(self, stream: Tensor) -> Tensor:
+        if is_invariant():
+            return ki.fused_residual_add_rms_norm(stream, torch.zeros_like(stream), self.weight, eps=self.eps).normed
         return nn.functional.rms_norm(stream, self.weight.shape, self.weight.to(stream.dtype), self.eps)
 
     def extra_repr(self) -> str:

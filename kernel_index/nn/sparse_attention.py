@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
@@ -77,10 +78,10 @@ class SparseAttention(Mixer):
         self.kind, self.heads, self.kv_heads, self.head_dim, self.window = kind, heads, kv_heads, head_dim, window
         self.rope_dim, self.block, self.topk, self.tokens = head_dim, block, topk, tokens
         self.index_loss = index_loss
-        self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.q = Linear(dim, heads * head_dim, bias=False)
+        self.k = Linear(dim, kv_heads * head_dim, bias=False)
+        self.v = Linear(dim, kv_heads * head_dim, bias=False)
+        self.out = Linear(heads * head_dim, dim, bias=False)
         self.index = Indexer(dim, index_heads, index_dim) if kind == "exact_token" else None
 
     def forward(
@@ -189,9 +190,9 @@ class Indexer(nn.Module):
     def __init__(self, dim: int, heads: int, width: int):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, heads * width, bias=False)
-        self.k = nn.Linear(dim, width, bias=False)
-        self.w = nn.Linear(dim, heads, bias=False)
+        self.q = Linear(dim, heads * width, bias=False)
+        self.k = Linear(dim, width, bias=False)
+        self.w = Linear(dim, heads, bias=False)
 
     def keys(self, x_BSC: Tensor) -> Tensor:
         return self.k(x_BSC.detach())

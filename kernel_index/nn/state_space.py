@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 from kernel_index.nn.scan import Scanned, chunked_scan, scan_step
@@ -60,13 +61,13 @@ class Mamba2(Mixer):
         self.width, self.chunk = width, chunk
         inner = heads * head_dim
         self.sizes = [inner, inner + 2 * groups * state, heads]
-        self.proj = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.proj = Linear(dim, sum(self.sizes), bias=False)
         self.conv = nn.Parameter(torch.empty(width, self.sizes[1]))
         self.log_decay = nn.Parameter(torch.empty(heads))
         self.step_bias = nn.Parameter(torch.empty(heads))
         self.skip = nn.Parameter(torch.ones(heads))
         self.norm = nn.Parameter(torch.ones(inner))
-        self.out = nn.Linear(inner, dim, bias=False)
+        self.out = Linear(inner, dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

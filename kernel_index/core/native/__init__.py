@@ -34,6 +34,9 @@ from kernel_index.core.rules import (
 from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
 
 DTYPES = (torch.float32, torch.bfloat16)
+SMALL_WORK = 1 << 20
+"""Multiplications, or elements times 16, that a thread does in about the time that starting a second one takes."""
+
 Rule = Callable[..., str | None]
 
 NOT_BUILT = "not built yet on this machine: `kernel-index build` builds it, and so does a call with backend='native'"
@@ -106,6 +109,11 @@ def rows_not_worth(x: Tensor, *_: Any) -> str | None:
 
 def rows_threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() >= MIN_ELEMENTS else 1
+
+
+def threads_for(operations: int) -> int:
+    """One thread where starting others would take longer than the work; kernels have the same bits for any number."""
+    return torch.get_num_threads() if operations >= SMALL_WORK else 1
 
 
 def _has_vectors() -> bool:

@@ -24,7 +24,7 @@ CASES = (
     Case("one", "a single token, as in decoding", lambda m: call(m, (1,), 64, 130)),
     Case("vector", "no leading dimension", lambda m: call(m, (), 32, 16)),
     Case("long", "more features than a block of the sum", lambda m: call(m, (20,), 2050, 18)),
-    Case("odd", "odd widths, which bfloat16 does not take in pairs", lambda m: call(m, (7,), 33, 17)),
+    Case("odd", "odd widths: bfloat16 is multiplied in pairs", lambda m: call(m, (7,), 33, 17)),
     Case("none", "no rows at all", lambda m: call(m, (0,), 16, 8)),
 )
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, products, rules
+from kernel_index.core import checks, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
 
 
@@ -38,7 +38,7 @@ def check(x: Any, weight: Any, bias: Any) -> Call:
 
 
 def native_why_not(call: Call) -> str | None:
-    return products.why_not(call.x, call.weight, call.bias)
+    return native.op_why_not(*call)
 
 
 def native_not_worth(call: Call) -> str:
