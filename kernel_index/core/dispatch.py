@@ -35,6 +35,12 @@ class Ineligible(ValueError):
     """
 
 
+def needs_ordinary_numerics(name: str, reason: str) -> None:
+    """Refuse ``numerics("invariant")`` where something without backends has no invariant form."""
+    if is_invariant():
+        raise Ineligible(f"{name}: numerics('invariant') cannot run this call ({reason})")
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One way to run an op.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.core.dispatch import needs_ordinary_numerics
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
@@ -66,6 +67,7 @@ class MLA(Mixer):
         cache: dict[str, Any] | None = None,
     ) -> Branch:
         """``cache``: this layer's arguments from ``PagedLatentCache``.  Its lengths then determine the visible keys."""
+        needs_ordinary_numerics("nn.MLA", "decoding absorbs a projection that training multiplies by")
         B, T, _ = x_BTC.shape
         q_BTHD = self.q(x_BTC).view(B, T, self.heads, -1)
         q_rope, q_BTHN = q_BTHD.split([self.rope_dim, self.head_dim], -1)

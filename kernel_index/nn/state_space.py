@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core.dispatch import needs_ordinary_numerics
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
@@ -86,6 +87,7 @@ class Mamba2(Mixer):
         rope: object = None,
         cache: MixerState | None = None,
     ) -> Branch:
+        needs_ordinary_numerics("nn.Mamba2", "decoding steps a state that training computes by chunks")
         gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
         segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
         counts = None if cache is None else cache.counts

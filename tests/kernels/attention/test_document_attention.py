@@ -149,12 +149,49 @@ def test_what_the_mask_excludes_has_no_influence():
     assert found[:, 150:].isnan().all()
 
 
-def test_a_tree_is_refused_with_the_reason():
-    tree = ki.pack_tree([-1, 0, 0], [3, 2, 2])
-    q = torch.randn(1, 7, 2, 8)
-    mask = ki.MaskContract(subtree_end=tree.subtree_end)
-    with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match="a path of a tree is none"):
-        ki.attention(q, q, q, mask)
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("align", [1, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_path_of_a_tree_is_the_path_alone(dtype, align, window):
+    """Also where a run begins in the middle of a segment of keys, and whatever stands in the gaps."""
+    parents, lengths = [-1, 0, 0, 2, 2, -1, 5], [70, 33, 150, 1, 90, 20, 8]
+    sequences, tree = Sequences(dtype, lengths), ki.pack_tree(parents, lengths, align=align)
+    row = [torch.full((1, len(tree.positions), h, WIDTH), torch.nan, dtype=dtype) for h in (4, 2, 2)]
+    places, at = {}, tree.is_token.nonzero().flatten()
+    for run in tree.order.tolist():
+        places[run], at = at[: lengths[run]], at[lengths[run] :]
+        for x in range(3):
+            row[x][:, places[run]] = sequences.qkv[run][x]
+    mask = ki.MaskContract(subtree_end=tree.subtree_end, positions=tree.positions, window=(window, 0))
+    with ki.numerics("invariant"):
+        found = ki.attention(*row, mask)
+        for run in range(len(parents)):
+            path, above = [run], parents[run]
+            while above >= 0:
+                path, above = [above, *path], parents[above]
+            qkv = (torch.cat([sequences.qkv[i][x] for i in path], 1) for x in range(3))
+            alone = ki.attention(*qkv, ki.MaskContract(window=(window, 0)))
+            assert torch.equal(found[:, places[run]], alone[:, -lengths[run] :]), run
+
+
+def test_gradients_of_a_tree_are_right():
+    tree = ki.pack_tree([-1, 0, 0], [20, 7, 9], align=16)
+    mask = ki.MaskContract(subtree_end=tree.subtree_end, positions=tree.positions)
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, len(tree.positions), h, 8) for h in (4, 2, 2)]
+    upstream = torch.randn_like(qkv[0]) * tree.is_token[None, :, None, None]
+
+    def gradients(mode, backend, dtype=torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in qkv]
+        with ki.numerics(mode):
+            return torch.autograd.grad(ki.attention(*leaves, mask, backend=backend), leaves, upstream.to(dtype))
+
+    exact = gradients("ordinary", "reference", torch.float64)
+    for truth, plain, found in zip(
+        exact, gradients("ordinary", "native"), gradients("invariant", "native"), strict=True
+    ):
+        error = (plain - truth).abs().max()
+        assert (found - truth).abs().max() <= 2 * error + 4 * torch.finfo(torch.float32).eps
 
 
 def test_a_compiled_call_has_the_same_bits():

@@ -367,7 +367,12 @@ def native_why_not(call: AttentionCall) -> str | None:
 
 def _documents_why_not(call: AttentionCall) -> str | None:
     if call.mask.is_tree:
-        return "its invariant form has segments of a document's keys, and a path of a tree is none"
+        if torch.compiler.is_compiling():
+            return "torch.compile is tracing: the paths of a tree are read on the host"
+        if call.sizes.offset != 0 or call.q.shape[1] != call.k.shape[1] or call.is_empty:
+            return "in a tree its invariant form needs a query for each key, from the first on"
+        if not rules.host_readable(call.mask.subtree_end, call.mask.positions):
+            return "in a tree its invariant form needs plain tensors of the contract: it reads the paths"
     return document_attention.why_not(call.q, call.k, call.v, call.sink)
 
 

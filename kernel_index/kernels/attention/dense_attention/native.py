@@ -19,6 +19,7 @@ from kernel_index.core.document_attention import Bounds, attend_to_documents
 from kernel_index.core.excluded import guarded, guarded_backward
 from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, sight_of
+from kernel_index.kernels.attention.dense_attention.tree_paths import attend_to_paths
 from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.masks.doc_window_mask.intervals import RowBounds
 
@@ -74,6 +75,8 @@ def _call(which: str, qkv: tuple[Tensor, Tensor, Tensor], plan: _Plan, *tensors:
 def attention_native(call: AttentionCall) -> OutAndLse:
     scoring = scale_of(call.q, call.scale), call.softcap
     if is_invariant():
+        if call.mask.is_tree:
+            return attend_to_paths(call, scoring)
         bounds = Bounds(*call.mask.row_intervals(call.sizes), call.mask.row_origins(call.sizes))
         return attend_to_documents(call.q, call.k, call.v, call.sink, bounds, *scoring)
     plan = _Plan(call.mask.row_bounds(call.sizes).each(torch.Tensor.contiguous), scoring)
