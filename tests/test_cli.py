@@ -52,7 +52,7 @@ def in_a_process(*arguments: str, code: str | None = None, **environment: str):
 
 def test_the_twenty_entries():
     """The seed's, in its order; the others follow them."""
-    assert tuple(SEED) == entries.FAMILIES
+    assert tuple(SEED) == entries.FAMILIES[: len(SEED)]
     for family, names in SEED.items():
         assert [e.name for e in ENTRIES if e.family == family and e.seed] == names.split()
     assert sum(len(names.split()) for names in SEED.values()) == 20

@@ -18,27 +18,9 @@ import torch
 from kernel_index.core.autocast import without_autocast
 from kernel_index.core.force import PUBLIC, STRICT, forced_for
 from kernel_index.core.locks import ThreadLock
-from kernel_index.core.numerics import NO_RECIPE, Recipe, is_invariant
+from kernel_index.core.numerics import NO_RECIPE, Ineligible, Recipe, is_invariant
 from kernel_index.core.target import target_of
 from kernel_index.core.version import __version__
-
-
-class Ineligible(ValueError):
-    """The requested backend may not run this call; the message lists the rule that each candidate broke.
-
-    >>> import torch, kernel_index as ki
-    >>> try:
-    ...     ki.fused_relu_squared(torch.ones(3, device="meta"), backend="inductor")
-    ... except ki.Ineligible as error:
-    ...     print(error)
-    fused_relu_squared: backend='inductor' cannot run this call (inductor: needs CPU tensors)
-    """
-
-
-def needs_ordinary_numerics(name: str, reason: str) -> None:
-    """Refuse ``numerics("invariant")`` where something without backends has no invariant form."""
-    if is_invariant():
-        raise Ineligible(f"{name}: numerics('invariant') cannot run this call ({reason})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +235,15 @@ class Choice:
         return replace(self, details=(*self.details, *details.items()))
 
     def run(self, *args: Any) -> Any:
-        decision = self.op, self.requested, self.backend.name, self.declined, self.forced_by, self.details, self.numerics
+        decision = (
+            self.op,
+            self.requested,
+            self.backend.name,
+            self.declined,
+            self.forced_by,
+            self.details,
+            self.numerics,
+        )
         if torch.compiler.is_compiling():
             out = self.run_inside(*args)
             _write(*decision)  # after it: a launch that cannot be traced is not said to have run

@@ -51,7 +51,7 @@ def _launch(
 
 
 def _allocate(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, queries, heads, _ = q.shape
+    batch, queries, heads = q.shape[:3]
     lse, row_max, inv_row_sum = (q.new_empty(batch, heads, queries, dtype=torch.float32) for _ in range(3))
     return q.new_empty(batch, queries, heads, v.shape[3]), lse, row_max, inv_row_sum
 
@@ -91,7 +91,9 @@ def _call(
     apart = k.stride(0) // (k.shape[2] * k.shape[3])
     sizes = (*q.shape[:2], k.shape[1], apart, q.shape[2], *k.shape[2:], v.shape[3], start.shape[0])
     function = f"{which}_{native.suffix(q.dtype)}"
-    native.call(SOURCE, function, (*sizes, native.threads_for(q.numel() * k.shape[1])), scoring, start, end, origin, *tensors)
+    native.call(
+        SOURCE, function, (*sizes, native.threads_for(q.numel() * k.shape[1])), scoring, start, end, origin, *tensors
+    )
 
 
 document_attention = ops.NativeOp(
@@ -123,14 +125,14 @@ def _backward(scoring: tuple[float, float], given: Backward) -> Gradients:
 
     def run(given: Backward) -> Gradients:
         row_max, inv_row_sum, *bounds = given.saved
-        *found, delta = _backward_op(
+        d_q, d_k, d_v, delta = _backward_op(
             given.d_out, given.d_lse, given.q, given.k, given.v, given.out, row_max, inv_row_sum, *bounds, *scoring
         )
         d_sink = None
         if given.sink is not None and given.needs[3]:
             weight = torch.exp(given.sink.to(torch.float32)[:, None] - row_max) * inv_row_sum
             d_sink = sink_gradient(given, weight, delta)
-        return Gradients(*found, d_sink)
+        return Gradients(d_q, d_k, d_v, d_sink)
 
     if rules.host_readable(given.d_out):
         return guarded_backward(run, lambda: sight_of_intervals(start, end), given)

@@ -18,6 +18,18 @@ FOR_THE_MODE = "has no advantage but its recipe: numerics('invariant') takes it"
 NO_RECIPE = "has no invariant form, which numerics('invariant') needs"
 
 
+class Ineligible(ValueError):
+    """The requested backend may not run this call; the message lists the rule that each candidate broke.
+
+    >>> import torch, kernel_index as ki
+    >>> try:
+    ...     ki.fused_relu_squared(torch.ones(3, device="meta"), backend="inductor")
+    ... except ki.Ineligible as error:
+    ...     print(error)
+    fused_relu_squared: backend='inductor' cannot run this call (inductor: needs CPU tensors)
+    """
+
+
 class Recipe:
     """How an invariant backend computes a row: what decides its bits, in words that change when the bits may."""
 
@@ -68,3 +80,9 @@ def not_worth(*_: object) -> str:
 def is_invariant() -> bool:
     """Whether invariant numerics are in force here."""
     return force.numerics_here() == "invariant"
+
+
+def needs_ordinary_numerics(name: str, reason: str) -> None:
+    """Refuse ``numerics("invariant")`` where something without backends has no invariant form."""
+    if is_invariant():
+        raise Ineligible(f"{name}: numerics('invariant') cannot run this call ({reason})")

@@ -2,7 +2,7 @@
 
 ``y[m, n] = Σ_r x[m, r] · weight[n, r]`` is summed in float32: over blocks of 1024 r, in each by rising r in one
 accumulator (bfloat16: by pairs, as the machine's instruction adds them), and one block after the other.  oneDNN's
-brgemm computes a block.  Its elements depend on their own row and column alone; ``tests/kernels/linear/test_linear.py`` asks.
+brgemm computes a block.  Its elements depend on their own row and column alone, as ``tests/kernels/linear`` asks.
 """
 
 from pathlib import Path
@@ -66,11 +66,17 @@ def _call(function: str, rows: Tensor, weight: Tensor, flag: int, *tensors: Tens
         native.call(SOURCE, function, sizes, (), *tensors)
 
 
-product = ops.NativeOp("row_product(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", _launch, _allocate)
+product = ops.NativeOp(
+    "row_product(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", _launch, _allocate
+)
 """x [M, R] · weightᵀ [R, N] + bias [N], in ``dtype``."""
 
-product_d_input = ops.NativeOp("row_product_d_input(Tensor d_y, Tensor weight) -> Tensor", _launch_d_input, _allocate_d_input)
+product_d_input = ops.NativeOp(
+    "row_product_d_input(Tensor d_y, Tensor weight) -> Tensor", _launch_d_input, _allocate_d_input
+)
 """d_y [M, N] · weight [N, R]."""
 
-product_d_weight = ops.NativeOp("row_product_d_weight(Tensor d_y, Tensor x) -> Tensor", _launch_d_weight, _allocate_d_weight)
+product_d_weight = ops.NativeOp(
+    "row_product_d_weight(Tensor d_y, Tensor x) -> Tensor", _launch_d_weight, _allocate_d_weight
+)
 """d_yᵀ [N, M] · x [M, R]: a sum over tokens, in the order of their rows."""

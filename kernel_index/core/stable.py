@@ -64,9 +64,7 @@ exp, log, log1p, tanh, erf, sigmoid = (
 cos, sin = (_unary(name, torch.float64) for name in ("cos", "sin"))
 """Of float64."""
 
-row_sum = ops.NativeOp(
-    "stable_row_sum(Tensor x) -> Tensor", _launch_row_sum, lambda x: x.new_empty(x.shape[:-1])
-)
+row_sum = ops.NativeOp("stable_row_sum(Tensor x) -> Tensor", _launch_row_sum, lambda x: x.new_empty(x.shape[:-1]))
 """The sum of float32 x over its last dimension."""
 
 column_sum = ops.NativeOp(

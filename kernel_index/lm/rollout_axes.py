@@ -213,7 +213,7 @@ def _tree(s: Subject, finding: Finding) -> None:
 
 
 def _of_edges(tree: TokenTree, batch: TreeBatch, alone: list[Tensor]) -> Tensor:
-    """The log-probabilities of a tree's edges, from those of its paths: a run's edges come in the order of its tokens."""
+    """The log-probabilities of a tree's edges, from those of its paths: edges come in the order of their targets."""
     prompt = len(tree.runs[0])
     runs = [alone[0][: prompt - 1], *(path[prompt - 1 :] for path in alone)]
     found = torch.cat(runs)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
-from kernel_index.core.dispatch import needs_ordinary_numerics
+from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch

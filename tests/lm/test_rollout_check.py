@@ -161,7 +161,7 @@ def test_sampled_log_probabilities_are_of_what_was_sampled():
 
 
 def test_a_rollout_that_outgrows_the_context_is_refused():
-    with pytest.raises(ValueError, match="tokens must be at most 266: START, the longest prompt .* got 267"):
+    with pytest.raises(ValueError, match=r"tokens must be at most 266: START, the longest prompt .* got 267"):
         rollout(drawn_model(), PROMPTS, 267)
 
 

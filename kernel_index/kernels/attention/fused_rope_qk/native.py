@@ -11,9 +11,7 @@ def rope_qk_native(call: Call) -> tuple[Tensor, Tensor]:
     return rotate(call.q, call.k, call.cos, call.sin, call.interleaved, False)
 
 
-def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     q, k = q.contiguous(), k.contiguous()
     cos, sin = native.floats(cos), native.floats(-sin if inverse else sin)
     rotated = torch.empty_like(q), torch.empty_like(k)

@@ -1,5 +1,7 @@
 """A few rows on the CPU in C++: one call instead of nine of PyTorch's."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,16 @@ def residual_add_rms_norm_native(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    residual: Tensor, delta: Tensor, weight: Tensor, scale: float, eps: float, weight_offset: float,
-    stored: torch.dtype, rstd: Tensor,
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    scale: Any,
+    eps: float,
+    weight_offset: float,
+    stored: torch.dtype,
+    rstd: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``rstd`` [rows] is filled with 1/rms, unless it is empty."""
+    """``scale`` is a number; ``rstd`` [rows] is filled with 1/rms, unless it is empty."""
     residual, delta, weight = residual.contiguous(), delta.contiguous(), native.floats(weight)
     new_residual = torch.empty_like(residual, dtype=stored)
     normed = torch.empty_like(delta)

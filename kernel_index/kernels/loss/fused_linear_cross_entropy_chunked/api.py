@@ -20,7 +20,10 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op impor
     linear_cross_entropy_native,
 )
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_sliced import linear_cross_entropy_triton
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_stats import token_stats_chunked, token_stats_native
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_stats import (
+    token_stats_chunked,
+    token_stats_native,
+)
 
 
 def _sharded(call: contract.Call) -> contract.CrossEntropyOutput:

@@ -29,9 +29,7 @@ def row_max(z: Tensor, softcap: float, scale: float, *, f: Any = PYTORCH) -> Ten
     return _capped(z, z.new_zeros(z.shape[0], dtype=torch.int64), softcap, scale, f)[0].amax(-1, keepdim=True)
 
 
-def row_sums(
-    z: Tensor, targets: Tensor, maxima: Tensor, softcap: float, scale: float, *, f: Any = PYTORCH
-) -> Tensor:
+def row_sums(z: Tensor, targets: Tensor, maxima: Tensor, softcap: float, scale: float, *, f: Any = PYTORCH) -> Tensor:
     """[rows, 3] of y = x − maximum: Σ exp(y) over the classes but the target, the target's y, Σ y.
 
     The target's is 0 if it is elsewhere.  All are relative to the maximum, so that an offset of all logits costs no
@@ -83,19 +81,18 @@ def gradient_pass(
     lse_rows: Tensor | None,
     softcap: float,
     scale: float,
-    smoothing: float,
-    z_loss: float,
-    classes: int,
+    terms: tuple[float, float, int],
     *,
     f: Any = PYTORCH,
 ) -> None:
     """z is overwritten by the gradient of Σ (rows·loss + lse_rows·lse) with respect to the logits before the scale.
 
-    ``lse_rows`` None is 0 for every row.
+    ``lse_rows`` None is 0 for every row; ``terms`` are the label smoothing, the factor of the z-loss, and V.
 
     It is apart from ``loss_pass`` and has no reduction, so that no second tensor of the chunk's size is held: fused
     with the sums, it would store the exponentials of a low-precision chunk in float32, at twice the chunk's bytes.
     """
+    smoothing, z_loss, classes = terms
     x, t, is_target = _capped(z, targets, softcap, scale, f)
     p = f.exp(x - row_max[:, None] - log_sum[:, None])
     # d = p − (1 − s)·onehot − s/V, where p − 1 of the target is −missing: no cancellation when p is near 1.

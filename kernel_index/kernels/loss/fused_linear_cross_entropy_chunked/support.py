@@ -41,9 +41,7 @@ def kept(x: Tensor, smallest: Tensor, equals: Tensor) -> Tensor:
     return (x > smallest[:, None]) | (same & (same.cumsum(-1, dtype=torch.int32) <= equals[:, None]))
 
 
-def _of_largest(
-    x: Tensor, scaled: Tensor, top_k: int, top_p: float, group: str, f: Any
-) -> tuple[Tensor, Tensor]:
+def _of_largest(x: Tensor, scaled: Tensor, top_k: int, top_p: float, group: str, f: Any) -> tuple[Tensor, Tensor]:
     """The sampler's own sums over the largest logits, whose values are the same whichever of equal ones is taken."""
     count = min(top_k, x.shape[1])
     best, at = x.topk(count)
@@ -62,9 +60,7 @@ def _of_largest(
     return smallest[:, 0], (number - (best > smallest).sum(-1, keepdim=True))[:, 0]
 
 
-def _of_all(
-    x: Tensor, scaled: Tensor, total: Tensor, top_p: float, group: str, f: Any
-) -> tuple[Tensor, Tensor]:
+def _of_all(x: Tensor, scaled: Tensor, total: Tensor, top_p: float, group: str, f: Any) -> tuple[Tensor, Tensor]:
     """Bisect the bits of the smallest logit kept: one sum over the classes for each, and no sorted copy."""
     e, goal = f.exp(scaled), total * top_p
 

@@ -80,7 +80,7 @@ class _Chunks(NamedTuple):
     ) -> None:
         """z becomes the gradient of Σ (rows·loss + lse_rows·lse) with respect to the logits."""
         vectors: Any = (targets - self.first_class, rows, *saved, lse_rows)
-        constants: Any = (*self.terms, self.classes)
+        constants: Any = (self.softcap, self.scale, (self.smoothing, self.z_loss, self.classes))
         if self.passes == "inductor":
             _gradient_region(z, *vectors, *constants)
             return
