@@ -83,6 +83,47 @@ def softmax(x: Tensor) -> Tensor:
     return e / row_sum(e)[..., None]
 
 
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = sigmoid(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return g * y * (1 - y)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = softmax(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y * (g - row_sum(g * y)[..., None])
+
+
+def with_gradient(name: str, x: Tensor) -> Tensor:
+    """``sigmoid`` or ``softmax`` of float32 x, differentiable."""
+    return ops.apply(_Sigmoid if name == "sigmoid" else _Softmax, x)
+
+
+def sum_of(terms: Tensor, dim: int) -> Tensor:
+    """The sum over a short dimension, term by term in order: by additions alone, and so differentiable."""
+    first, *others = terms.unbind(dim)
+    for term in others:
+        first = first + term
+    return first
+
+
 class _PyTorch:
     """The same functions of PyTorch, for any dtype."""
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import numerics
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.products import PRODUCT
 from kernel_index.kernels.linear.linear import contract
@@ -13,7 +14,7 @@ from kernel_index.kernels.linear.linear.reference import linear_reference, linea
 LinearBackend = Literal["auto", "native", "torch", "reference"]
 
 BACKENDS = (
-    Backend("native", contract.native_why_not, linear_native, contract.native_not_worth, invariant=PRODUCT),
+    Backend("native", contract.native_why_not, linear_native, numerics.not_worth, invariant=PRODUCT),
     Backend("torch", contract.torch_why_not, linear_torch),
     Backend("reference", always, linear_reference),
 )

@@ -41,10 +41,6 @@ def native_why_not(call: Call) -> str | None:
     return native.op_why_not(*call)
 
 
-def native_not_worth(call: Call) -> str:
-    return "PyTorch's own product is taken where rows may depend on each other"
-
-
 def torch_why_not(call: Call) -> str | None:
     if call.x.dtype not in (torch.float32, torch.float64, *rules.HALF):
         return "needs float64, float32, bfloat16 or float16"
