@@ -83,6 +83,29 @@ def softmax(x: Tensor) -> Tensor:
     return e / row_sum(e)[..., None]
 
 
+class _Exp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = exp(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0]
+
+
+class _Log(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return log(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g / ctx.saved_tensors[0]
+
+
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -91,7 +114,6 @@ class _Sigmoid(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return g * y * (1 - y)
@@ -105,15 +127,18 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return y * (g - row_sum(g * y)[..., None])
+        total = (g * y).sum(-1) if torch.is_grad_enabled() else row_sum(g * y)
+        return y * (g - total[..., None])
+
+
+_WITH_GRADIENT: Any = {"exp": _Exp, "log": _Log, "sigmoid": _Sigmoid, "softmax": _Softmax}
 
 
 def with_gradient(name: str, x: Tensor) -> Tensor:
-    """``sigmoid`` or ``softmax`` of float32 x, differentiable."""
-    return ops.apply(_Sigmoid if name == "sigmoid" else _Softmax, x)
+    """``exp``, ``log``, ``sigmoid`` or ``softmax`` of float32 x, differentiable."""
+    return ops.apply(_WITH_GRADIENT[name], x)
 
 
 def sum_of(terms: Tensor, dim: int) -> Tensor:

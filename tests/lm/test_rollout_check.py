@@ -40,6 +40,7 @@ def forms() -> dict[str, LanguageModel]:
     return {
         "A, fp32 stream, SwiGLU": functools.partial(drawn_model, "AA", activation="swiglu"),
         "A, plain stream, squared ReLU": functools.partial(drawn_model, "AA", residual="plain"),
+        "A, hyper-connections": functools.partial(drawn_model, "AA", residual="mhc"),
         "E, sigmoid, shared": functools.partial(drawn_model, "AE", experts=ExpertLayer(4, 2, 40, shared=24)),
         "E, softmax, SwiGLU": functools.partial(
             drawn_model, "EAE", activation="swiglu", residual="plain", experts=ExpertLayer(5, 3, 24, scores="softmax")
