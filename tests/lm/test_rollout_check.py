@@ -7,7 +7,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.lm import rollout_check
-from kernel_index.lm.config import ExpertLayer, ModelConfig
+from kernel_index.lm.config import ExpertLayer, Latent, ModelConfig
 from kernel_index.lm.data import Batch
 from kernel_index.lm.generate import Rollout, Sampling, rollout
 from kernel_index.lm.model import LanguageModel
@@ -41,6 +41,8 @@ def forms() -> dict[str, LanguageModel]:
         "A, fp32 stream, SwiGLU": functools.partial(drawn_model, "AA", activation="swiglu"),
         "A, plain stream, squared ReLU": functools.partial(drawn_model, "AA", residual="plain"),
         "A, hyper-connections": functools.partial(drawn_model, "AA", residual="mhc"),
+        "L": functools.partial(drawn_model, "LL", latent=Latent(16, 8)),
+        "L, fused": functools.partial(drawn_model, "LA", residual="plain", latent=Latent(16, 8, fused=True)),
         "E, sigmoid, shared": functools.partial(drawn_model, "AE", experts=ExpertLayer(4, 2, 40, shared=24)),
         "E, softmax, SwiGLU": functools.partial(
             drawn_model, "EAE", activation="swiglu", residual="plain", experts=ExpertLayer(5, 3, 24, scores="softmax")
@@ -184,7 +186,6 @@ def test_log_probs_of_a_batch():
 
 WITHOUT_FORM = {
     "M": "nn.Mamba2: numerics",
-    "L": "nn.MLA: numerics",
     "S": "clustered_sparse_attention: backend",
 }
 

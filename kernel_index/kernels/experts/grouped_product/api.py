@@ -25,7 +25,8 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: Grou
     """Multiply each row by the matrix of its group, all groups in one call.
 
     ``y[s] = weight[e] · x[s]`` for the rows s of group e, which are ``offsets[e − 1] ≤ s < offsets[e]``.  A group may
-    be empty.  Under ``ki.numerics("invariant")`` a row does not depend on how many others its group has.  Gradients for x and weight; those of an empty group are 0.  No host synchronisation on a GPU.
+    be empty.  Gradients for x and weight; those of an empty group are 0.  No host synchronisation on a GPU.
+    Under ``ki.numerics("invariant")`` a row does not depend on how many others its group has.
 
     Args:
         x: [S, C], rows in the order of their groups, any floating dtype.
