@@ -5,6 +5,7 @@ segments of 128 counted from there, by an online softmax; within a segment and f
 So a row has the same bits packed or alone, in any batch, with any number of new queries, and over a cache.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kernel_index.core import native, ops, rules
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
-from kernel_index.core.excluded import guarded_backward, sight_of_intervals
+from kernel_index.core.excluded import Sight, guarded_backward, sight_of_blocks, sight_of_intervals
 from kernel_index.core.numerics import Recipe
 
 SOURCE = Path(native.__file__).with_name("documents.cpp")
@@ -33,20 +34,26 @@ class Bounds(NamedTuple):
     origin: Tensor
 
 
+class Scoring(NamedTuple):
+    """``block``: keys of a block, where blocks of keys are selected."""
+
+    scale: float
+    softcap: float
+    block: int = 1
+
+
 def why_not(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> str | None:
     if q.shape[3] % 2 or v.shape[3] % 2 or v.shape[3] == 0:
         return NEEDS_EVEN_HEADS
     return native.op_why_not(q, k, v, *others)
 
 
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, start: Tensor, end: Tensor, origin: Tensor, scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _launch(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """``rest``: start, end, origin and selected, then the fields of ``Scoring``."""
     q, (k, v) = q.contiguous(), _rows_of_tokens(k, v)
     logits = torch.full((q.shape[2],), -torch.inf, dtype=torch.float32) if sink is None else native.floats(sink)
-    made = _allocate(q, k, v, sink, start, end, origin, scale, softcap)
-    _call("forward", (q, k, v), (start, end, origin), (scale, softcap), q, k, v, logits, *made)
+    made = _allocate(q, k, v)
+    _call("forward", (q, k, v), rest[:4], Scoring(*rest[4:]), q, k, v, logits, *made)
     return made
 
 
@@ -57,14 +64,15 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor,
 
 
 def _launch_backward(
-    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, row_max: Tensor,
-    inv_row_sum: Tensor, start: Tensor, end: Tensor, origin: Tensor, scale: float, softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """``rest``: row_max and inv_row_sum, then as that of the forward."""
+    row_max, inv_row_sum, *rest = rest
     d_out, q, k, v, out = (x.contiguous() for x in (d_out, q, k, v, out))
     delta = torch.zeros_like(row_max) if d_lse is None else d_lse.to(torch.float32, copy=True).contiguous()
     gradients = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     tensors = (d_out, q, k, v, out, row_max, inv_row_sum, delta, *gradients)
-    _call("backward", (q, k, v), (start, end, origin), (scale, softcap), *tensors)
+    _call("backward", (q, k, v), rest[:4], Scoring(*rest[4:]), *tensors)
     return *gradients, delta
 
 
@@ -82,23 +90,23 @@ def _rows_of_tokens(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _call(
-    which: str, qkv: tuple[Tensor, ...], bounds: tuple[Tensor, ...], scoring: tuple[float, float], *tensors: Tensor
+    which: str, qkv: tuple[Tensor, ...], sight: tuple[Tensor | None, ...], scoring: Scoring, *tensors: Tensor
 ) -> None:
     q, k, v = qkv
     if q.numel() == 0:
         return
-    start, end, origin = (x.contiguous() for x in bounds)
+    *bounds, selected = (None if x is None else x.to(torch.int32).contiguous() for x in sight)
+    selected = q.new_empty(0, 0, 0, 0) if selected is None else selected  # its address is null
     apart = k.stride(0) // (k.shape[2] * k.shape[3])
-    sizes = (*q.shape[:2], k.shape[1], apart, q.shape[2], *k.shape[2:], v.shape[3], start.shape[0])
+    sizes = (*q.shape[:2], k.shape[1], apart, q.shape[2], *k.shape[2:], v.shape[3], bounds[0].shape[0])
+    sizes = (*sizes, native.threads_for(q.numel() * k.shape[1]), *selected.shape[2:], scoring.block)
     function = f"{which}_{native.suffix(q.dtype)}"
-    native.call(
-        SOURCE, function, (*sizes, native.threads_for(q.numel() * k.shape[1])), scoring, start, end, origin, *tensors
-    )
+    native.call(SOURCE, function, sizes, scoring[:2], *bounds, selected, *tensors)
 
 
 document_attention = ops.NativeOp(
     "document_attention(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor start, Tensor end, Tensor origin, "
-    "float scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? selected, float scale, float softcap, int block) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch,
     _allocate,
 )
@@ -106,27 +114,46 @@ document_attention = ops.NativeOp(
 
 _backward_op = ops.NativeOp(
     "document_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor row_max, Tensor inv_row_sum, Tensor start, Tensor end, Tensor origin, float scale, float softcap) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "Tensor row_max, Tensor inv_row_sum, Tensor start, Tensor end, Tensor origin, Tensor? selected, "
+    "float scale, float softcap, int block) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _allocate_backward,
 )
 
 
-def _forward(
-    scoring: tuple[float, float], q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *bounds: Tensor
-) -> Forward:
-    out, lse, row_max, inv_row_sum = document_attention(q, k, v, sink, *bounds, *scoring)
-    return Forward(out, lse, (row_max, inv_row_sum, *bounds))
+def _forward(scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *sight: Tensor) -> Forward:
+    out, lse, row_max, inv_row_sum = document_attention(q, k, v, sink, *_with_selection(sight), *scoring)
+    return Forward(out, lse, (row_max, inv_row_sum, *sight))
 
 
-def _backward(scoring: tuple[float, float], given: Backward) -> Gradients:
-    _, _, start, end, _ = given.saved
+def _with_selection(sight: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Bounds, and the selection or None."""
+    return (*sight, None) if len(sight) == 3 else tuple(sight)
+
+
+def _backward(scoring: Scoring, given: Backward) -> Gradients:
+    start, end, _, selected = _with_selection(given.saved[2:])
+    assert start is not None
+    assert end is not None
+
+    def sight() -> Sight:
+        if selected is None:
+            return sight_of_intervals(start, end)
+        return sight_of_blocks(selected, None, scoring.block, start, end)
 
     def run(given: Backward) -> Gradients:
-        row_max, inv_row_sum, *bounds = given.saved
+        row_max, inv_row_sum, *seen = given.saved
         d_q, d_k, d_v, delta = _backward_op(
-            given.d_out, given.d_lse, given.q, given.k, given.v, given.out, row_max, inv_row_sum, *bounds, *scoring
+            given.d_out,
+            given.d_lse,
+            given.q,
+            given.k,
+            given.v,
+            given.out,
+            row_max,
+            inv_row_sum,
+            *_with_selection(seen),
+            *scoring,
         )
         d_sink = None
         if given.sink is not None and given.needs[3]:
@@ -135,7 +162,7 @@ def _backward(scoring: tuple[float, float], given: Backward) -> Gradients:
         return Gradients(d_q, d_k, d_v, d_sink)
 
     if rules.host_readable(given.d_out):
-        return guarded_backward(run, lambda: sight_of_intervals(start, end), given)
+        return guarded_backward(run, sight, given)
     return run(given)
 
 
@@ -143,7 +170,18 @@ PASSES = Passes("the invariant form of attention", _forward, _backward)
 
 
 def attend_to_documents(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bounds: Bounds, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    bounds: Bounds,
+    scoring: Scoring,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` with their gradients."""
-    return attend(PASSES, (scale, softcap), q, k, v, sink, *bounds)
+    """``(out, lse)`` with their gradients.
+
+    ``selected`` [B, T, G, n]: the blocks of ``scoring.block`` keys, counted from the row's start, that a query sees of
+    its interval; −1 for none.  G is a multiple of the KV heads and a divisor of the query heads.
+    """
+    seen = bounds if selected is None else (*bounds, selected)
+    return attend(PASSES, scoring, q, k, v, sink, *seen)

@@ -14,6 +14,8 @@ struct Call {
   int64_t B, T, S, stride, H, K, D, Dv, bounds_rows, threads;  // `stride` tokens from one row of k and v to the next
   Scoring scoring;
   const int32_t *start, *end, *origin;  // [bounds_rows, T]: query t sees start ≤ s < end of a document from origin on
+  int64_t G, picks, block;              // and of these the keys of its blocks selected [B, T, G, picks], −1 for none
+  const int32_t* selected;              // null: every block
 
   int64_t heads() const { return H / K; }  // query heads of a KV head
   int64_t bounds(int64_t b) const { return bounds_rows > 1 ? b * T : 0; }
@@ -51,6 +53,8 @@ struct Tile {
   static constexpr const int32_t* q_end = nullptr;
   int64_t b, first, count, low, high, all_from, all_to;  // some query sees [low, high), every query [all_from, all_to)
   const Document* document;
+  const Lanes* chosen = nullptr;  // of each block of keys from low / block on, the lanes that selected it
+  int64_t block = 1;
   alignas(64) int32_t start[W], end[W];
 
   Tile(const Call& c, const Document& d, int64_t nth)
@@ -63,8 +67,40 @@ struct Tile {
       all_from = std::max<int64_t>(all_from, start[r]), all_to = std::min<int64_t>(all_to, end[r]);
     }
   }
+  // Whether some query selected a block of the keys [from, to).
+  bool sees(int64_t from, int64_t to) const {
+    if (!chosen) return true;
+    for (int64_t j = std::max(from, low) / block; j * block < std::min(to, high); ++j)
+      for (int64_t i = 0; i < W / LANES; ++i)
+        if (chosen[(j - low / block) * (W / LANES) + i]) return true;
+    return false;
+  }
   int64_t from() const { return low < high ? (low - document->origin) / KEYS : 0; }
   int64_t to() const { return low < high ? (high - document->origin + KEYS - 1) / KEYS : 0; }
+};
+
+template <int64_t W>
+inline Lanes hidden_by(const Tile<W>& t, int64_t i, int64_t s) {
+  if (!t.chosen) return 0;
+  if (s < t.low || s >= t.high) return EVERY_LANE;
+  return ~t.chosen[(s / t.block - t.low / t.block) * (W / LANES) + i / LANES];
+}
+
+// The selection of a tile's queries for one query head, as lanes.
+template <int64_t W>
+struct Chosen {
+  std::vector<Lanes> lanes;
+  void fill(const Call& c, Tile<W>& t, int64_t h) {
+    if (!c.selected || t.low >= t.high) return;
+    const int64_t first = t.low / c.block, count = (t.high - 1) / c.block + 1 - first, group = h / (c.H / c.G);
+    lanes.assign(count * (W / LANES), 0);
+    for (int64_t r = 0; r < t.count; ++r)
+      for (int64_t p = 0; p < c.picks; ++p) {
+        const int64_t j = c.selected[((t.b * c.T + t.first + r) * c.G + group) * c.picks + p] - first;
+        if (j >= 0 && j < count) lanes[j * (W / LANES) + r / LANES] |= 1 << r % LANES;
+      }
+    t.chosen = lanes.data(), t.block = c.block;
+  }
 };
 
 template <int64_t W>
@@ -82,7 +118,7 @@ struct Span {
   template <typename Tile>
   Span(const Call& c, const Tile& t, int64_t j)
       : first(t.document->key(j)), keys(std::min(KEYS, round_up(t.high - first, ALIGN))), exist(std::min(keys, c.S - first)),
-        whole(t.all_from <= first && first + keys <= t.all_to) {}
+        whole(!t.chosen && t.all_from <= first && first + keys <= t.all_to) {}
   int64_t size() const { return keys; }
 };
 
@@ -129,10 +165,12 @@ void forward_tiles(const Call& c, const std::vector<Document>& documents, const 
     Buffer<T> query(c.D * W), p(KEYS * W);
     Buffer<float> z(KEYS * W), acc(c.Dv * W);
     alignas(64) float row_max[W], row_sum[W], alpha[W];
+    Chosen<W> chosen;
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < static_cast<int64_t>(tiles.size()) * c.H; ++unit) {
-      const Tile<W>& t = tiles[tiles.size() - 1 - unit / c.H];  // the last see the most keys: threads end together
+      Tile<W> t = tiles[tiles.size() - 1 - unit / c.H];  // the last see the most keys: threads end together
       const int64_t h = unit % c.H, kv_head = h / c.heads();
+      chosen.fill(c, t, h);
       const auto initial = RowState<float>::with_sink(sink[h]);
       std::fill_n(row_max, W, initial.row_max);
       std::fill_n(row_sum, W, initial.row_sum);
@@ -140,6 +178,7 @@ void forward_tiles(const Call& c, const std::vector<Document>& documents, const 
       pack_rows(q, c, t, h, c.D, query.at(0));
       for (int64_t j = t.from(); j < t.to(); ++j) {
         const Span span(c, t, j);
+        if (!t.sees(span.first, span.first + span.keys)) continue;
         product(span.exist, W, c.D, key_at(c, k, t.b, span.first, kv_head, c.D), query.at(0), z.at(0), false, c.K * c.D);
         std::fill(z.at(span.exist * W), z.at(span.size() * W), 0.f);
         if (online_softmax(c, t, span, z.at(0), p.at(0), row_max, row_sum, alpha))
@@ -150,8 +189,8 @@ void forward_tiles(const Call& c, const std::vector<Document>& documents, const 
       }
       for (int64_t r = 0; r < t.count; ++r) {
         const int64_t at = (t.b * c.H + h) * c.T + t.first + r;
-        const bool empty = t.start[r] >= t.end[r];  // also where there is a sink
         const RowState<float> state{row_max[r], row_sum[r]};
+        const bool empty = t.start[r] >= t.end[r] || (t.chosen && state.empty());  // also where there is a sink
         lse[at] = empty ? -INF : state.lse();
         row_maxes[at] = empty ? 0.f : state.row_max;
         inv_row_sums[at] = alpha[r] = empty ? 0.f : state.inv_row_sum();
@@ -201,17 +240,20 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
     Buffer<float> z(KEYS * QUERIES), dp(KEYS * QUERIES);                          // [keys, QUERIES]
     const T* d_z_right = std::is_same_v<T, float> ? d_z.at(0) : d_z_pairs.at(0);
     std::vector<float> d_keys, d_values;  // [segments, KEYS, D], [segments, KEYS, Dv]
+    Chosen<QUERIES> chosen;
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < static_cast<int64_t>(documents.size()) * c.K; ++unit) {
       const Document& d = documents[unit / c.K];
       const int64_t kv_head = unit % c.K, segments = d.to - d.from;
       d_keys.assign(segments * KEYS * c.D, 0.f), d_values.assign(segments * KEYS * c.Dv, 0.f);
       for (int64_t nth = 0; nth * QUERIES < d.count; ++nth) {
-        const Tile<QUERIES> t(c, d, nth);
+        Tile<QUERIES> t(c, d, nth);
         for (int64_t h = kv_head * c.heads(); h < (kv_head + 1) * c.heads(); ++h) {
+          chosen.fill(c, t, h);
           x.load(c, t, h, q, d_out, row_maxes, inv_row_sums, delta);
           for (int64_t j = t.from(); j < t.to(); ++j) {
             const Span span(c, t, j);
+            if (!t.sees(span.first, span.first + span.keys)) continue;
             const int64_t n = span.size(), own = (j - d.from) * KEYS;
             product(span.exist, QUERIES, c.D, key_at(c, k, d.b, span.first, kv_head, c.D), x.q_transposed.at(0), z.at(0),
                     false, c.K * c.D);
@@ -239,9 +281,13 @@ void backward(const Call& c, const T* d_out, const T* q, const T* k, const T* v,
 }  // namespace
 
 #define CALL \
-  const int64_t *n, float scale, float softcap, const int32_t *start, const int32_t *end, const int32_t *origin
+  const int64_t *n, float scale, float softcap, const int32_t *start, const int32_t *end, const int32_t *origin,    \
+      const int32_t *selected
 #define MADE \
-  Call { n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], {scale, softcap}, start, end, origin }
+  Call {                                                                                                            \
+    n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], {scale, softcap}, start, end, origin, n[10], n[11], \
+        n[12], selected                                                                                             \
+  }
 #define EXPORT(NAME, T)                                                                                              \
   void forward_##NAME(CALL, const T* q, const T* k, const T* v, const float* sink, T* out, float* lse,               \
                       float* row_maxes, float* inv_row_sums) {                                                       \

@@ -44,6 +44,12 @@ inline void store_pair(BFloat16* to, int64_t i, Vec even, Vec odd) {
   store(to + 2 * i, first), store(to + 2 * i + LANES, second);
 }
 
+// The lanes of the queries i … for which a tile hides key s beside its bounds; a source has its own for its Tile.
+template <typename Tile>
+inline Lanes hidden_by(const Tile&, int64_t, int64_t) {
+  return 0;
+}
+
 // x, or `value` in the lanes of the queries i … that do not see key s.
 template <typename Tile>
 inline Vec masked(Vec x, const Tile& t, int64_t i, int64_t s, float value) {
@@ -53,7 +59,7 @@ inline Vec masked(Vec x, const Tile& t, int64_t i, int64_t s, float value) {
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     hidden |= _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(t.q_end[s] - static_cast<int32_t>(t.first + i)));
   }
-  return select(hidden, x, Vec(value));
+  return select(hidden | hidden_by(t, i, s), x, Vec(value));
 }
 
 // The products z [keys, QUERIES] of a block become weights p, a right operand, and update the rows' states.  `alpha`

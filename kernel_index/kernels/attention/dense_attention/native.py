@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of, sink_gradient
-from kernel_index.core.document_attention import Bounds, attend_to_documents
+from kernel_index.core.document_attention import Bounds, Scoring, attend_to_documents
 from kernel_index.core.excluded import guarded, guarded_backward
 from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, sight_of
@@ -75,9 +75,10 @@ def _call(which: str, qkv: tuple[Tensor, Tensor, Tensor], plan: _Plan, *tensors:
 def attention_native(call: AttentionCall) -> OutAndLse:
     scoring = scale_of(call.q, call.scale), call.softcap
     if is_invariant():
+        documents = Scoring(*scoring)
         if call.mask.is_tree:
-            return attend_to_paths(call, scoring)
+            return attend_to_paths(call, documents)
         bounds = Bounds(*call.mask.row_intervals(call.sizes), call.mask.row_origins(call.sizes))
-        return attend_to_documents(call.q, call.k, call.v, call.sink, bounds, *scoring)
+        return attend_to_documents(call.q, call.k, call.v, call.sink, bounds, documents)
     plan = _Plan(call.mask.row_bounds(call.sizes).each(torch.Tensor.contiguous), scoring)
     return attend(PASSES, plan, call.q, call.k, call.v, call.sink)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core.document_attention import Bounds, attend_to_documents
+from kernel_index.core.document_attention import Bounds, Scoring, attend_to_documents
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.masks.doc_window_mask.fields import as_rows
 
@@ -22,18 +22,18 @@ class _Stretch(NamedTuple):
     bounds: Bounds  # of the queries among these keys, int32 [1, queries]
 
 
-def attend_to_paths(call: AttentionCall, scoring: tuple[float, float]) -> OutAndLse:
+def attend_to_paths(call: AttentionCall, scoring: Scoring) -> OutAndLse:
     rows = [_row(call, b, scoring) for b in range(call.q.shape[0])]
     outs, lses = zip(*rows, strict=True)
     return torch.cat(outs), torch.cat(lses)
 
 
-def _row(call: AttentionCall, b: int, scoring: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def _row(call: AttentionCall, b: int, scoring: Scoring) -> tuple[Tensor, Tensor]:
     one = slice(b, b + 1)
     q, k, v = call.q[one], call.k[one], call.v[one]
     found = [
         attend_to_documents(
-            q[:, s.queries], k.index_select(1, s.keys), v.index_select(1, s.keys), call.sink, s.bounds, *scoring
+            q[:, s.queries], k.index_select(1, s.keys), v.index_select(1, s.keys), call.sink, s.bounds, scoring
         )
         for s in _stretches(call, b)
     ]

@@ -80,4 +80,4 @@ def _attend(cached: _Cached) -> Tensor:
     q, keys, values, start, end, call = cached
     start = torch.minimum(start, end)
     bounds = start, end, torch.zeros_like(start)
-    return document_attention(q, keys, values, call.sink, *bounds, call.scale, call.softcap)[0]
+    return document_attention(q, keys, values, call.sink, *bounds, None, call.scale, call.softcap, 1)[0]
