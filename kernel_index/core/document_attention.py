@@ -132,14 +132,14 @@ def _with_selection(sight: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
 
 
 def _backward(scoring: Scoring, given: Backward) -> Gradients:
-    start, end, _, selected = _with_selection(given.saved[2:])
+    start, end, origin, selected = _with_selection(given.saved[2:])
     assert start is not None
     assert end is not None
 
     def sight() -> Sight:
         if selected is None:
             return sight_of_intervals(start, end)
-        return sight_of_blocks(selected, None, scoring.block, start, end)
+        return sight_of_blocks(selected, None, scoring.block, start, end, origin)
 
     def run(given: Backward) -> Gradients:
         row_max, inv_row_sum, *seen = given.saved
@@ -180,8 +180,8 @@ def attend_to_documents(
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` with their gradients.
 
-    ``selected`` [B, T, G, n]: the blocks of ``scoring.block`` keys, counted from the row's start, that a query sees of
-    its interval; −1 for none.  G is a multiple of the KV heads and a divisor of the query heads.
+    ``selected`` [B, T, G, n]: the blocks of ``scoring.block`` keys, counted from the document's start, that a query
+    sees of its interval; −1 for none.  G is a multiple of the KV heads and a divisor of the query heads.
     """
     seen = bounds if selected is None else (*bounds, selected)
     return attend(PASSES, scoring, q, k, v, sink, *seen)

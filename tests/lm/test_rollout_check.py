@@ -7,7 +7,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.lm import rollout_check
-from kernel_index.lm.config import ExpertLayer, Latent, ModelConfig
+from kernel_index.lm.config import ExpertLayer, Latent, ModelConfig, Sparse
 from kernel_index.lm.data import Batch
 from kernel_index.lm.generate import Rollout, Sampling, rollout
 from kernel_index.lm.model import LanguageModel
@@ -41,6 +41,12 @@ def forms() -> dict[str, LanguageModel]:
         "A, fp32 stream, SwiGLU": functools.partial(drawn_model, "AA", activation="swiglu"),
         "A, plain stream, squared ReLU": functools.partial(drawn_model, "AA", residual="plain"),
         "A, hyper-connections": functools.partial(drawn_model, "AA", residual="mhc"),
+        "S, MoBA": functools.partial(drawn_model, "SS", sparse=Sparse(("moba",), 16, 3)),
+        "S, clustered": functools.partial(drawn_model, "SS", sparse=Sparse(("clustered",), 16, 3)),
+        "S, hierarchy": functools.partial(
+            drawn_model, "SS", sparse=Sparse(("clustered",), 8, 4, hierarchy=(3, 2), report_unions=True)
+        ),
+        "S, exact tokens": functools.partial(drawn_model, "SS", sparse=Sparse(("exact_token",), tokens=24)),
         "L": functools.partial(drawn_model, "LL", latent=Latent(16, 8)),
         "L, fused": functools.partial(drawn_model, "LA", residual="plain", latent=Latent(16, 8, fused=True)),
         "E, sigmoid, shared": functools.partial(drawn_model, "AE", experts=ExpertLayer(4, 2, 40, shared=24)),
@@ -186,7 +192,6 @@ def test_log_probs_of_a_batch():
 
 WITHOUT_FORM = {
     "M": "nn.Mamba2: numerics",
-    "S": "clustered_sparse_attention: backend",
 }
 
 

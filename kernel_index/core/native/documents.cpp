@@ -53,7 +53,7 @@ struct Tile {
   static constexpr const int32_t* q_end = nullptr;
   int64_t b, first, count, low, high, all_from, all_to;  // some query sees [low, high), every query [all_from, all_to)
   const Document* document;
-  const Lanes* chosen = nullptr;  // of each block of keys from low / block on, the lanes that selected it
+  const Lanes* chosen = nullptr;  // of each block of the document from that of key `low` on, the lanes that selected it
   int64_t block = 1;
   alignas(64) int32_t start[W], end[W];
 
@@ -67,12 +67,14 @@ struct Tile {
       all_from = std::max<int64_t>(all_from, start[r]), all_to = std::min<int64_t>(all_to, end[r]);
     }
   }
+  int64_t of(int64_t s) const { return (s - document->origin) / block; }  // the block of a key
   // Whether some query selected a block of the keys [from, to).
   bool sees(int64_t from, int64_t to) const {
     if (!chosen) return true;
-    for (int64_t j = std::max(from, low) / block; j * block < std::min(to, high); ++j)
+    if (std::max(from, low) >= std::min(to, high)) return false;
+    for (int64_t j = of(std::max(from, low)); j <= of(std::min(to, high) - 1); ++j)
       for (int64_t i = 0; i < W / LANES; ++i)
-        if (chosen[(j - low / block) * (W / LANES) + i]) return true;
+        if (chosen[(j - of(low)) * (W / LANES) + i]) return true;
     return false;
   }
   int64_t from() const { return low < high ? (low - document->origin) / KEYS : 0; }
@@ -83,7 +85,7 @@ template <int64_t W>
 inline Lanes hidden_by(const Tile<W>& t, int64_t i, int64_t s) {
   if (!t.chosen) return 0;
   if (s < t.low || s >= t.high) return EVERY_LANE;
-  return ~t.chosen[(s / t.block - t.low / t.block) * (W / LANES) + i / LANES];
+  return ~t.chosen[(t.of(s) - t.of(t.low)) * (W / LANES) + i / LANES];
 }
 
 // The selection of a tile's queries for one query head, as lanes.
@@ -92,14 +94,15 @@ struct Chosen {
   std::vector<Lanes> lanes;
   void fill(const Call& c, Tile<W>& t, int64_t h) {
     if (!c.selected || t.low >= t.high) return;
-    const int64_t first = t.low / c.block, count = (t.high - 1) / c.block + 1 - first, group = h / (c.H / c.G);
+    t.block = c.block;
+    const int64_t first = t.of(t.low), count = t.of(t.high - 1) + 1 - first, group = h / (c.H / c.G);
     lanes.assign(count * (W / LANES), 0);
     for (int64_t r = 0; r < t.count; ++r)
       for (int64_t p = 0; p < c.picks; ++p) {
         const int64_t j = c.selected[((t.b * c.T + t.first + r) * c.G + group) * c.picks + p] - first;
         if (j >= 0 && j < count) lanes[j * (W / LANES) + r / LANES] |= 1 << r % LANES;
       }
-    t.chosen = lanes.data(), t.block = c.block;
+    t.chosen = lanes.data();
   }
 };
 
