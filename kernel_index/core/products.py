@@ -6,6 +6,7 @@ brgemm computes a block.  Its elements depend on their own row and column alone,
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,3 +81,37 @@ product_d_weight = ops.NativeOp(
     "row_product_d_weight(Tensor d_y, Tensor x) -> Tensor", _launch_d_weight, _allocate_d_weight
 )
 """d_yᵀ [N, M] · x [M, R]: a sum over tokens, in the order of their rows."""
+
+
+def _launch_batch(left: Tensor, right: Tensor) -> Tensor:
+    y, left, right = _allocate_batch(left, right), left.contiguous(), right.contiguous()
+    if y.numel():
+        threads = native.threads_for(y.numel() * left.shape[2])
+        native.call(SOURCE, "batch_float32", (*left.shape[:2], *right.shape[1:], threads), (), left, right, y)
+    return y
+
+
+def _allocate_batch(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], left.shape[1], right.shape[1])
+
+
+_batch = ops.NativeOp("row_product_batch(Tensor left, Tensor right) -> Tensor", _launch_batch, _allocate_batch)
+
+
+class _BatchProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return _batch(left, right)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        return _batch(g, right.transpose(1, 2)), _batch(g.transpose(1, 2), left.transpose(1, 2))
+
+
+def batch_product(left: Tensor, right: Tensor) -> Tensor:
+    """left [..., M, R] times right [..., N, R] transposed, float32, differentiable once; as ``product``, pair by pair."""
+    found = ops.apply(_BatchProduct, left.flatten(0, -3), right.flatten(0, -3))
+    return found.unflatten(0, left.shape[:-2])

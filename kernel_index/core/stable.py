@@ -133,11 +133,22 @@ class _Softmax(torch.autograd.Function):
         return y * (g - total[..., None])
 
 
-_WITH_GRADIENT: Any = {"exp": _Exp, "log": _Log, "sigmoid": _Sigmoid, "softmax": _Softmax}
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp_min(0) + log1p(exp(-x.abs()))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * sigmoid(ctx.saved_tensors[0])
+
+
+_WITH_GRADIENT: Any = {"softplus": _Softplus, "exp": _Exp, "log": _Log, "sigmoid": _Sigmoid, "softmax": _Softmax}
 
 
 def with_gradient(name: str, x: Tensor) -> Tensor:
-    """``exp``, ``log``, ``sigmoid`` or ``softmax`` of float32 x, differentiable."""
+    """``exp``, ``log``, ``sigmoid``, ``softmax`` or ``softplus`` of float32 x, differentiable."""
     return ops.apply(_WITH_GRADIENT[name], x)
 
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index.core.numerics import needs_ordinary_numerics
+from kernel_index.core import stable
+from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
+from kernel_index.nn.document_scan import Operands, continued, lengths_of, plan_of, scan_documents, silu
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
@@ -27,12 +29,14 @@ class MixerState:
     """The state of a ``Mamba2`` layer for its rows; every forward replaces it.
 
     ``conv``: [B, width − 1, channels], the latest inputs of the convolution.  ``scan``: [B, H, P, N], float32 at least.
-    ``counts``: int64 [B], the real tokens of each row in the step; None for all.
+    ``counts``: int64 [B], the real tokens of each row in the step; None for all.  ``open``, under
+    ``numerics("invariant")``: x, log_a and b of the tokens since ``scan``, [B, chunk, …], and how many there are [B].
     """
 
     conv: Tensor
     scan: Tensor
     counts: Tensor | None = None
+    open: tuple[Tensor, ...] = ()
 
 
 class Mamba2(Mixer):
@@ -87,7 +91,8 @@ class Mamba2(Mixer):
         rope: object = None,
         cache: MixerState | None = None,
     ) -> Branch:
-        needs_ordinary_numerics("nn.Mamba2", "decoding steps a state that training computes by chunks")
+        if is_invariant():
+            return self._by_documents(x_BTC, mask, cache)
         gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
         segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
         counts = None if cache is None else cache.counts
@@ -124,7 +129,7 @@ class Mamba2(Mixer):
     def _convolve(self, joined: Tensor, segments: Tensor | None) -> Tensor:
         """``Σ_j w[j]·input[t − (width − 1) + j]`` over the inputs of t's own segment; a product for each j."""
         T = joined.shape[1] - self.width + 1
-        if T == 1:
+        if T == 1 and not is_invariant():
             return (self.conv * joined).sum(1, keepdim=True)
         out = self.conv[-1] * joined[:, self.width - 1 :]
         for j in range(self.width - 1):
@@ -152,4 +157,37 @@ class Mamba2(Mixer):
         """The state before any token."""
         like = self.proj.weight
         conv = like.new_zeros(rows, self.width - 1, self.sizes[1])
-        return MixerState(conv, like.new_zeros(rows, self.heads, self.head_dim, self.state, dtype=torch.float32))
+        scan = like.new_zeros(rows, self.heads, self.head_dim, self.state, dtype=torch.float32)
+        if not is_invariant():
+            return MixerState(conv, scan)
+        kept = ((self.heads, self.head_dim), (self.heads,), (self.groups, self.state))
+        tokens = (scan.new_zeros(rows, self.chunk, *shape) for shape in kept)
+        return MixerState(conv, scan, open=(*tokens, torch.zeros(rows, dtype=torch.int64, device=scan.device)))
+
+    def _by_documents(self, x_BTC: Tensor, mask: "ki.MaskContract | None", cache: MixerState | None) -> Branch:
+        """The same layer by functions and products whose rows do not depend on each other."""
+        if torch.compiler.is_compiling():
+            needs_ordinary_numerics("nn.Mamba2", "torch.compile is tracing: documents are read on the host")
+        if cache is None and mask is not None and mask.is_tree:
+            needs_ordinary_numerics("nn.Mamba2", "a branch of a prefix tree has no invariant form")
+        gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
+        segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
+        previous = inputs.new_zeros(len(inputs), self.width - 1, inputs.shape[-1]) if cache is None else cache.conv
+        joined = torch.cat([previous.to(inputs.dtype), inputs], 1)
+        inner, shared = self.heads * self.head_dim, self.groups * self.state
+        x, b, c = silu(self._convolve(joined, segments)).split([inner, shared, shared], -1)
+        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim)).float()
+        b_BTGN, c_BTGN = (t.unflatten(-1, (self.groups, self.state)).float() for t in (b, c))
+        dt_BTH = stable.with_gradient("softplus", step.float() + self.step_bias)
+        log_a_BTH = -dt_BTH * stable.with_gradient("exp", self.log_decay.float())
+        operands = Operands(x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN)
+        if cache is None:
+            plan = plan_of(lengths_of(segments, *x_BTC.shape[:2]), self.chunk)
+            scanned = scan_documents(operands.flat(), plan)[0].view(x_BTHP.shape)
+        else:
+            scanned, state, left = continued(operands, cache.scan, cache.open, cache.counts, self.chunk)
+            self._remember(cache, joined, state)
+            cache.open = left
+        y = (scanned + self.skip[:, None] * x_BTHP).flatten(2) * silu(gate.float())
+        normed = ki.fused_residual_add_rms_norm(y, torch.zeros_like(y), self.norm, eps=1e-6).normed
+        return self.out(normed.to(x_BTC.dtype)), None

@@ -7,7 +7,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.lm import rollout_check
-from kernel_index.lm.config import ExpertLayer, Latent, ModelConfig, Sparse
+from kernel_index.lm.config import ExpertLayer, Latent, ModelConfig, Sparse, StateSpace
 from kernel_index.lm.data import Batch
 from kernel_index.lm.generate import Rollout, Sampling, rollout
 from kernel_index.lm.model import LanguageModel
@@ -41,6 +41,8 @@ def forms() -> dict[str, LanguageModel]:
         "A, fp32 stream, SwiGLU": functools.partial(drawn_model, "AA", activation="swiglu"),
         "A, plain stream, squared ReLU": functools.partial(drawn_model, "AA", residual="plain"),
         "A, hyper-connections": functools.partial(drawn_model, "AA", residual="mhc"),
+        "M": functools.partial(drawn_model, "MM", state_space=StateSpace(4, 12, 8, chunk=16)),
+        "M, chunks": functools.partial(drawn_model, "MA", state_space=StateSpace(2, 8, 24, chunk=64)),
         "S, MoBA": functools.partial(drawn_model, "SS", sparse=Sparse(("moba",), 16, 3)),
         "S, clustered": functools.partial(drawn_model, "SS", sparse=Sparse(("clustered",), 16, 3)),
         "S, hierarchy": functools.partial(
@@ -190,9 +192,7 @@ def test_log_probs_of_a_batch():
     assert found[0, 3] == found[0, 5] == 0
 
 
-WITHOUT_FORM = {
-    "M": "nn.Mamba2: numerics",
-}
+WITHOUT_FORM = {}
 
 
 @pytest.mark.native

@@ -121,6 +121,17 @@ void d_weight(const int64_t* n, const T* d_y, const T* x, T* d_weight) {
   multiply<T>(left.at(0), N, padded, right, in_place(d_weight, R, right.width));
 }
 
+// Left [n, M, R] times right [n, N, R] transposed, of float32, to [n, M, N]; one thread for a pair of matrices.
+void batch(const int64_t* n, const float* left, const float* right, float* y) {
+  const int64_t count = n[0], M = n[1], N = n[2], R = n[3];
+#pragma omp parallel for num_threads(n[4]) schedule(dynamic)
+  for (int64_t i = 0; i < count; ++i) {
+    Panels<float> panels(R, N, 1);
+    panels.pack(right + i * N * R, 1, R);
+    multiply(left + i * M * R, M, R, panels, in_place(y + i * M * N, N, panels.width));
+  }
+}
+
 }  // namespace
 
 #define EXPORT(NAME, T)                                                                                              \
@@ -136,4 +147,5 @@ void d_weight(const int64_t* n, const T* d_y, const T* x, T* d_weight) {
 extern "C" {
 EXPORT(float32, float)
 EXPORT(bfloat16, BFloat16)
+void batch_float32(const int64_t* n, const float* left, const float* right, float* y) { batch(n, left, right, y); }
 }
