@@ -112,6 +112,6 @@ class _BatchProduct(torch.autograd.Function):
 
 
 def batch_product(left: Tensor, right: Tensor) -> Tensor:
-    """left [..., M, R] times right [..., N, R] transposed, float32, differentiable once; as ``product``, pair by pair."""
+    """left [..., M, R] times right [..., N, R] transposed, float32, pair by pair as ``product``, with gradients."""
     found = ops.apply(_BatchProduct, left.flatten(0, -3), right.flatten(0, -3))
     return found.unflatten(0, left.shape[:-2])

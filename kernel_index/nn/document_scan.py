@@ -4,7 +4,8 @@ A token's row is a function of its own chunk and of the state before that chunk.
 the open chunk and computes its rows by the same products, so it has the bits of the whole sequence.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def _padded(t: Tensor, real: Tensor) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """Where the tokens of documents stand: ``index`` [D, chunks, size], −1 for padding, and ``place`` [n], the reverse."""
+    """Where tokens stand in chunks: ``index`` [D, chunks, size], −1 for padding, and ``place`` [n], the reverse."""
 
     index: Tensor
     place: Tensor
@@ -140,3 +141,26 @@ def continued(
         first += len(part.x)
     filled = torch.tensor([len(part.x) % chunk for part in parts], device=y.device)
     return y, states[torch.arange(rows), torch.tensor(whole)], (*left, filled)
+
+
+class Paths(NamedTuple):
+    """The paths of a prefix tree as documents of these ``lengths``.
+
+    ``index`` [n] are places in the B·T tokens; ``own`` [n] is True in the last run of each path.
+    """
+
+    index: Tensor
+    own: Tensor
+    lengths: list[int]
+
+
+def paths_of(levels: Sequence[Any]) -> Paths:
+    """Of ``MaskContract.tree_levels``: the path of each run, from its root to its last token."""
+    paths: list[Tensor] = []
+    own: list[Tensor] = []
+    for level in levels:
+        for index, is_token, parent in zip(level.index, level.is_token, level.parent.tolist(), strict=True):
+            before = paths[parent] if parent >= 0 else index[:0]
+            paths.append(torch.cat((before, index[is_token])))
+            own.append(torch.arange(len(paths[-1]), device=index.device) >= len(before))
+    return Paths(torch.cat(paths), torch.cat(own), [len(path) for path in paths])

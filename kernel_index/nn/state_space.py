@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import kernel_index as ki
 from kernel_index.core import stable
 from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
-from kernel_index.nn.document_scan import Operands, continued, lengths_of, plan_of, scan_documents, silu
+from kernel_index.nn.document_scan import Operands, continued, lengths_of, paths_of, plan_of, scan_documents, silu
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
@@ -166,12 +166,31 @@ class Mamba2(Mixer):
 
     def _by_documents(self, x_BTC: Tensor, mask: "ki.MaskContract | None", cache: MixerState | None) -> Branch:
         """The same layer by functions and products whose rows do not depend on each other."""
-        if torch.compiler.is_compiling():
-            needs_ordinary_numerics("nn.Mamba2", "torch.compile is tracing: documents are read on the host")
-        if cache is None and mask is not None and mask.is_tree:
-            needs_ordinary_numerics("nn.Mamba2", "a branch of a prefix tree has no invariant form")
         gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
-        segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
+        if cache is None and mask is not None and mask.is_tree:
+            y = self._along_paths(inputs, step, mask)
+        else:
+            segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
+            y = self._mixed(inputs, step, segments, cache)
+        y = y.flatten(2) * silu(gate.float())
+        normed = ki.fused_residual_add_rms_norm(y, torch.zeros_like(y), self.norm, eps=1e-6).normed
+        return self.out(normed.to(x_BTC.dtype)), None
+
+    def _along_paths(self, inputs: Tensor, step: Tensor, mask: "ki.MaskContract") -> Tensor:
+        """Each path of a tree as a document, of which its last run is kept."""
+        if mask.document_rows(inputs.shape[1]) is not None:
+            needs_ordinary_numerics("nn.Mamba2", "documents inside a prefix tree have no invariant form")
+        rows, tokens = inputs.shape[:2]
+        paths = paths_of(mask.tree_levels(rows, tokens))
+        of_paths = (t.flatten(0, 1).index_select(0, paths.index)[None] for t in (inputs, step))
+        number = torch.arange(len(paths.lengths), device=inputs.device)
+        segments = number.repeat_interleave(torch.tensor(paths.lengths, device=inputs.device))[None]
+        y = self._mixed(*of_paths, segments, None)[0]
+        gaps = y.new_zeros(rows * tokens, *y.shape[1:])
+        return gaps.index_copy(0, paths.index[paths.own], y[paths.own]).unflatten(0, (rows, tokens))
+
+    def _mixed(self, inputs: Tensor, step: Tensor, segments: Tensor | None, cache: MixerState | None) -> Tensor:
+        """The convolution, the scan and the skip, float32 [B, T, H, P]."""
         previous = inputs.new_zeros(len(inputs), self.width - 1, inputs.shape[-1]) if cache is None else cache.conv
         joined = torch.cat([previous.to(inputs.dtype), inputs], 1)
         inner, shared = self.heads * self.head_dim, self.groups * self.state
@@ -182,12 +201,10 @@ class Mamba2(Mixer):
         log_a_BTH = -dt_BTH * stable.with_gradient("exp", self.log_decay.float())
         operands = Operands(x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN)
         if cache is None:
-            plan = plan_of(lengths_of(segments, *x_BTC.shape[:2]), self.chunk)
+            plan = plan_of(lengths_of(segments, *inputs.shape[:2]), self.chunk)
             scanned = scan_documents(operands.flat(), plan)[0].view(x_BTHP.shape)
         else:
             scanned, state, left = continued(operands, cache.scan, cache.open, cache.counts, self.chunk)
             self._remember(cache, joined, state)
             cache.open = left
-        y = (scanned + self.skip[:, None] * x_BTHP).flatten(2) * silu(gate.float())
-        normed = ki.fused_residual_add_rms_norm(y, torch.zeros_like(y), self.norm, eps=1e-6).normed
-        return self.out(normed.to(x_BTC.dtype)), None
+        return scanned + self.skip[:, None] * x_BTHP
