@@ -6,15 +6,17 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.lm import rollout_check
 from kernel_index.lm.config import ExpertLayer, Latent, ModelConfig, Sparse, StateSpace
 from kernel_index.lm.data import Batch
 from kernel_index.lm.generate import Rollout, Sampling, rollout
 from kernel_index.lm.model import LanguageModel
 from kernel_index.lm.rollout_axes import AXES, decoded, packed, trained
+from kernel_index.nn import Attention
 
 DTYPES = (torch.float32, torch.bfloat16)
-TOKENS = 700
+TOKENS = 300
 COMPILE = "compile on or off"
 PROMPTS = ("hello world, this is", "a", "some other prompt, of some length")
 
@@ -61,7 +63,13 @@ def forms() -> dict[str, LanguageModel]:
 FORMS = forms()
 
 
+def repeats_a_form(form, dtype) -> bool:
+    """``make test`` has every letter in float32, and dense decoders in bfloat16."""
+    return dtype != torch.float32 and not form.startswith("A")
+
+
 @pytest.mark.native
+@pytest.mark.thorough_if(when=repeats_a_form)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_axis_is_exactly_zero(form, dtype):
@@ -75,6 +83,7 @@ def test_every_axis_is_exactly_zero(form, dtype):
 
 
 @pytest.mark.native
+@pytest.mark.thorough_if(when=lambda form: not form.startswith("A"))
 @pytest.mark.parametrize("form", FORMS)
 def test_under_autocast_too(form):
     axes = ("packed or alone", "cached decoding", "prefix reuse")
@@ -134,14 +143,15 @@ def of_training(model: LanguageModel, found: Rollout) -> list[torch.Tensor]:
 
 
 @pytest.mark.native
+@pytest.mark.thorough_if(when=repeats_a_form)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_rollout_has_the_trainers_log_probabilities(form, dtype):
     model = FORMS[form](dtype=dtype)
     with ki.numerics("invariant"):
-        found = rollout(model, PROMPTS, 30, Sampling(top_p=0.9), seed=3)
+        found = rollout(model, PROMPTS, 12, Sampling(top_p=0.9), seed=3)
         expected = of_training(model, found)
-        alone = rollout(model, PROMPTS[1:2], 30, Sampling(top_p=0.9), seed=4)
+        alone = rollout(model, PROMPTS[1:2], 12, Sampling(top_p=0.9), seed=4)
     for i, log_probs in enumerate(expected):
         assert torch.equal(found.log_probs[i], log_probs)
     assert torch.equal(alone.tokens[0], found.tokens[1])
@@ -192,19 +202,22 @@ def test_log_probs_of_a_batch():
     assert found[0, 3] == found[0, 5] == 0
 
 
-WITHOUT_FORM = {}
-
-
 @pytest.mark.native
-@pytest.mark.parametrize("letter", WITHOUT_FORM)
-def test_a_letter_without_the_form_is_refused_by_name(letter):
-    model = drawn_model(letter * 2)
-    with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match=WITHOUT_FORM[letter]):
-        model.log_probs(Batch.of_documents([[torch.tensor([256, 1, 2])]]))
-    report = rollout_check.check_by_letter(drawn_model("A" + letter), 60, axes=["packed or alone"])
-    assert report.findings["A"]["packed or alone"].is_exact
-    assert WITHOUT_FORM[letter] in report.findings[letter]["packed or alone"].refused
+def test_a_letter_without_the_form_is_refused_and_the_others_are_still_checked(monkeypatch):
+    """As a letter of tomorrow would be."""
+    forward = Attention.forward
+
+    def refused(self, *args):
+        needs_ordinary_numerics("nn.Attention", "not yet")
+        return forward(self, *args)
+
+    monkeypatch.setattr(Attention, "forward", refused)
+    report = rollout_check.check_by_letter(drawn_model("AE", experts=ExpertLayer(4, 2, 40)), 60, axes=["batch size"])
+    assert report.findings["E"]["batch size"].is_exact
+    for name in ("A", "AE"):
+        assert report.findings[name]["batch size"].refused.startswith("nn.Attention: numerics('invariant') cannot run")
     assert not report.is_exact
+    assert len(report.refusals()) == 1
 
 
 def test_dropout_is_refused_in_training():
