@@ -51,7 +51,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> str | No
 def _launch(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """``rest``: start, end, origin and selected, then the fields of ``Scoring``."""
     q, (k, v) = q.contiguous(), _rows_of_tokens(k, v)
-    logits = torch.full((q.shape[2],), -torch.inf, dtype=torch.float32) if sink is None else native.floats(sink)
+    none = q.new_full((q.shape[2],), -torch.inf, dtype=torch.float32)
+    logits = none if sink is None else native.floats(sink)
     made = _allocate(q, k, v)
     _call("forward", (q, k, v), rest[:4], Scoring(*rest[4:]), q, k, v, logits, *made)
     return made
@@ -67,12 +68,12 @@ def _launch_backward(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """``rest``: row_max and inv_row_sum, then as that of the forward."""
-    row_max, inv_row_sum, *rest = rest
+    row_max, inv_row_sum, *sight = rest
     d_out, q, k, v, out = (x.contiguous() for x in (d_out, q, k, v, out))
     delta = torch.zeros_like(row_max) if d_lse is None else d_lse.to(torch.float32, copy=True).contiguous()
     gradients = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     tensors = (d_out, q, k, v, out, row_max, inv_row_sum, delta, *gradients)
-    _call("backward", (q, k, v), rest[:4], Scoring(*rest[4:]), *tensors)
+    _call("backward", (q, k, v), tuple(sight[:4]), Scoring(*sight[4:]), *tensors)
     return *gradients, delta
 
 
@@ -95,8 +96,8 @@ def _call(
     q, k, v = qkv
     if q.numel() == 0:
         return
-    *bounds, selected = (None if x is None else x.to(torch.int32).contiguous() for x in sight)
-    selected = q.new_empty(0, 0, 0, 0) if selected is None else selected  # its address is null
+    given = (q.new_empty(0, 0, 0, 0) if x is None else x for x in sight)
+    *bounds, selected = (x.to(torch.int32).contiguous() for x in given)
     apart = k.stride(0) // (k.shape[2] * k.shape[3])
     sizes = (*q.shape[:2], k.shape[1], apart, q.shape[2], *k.shape[2:], v.shape[3], bounds[0].shape[0])
     sizes = (*sizes, native.threads_for(q.numel() * k.shape[1]), *selected.shape[2:], scoring.block)

@@ -44,17 +44,17 @@ class Plan(NamedTuple):
     place: Tensor
 
 
-def plan_of(lengths: list[int], chunk: int) -> Plan:
+def plan_of(lengths: list[int], chunk: int, device: torch.device) -> Plan:
     """Consecutive documents of these lengths, each padded to whole chunks."""
     longest = max([*lengths, 1])
     chunks = -(-longest // chunk)
-    index, first = torch.full((len(lengths), chunks * chunk), -1), 0
-    place = []
+    index, first = torch.full((len(lengths), chunks * chunk), -1, device=device), 0
+    place = [index.new_zeros(0)]
     for d, length in enumerate(lengths):
-        index[d, :length] = torch.arange(first, first + length)
-        place.append(d * chunks * chunk + torch.arange(length))
+        index[d, :length] = torch.arange(first, first + length, device=device)
+        place.append(d * chunks * chunk + torch.arange(length, device=device))
         first += length
-    return Plan(index.unflatten(1, (chunks, chunk)), torch.cat([*place, torch.zeros(0, dtype=torch.int64)]))
+    return Plan(index.unflatten(1, (chunks, chunk)), torch.cat(place))
 
 
 def scan_documents(tokens: Operands, plan: Plan, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ def lengths_of(segments: Tensor | None, rows: int, tokens: int) -> list[int]:
         return [tokens] * rows
     found = []
     for row in segments.expand(rows, -1):
-        ends = torch.cat(((row[1:] != row[:-1]).nonzero().flatten() + 1, torch.tensor([tokens])))
+        ends = torch.cat(((row[1:] != row[:-1]).nonzero().flatten() + 1, row.new_tensor([tokens])))
         found += nn.functional.pad(ends, (1, 0)).diff().tolist()
     return found
 
@@ -121,15 +121,13 @@ def continued(
     rows, tokens = operands.x.shape[:2]
     new = [tokens] * rows if counts is None else counts.tolist()
     old = open_[3].tolist() if open_ else [0] * rows
+    without_c = operands.c.new_zeros(rows, chunk, *operands.c.shape[2:])  # of what is kept no row is asked for
+    kept = (*(open_[:3] or operands[:3]), without_c)
     parts = [
-        Operands(
-            *(torch.cat((open_[i][b, : old[b]], t[b, : new[b]])) if open_ else t[b, : new[b]] for i, t in kept),
-            torch.cat((operands.c.new_zeros(old[b], *operands.c.shape[2:]), operands.c[b, : new[b]])),
-        )
+        Operands(*(torch.cat((k[b, : old[b]], t[b, : new[b]])) for k, t in zip(kept, operands, strict=True)))
         for b in range(rows)
-        for kept in [tuple(enumerate(operands[:3]))]
     ]
-    plan = plan_of([len(part.x) for part in parts], chunk)
+    plan = plan_of([len(part.x) for part in parts], chunk, operands.x.device)
     found, states = scan_documents(Operands(*map(torch.cat, zip(*parts, strict=True))), plan, state)
     y = torch.zeros_like(operands.x)
     left = [t.new_zeros(rows, chunk, *t.shape[2:]) for t in operands[:3]]
@@ -140,7 +138,7 @@ def continued(
             kept_rows[b, : len(part.x) - whole[b] * chunk] = t[whole[b] * chunk :].detach()
         first += len(part.x)
     filled = torch.tensor([len(part.x) % chunk for part in parts], device=y.device)
-    return y, states[torch.arange(rows), torch.tensor(whole)], (*left, filled)
+    return y, states[torch.arange(rows, device=y.device), torch.tensor(whole, device=y.device)], (*left, filled)
 
 
 class Paths(NamedTuple):

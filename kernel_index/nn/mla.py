@@ -99,9 +99,7 @@ class MLA(Mixer):
             return ki.fused_residual_add_rms_norm(down_BTL, torch.zeros_like(down_BTL), self.norm, **options).normed
         return nn.functional.rms_norm(self.down(x_BTC), self.norm.shape, self.norm, self.eps)
 
-    def _expanded(
-        self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: "ki.CacheLayer"
-    ) -> Tensor:
+    def _expanded(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: Any) -> Tensor:
         """The training form over the cached latents, row by row: the same products, so the same bits."""
         row_BT1W = torch.cat([self._latent(x_BTC).unsqueeze(2), k_rope], -1).to(cache["k_cache"].dtype)
         cache.write(row_BT1W, row_BT1W)

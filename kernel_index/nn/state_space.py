@@ -182,10 +182,10 @@ class Mamba2(Mixer):
             needs_ordinary_numerics("nn.Mamba2", "documents inside a prefix tree have no invariant form")
         rows, tokens = inputs.shape[:2]
         paths = paths_of(mask.tree_levels(rows, tokens))
-        of_paths = (t.flatten(0, 1).index_select(0, paths.index)[None] for t in (inputs, step))
+        inputs, step = (t.flatten(0, 1).index_select(0, paths.index)[None] for t in (inputs, step))
         number = torch.arange(len(paths.lengths), device=inputs.device)
         segments = number.repeat_interleave(torch.tensor(paths.lengths, device=inputs.device))[None]
-        y = self._mixed(*of_paths, segments, None)[0]
+        y = self._mixed(inputs, step, segments, None)[0]
         gaps = y.new_zeros(rows * tokens, *y.shape[1:])
         return gaps.index_copy(0, paths.index[paths.own], y[paths.own]).unflatten(0, (rows, tokens))
 
@@ -201,7 +201,7 @@ class Mamba2(Mixer):
         log_a_BTH = -dt_BTH * stable.with_gradient("exp", self.log_decay.float())
         operands = Operands(x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN)
         if cache is None:
-            plan = plan_of(lengths_of(segments, *inputs.shape[:2]), self.chunk)
+            plan = plan_of(lengths_of(segments, *inputs.shape[:2]), self.chunk, inputs.device)
             scanned = scan_documents(operands.flat(), plan)[0].view(x_BTHP.shape)
         else:
             scanned, state, left = continued(operands, cache.scan, cache.open, cache.counts, self.chunk)

@@ -15,7 +15,7 @@ struct Call {
   Scoring scoring;
   const int32_t *start, *end, *origin;  // [bounds_rows, T]: query t sees start ≤ s < end of a document from origin on
   int64_t G, picks, block;              // and of these the keys of its blocks selected [B, T, G, picks], −1 for none
-  const int32_t* selected;              // null: every block
+  const int32_t* selected;              // with G = 0 every block
 
   int64_t heads() const { return H / K; }  // query heads of a KV head
   int64_t bounds(int64_t b) const { return bounds_rows > 1 ? b * T : 0; }
@@ -93,7 +93,7 @@ template <int64_t W>
 struct Chosen {
   std::vector<Lanes> lanes;
   void fill(const Call& c, Tile<W>& t, int64_t h) {
-    if (!c.selected || t.low >= t.high) return;
+    if (!c.G || t.low >= t.high) return;
     t.block = c.block;
     const int64_t first = t.of(t.low), count = t.of(t.high - 1) + 1 - first, group = h / (c.H / c.G);
     lanes.assign(count * (W / LANES), 0);

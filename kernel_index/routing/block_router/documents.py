@@ -63,7 +63,7 @@ def _allocate(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
 
 def _documents(start: Tensor, end: Tensor, origin: Tensor) -> Iterator[_Document]:
     """Consecutive queries of one document that sees a key, and its keys up to the last that one of them sees."""
-    new = torch.cat((torch.ones(1, dtype=torch.bool), origin[1:] != origin[:-1])) if len(origin) else origin.bool()
+    new = torch.cat((origin.new_ones(1, dtype=torch.bool), origin[1:] != origin[:-1])) if len(origin) else origin.bool()
     starts = new.nonzero().flatten().tolist()
     for begin, stop in zip(starts, [*starts[1:], len(origin)], strict=True):
         last = int(torch.where(start < end, end, 0)[begin:stop].max())
@@ -83,7 +83,7 @@ def _scores(q_TGD: Tensor, k_SKD: Tensor, block_size: int) -> Tensor:
 
 
 def _best(scores_TGN: Tensor, first: Tensor, current: Tensor, options: _Options) -> Tensor:
-    block = torch.arange(scores_TGN.shape[2])
+    block = torch.arange(scores_TGN.shape[2], device=scores_TGN.device)
     low, high = first[:, None, None], current[:, None, None]
     candidates = (block >= low) & (block < high)
     if options.ratio:
@@ -101,7 +101,7 @@ def _in_best_groups(scores: Tensor, legal: Tensor, options: _Options) -> Tensor:
     counted = torch.nn.functional.pad(legal, padding).unflatten(2, (groups, ratio)).sum(3)
     means = stable.sum_of(children, 3) / counted.clamp(min=1)
     opened = membership(best_by_sorting(means, counted > 0, options.topc)[None], None, groups)[0]
-    return opened.index_select(2, torch.arange(blocks) // ratio)
+    return opened.index_select(2, torch.arange(blocks, device=opened.device) // ratio)
 
 
 _op = ops.NativeOp(

@@ -13,9 +13,9 @@ SCORES_AT_ONCE = 1 << 22
 def rows_topk(q: Tensor, k: Tensor, weights: Tensor, start: Tensor, end: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """Indices int64 and scores float32 [B, T, topk], best first; ``start`` and ``end`` int32 [B or 1, T]."""
     (batch, queries), keys = q.shape[:2], k.shape[1]
-    indices = torch.full((batch, queries, topk), -1)
-    scores = torch.full((batch, queries, topk), -torch.inf)
-    step, key = max(1, SCORES_AT_ONCE // max(1, keys)), torch.arange(keys)
+    indices = q.new_full((batch, queries, topk), -1, dtype=torch.int64)
+    scores = q.new_full((batch, queries, topk), -torch.inf, dtype=torch.float32)
+    step, key = max(1, SCORES_AT_ONCE // max(1, keys)), torch.arange(keys, device=q.device)
     for b in range(batch):
         for t in range(0, queries if keys else 0, step):
             at = slice(t, t + step)

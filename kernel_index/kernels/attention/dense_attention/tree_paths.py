@@ -49,11 +49,11 @@ def _stretches(call: AttentionCall, b: int) -> Iterator[_Stretch]:
     origin, parent = mask.row_origins(sizes), mask.tree_parents(sizes.batch, tokens)
     start, end, origin, parent = (x[b % len(x)] for x in (start, end, origin, parent))
     until = as_rows(mask.subtree_end)
-    index = torch.arange(tokens)
+    index = torch.arange(tokens, device=start.device)
     until = torch.full_like(index, tokens) if until is None else until[b % len(until)].to(torch.int64)
     is_gap = until <= index
     continues = torch.where(is_gap[1:], is_gap[:-1], parent[1:] == index[:-1])
-    first = torch.cat((torch.zeros(1, dtype=torch.int64), 1 + (~continues).nonzero().flatten()))
+    first = torch.cat((index.new_zeros(1), 1 + (~continues).nonzero().flatten()))
     for begin, stop in zip(first.tolist(), [*first[1:].tolist(), tokens], strict=True):
         seen = (until > stop - 1) & (index >= origin[stop - 1]) & (index < end[stop - 1])
         keys, queries = seen.nonzero().flatten(), slice(begin, stop)

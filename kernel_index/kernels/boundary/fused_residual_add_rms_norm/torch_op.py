@@ -82,7 +82,7 @@ def _triton_backward(d_new, d_normed, new_residual, rstd, weight, scale, delta, 
 
 
 def _launch_rows(residual, delta, weight, scale, eps, weight_offset, stored):
-    rstd = torch.empty(residual.shape[0], dtype=torch.float32)
+    rstd = residual.new_empty(residual.shape[0], dtype=torch.float32)
     factor = 1.0 if scale is None else float(scale)
     return *native.run(residual, delta, weight, factor, eps, weight_offset, stored, rstd), rstd
 

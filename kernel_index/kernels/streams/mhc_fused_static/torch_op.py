@@ -91,7 +91,8 @@ _rows_op = ops.NativeOp(
 
 def _native_backward(upstream, saved, like, wanted):
     """The formula of the compiled pass, its sums in a fixed order."""
-    d_hidden, d_branch, products = inductor.gradients(*upstream, *saved, like, wanted, f=stable)
+    arguments: Any = (*upstream, *saved, like, wanted)
+    d_hidden, d_branch, products = inductor.gradients(*arguments, f=stable)
     if products is None:
         return d_hidden, d_branch, None
     sums = stable.column_sum(products.transpose(0, 1))
