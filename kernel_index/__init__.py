@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kernel_index.core.dispatch import Explanation, Ineligible, Receipt, explain, receipts, strict
 from kernel_index.core.force import PUBLIC, force
+from kernel_index.core.numerics import numerics
 from kernel_index.core.version import __version__ as __version__
 from kernel_index.kernels.attention.dense_attention.api import AttentionOutput, attention, attention_with_lse
 from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
@@ -20,6 +21,7 @@ from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import Residu
 from kernel_index.kernels.experts.fused_gated_activation.api import fused_gated_activation
 from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.kernels.experts.grouped_product.api import grouped_product
+from kernel_index.kernels.linear.linear.api import linear
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import (
     fused_linear_cross_entropy,
     fused_linear_cross_entropy_with_lse,
@@ -135,6 +137,7 @@ __all__ = [
     "hierarchical_block_select",
     "lightning_indexer",
     "lightning_indexer_loss",
+    "linear",
     "materialize_query_union_mask",
     "mhc_branch_input",
     "mhc_merge",
@@ -142,6 +145,7 @@ __all__ = [
     "moba_attention",
     "moba_decode",
     "moba_route",
+    "numerics",
     "pack_tree",
     "receipts",
     "resolve_block_sparse_backend",

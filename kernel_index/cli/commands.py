@@ -27,6 +27,7 @@ ELSEWHERE = {
     "train": "kernel_index.lm.commands:train",
     "generate": "kernel_index.lm.commands:generate_command",
     "presets": "kernel_index.lm.commands:presets_command",
+    "rollout-check": "kernel_index.lm.rollout_command:rollout_check_command",
     "prove": "kernel_index.proofs.commands:app",
     "tune": "kernel_index.proofs.tune.command:tune",
     "export": "kernel_index.integrations.kernels_hub:export_command",

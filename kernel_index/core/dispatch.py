@@ -18,20 +18,9 @@ import torch
 from kernel_index.core.autocast import without_autocast
 from kernel_index.core.force import PUBLIC, STRICT, forced_for
 from kernel_index.core.locks import ThreadLock
+from kernel_index.core.numerics import NO_RECIPE, Ineligible, Recipe, is_invariant
 from kernel_index.core.target import target_of
 from kernel_index.core.version import __version__
-
-
-class Ineligible(ValueError):
-    """The requested backend may not run this call; the message lists the rule that each candidate broke.
-
-    >>> import torch, kernel_index as ki
-    >>> try:
-    ...     ki.fused_relu_squared(torch.ones(3, device="meta"), backend="inductor")
-    ... except ki.Ineligible as error:
-    ...     print(error)
-    fused_relu_squared: backend='inductor' cannot run this call (inductor: needs CPU tensors)
-    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +33,8 @@ class Backend:
     An op with many arguments puts them into one NamedTuple, its ``Call``, which is then all that ``*call`` holds.
     All three read metadata only (shape, dtype, device, strides, grad mode); none reads a value or synchronises.
     ``not_worth`` may also ask whether a kernel has been compiled (``native.once_built``).
+    ``invariant`` is the recipe of a backend that computes each row by itself; ``numerics("invariant")`` takes no other.
+    Those of one op and one kind of device have the same recipe.
     """
 
     name: str
@@ -51,6 +42,7 @@ class Backend:
     run: Callable[..., Any]
     not_worth: Callable[..., str | None] | None = None
     details: Callable[..., tuple[tuple[str, Any], ...]] | None = None
+    invariant: Recipe | None = None
 
 
 REFERENCES = ("reference", "xla")
@@ -67,7 +59,8 @@ class Receipt:
 
     ``ran`` is empty when the chosen backend raised; ``tried`` then names it and ``error`` says what it raised.
     ``forced_by`` names what overruled the request: the environment variable, or ``ki.force``.  ``details`` is the op's
-    own telemetry.
+    own telemetry.  ``numerics`` is the hash of the recipe by which the backend computed each row under
+    ``numerics("invariant")``, and empty in ordinary mode.
     Inside ``torch.compile`` a receipt is written when the call is traced: one per trace, not one per run.  After a
     graph break Dynamo traces the same frame again from its start, which writes again.
 
@@ -88,6 +81,7 @@ class Receipt:
     tried: str = ""
     error: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    numerics: str = ""
 
     @property
     def routed_by(self) -> str:
@@ -168,12 +162,10 @@ def strict() -> Iterator[None]:
             STRICT[0] -= 1
 
 
-def _write(
-    op: str, requested: str, tried: str, declined: tuple, forced_by: str | None, details: tuple, error=None
-) -> bool:
+def _write(op: str, requested: str, tried: str, declined, forced_by, details, numerics: str, error=None) -> bool:
     if _LOGS:
         ran = "" if error else tried
-        receipt = Receipt(op, requested, ran, declined, forced_by, tried, error, dict(details))
+        receipt = Receipt(op, requested, ran, declined, forced_by, tried, error, dict(details), numerics)
         _take_back_restarted(receipt)
         for log in _LOGS:
             if log.thread is None or log.thread == threading.get_ident():
@@ -213,6 +205,7 @@ class Choice:
     forced_by: str | None
     details: tuple[tuple[str, Any], ...]
     wanted: str = "auto"  # what decided: the request, or what overruled it
+    numerics: str = ""  # the hash of the recipe, under numerics("invariant")
 
     @property
     def below(self) -> str:
@@ -242,7 +235,15 @@ class Choice:
         return replace(self, details=(*self.details, *details.items()))
 
     def run(self, *args: Any) -> Any:
-        decision = (self.op, self.requested, self.backend.name, self.declined, self.forced_by, self.details)
+        decision = (
+            self.op,
+            self.requested,
+            self.backend.name,
+            self.declined,
+            self.forced_by,
+            self.details,
+            self.numerics,
+        )
         if torch.compiler.is_compiling():
             out = self.run_inside(*args)
             _write(*decision)  # after it: a launch that cannot be traced is not said to have run
@@ -340,12 +341,15 @@ def _choose(
         rule = _verdict(backend, wanted, call)
         if rule is None:
             details = () if backend.details is None else backend.details(*call)
-            return Choice(op, requested, backend, declined, forced_by, details, wanted)
+            recipe = backend.invariant.hash if backend.invariant is not None and is_invariant() else ""
+            return Choice(op, requested, backend, declined, forced_by, details, wanted, recipe)
         declined += ((backend.name, rule),)
     raise Ineligible(_refusal(op, backends, wanted, forced_by, declined))
 
 
 def _verdict(backend: Backend, wanted: str, call: tuple) -> str | None:
+    if is_invariant():  # no rule of speed, and no fallback
+        return NO_RECIPE if backend.invariant is None else backend.why_not(*call)
     rule = backend.why_not(*call)
     if rule is None and wanted == "auto":
         if backend.not_worth is not None:

@@ -115,13 +115,17 @@ def sight_of_intervals(start: Tensor, end: Tensor) -> Sight:
     return Sight(low, torch.maximum(low, high))
 
 
-def sight_of_blocks(selected: Tensor, valid: Tensor | None, block_size: int, start: Tensor, end: Tensor) -> Sight:
+def sight_of_blocks(
+    selected: Tensor, valid: Tensor | None, block_size: int, start: Tensor, end: Tensor, origin: Tensor | None = None
+) -> Sight:
     """Each query sees the keys ``start ≤ s < end`` of its selected blocks [B, T, G, n]; −1 selects none.
 
-    A token is a block of one key.
+    A token is a block of one key.  Blocks count from key ``origin`` [rows, T], from key 0 where there is none.
     """
     low, high = (x.to(torch.int64)[:, :, None, None] for x in (start, end))
     first = selected.to(torch.int64) * block_size
+    if origin is not None:
+        first = first + origin.to(torch.int64)[:, :, None, None]
     exists = selected >= 0 if valid is None else (selected >= 0) & valid
     from_key = torch.minimum(torch.maximum(first, low), high)
     to_key = torch.where(exists, torch.minimum(first + block_size, high), 0)

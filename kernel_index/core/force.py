@@ -43,12 +43,20 @@ BY_FORCE = "ki.force"
 STRICT = [0, 0]
 """How many ``strict()`` blocks are open, and the environment's; a list so that Dynamo guards on its content."""
 
+NUMERICS = "<numerics>"
+"""The op that a block of ``numerics`` speaks of; no function has this name."""
+
+_NUMERICS = ["ordinary"]  # the environment's; a list so that Dynamo guards on its content
+
 _FORCED: dict[str, tuple[str, str]] = {}  # op, or "" for every op -> (backend, the variable that says so)
 
 
 def reload_environment() -> None:
-    """Read ``KERNEL_INDEX_BACKEND[_<OP>]`` and ``KERNEL_INDEX_STRICT`` again; they are read once, at import."""
+    """Read our variables again: ``…_BACKEND[_<OP>]``, ``…_STRICT`` and ``…_NUMERICS``; import reads them once."""
     _FORCED.clear()
+    _NUMERICS[0] = os.environ.get("KERNEL_INDEX_NUMERICS", "") or "ordinary"
+    if _NUMERICS[0] not in ("ordinary", "invariant"):
+        raise ValueError(f"KERNEL_INDEX_NUMERICS must be 'invariant' or 'ordinary', got {_NUMERICS[0]!r}")
     prefix = "KERNEL_INDEX_BACKEND"
     for name, backend in sorted(os.environ.items()):
         if backend and (name == prefix or name.startswith(prefix + "_")):
@@ -91,6 +99,13 @@ def force(backend: str, *ops: str) -> Iterator[None]:
     for op in ops:
         if op not in PUBLIC:
             raise ValueError(f"ops must be names of public functions of kernel_index, got {op!r}")
+    with in_block(*ops, backend=backend):
+        yield
+
+
+@contextlib.contextmanager
+def in_block(*ops: str, backend: str) -> Iterator[None]:
+    """A ``force`` block for these ops, () for all; unchecked."""
     global _EVER_FORCED
     _EVER_FORCED = True
     with resumed((*forced_here(), Block(ops, backend, _checkpoint_frame()))):
@@ -139,11 +154,23 @@ def forced_for(op: str, *, inside: bool = False) -> tuple[str, str] | None:
 
 def _forced_for(op: str) -> tuple[tuple[str, str] | None, bool]:
     """The same, and whether the op was named."""
-    blocks = _THREAD.forced if torch.compiler.is_compiling() else tuple((b.ops, b.backend) for b in forced_here())
-    for ops, backend in reversed(blocks):
+    for ops, backend in reversed(_blocks()):
         if not ops or op in ops:
             return (backend, BY_FORCE), op in ops
     return _FORCED.get(op) or _FORCED.get(""), op in _FORCED
+
+
+def numerics_here() -> str:
+    """The mode of ``numerics`` in force in this thread."""
+    if _EVER_FORCED:
+        for ops, mode in reversed(_blocks()):
+            if NUMERICS in ops:
+                return mode
+    return _NUMERICS[0]
+
+
+def _blocks() -> tuple[tuple[tuple[str, ...], str], ...]:
+    return _THREAD.forced if torch.compiler.is_compiling() else tuple((b.ops, b.backend) for b in forced_here())
 
 
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks

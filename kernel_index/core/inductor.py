@@ -88,7 +88,8 @@ class Region:
 
     def __init__(self, function: Callable[..., Any], **dynamic: tuple[int, ...]):
         self.function = function
-        self.parameters = tuple(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters.items()
+        self.parameters = tuple(name for name, p in parameters if p.kind is not p.KEYWORD_ONLY)  # those keep defaults
         self.dynamic = tuple(dynamic.get(name, ()) for name in self.parameters)
         self.variants: dict[tuple, Callable[..., Any]] = {}
 
@@ -118,6 +119,7 @@ class Region:
             self.function.__name__,
             self.function.__defaults__,
         )
+        function.__kwdefaults__ = self.function.__kwdefaults__
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
         if compiled is function:  # torch.compile was switched off in a way that why_not() does not check
             raise RuntimeError(f"torch.compile is switched off: it left {self.function.__name__} uncompiled")

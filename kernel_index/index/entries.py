@@ -14,6 +14,7 @@ FAMILIES = (
     "MLA",
     "Loss",
     "State space",
+    "Linear layers",
 )
 
 
@@ -249,6 +250,14 @@ ENTRIES = (
         "gated_rms_norm",
         "Gate the output of a scan and normalise it in one pass over memory.",
         "nn.Mamba2",
+    ),
+    entry(
+        "linear",
+        "Linear layers",
+        "kernels/linear/linear",
+        "linear",
+        "Multiply by a weight so that each row's bits depend on that row alone, in training and in decoding.",
+        "nn.Linear",
     ),
 )
 """The 20 entries of the seed in its own order; after them the other public functions, and what `make new` adds."""

@@ -157,7 +157,9 @@ class ModelCache:
             for rows in zip(*(self._states[s] for s in chosen), strict=True):
                 conv, scan = torch.cat([r.conv for r in rows]), torch.cat([r.scan for r in rows])
                 real = None if counts is None else torch.tensor(counts, device=conv.device)
-                joined.append(MixerState(conv, scan, real))
+                opens = [r.open for r in rows]
+                left = tuple(map(torch.cat, zip(*opens, strict=True))) if all(opens) else ()
+                joined.append(MixerState(conv, scan, real, left))
         return joined
 
     def _open(self) -> _Step:
@@ -173,8 +175,8 @@ class ModelCache:
 
 def _row(state: MixerState, row: int) -> MixerState:
     """A copy of one row, without a gradient."""
-    conv, scan = (t.detach()[row : row + 1].clone() for t in (state.conv, state.scan))
-    return MixerState(conv, scan)
+    conv, scan, *left = (t.detach()[row : row + 1].clone() for t in (state.conv, state.scan, *state.open))
+    return MixerState(conv, scan, open=tuple(left))
 
 
 def _layers_by_kind(mixers: Sequence[nn.Module | None]) -> list[list[tuple[str, int]]]:

@@ -8,6 +8,7 @@ import bisect
 import hashlib
 import os
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,31 @@ class Batch(NamedTuple):
         at = torch.arange(row).reshape(1, row)
         doc_ids = torch.where(at < count, 0, -1)
         return cls(padded, torch.full_like(padded, IGNORED), at, doc_ids, torch.tensor([count]))
+
+    @classmethod
+    def of_documents(cls, rows: Sequence[Sequence[Tensor]], length: int | None = None) -> "Batch":
+        """Each row packs some documents, tokens [n]; rows are as long as the longest, or ``length``.
+
+        Every token is the target of the one before it in its document.
+
+        >>> batch = Batch.of_documents([[torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8])]])
+        >>> batch.tokens.tolist(), batch.targets.tolist(), batch.doc_ids.tolist()
+        ([[5, 6, 7], [8, 256, 256]], [[6, -100, -100], [-100, -100, -100]], [[0, 0, 1], [0, -1, -1]])
+        """
+        counts = [sum(len(document) for document in row) for row in rows]
+        longest = max(counts, default=0)
+        if length is not None and longest > length:
+            raise ValueError(f"length must be at least {longest}, the longest row, got {length}")
+        shape = len(rows), longest if length is None else length
+        tokens, targets, doc_ids = (torch.full(shape, value) for value in (START, IGNORED, -1))
+        positions = torch.zeros(shape, dtype=torch.int64)
+        for row, documents in enumerate(rows):
+            end = 0
+            for number, document in enumerate(documents):
+                start, end = end, end + len(document)
+                tokens[row, start:end], targets[row, start : end - 1] = document, document[1:]
+                positions[row, start:end], doc_ids[row, start:end] = torch.arange(len(document)), number
+        return cls(tokens, targets, positions, doc_ids, torch.tensor(counts))
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import kernel_index as ki
 from kernel_index.core import checks
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm.config import ModelConfig
@@ -117,6 +119,12 @@ def generate_batch(
 
     Row i draws from ``seed + i``: its text does not depend on the other rows, up to rounding.
     """
+    generators, histories = _begun(prompts, tokens, seed)
+    return _continued(model, histories, tokens, sampling or Sampling(), generators, use_cache)
+
+
+def _begun(prompts: Sequence[str], tokens: int, seed: int) -> tuple[list[torch.Generator], list[list[int]]]:
+    """The generator and the tokens of each prompt."""
     checks.is_int("tokens", tokens, minimum=0)
     checks.is_int("seed", seed)
     if isinstance(prompts, str):
@@ -127,8 +135,80 @@ def generate_batch(
         if not isinstance(prompt, str):
             raise TypeError(f"prompts must be texts, got one of type {type(prompt).__name__}")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    histories = [[START, *prompt.encode()] for prompt in prompts]
-    return _continued(model, histories, tokens, sampling or Sampling(), generators, use_cache)
+    return generators, [[START, *prompt.encode()] for prompt in prompts]
+
+
+class Rollout(NamedTuple):
+    """What ``rollout`` returns: of each prompt its continuation, one entry a prompt.
+
+    ``tokens`` int64 [n], the last one START where the text ended early; ``texts`` are the tokens as text.
+    ``log_probs`` float32 [n] are those of the model, as ``LanguageModel.log_probs`` has them; ``sampled_log_probs``
+    [n] those of the distribution that was sampled: with temperature, top-k and top-p.
+    """
+
+    tokens: tuple[Tensor, ...]
+    texts: tuple[str, ...]
+    log_probs: tuple[Tensor, ...]
+    sampled_log_probs: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def rollout(
+    model: LanguageModel, prompts: Sequence[str], tokens: int, sampling: Sampling | None = None, *, seed: int = 0
+) -> Rollout:
+    """Continue prompts together, with the log-probability of every token that was drawn.
+
+    Row i draws from ``seed + i``.  Under ``ki.numerics("invariant")`` the log-probabilities have the bits that
+    ``LanguageModel.log_probs`` has for the same tokens, and a row does not depend on the others.
+
+    Args:
+        model: a trained model, in evaluation or in training mode.
+        prompts: any texts.
+        tokens: tokens to draw at most; START ends a row earlier.
+        sampling: how tokens are drawn.
+        seed: seed of the sampling.
+
+    Raises:
+        TypeError, ValueError: as ``generate_batch``; or a prompt and its tokens are longer than the model's context.
+        Ineligible: under ``ki.numerics("invariant")``, the model has a layer without an invariant form.
+    """
+    sampling = sampling or Sampling()
+    generators, histories = _begun(prompts, tokens, seed)
+    context = model.config.context
+    longest = max(map(len, histories))
+    if longest + tokens > context:
+        room = f"START, the longest prompt and the new tokens must fit into the context of {context}"
+        raise ValueError(f"tokens must be at most {context - longest}: {room}, got {tokens}")
+    starts = [len(history) for history in histories]
+    found: list[list[Tensor]] = [[] for _ in histories]
+    reader, live = _CachedReader(model, len(histories)), set(range(len(histories)))
+    for _ in range(tokens):
+        with _evaluating(model):
+            hidden = reader.next_hidden({row: histories[row] for row in sorted(live)})
+            for row, state in hidden.items():
+                token = sampling.draw(model.logits(state), generators[row])
+                histories[row].append(token)
+                found[row].append(_log_probs(model, state, token, sampling))
+        live = {row for row in live if histories[row][-1] != START}
+        if not live:
+            break
+    drawn = [history[start:] for history, start in zip(histories, starts, strict=True)]
+    texts = (bytes(t for t in row if t < START).decode(errors="replace") for row in drawn)
+    both = [torch.stack(row) if row else torch.zeros(0, 2) for row in found]
+    log_probs, sampled = (tuple(x[:, i].contiguous() for x in both) for i in range(2))
+    return Rollout(tuple(map(torch.tensor, drawn)), tuple(texts), log_probs, sampled)
+
+
+def _log_probs(model: LanguageModel, hidden_C: Tensor, token: int, sampling: Sampling) -> Tensor:
+    """Log-probability of a token, and that of the sampler's draw [2]."""
+    target = torch.tensor([token], device=hidden_C.device)
+    own = model.log_probs_of(hidden_C[None], target)
+    if sampling.temperature == 0:
+        return torch.cat((own, torch.zeros_like(own)))
+    options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    weight, vocab = model.head.weight, model.config.vocab
+    stats = ki.token_stats(hidden_C[None], weight, target, valid_vocab=vocab, **options)
+    return torch.cat((own, stats.log_prob - stats.log_support))
 
 
 @torch.inference_mode()
@@ -205,13 +285,24 @@ class _CachedReader:
         self.sequences = [self.cache.allocate() for _ in range(rows)]
 
     def next_logits(self, histories: dict[int, list[int]]) -> dict[int, Tensor]:
+        return {
+            row: logits
+            for rows, hidden in self._last_hidden(histories)
+            for row, logits in zip(rows, self.model.logits(hidden), strict=True)
+        }
+
+    def next_hidden(self, histories: dict[int, list[int]]) -> dict[int, Tensor]:
+        """The final hidden state [C] after each history."""
+        return {
+            row: state for rows, hidden in self._last_hidden(histories) for row, state in zip(rows, hidden, strict=True)
+        }
+
+    def _last_hidden(self, histories: dict[int, list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         new = {row: self._unseen(row, history) for row, history in histories.items()}
         # Rows with one new token are not padded to the length of those that read a prompt.
-        found: dict[int, Tensor] = {}
         for rows in ([r for r in new if len(new[r]) == 1], [r for r in new if len(new[r]) > 1]):
             if rows:
-                found.update(zip(rows, self._read(rows, [new[r] for r in rows]), strict=True))
-        return found
+                yield rows, self._read(rows, [new[r] for r in rows])
 
     def _unseen(self, row: int, history: list[int]) -> list[int]:
         start = window_start(len(history), self.model.config.context)
@@ -228,6 +319,6 @@ class _CachedReader:
         padded = torch.tensor([n + [START] * (longest - len(n)) for n in new], device=self.device)
         at = torch.tensor([self.cache.length(s) for s in sequences], device=self.device)
         real = None if ragged is None else torch.tensor(counts, device=self.device)
-        logits = self.model.decode(padded, at, self.cache, real)
+        hidden = self.model.cached_hidden(padded, at, self.cache)
         self.cache.advance()
-        return logits
+        return hidden[:, -1] if real is None else hidden[torch.arange(len(rows), device=self.device), real - 1]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core.numerics import is_invariant
 from kernel_index.lm.cache import ModelCache
 from kernel_index.lm.config import ModelConfig
 from kernel_index.lm.data import IGNORED, Batch
@@ -18,6 +19,7 @@ from kernel_index.nn import (
     Experts,
     HybridBlock,
     HyperConnectedBlocks,
+    Linear,
     Mamba2,
     Mixer,
     ResidualRMSNorm,
@@ -75,7 +77,7 @@ class LanguageModel(nn.Module):
         else:
             self.blocks = nn.ModuleList(blocks)
         self.final = ResidualRMSNorm(config.dim)
-        self.head = nn.Linear(config.dim, config.padded_vocab, bias=False)
+        self.head = Linear(config.dim, config.padded_vocab, bias=False)
         self.after_next = AfterNext(config) if config.ahead else None
         self.reset_parameters()
 
@@ -162,6 +164,20 @@ class LanguageModel(nn.Module):
             targets = after_next_targets(batch)
         return loss + self.config.ahead * ki.fused_linear_cross_entropy(further, self.head.weight, targets, **options)
 
+    def log_probs(self, batch: Batch | TreeBatch) -> Tensor:
+        """Log-probability of each target [B, T] in float32, 0 where there is none; of a tree batch, of each edge.
+
+        Under ``ki.numerics("invariant")`` they are those of ``lm.generate.rollout``, bit by bit.
+        """
+        hidden = self.hidden(batch)
+        if isinstance(batch, TreeBatch):
+            hidden = at_sources(hidden, batch.sources)
+        return self.log_probs_of(hidden, batch.targets)
+
+    def log_probs_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of targets [...] after final hidden states [..., C]."""
+        return ki.token_log_probs(hidden, self.head.weight, targets, valid_vocab=self.config.vocab)
+
     def forward(self, batch: Batch | TreeBatch) -> Tensor:
         """The training loss: ``torch.compile`` and FSDP wrap this method."""
         return self.loss(batch)
@@ -170,9 +186,9 @@ class LanguageModel(nn.Module):
         """Logits [V] of the token that follows a prompt [T], T at most the context, without a cache."""
         batch = Batch.of_prompt(tokens, self.config.context)
         batch = Batch(*(t.to(self.head.weight.device) for t in batch))
-        return self._logits(self.hidden(batch)[0, tokens.numel() - 1])
+        return self.logits(self.hidden(batch)[0, tokens.numel() - 1])
 
-    @torch.no_grad()  # some caches return keys without a gradient: none at all rather than an incomplete one
+    @torch.no_grad()
     def decode(self, tokens: Tensor, start: int | Tensor, cache: ModelCache, counts: Tensor | None = None) -> Tensor:
         """Logits [B, V] of the token after tokens [B, T], the new tokens of the cache's step at positions ``start …``.
 
@@ -180,16 +196,21 @@ class LanguageModel(nn.Module):
         are padded to one length, ``counts`` [B] says how many of their tokens are real.  The caller begins and advances
         the step.
         """
+        hidden = self.cached_hidden(tokens, start, cache)
+        if counts is None:
+            return self.logits(hidden[:, -1])
+        return self.logits(hidden[torch.arange(len(hidden), device=hidden.device), counts - 1])
+
+    @torch.no_grad()  # some caches return keys without a gradient: none at all rather than an incomplete one
+    def cached_hidden(self, tokens: Tensor, start: int | Tensor, cache: ModelCache) -> Tensor:
+        """Final hidden states [B, T, C] of the new tokens, as ``decode`` has them."""
         cache.check_tokens(tokens)
         new = torch.arange(tokens.shape[1], device=tokens.device)
         at = (start[:, None] if isinstance(start, Tensor) else start) + new[None]
         ropes = self._rope_tables(at)
         rotated = [None if m is None else ropes.get(m.rope_dim or 0) for m in self.mixers()]
         arguments = [(None, tables, cache.layer(i)) for i, tables in enumerate(rotated)]
-        hidden = self._run(tokens, arguments, self._mixing(cache))
-        if counts is None:
-            return self._logits(hidden[:, -1])
-        return self._logits(hidden[torch.arange(len(hidden), device=hidden.device), counts - 1])
+        return self._run(tokens, arguments, self._mixing(cache))
 
     def new_cache(self, tokens: int, page_size: int = 16) -> ModelCache:
         """Empty caches for every block, with a capacity of ``tokens`` tokens in all."""
@@ -201,7 +222,10 @@ class LanguageModel(nn.Module):
             cache.mixing = self.blocks.mixing()
         return cache.mixing
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] in float32 of final hidden states [..., C]."""
+        if is_invariant():
+            return ki.linear(hidden.float(), self.head.weight[: self.config.vocab].float())
         return (hidden.float() @ self.head.weight.float().T)[..., : self.config.vocab]
 
     def parameter_count(self) -> int:
@@ -216,7 +240,7 @@ class AfterNext(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.join = Linear(2 * config.dim, config.dim, bias=False)
         self.block = HybridBlock(config.dim, mlp=MLPS[config.activation](config.dim, config.hidden or config.dim))
         self.final = ResidualRMSNorm(config.dim)
 

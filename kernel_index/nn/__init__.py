@@ -4,6 +4,7 @@ from kernel_index.nn.attention import Attention
 from kernel_index.nn.block import BlockBranch, HybridBlock, TransformerBlock
 from kernel_index.nn.experts import Experts, Router, Routing
 from kernel_index.nn.hyper_connections import HyperConnectedBlocks, HyperConnections
+from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.mla import MLA, PagedLatentCache
 from kernel_index.nn.mlp import SquaredReLUMLP, SwiGLUMLP
@@ -21,6 +22,7 @@ __all__ = [
     "HybridBlock",
     "HyperConnectedBlocks",
     "HyperConnections",
+    "Linear",
     "Mamba2",
     "Mixer",
     "MixerState",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
@@ -32,11 +33,11 @@ class Attention(Mixer):
         if heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}), got {heads}")
         self.heads, self.kv_heads, self.head_dim, self.window = heads, kv_heads, head_dim, window
-        self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
+        self.q = Linear(dim, heads * head_dim, bias=False)
+        self.k = Linear(dim, kv_heads * head_dim, bias=False)
+        self.v = Linear(dim, kv_heads * head_dim, bias=False)
         self.rope_dim = head_dim
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.out = Linear(heads * head_dim, dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
-from kernel_index.core import checks
+from kernel_index.core import checks, stable
+from kernel_index.core.numerics import is_invariant
 from kernel_index.nn.mlp import MLPS, Activation, swiglu
 from kernel_index.nn.residual import Branch
 
@@ -53,18 +54,25 @@ class Router(nn.Module):
 
     def forward(self, x_NC: Tensor) -> Routing:
         with torch.autocast(x_NC.device.type, enabled=False):
-            logits_NE = x_NC.float() @ self.weight.float().T
-        scores_NE = logits_NE.sigmoid() if self.scores == "sigmoid" else logits_NE.softmax(-1)
+            scores_NE = self._scores(x_NC)
         ranked = (scores_NE.detach() + self.bias).sort(stable=True, dim=-1, descending=True).indices
         experts_Nk = ranked[:, : self.topk]
         weights_Nk = scores_NE.gather(-1, experts_Nk)
         if self.topk > 1 or self.bias.numel() == 1:
-            weights_Nk = weights_Nk / weights_Nk.sum(-1, keepdim=True).clamp_min(1e-20)
+            total_N = stable.sum_of(weights_Nk, -1) if is_invariant() else weights_Nk.sum(-1)
+            weights_Nk = weights_Nk / total_N[:, None].clamp_min(1e-20)
         every = torch.arange(self.bias.numel(), device=x_NC.device)
         load_E = (experts_Nk.reshape(-1, 1) == every).sum(0)
         if self.training:
             self.load.copy_(load_E)  # written, not added: a recomputed forward must not count twice
         return Routing(experts_Nk, weights_Nk, load_E)
+
+    def _scores(self, x_NC: Tensor) -> Tensor:
+        """Float32 [N, E]."""
+        if is_invariant():
+            return stable.with_gradient(self.scores, ki.linear(x_NC.float(), self.weight.float()))
+        logits_NE = x_NC.float() @ self.weight.float().T
+        return logits_NE.sigmoid() if self.scores == "sigmoid" else logits_NE.softmax(-1)
 
     @torch.no_grad()
     def count(self) -> None:
@@ -140,7 +148,8 @@ class Experts(nn.Module):
             out_SC = self._second_half(h_SF, offsets_E)
         back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         out_NkC = ki.gather_rows(out_SC[:, None], back_S).view(*routing.experts.shape, x_NC.shape[-1])
-        out_NC = (out_NkC * routing.weights[..., None]).sum(1).to(dtype)
+        weighted_NkC = out_NkC * routing.weights[..., None]
+        out_NC = (stable.sum_of(weighted_NkC, 1) if is_invariant() else weighted_NkC.sum(1)).to(dtype)
         out_BTC = out_NC.view(x_BTC.shape)
         return (out_BTC if self.shared is None else out_BTC + self.shared(x_BTC)[0]), None
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core import stable
+from kernel_index.core.numerics import is_invariant
 
 
 class HyperConnections(nn.Module):
@@ -104,7 +106,7 @@ class HyperConnectedBlocks(nn.Module):
             hidden, branch_input = ki.mhc_merge_and_branch_input(hidden, out, layer.h_post, h_res, following.h_pre)
         last, (args, kwargs) = layers[-1], arguments[-1]
         hidden = ki.mhc_merge(hidden, last.run_block(branch_input, *args, **kwargs), last.h_post, last_mixing)
-        return hidden.mean(-2)
+        return stable.sum_of(hidden, -2) / hidden.shape[-2] if is_invariant() else hidden.mean(-2)
 
     def _layers(self) -> list[HyperConnections]:
         return [layer for layer in self.layers if isinstance(layer, HyperConnections)]

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.core.numerics import is_invariant
+from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
@@ -50,12 +52,12 @@ class MLA(Mixer):
             raise ValueError(f"rope must be a positive even number of channels, got {rope}")
         self.heads, self.head_dim, self.rope_dim, self.latent = heads, head_dim, rope, latent
         self.fused, self.eps = fused, eps
-        self.q = nn.Linear(dim, heads * (rope + head_dim), bias=False)
-        self.k_rope = nn.Linear(dim, rope, bias=False)
-        self.down = nn.Linear(dim, latent, bias=False)
+        self.q = Linear(dim, heads * (rope + head_dim), bias=False)
+        self.k_rope = Linear(dim, rope, bias=False)
+        self.down = Linear(dim, latent, bias=False)
         self.norm = nn.Parameter(torch.ones(latent))
-        self.up = nn.Linear(latent, heads * 2 * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.up = Linear(latent, heads * 2 * head_dim, bias=False)
+        self.out = Linear(heads * head_dim, dim, bias=False)
 
     def forward(
         self,
@@ -69,23 +71,45 @@ class MLA(Mixer):
         q_BTHD = self.q(x_BTC).view(B, T, self.heads, -1)
         q_rope, q_BTHN = q_BTHD.split([self.rope_dim, self.head_dim], -1)
         q_rope, k_rope = ki.fused_rope_qk(q_rope, self.k_rope(x_BTC).view(B, T, 1, -1), *rope)
-        if cache is not None:
+        if cache is not None and is_invariant():
+            out = self._expanded(x_BTC, q_rope, q_BTHN, k_rope, cache)
+        elif cache is not None:
             out = self._absorbed(x_BTC, q_rope, q_BTHN, k_rope, cache)
         elif mask is not None:
-            k_BTHN, v_BTHD = self._project(x_BTC).view(B, T, self.heads, -1).chunk(2, -1)
-            k_BTHD = torch.cat([k_rope.expand(-1, -1, self.heads, -1).to(k_BTHN.dtype), k_BTHN], -1)
-            out = ki.attention(torch.cat([q_rope, q_BTHN], -1), k_BTHD, v_BTHD, mask)
+            out = self._attend(torch.cat([q_rope, q_BTHN], -1), self._project(x_BTC), k_rope, mask)
         else:
             raise ValueError("mask must be given where no cache is, got None")
         return self.out(out.reshape(B, T, -1)), None
 
+    def _attend(self, q_BTHD: Tensor, up_BSX: Tensor, k_rope: Tensor, mask: "ki.MaskContract") -> Tensor:
+        """Attention to keys and values that were projected up from the latents; ``k_rope`` [B, S, 1, R]."""
+        k_BSHN, v_BSHD = up_BSX.view(*up_BSX.shape[:2], self.heads, -1).chunk(2, -1)
+        k_BSHD = torch.cat([k_rope.expand(-1, -1, self.heads, -1).to(k_BSHN.dtype), k_BSHN], -1)
+        return ki.attention(q_BTHD, k_BSHD, v_BSHD, mask)
+
     def _project(self, x_BTC: Tensor) -> Tensor:
-        if self.fused:
+        if self.fused and not is_invariant():
             return ki.fused_mla_projection(x_BTC, self.down.weight, self.up.weight, self.norm, eps=self.eps)
         return self.up(self._latent(x_BTC))
 
     def _latent(self, x_BTC: Tensor) -> Tensor:
+        if is_invariant():
+            down_BTL = self.down(x_BTC)
+            options = {"eps": self.eps}
+            return ki.fused_residual_add_rms_norm(down_BTL, torch.zeros_like(down_BTL), self.norm, **options).normed
         return nn.functional.rms_norm(self.down(x_BTC), self.norm.shape, self.norm, self.eps)
+
+    def _expanded(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: Any) -> Tensor:
+        """The training form over the cached latents, row by row: the same products, so the same bits."""
+        row_BT1W = torch.cat([self._latent(x_BTC).unsqueeze(2), k_rope], -1).to(cache["k_cache"].dtype)
+        cache.write(row_BT1W, row_BT1W)
+        q_BTHD, outs = torch.cat([q_rope, q_BTHN], -1), []
+        for b, total in enumerate(cache.lengths_after):
+            row_1S1W = cache.prefix(b)[0].to(q_BTHD.dtype)
+            latent_1SL, rope_1S1R = row_1S1W[:, :, 0, : self.latent], row_1S1W[..., self.latent :]
+            mask = ki.MaskContract(q_offset=total - x_BTC.shape[1])
+            outs.append(self._attend(q_BTHD[b : b + 1], self.up(latent_1SL), rope_1S1R, mask))
+        return torch.cat(outs)
 
     def _absorbed(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: dict[str, Any]) -> Tensor:
         """``q·(U_k·c) = (U_kᵀ·q)·c`` and ``Σ p·(U_v·c) = U_v·(Σ p·c)``: one KV head, the row ``[c, k_rope]``."""

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.nn.linear import Linear
 from kernel_index.nn.residual import Branch
 
 Activation = Literal["relu2", "swiglu"]
@@ -27,8 +28,8 @@ class SquaredReLUMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, *, recompute: bool = True):
         super().__init__()
         _check_sizes(dim, hidden)
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.up = Linear(dim, hidden, bias=False)
+        self.down = Linear(hidden, dim, bias=False)
         self.recompute = recompute
 
     def forward(self, x_BTC: Tensor) -> Branch:
@@ -52,8 +53,8 @@ class SwiGLUMLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         _check_sizes(dim, hidden)
-        self.up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.up = Linear(dim, 2 * hidden, bias=False)
+        self.down = Linear(hidden, dim, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Branch:
         return self.down(swiglu(self.up(x_BTC))), None

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.core.numerics import is_invariant
 
 Branch = tuple[Tensor, Tensor | None]
 """The result of a mixer or an MLP: its output, and a bias [C] that the boundary adds (or None)."""
@@ -42,6 +43,9 @@ class ResidualRMSNorm(nn.Module):
         return stream, self._norm(stream, out.dtype)
 
     def _norm(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
+        if is_invariant():
+            normed = ki.fused_residual_add_rms_norm(stream, torch.zeros_like(stream), self.weight, eps=self.eps).normed
+            return normed.to(dtype)
         return ki.gated_rms_norm(stream, None, self.weight, eps=self.eps, dtype=dtype)
 
     def extra_repr(self) -> str:

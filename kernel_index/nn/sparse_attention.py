@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
+from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
 
@@ -77,10 +79,10 @@ class SparseAttention(Mixer):
         self.kind, self.heads, self.kv_heads, self.head_dim, self.window = kind, heads, kv_heads, head_dim, window
         self.rope_dim, self.block, self.topk, self.tokens = head_dim, block, topk, tokens
         self.index_loss = index_loss
-        self.q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(dim, kv_heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.q = Linear(dim, heads * head_dim, bias=False)
+        self.k = Linear(dim, kv_heads * head_dim, bias=False)
+        self.v = Linear(dim, kv_heads * head_dim, bias=False)
+        self.out = Linear(heads * head_dim, dim, bias=False)
         self.index = Indexer(dim, index_heads, index_dim) if kind == "exact_token" else None
 
     def forward(
@@ -107,13 +109,25 @@ class SparseAttention(Mixer):
             raise ValueError("mask must be given where no cache is, got None")
         return self.out(out_BTHD.reshape(B, T, -1)), None
 
-    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: "ki.MaskContract") -> Tensor:
+    def _attend(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: "ki.MaskContract",
+        index_keys: Tensor | None = None,
+    ) -> Tensor:
+        """``index_keys``: the indexer's of all keys, where x has not all tokens."""
         if self.kind == "exact_token":
             assert self.index is not None
             learns = bool(self.index_loss) and self.training and torch.is_grad_enabled()
+            if learns:
+                needs_ordinary_numerics("nn.SparseAttention", "the loss of its indexer has no invariant form")
             selected = None
             if learns or not self.dense:
-                selected = self.index.select(x, self.index.keys(x), self.tokens, mask)
+                known = self.index.keys(x) if index_keys is None else index_keys
+                selected = self.index.select(x, known, self.tokens, mask)
             out = ki.exact_token_attention(q, k, v, None if self.dense else selected, mask=mask)
             if selected is None or not learns:
                 return out
@@ -130,7 +144,23 @@ class SparseAttention(Mixer):
         )
         return ki.clustered_sparse_attention(q, k, v, config=config, mask=mask)
 
+    def _decode_by_rows(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
+        """The training form over each row's cached tokens: the same calls, so the same bits."""
+        layer, index_keys, outs = cache.attention if self.index is not None else cache, None, []
+        layer.write(k, v)
+        if self.index is not None:
+            self.index.remember(x, cache.index)
+        for b, total in enumerate(layer.lengths_after):
+            one, (keys, values) = slice(b, b + 1), layer.prefix(b)
+            if self.index is not None:
+                index_keys = cache.index.prefix(b)[0].squeeze(2)
+            mask = ki.MaskContract(window=(self.window, 0), q_offset=total - x.shape[1])
+            outs.append(self._attend(x[one], q[one], keys, values, mask, index_keys))
+        return torch.cat(outs)
+
     def _decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
+        if is_invariant():
+            return self._decode_by_rows(x, q, k, v, cache)
         step: dict[str, Any] = {"k": k, "v": v, "window_size": (self.window, 0)}
         if self.kind == "exact_token":
             return self._decode_tokens(x, q, cache, step)
@@ -189,9 +219,9 @@ class Indexer(nn.Module):
     def __init__(self, dim: int, heads: int, width: int):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, heads * width, bias=False)
-        self.k = nn.Linear(dim, width, bias=False)
-        self.w = nn.Linear(dim, heads, bias=False)
+        self.q = Linear(dim, heads * width, bias=False)
+        self.k = Linear(dim, width, bias=False)
+        self.w = Linear(dim, heads, bias=False)
 
     def keys(self, x_BSC: Tensor) -> Tensor:
         return self.k(x_BSC.detach())

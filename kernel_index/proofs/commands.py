@@ -51,7 +51,7 @@ def _group(
         Path | None,
         typer.Option(
             "--verify",
-            help="Accept or refuse a receipt of `prove fa4`.",
+            help="Accept or refuse a receipt of `prove fa4` or `rollout-check`.",
             exists=True,
             dir_okay=False,
             show_default="none",

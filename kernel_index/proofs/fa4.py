@@ -1,7 +1,8 @@
 """``kernel-index prove fa4`` and ``kernel-index prove --verify``: the terminal's side of the execute proof."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -10,6 +11,7 @@ from kernel_index.core.terminal import check_output, clear_errors, console, erro
 from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
 from kernel_index.kernels.attention.dense_fa4_execute_proof.request import DtypeName, ProofShape
 from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import verify_file
+from kernel_index.proofs import rollout
 
 FAILED, COMPILED, REFUSED = 1, 3, 4
 """Exit statuses beside 0, which only an executed and verified proof gets; 2 is a mistake in the command line."""
@@ -60,9 +62,20 @@ def _show(proof: Proof) -> None:
 
 def verify(path: Path) -> None:
     """Accept a receipt or say why not; exit 1 if not."""
-    found = verify_file(path)
+    receipt = rollout_receipt(path)
+    found = verify_file(path) if receipt is None else rollout.problems(receipt)
     for problem in found:
         errors.print(f"✗ {problem}", soft_wrap=True)
     if found:
         raise typer.Exit(FAILED)
-    console.print(f"{path}: a proof that flash-attn-4 executed and was right", soft_wrap=True)
+    proven = "flash-attn-4 executed and was right" if receipt is None else "training and rollout have the same bits"
+    console.print(f"{path}: a proof that {proven}", soft_wrap=True)
+
+
+def rollout_receipt(path: Path) -> dict[str, Any] | None:
+    """The content of a file that ``rollout-check`` wrote, else None."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.get("proof") == "rollout-check" else None

@@ -83,7 +83,7 @@ def test_a_model_in_training_generates_as_one_that_is_not(use_cache):
 
 def test_a_failing_step_leaves_a_model_in_training(monkeypatch):
     model = in_training()
-    monkeypatch.setattr(type(model), "decode", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(model), "cached_hidden", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(generate(model, "a", 1))
     assert model.training

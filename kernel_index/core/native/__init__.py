@@ -20,10 +20,23 @@ from torch import Tensor
 
 from kernel_index.core.inductor import MIN_ELEMENTS
 from kernel_index.core.native import build
-from kernel_index.core.rules import NEEDS_PLAIN, NEGATED, NO_BACKWARD, ONLY_FLOAT32, PLAIN, opaque_why_not
+from kernel_index.core.rules import (
+    INSIDE_FUNCTORCH,
+    NEEDS_CPU,
+    NEEDS_PLAIN,
+    NEGATED,
+    NO_BACKWARD,
+    ONLY_FLOAT32,
+    PLAIN,
+    inside_functorch,
+    opaque_why_not,
+)
 from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
 
 DTYPES = (torch.float32, torch.bfloat16)
+SMALL_WORK = 1 << 20
+"""Multiplications, or elements times 16, that a thread does in about the time that starting a second one takes."""
+
 Rule = Callable[..., str | None]
 
 NOT_BUILT = "not built yet on this machine: `kernel-index build` builds it, and so does a call with backend='native'"
@@ -59,6 +72,19 @@ def machine_why_not() -> str | None:
     return None if has_libraries() else "needs a C++ compiler (g++ or clang++)"
 
 
+def op_why_not(*tensors: Tensor | None) -> str | None:
+    """The rules of native kernels that are registered ops with a gradient: a trace and a mode see them."""
+    present = [t for t in tensors if t is not None]
+    if inside_functorch():
+        return INSIDE_FUNCTORCH
+    for tensor in present:
+        if tensor.device.type != "cpu":
+            return NEEDS_CPU
+        if tensor.dtype not in DTYPES:
+            return "needs float32 or bfloat16"
+    return why_not(*present)
+
+
 def rows_why_not(rows: Sequence[Tensor], *others: Tensor) -> str | None:
     """The rules of the kernels in ``rows.cpp``: they read and write ``rows``; the other tensors become float32."""
     if (rule := opaque_why_not(*rows, *others)) is not None:
@@ -83,6 +109,11 @@ def rows_not_worth(x: Tensor, *_: Any) -> str | None:
 
 def rows_threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() >= MIN_ELEMENTS else 1
+
+
+def threads_for(operations: int) -> int:
+    """One thread where starting others would take longer than the work; kernels have the same bits for any number."""
+    return torch.get_num_threads() if operations >= SMALL_WORK else 1
 
 
 def _has_vectors() -> bool:

@@ -26,7 +26,7 @@ from kernel_index.core.target import NO_COMPILER, cxx_compiler
 
 logger = logging.getLogger("kernel_index")
 
-HEADERS = ("vector.h", "common.h", "topk.h", "attention.h", "kv_cache.h")
+HEADERS = ("vector.h", "common.h", "topk.h", "attention.h", "tiles.h", "kv_cache.h")
 """Put before every source, in this order, so that a source needs no ``#include``."""
 
 FLAGS = (

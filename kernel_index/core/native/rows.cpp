@@ -37,7 +37,7 @@ constexpr int64_t STREAMS = 4;
 }  // namespace
 
 extern "C" void residual_rms_norm(const int64_t* n, float scale, float eps, float offset, char* residual, char* delta,
-                                  const float* weight, char* stream, char* normed) {
+                                  const float* weight, char* stream, char* normed, float* rstd) {
   const int64_t rows = n[0], C = n[1], threads = n[5];
   const Rows in{residual, n[2] != 0}, added{delta, n[3] != 0}, kept{stream, n[4] != 0}, out{normed, n[3] != 0};
 #pragma omp parallel num_threads(threads)
@@ -52,7 +52,9 @@ extern "C" void residual_rms_norm(const int64_t* n, float scale, float eps, floa
       kept.read(r * C, C, x.at(0));  // normalises the stream as it is stored
       Vec squares(0.f);
       for (int64_t i = 0; i < C; i += LANES) squares = squares + Vec::loadu(x.at(i)) * Vec::loadu(x.at(i));
-      const Vec by(1 / std::sqrt(sum_of(squares) / C + eps));
+      const float inverse_rms = 1 / std::sqrt(sum_of(squares) / C + eps);
+      if (rstd) rstd[r] = inverse_rms;
+      const Vec by(inverse_rms);
       for (int64_t i = 0; i < C; i += LANES)
         (Vec::loadu(x.at(i)) * by * (load(weight + i, C - i) + Vec(offset))).store(y.at(i));
       out.write(r * C, C, y.at(0));

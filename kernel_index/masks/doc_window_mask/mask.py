@@ -121,6 +121,18 @@ class MaskContract(PackedMask):
 
         return self.remember("intervals", sizes, build)
 
+    def row_origins(self, sizes: Sizes) -> Tensor:
+        """The first key of the document of each query, int32 [rows, T]; 0 where there are no documents."""
+
+        def build() -> tuple[Tensor]:
+            queries = torch.arange(sizes.queries, device=sizes.device)
+            position = self._position(queries, sizes)
+            documents = self._documents(queries, position, sizes)
+            first = torch.zeros_like(position) if documents is None else documents.low
+            return (first.to(torch.int32).expand(sizes.rows, -1).contiguous(),)
+
+        return self.remember("origins", sizes, build)[0]
+
     def row_bounds(self, sizes: Sizes) -> RowBounds:
         """Which keys each query may attend to, for every contract; one row where all rows are alike."""
         if not self.is_tree:

@@ -10,6 +10,7 @@ from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router import contract
 from kernel_index.routing.block_router.chunked import route_chunked
+from kernel_index.routing.block_router.documents import ROUTING
 from kernel_index.routing.block_router.native import SOURCE, route_native
 from kernel_index.routing.block_router.reference import route_reference
 from kernel_index.routing.block_router.torch_op import route_triton
@@ -25,6 +26,7 @@ BACKENDS = (
         route_native,
         native.once_built(SOURCE, not_worth=contract.native_not_worth),
         contract.details,
+        ROUTING,
     ),
     Backend("chunked", always, route_chunked, details=contract.details),
     Backend("reference", always, route_reference, details=contract.details),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
+from kernel_index.core.numerics import is_invariant
 from kernel_index.masks import attention_arguments as arguments
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -92,6 +93,8 @@ def triton_not_worth(call: RouterCall) -> str | None:
 
 
 def native_why_not(call: RouterCall) -> str | None:
+    if is_invariant():
+        return native.op_why_not(call.q, call.k)
     if (rule := arguments.host_plan_why_not(call.q)) is not None:
         return rule
     return native.why_not(call.q, call.k)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native
+from kernel_index.core.numerics import is_invariant
 from kernel_index.routing.block_router.contract import RouterCall
+from kernel_index.routing.block_router.documents import route_documents
 from kernel_index.routing.block_router.scores import means_and_legal
 from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks
 
@@ -14,6 +16,8 @@ SOURCE = Path(__file__).with_name("routing.cpp")
 
 
 def route_native(call: RouterCall) -> TopBlocks:
+    if is_invariant():
+        return route_documents(call)
     with torch.no_grad():
         means, legal = means_and_legal(call)
         return native_top_blocks(call.q, means, legal, call.selected, call.groups)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.numerics import Recipe
+from kernel_index.core.products import PRODUCT
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.prefix_tree.paths import along_paths
@@ -16,11 +18,18 @@ from kernel_index.routing.lightning_indexer.reference import lightning_indexer_r
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 from kernel_index.routing.lightning_indexer.torch_op import lightning_indexer_chunked, lightning_indexer_native
 
+INDEX = Recipe(f"index 1: float32 scores of each head by {PRODUCT.text}, heads added in order, a stable sort")
+
 IndexerBackend = Literal["auto", "native", "chunked", "reference"]
 
 BACKENDS = (
     Backend(
-        "native", contract.native_why_not, lightning_indexer_native, native.once_built(SOURCE), contract.native_details
+        "native",
+        contract.native_why_not,
+        lightning_indexer_native,
+        native.once_built(SOURCE),
+        contract.native_details,
+        INDEX,
     ),
     Backend("chunked", contract.chunked_why_not, lightning_indexer_chunked, details=contract.chunked_details),
     Backend("reference", always, lightning_indexer_reference),

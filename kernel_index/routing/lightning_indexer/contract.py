@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.target import target_of
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -92,6 +93,8 @@ def chunked_why_not(call: IndexerCall) -> str | None:
 
 
 def native_why_not(call: IndexerCall) -> str | None:
+    if is_invariant() and call.replay is None:
+        return native.op_why_not(call.q, call.k, call.weights)
     if call.replay is not None:
         return "a recorded selection is replayed: there is nothing to select"
     if (rule := chunked_why_not(call)) is not None:

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from kernel_index.core import ops
 from kernel_index.core.autocast import without_autocast
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.rules import wants_gradient
 from kernel_index.routing.lightning_indexer import chunked
 from kernel_index.routing.lightning_indexer.contract import IndexerCall
 from kernel_index.routing.lightning_indexer.native import native_topk
+from kernel_index.routing.lightning_indexer.rows import rows_topk
 from kernel_index.routing.lightning_indexer.selection import TokenSelection, replayed
 
 _EVERYWHERE = ("CompositeExplicitAutograd",)
@@ -25,6 +27,13 @@ _native_topk_op = ops.register(
     "lightning_topk_native(Tensor q, Tensor k, Tensor weights, Tensor start, Tensor end, SymInt topk) "
     "-> (Tensor, Tensor)",
     native_topk,
+    chunked.allocate_topk,
+    ("CPU",),
+)
+_rows_topk_op = ops.register(
+    "lightning_topk_rows(Tensor q, Tensor k, Tensor weights, Tensor start, Tensor end, SymInt topk) "
+    "-> (Tensor, Tensor)",
+    rows_topk,
     chunked.allocate_topk,
     ("CPU",),
 )
@@ -60,7 +69,8 @@ class _Scores(torch.autograd.Function):
 
 
 def lightning_indexer_native(call: IndexerCall) -> TokenSelection:
-    indices, scores = _native_topk_op(*_detached(call), *call.intervals(), call.topk)
+    topk_op = _rows_topk_op if is_invariant() else _native_topk_op
+    indices, scores = topk_op(*_detached(call), *call.intervals(), call.topk)
     return _selection(call, indices, scores)
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.stable import EXACT
 from kernel_index.routing.membership import membership
 from kernel_index.routing.union_selection_query_mask import contract
 from kernel_index.routing.union_selection_query_mask.contract import UnionMode
@@ -15,7 +16,7 @@ from kernel_index.routing.union_selection_query_mask.reference import union_refe
 UnionBackend = Literal["auto", "eager", "reference"]
 
 BACKENDS = (
-    Backend("eager", always, union_eager, details=contract.details),
+    Backend("eager", always, union_eager, details=contract.details, invariant=EXACT),
     Backend("reference", always, union_reference, details=contract.details),
 )
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.document_attention import ATTENTION
 from kernel_index.kernels.attention.dense_attention import contract, gpu_rules
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.cpu import attention_cpu
@@ -44,6 +45,7 @@ BACKENDS = (
         contract.native_why_not,
         attention_native,
         native.once_built(SOURCE, not_worth=contract.native_not_worth),
+        invariant=ATTENTION,
     ),
     Backend("cpu", contract.cpu_why_not, attention_cpu, contract.cpu_not_worth),
     Backend("sdpa", contract.sdpa_why_not, attention_sdpa, details=contract.sdpa_details),

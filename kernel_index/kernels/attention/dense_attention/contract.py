@@ -2,11 +2,13 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from kernel_index.core import native
+from kernel_index.core import document_attention, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import PairSight, Sight, sight_of_intervals
+from kernel_index.core.numerics import is_invariant
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
 from kernel_index.masks.doc_window_mask.intervals import RowBounds, Sizes
@@ -123,11 +125,24 @@ SMALL = 256 * 256
 
 
 def native_why_not(call: AttentionCall) -> str | None:
+    if is_invariant():
+        return _documents_why_not(call)
     if (rule := host_plan_why_not(call.q)) is not None:
         return rule
     if call.q.shape[3] % 2 or call.v.shape[3] % 2 or call.v.shape[3] == 0:
         return "needs even head sizes: bfloat16 is multiplied in pairs"
     return native.why_not(*(t for t in (call.q, call.k, call.v, call.sink) if t is not None))
+
+
+def _documents_why_not(call: AttentionCall) -> str | None:
+    if call.mask.is_tree:
+        if torch.compiler.is_compiling():
+            return "torch.compile is tracing: the paths of a tree are read on the host"
+        if call.sizes.offset != 0 or call.q.shape[1] != call.k.shape[1] or call.is_empty:
+            return "in a tree its invariant form needs a query for each key, from the first on"
+        if not rules.host_readable(call.mask.subtree_end, call.mask.positions):
+            return "in a tree its invariant form needs plain tensors of the contract: it reads the paths"
+    return document_attention.why_not(call.q, call.k, call.v, call.sink)
 
 
 def native_not_worth(call: AttentionCall) -> str | None:

@@ -1,7 +1,8 @@
 """Attention on the CPU in C++: a tile of scores never leaves a core's cache, and only keys that a query sees are read.
 
 A tile is 64 queries of one head; it takes the keys of its intervals in blocks of 128, with an online softmax between
-the two products.  Backward recomputes the weights from each row's maximum and sum, and makes five products for each
+the two products.  Under ``numerics("invariant")`` its tiles and blocks begin at each document: ``document_attention``.
+Backward recomputes the weights from each row's maximum and sum, and makes five products for each
 tile.  Key and value gradients are summed in a fixed number of lanes: results do not depend on the number of threads.
 """
 
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of, sink_gradient
+from kernel_index.core.document_attention import Bounds, Scoring, attend_to_documents
 from kernel_index.core.excluded import guarded, guarded_backward
+from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, sight_of
+from kernel_index.kernels.attention.dense_attention.tree_paths import attend_to_paths
 from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.masks.doc_window_mask.intervals import RowBounds
 
@@ -69,6 +73,12 @@ def _call(which: str, qkv: tuple[Tensor, Tensor, Tensor], plan: _Plan, *tensors:
 
 @guarded
 def attention_native(call: AttentionCall) -> OutAndLse:
-    bounds = call.mask.row_bounds(call.sizes).each(torch.Tensor.contiguous)
-    plan = _Plan(bounds, (scale_of(call.q, call.scale), call.softcap))
+    scoring = scale_of(call.q, call.scale), call.softcap
+    if is_invariant():
+        documents = Scoring(*scoring)
+        if call.mask.is_tree:
+            return attend_to_paths(call, documents)
+        bounds = Bounds(*call.mask.row_intervals(call.sizes), call.mask.row_origins(call.sizes))
+        return attend_to_documents(call.q, call.k, call.v, call.sink, bounds, documents)
+    plan = _Plan(call.mask.row_bounds(call.sizes).each(torch.Tensor.contiguous), scoring)
     return attend(PASSES, plan, call.q, call.k, call.v, call.sink)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, choose
+from kernel_index.core.document_attention import ATTENTION
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode import contract
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.native import SOURCE, decode_native
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.reference import decode_reference
@@ -26,7 +27,11 @@ BACKENDS = (
     Backend("triton", contract.triton_why_not, decode_triton, contract.triton_not_worth),
     Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
     Backend(
-        "native", contract.native_why_not, decode_native, native.once_built(SOURCE, not_worth=contract.native_not_worth)
+        "native",
+        contract.native_why_not,
+        decode_native,
+        native.once_built(SOURCE, not_worth=contract.native_not_worth),
+        invariant=ATTENTION,
     ),
     Backend("sdpa", contract.sdpa_why_not, decode_sdpa),
     Backend("reference", contract.reference_why_not, decode_reference),

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, native, rules
+from kernel_index.core import checks, document_attention, native, rules
 from kernel_index.core.fa4_support import Support, support_of
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.target import has_package, target_of
 from kernel_index.kvcache.decode_arguments import REQUIRES_APPEND_KV, cast_to_cache, check_tensors
 from kernel_index.masks.attention_arguments import check_scoring, check_sink, scale_of
@@ -85,6 +86,15 @@ def check(
     call = DecodeCall(q, k_cache, v_cache, cache_seqlens, k, v, causal, window, softcap, block_table, scale, sink)
     _check_values(call)
     return call
+
+
+def key_intervals(total: Tensor, queries: int, window_bounds: Window) -> tuple[Tensor, Tensor]:
+    """The keys ``start ≤ s < end`` of each query, int64 [B, Lq]; the last query is at the last key."""
+    left, right = window_bounds
+    position = total[:, None] - queries + torch.arange(queries, device=total.device)
+    end = total[:, None].expand_as(position) if right is None else torch.minimum(position + right + 1, total[:, None])
+    start = torch.zeros_like(position) if left is None else position - left
+    return start.clamp(min=0), end.clamp(min=0)
 
 
 def _check_values(call: DecodeCall) -> None:
@@ -225,6 +235,8 @@ def native_why_not(call: DecodeCall) -> str | None:
         return rule
     if call.block_table is not None and not rules.host_readable(call.block_table):
         return "needs a block table of plain values: it writes where they say"
+    if is_invariant():  # it appends by PyTorch's own scatter, and takes caches of any layout
+        return document_attention.why_not(call.q, call.k_cache, call.v_cache, call.k, call.v, call.sink)
     if not (call.k_cache.is_contiguous() and call.v_cache.is_contiguous()):
         return "needs a contiguous cache: it is read and written in place"
     tensors = (call.q, call.k_cache, call.v_cache, call.k, call.v, call.sink)

@@ -7,21 +7,11 @@ from torch import Tensor
 
 from kernel_index.core import rules
 from kernel_index.core.excluded import Sight, guarded, sight_of_intervals
-from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import DecodeCall
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import DecodeCall, key_intervals
 from kernel_index.kvcache.slots import append, gathered, next_tokens, slots
-from kernel_index.masks.doc_window_mask.contract import Window
 
 SCORES_AT_ONCE = 1 << 26
 """Queries are taken in chunks of at most this many scores: 256 MiB of float32."""
-
-
-def key_intervals(total: Tensor, queries: int, window_bounds: Window) -> tuple[Tensor, Tensor]:
-    """The keys ``start ≤ s < end`` of each query, int64 [B, Lq]; the last query is at the last key."""
-    left, right = window_bounds
-    position = total[:, None] - queries + torch.arange(queries, device=total.device)
-    end = total[:, None].expand_as(position) if right is None else torch.minimum(position + right + 1, total[:, None])
-    start = torch.zeros_like(position) if left is None else position - left
-    return start.clamp(min=0), end.clamp(min=0)
 
 
 class _Gathered(NamedTuple):

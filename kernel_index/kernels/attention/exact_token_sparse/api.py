@@ -1,21 +1,27 @@
 """Attention to exactly the selected tokens, with a receipt that says whether it stayed sparse."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kernel_index.core import numerics
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.document_attention import ATTENTION
+from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.dense_attention.api import BACKENDS as DENSE
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.kernels.attention.exact_token_sparse import contract
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
 from kernel_index.kernels.attention.exact_token_sparse.cpu import exact_token_cpu
+from kernel_index.kernels.attention.exact_token_sparse.native import exact_token_native
 from kernel_index.kernels.attention.exact_token_sparse.reference import exact_token_reference
 from kernel_index.kernels.attention.exact_token_sparse.torch_op import exact_token_triton
-from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
+from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE, sizes_of
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.masks.prefix_tree.paths import along_paths
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
 
@@ -54,7 +60,7 @@ def _why_not_earlier(earlier: tuple[Backend, ...], call: ExactTokenCall) -> str:
 
 def _with_telemetry(table: tuple[Backend, ...], path: str, staging: dict[str, str]) -> tuple[Backend, ...]:
     return tuple(
-        Backend(b.name, b.why_not, b.run, b.not_worth, _telemetry(b.name, table[:i], path, staging.get(b.name, "none")))
+        replace(b, details=_telemetry(b.name, table[:i], path, staging.get(b.name, "none")))
         for i, b in enumerate(table)
     )
 
@@ -65,6 +71,7 @@ ExactTokenBackend = Literal["auto", "triton", "cpu", "fa4", "flex", "varlen", "n
 BACKENDS = _with_telemetry(
     (
         Backend("triton", contract.triton_why_not, exact_token_triton, contract.triton_not_worth),
+        Backend("native", contract.native_why_not, exact_token_native, numerics.not_worth, invariant=ATTENTION),
         Backend("cpu", contract.cpu_why_not, exact_token_cpu),
         Backend("reference", always, exact_token_reference),
     ),
@@ -91,8 +98,11 @@ def _run_dense(run: Callable[[AttentionCall], Any]) -> Callable[[ExactTokenCall]
 
 REROUTED = _with_telemetry(
     tuple(
-        Backend(
-            b.name, _of_dense(b.why_not), _run_dense(b.run), None if b.not_worth is None else _of_dense(b.not_worth)
+        replace(
+            b,
+            why_not=_of_dense(b.why_not),
+            run=_run_dense(b.run),
+            not_worth=None if b.not_worth is None else _of_dense(b.not_worth),
         )
         for b in DENSE
     ),
@@ -165,5 +175,19 @@ def exact_token_attention(
     """
     mask = EVERYTHING_BEFORE if mask is None else mask
     call = contract.check(q, k, v, indices, indices_valid, mask, scale, softcap, backend)
+    if mask.is_tree and call.indices is not None and is_invariant():  # a token's place is the one on its path
+        selected = call.indices if call.valid is None else torch.where(call.valid, call.indices, -1)
+        selected = selected.expand(-1, -1, call.k.shape[2], -1)
+
+        def attend_branch(
+            q: Tensor, selected: Tensor, k: Tensor, v: Tensor, places: Tensor, mask: MaskContract
+        ) -> Tensor:
+            own = TokenSelection(selected, selected >= 0, selected).within(places)
+            options: Any = {"mask": mask, "scale": scale, "softcap": softcap, "backend": backend}
+            return exact_token_attention(q, k, v, own.indices, indices_valid=own.valid, **options)
+
+        places = torch.arange(call.k.shape[1], device=call.k.device).expand(call.k.shape[:2])
+        by_query, by_key = (call.q, selected), (call.k, call.v, places)
+        return along_paths("exact_token_attention", attend_branch, mask, sizes_of(q, k, mask), by_query, by_key)[0]
     table = REROUTED if call.indices is None else BACKENDS
     return choose("exact_token_attention", table, backend, call).run(call)

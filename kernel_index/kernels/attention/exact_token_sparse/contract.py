@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, rules
+from kernel_index.core import checks, document_attention, rules
 from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import Sight, sight_of_blocks
 from kernel_index.core.target import target_of
@@ -123,6 +123,12 @@ def _check_selection(q: Tensor, k: Tensor, indices: Any, valid: Any) -> None:
         checks.has_shape("indices_valid", valid, tuple(indices.shape), "of the shape of indices,")
         checks.on_device("indices_valid", valid, q, "q")
     check_in_range("indices", indices, valid, keys)
+
+
+def native_why_not(call: ExactTokenCall) -> str | None:
+    if call.mask.is_tree or not call.mask.causal:
+        return "in a tree the places of a path's tokens are not those of the path alone"
+    return document_attention.why_not(call.q, call.k, call.v)
 
 
 def runtime_mode(backend: str) -> str:

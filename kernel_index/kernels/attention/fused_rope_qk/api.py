@@ -5,13 +5,14 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from kernel_index.core import native
-from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core import native, stable
+from kernel_index.core.dispatch import Backend, Ineligible, always, choose
+from kernel_index.core.numerics import is_invariant
+from kernel_index.core.stable import ELEMENTWISE
 from kernel_index.kernels.attention.fused_rope_qk import contract, tables
-from kernel_index.kernels.attention.fused_rope_qk.native import rope_qk_native
 from kernel_index.kernels.attention.fused_rope_qk.reference import rope_qk_reference
 from kernel_index.kernels.attention.fused_rope_qk.tables import RopeTables
-from kernel_index.kernels.attention.fused_rope_qk.torch_op import rope_qk_inductor, rope_qk_triton
+from kernel_index.kernels.attention.fused_rope_qk.torch_op import rope_qk_inductor, rope_qk_native, rope_qk_triton
 
 RopeBackend = Literal["auto", "triton", "native", "inductor", "reference"]
 
@@ -22,6 +23,7 @@ BACKENDS = (
         contract.native_why_not,
         rope_qk_native,
         native.once_built(native.ROWS, not_worth=contract.native_not_worth),
+        invariant=ELEMENTWISE,
     ),
     Backend("inductor", contract.inductor_why_not, rope_qk_inductor, contract.inductor_not_worth),
     Backend("reference", always, rope_qk_reference),
@@ -148,6 +150,7 @@ def rope_tables(
 
     Raises:
         TypeError, ValueError: an argument, a key or a value of ``scaling`` is not as above.
+        Ineligible: under ``numerics("invariant")``, on another device than a CPU or one without its C++ kernels.
 
     Source: Su et al. 2021; Chen et al. 2023 (linear); Peng et al., "YaRN", 2023, for dynamic too; Ding et al.,
         "LongRoPE", 2024; the releases of Llama 3.1 (llama3) and Gemma 4 (proportional).
@@ -161,4 +164,8 @@ def rope_tables(
     angles = (positions.double().unsqueeze(-1) * frequencies).unsqueeze(-2)
     if positions.ndim == 1:
         angles = angles.unsqueeze(0)
-    return RopeTables((angles.cos() * amplitude).float(), (angles.sin() * amplitude).float())
+    if not is_invariant():
+        return RopeTables((angles.cos() * amplitude).float(), (angles.sin() * amplitude).float())
+    if (rule := contract.invariant_tables_why_not(angles)) is not None:
+        raise Ineligible(f"rope_tables: numerics('invariant') cannot run this call ({rule})")
+    return RopeTables((stable.cos(angles) * amplitude).float(), (stable.sin(angles) * amplitude).float())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, inductor, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
+from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.fused_rope_qk import tables
 
 
@@ -129,11 +130,19 @@ def inductor_not_worth(call: Call) -> str | None:
 def native_why_not(call: Call) -> str | None:
     if call.norms:
         return "has no norm: it rotates only"
+    if is_invariant():
+        return native.op_why_not(call.q, call.k, call.cos, call.sin) or _tables_rule(call)
     return native.rows_why_not((call.q, call.k), call.cos, call.sin)
 
 
 def native_not_worth(call: Call) -> str | None:
     return native.rows_not_worth(call.q)
+
+
+def invariant_tables_why_not(angles: Tensor) -> str | None:
+    if not angles.is_cpu:
+        return rules.NEEDS_CPU
+    return rules.INSIDE_FUNCTORCH if rules.inside_functorch() else native.machine_why_not()
 
 
 def triton_why_not(call: Call) -> str | None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
-from kernel_index.kernels.attention.fused_rope_qk import inductor
+from kernel_index.kernels.attention.fused_rope_qk import inductor, native
 from kernel_index.kernels.attention.fused_rope_qk.contract import Call
 
 
@@ -42,7 +43,22 @@ def _triton(q, k, cos, sin, interleaved, inverse):
     return tuple(None if x is None else y for x, y in zip((q, k), rotated, strict=True))
 
 
-_PASSES = {"triton": _triton, "inductor": inductor.rotate}
+_rows_op = ops.NativeOp(
+    "rope_qk_rows(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> (Tensor, Tensor)",
+    native.rotate,
+    _allocate,
+)
+
+
+def _native(q, k, cos, sin, interleaved, inverse):
+    """One of the two may be missing: it then has no heads."""
+    present = k if q is None else q
+    of_both = (present.new_empty(*present.shape[:2], 0, present.shape[3]) if x is None else x for x in (q, k))
+    rotated = _rows_op(*of_both, cos, sin, interleaved, inverse)
+    return tuple(None if x is None else y for x, y in zip((q, k), rotated, strict=True))
+
+
+_PASSES = {"triton": _triton, "inductor": inductor.rotate, "native": _native}
 
 
 class _Rotation(NamedTuple):
@@ -190,6 +206,10 @@ def _apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
         norm = inductor.Norm(eps, offset, interleaved)
         return ops.apply(_NormRopeQK, q, k, cos, sin, q_weight, k_weight, norm, backend)
     return ops.apply(_RopeQK, q, k, cos, sin, _Rotation(interleaved, False, backend))
+
+
+def rope_qk_native(call: Call) -> tuple[Tensor, Tensor]:
+    return _apply(call, "native") if is_invariant() else native.rope_qk_native(call)
 
 
 def rope_qk_inductor(call: Call) -> tuple[Tensor, Tensor]:

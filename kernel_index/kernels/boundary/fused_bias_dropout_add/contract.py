@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, inductor, rules
+from kernel_index.core import checks, inductor, native, rules
 
 
 class Call(NamedTuple):
@@ -55,6 +55,12 @@ def triton_why_not(call: Call) -> str | None:
 
 def triton_not_worth(call: Call) -> str | None:
     return rules.triton_not_worth(call.x)
+
+
+def native_why_not(call: Call) -> str | None:
+    if call.p:
+        return "has no dropout: the mask follows an element's place in the batch"
+    return native.op_why_not(call.x, call.residual, call.bias)
 
 
 def inductor_why_not(call: Call) -> str | None:

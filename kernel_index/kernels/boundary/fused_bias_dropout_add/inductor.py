@@ -26,7 +26,7 @@ def _kept(mask: Tensor) -> Tensor:
     return (mask & bit[:, None]) != 0
 
 
-def _forward(
+def formula(
     x: Tensor, residual: Tensor, bias: Tensor | None, mask: Tensor | None, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     y = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
@@ -53,7 +53,7 @@ def gradients(
 _ROWS = (0,)
 _bits_region = Region(_keep_bits, blocks=_ROWS)
 _mask_region = Region(_keep_mask, elements=_ROWS)
-_forward_region = Region(_forward, x=_ROWS, residual=_ROWS, mask=_ROWS)
+_forward_region = Region(formula, x=_ROWS, residual=_ROWS, mask=_ROWS)
 _backward_region = Region(gradients, g=_ROWS, mask=_ROWS)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import ops, stable
 from kernel_index.core.dtypes import compute_dtype
 from kernel_index.core.triton import launch
 from kernel_index.kernels.boundary.fused_bias_dropout_add import inductor, philox
@@ -73,9 +73,22 @@ def _triton_backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_d
     return None if x_dtype is None else dx, None if bias_dtype is None else dbias
 
 
+def _native_forward(x, residual, bias, seed, threshold, scale, dtype):
+    return inductor.formula(x, residual, bias, None, None, dtype).contiguous()
+
+
+def _native_backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype):
+    if torch.is_grad_enabled():
+        return inductor.backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype)
+    wide = g.to(dtype)
+    sums = None if bias_dtype is None else stable.column_sum(wide.reshape(-1, wide.shape[-1])).to(bias_dtype)
+    return None if x_dtype is None else wide.to(x_dtype), sums
+
+
 _PASSES = {
     "triton": ops.Passes(_triton_forward, _triton_backward),
     "inductor": ops.Passes(inductor.forward, inductor.backward),
+    "native": ops.Passes(_native_forward, _native_backward),
 }
 
 
@@ -120,6 +133,11 @@ class _BiasDropoutAdd(torch.autograd.Function):
             )
             dx = dx if dropped_dx is None else dropped_dx
         return dx, g if needs_residual else None, dbias, *(None,) * 4
+
+
+def bias_dropout_add_native(call: Call) -> Tensor:
+    """Additions, which are correctly rounded, with a sum over tokens in a fixed order for the bias."""
+    return ops.apply(_BiasDropoutAdd, call.x, call.residual, call.bias, None, None, None, "native")
 
 
 def bias_dropout_add_inductor(call: Call) -> Tensor:

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.stable import ELEMENTWISE
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm import contract
-from kernel_index.kernels.boundary.fused_residual_add_rms_norm.native import residual_add_rms_norm_native
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.reference import residual_add_rms_norm_reference
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.torch_op import (
     residual_add_rms_norm_inductor,
+    residual_add_rms_norm_native,
     residual_add_rms_norm_triton,
 )
 
@@ -23,6 +24,7 @@ BACKENDS = (
         contract.native_why_not,
         residual_add_rms_norm_native,
         native.once_built(native.ROWS, not_worth=contract.native_not_worth),
+        invariant=ELEMENTWISE,
     ),
     Backend("inductor", contract.inductor_why_not, residual_add_rms_norm_inductor, contract.inductor_not_worth),
     Backend("reference", always, residual_add_rms_norm_reference),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, native, rules
+from kernel_index.core.numerics import is_invariant
 
 
 class Call(NamedTuple):
@@ -62,6 +63,8 @@ def triton_not_worth(call: Call) -> str | None:
 def native_why_not(call: Call) -> str | None:
     if isinstance(call.scale, Tensor):
         return "takes a number as scale, not a tensor"
+    if is_invariant():
+        return native.op_why_not(call.residual, call.delta, call.weight)
     return native.rows_why_not((call.residual, call.delta), call.weight)
 
 

@@ -1,9 +1,12 @@
 """Forward and backward as one compiled pass each over rows ``[N, C]``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernel_index.core.inductor import Region, sum_rows
+from kernel_index.core.inductor import Region
+from kernel_index.core.stable import PYTORCH
 
 
 def _forward(
@@ -36,8 +39,13 @@ def gradients(
     weight_offset: float,
     like: tuple[torch.dtype, torch.dtype],
     wanted: tuple[bool, bool, bool, bool],
+    *,
+    f: Any = PYTORCH,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``like`` holds the dtypes of residual and delta; ``wanted`` says which of the four gradients are needed."""
+    """``like`` holds the dtypes of residual and delta; ``wanted`` says which of the four gradients are needed.
+
+    ``f`` has the sums: PyTorch's, or those of ``core.stable``.
+    """
     dtype = rstd.dtype
     d_residual = d_delta = d_weight = d_scale = None
     dx = None if d_new is None else d_new.to(dtype)
@@ -48,16 +56,16 @@ def gradients(
         x_hat = x * rstd[:, None]
         dy = d_normed.to(dtype)
         dx_hat = dy * (weight.to(dtype) + weight_offset)
-        through_norm = rstd[:, None] * (dx_hat - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True))
+        through_norm = rstd[:, None] * (dx_hat - x_hat * f.row_mean(dx_hat * x_hat)[:, None])
         dx = through_norm if dx is None else dx + through_norm
-        d_weight = sum_rows(dy * x_hat) if wanted[2] else None
+        d_weight = f.column_sum(dy * x_hat) if wanted[2] else None
     assert dx is not None, "a pass without any upstream gradient is not run"
     if wanted[0]:
         d_residual = dx.to(like[0])
     if wanted[1]:
         d_delta = (dx if scale is None else dx * scale.to(dtype)).to(like[1])
     if wanted[3] and delta is not None:
-        d_scale = sum_rows(dx * delta.to(dtype))
+        d_scale = f.column_sum(dx * delta.to(dtype))
     return d_residual, d_delta, d_weight, d_scale
 
 

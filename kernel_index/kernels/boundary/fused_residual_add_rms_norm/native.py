@@ -10,12 +10,26 @@ from kernel_index.kernels.boundary.fused_residual_add_rms_norm.contract import C
 
 
 def residual_add_rms_norm_native(call: Call) -> tuple[Tensor, Tensor]:
-    residual, delta, weight = call.residual.contiguous(), call.delta.contiguous(), native.floats(call.weight)
-    new_residual = torch.empty_like(residual, dtype=call.stored)
+    return run(*call, call.residual.new_empty(0, dtype=torch.float32))
+
+
+def run(
+    residual: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    scale: Any,
+    eps: float,
+    weight_offset: float,
+    stored: torch.dtype,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``scale`` is a number; ``rstd`` [rows] is filled with 1/rms, unless it is empty."""
+    residual, delta, weight = residual.contiguous(), delta.contiguous(), native.floats(weight)
+    new_residual = torch.empty_like(residual, dtype=stored)
     normed = torch.empty_like(delta)
     channels = residual.shape[-1]
     low = (t.dtype == torch.bfloat16 for t in (residual, delta, new_residual))
     sizes = (residual.numel() // max(1, channels), channels, *low, native.rows_threads(residual))
-    numbers: Any = (call.scale, call.eps, call.weight_offset)
-    native.call(native.ROWS, "residual_rms_norm", sizes, numbers, residual, delta, weight, new_residual, normed)
+    numbers = (scale, eps, weight_offset)
+    native.call(native.ROWS, "residual_rms_norm", sizes, numbers, residual, delta, weight, new_residual, normed, rstd)
     return new_residual, normed

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import ops, stable
 from kernel_index.core.dtypes import compute_dtype
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
-from kernel_index.kernels.boundary.fused_residual_add_rms_norm import inductor
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm import inductor, native
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.contract import Call
 
 
@@ -80,9 +81,32 @@ def _triton_backward(d_new, d_normed, new_residual, rstd, weight, scale, delta, 
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
 
+def _launch_rows(residual, delta, weight, scale, eps, weight_offset, stored):
+    rstd = residual.new_empty(residual.shape[0], dtype=torch.float32)
+    factor = 1.0 if scale is None else float(scale)
+    return *native.run(residual, delta, weight, factor, eps, weight_offset, stored, rstd), rstd
+
+
+_rows_op = ops.NativeOp(
+    "residual_add_rms_norm_rows(Tensor residual, Tensor delta, Tensor weight, Tensor? scale, float eps, "
+    "float weight_offset, ScalarType stored) -> (Tensor, Tensor, Tensor)",
+    _launch_rows,
+    _allocate,
+)
+
+
+def _native_forward(residual, delta, weight, scale, eps, weight_offset, stored, dtype):
+    return _rows_op(residual, delta, weight, scale, eps, weight_offset, stored)
+
+
+def _native_backward(*arguments):
+    return inductor.gradients(*arguments, f=stable)
+
+
 _PASSES = {
     "triton": ops.Passes(_triton_forward, _triton_backward),
     "inductor": ops.Passes(inductor.forward, inductor.backward),
+    "native": ops.Passes(_native_forward, _native_backward),
 }
 
 
@@ -153,6 +177,10 @@ def _apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
         scale = None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=call.delta.device)
     constants = _Constants(call.eps, call.weight_offset, call.stored, backend)
     return ops.apply(_ResidualAddRMSNorm, call.residual, call.delta, call.weight, scale, constants)
+
+
+def residual_add_rms_norm_native(call: Call) -> tuple[Tensor, Tensor]:
+    return _apply(call, "native") if is_invariant() else native.residual_add_rms_norm_native(call)
 
 
 def residual_add_rms_norm_inductor(call: Call) -> tuple[Tensor, Tensor]:

@@ -4,16 +4,19 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import numerics
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.stable import ELEMENTWISE
 from kernel_index.kernels.experts.fused_gated_activation import contract
 from kernel_index.kernels.experts.fused_gated_activation.contract import GatedKind
 from kernel_index.kernels.experts.fused_gated_activation.reference import gated_activation_reference
 from kernel_index.kernels.experts.fused_gated_activation.torch_op import (
     gated_activation_inductor,
+    gated_activation_native,
     gated_activation_triton,
 )
 
-GatedActivationBackend = Literal["auto", "triton", "inductor", "reference"]
+GatedActivationBackend = Literal["auto", "triton", "native", "inductor", "reference"]
 
 BACKENDS = (
     Backend(
@@ -22,6 +25,14 @@ BACKENDS = (
         gated_activation_triton,
         contract.triton_not_worth,
         contract.kept_bytes,
+    ),
+    Backend(
+        "native",
+        contract.native_why_not,
+        gated_activation_native,
+        numerics.not_worth,
+        contract.kept_bytes,
+        ELEMENTWISE,
     ),
     Backend(
         "inductor",

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, inductor, rules
+from kernel_index.core import checks, inductor, native, rules
 
 GatedKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
@@ -45,6 +45,10 @@ def triton_why_not(call: Call) -> str | None:
 
 def triton_not_worth(call: Call) -> str | None:
     return rules.triton_not_worth(call.gate)
+
+
+def native_why_not(call: Call) -> str | None:
+    return native.op_why_not(call.gate, call.up)
 
 
 def inductor_why_not(call: Call) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import ops, stable
 from kernel_index.kernels.experts.fused_gated_activation import inductor
 from kernel_index.kernels.experts.fused_gated_activation.contract import Call
 
@@ -40,6 +40,10 @@ PASSES = {
         ),
     ),
     "inductor": ops.Passes(inductor.forward, inductor.backward),
+    "native": ops.Passes(
+        lambda gate, up, kind: inductor.gated(gate, up, kind, f=stable).contiguous(),
+        lambda gate, up, g, kind: inductor.gradients(gate, up, g, kind, f=stable),
+    ),
 }
 
 
@@ -60,6 +64,11 @@ class _GatedActivation(torch.autograd.Function):
 
 def gated_activation_inductor(call: Call) -> Tensor:
     return ops.apply(_GatedActivation, *call, "inductor")
+
+
+def gated_activation_native(call: Call) -> Tensor:
+    """The formulas with functions whose bits do not depend on an element's place."""
+    return ops.apply(_GatedActivation, *call, "native")
 
 
 def gated_activation_triton(call: Call) -> Tensor:

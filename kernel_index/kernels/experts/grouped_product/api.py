@@ -4,17 +4,21 @@ from typing import Literal
 
 from torch import Tensor
 
+from kernel_index.core import numerics
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.products import PRODUCT
 from kernel_index.kernels.experts.grouped_product import contract
+from kernel_index.kernels.experts.grouped_product.native import grouped_product_native
 from kernel_index.kernels.experts.grouped_product.reference import grouped_product_reference
 from kernel_index.kernels.experts.grouped_product.torch_op import grouped_product_op
 
 BACKENDS = (
+    Backend("native", contract.native_why_not, grouped_product_native, numerics.not_worth, invariant=PRODUCT),
     Backend("grouped_mm", contract.grouped_mm_why_not, grouped_product_op),
     Backend("reference", always, grouped_product_reference),
 )
 
-GroupedProductBackend = Literal["auto", "grouped_mm", "reference"]
+GroupedProductBackend = Literal["auto", "native", "grouped_mm", "reference"]
 
 
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: GroupedProductBackend = "auto") -> Tensor:
@@ -22,6 +26,7 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: Grou
 
     ``y[s] = weight[e] · x[s]`` for the rows s of group e, which are ``offsets[e − 1] ≤ s < offsets[e]``.  A group may
     be empty.  Gradients for x and weight; those of an empty group are 0.  No host synchronisation on a GPU.
+    Under ``ki.numerics("invariant")`` a row does not depend on how many others its group has.
 
     Args:
         x: [S, C], rows in the order of their groups, any floating dtype.

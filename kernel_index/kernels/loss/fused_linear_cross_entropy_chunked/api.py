@@ -4,7 +4,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from kernel_index.core import numerics
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.numerics import Recipe
+from kernel_index.core.products import PRODUCT
+from kernel_index.core.stable import ELEMENTWISE
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import contract
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.reference import (
     linear_cross_entropy_reference,
@@ -13,9 +17,13 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.reference impo
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
     linear_cross_entropy_chunked,
     linear_cross_entropy_inductor,
+    linear_cross_entropy_native,
 )
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_sliced import linear_cross_entropy_triton
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_stats import token_stats_chunked
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_stats import (
+    token_stats_chunked,
+    token_stats_native,
+)
 
 
 def _sharded(call: contract.Call) -> contract.CrossEntropyOutput:
@@ -31,20 +39,24 @@ def _stats_sharded(call: contract.StatsCall) -> contract.TokenStats:
     return vocab_parallel.token_stats_sharded(call)
 
 
-LossBackend = Literal["auto", "sharded", "triton", "inductor", "chunked", "reference"]
+LOSS = Recipe(f"loss 1: float32 logits by {PRODUCT.text}; their softmax by {ELEMENTWISE.text}")
+
+LossBackend = Literal["auto", "sharded", "triton", "native", "inductor", "chunked", "reference"]
 
 BACKENDS = (
     Backend("sharded", contract.sharded_why_not, _sharded),
     Backend("triton", contract.triton_why_not, linear_cross_entropy_triton, contract.triton_not_worth),
+    Backend("native", contract.native_why_not, linear_cross_entropy_native, numerics.not_worth, invariant=LOSS),
     Backend("inductor", contract.inductor_why_not, linear_cross_entropy_inductor, contract.inductor_not_worth),
     Backend("chunked", contract.chunked_why_not, linear_cross_entropy_chunked),
     Backend("reference", always, linear_cross_entropy_reference),
 )
 
-StatsBackend = Literal["auto", "sharded", "chunked", "reference"]
+StatsBackend = Literal["auto", "sharded", "native", "chunked", "reference"]
 
 STATS_BACKENDS = (
     Backend("sharded", contract.sharded_why_not, _stats_sharded),
+    Backend("native", contract.native_why_not, token_stats_native, numerics.not_worth, invariant=LOSS),
     Backend("chunked", contract.chunked_why_not, token_stats_chunked),
     Backend("reference", always, token_stats_reference),
 )

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, inductor, rules
+from kernel_index.core import checks, inductor, native, rules
 
 CHUNK_BYTES = 128 << 20
 """Budget of one chunk of logits.  Few large chunks read the weight seldom; see docs/decisions/0004-loss-chunks.md."""
@@ -238,6 +238,10 @@ def rows_per_chunk(hidden: Tensor, vocab: int, chunk_size: int = 0) -> int:
     most = chunk_size or max(1, budget // (vocab * hidden.element_size()))
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
+
+
+def native_why_not(call: Call | StatsCall) -> str | None:
+    return native.op_why_not(call.hidden, call.weight, call.bias)
 
 
 def sharded_why_not(call: Call | StatsCall) -> str | None:

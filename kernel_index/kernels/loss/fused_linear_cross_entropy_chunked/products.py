@@ -1,10 +1,13 @@
 """The matrix products of a pass by chunks of tokens: logits in, gradients of hidden, weight and bias out."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernel_index.core import stable
+from kernel_index.core.products import product, product_d_input, product_d_weight
 
 WEIGHT_TILE = 8192
 """Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
@@ -42,6 +45,15 @@ def all_reduce(value: Tensor, how: str, group: str) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(value, how, name))
 
 
+class Products(NamedTuple):
+    """The products of a pass, and a sum over tokens."""
+
+    logits: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    d_hidden: Callable[[Tensor, Tensor], Tensor]  # gradients of logits · weight
+    add_outer: Callable[[Tensor, Tensor, Tensor], None]  # total += gradients of logitsᵀ · hidden
+    add_rows: Callable[[Tensor, Tensor], None]  # total += the sum of the gradients of logits over tokens
+
+
 def gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -52,6 +64,7 @@ def gradients(
     group: str,
     factor: Tensor | None,
     to_gradient: Callable[[slice, Tensor], None],
+    by: Products,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias, times ``factor`` if there is one, from chunks of tokens.
 
@@ -67,16 +80,15 @@ def gradients(
     used, used_bias = weight[:classes], None if bias is None else bias[:classes]
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
-        z = logits_of(hidden[at], used, used_bias)
+        z = by.logits(hidden[at], used, used_bias)
         to_gradient(at, z)
         if needs[0]:
-            product = torch.mm(z, used)
-            d_hidden[at] = product if factor is None else product.to(exact) * factor
+            found = by.d_hidden(z, used)
+            d_hidden[at] = found if factor is None else found.to(exact) * factor
         if needs[1]:
-            _add_outer(weight_sum[:classes], z, hidden[at])
+            by.add_outer(weight_sum[:classes], z, hidden[at])
         if needs[2]:
-            for block in z.split(block_rows(z.device, z.shape[1])):
-                bias_sum[:classes] += block.sum(0, dtype=exact)
+            by.add_rows(bias_sum[:classes], z)
         del z  # before the next chunk is allocated
     sums = (weight_sum, bias_sum) if factor is None else (weight_sum * factor, bias_sum * factor)
     d_weight, d_bias = (total.to(weight.dtype) for total in sums)
@@ -99,6 +111,39 @@ def _add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
             total[at].addmm_(z[:, at].T.to(total.dtype), hidden.to(total.dtype))
         else:
             total[at] += torch.mm(z[:, at].T, hidden)
+
+
+def _add_rows(total: Tensor, z: Tensor) -> None:
+    for block in z.split(block_rows(z.device, z.shape[1])):
+        total += block.sum(0, dtype=total.dtype)
+
+
+PYTORCH = Products(logits_of, torch.mm, _add_outer, _add_rows)
+
+
+def _row_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return product(hidden, weight, bias, torch.float32)
+
+
+def _row_d_hidden(z: Tensor, weight: Tensor) -> Tensor:
+    return product_d_input(z.to(weight.dtype), weight)
+
+
+def _row_add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
+    total += product_d_weight(z.to(hidden.dtype), hidden)
+
+
+def _row_add_rows(total: Tensor, z: Tensor) -> None:
+    total += stable.column_sum(z)
+
+
+ROWS = Products(_row_logits, _row_d_hidden, _row_add_outer, _row_add_rows)
+"""Products whose rows do not depend on each other.  The logits are float32 whatever the dtype of hidden."""
+
+
+def by_name(passes: str) -> tuple[Products, Any]:
+    """The products of a backend's passes, and the functions and sums of its formulas."""
+    return (ROWS, stable) if passes == "native" else (PYTORCH, stable.PYTORCH)
 
 
 def empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,11 +1,16 @@
 """The formulas of ``token_stats`` over rows of logits: statistics, and their gradient in place.  See the README."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products import all_reduce, exact_dtype
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products import (
+    Products,
+    all_reduce,
+    by_name,
+    exact_dtype,
+)
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.support import kept, kept_below
 
 
@@ -23,6 +28,15 @@ class Constants(NamedTuple):
     first_class: int
     width: int
     group: str
+    passes: str
+
+    @property
+    def products(self) -> Products:
+        return by_name(self.passes)[0]
+
+    @property
+    def functions(self) -> Any:
+        return by_name(self.passes)[1]
 
     @property
     def truncates(self) -> bool:
@@ -41,7 +55,7 @@ INTS = 2
 def _capped(z: Tensor, c: Constants) -> tuple[Tensor, Tensor]:
     """Capped logits, −0 as 0, and tanh."""
     x = z.to(exact_dtype(z))
-    t = torch.tanh(x / c.softcap) if c.softcap else x
+    t = c.functions.tanh(x / c.softcap) if c.softcap else x
     return (c.softcap * t if c.softcap else x) + 0.0, t
 
 
@@ -51,29 +65,30 @@ def _is(columns: Tensor, which: Tensor) -> Tensor:
 
 def statistics(z: Tensor, targets: Tensor, c: Constants) -> tuple[Tensor, Tensor]:
     """[rows, FLOATS] and [rows, INTS] of rows of logits; ``targets`` count from the first class here."""
+    f = c.functions
     x, _ = _capped(z, c)
     columns = torch.arange(x.shape[1], device=x.device)
     row_max, predicted = _argmax(x, c)
     y = (x - row_max[:, None]) / c.temperature
-    e = y.exp()
+    e = f.exp(y)
     # Sums without the largest and without the target: log1p and 1 − p of a near certain class do not cancel.
     is_target = _is(columns, targets)
-    others = torch.where(_is(columns, predicted - c.first_class), 0.0, e).sum(-1)
-    but_target = torch.where(is_target, 0.0, e).sum(-1)
+    others = f.row_sum(torch.where(_is(columns, predicted - c.first_class), 0.0, e))
+    but_target = f.row_sum(torch.where(is_target, 0.0, e))
     target_y = torch.where(is_target, y, 0.0).sum(-1)
-    mean_y = torch.where(e > 0, e * y, 0.0).sum(-1)
+    mean_y = f.row_sum(torch.where(e > 0, e * y, 0.0))
     others, but_target, target_y, mean_y = c.reduced(torch.stack((others, but_target, target_y, mean_y)), "sum")
-    row_sum, log_sum = 1 + others, others.log1p()
+    row_sum, log_sum = 1 + others, f.log1p(others)
     entropy = log_sum - mean_y / row_sum
     log_support, ratio, smallest = (torch.zeros_like(log_sum) for _ in range(3))
     equals = torch.zeros_like(predicted)
     if c.truncates:
-        smallest, equals = kept_below(x, y, row_sum, c.top_k, c.top_p, c.group)
+        smallest, equals = kept_below(x, y, row_sum, c.top_k, c.top_p, c.group, f)
         inside = kept(x, smallest, equals)
-        sums = torch.stack((torch.where(inside, 0.0, e).sum(-1), torch.where(inside, e, 0.0).sum(-1)))
+        sums = torch.stack((f.row_sum(torch.where(inside, 0.0, e)), f.row_sum(torch.where(inside, e, 0.0))))
         dropped, held = c.reduced(sums, "sum")
         ratio = dropped / held
-        log_support = torch.where(dropped < held, torch.log1p(-dropped / row_sum), torch.log(held / row_sum))
+        log_support = torch.where(dropped < held, f.log1p(-dropped / row_sum), f.log(held / row_sum))
     floats = (target_y - log_sum, entropy, log_support, row_max, log_sum, but_target / row_sum, ratio, smallest)
     return torch.stack(floats, -1), torch.stack((predicted, equals), -1)
 
@@ -97,7 +112,7 @@ def gradient(z: Tensor, targets: Tensor, upstream: Tensor, floats: Tensor, ints:
     of_log_prob, of_entropy, of_support = (v[:, None] for v in upstream.unbind(-1))
     x, t = _capped(z, c)
     log_p = (x - row_max) / c.temperature - log_sum
-    p = log_p.exp()
+    p = c.functions.exp(log_p)
     is_target = _is(torch.arange(x.shape[1], device=x.device), targets)
     d = of_log_prob * torch.where(is_target, missing, -p)
     d = d - of_entropy * torch.where(p > 0, p * (log_p + entropy), 0.0)

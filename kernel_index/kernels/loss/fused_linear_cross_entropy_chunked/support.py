@@ -15,16 +15,19 @@ from torch import Tensor
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products import all_reduce
 
 
-def kept_below(x: Tensor, scaled: Tensor, total: Tensor, top_k: int, top_p: float, group: str) -> tuple[Tensor, Tensor]:
+def kept_below(
+    x: Tensor, scaled: Tensor, total: Tensor, top_k: int, top_p: float, group: str, f: Any
+) -> tuple[Tensor, Tensor]:
     """(smallest logit kept, how many of the equal ones here are kept), each [rows], of logits x [rows, classes here].
 
     ``scaled`` is (x − maximum) / temperature and ``total`` [rows] the sum of its exponentials over all classes.
     ``top_k`` 0 and ``top_p`` 1 do not truncate; one of them does.
+    ``f`` has the functions and sums: PyTorch's, or those of ``core.stable``.
     """
     if top_k:
-        smallest, equals = _of_largest(x, scaled, top_k, top_p, group)
+        smallest, equals = _of_largest(x, scaled, top_k, top_p, group, f)
     else:
-        smallest, equals = _of_all(x, scaled, total, top_p, group)
+        smallest, equals = _of_all(x, scaled, total, top_p, group, f)
     if group:  # the processes before have smaller indices
         here = (x == smallest[:, None]).sum(-1)
         every = _gathered(here, group)
@@ -38,7 +41,7 @@ def kept(x: Tensor, smallest: Tensor, equals: Tensor) -> Tensor:
     return (x > smallest[:, None]) | (same & (same.cumsum(-1, dtype=torch.int32) <= equals[:, None]))
 
 
-def _of_largest(x: Tensor, scaled: Tensor, top_k: int, top_p: float, group: str) -> tuple[Tensor, Tensor]:
+def _of_largest(x: Tensor, scaled: Tensor, top_k: int, top_p: float, group: str, f: Any) -> tuple[Tensor, Tensor]:
     """The sampler's own sums over the largest logits, whose values are the same whichever of equal ones is taken."""
     count = min(top_k, x.shape[1])
     best, at = x.topk(count)
@@ -51,25 +54,25 @@ def _of_largest(x: Tensor, scaled: Tensor, top_k: int, top_p: float, group: str)
     best, scaled = both
     number = torch.full((x.shape[0], 1), best.shape[1], device=x.device)
     if top_p < 1:
-        p = torch.softmax(scaled, -1)
+        p = f.softmax(scaled)
         number = (p.cumsum(-1) - p < top_p).sum(-1, keepdim=True).clamp(min=1)
     smallest = best.gather(-1, number - 1)
     return smallest[:, 0], (number - (best > smallest).sum(-1, keepdim=True))[:, 0]
 
 
-def _of_all(x: Tensor, scaled: Tensor, total: Tensor, top_p: float, group: str) -> tuple[Tensor, Tensor]:
+def _of_all(x: Tensor, scaled: Tensor, total: Tensor, top_p: float, group: str, f: Any) -> tuple[Tensor, Tensor]:
     """Bisect the bits of the smallest logit kept: one sum over the classes for each, and no sorted copy."""
-    e, goal = scaled.exp(), total * top_p
+    e, goal = f.exp(scaled), total * top_p
 
     def above(value: Tensor) -> Tensor:
-        found = torch.where(x > value[:, None], e, 0.0).sum(-1)
+        found = f.row_sum(torch.where(x > value[:, None], e, 0.0))
         return all_reduce(found, "sum", group) if group else found
 
     smallest = _first(x.dtype, goal, lambda value: above(value) < goal)
     row_max = torch.where(x == smallest[:, None], scaled, -torch.inf)
     of_smallest = row_max.amax(-1) if x.shape[1] else row_max.new_full(goal.shape, -torch.inf)
     of_smallest = all_reduce(of_smallest, "max", group) if group else of_smallest
-    equals = ((goal - above(smallest)) / of_smallest.exp()).ceil()
+    equals = ((goal - above(smallest)) / f.exp(of_smallest)).ceil()
     return smallest, equals.nan_to_num(1.0, posinf=2.0**31).clamp(1, 2.0**31).long()
 
 

@@ -26,7 +26,6 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products impor
     by_blocks,
     empty_gradients,
     exact_dtype,
-    logits_of,
     refuse_create_graph,
 )
 
@@ -57,6 +56,14 @@ class _Chunks(NamedTuple):
     group: str
 
     @property
+    def products(self) -> products.Products:
+        return products.by_name(self.passes)[0]
+
+    @property
+    def functions(self) -> Any:
+        return products.by_name(self.passes)[1]
+
+    @property
     def terms(self) -> Any:
         """The constants of the loss's formula."""
         return self.softcap, self.scale, self.smoothing, self.z_loss
@@ -73,18 +80,18 @@ class _Chunks(NamedTuple):
     ) -> None:
         """z becomes the gradient of Σ (rows·loss + lse_rows·lse) with respect to the logits."""
         vectors: Any = (targets - self.first_class, rows, *saved, lse_rows)
-        constants: Any = (*self.terms, self.classes)
+        constants: Any = (self.softcap, self.scale, (self.smoothing, self.z_loss, self.classes))
         if self.passes == "inductor":
             _gradient_region(z, *vectors, *constants)
             return
-        by_blocks(lambda *block: gradient_pass(*block, *constants), z, *vectors)
+        by_blocks(lambda *block: gradient_pass(*block, *constants, f=self.functions), z, *vectors)
 
     def _statistics(self, z: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Loss, row_max, log_sum and 1 − p of each row; two small all-reduces where a group has the classes."""
         if self.passes == "inductor":
             return _loss_region(z, targets, *self.terms)
         if not self.group:
-            blocks = by_blocks(lambda *block: loss_pass(*block, *self.terms), z, targets)
+            blocks = by_blocks(lambda *block: loss_pass(*block, *self.terms, f=self.functions), z, targets)
             return tuple(torch.cat(rows) for rows in zip(*blocks, strict=True))
         cap: Any = (self.softcap, self.scale)
         maxima = all_reduce(torch.cat(by_blocks(lambda block: row_max(block, *cap), z)), "max", self.group)
@@ -100,7 +107,7 @@ def _all_losses(hidden, weight, targets, bias, *options):
     chunk = rows_per_chunk(hidden, chunks.vocab, chunks.chunk_size)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
-        z = logits_of(hidden[at], weight, bias)
+        z = chunks.products.logits(hidden[at], weight, bias)
         chunks.losses(z, targets[at], losses[at], lse[at])
         del z  # before the next chunk is allocated
     return losses, lse
@@ -117,7 +124,8 @@ def _gradients(hidden, weight, targets, bias, rows, lse_rows, factor, needs, *op
         saved = chunks.losses(z, targets[at], losses[at], lse[at])
         chunks.gradient(z, targets[at], rows[at], None if lse_rows is None else lse_rows[at], saved)
 
-    found = products.gradients(hidden, weight, bias, needs, chunk, chunks.vocab, chunks.group, factor, to_gradient)
+    tensors, options = (hidden, weight, bias, needs), (chunk, chunks.vocab, chunks.group, factor)
+    found = products.gradients(*tensors, *options, to_gradient, chunks.products)
     return losses, lse, *found
 
 
@@ -309,6 +317,10 @@ def shaped(found: CrossEntropyOutput, call: Call) -> CrossEntropyOutput:
 
 def linear_cross_entropy_chunked(call: Call) -> CrossEntropyOutput:
     return _run(call, "plain")
+
+
+def linear_cross_entropy_native(call: Call) -> CrossEntropyOutput:
+    return _run(call, "native")
 
 
 def linear_cross_entropy_inductor(call: Call) -> CrossEntropyOutput:

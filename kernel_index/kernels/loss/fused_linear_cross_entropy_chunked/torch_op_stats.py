@@ -12,7 +12,7 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.stats_pass imp
 
 _CONSTANTS = (
     "float softcap, float temperature, SymInt top_k, float top_p, SymInt vocab, SymInt first_class, SymInt width, "
-    "str group"
+    "str group, str passes"
 )
 
 
@@ -29,7 +29,7 @@ def _statistics(hidden, weight, targets, bias, *constants):
     chunk = rows_per_chunk(hidden, c.width)
     for start in range(0, hidden.shape[0], chunk):
         at = slice(start, start + chunk)
-        z = products.logits_of(hidden[at], weight, bias)
+        z = c.products.logits(hidden[at], weight, bias)
         vectors = (targets[at] - c.first_class, *(out[at] for out in found))
         _by_equal_blocks(_fill, z, vectors, c)
         del z  # before the next chunk is allocated
@@ -56,7 +56,8 @@ def _gradients(hidden, weight, targets, bias, upstream, floats, ints, factor, ne
         _by_equal_blocks(stats_pass.gradient, z, vectors, c)
 
     chunk = rows_per_chunk(hidden, c.width)
-    return products.gradients(hidden, weight, bias, needs, chunk, c.vocab, c.group, factor, to_gradient)
+    options = (chunk, c.vocab, c.group, factor, to_gradient, c.products)
+    return products.gradients(hidden, weight, bias, needs, *options)
 
 
 def _fake_gradients(hidden, weight, targets, bias, upstream, floats, ints, factor, needs, *_):
@@ -121,6 +122,14 @@ def token_stats_of(
 
 
 def token_stats_chunked(call: StatsCall) -> TokenStats:
+    return _run(call, "plain")
+
+
+def token_stats_native(call: StatsCall) -> TokenStats:
+    return _run(call, "native")
+
+
+def _run(call: StatsCall, passes: str) -> TokenStats:
     o = call.options
-    constants = Constants(o.softcap, o.temperature, o.top_k, o.top_p, o.vocab, 0, o.vocab, "")
+    constants = Constants(o.softcap, o.temperature, o.top_k, o.top_p, o.vocab, 0, o.vocab, "", passes)
     return token_stats_of(call.hidden, call.weight, call.bias, call.targets, o.ignore_index, constants)

@@ -48,7 +48,7 @@ def token_stats_sharded(call: StatsCall) -> TokenStats:
     first, here = _classes(weight, o.vocab)
     width = -(-weight.shape[0] // mesh.size())
     group = mesh.get_group().group_name
-    constants = Constants(o.softcap, o.temperature, o.top_k, o.top_p, here, first, width, group)
+    constants = Constants(o.softcap, o.temperature, o.top_k, o.top_p, here, first, width, group, "plain")
     tensors = _local(call.hidden), weight.to_local(), None if bias is None else bias.to_local(), _local(call.targets)
     return torch_op_stats.token_stats_of(*tensors, o.ignore_index, constants)
 

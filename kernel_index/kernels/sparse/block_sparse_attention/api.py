@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.document_attention import ATTENTION
 from kernel_index.kernels.sparse.block_sparse_attention import contract
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.cpu import block_sparse_cpu
@@ -25,6 +26,7 @@ BACKENDS = (
         contract.native_why_not,
         block_sparse_native,
         native.once_built(SOURCE, not_worth=contract.cpu_not_worth),
+        invariant=ATTENTION,
     ),
     Backend("cpu", contract.cpu_why_not, block_sparse_cpu, contract.cpu_not_worth),
     Backend("reference", always, block_sparse_reference),

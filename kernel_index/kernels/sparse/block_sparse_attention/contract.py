@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, native, rules
+from kernel_index.core import checks, document_attention, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import Sight, sight_of_blocks
+from kernel_index.core.numerics import is_invariant
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -45,9 +46,9 @@ class BlockSparseCall(NamedTuple):
         return True
 
     def sight(self) -> Sight:
-        return sight_of_blocks(
-            self.selected, self.selected_valid, self.block_size, *self.mask.row_intervals(self.sizes)
-        )
+        origin = self.mask.row_origins(self.sizes) if is_invariant() else None
+        bounds = self.mask.row_intervals(self.sizes)
+        return sight_of_blocks(self.selected, self.selected_valid, self.block_size, *bounds, origin)
 
     @property
     def few_scores(self) -> bool:
@@ -113,6 +114,8 @@ def cpu_why_not(call: BlockSparseCall) -> str | None:
 
 
 def native_why_not(call: BlockSparseCall) -> str | None:
+    if is_invariant():
+        return document_attention.why_not(call.q, call.k, call.v)
     if (rule := cpu_why_not(call)) is not None:
         return rule
     if call.q.shape[3] % 2 or call.v.shape[3] % 2:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of
+from kernel_index.core.document_attention import Bounds, Scoring, attend_to_documents
 from kernel_index.core.excluded import Sight, guarded, guarded_backward, sight_of_blocks
+from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.masks.doc_window_mask.intervals import Intervals
@@ -71,7 +73,11 @@ def block_sparse_native(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     selected = call.selected
     if call.selected_valid is not None:
         selected = torch.where(call.selected_valid, selected, -1)
+    if is_invariant():
+        scoring = Scoring(scale_of(call.q, call.scale), call.softcap, call.block_size)
+        sight = Bounds(*call.mask.row_intervals(call.sizes), call.mask.row_origins(call.sizes))
+        return attend_to_documents(call.q, call.k, call.v, None, sight, scoring, selected.to(torch.int32))
     bounds = Intervals(*(x.to(torch.int32).contiguous() for x in call.mask.row_intervals(call.sizes)))
-    scoring = (scale_of(call.q, call.scale), call.softcap)
-    plan = _Plan(selected.to(torch.int32).contiguous(), bounds, call.block_size, scoring)
+    plan_scoring = (scale_of(call.q, call.scale), call.softcap)
+    plan = _Plan(selected.to(torch.int32).contiguous(), bounds, call.block_size, plan_scoring)
     return attend(PASSES, plan, call.q, call.k, call.v, None)

@@ -19,6 +19,7 @@ from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.prefix_tree.paths import along_paths
 from kernel_index.routing.block_router.api import RouterBackend
+from kernel_index.routing.block_router.documents import ROUTING
 from kernel_index.routing.block_router.native import SOURCE as BY_BLOCK
 from kernel_index.routing.branches import route_along_paths
 from kernel_index.routing.hierarchical_block_expansion.native import SOURCE as BY_GROUP
@@ -35,6 +36,7 @@ def _on_core(core: Backend) -> Backend:
         functools.partial(run_sparse, core),
         None if core.not_worth is None else functools.partial(contract.core_why_not, core.not_worth),
         functools.partial(contract.details, core.name),
+        core.invariant,
     )
 
 
@@ -46,6 +48,7 @@ def _on_dense(dense: Backend) -> Backend:
         functools.partial(run_dense, dense),
         None if dense.not_worth is None else functools.partial(contract.on_dense, dense.not_worth),
         None if dense.details is None else functools.partial(contract.on_dense, dense.details),
+        dense.invariant,
     )
 
 
@@ -65,6 +68,7 @@ ROUTERS = (
         routers.route_native,
         native.once_built(BY_BLOCK, BY_GROUP, not_worth=contract.native_router_not_worth),
         contract.router_details,
+        ROUTING,
     ),
     Backend("chunked", always, routers.route_chunked, details=contract.router_details),
     Backend("reference", always, routers.route_reference, details=contract.router_details),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.autocast import cast_like_sdpa
+from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
 from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseCall
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
@@ -124,6 +125,8 @@ def triton_router_not_worth(call: ClusteredRouteCall) -> str | None:
 
 
 def native_router_why_not(call: ClusteredRouteCall) -> str | None:
+    if is_invariant():
+        return exhaustive.native_why_not(call.exhaustive)
     if call.by_groups:
         return hierarchical.keys_why_not(call.q, call.k)
     if not call.config.fused_scoring:

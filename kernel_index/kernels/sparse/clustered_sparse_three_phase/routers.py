@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.contract import ClusteredRouteCall
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.scoring_chunks import Chunk, chunks_of
 from kernel_index.masks.attention_arguments import sizes_of
 from kernel_index.routing.block_router.api import BACKENDS as EXHAUSTIVE
+from kernel_index.routing.block_router.documents import route_documents
 from kernel_index.routing.block_router.scores import means_and_legal
 from kernel_index.routing.hierarchical_block_expansion.api import BACKENDS as HIERARCHICAL
 from kernel_index.routing.hierarchical_block_expansion.contract import check as check_hierarchy
@@ -21,6 +23,8 @@ def route_triton(call: ClusteredRouteCall) -> TopBlocks:
 
 
 def route_native(call: ClusteredRouteCall) -> TopBlocks:
+    if is_invariant():
+        return route_documents(call.exhaustive, call.config.hierarchy or (0, 0))
     return _by_groups("native", call) if call.by_groups else _EXHAUSTIVE["native"](call.exhaustive)
 
 

@@ -38,6 +38,7 @@ def _on_core(core: Backend) -> Backend:
         functools.partial(attend, core),
         not_worth,
         contract.details,
+        core.invariant,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.stable import EXACT
 from kernel_index.kernels.sparse.row_gather import contract
 from kernel_index.kernels.sparse.row_gather.contract import GIANT as GIANT
 from kernel_index.kernels.sparse.row_gather.reference import gather_reference
@@ -14,7 +15,7 @@ GatherBackend = Literal["auto", "triton", "eager", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, gather_triton, contract.triton_not_worth),
-    Backend("eager", contract.eager_why_not, gather_eager),
+    Backend("eager", contract.eager_why_not, gather_eager, invariant=EXACT),
     Backend("reference", always, gather_reference),
 )
 

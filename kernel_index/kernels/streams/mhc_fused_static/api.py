@@ -4,15 +4,16 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from kernel_index.core import native
+from kernel_index.core import native, numerics
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.stable import ELEMENTWISE
 from kernel_index.kernels.streams.mhc_fused_static import contract
-from kernel_index.kernels.streams.mhc_fused_static.native import mix_native
+from kernel_index.kernels.streams.mhc_fused_static.native import sinkhorn_native
 from kernel_index.kernels.streams.mhc_fused_static.reference import mix_reference, sinkhorn_reference
-from kernel_index.kernels.streams.mhc_fused_static.torch_op import mix_inductor, mix_triton
+from kernel_index.kernels.streams.mhc_fused_static.torch_op import mix_inductor, mix_native, mix_triton
 
 StreamsBackend = Literal["auto", "triton", "native", "inductor", "reference"]
-SinkhornBackend = Literal["auto", "reference"]
+SinkhornBackend = Literal["auto", "native", "reference"]
 
 BACKENDS = (
     Backend("triton", contract.triton_why_not, mix_triton, contract.triton_not_worth),
@@ -21,12 +22,16 @@ BACKENDS = (
         contract.native_why_not,
         mix_native,
         native.once_built(native.ROWS, not_worth=contract.native_not_worth),
+        invariant=ELEMENTWISE,
     ),
     Backend("inductor", contract.inductor_why_not, mix_inductor, contract.inductor_not_worth),
     Backend("reference", always, mix_reference),
 )
 
-SINKHORN_BACKENDS = (Backend("reference", always, sinkhorn_reference),)
+SINKHORN_BACKENDS = (
+    Backend("native", contract.native_sinkhorn_why_not, sinkhorn_native, numerics.not_worth, invariant=ELEMENTWISE),
+    Backend("reference", always, sinkhorn_reference),
+)
 
 
 class StreamsAndBranchInput(NamedTuple):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, native, rules
+from kernel_index.core.numerics import is_invariant
 
 STREAMS = 4
 """What the fused backends are written for."""
@@ -71,13 +72,19 @@ def is_per_row(value: Tensor | None, rank: int) -> bool:
 
 
 def _form_why_not(call: Call) -> str | None:
+    if (rule := _shape_why_not(call)) is not None:
+        return rule
+    coefficients = (call.h_post, call.h_res, call.h_pre)
+    if any(c is not None and c.dtype not in (torch.float32, torch.float64) for c in coefficients):
+        return "needs float32 coefficients"
+    return None
+
+
+def _shape_why_not(call: Call) -> str | None:
     if call.hidden.ndim != 4:
         return "needs hidden [B, T, streams, C]"
     if call.hidden.shape[2] != STREAMS:
         return "needs 4 streams"
-    coefficients = (call.h_post, call.h_res, call.h_pre)
-    if any(c is not None and c.dtype not in (torch.float32, torch.float64) for c in coefficients):
-        return "needs float32 coefficients"
     return None
 
 
@@ -98,6 +105,8 @@ def inductor_not_worth(call: Call) -> str | None:
 
 
 def native_why_not(call: Call) -> str | None:
+    if is_invariant():
+        return _shape_why_not(call) or native.op_why_not(*call)
     if (rule := _form_why_not(call)) is not None:
         return rule
     rows = (call.hidden,) if call.branch_out is None else (call.hidden, call.branch_out)
@@ -106,6 +115,12 @@ def native_why_not(call: Call) -> str | None:
 
 def native_not_worth(call: Call) -> str | None:
     return native.rows_not_worth(call.hidden)
+
+
+def native_sinkhorn_why_not(logits: Tensor, iters: int, temperature: float, eps: float, eps_in: str) -> str | None:
+    if eps_in != "sums":
+        return "needs eps_in='sums'"
+    return native.op_why_not(logits)
 
 
 EPS_IN = ("sums", "elements")

@@ -5,12 +5,14 @@
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernel_index.core.dtypes import compute_dtype
 from kernel_index.core.inductor import Region
+from kernel_index.core.stable import PYTORCH
 from kernel_index.kernels.streams.mhc_fused_static.contract import STREAMS, Rows
 
 _ALL = range(STREAMS)
@@ -50,10 +52,13 @@ def gradients(
     h_pre: Tensor | None,
     like: tuple[torch.dtype, torch.dtype],
     wanted: tuple[bool, bool, bool],
+    *,
+    f: Any = PYTORCH,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """d_hidden, d_branch_out, and for each token the products that ``add_up`` turns into coefficient gradients.
 
-    ``like`` holds the dtypes of hidden and branch_out; ``wanted`` says which of the three are needed.
+    ``like`` holds the dtypes of hidden and branch_out; ``wanted`` says which of the three are needed.  ``f`` has the
+    sums: PyTorch's, or those of ``core.stable``.
     """
     dtype = compute_dtype(d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre)
     dy = None if d_read is None else d_read.to(dtype)[:, :, None]
@@ -70,20 +75,19 @@ def gradients(
         d_branch = _add(_column(h_post, o) * d_new[:, :, o] for o in _ALL).to(like[1])
     if wanted[2] and hidden is not None:
         x = hidden.to(dtype)
-        read = torch.zeros_like(x[..., 0]) if dy is None else (dy * x).sum(-1)
+        read = torch.zeros_like(x[..., 0]) if dy is None else f.row_sum(dy * x)
         if merging and branch_out is not None:
-            f = branch_out.to(dtype)[:, :, None]
-            post, res = (d_new * f).sum(-1), (d_new[:, :, :, None] * x[:, :, None]).sum(-1)
-            branch = torch.zeros_like(read[..., :1]) if dy is None else (dy * f).sum(-1)
+            out = branch_out.to(dtype)[:, :, None]
+            post, res = f.row_sum(d_new * out), f.row_sum(d_new[:, :, :, None] * x[:, :, None])
+            branch = torch.zeros_like(read[..., :1]) if dy is None else f.row_sum(dy * out)
             products = torch.cat([post, res.flatten(2), read, branch], -1)
         else:
             products = read
     return d_hidden, d_branch, products
 
 
-def add_up(products: Tensor, h_post: Tensor | None, h_res: Tensor | None) -> Tensor:
-    """``[batches, N, …]`` products into ``[batches, 24]`` gradients of h_post, h_res and h_pre."""
-    sums = products.sum(1)
+def add_up(sums: Tensor, h_post: Tensor | None, h_res: Tensor | None) -> Tensor:
+    """``[batches, …]`` sums of the products over tokens into ``[batches, 24]`` gradients of h_post, h_res and h_pre."""
     if h_post is None or h_res is None:
         return torch.nn.functional.pad(sums, (STREAMS + STREAMS**2, 0))
     post, res, read, branch = sums.split([STREAMS, STREAMS**2, STREAMS, 1], 1)
@@ -111,4 +115,4 @@ def backward(
     """
     formula = gradients if torch.is_grad_enabled() else _backward
     d_hidden, d_branch, products = formula(*upstream, *saved, like, wanted)
-    return d_hidden, d_branch, None if products is None else add_up(products, saved.h_post, saved.h_res)
+    return d_hidden, d_branch, None if products is None else add_up(products.sum(1), saved.h_post, saved.h_res)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import ops, stable
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
-from kernel_index.kernels.streams.mhc_fused_static import inductor
+from kernel_index.kernels.streams.mhc_fused_static import inductor, native
 from kernel_index.kernels.streams.mhc_fused_static.contract import STREAMS, Call, Rows, is_per_row
 
 COEFFICIENTS = STREAMS + STREAMS**2 + STREAMS
@@ -75,7 +76,31 @@ def _triton_backward(upstream, saved, like, wanted):
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
 
+def _launch_rows(hidden, branch_out, h_post, h_res, h_pre):
+    found = list(native.mix(hidden, branch_out, h_post, h_res, h_pre))
+    merged = found.pop(0) if h_post is not None else hidden.new_empty((0,))
+    return merged, found.pop(0) if h_pre is not None else hidden.new_empty((0,))
+
+
+_rows_op = ops.NativeOp(
+    "mhc_mix_rows(Tensor hidden, Tensor? branch_out, Tensor? h_post, Tensor? h_res, Tensor? h_pre) -> (Tensor, Tensor)",
+    _launch_rows,
+    _allocate,
+)
+
+
+def _native_backward(upstream, saved, like, wanted):
+    """The formula of the compiled pass, its sums in a fixed order."""
+    arguments: Any = (*upstream, *saved, like, wanted)
+    d_hidden, d_branch, products = inductor.gradients(*arguments, f=stable)
+    if products is None:
+        return d_hidden, d_branch, None
+    sums = stable.column_sum(products.transpose(0, 1))
+    return d_hidden, d_branch, inductor.add_up(sums, saved.h_post, saved.h_res)
+
+
 _PASSES = {
+    "native": ops.Passes(_rows_op, _native_backward),
     "triton": ops.Passes(_forward_op, _triton_backward),
     "inductor": ops.Passes(inductor.forward, inductor.backward),
 }
@@ -149,6 +174,10 @@ def _rows(hidden: Tensor | None, branch_out: Tensor | None, coefficients: Any, b
     ranks = (1, 2, 1)
     rows = (c if c is None or is_per_row(c, rank) else c[None] for c, rank in zip(coefficients, ranks, strict=True))
     return Rows(_flat(hidden, batches, 2), _flat(branch_out, batches, 1), *rows)
+
+
+def mix_native(call: Call) -> tuple[Tensor, ...]:
+    return ops.apply(_Mix, *call, "native") if is_invariant() else native.mix_native(call)
 
 
 def mix_inductor(call: Call) -> tuple[Tensor, ...]:

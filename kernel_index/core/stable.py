@@ -1,0 +1,182 @@
+"""Functions whose bits do not depend on an element's place in its tensor, and sums in a fixed order.
+
+PyTorch's loops on a CPU compute most elements by vectors and the last ones of a chunk by the C library, whose results
+differ in the last bit; where a chunk ends depends on the number of elements and of threads.  Its sums too.  What is
+correctly rounded (sums and products of two numbers, quotients, roots, comparisons, conversions) has the same bits
+wherever it is computed.  So an invariant form is written with those operators and with the functions of this module.
+
+A formula that has both forms takes one of the two as its ``math``: this module, or ``PYTORCH``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import native, ops
+from kernel_index.core.inductor import sum_rows
+from kernel_index.core.numerics import Recipe
+
+SOURCE = Path(native.__file__).with_name("stable.cpp")
+
+EXACT = Recipe("elementwise 1: correctly rounded operations in float32, one rounding at the end")
+ELEMENTWISE = Recipe(
+    "elementwise 2: correctly rounded operations and vector functions in float32, the same for every element; "
+    "sums of a row by four interleaved vectors"
+)
+
+
+def _unary(name: str, dtype: torch.dtype) -> ops.NativeOp:
+    def launch(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        assert x.dtype == dtype
+        y = torch.empty_like(x)
+        _call(f"{name}_{native.suffix(dtype)}", (x.numel(),), x, y)
+        return y
+
+    return ops.NativeOp(f"stable_{name}(Tensor x) -> Tensor", launch, lambda x: x.new_empty(x.shape))
+
+
+def _launch_row_sum(x: Tensor) -> Tensor:
+    x, y = x.contiguous(), x.new_empty(x.shape[:-1])
+    _call("row_sum", (y.numel(), x.shape[-1]), x, y)
+    return y
+
+
+def _launch_column_sum(x: Tensor) -> Tensor:
+    x, y = x.contiguous(), x.new_empty(x.shape[1:])
+    _call("column_sum", (x.shape[0], y.numel()), x, y)
+    return y
+
+
+def _call(function: str, sizes: tuple[int, ...], x: Tensor, y: Tensor) -> None:
+    assert x.dtype == y.dtype
+    if y.numel():
+        native.call(SOURCE, function, (*sizes, native.threads_for(16 * x.numel())), (), x, y)
+
+
+exp, log, log1p, tanh, erf, sigmoid = (
+    _unary(name, torch.float32) for name in ("exp", "log", "log1p", "tanh", "erf", "sigmoid")
+)
+"""Of float32."""
+
+cos, sin = (_unary(name, torch.float64) for name in ("cos", "sin"))
+"""Of float64."""
+
+row_sum = ops.NativeOp("stable_row_sum(Tensor x) -> Tensor", _launch_row_sum, lambda x: x.new_empty(x.shape[:-1]))
+"""The sum of float32 x over its last dimension."""
+
+column_sum = ops.NativeOp(
+    "stable_column_sum(Tensor x) -> Tensor", _launch_column_sum, lambda x: x.new_empty(x.shape[1:])
+)
+"""The sum of float32 x over its first dimension: in the order of the rows, whatever the number of threads."""
+
+
+def row_mean(x: Tensor) -> Tensor:
+    return row_sum(x) / x.shape[-1]
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Over the last dimension."""
+    e = exp(x - x.amax(-1, keepdim=True))
+    return e / row_sum(e)[..., None]
+
+
+class _Exp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = exp(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0]
+
+
+class _Log(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return log(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g / ctx.saved_tensors[0]
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = sigmoid(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return g * y * (1 - y)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = softmax(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        total = (g * y).sum(-1) if torch.is_grad_enabled() else row_sum(g * y)
+        return y * (g - total[..., None])
+
+
+class _Softplus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp_min(0) + log1p(exp(-x.abs()))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * sigmoid(ctx.saved_tensors[0])
+
+
+_WITH_GRADIENT: Any = {"softplus": _Softplus, "exp": _Exp, "log": _Log, "sigmoid": _Sigmoid, "softmax": _Softmax}
+
+
+def with_gradient(name: str, x: Tensor) -> Tensor:
+    """``exp``, ``log``, ``sigmoid``, ``softmax`` or ``softplus`` of float32 x, differentiable."""
+    return ops.apply(_WITH_GRADIENT[name], x)
+
+
+def sum_of(terms: Tensor, dim: int) -> Tensor:
+    """The sum over a short dimension, term by term in order: by additions alone, and so differentiable."""
+    first, *others = terms.unbind(dim)
+    for term in others:
+        first = first + term
+    return first
+
+
+class _PyTorch:
+    """The same functions of PyTorch, for any dtype."""
+
+    exp, log, log1p, tanh, erf, sigmoid = torch.exp, torch.log, torch.log1p, torch.tanh, torch.erf, torch.sigmoid
+    column_sum = staticmethod(sum_rows)
+
+    @staticmethod
+    def row_sum(x: Tensor) -> Tensor:
+        return x.sum(-1)
+
+    @staticmethod
+    def row_mean(x: Tensor) -> Tensor:
+        return x.mean(-1)
+
+    @staticmethod
+    def softmax(x: Tensor) -> Tensor:
+        return torch.softmax(x, -1)
+
+
+PYTORCH: Any = _PyTorch

@@ -1,0 +1,76 @@
+"""``kernel-index rollout-check``: table, exit status, and a receipt that ``prove --verify`` accepts or refuses."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kernel_index.cli import commands
+from kernel_index.lm.rollout_axes import AXES
+from kernel_index.proofs import rollout
+
+pytestmark = pytest.mark.native
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(commands.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def test_the_verifier_knows_every_axis():
+    assert tuple(AXES) == rollout.AXES
+
+
+@pytest.fixture(scope="module")
+def checked(finished, tmp_path_factory):
+    """A trained checkpoint, what the command says of it, and its receipt."""
+    path = tmp_path_factory.mktemp("check") / "receipt.json"
+    options = ("--tokens", 60, "--compiler", "eager", "--json", path)
+    return run("rollout-check", "--checkpoint", finished.folder, *options), path
+
+
+def test_a_trained_model_is_exact(checked):
+    done, path = checked
+    assert done.exit_code == 0, done.output
+    assert "all bits are equal" in done.output
+    receipt = json.loads(path.read_text())
+    assert receipt["exact"] is True
+    assert set(receipt["findings"]["A"]) == set(AXES)
+    assert receipt["recipes"]["attention"] == receipt["recipes"]["fa4_kvcache_decode"]
+    assert {"kernel-index", "python", "torch", "isa"} <= set(receipt["machine"])
+
+
+def test_verify_accepts_it(checked):
+    done = run("prove", "--verify", checked[1])
+    assert done.exit_code == 0
+    assert "training and rollout have the same bits" in done.output
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda r: r.update(exact=False), "does not say that all bits are equal"),
+        (lambda r: r["findings"]["A"]["page size"].update(differing=3), "page size: 3 of"),
+        (lambda r: r["findings"]["A"].pop("prefix reuse"), "A, prefix reuse: was not compared"),
+        (lambda r: r["findings"]["A"]["batch size"].update(refused="no form"), "batch size: refused: no form"),
+        (lambda r: r["findings"]["A"]["batch size"].update(compared=0), "batch size: nothing was compared"),
+        (lambda r: r["machine"].pop("torch"), "does not tell the version of torch"),
+        (lambda r: r["model"].update(pattern="AM"), "M: was not checked"),
+        (lambda r: r["recipes"].clear(), "does not tell the recipe of attention"),
+        (lambda r: r.pop("model"), "is not as rollout-check writes it"),
+    ],
+)
+def test_verify_refuses_a_changed_one(checked, tmp_path, change, problem):
+    receipt = json.loads(checked[1].read_text())
+    change(receipt)
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(receipt))
+    done = run("prove", "--verify", path)
+    assert done.exit_code == 1
+    assert problem in done.output
+
+
+def test_wrong_use():
+    assert run("rollout-check", "--checkpoint", "/nowhere", "--tokens", 1).exit_code == 2
+    done = run("rollout-check", "--checkpoint", "/nowhere")
+    assert done.exit_code == 2
+    assert "must be a checkpoint" in done.output

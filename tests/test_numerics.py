@@ -1,0 +1,103 @@
+"""``ki.numerics``: where it is in force, and what it makes of a choice."""
+
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import kernel_index as ki
+from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.force import reload_environment
+from kernel_index.core.numerics import Recipe, is_invariant
+
+RECIPE = Recipe("doubles")
+SLOW = Backend("slow", always, lambda x: 2 * x, lambda x: "too slow", invariant=RECIPE)
+FAST = Backend("fast", always, lambda x: x + x)
+
+
+def doubled(x, backend="auto"):
+    return choose("doubled", (FAST, SLOW), backend, x).run(x)
+
+
+def test_the_mode_takes_the_backend_with_a_recipe_whatever_its_speed():
+    with ki.receipts() as log:
+        doubled(torch.ones(3))
+        with ki.numerics("invariant"):
+            doubled(torch.ones(3))
+    assert [r.ran for r in log] == ["fast", "slow"]
+    assert [r.numerics for r in log] == ["", RECIPE.hash]
+    assert log[1].declined == (("fast", "has no invariant form, which numerics('invariant') needs"),)
+
+
+def test_a_function_without_an_invariant_form_refuses():
+    with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match="has no invariant form"):
+        choose("doubled", (FAST,), "auto", torch.ones(3))
+    with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match="fast: has no invariant form"):
+        doubled(torch.ones(3), backend="fast")
+
+
+def test_blocks_nest():
+    assert not is_invariant()
+    with ki.numerics("invariant"):
+        with ki.numerics("ordinary"):
+            assert not is_invariant()
+        with ki.force("reference"):
+            assert is_invariant()
+    assert not is_invariant()
+
+
+def test_forcing_every_backend_does_not_end_the_mode():
+    with ki.numerics("invariant"), ki.force("fast"), pytest.raises(ki.Ineligible, match="no invariant form"):
+        doubled(torch.ones(3))
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="mode must be 'invariant' or 'ordinary', got 'exact'"), ki.numerics("exact"):
+        pass
+
+
+def test_the_environment_sets_it_and_a_block_wins(monkeypatch):
+    monkeypatch.setenv("KERNEL_INDEX_NUMERICS", "invariant")
+    reload_environment()
+    assert is_invariant()
+    with ki.numerics("ordinary"):
+        assert not is_invariant()
+    monkeypatch.setenv("KERNEL_INDEX_NUMERICS", "yes")
+    with pytest.raises(ValueError, match="KERNEL_INDEX_NUMERICS must be 'invariant' or 'ordinary', got 'yes'"):
+        reload_environment()
+    monkeypatch.setenv("KERNEL_INDEX_NUMERICS", "")
+    reload_environment()
+    assert not is_invariant()
+
+
+def test_other_threads_are_not_touched():
+    found = []
+    with ki.numerics("invariant"):
+        thread = threading.Thread(target=lambda: found.append(is_invariant()))
+        thread.start()
+        thread.join()
+    assert found == [False]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_checkpoint_is_recomputed_in_the_mode_of_its_forward(inside):
+    x = torch.ones(3, requires_grad=True)
+    with ki.receipts() as log:
+        with ki.numerics("invariant"):
+            out = checkpoint(lambda x: doubled(x).square(), x, use_reentrant=False).sum()
+            if inside:
+                out.backward()
+        if not inside:
+            out.backward()
+    assert [r.ran for r in log] == ["slow", "slow"]
+
+
+def test_compiled_code_is_traced_once_for_each_mode():
+    compiled = torch.compile(lambda x: doubled(x), backend="eager", fullgraph=True)
+    with ki.receipts() as log:
+        for _ in range(2):
+            compiled(torch.ones(3))
+            with ki.numerics("invariant"):
+                compiled(torch.ones(3))
+    assert [r.ran for r in log] == ["fast", "slow"]
