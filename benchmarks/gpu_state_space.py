@@ -22,7 +22,7 @@ from benchmarks.harness import console
 from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.kernels.state_space.causal_conv1d.cases import layer
 from kernel_index.kernels.state_space.gated_rms_norm.cases import call as norm_call
-from kernel_index.kernels.state_space.ssd_scan.cases import raw
+from kernel_index.kernels.state_space.ssd_scan.cases import compulsory, raw
 from kernel_index.lm.train import forced_backend
 from kernel_index.nn import Mamba2
 from kernel_index.proofs.errors import tensors_of
@@ -136,7 +136,7 @@ def compare(cell: Cell, suites_by_op: dict[str, Suite], bandwidth: float, device
         suite = suites_by_op[op]
         names = [n for n in suite.differentiable if isinstance(kwargs.get(n), Tensor)]
         kwargs |= {n: kwargs[n].detach().requires_grad_() for n in names}
-        forward, backward = suite.compulsory(kwargs) if suite.compulsory else (0, 0)
+        forward, backward = (suite.compulsory or compulsory)(kwargs)
         limits = [1e6 * size / bandwidth for size in (forward, forward + backward)]
         console.print(f"{op}, {cell}: copy {limits[0]:.0f} and {limits[1]:.0f} µs", highlight=False)
         exact, upstream = None, torch.randn_like(kwargs["x"])

@@ -54,6 +54,7 @@ def _backward_walk(
     ds = tl.zeros((Q, Q), tl.float32)
     db = tl.zeros((Q, BLOCK_N), tl.float32)
     dc = tl.zeros((Q, BLOCK_N), tl.float32)
+    b_bc = tl.load(square(p_bc, Q))  # [j, i]
     for h in range(h_begin, h_end):
         b_x = load_tile(p_x + tl.cast(h, tl.int64) * x_h, first, x_t, T, Q, P, BLOCK_P)  # [Q, BLOCK_P]
         b_dy = load_tile(p_dy + tl.cast(h, tl.int64) * dy_h, first, dy_t, T, Q, P, BLOCK_P)  # [Q, BLOCK_P]
@@ -84,7 +85,7 @@ def _backward_walk(
             g = tl.where(m_last, g, 0.0)
 
         decay = decays_within(p_dt + size, p_dt + 2 * size, o_i, o_j, m_later)
-        w = tl.where(m_later, tl.load(square(p_bc, Q)) * decay, 0.0)  # [j, i]
+        w = tl.where(m_later, b_bc * decay, 0.0)  # [j, i]
         xdy = dot(b_x, tl.trans(b_dy), UPCAST) * dt[:, None]
         ds += tl.where(m_later, xdy * decay, 0.0)
         ds_bc = tl.where(m_later & (o_j < o_i), xdy * w, 0.0).to(SUM)
