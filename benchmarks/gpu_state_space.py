@@ -20,9 +20,9 @@ from torch import Tensor
 import kernel_index as ki
 from benchmarks.harness import console
 from kernel_index.core.testing import Maker, Suite, suites
-from kernel_index.kernels.state_space.causal_conv1d.cases import layer
-from kernel_index.kernels.state_space.gated_rms_norm.cases import call as norm_call
-from kernel_index.kernels.state_space.ssd_scan.cases import compulsory, raw
+from kernel_index.kernels.state_space.causal_conv1d import cases as conv_cases
+from kernel_index.kernels.state_space.gated_rms_norm import cases as norm_cases
+from kernel_index.kernels.state_space.ssd_scan import cases as scan_cases
 from kernel_index.lm.train import forced_backend
 from kernel_index.nn import Mamba2
 from kernel_index.proofs.errors import tensors_of
@@ -95,14 +95,18 @@ def norm_peers(kwargs: Kwargs) -> dict[str, Function]:
     return {"mamba_ssm": mamba_ssm}
 
 
+CASES = {"ssd_scan": scan_cases, "causal_conv1d": conv_cases, "gated_rms_norm": norm_cases}
+"""Where each function's compulsory bytes are counted."""
+
+
 def calls(cell: Cell, device: str) -> Iterator[tuple[str, Kwargs, Callable[[Kwargs], dict[str, Function]]]]:
     """Each function, its arguments, and the other libraries' calls of the same."""
     m, inner, state = Maker(torch.bfloat16, device=device), cell.heads * 64, 128
     sizes = {"H": cell.heads, "P": 64, "G": cell.groups, "N": state}
-    yield "ssd_scan", raw(m, cell.rows, cell.tokens, **sizes), scan_peers
+    yield "ssd_scan", scan_cases.raw(m, cell.rows, cell.tokens, **sizes), scan_peers
     channels = inner + 2 * cell.groups * state
-    yield "causal_conv1d", layer(m, cell.rows, cell.tokens, channels, low=True), conv_peers
-    yield "gated_rms_norm", norm_call(m, cell.rows, cell.tokens, inner), norm_peers
+    yield "causal_conv1d", conv_cases.layer(m, cell.rows, cell.tokens, channels, low=True), conv_peers
+    yield "gated_rms_norm", norm_cases.call(m, cell.rows, cell.tokens, inner), norm_peers
 
 
 def contenders(suite: Suite, kwargs: Kwargs, peers: dict[str, Function]) -> dict[str, Function]:
@@ -136,7 +140,7 @@ def compare(cell: Cell, suites_by_op: dict[str, Suite], bandwidth: float, device
         suite = suites_by_op[op]
         names = [n for n in suite.differentiable if isinstance(kwargs.get(n), Tensor)]
         kwargs |= {n: kwargs[n].detach().requires_grad_() for n in names}
-        forward, backward = (suite.compulsory or compulsory)(kwargs)
+        forward, backward = CASES[op].compulsory(kwargs)
         limits = [1e6 * size / bandwidth for size in (forward, forward + backward)]
         console.print(f"{op}, {cell}: copy {limits[0]:.0f} and {limits[1]:.0f} µs", highlight=False)
         exact, upstream = None, torch.randn_like(kwargs["x"])
