@@ -115,3 +115,39 @@ def test_padding_behind_a_shorter_prompt_leaves_no_trace():
 def test_groups_must_divide_heads():
     with pytest.raises(ValueError, match=r"heads must be a multiple of groups \(3\), got 4"):
         mixer(groups=3)
+
+
+TREE = ki.pack_tree([-1, 0, 0], [5, 3, 4])
+MASKS = {
+    "one document": None,
+    "documents": ki.MaskContract(doc_ids=torch.tensor([0] * 5 + [1] * 7)),
+    "tree": ki.MaskContract(subtree_end=TREE.subtree_end),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_triton_kernels_give_the_layer_of_the_references(mask):
+    layer, x = mixer(), torch.randn(2, 12, 12)
+    upstream = torch.randn(2, 12, 12)
+
+    def run(backend):
+        with ki.force(backend), ki.receipts() as log:
+            y = layer(x, MASKS[mask])[0]
+            gradients = torch.autograd.grad(y, list(layer.parameters()), upstream)
+        return {r.op for r in log if r.ran == backend}, (y, *gradients)
+
+    ops, found = run("triton")
+    assert {"ssd_scan", "gated_rms_norm"} <= ops
+    assert ("causal_conv1d" in ops) == (mask != "tree"), "in a tree the convolution follows the paths"
+    for a, b in zip(found, run("reference")[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_with_the_triton_kernels_continues_the_prefill():
+    layer, x = mixer(), torch.randn(2, 9, 12)
+    whole, state = layer(x)[0], layer.new_state(2)
+    with torch.no_grad(), ki.force("triton"):
+        for piece in x.split((4, 1, 1, 3), 1):
+            y = layer(piece, cache=state)[0]
+            torch.testing.assert_close(y, whole[:, : y.shape[1]], rtol=1e-4, atol=1e-5)
+            whole = whole[:, y.shape[1] :]

@@ -75,6 +75,22 @@ def test_runs_meet(T, monkeypatch):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
+def test_a_row_is_read_once(monkeypatch):
+    """In runs of 128 tokens, as on a GPU: beside them three rows before each run, and backward five after it."""
+    from kernel_index.kernels.state_space.causal_conv1d import triton
+    from kernel_index.proofs.ratios import both_ways
+
+    monkeypatch.setattr(triton, "processors", lambda _: 1)
+    kwargs = layer(Maker(torch.bfloat16), 1, 256, 256)
+    forward, backward = both_ways(ki.causal_conv1d, kwargs, ["x", "weight"])
+    size = kwargs["x"].numel() * 2
+    assert forward.launches == 1
+    assert backward.launches == 2
+    assert forward.others == backward.others == forward.atomics == backward.atomics == 0
+    assert forward.sectors <= 1.05 * 2 * size
+    assert backward.counts[0].sectors <= 1.15 * 3 * size, "with partial sums, which weigh at two runs"
+
+
 BAD = {
     "x must be [B, T, C] with at least one token": {"x": torch.ones(2, 0, 24)},
     "weight must be [C, W] with C = 24 and W of at least 1": {"weight": torch.ones(4, 24)},

@@ -71,7 +71,8 @@ def ssd_scan(
         dt_softplus: whether the step is the softplus of dt + dt_bias.
         segments: int [B or 1, T], not decreasing: the document of each token; None for one.
         state: h before the first token, [B, H, P, N], in the first token's segment; None for zeros.
-        chunk: tokens that ``reference`` multiplies together; ``triton`` takes 64.  It changes speed and rounding alone.
+        chunk: tokens that ``reference`` multiplies together; ``triton`` takes 16 to 64, by dtype and GPU.  It changes
+            speed and rounding alone.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:

@@ -120,7 +120,7 @@ SUITES = (
     Suite(
         op="ssd_scan", function=ssd_scan, backends=BACKENDS, cases=CASES,
         differentiable=("x", "dt", "a", "b", "c", "d", "dt_bias", "state"), oracle=oracle,
-        sized=lambda m, n: raw(m, 2, n, P=4, N=3, state=state), real=real, compulsory=compulsory,
+        sized=lambda m, n: raw(m, 2, n, P=4, N=3, state=state), real=real,
         scales=(1e-3, 1.0, 16.0), rounding=("triton",),
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launches: three forward, and seven backward, which makes the states again instead of keeping them.
+"""Launches: three forward, and eight backward, which makes the states again instead of keeping them.
 
 1. ``triton_steps``: step sizes and decays.  2. ``triton_states``: the state that enters each chunk, one after another.
 3. ``triton_forward``: y of all chunks at once.  Backward the same walk from the end for the gradients of the states,
@@ -135,13 +135,13 @@ def _chunks_backward(
     of_group = {n: constants[n] for n in ("UPCAST", "N", "Q", "BLOCK_N")} | {"num_warps": 8}
     parts, square = ceil_div(sizes.heads_of_group, config.tile), (sizes.chunk, sizes.chunk)
     strides = *b.stride()[:3], *c.stride()[:3]
-    cb = steps.new_empty((sizes.B, sizes.chunks, sizes.G, *square))
+    bc = steps.new_empty((sizes.B, sizes.chunks, sizes.G, *square))
     grid = sizes.B * sizes.chunks, sizes.G
-    products_kernel[grid](b, c, cb, *strides, sizes.T, sizes.G, sizes.chunks, **of_group)
+    products_kernel[grid](b, c, bc, *strides, sizes.T, sizes.G, sizes.chunks, **of_group)
     d_steps = torch.empty_like(steps)
-    shared = [steps.new_empty((parts, *t.shape)) for t in (b, c, cb)]
+    shared = [steps.new_empty((parts, *t.shape)) for t in (b, c, bc)]
     backward_kernel[(grid[0], sizes.G * parts)](
-        x, b, c, d_y, steps, inputs.segments, states, d_states, cb, inputs.d, outputs.x, d_steps, *shared,
+        x, b, c, d_y, steps, inputs.segments, states, d_states, bc, inputs.d, outputs.x, d_steps, *shared,
         *x.stride()[:3], *strides, *d_y.stride()[:3], inputs.segments_row,
         sizes.B, sizes.T, sizes.H, sizes.G, sizes.chunks, config.tile, **constants,
     )  # fmt: skip

@@ -10,8 +10,9 @@ where q_i = d_y_i·(decay_i·c_i·stateᵀ) is what token i reads of the state, 
 what token j adds to it, and e the whole chunk's decay of it.  The first sum is that over rows i ≥ r less that over
 columns j ≥ r, of one float32 matrix: what cancels is the same number in both.
 
-b and c are of a group: ``ds`` is added up over its heads, and multiplied once, by ``group_kernel``.  ``cb`` comes from
-memory and ``ds`` goes there: a chain of products in one kernel would keep eight warps from sharing their columns.
+b and c are of a group: ``ds`` is added up over its heads, and multiplied once, by ``group_kernel``.  ``bc`` = b·cᵀ
+comes from memory and ``ds`` goes there: in a chain of products Triton would not divide the columns among eight warps.
+Here matrices of two tokens are [j, i], as v wants them.
 """
 
 import triton.language as tl
@@ -42,18 +43,20 @@ def products_kernel(
 
 
 @jit
-def _backward_walk(
+def _backward_heads(
     b_b, b_c, m_later, m_first, m_last, passes, p_x, p_dy, p_steps, p_states, p_d_states, p_bc, d_ptr, p_dx, p_d_steps,
     p_db, p_dc, p_ds, x_t, x_h, dy_t, dy_h, first, T, H, G, h_begin, h_end, size, padded,
     SKIP: tl.constexpr, SEGMENTS: tl.constexpr, UPCAST: tl.constexpr, P: tl.constexpr,
     N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One head after another; what belongs to the group stays in registers until the last one."""
     SUM: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float32 else tl.float32
     o_q = tl.arange(0, Q)
     o_j, o_i = o_q[:, None], o_q[None, :]
     ds = tl.zeros((Q, Q), tl.float32)
     db = tl.zeros((Q, BLOCK_N), tl.float32)
     dc = tl.zeros((Q, BLOCK_N), tl.float32)
+    b_bc = tl.load(square(p_bc, Q))  # [j, i]
     for h in range(h_begin, h_end):
         b_x = load_tile(p_x + tl.cast(h, tl.int64) * x_h, first, x_t, T, Q, P, BLOCK_P)  # [Q, BLOCK_P]
         b_dy = load_tile(p_dy + tl.cast(h, tl.int64) * dy_h, first, dy_t, T, Q, P, BLOCK_P)  # [Q, BLOCK_P]
@@ -84,7 +87,7 @@ def _backward_walk(
             g = tl.where(m_last, g, 0.0)
 
         decay = decays_within(p_dt + size, p_dt + 2 * size, o_i, o_j, m_later)
-        w = tl.where(m_later, tl.load(square(p_bc, Q)) * decay, 0.0)  # [j, i]
+        w = tl.where(m_later, b_bc * decay, 0.0)  # [j, i]
         xdy = dot(b_x, tl.trans(b_dy), UPCAST) * dt[:, None]
         ds += tl.where(m_later, xdy * decay, 0.0)
         ds_bc = tl.where(m_later & (o_j < o_i), xdy * w, 0.0).to(SUM)
@@ -141,7 +144,7 @@ def backward_kernel(
     o_states, o_shared = (b * chunks + k) * H * (P * N), ((part * B + b) * T * G + g) * N
     p_bc = bc_ptr + ((b * chunks + k) * G + g) * (Q * Q)
     p_ds = ds_ptr + (((part * B + b) * chunks + k) * G + g) * (Q * Q)
-    _backward_walk(
+    _backward_heads(
         b_b, b_c, m_later, m_first, m_last, passes, p_x, p_dy, steps_ptr + o_steps, states_ptr + o_states,
         d_states_ptr + o_states, p_bc, d_ptr, dx_ptr + b * T * H * P, d_steps_ptr + o_steps, db_ptr + o_shared,
         dc_ptr + o_shared, p_ds, x_t, x_h, dy_t, dy_h, first, T, H, G, h_begin, h_end, size, padded,

@@ -34,7 +34,7 @@ def decays_within(p_high, p_low, o_i, o_j, m_seen):
 
 
 @jit
-def _scan_walk(
+def _scan_heads(
     cb, b_c, m_seen, m_first, p_x, p_steps, p_states, d_ptr, p_y, x_t, x_h, first, T, H, h_begin, h_end, size, padded,
     SKIP: tl.constexpr, SEGMENTS: tl.constexpr, UPCAST: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -83,7 +83,7 @@ def scan_kernel(
     size = tl.cast(B, tl.int64) * H * padded
     p_x, p_steps = x_ptr + b * x_b, steps_ptr + b * H * padded
     p_states, p_y = states_ptr + (b * chunks + k) * H * (P * N), y_ptr + b * T * H * P
-    _scan_walk(
+    _scan_heads(
         cb, b_c, m_seen, m_first, p_x, p_steps, p_states, d_ptr, p_y, x_t, x_h, first, T, H, h_begin, h_end, size,
         padded, SKIP, SEGMENTS, UPCAST, P, N, Q, BLOCK_P, BLOCK_N,
     )  # fmt: skip
