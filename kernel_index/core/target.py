@@ -135,7 +135,7 @@ def machine_rules() -> dict[str, str | None]:
         else "needs the flash-attn-4 package (pip install flash-attn-4) and a CUDA device",
         "gluon": None
         if has_package("triton") and cuda and not interpreting and _has_hopper()
-        else "needs the triton package (3.6 or later) and a CUDA device of sm_90",
+        else "needs the triton package (pip install triton), 3.6 or later, and a CUDA device of sm_90",
         "flex": None if cuda else "needs a CUDA device: FlexAttention has no backward on a CPU",
         "varlen": None if cuda else "needs a CUDA device",
         "pallas": None if has_package("jax") else "needs the jax package (pip install jax)",
