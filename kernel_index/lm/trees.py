@@ -73,7 +73,8 @@ class TreeBatch(NamedTuple):
         return cls(tokens, positions, mask, sources.contiguous(), targets.contiguous(), after_next)
 
     def to(self, device: torch.device | str) -> "TreeBatch":
-        """The batch on another device; its mask keeps what the host knows of the trees, so that nothing waits."""
+        """The batch on another device; its mask keeps what the host knows of the trees, so that layers without a
+        window wait for nothing."""
         tokens, positions, *others = (x.to(device) for x in self if isinstance(x, Tensor))
         return TreeBatch(tokens, positions, self.mask.to(device), *others)
 
