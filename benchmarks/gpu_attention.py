@@ -19,7 +19,7 @@ from benchmarks.gpu_session import DryRun, Only, Out, Seconds, Session, Warm, fa
 from kernel_index.proofs.tune.attention_cells import CELLS, AttentionCell, AttentionInputs
 from kernel_index.proofs.tune.timing import error_of, is_broken
 
-OURS = ("fa4", "triton", "varlen", "sdpa")
+OURS = ("fa4", "triton", "gluon", "varlen", "sdpa")
 DIRECTIONS = ("infer", "train")
 OPS = ("attention",)
 

@@ -54,9 +54,9 @@ def microseconds(inputs: AttentionInputs, kernel: str, warm: bool) -> float:
     """Of a call of the direction that the kernel serves; a wrong result is an error."""
     call = inputs.ours("triton")
     step = call if kernel == "forward" else inputs.train(call)
+    known = inputs.truth()
     with torch.set_grad_enabled(kernel != "forward"):
         found = step()
-        known = inputs.truth()
         got = inputs.last(*found) if isinstance(found, tuple) else inputs.last(found)
         wanted = known[1:] if isinstance(found, tuple) else known[:1]
         error = max(timing.error_of(a, b) for a, b in zip(got, wanted, strict=True))

@@ -69,7 +69,7 @@ def model_steps(trees: int, recompute: bool) -> dict[str, Step]:
     for block in model.hybrid_blocks():
         block.recompute = recompute
     found = [TokenTree(PARENTS, [torch.randint(0, config.vocab, (n,)) for n in RUNS]) for _ in range(trees)]
-    shared = TreeBatch(*(t.cuda() for t in TreeBatch.of(found)))
+    shared = TreeBatch.of(found)
     tokens = torch.stack([torch.cat((t.runs[0], answer)) for t in found for answer in t.runs[1:]])
     at = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
     apart = Batch(tokens, tokens.roll(-1, 1), at, torch.zeros_like(tokens), torch.full((len(tokens),), at.shape[1]))
@@ -80,7 +80,7 @@ def model_steps(trees: int, recompute: bool) -> dict[str, Step]:
             model.loss(batch).backward()
         model.zero_grad(set_to_none=True)
 
-    return {"trees": lambda: step(shared), "rows": lambda: step(apart)}
+    return {"trees": lambda: step(shared.to("cuda")), "rows": lambda: step(apart)}
 
 
 def show(title: str, steps: dict[str, Step], rounds: int) -> None:

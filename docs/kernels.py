@@ -39,6 +39,9 @@ TITLES = {
     "grouped_product": ("Grouped product", "mixture of experts, MoE, grouped GEMM"),
     "mhc_fused_static": ("Hyper-connections", "mHC, residual streams, Sinkhorn"),
     "fused_mla_projection": ("MLA projection", "multi-head latent attention, low-rank projection"),
+    "ssd_scan": ("Mamba-2 scan", "state-space model, SSM, SSD, state-space duality, Mamba-2, gated linear recurrence"),
+    "causal_conv1d": ("Causal convolution", "causal conv1d, depthwise convolution, short convolution"),
+    "gated_rms_norm": ("Gated RMSNorm", "RMSNormGated, SiLU gate and rmsnorm"),
     "fused_linear_cross_entropy_chunked": ("Linear cross-entropy", "fused loss, logits, log probabilities, z-loss"),
 }
 """For people: each entry's title, and the words that they may search for; those that most come for first."""

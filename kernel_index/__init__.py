@@ -45,6 +45,9 @@ from kernel_index.kernels.sparse.moba_block_sparse.api import (
 from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import BlockSparseBackend
 from kernel_index.kernels.sparse.row_gather.api import GatheredPair, gather_rows, gather_rows_pair
 from kernel_index.kernels.sparse.selected_decode.api import selected_decode
+from kernel_index.kernels.state_space.causal_conv1d.api import causal_conv1d
+from kernel_index.kernels.state_space.gated_rms_norm.api import gated_rms_norm
+from kernel_index.kernels.state_space.ssd_scan.api import Scanned, ssd_scan
 from kernel_index.kernels.streams.mhc_fused_static.api import (
     StreamsAndBranchInput,
     mhc_branch_input,
@@ -96,6 +99,7 @@ __all__ = [
     "ResidualAndNormed",
     "RopeTables",
     "RotatedQK",
+    "Scanned",
     "StreamsAndBranchInput",
     "TokenSelection",
     "TokenStats",
@@ -106,6 +110,7 @@ __all__ = [
     "attention_validity",
     "attention_with_lse",
     "can_score_tile",
+    "causal_conv1d",
     "causal_windowing_plan",
     "clustered_route",
     "clustered_sparse_attention",
@@ -125,6 +130,7 @@ __all__ = [
     "fused_relu_squared",
     "fused_residual_add_rms_norm",
     "fused_rope_qk",
+    "gated_rms_norm",
     "gather_rows",
     "gather_rows_pair",
     "grouped_product",
@@ -146,6 +152,7 @@ __all__ = [
     "rope_tables",
     "selected_decode",
     "sinkhorn",
+    "ssd_scan",
     "strict",
     "token_log_probs",
     "token_stats",

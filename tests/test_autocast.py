@@ -26,6 +26,7 @@ CAST = {
     "fused_rope_qk": "q k",
     "lightning_indexer": "q_idx k_idx weights",
     "block_router": "q k",
+    "ssd_scan": "x b c",
 }
 """What autocast casts, for each function with a suite."""
 
@@ -135,7 +136,7 @@ def test_the_kernel_itself_runs_without_autocast(suite, backend):
 
 @pytest.mark.parametrize("suite", SUITES, ids=str)
 def test_without_autocast_mixed_dtypes_are_refused(suite):
-    with pytest.raises(TypeError, match=r"must be torch\.\w+ like q"):
+    with pytest.raises(TypeError, match=r"must be torch\.\w+ like [qx]"):
         suite.function(**mixed(suite))
 
 

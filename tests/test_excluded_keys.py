@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """A machine with a GPU tries the kernels of the GPU; run there by hand, since CI has none."""
 
-HALF_ONLY = ("fa4", "varlen")
+HALF_ONLY = ("fa4", "gluon", "varlen")
 
 
 class Sees(NamedTuple):

@@ -11,7 +11,7 @@ import kernel_index as ki
 from kernel_index.core import measured, rules
 from kernel_index.core.target import Target, pretend, target_of
 from kernel_index.index.rule_sentences import sentences
-from kernel_index.kernels.attention.dense_attention import contract
+from kernel_index.kernels.attention.dense_attention import contract, gpu_rules
 from kernel_index.kernels.attention.dense_attention.api import BACKENDS
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.api import BACKENDS as DECODE
 
@@ -159,6 +159,7 @@ def test_a_file_says_when_and_where_and_names_backends(path):
             assert set(r["us"]) <= {b.name for b in table_of}
             assert all(us > 0 for us in r["us"].values())
             assert len(r["sizes"]) == 3
+            assert len(r.get("date", content["date"])) == 10
     assert len({r["cell"] for op in ("attention", "fa4_kvcache_decode") for r in content[op]}) == sum(
         len(content[op]) for op in ("attention", "fa4_kvcache_decode")
     )
@@ -188,7 +189,7 @@ def on_sm90(monkeypatch, table):
     table(attention=ATTENTION)
 
     def explained(tokens: int, d: int, fa4: bool, train: bool = False, arch: int = 90, heads: int = 8, **options):
-        monkeypatch.setattr(contract, "has_package", lambda name: fa4 or name != "flash_attn")
+        monkeypatch.setattr(gpu_rules, "has_package", lambda name: fa4 or name != "flash_attn")
         made = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": train}
         q, k, v = (torch.empty(4, tokens, heads, d, **made) for _ in range(3))
         sink = torch.empty(heads, dtype=torch.bfloat16, device="meta") if options.pop("sink", False) else None
@@ -205,6 +206,28 @@ def test_without_flash_attn_torchs_kernel_is_taken_since_it_was_faster(on_sm90):
     assert said.startswith(measured.SLOWER)
     assert "1.32x of sdpa at causal 8k infer (A card, 2026-01-02)" in said
     assert "causal 8k train" in on_sm90(8192, 128, fa4=False, train=True).verdicts["triton"]
+
+
+def test_the_kernels_for_hopper_are_taken_only_where_they_were_measured(on_sm90, table):
+    assert on_sm90(8192, 128, fa4=False).verdicts["gluon"] == gpu_rules.NOT_MEASURED
+    table(
+        attention=[
+            row("causal 8k infer", [128, 8192, 4], ["infer"], fa4=3.5, triton=5.0, gluon=3.7, flex=5.4, sdpa=3.9)
+        ]
+    )
+    found = on_sm90(8192, 128, fa4=False)
+    assert found.would_run == "gluon"
+    assert "1.35x of gluon at causal 8k infer" in found.verdicts["triton"]
+    assert on_sm90(8192, 96, fa4=False).would_run == "sdpa", "gluon takes no head of 96, and torch's was faster"
+
+
+def test_flex_attention_is_not_taken_where_it_was_not_measured_and_torchs_kernel_was_faster(on_sm90, table):
+    """The table of the package has no time of it: it compiles for each mask and shape."""
+    table(attention=[row("causal 512 infer", [128, 512, 32], ["infer"], fa4=271.0, triton=307.0, sdpa=226.0)])
+    for fa4 in (True, False):
+        found = on_sm90(512, 128, fa4=fa4)
+        assert found.would_run == "sdpa"
+        assert found.verdicts["flex"] == contract.NO_MASK
 
 
 def test_with_flash_attn_it_is_taken_where_nothing_was_faster(on_sm90):
@@ -224,11 +247,11 @@ def test_a_row_in_which_our_kernel_was_faster_than_flash_attn(on_sm90):
 
 def test_documents_keep_waiting_for_nobody(on_sm90, monkeypatch):
     """Where their lengths would have to be read, flash-attn-4 is no rival of Triton, however fast it is."""
-    monkeypatch.setattr(contract, "fa4_form", lambda call: "packed")
+    monkeypatch.setattr(gpu_rules, "fa4_form", lambda call: "packed")
     ids = torch.zeros(4, 32768, dtype=torch.int64, device="meta")
     found = on_sm90(32768, 128, fa4=True, doc_ids=ids)
     assert found.would_run == "triton"
-    assert found.verdicts["fa4"] == contract.WAITS
+    assert found.verdicts["fa4"] == gpu_rules.WAITS
 
 
 def test_where_nothing_was_measured_torchs_kernel_is_taken_for_calls_without_a_mask(on_sm90):
@@ -239,10 +262,10 @@ def test_where_nothing_was_measured_torchs_kernel_is_taken_for_calls_without_a_m
 
 
 def test_the_rules_that_are_listed_hold_the_measured_one():
-    for name in ("fa4", "triton", "flex"):
+    for name in ("fa4", "triton", "gluon", "flex"):
         rule = next(b for b in BACKENDS if b.name == name).not_worth
         assert measured.SLOWER in sentences(rule)
-    assert contract.NO_MASK in sentences(contract.triton_not_worth)
+    assert contract.NO_MASK in sentences(gpu_rules.triton_not_worth)
 
 
 def test_a_named_backend_is_not_asked(on_sm90):

@@ -83,7 +83,7 @@ def test_what_it_makes_is_in_the_index_and_conforms(tree):
         ("kitchen", "fused_swish", "FAMILY must be one of attention, boundary"),
         ("experts", "FusedSwish", "NAME must be a lower-case Python name"),
         ("experts", "class", "NAME must be a lower-case Python name"),
-        ("experts", "a" * 29, "of at most 28 characters"),
+        ("experts", "a" * 28, "of at most 27 characters"),
         ("experts", "../swish", "NAME must be a lower-case Python name"),
         ("experts", "fused_relu_squared", "NAME must be free"),
         ("loss", "token_log_probs", "NAME must be free"),

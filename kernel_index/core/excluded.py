@@ -11,9 +11,9 @@ the gradient of q.  The gradients of replaced keys are then what the gradient fr
 docs/decisions/0015.
 
 A query that sees no key is not touched by its own values.  The gradient that comes from above is another operand:
-``guarded_backward`` does the same for it, where the backward pass is ours.  In the backward passes of PyTorch
-(``reference``, ``sdpa``, ``flex``, ``varlen``, ``fa4``) a NaN in the gradient of a row reaches the values and keys that
-the row does not see, unless that row is empty or NaN itself.
+``guarded_backward`` does the same for it, where the backward pass is ours.  In the backward passes of PyTorch and of
+packages (``reference``, ``sdpa``, ``flex``, ``varlen``, ``fa4``), and in that of ``gluon``, a NaN in the gradient of a
+row reaches the values and keys that the row does not see, unless that row is empty or NaN itself.
 """
 
 import functools

@@ -40,9 +40,9 @@ def slower(
     return None
 
 
-def known(op: str, target: Target, kind: tuple[str, ...]) -> bool:
-    """Whether calls of this kind were measured on this architecture."""
-    return _known(op, name_of(target), kind)
+def known(op: str, target: Target, kind: tuple[str, ...], backend: str = "") -> bool:
+    """Whether calls of this kind were measured on this architecture, with this backend."""
+    return _known(op, name_of(target), kind, backend)
 
 
 def name_of(target: Target) -> int | str:
@@ -60,8 +60,8 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def _known(op: str, arch: int | str, kind: tuple[str, ...]) -> bool:
-    return bool(_rows(op, arch, kind))
+def _known(op: str, arch: int | str, kind: tuple[str, ...], backend: str) -> bool:
+    return any(not backend or backend in row["us"] for row in _rows(op, arch, kind))
 
 
 def _faster(op: str, backend: str, arch: int | str, kind: tuple[str, ...], sizes: tuple[int, ...]) -> Faster:
@@ -81,12 +81,12 @@ def _faster_in(op: str, backend: str, arch: int | str, kind: tuple[str, ...], oc
     if octaves:
         rows = [min(rows, key=lambda r: [abs(a - b) for a, b in zip(octaves, _octaves(r["sizes"]), strict=True)])]
     content = _content(arch)
-    where = f"{content['device']}, {content['date']}"
     found = []
     for rival in rows[0]["us"]:
         ratios = [r["us"][backend] / r["us"][rival] if rival in r["us"] else 0.0 for r in rows]
         if rival != backend and min(ratios) * EQUAL > 1:
             row = rows[ratios.index(min(ratios))]
+            where = f"{content['device']}, {row.get('date', content['date'])}"
             found.append((min(ratios), rival, f"{min(ratios):.2f}x of {rival} at {row['cell']} ({where})"))
     return tuple((rival, said) for _, rival, said in sorted(found, reverse=True))
 

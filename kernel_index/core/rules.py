@@ -48,6 +48,12 @@ def inside_dispatch_mode() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def records_operators() -> bool:
+    """Whether ``make_fx`` or ``torch.jit.trace`` records what runs: a kernel that is no operator would be left out."""
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return proxies is not None or torch._C._get_tracing_state() is not None
+
+
 def host_readable(*tensors: Tensor | None) -> bool:
     """Whether values may be read here: all tensors plain and on the CPU, and no trace, mode or transform is active."""
     if torch.compiler.is_compiling() or inside_functorch() or inside_dispatch_mode():

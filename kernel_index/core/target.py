@@ -59,6 +59,16 @@ def has_package(name: str) -> bool:
     return _find_package(name)
 
 
+@functools.cache
+def triton_version() -> tuple[int, ...]:
+    """Major and minor, (0, 0) without it.  The module is asked: its distribution has several names."""
+    if not has_package("triton"):
+        return 0, 0
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 NO_COMPILER = "no C++ compiler (g++ or clang++) found"
 NO_GXX = "needs g++, or another C++ compiler named by the variable CXX"
 NO_VECTORS = "needs a CPU with AVX-512 and PyTorch's oneDNN"
@@ -94,6 +104,10 @@ def _native_why_not() -> str | None:
     return None if has_vectors() else NO_VECTORS
 
 
+def _has_hopper() -> bool:
+    return any(_probe("cuda", index) == Target("cuda", 90) for index in range(torch.cuda.device_count()))
+
+
 def machine_rules() -> dict[str, str | None]:
     """For each kind of backend that `kernel-index doctor` lists, why this machine cannot run it at all, or None.
 
@@ -119,6 +133,9 @@ def machine_rules() -> dict[str, str | None]:
         "fa4": None
         if has_package("flash_attn") and cuda
         else "needs the flash-attn-4 package (pip install flash-attn-4) and a CUDA device",
+        "gluon": None
+        if has_package("triton") and cuda and not interpreting and _has_hopper()
+        else "needs the triton package (3.6 or later) and a CUDA device of sm_90",
         "flex": None if cuda else "needs a CUDA device: FlexAttention has no backward on a CPU",
         "varlen": None if cuda else "needs a CUDA device",
         "pallas": None if has_package("jax") else "needs the jax package (pip install jax)",

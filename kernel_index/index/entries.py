@@ -13,6 +13,7 @@ FAMILIES = (
     "Multi-stream fusion",
     "MLA",
     "Loss",
+    "State space",
     "Linear layers",
 )
 
@@ -225,6 +226,30 @@ ENTRIES = (
         "fused_gated_activation",
         "Apply a gated MLP's activation, SwiGLU or GEGLU for example, in one pass without keeping its result.",
         "nn.SwiGLUMLP nn.Experts",
+    ),
+    entry(
+        "ssd_scan",
+        "State space",
+        "kernels/state_space/ssd_scan",
+        "ssd_scan",
+        "Run the recurrence of Mamba-2 over packed documents, in chunks of matrix products.",
+        "nn.Mamba2",
+    ),
+    entry(
+        "causal_conv1d",
+        "State space",
+        "kernels/state_space/causal_conv1d",
+        "causal_conv1d",
+        "Convolve each channel with its last few inputs of the same document, and apply SiLU, in one pass.",
+        "nn.Mamba2",
+    ),
+    entry(
+        "gated_rms_norm",
+        "State space",
+        "kernels/state_space/gated_rms_norm",
+        "gated_rms_norm",
+        "Gate the output of a scan and normalise it in one pass over memory.",
+        "nn.Mamba2",
     ),
     entry(
         "linear",

@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
     def hidden(self, batch: Batch | TreeBatch) -> Tensor:
         """Final hidden states [B, T, C] of a packed batch, or of one of prefix trees."""
         if isinstance(batch, TreeBatch):
-            mask = batch.mask()
+            mask = batch.mask
         else:
             counts = ki.attention_validity(valid_token_counts=batch.valid_counts)
             mask = ki.MaskContract(causal=True, doc_ids=batch.doc_ids, validity=counts)

@@ -206,7 +206,7 @@ def _tree(s: Subject, finding: Finding) -> None:
         for align in (1, 128):
             tree = TokenTree([-1, *[0] * len(branches)], [prompt, *branches])
             batch = TreeBatch.of([tree], align=align)
-            batch = TreeBatch(*(t.to(s.model.head.weight.device) for t in batch))
+            batch = batch.to(s.model.head.weight.device)
             paths = [torch.cat((prompt, run)) for run in branches]
             alone = trained(s.model, [[i] for i in range(len(paths))], paths)
             finding.compare([s.model.log_probs(batch)], [_of_edges(tree, batch, alone)])

@@ -58,6 +58,8 @@ class RunConfig:
     """Keep only the inputs of each block, and compute the rest again in backward."""
     compile: bool = False
     """Put the whole model through torch.compile."""
+    graphs: bool = True
+    """Record forward and backward as a CUDA graph, on one GPU and without dropout or torch.compile."""
     sparse_from_step: int = 0
     """S blocks attend to all keys before this step."""
     backend: Backend = "auto"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from kernel_index.core import native
 from kernel_index.core.atomic_write import write_whole
 from kernel_index.lm import checkpoint as ckpt
 from kernel_index.lm import distributed
+from kernel_index.lm.captured import CapturedStep, GraphRecorder, RecordingError, Step, run_step
 from kernel_index.lm.data import IGNORED, Batch, PackedRows, digest, load_documents, unigram_bits_per_byte
 from kernel_index.lm.distributed import is_sharded
 from kernel_index.lm.goodput import PHASES, Goodput
@@ -61,6 +63,7 @@ class Trainer:
         if self.group.size > 1:
             {"fsdp": distributed.shard, "tensor": distributed.split}[config.parallel](self.model, self.group)
         self.forward = torch.compile(self.model, fullgraph=True) if config.compile else self.model
+        self.captured = self._captured()
         self.digest = digest([*train, *held_out])
         self.rows = PackedRows(train, config.model.context)
         self.validation = self._validation_batches(held_out)
@@ -187,6 +190,8 @@ class Trainer:
             batches = [self.rows.batch(indices[i : i + c.batch_rows]) for i in range(0, len(indices), c.batch_rows)]
         with self.goodput.phase("step"):
             self.model.attend_densely(self.step < c.sparse_from_step)
+            if self.step == c.sparse_from_step > 0:
+                self.captured = self._captured()  # the graph of the dense steps, and its memory, are not used again
             rate = self.learning_rate(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -224,19 +229,40 @@ class Trainer:
     def _gradients(self, batches: list[Batch]) -> float:
         """Forward and backward of every micro-batch; the mean loss over all their targets."""
         counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
-        total, loss = max(1, sum(counts)), 0.0
+        total, loss = max(1, sum(counts)), torch.zeros((), device=self.device)
         for batch in batches:
-            own = self._here(Batch(*(t[self.group.rank % self.row_shards :: self.row_shards] for t in batch)))
-            share = int((own.targets != IGNORED).sum()) / total
-            with ki.receipts() as log:
-                with self._autocast():
-                    loss_share = self.forward(own) * share
-                (loss_share * self.row_shards).backward()  # FSDP averages the processes' gradients
-            self.receipts += log.counts()
-            loss += float(loss_share.detach())
+            own = Batch(*(t[self.group.rank % self.row_shards :: self.row_shards] for t in batch))
+            share = torch.tensor(int((own.targets != IGNORED).sum()) / total, dtype=torch.float32)
+            found = self._micro_batch(self._here(own), share.to(self.device, non_blocking=True))
+            self.receipts += found.receipts
+            loss = loss + found.loss
             for router in self.model.routers():
                 router.count()
-        return self.group.sum(loss) if self.row_shards > 1 else loss
+        return self.group.sum(float(loss)) if self.row_shards > 1 else float(loss)
+
+    def _micro_batch(self, batch: Batch, share: Tensor) -> Step:
+        if self.captured is not None:
+            try:
+                return self.captured(batch, share, self.step < self.config.sparse_from_step)
+            except RecordingError as error:
+                warnings.warn(f"{error}; every kernel is launched by itself", stacklevel=2)
+                self.captured = None
+        return run_step(self._add_gradients, batch, share)
+
+    def _add_gradients(self, batch: Batch, share: Tensor) -> Tensor:
+        with self._autocast():
+            loss_share = self.forward(batch) * share
+        (loss_share * self.row_shards).backward()  # FSDP averages the processes' gradients
+        return loss_share.detach()
+
+    def _captured(self) -> CapturedStep | None:
+        """Steps as CUDA graphs, on one GPU, where nothing is drawn or read on the host."""
+        c = self.config
+        if not c.graphs or self.device.type != "cuda" or torch.version.hip is not None or self.group.size > 1:
+            return None
+        if c.compile or c.backend != "auto" or c.model.dropout > 0 or c.model.sparse.report_unions:
+            return None
+        return CapturedStep(self._add_gradients, self.model.parameters(), GraphRecorder(self.device))
 
     def _clip(self) -> float:
         if self.config.parallel == "tensor":

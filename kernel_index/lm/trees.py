@@ -21,9 +21,10 @@ class TokenTree(NamedTuple):
 class TreeBatch(NamedTuple):
     """Rows of prefix trees, each tensor int64.
 
-    ``tokens`` ``positions`` ``subtree_end``: [B, T]; a gap has token START, and no token sees it.  ``sources``
-    ``targets``: [E], for each edge the place of its source in the B·T tokens, and the token that it predicts.
-    ``after_next``: [A, 2], pairs of edges of which the second continues the first.
+    ``tokens`` ``positions``: [B, T]; a gap has token START, and no token sees it.  ``mask``: which keys each token may
+    attend to, those of its path.  ``sources`` ``targets``: [E], for each edge the place of its source in the B·T
+    tokens, and the token that it predicts.  ``after_next``: [A, 2], pairs of edges of which the second continues the
+    first.
 
     >>> import torch
     >>> tree = TokenTree([-1, 0, 0], [torch.tensor([5, 6]), torch.tensor([7]), torch.tensor([8])])
@@ -34,7 +35,7 @@ class TreeBatch(NamedTuple):
 
     tokens: Tensor
     positions: Tensor
-    subtree_end: Tensor
+    mask: "ki.MaskContract"
     sources: Tensor
     targets: Tensor
     after_next: Tensor
@@ -68,11 +69,13 @@ class TreeBatch(NamedTuple):
             edges.append(torch.stack([row * T + source, tokens[row, target]], 1))
         sources, targets = (torch.cat(edges) if edges else torch.zeros(0, 2, dtype=torch.int64)).T
         after_next = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.int64)
-        return cls(tokens, positions, ends, sources.contiguous(), targets.contiguous(), after_next)
+        mask = ki.MaskContract(subtree_end=ends, positions=positions)
+        return cls(tokens, positions, mask, sources.contiguous(), targets.contiguous(), after_next)
 
-    def mask(self) -> "ki.MaskContract":
-        """Which keys each token may attend to: those of its path."""
-        return ki.MaskContract(subtree_end=self.subtree_end, positions=self.positions)
+    def to(self, device: torch.device | str) -> "TreeBatch":
+        """The batch on another device; its mask keeps what the host knows of the trees, so that nothing waits."""
+        tokens, positions, *others = (x.to(device) for x in self if isinstance(x, Tensor))
+        return TreeBatch(tokens, positions, self.mask.to(device), *others)
 
 
 def at_sources(hidden_BTC: Tensor, sources: Tensor) -> Tensor:

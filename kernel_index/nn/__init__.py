@@ -9,7 +9,6 @@ from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.mla import MLA, PagedLatentCache
 from kernel_index.nn.mlp import SquaredReLUMLP, SwiGLUMLP
 from kernel_index.nn.residual import Branch, ResidualRMSNorm
-from kernel_index.nn.scan import chunked_scan
 from kernel_index.nn.sparse_attention import ExactTokenCache, SparseAttention
 from kernel_index.nn.state_space import Mamba2, MixerState
 
@@ -35,5 +34,4 @@ __all__ = [
     "SquaredReLUMLP",
     "SwiGLUMLP",
     "TransformerBlock",
-    "chunked_scan",
 ]

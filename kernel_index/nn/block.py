@@ -54,7 +54,10 @@ class HybridBlock(nn.Module):
         cache: Any = None,
     ) -> tuple[Tensor, Branch]:
         if self.recompute and cache is None and torch.is_grad_enabled():
-            return checkpoint(self._forward, stream, branch, mask, rope, None, use_reentrant=False)
+            keep_seeds = self.dropout > 0  # else nothing is drawn, and a CUDA graph cannot read the generator's state
+            return checkpoint(
+                self._forward, stream, branch, mask, rope, None, use_reentrant=False, preserve_rng_state=keep_seeds
+            )
         return self._forward(stream, branch, mask, rope, cache)
 
     def _forward(

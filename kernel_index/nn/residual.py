@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core import checks
 from kernel_index.core.numerics import is_invariant
 
 Branch = tuple[Tensor, Tensor | None]
@@ -14,7 +15,7 @@ class ResidualRMSNorm(nn.Module):
     """Adds the previous branch to the stream and returns ``(stream, RMSNorm(stream))``.
 
     A branch without bias and dropout runs one kernel, ``fused_residual_add_rms_norm``.  A branch with either runs
-    ``fused_bias_dropout_add`` and then a norm.
+    ``fused_bias_dropout_add`` and then ``gated_rms_norm`` without a gate.
 
     Args:
         dim: channels C.
@@ -30,19 +31,22 @@ class ResidualRMSNorm(nn.Module):
 
     def forward(self, stream: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor]:
         if branch is None:  # the first boundary: nothing has been added to the embeddings yet
-            return stream, self._norm(stream)
+            # In the dtype that the layers multiply in, so that each of them need not convert it.
+            cast = checks.is_autocast(stream.device)
+            return stream, self._norm(stream, torch.get_autocast_dtype(stream.device.type) if cast else stream.dtype)
         out, bias = branch
         if bias is None and (self.dropout == 0.0 or not self.training):
             options = {"eps": self.eps, "fp32_residual": self.fp32_residual}
             return ki.fused_residual_add_rms_norm(stream, out, self.weight, **options)
         wide = stream.to(torch.promote_types(stream.dtype, torch.float32)) if self.fp32_residual else stream
         stream = ki.fused_bias_dropout_add(out, wide, bias=bias, p=self.dropout, training=self.training)
-        return stream, self._norm(stream).to(out.dtype)
+        return stream, self._norm(stream, out.dtype)
 
-    def _norm(self, stream: Tensor) -> Tensor:
+    def _norm(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
         if is_invariant():
-            return ki.fused_residual_add_rms_norm(stream, torch.zeros_like(stream), self.weight, eps=self.eps).normed
-        return nn.functional.rms_norm(stream, self.weight.shape, self.weight.to(stream.dtype), self.eps)
+            normed = ki.fused_residual_add_rms_norm(stream, torch.zeros_like(stream), self.weight, eps=self.eps).normed
+            return normed.to(dtype)
+        return ki.gated_rms_norm(stream, None, self.weight, eps=self.eps, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, dropout={self.dropout}, eps={self.eps}"

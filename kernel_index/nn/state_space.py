@@ -1,6 +1,7 @@
 """The Mamba-2 mixer: a gated linear recurrence, computed in chunks, that restarts with every document."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from kernel_index.nn.document_scan import mixed_by_documents, no_tokens
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
-from kernel_index.nn.scan import Scanned, chunked_scan, scan_step
 from kernel_index.nn.tree_scan import convolve_tree, scan_tree
 
 
@@ -95,53 +95,39 @@ class Mamba2(Mixer):
         gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
         segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
         counts = None if cache is None else cache.counts
-        previous = inputs.new_zeros(len(inputs), self.width - 1, inputs.shape[-1]) if cache is None else cache.conv
-        joined = torch.cat([previous.to(inputs.dtype), inputs], 1)
         tree = mask if cache is None and mask is not None and mask.is_tree else None
         if tree is None:
-            mixed = nn.functional.silu(self._convolve(joined, segments))
+            before = None if cache is None else cache.conv
+            mixed = ki.causal_conv1d(inputs, self.conv.T, activation="silu", segments=segments, state=before)
         else:
-            mixed = nn.functional.silu(convolve_tree(inputs, self.conv, tree, segments))
+            mixed = nn.functional.silu(convolve_tree(inputs, self.conv, tree, segments)).to(inputs.dtype)
         inner, shared = self.heads * self.head_dim, self.groups * self.state
         x, b, c = mixed.split([inner, shared, shared], -1)
-        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim)).float()
+        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim))
         b_BTGN, c_BTGN = (t.unflatten(-1, (self.groups, self.state)) for t in (b, c))
-        dt_BTH = nn.functional.softplus(step.float() + self.step_bias)
-        if counts is not None:  # padding after a shorter prompt does not change the state
-            dt_BTH = dt_BTH * (torch.arange(x.shape[1], device=x.device) < counts[:, None])[..., None]
-        log_a_BTH = -dt_BTH * self.log_decay.exp()
-        operands = x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN
-        if cache is not None and x.shape[1] == 1:
-            x_BHP, log_a_BH, b_BGN, c_BGN = (t[:, 0] for t in operands)
-            scanned = scan_step(x_BHP, log_a_BH, b_BGN, c_BGN, cache.scan)
-        elif tree is not None:
-            scanned = Scanned(scan_tree(operands, tree, segments=segments, chunk=self.chunk), x.new_empty(0))
-        else:
+        if counts is not None:  # padding after a shorter prompt does not change the state: softplus(−∞) is 0
+            is_token = torch.arange(x.shape[1], device=x.device) < counts[:, None]
+            step = step.masked_fill(~is_token[..., None], -torch.inf)
+        if tree is None:
             state = None if cache is None else cache.scan
-            scanned = chunked_scan(*operands, segments=segments, state=state, chunk=self.chunk)
-        if cache is not None:
-            self._remember(cache, joined, scanned.state)
-        y = (scanned.y.view(x_BTHP.shape) + self.skip[:, None] * x_BTHP).flatten(2) * nn.functional.silu(gate.float())
-        normed = nn.functional.rms_norm(y, self.norm.shape, self.norm, 1e-6)
+            y_BTHP, last = self._scan(x_BTHP, step, b_BTGN, c_BTGN, segments, state)
+            if cache is not None:
+                self._remember(cache, inputs, last)
+        else:
+            y_BTHP = scan_tree(self._scan, (x_BTHP, step, b_BTGN, c_BTGN), tree, segments)
+        normed = ki.gated_rms_norm(y_BTHP.flatten(2), gate, self.norm)
         return self.out(normed.to(x_BTC.dtype)), None
 
-    def _convolve(self, joined: Tensor, segments: Tensor | None) -> Tensor:
-        """``Σ_j w[j]·input[t − (width − 1) + j]`` over the inputs of t's own segment; a product for each j."""
-        T = joined.shape[1] - self.width + 1
-        if T == 1:
-            return (self.conv * joined).sum(1, keepdim=True)
-        out = self.conv[-1] * joined[:, self.width - 1 :]
-        for j in range(self.width - 1):
-            back = self.width - 1 - j
-            earlier = self.conv[j] * joined[:, j : j + T]
-            if segments is not None:
-                own = segments == nn.functional.pad(segments, (back, 0), value=-1)[:, :T]
-                earlier = torch.where(own[..., None], earlier, 0.0)
-            out = out + earlier
-        return out
+    def _scan(
+        self, x_BTHP: Tensor, step_BTH: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, segments: Tensor | None,
+        state: Tensor | None,
+    ) -> ki.Scanned:  # fmt: skip
+        options: dict[str, Any] = {"segments": segments, "state": state, "chunk": self.chunk}
+        layer: dict[str, Any] = {"d": self.skip, "dt_bias": self.step_bias, "dt_softplus": True}
+        return ki.ssd_scan(x_BTHP, step_BTH, -self.log_decay.exp(), b_BTGN, c_BTGN, **layer, **options)
 
-    def _remember(self, cache: MixerState, joined: Tensor, state: Tensor) -> None:
-        keep = self.width - 1
+    def _remember(self, cache: MixerState, inputs: Tensor, state: Tensor) -> None:
+        joined, keep = torch.cat([cache.conv.to(inputs.dtype), inputs], 1), self.width - 1
         if cache.counts is None:
             latest = joined[:, -keep:] if keep else joined[:, :0]
         else:

@@ -1,5 +1,6 @@
 """The state-space mixer over a prefix tree: each run begins with the state in which the run before it ended."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,10 +8,9 @@ from torch import Tensor
 
 import kernel_index as ki
 from kernel_index.core import ops, rules
-from kernel_index.nn.scan import chunked_scan
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What ``chunked_scan`` takes: x, log_a, b, c."""
+"""What ``ki.ssd_scan`` takes of each token: x, dt, b, c."""
 
 
 def convolve_tree(inputs_BTC: Tensor, weight_JC: Tensor, mask: "ki.MaskContract", segments: Tensor | None) -> Tensor:
@@ -31,23 +31,28 @@ def convolve_tree(inputs_BTC: Tensor, weight_JC: Tensor, mask: "ki.MaskContract"
     return out
 
 
-def scan_tree(operands: Operands, mask: "ki.MaskContract", *, segments: Tensor | None, chunk: int) -> Tensor:
-    """``y`` of ``chunked_scan`` along each path, [B, T, H, P]; 0 in a gap.  One scan for each level of the tree."""
+def scan_tree(
+    scan: Callable[..., ki.Scanned], operands: Operands, mask: "ki.MaskContract", segments: Tensor | None
+) -> Tensor:
+    """``y`` of ``scan`` along each path, [B, T, H, P]; 0 in a gap.  One scan for each level of the tree.
+
+    ``scan`` is ``ki.ssd_scan`` with a layer's own arguments, softplus among them; it takes what tokens have, segments
+    and a state.
+    """
     B, T = operands[0].shape[:2]
     segment = None if segments is None else segments.expand(B, -1).flatten()
     states, outputs, places = list[Tensor](), list[Tensor](), list[Tensor]()
     for level in mask.tree_levels(B, T, device=operands[0].device):
-        x, log_a, b, c = (_of_runs(t, level) for t in operands)
-        # A repeated token neither decays the state (log_a 0) nor adds to it (x 0).
-        x, log_a = x * level.is_token[..., None, None], log_a * level.is_token[..., None]
+        x, step, b, c = (_of_runs(t, level) for t in operands)
+        step = step.masked_fill(~level.is_token[..., None], -torch.inf)  # a repeated token leaves the state as it is
         own = None if segment is None else segment[level.index]
         state = _first_state(states, level, segment) if states else None
-        scanned = chunked_scan(x, log_a, b, c, segments=own, state=state, chunk=chunk)
+        scanned = scan(x, step, b, c, own, state)
         states.append(scanned.state)
         outputs.append(scanned.y.flatten(0, 1).index_select(0, level.tokens))
         places.append(level.index.flatten().index_select(0, level.tokens))
     if not outputs:  # no token at all
-        return torch.zeros_like(operands[0], dtype=torch.promote_types(operands[0].dtype, torch.float32))
+        return torch.zeros_like(operands[0])
     return _in_order(outputs, places, B * T).unflatten(0, (B, T))
 
 

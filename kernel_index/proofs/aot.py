@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from kernel_index.core import ops
@@ -79,12 +80,17 @@ class Launch:
     options: tuple[tuple[str, int], ...]
 
 
+ONLY_ON = {"gluon": "sm90"}
+"""Backends whose kernels are written for one architecture."""
+
+
 def prove(targets: tuple[str, ...], ops: tuple[str, ...] | None = None) -> Iterator[Compiled]:
     """Yield what each kernel compiles to, for the production-size call of each suite in bfloat16."""
     for suite in suites():
         if is_compiled(suite) and (ops is None or suite.op in ops):
             for name in targets:
-                for launch in launches(suite, TARGETS[name]):
+                backends = ("triton", *(b.name for b in suite.backends if ONLY_ON.get(b.name) == name))
+                for launch in (launch for backend in backends for launch in launches(suite, TARGETS[name], backend)):
                     yield compile_for(suite.op, launch, name)
 
 
@@ -93,7 +99,7 @@ def is_compiled(suite: Suite) -> bool:
     return suite.real is not None and "triton" in [b.name for b in suite.backends]
 
 
-def launches(suite: Suite, target: Target) -> list[Launch]:
+def launches(suite: Suite, target: Target, backend: str = "triton") -> list[Launch]:
     """The distinct launches of a suite's production-size call, forward and backward."""
     found: dict[Launch, None] = {}
     real = JITFunction.run
@@ -105,8 +111,8 @@ def launches(suite: Suite, target: Target) -> list[Launch]:
     try:
         with pretend(target), _Launchers():
             kwargs = suite.real(Maker(torch.bfloat16, device="meta"))  # type: ignore[misc]
-            names = differentiable(suite, kwargs, "triton")
-            run(suite.function, kwargs, names, backend="triton")
+            names = differentiable(suite, kwargs, backend)
+            run(suite.function, kwargs, names, backend=backend)
     finally:
         JITFunction.run = real  # type: ignore[method-assign]
     return list(found)
@@ -139,6 +145,8 @@ def _kind(value: Any) -> str:
     """Triton's own specialisation: None and 1 are constants."""
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
+    if hasattr(value, "block_shape"):  # what the copy engine of Hopper is told of a tensor
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)},{value.layout!r}>"
     if value is None or (value == 1 and type(value) is int):
         return "constexpr"
     if isinstance(value, bool):
@@ -151,7 +159,8 @@ def _kind(value: Any) -> str:
 def source_of(launch: Launch) -> ASTSource:
     """What Triton compiles for a launch."""
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
-    return ASTSource(launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attributes)
+    of_language = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    return of_language(launch.kernel, dict(launch.signature), constexprs=dict(launch.constants), attrs=attributes)
 
 
 def compile_for(op: str, launch: Launch, name: str) -> Compiled:

@@ -117,3 +117,16 @@ def test_a_contender_that_raises_is_left_out_and_said_once(monkeypatch, tmp_path
         found = made.measured(cell, {"peer": absent, "ours": lambda: 3}, lambda value: {"us": value})
         assert found == {"ours": {"us": 3}}
     assert said == ["left out: peer: not here"]
+
+
+def test_the_state_space_kernels_agree_with_pytorch_in_a_dry_run(capsys):
+    from benchmarks import gpu_state_space
+
+    gpu_state_space.main(device="cpu")
+    said = capsys.readouterr().out
+    for op in gpu_state_space.OPS:
+        assert f"{op}, 1 × 40, 2 heads, 1 groups: copy" in said
+    assert said.count("  kernel_index: 1 and 1 µs") == 3
+    assert said.count("  PyTorch: 1 and 1 µs") == 3
+    for line in said.splitlines():
+        assert "apart" not in line or float(line.split()[-2]) < 1e-2

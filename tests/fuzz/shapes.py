@@ -34,6 +34,19 @@ SHAPES: dict[str, dict[str, str]] = {
     "mhc_merge_and_branch_input": {"hidden": "... 4 C", "branch_out": "... C"},
     "moba_attention": {"q": "B T H D", "k": "B S K D", "v": "B S K E"},
     "exact_token_attention": {"q": "B T H D", "k": "B S K D", "v": "B S K E"},
+    "ssd_scan": {
+        "x": "B T H P",
+        "dt": "B T H",
+        "a": "H",
+        "b": "B T G N",
+        "c": "B T G N",
+        "d": "H",
+        "dt_bias": "H",
+        "segments": "B|1 T",
+        "state": "B H P N",
+    },
+    "gated_rms_norm": {"x": "... C", "gate": "... C", "weight": "C"},
+    "causal_conv1d": {"x": "B T C", "weight": "C W", "bias": "C", "segments": "B|1 T"},
     "lightning_indexer": {"q_idx": "B T J D", "k_idx": "B S D", "weights": "B T J"},
 }
 

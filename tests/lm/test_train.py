@@ -52,6 +52,7 @@ def test_receipts_show_every_op(finished):
         "fused_relu_squared",
         "fused_residual_add_rms_norm",
         "fused_rope_qk",
+        "gated_rms_norm",
     }
 
 

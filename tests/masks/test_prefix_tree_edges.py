@@ -8,6 +8,7 @@ import torch
 import kernel_index as ki
 from kernel_index.lm.trees import TokenTree, TreeBatch
 from kernel_index.masks.doc_window_mask.cases import dense_oracle
+from kernel_index.masks.prefix_tree.paths import branches_of
 from kernel_index.nn import Mamba2
 
 BACKENDS = ["reference", "cpu", "sdpa", pytest.param("native", marks=pytest.mark.native), "triton"]
@@ -136,7 +137,8 @@ def test_empty_batches_and_rows_of_gaps():
 def test_numbers_and_types_of_a_batch_of_trees():
     ints = TreeBatch.of([TokenTree([-1, 0], [torch.tensor([1, 2], dtype=torch.int32), torch.tensor([3])])])
     lists = TreeBatch.of([TokenTree([-1, 0], [[1, 2], [3]])])
-    assert all(torch.equal(a, b) for a, b in zip(ints, lists, strict=True))
+    assert ints.mask == lists.mask
+    assert all(torch.equal(a, b) for a, b in zip(ints, lists, strict=True) if isinstance(a, torch.Tensor))
     with pytest.raises(TypeError, match="length must be an integer, got str"):
         TreeBatch.of([], length="8")
 
@@ -171,3 +173,47 @@ def test_a_packing_is_saved_and_loaded():
     torch.save(tree, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=True).subtree_end, tree.subtree_end)
+
+
+def test_a_tree_that_was_moved_is_taken_apart_without_a_wait():
+    """On a device without values, by what the host knew when it was moved, until the moved tensors change."""
+    ends = ki.pack_tree([-1, 0, 0, 2], [3, 2, 1, 2]).subtree_end
+    mask = ki.MaskContract(subtree_end=ends)
+    expected = mask.tree_levels(1, 8)
+    sizes = mask.sizes(1, 8, 8)
+    branches = branches_of(mask, sizes)
+    moved = mask.to("meta")
+    ends.fill_(8)  # a loader that fills its buffer again
+    for level, there in zip(expected, moved.tree_levels(1, 8), strict=True):
+        assert [x.shape for x in level] == [x.shape for x in there]
+        assert there.index.is_meta
+    found = branches_of(moved, sizes._replace(device=torch.device("meta")))
+    assert all(torch.equal(a, b) for x, y in zip(found[0], branches[0], strict=True) for a, b in zip(x, y, strict=True))
+    moved.subtree_end.add_(0)
+    with pytest.raises(ValueError, match="must hold values"):
+        moved.tree_levels(1, 8)
+
+
+def test_a_batch_that_is_moved_keeps_what_the_host_knows():
+    batch = TreeBatch.of([TokenTree([-1, 0, 0], [torch.tensor([5, 6]), torch.tensor([7]), torch.tensor([8])])])
+    moved = batch.to("meta")
+    assert all(x.is_meta for x in (moved.tokens, moved.mask.subtree_end, moved.targets))
+    assert [len(level.parent) for level in moved.mask.tree_levels(1, 4)] == [1, 2]
+
+
+def test_a_tree_is_moved_in_inference_mode():
+    """Tensors that are made there count no writes, so nothing that is known of them is kept."""
+    mask = ki.MaskContract(subtree_end=FORK.clone())
+    with torch.inference_mode():
+        moved = mask.to("meta")
+    assert moved.subtree_end.is_meta
+    assert moved.on_the_host() is None
+    assert mask.to("meta").on_the_host() is not None
+
+
+def test_what_the_host_keeps_of_a_moved_tree_is_its_row_alone():
+    """A loader may hold its rows in one large tensor."""
+    rows = FORK.expand(1000, -1).clone()
+    known = ki.MaskContract(subtree_end=rows[3]).to("meta").on_the_host()
+    assert torch.equal(known.subtree_end, FORK)
+    assert known.subtree_end.untyped_storage().nbytes() == FORK.numel() * FORK.element_size()

@@ -37,7 +37,7 @@ def test_boundary_with_bias_adds_it():
     stream, out, bias = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8)
     with ki.receipts() as log:
         new, normed = norm(stream, (out, bias))
-    assert [r.op for r in log] == ["fused_bias_dropout_add"]
+    assert [r.op for r in log] == ["fused_bias_dropout_add", "gated_rms_norm"]
     torch.testing.assert_close(new, stream + out + bias)
     torch.testing.assert_close(normed, torch.nn.functional.rms_norm(new, (8,), norm.weight, 1e-6))
 

@@ -1,80 +1,11 @@
-"""The chunked scan is the recurrence, nothing crosses from document to document, and decoding continues it."""
+"""The mixer: nothing crosses from document to document, and decoding continues the prefill."""
 
 import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.nn import Mamba2, chunked_scan
-from kernel_index.nn.scan import scan_step
+from kernel_index.nn import Mamba2
 from tests.nn.close import assert_as_exact_as_float32
-
-
-def operands(T, dtype=torch.float64, B=2, H=4, P=3, G=2, N=5):
-    torch.manual_seed(T)
-    x, log_a = torch.randn(B, T, H, P, dtype=dtype), -torch.rand(B, T, H, dtype=dtype)
-    b, c = torch.randn(2, B, T, G, N, dtype=dtype)
-    return [t.requires_grad_() for t in (x, log_a, b.contiguous(), c.contiguous())]
-
-
-def one_by_one(x, log_a, b, c, segments=None, state=None):
-    """The recurrence as it is written, token after token."""
-    heads = x.shape[2]
-    b, c = (t.repeat_interleave(heads // t.shape[2], 2) for t in (b, c))
-    h = torch.zeros(*x.shape[0:1], *x.shape[2:], b.shape[-1], dtype=x.dtype) if state is None else state
-    out = []
-    for t in range(x.shape[1]):
-        if segments is not None and t:
-            h = h * (segments[:, t] == segments[:, t - 1]).to(h.dtype).view(-1, 1, 1, 1)
-        h = log_a[:, t, :, None, None].exp() * h + x[:, t, :, :, None] * b[:, t, :, None]
-        out.append((h * c[:, t, :, None]).sum(-1))
-    return torch.stack(out, 1), h
-
-
-@pytest.mark.parametrize(("T", "chunk"), [(1, 4), (7, 3), (8, 4), (9, 64)])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("continued", [False, True])
-def test_scan_equals_the_recurrence_and_its_gradients(T, chunk, documents, continued):
-    args = operands(T)
-    segments = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 2, 3], [0, 1, 1, 1, 2, 3, 3, 3, 3]])[:, :T] if documents else None
-    state = torch.randn(2, 4, 3, 5, dtype=torch.float64) if continued else None
-    got = chunked_scan(*args, segments=segments, state=state, chunk=chunk)
-    expected = one_by_one(*args, segments, state)
-    upstream = [torch.randn_like(t) for t in expected]
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    ours = torch.autograd.grad(got, args, upstream)
-    for a, b in zip(ours, torch.autograd.grad(expected, args, upstream), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("T", "fast"), [(300, 1.6), (1000, 16.0)])
-def test_what_decays_fast_costs_later_tokens_no_digits(T, fast, documents):
-    """Decays of a slow half behind a fast one: sums over both would leave them the digits of the larger."""
-    torch.manual_seed(T)
-    half = T // 2
-    x, b, c = torch.randn(1, T, 1, 3), torch.randn(1, T, 1, 4), torch.randn(1, T, 1, 4)
-    log_a = torch.cat([torch.full((1, half, 1), -fast), torch.full((1, T - half, 1), -0.0005)], 1)
-    segments = (torch.arange(T) >= half).long()[None] if documents else None
-    args = [t.requires_grad_() for t in (x, log_a, b, c)]
-    wide = [t.detach().double().requires_grad_() for t in args]
-    upstream = torch.randn(1, T - half, 1, 3)
-
-    def run(scan, args):
-        y = scan(*args, segments=segments)[0][:, half:]
-        return y, *torch.autograd.grad(y, args, upstream.to(y.dtype))
-
-    for ours, plain, exact in zip(run(chunked_scan, args), run(one_by_one, args), run(one_by_one, wide), strict=True):
-        assert_as_exact_as_float32(ours, plain, exact)
-
-
-def test_one_step_equals_a_scan_of_one_token():
-    x, log_a, b, c = operands(1)
-    state = torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    one = scan_step(x[:, 0], log_a[:, 0], b[:, 0], c[:, 0], state)
-    scanned = chunked_scan(x, log_a, b, c, state=state)
-    torch.testing.assert_close(one.y[:, None], scanned.y, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(one.state, scanned.state, rtol=1e-12, atol=1e-12)
 
 
 def mixer(**changes):
@@ -184,3 +115,39 @@ def test_padding_behind_a_shorter_prompt_leaves_no_trace():
 def test_groups_must_divide_heads():
     with pytest.raises(ValueError, match=r"heads must be a multiple of groups \(3\), got 4"):
         mixer(groups=3)
+
+
+TREE = ki.pack_tree([-1, 0, 0], [5, 3, 4])
+MASKS = {
+    "one document": None,
+    "documents": ki.MaskContract(doc_ids=torch.tensor([0] * 5 + [1] * 7)),
+    "tree": ki.MaskContract(subtree_end=TREE.subtree_end),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_triton_kernels_give_the_layer_of_the_references(mask):
+    layer, x = mixer(), torch.randn(2, 12, 12)
+    upstream = torch.randn(2, 12, 12)
+
+    def run(backend):
+        with ki.force(backend), ki.receipts() as log:
+            y = layer(x, MASKS[mask])[0]
+            gradients = torch.autograd.grad(y, list(layer.parameters()), upstream)
+        return {r.op for r in log if r.ran == backend}, (y, *gradients)
+
+    ops, found = run("triton")
+    assert {"ssd_scan", "gated_rms_norm"} <= ops
+    assert ("causal_conv1d" in ops) == (mask != "tree"), "in a tree the convolution follows the paths"
+    for a, b in zip(found, run("reference")[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_with_the_triton_kernels_continues_the_prefill():
+    layer, x = mixer(), torch.randn(2, 9, 12)
+    whole, state = layer(x)[0], layer.new_state(2)
+    with torch.no_grad(), ki.force("triton"):
+        for piece in x.split((4, 1, 1, 3), 1):
+            y = layer(piece, cache=state)[0]
+            torch.testing.assert_close(y, whole[:, : y.shape[1]], rtol=1e-4, atol=1e-5)
+            whole = whole[:, y.shape[1] :]

@@ -11,12 +11,16 @@ PACKING = ki.pack_tree([-1, 0, 0], [3, 2, 1])
 def operands():
     torch.manual_seed(0)
     shapes = (1, 6, 2, 3), (1, 6, 2), (1, 6, 1, 4), (1, 6, 1, 4)
-    x, log_a, b, c = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    return x, -log_a.abs(), b, c
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
 def scan(*given):
-    return scan_tree(given, ki.MaskContract(subtree_end=PACKING.subtree_end), segments=None, chunk=2)
+    a = -torch.ones(2, dtype=torch.float64)
+
+    def layer(x, dt, b, c, segments, state):
+        return ki.ssd_scan(x, dt, a, b, c, segments=segments, state=state, dt_softplus=True, chunk=2)
+
+    return scan_tree(layer, given, ki.MaskContract(subtree_end=PACKING.subtree_end), None)
 
 
 def test_torch_func():

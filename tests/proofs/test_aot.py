@@ -77,3 +77,24 @@ def test_unknown_target_and_op_are_named():
         "-m", "kernel_index.cli", "prove", "aot", "--target", "sm7"
     ).stderr.replace("\n", " ").replace("│", "").replace("  ", " ")
     assert not_interpreted("-m", "kernel_index.cli", "prove", "aot", "--op", "nothing").returncode == 2
+
+
+LISTS = """
+import torch
+from kernel_index.masks.prefix_tree import triton_tiles
+from kernel_index.proofs import aot
+empty = torch.empty(64, dtype=torch.int32, device="meta")
+sizes = (64, 64, 256, 256, 2, 4, 4)
+ranges = (empty,) * 5 + sizes, {"BM": 128, "BN": 64, "BLOCK_M": 128, "BLOCK_N": 64, "IN_TREE": True}
+lists = (empty,) * 4 + (2, 4, 2), {"BY_KEY": True, "IN_TREE": True, "CHUNK": 128}
+for kernel, (args, constants) in zip((triton_tiles._ranges_kernel, triton_tiles._lists_kernel), (ranges, lists)):
+    found = aot.compile_for("lists", aot._launch(kernel, args, {**constants, "num_warps": 1}), "sm90")
+    print(found.error, found.spilled, found.bytes > 1000)
+"""
+
+
+def test_lists_of_tiles_compile_for_tiles_that_are_not_square():
+    """An interpreter lets one name hold blocks of two shapes; a compiler does not."""
+    done = not_interpreted("-c", LISTS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == [" 0 True"] * 2, done.stdout

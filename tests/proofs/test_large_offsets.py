@@ -19,6 +19,11 @@ from kernel_index.kernels.experts.fused_relu_squared import triton as relu
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton as loss
 from kernel_index.kernels.sparse.block_sparse_attention import triton as block_sparse
 from kernel_index.kernels.sparse.block_sparse_attention import triton_backward as block_sparse_backward
+from kernel_index.kernels.state_space.causal_conv1d import triton as conv
+from kernel_index.kernels.state_space.gated_rms_norm import triton as gated_norm
+from kernel_index.kernels.state_space.ssd_scan import triton_backward as scan_backward
+from kernel_index.kernels.state_space.ssd_scan import triton_forward as scan
+from kernel_index.kernels.state_space.ssd_scan import triton_states as scan_states
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="records addresses in Triton's interpreter")
 
@@ -239,3 +244,87 @@ def test_block_sparse_attention_by_keys(late):
 def touches(addresses, tensor, *elements):
     for element in elements:
         assert tensor.data_ptr() + element * tensor.element_size() in addresses, f"element {element}"
+
+
+def test_gated_rms_norm(late):
+    x, gate, weight, d_y, out, d_gate = tensors(6)
+    rstd, parts = tensors(2, torch.float32)
+    seen = late(
+        gated_norm.forward_kernel, LAST, x, gate, weight, out, rstd, WIDTH, WIDTH, 1, WIDTH, 1e-6, BLOCK=WIDTH
+    )  # fmt: skip
+    for tensor in (x, gate, out):
+        holds(seen, tensor, LAST * WIDTH, ROWS * WIDTH - 1)
+    index = (LAST, 0)  # a program for each row
+    strides = WIDTH, WIDTH, WIDTH
+    seen = late(
+        gated_norm.backward_kernel, index, d_y, x, gate, weight, rstd, out, d_gate, parts, *strides, ROWS, 1, WIDTH,
+        BLOCK=WIDTH, STAGES=1,
+    )  # fmt: skip
+    for tensor in (d_y, x, gate, out, d_gate):
+        holds(seen, tensor, LAST * WIDTH, ROWS * WIDTH - 1)
+
+
+def test_causal_conv1d(late):
+    """The last run of the last channels."""
+    x, weight, d_y, out = tensors(4)
+    (parts,) = tensors(1, torch.float32)
+    runs, block = ROWS // 16, WIDTH // 256 - 1
+    flags = {"BIAS": False, "SILU": True, "STATE": False, "SEGMENTS": False, "UPCAST": True, "W": 4}
+    shape = flags | {"RUN": 16, "BC": 256}
+    none, sizes = (None, None, None), (ROWS, WIDTH, runs)
+    seen = late(
+        conv.forward_kernel, (runs - 1, block), x, weight, *none, out, 0, WIDTH, 4, 1, 0, *sizes, **shape
+    )  # fmt: skip
+    for tensor in (x, out):
+        holds(seen, tensor, ROWS * WIDTH - 256, ROWS * WIDTH - 1)
+    strides = 0, WIDTH, 0, WIDTH, 4, 1, 0
+    given = d_y, x, weight, *none, out, None, parts
+    seen = late(conv.backward_kernel, (runs - 1, block), *given, *strides, *sizes, runs, **shape)
+    for tensor in (d_y, x, out):
+        holds(seen, tensor, ROWS * WIDTH - 256, ROWS * WIDTH - 1)
+
+
+def test_scan(late):
+    """The last chunk of one long row, and the states of all chunks."""
+    heads, columns, chunks = 4, 16, ROWS // 16
+    channels = WIDTH // heads
+    x, d_y, states, d_states, out = tensors(5)
+    b, c = tensors(2)
+    steps, bc, db, dc, ds, d_steps = tensors(6, torch.float32)
+    shared = ROWS * columns, columns, columns
+    flags = {"SEGMENTS": False, "UPCAST": True, "P": channels, "N": columns, "Q": 16}
+    shape = flags | {"SKIP": False, "BLOCK_P": channels, "BLOCK_N": columns}
+    strides = (ROWS * WIDTH, WIDTH, channels, *shared, *shared)
+    seen = late(
+        scan.scan_kernel, (chunks - 1, 0), x, b, c, steps, None, states, None, out, *strides, 0, 1, ROWS, heads, heads,
+        chunks, heads, **shape,
+    )  # fmt: skip
+    first, state = (ROWS - 16) * WIDTH, WIDTH * columns
+    for tensor in (x, out):
+        holds(seen, tensor, first, ROWS * WIDTH - 1)
+    holds(seen, states, (chunks - 1) * state, chunks * state - 1)
+    seen = late(
+        scan_backward.backward_kernel, (chunks - 1, 0), x, b, c, d_y, steps, None, states, d_states, bc, None, out,
+        d_steps, db, dc, ds, *strides, ROWS * WIDTH, WIDTH, channels, 0, 1, ROWS, heads, 1, chunks, heads, **shape,
+    )  # fmt: skip
+    for tensor in (x, d_y, out):
+        holds(seen, tensor, first, ROWS * WIDTH - 1)
+    for tensor in (states, d_states):
+        holds(seen, tensor, (chunks - 1) * state, chunks * state - 1)
+
+
+def test_states_of_a_late_batch_row(late):
+    heads, chunks = 4, 2
+    rows = ROWS // 32
+    left, right, states, last = tensors(4)
+    (steps,) = tensors(1, torch.float32)
+    channels, columns = WIDTH // heads, 16
+    strides = 32 * WIDTH, WIDTH, channels, 32 * columns, columns, columns
+    seen = late(
+        scan_states.states_kernel, (rows * heads - 1, 0, 0), left, right, steps, None, None, states, last, *strides, 0,
+        rows, 32, heads, heads, chunks, FIRST=False, LAST=True, SEGMENTS=False, REVERSE=False, UPCAST=True,
+        P=channels, N=columns, Q=16, BP=channels, BN=columns,
+    )  # fmt: skip
+    holds(seen, left, ROWS * WIDTH - channels, ROWS * WIDTH - 1)
+    size = channels * columns
+    holds(seen, states, (rows * chunks * heads - 1) * size, rows * chunks * heads * size - 1)

@@ -13,7 +13,7 @@ from kernel_index.index.entry import ROOT
 
 TEMPLATES = Path(__file__).parent
 MISUSED = 2
-LONGEST = 28
+LONGEST = 27
 """With more characters in a name, lines of the templates become too long."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -31,9 +31,9 @@ def new(family: str, name: str, root: Path = ROOT) -> list[Path]:
     Everything is made in memory first, so nothing is changed by a call that raises.
 
     >>> import tools.scaffold, tempfile
-    >>> tools.scaffold.new("kitchen", "fused_swish")
+    >>> tools.scaffold.new("tea", "fused_swish")
     Traceback (most recent call last):
-    ValueError: FAMILY must be one of attention, boundary, experts, loss, mla, sparse, streams, got 'kitchen'
+    ValueError: FAMILY must be one of attention, boundary, experts, loss, mla, sparse, state_space, streams, got 'tea'
 
     Raises:
         ValueError: there is no such family, the name is no lower-case name or is taken, or ``root`` is no checkout.

@@ -297,10 +297,20 @@ class MaskContract(PackedMask):
         *,
         device: torch.device | str | None = None,
     ) -> tuple[Level, ...]:
-        """The runs of all trees of a batch by levels, for recurrences; waits for the device, once for each contract."""
+        """The runs of all trees of a batch by levels, for recurrences.
+
+        It waits for the device, once for each contract, unless the contract was made on the host and moved with ``to``.
+        """
         sizes = self.sizes(batch_size, seq_len, None, device)
-        parents = self.tree_parents(batch_size, seq_len, device=device)
-        return self.remember("levels", sizes, lambda: levels_of(self.subtree_end, parents, sizes))
+
+        def build() -> tuple[Level, ...]:
+            known = self.on_the_host() or self
+            on_its_device = sizes._replace(
+                device=sizes.device if known.subtree_end is None else known.subtree_end.device
+            )
+            return levels_of(known.subtree_end, parents_in_row(known.subtree_end, on_its_device), sizes)
+
+        return self.remember("levels", sizes, build)
 
 
 torch.serialization.add_safe_globals([MaskContract])

@@ -38,8 +38,8 @@ def kept_value(kept: dict[str, tuple], name: str, key: tuple, sources: tuple[Ten
 
 
 def keep(kept: dict[str, tuple], name: str, key: tuple, sources: tuple[Tensor | None, ...], value: Any) -> None:
-    """Keep a result that was made from these sources as they are now."""
-    if any(t.is_inference() for t in _tensors(value)):  # a view of a source made in inference mode
+    """Keep a result that was made from these sources as they are now, if a change of them can be seen."""
+    if not _keepable(sources) or any(t.is_inference() for t in _tensors(value)):  # a view made in inference mode
         kept.pop(name, None)
     else:
         kept[name] = (key, tuple(map(_state, sources)), value, _versions(value))

@@ -3,6 +3,7 @@
 Packed sequences are the one form whose sizes the host has to know.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from kernel_index.masks.doc_window_mask.memo import keep, kept_or_built, kept_va
 from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
 
 ON_THE_HOST = "varlen of the host"
+TWIN = "the contract on the host"
 
 
 class PackedMask(MaskFields):
@@ -129,6 +131,16 @@ class PackedMask(MaskFields):
 
         return self.remember("varlen", sizes, build)
 
+    def on_the_host(self) -> Self | None:
+        """The contract whose values may be read without a wait: itself, or a copy of the tree that was moved here.
+
+        None if there is none; the copy holds until a tensor of this contract is written to.
+        """
+        if rules.host_readable(*(t for t in self.sources() if t is not None)):
+            return self
+        kept = kept_value(self._kept, TWIN, (), self.sources())
+        return None if kept is None else kept[0]
+
     def lengths_are_known(self, sizes: Sizes) -> bool:
         """Whether ``varlen`` waits for nobody although there are documents or a valid prefix."""
         return self._known(sizes) is not None
@@ -141,11 +153,13 @@ class PackedMask(MaskFields):
     def to(self, device: torch.device | str) -> Self:
         """The same contract with its tensors on another device, itself where they are on it already.
 
-        What the host knows of its lengths stays known.
+        What the host knows of its lengths and of its trees stays known.
         """
         found = super().to(device)
         if all(a is b for a, b in zip(self.sources(), found.sources(), strict=True)):
             return self
+        if self.is_tree and (known := self.on_the_host()) is not None:
+            keep(found._kept, TWIN, (), found.sources(), (known._changed(_copied),))
         tokens, _ = self._keys_of_tensors()
         if tokens is None and self.cu_seqlens is None:
             return found
@@ -163,3 +177,8 @@ class PackedMask(MaskFields):
             moved = lengths._replace(cu_seqlens_q=of_queries, cu_seqlens_k=of_keys, kept=kept)
             keep(found._kept, ON_THE_HOST, there, found.sources(), moved)
         return found
+
+
+def _copied(tensors: Any) -> Any:
+    """A loader may fill its buffers again.  A deep copy of a tensor would be one of all that its view lies in."""
+    return tensors.clone() if isinstance(tensors, Tensor) else copy.deepcopy(tensors)

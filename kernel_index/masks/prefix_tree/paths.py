@@ -32,13 +32,17 @@ class Branch(NamedTuple):
 
 
 def branches_of(mask: MaskContract, sizes: Sizes) -> tuple[tuple[Branch, ...], ...]:
-    """The branches of every row of a tree's tensors; reads values, which waits for a device once for each contract."""
+    """The branches of every row of a tree's tensors; reads values.
+
+    That waits for a device, once for each contract, unless the contract was made on the host and moved with ``to``.
+    """
 
     def build() -> tuple[tuple[Branch, ...], ...]:
-        if mask.subtree_end is None:
+        known = mask.on_the_host() or mask
+        if known.subtree_end is None:
             everything = torch.arange(sizes.keys)
             return ((Branch(everything, everything),),)
-        ends = torch.atleast_2d(mask.subtree_end.detach().to("cpu", torch.int64))
+        ends = torch.atleast_2d(known.subtree_end.detach().to("cpu", torch.int64))
         return tuple(_branches(end, parent) for end, parent in zip(ends, parents_of(ends, True), strict=True))
 
     return mask.remember("branches", sizes, build)
@@ -86,7 +90,9 @@ def _why_not(mask: MaskContract, sizes: Sizes) -> str | None:
 
 def _steps(mask: MaskContract, sizes: Sizes) -> bool:
     assert mask.positions is not None
-    along = torch.atleast_2d(mask.positions.detach().cpu())
+    known = mask.on_the_host() or mask
+    assert known.positions is not None
+    along = torch.atleast_2d(known.positions.detach().cpu())
     rows = branches_of(mask, sizes)
     return all(
         bool((row[branch.keys].diff() == 1).all())

@@ -22,8 +22,8 @@ def _ranges_kernel(
     if tile < n:
         o_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
         o_q = tile * BM + o_m
-        m_tile = o_m < BM
-        m_q = m_tile & (o_q < T)
+        m_m = o_m < BM
+        m_q = m_m & (o_q < T)
         start = tl.load(start_ptr + row * window_b + o_q, mask=m_q, other=0)  # [BLOCK_M]
         end = tl.load(end_ptr + row * window_b + o_q, mask=m_q, other=0)  # [BLOCK_M]
         m_some = start < end
@@ -32,16 +32,16 @@ def _ranges_kernel(
         p_out = of_queries_ptr + (row * n + tile) * 4
         tl.store(p_out, tl.minimum(tl.min(start, 0) // BN, most))
         tl.store(p_out + 1, tl.minimum((tl.max(end, 0) + (BN - 1)) // BN, most))
-        tl.store(p_out + 2, tl.minimum((tl.max(tl.where(m_tile, start, 0), 0) + (BN - 1)) // BN, most))
-        tl.store(p_out + 3, tl.minimum(tl.min(tl.where(m_tile, end, most * BN), 0) // BN, most))
+        tl.store(p_out + 2, tl.minimum((tl.max(tl.where(m_m, start, 0), 0) + (BN - 1)) // BN, most))
+        tl.store(p_out + 3, tl.minimum(tl.min(tl.where(m_m, end, most * BN), 0) // BN, most))
     elif IN_TREE:
         o_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
         o_k = (tile - n) * BN + o_n
-        m_tile = o_n < BN
-        q_end = tl.load(q_end_ptr + row * q_end_b + o_k, mask=m_tile & (o_k < S), other=0)  # [BLOCK_N]
+        m_n = o_n < BN
+        q_end = tl.load(q_end_ptr + row * q_end_b + o_k, mask=m_n & (o_k < S), other=0)  # [BLOCK_N]
         p_out = of_keys_ptr + (row * m + tile - n) * 2
         tl.store(p_out, tl.minimum((tl.max(q_end, 0) + (BM - 1)) // BM, most))
-        tl.store(p_out + 1, tl.minimum(tl.min(tl.where(m_tile, q_end, most * BM), 0) // BM, most))
+        tl.store(p_out + 1, tl.minimum(tl.min(tl.where(m_n, q_end, most * BM), 0) // BM, most))
 
 
 @jit

@@ -14,7 +14,7 @@ from kernel_index.proofs.tune import timing
 from kernel_index.proofs.tune.attention_cells import AttentionCell, AttentionInputs
 from kernel_index.proofs.tune.decode_cells import DecodeCell, DecodeInputs
 
-ATTENTION = ("fa4", "triton", "varlen", "sdpa")
+ATTENTION = ("fa4", "triton", "gluon", "varlen", "sdpa")
 """Not ``flex``: it compiles for each mask and shape, so it is no rival of the others."""
 DECODE = ("fa4", "triton")
 WRONG = 3e-2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kernel_index as ki
 from kernel_index.core import native
 from kernel_index.core.testing import Maker
-from kernel_index.kernels.attention.dense_attention import contract, rectangles
+from kernel_index.kernels.attention.dense_attention import contract, gpu_rules, rectangles
 from kernel_index.kernels.attention.dense_attention.api import BACKENDS
 from kernel_index.kernels.attention.dense_attention.cases import oracle_with_lse, qkv
 from kernel_index.kernels.attention.dense_attention.rectangles import rectangles_of
@@ -189,7 +189,7 @@ def test_few_queries_are_left_to_kernels_without_tiles():
 
 
 def test_the_order_of_the_backends():
-    order = ["fa4", "triton", "flex", "varlen", "native", "cpu", "sdpa", "reference"]
+    order = ["fa4", "triton", "gluon", "flex", "varlen", "native", "cpu", "sdpa", "reference"]
     assert [b.name for b in BACKENDS] == order
 
 
@@ -205,7 +205,7 @@ def test_what_needs_cuda_says_so():
 
 def test_packed_lengths_refuse_what_they_cannot_say():
     def packing_rule(q, k, mask):
-        return contract._packing_rule(contract.AttentionCall(q, k, k, mask, None, 0.0, None, False))
+        return gpu_rules._packing_rule(contract.AttentionCall(q, k, k, mask, None, 0.0, None, False))
 
     q, k = torch.zeros(1, 4, 2, 16), torch.zeros(1, 9, 2, 16)
     assert packing_rule(q, k, ki.MaskContract()) is None

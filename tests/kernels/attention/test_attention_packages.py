@@ -11,19 +11,21 @@ from hypothesis import assume, given, settings
 import kernel_index as ki
 from kernel_index.core.target import Target, has_package, pretend
 from kernel_index.core.testing import Maker
-from kernel_index.kernels.attention.dense_attention import contract
+from kernel_index.kernels.attention.dense_attention import gpu_rules
 from kernel_index.kernels.attention.dense_attention.cases import qkv
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, _packing_rule
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
 from kernel_index.kernels.attention.dense_attention.fa4 import attention_fa4
+from kernel_index.kernels.attention.dense_attention.gpu_rules import _packing_rule
 from kernel_index.kernels.attention.dense_attention.varlen import attention_varlen
 from tests.masks.contracts import calls
 
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
-def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse):
+def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse, deterministic):
     """Bottom-right, None for no window; a -1 is a length of its own, as in the package."""
     assert return_lse
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert all(side is None or side >= 0 for side in window_size)
     mask = ki.MaskContract(causal, window_size)
     options = {"scale": softmax_scale, "softcap": softcap, "sink": learnable_sink}
@@ -111,27 +113,27 @@ def test_varlen_is_told_what_the_contract_says(monkeypatch):
 
 def test_fa4_takes_calls_that_need_gradients_of_packed_documents(monkeypatch):
     """Where lists of tiles were not tried, ``auto`` passes over it: reading the lengths waits for the device."""
-    monkeypatch.setattr(contract, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
     q, k, v = (torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
     ids = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
     with pretend(Target("cuda", 100)):
         call = AttentionCall(q, k, v, ids, None, 0.0, None, False)
-        assert contract.fa4_why_not(call) is None
-        assert contract.fa4_not_worth(call) == contract.WAITS
+        assert gpu_rules.fa4_why_not(call) is None
+        assert gpu_rules.fa4_not_worth(call) == gpu_rules.WAITS
 
 
 def test_fa4_declines_gradients_of_packed_documents_that_were_not_found_right(monkeypatch):
-    monkeypatch.setattr(contract, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
     ids = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
 
     def reason(width: int, mask: ki.MaskContract, softcap: float = 0.0, grad: bool = True) -> str | None:
         kind = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": grad}
         q, k, v = (torch.empty(1, 64, 2, width, **kind) for _ in range(3))
-        return contract.fa4_why_not(AttentionCall(q, k, v, mask, None, softcap, None, False))
+        return gpu_rules.fa4_why_not(AttentionCall(q, k, v, mask, None, softcap, None, False))
 
     with pretend(Target("cuda", 100)):
-        assert reason(8, ids) == contract.NOT_COMPARED
-        assert reason(80, ids) == contract.NOT_COMPARED
+        assert reason(8, ids) == gpu_rules.NOT_COMPARED
+        assert reason(80, ids) == gpu_rules.NOT_COMPARED
         assert reason(64, ids, softcap=20.0) is None
         assert reason(8, ids, grad=False) is None
         assert reason(8, ki.MaskContract()) is None
@@ -169,7 +171,7 @@ def test_the_package_called_directly(width, softcap):
     found = [out, *torch.autograd.grad(out, leaves, up)]
     right = [want, *torch.autograd.grad(want, exact, up.float()[None])]
     errors = [((a.float() - e[0]).norm() / e.norm()).item() for a, e in zip(found, right, strict=True)]
-    assert (max(errors) <= torch.finfo(torch.bfloat16).eps) == (width in contract.PACKED_WIDTHS), errors
+    assert (max(errors) <= torch.finfo(torch.bfloat16).eps) == (width in gpu_rules.PACKED_WIDTHS), errors
 
 
 @on_a_gpu

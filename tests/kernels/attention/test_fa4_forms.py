@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 import kernel_index as ki
 from kernel_index.core.target import Target, has_package
 from kernel_index.core.testing import Maker
-from kernel_index.kernels.attention.dense_attention import contract, fa4
+from kernel_index.kernels.attention.dense_attention import fa4, gpu_rules
 from kernel_index.kernels.attention.dense_attention.cases import qkv
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
 from kernel_index.kernels.attention.dense_attention.tile_mask import tile_mask
+from tests.kernels.attention.on_a_gpu import MASKS, compare_on_a_gpu, leaves_of, sink_of
 from tests.masks.contracts import calls
 from tests.masks.test_prefix_trees import tree_calls
 
@@ -159,7 +160,7 @@ def package(monkeypatch):
     predicates = types.ModuleType("fa4_predicates")
     for name in ("causal", "interval", "path"):
         setattr(predicates, name, name)
-    folder = contract.__name__.rsplit(".", 1)[0]
+    folder = gpu_rules.__name__.rsplit(".", 1)[0]
     for name, module in (
         ("flash_attn", types.ModuleType("flash_attn")),
         ("flash_attn.cute", cute),
@@ -287,77 +288,86 @@ LENGTHS = torch.tensor([0, 20, 64])
 def test_which_form(monkeypatch, mask, rows, expected):
     q = torch.empty(rows, 64, 2, 64, dtype=torch.bfloat16)
     call = AttentionCall(q, q, q, mask, None, 0.0, None, False)
-    monkeypatch.setattr(contract, "has_package", lambda name: True)
-    monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
-    assert contract.fa4_form(call) == expected
+    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    assert gpu_rules.fa4_form(call) == expected
     with_sink = call._replace(sink=torch.zeros(2, requires_grad=True))
-    assert contract.fa4_form(with_sink) == {"lengths": "lists"}.get(expected, expected)
-    assert contract.fa4_why_not(with_sink) is None
+    assert gpu_rules.fa4_form(with_sink) == {"lengths": "lists"}.get(expected, expected)
+    assert gpu_rules.fa4_why_not(with_sink) is None
     if mask.doc_ids is not None:
-        assert contract.measured_kind(call) == ("infer", "documents")
-    assert contract.fa4_details(call) == (("mask_lowering", expected),)
-    assert contract.fa4_why_not(call) is None
-    assert contract.fa4_not_worth(call) != contract.WAITS
-    monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 100))
+        assert gpu_rules.measured_kind(call) == ("infer", "documents")
+    assert gpu_rules.fa4_details(call) == (("mask_lowering", expected),)
+    assert gpu_rules.fa4_why_not(call) is None
+    assert gpu_rules.fa4_not_worth(call) != gpu_rules.WAITS
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 100))
     elsewhere = {"lists": "packed"}.get(expected, expected)
-    assert contract.fa4_form(call) == elsewhere
-    reason = contract.fa4_why_not(call)
+    assert gpu_rules.fa4_form(call) == elsewhere
+    reason = gpu_rules.fa4_why_not(call)
     assert reason == (mask.row_varlen_why_not(call.sizes) if elsewhere == "packed" else None)
-    assert (contract.fa4_not_worth(call) == contract.WAITS) == (elsewhere == "packed")
+    assert (gpu_rules.fa4_not_worth(call) == gpu_rules.WAITS) == (elsewhere == "packed")
 
 
 def test_documents_whose_lengths_are_known_are_packed(monkeypatch):
     q = torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta")
     mask = ki.MaskContract(doc_ids=IDS).to("meta")
     call = AttentionCall(q, q, q, mask, None, 0.0, None, False)
-    monkeypatch.setattr(contract, "has_package", lambda name: True)
-    monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
-    assert contract.fa4_form(call) == "packed"
-    assert contract.fa4_why_not(call) is None
-    assert contract.fa4_not_worth(call) != contract.WAITS
-    assert contract.measured_kind(call) == ("infer", "lengths")
+    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    assert gpu_rules.fa4_form(call) == "packed"
+    assert gpu_rules.fa4_why_not(call) is None
+    assert gpu_rules.fa4_not_worth(call) != gpu_rules.WAITS
+    assert gpu_rules.measured_kind(call) == ("infer", "lengths")
 
 
 @pytest.mark.parametrize(("width", "grad"), [(32, True), (80, False)])
 def test_heads_of_which_no_lists_were_compared_are_packed(monkeypatch, width, grad):
-    monkeypatch.setattr(contract, "has_package", lambda name: True)
-    monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
+    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
     q = torch.empty(1, 64, 2, width, dtype=torch.bfloat16, requires_grad=grad)
     call = AttentionCall(q, q, q, ki.MaskContract(doc_ids=IDS), None, 0.0, None, False)
-    assert (contract.fa4_form(call), contract.fa4_why_not(call)) == ("packed", None)
-    assert contract.fa4_not_worth(call) == contract.WAITS
+    assert (gpu_rules.fa4_form(call), gpu_rules.fa4_why_not(call)) == ("packed", None)
+    assert gpu_rules.fa4_not_worth(call) == gpu_rules.WAITS
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_gradients_that_must_repeat_are_not_taken_by_lists(monkeypatch, deterministic, grad):
+    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    q = torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, requires_grad=grad)
+    listed = AttentionCall(q, q, q, ki.MaskContract(prefix=8), None, 0.0, None, False)
+    assert gpu_rules.fa4_why_not(listed) == (gpu_rules.ANY_ORDER if grad else None)
+    assert gpu_rules.fa4_why_not(listed._replace(mask=ki.MaskContract())) is None
 
 
 def test_lists_end_where_they_would_be_large(monkeypatch):
-    monkeypatch.setattr(contract, "target_of", lambda device: Target("cuda", 90))
-    monkeypatch.setattr(contract, "LARGEST_LISTS", 15)
+    monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
+    monkeypatch.setattr(gpu_rules, "LARGEST_LISTS", 15)
     q = torch.empty(1, 64, 2, 64)
-    assert contract.fa4_form(AttentionCall(q, q, q, ki.MaskContract(prefix=8), None, 0.0, None, False)) == "packed"
+    assert gpu_rules.fa4_form(AttentionCall(q, q, q, ki.MaskContract(prefix=8), None, 0.0, None, False)) == "packed"
 
 
 on_a_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or not has_package("flash_attn"), reason="needs a CUDA device and flash-attn-4"
 )
 
-ON_A_GPU = {
-    "documents": lambda: ki.MaskContract(doc_ids=torch.tensor([[0] * 300 + [1] * 130 + [-1] * 70 + [2] * 200] * 2)),
-    "window": lambda: ki.MaskContract(doc_ids=torch.tensor([[0] * 450 + [1] * 250] * 2), window=(100, 0)),
-    "prefix": lambda: ki.MaskContract(prefix=torch.tensor([90, 400])),
-    "valid": lambda: ki.MaskContract(causal=False, validity=ki.attention_validity(valid_token_counts=[700, 333])),
-    "offset": lambda: ki.MaskContract(q_offset=torch.tensor([0, -30])),
-    "tree": lambda: ki.MaskContract(subtree_end=ki.pack_tree([-1, 0, 1, 1, 0], [300, 90, 150, 60, 100]).subtree_end),
-}
-
 
 @on_a_gpu
-@pytest.mark.parametrize("width", contract.LIST_WIDTHS)
+@pytest.mark.parametrize("width", gpu_rules.LIST_WIDTHS)
 @pytest.mark.parametrize(("softcap", "with_sink"), [(0.0, False), (20.0, False), (0.0, True)])
-@pytest.mark.parametrize("name", ON_A_GPU)
+@pytest.mark.parametrize("name", MASKS)
 def test_lists_on_a_gpu(name, softcap, with_sink, width):
     """Output, log-sum-exp and all gradients by lists of tiles against the reference in float32."""
-    if with_sink and width not in contract.BAND_SINK_WIDTHS:
+    if with_sink and width not in gpu_rules.BAND_SINK_WIDTHS:
         pytest.skip("gradients of sinks are not taken at this head size")
-    _compare_on_a_gpu(ON_A_GPU[name]().to("cuda"), 2, 700, width, softcap, with_sink, "lists")
+    sink = sink_of(8) if with_sink else None
+    compare_on_a_gpu(MASKS[name]().to("cuda"), leaves_of(2, 700, 2, width), softcap=softcap, sink=sink, form="lists")
 
 
 @on_a_gpu
@@ -367,24 +377,4 @@ def test_lists_on_a_gpu(name, softcap, with_sink, width):
 def test_given_lengths_on_a_gpu(ends, left, width):
     cumulative = torch.tensor([0, *ends], dtype=torch.int32, device="cuda")
     mask = ki.MaskContract.from_cu_seqlens(cumulative, window=(left, None))
-    _compare_on_a_gpu(mask, 1, 700, width, 0.0, False, "lengths")
-
-
-def _compare_on_a_gpu(mask, rows, tokens, width, softcap, with_sink, form):
-    m = Maker(torch.bfloat16, device="cuda")
-    leaves = [m.normal(rows, tokens, heads, width).requires_grad_() for heads in (8, 2, 2)]
-    leaves += [m.normal(8, dtype=torch.float32).requires_grad_()] if with_sink else []
-    up, up_lse = m.normal(rows, tokens, 8, width), m.normal(rows, 8, tokens, dtype=torch.float32)
-    results = []
-    exact_leaves = [x.detach().float().requires_grad_() for x in leaves]
-    for inputs, backend in ((leaves, "fa4"), (exact_leaves, "reference")):
-        sink = inputs[3] if with_sink else None
-        with ki.receipts() as log:
-            out, lse = ki.attention_with_lse(*inputs[:3], mask, softcap=softcap, sink=sink, backend=backend)
-        assert backend == "reference" or log[0].details == {"mask_lowering": form}
-        loss = (out.float() * up.float()).sum() + (lse.masked_fill(lse.isneginf(), 0.0) * up_lse).sum()
-        results.append([out, lse, *torch.autograd.grad(loss, inputs)])
-    assert torch.equal(results[0][1].isneginf(), results[1][1].isneginf())
-    for actual, exact in zip(*results, strict=True):
-        error = (actual.float() - exact).nan_to_num(neginf=0.0).norm() / exact.masked_fill(exact.isinf(), 0.0).norm()
-        assert error <= torch.finfo(torch.bfloat16).eps
+    compare_on_a_gpu(mask, leaves_of(1, 700, 2, width), form="lengths")

@@ -7,7 +7,7 @@ from torch import Tensor
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.document_attention import ATTENTION
-from kernel_index.kernels.attention.dense_attention import contract
+from kernel_index.kernels.attention.dense_attention import contract, gpu_rules
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.cpu import attention_cpu
 from kernel_index.kernels.attention.dense_attention.flex import attention_flex
@@ -26,13 +26,20 @@ def _attention_fa4(call: AttentionCall) -> OutAndLse:
     return attention_fa4(call)
 
 
-AttentionBackend = Literal["auto", "fa4", "triton", "flex", "varlen", "native", "cpu", "sdpa", "reference"]
+def _attention_gluon(call: AttentionCall) -> OutAndLse:
+    from kernel_index.kernels.attention.dense_attention.gluon import attention_gluon
+
+    return attention_gluon(call)
+
+
+AttentionBackend = Literal["auto", "fa4", "triton", "gluon", "flex", "varlen", "native", "cpu", "sdpa", "reference"]
 
 BACKENDS = (
-    Backend("fa4", contract.fa4_why_not, _attention_fa4, contract.fa4_not_worth, details=contract.fa4_details),
-    Backend("triton", contract.triton_why_not, attention_triton, contract.triton_not_worth),
-    Backend("flex", contract.flex_why_not, attention_flex, contract.flex_not_worth),
-    Backend("varlen", contract.varlen_why_not, attention_varlen, contract.varlen_not_worth),
+    Backend("fa4", gpu_rules.fa4_why_not, _attention_fa4, gpu_rules.fa4_not_worth, details=gpu_rules.fa4_details),
+    Backend("triton", gpu_rules.triton_why_not, attention_triton, gpu_rules.triton_not_worth),
+    Backend("gluon", gpu_rules.gluon_why_not, _attention_gluon, gpu_rules.gluon_not_worth),
+    Backend("flex", gpu_rules.flex_why_not, attention_flex, gpu_rules.flex_not_worth),
+    Backend("varlen", gpu_rules.varlen_why_not, attention_varlen, gpu_rules.varlen_not_worth),
     Backend(
         "native",
         contract.native_why_not,

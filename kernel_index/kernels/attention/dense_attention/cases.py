@@ -60,6 +60,11 @@ CASES = (
         lambda m: {**qkv(m, 2, 8, 8, 2, 2, 4), "mask": MaskContract(validity=EMPTY), "softcap": 2.0, "scale": 0.7},
     ),
     Case("sink", "a float32 sink beside any dtype, documents, padding", _sink),
+    Case(
+        "heads_of_64",
+        "the smallest head size of the kernels for Hopper",
+        lambda m: {**qkv(m, 1, 12, 12, 2, 1, 64), "mask": MaskContract(doc_ids=packed(12)[:1])},
+    ),
     Case("no_rows", "an empty batch", lambda m: qkv(m, 0, 5, 5, 2, 1, 8)),
     Case("no_queries", "no query", lambda m: qkv(m, 2, 0, 5, 2, 1, 8)),
     Case("no_keys", "no key: every row is empty", lambda m: {**qkv(m, 2, 3, 0, 2, 1, 8), "mask": MaskContract(False)}),

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernel_index.core import ops, rules
 from kernel_index.core.excluded import guarded_on_device
-from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, fa4_form, fa4_tile
+from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
+from kernel_index.kernels.attention.dense_attention.gpu_rules import fa4_form, fa4_tile
 from kernel_index.kernels.attention.dense_attention.packing import no_tokens, packed, unpacked
 from kernel_index.kernels.attention.dense_attention.tile_mask import tile_mask
 from kernel_index.masks.attention_arguments import scale_of
@@ -21,6 +22,7 @@ def attention_fa4(call: AttentionCall) -> OutAndLse:
         "softcap": call.softcap,
         "learnable_sink": call.sink,
         "return_lse": True,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     return _WAYS[fa4_form(call)](call, options)
 
@@ -67,27 +69,16 @@ def _empty(call: AttentionCall) -> Tensor:
 
 def _finite_queries(call: AttentionCall) -> Tensor:
     """q, with 0 in the queries that see no key where their values would reach a gradient."""
-    if rules.wants_gradient(call.q, call.k, call.v) and _may_have_padding(call):
+    if rules.wants_gradient(call.q, call.k, call.v) and call.may_have_padding:
         return ops.apply(_WithoutEmpty, _empty(call), call.q)
     return call.q
 
 
 def _of_empty(call: AttentionCall, lse: Tensor) -> Tensor:
     """The package counts the sink of a query without keys."""
-    if call.sink is None or not _may_have_padding(call):
+    if call.sink is None or not call.may_have_padding:
         return lse
     return lse.masked_fill(_empty(call)[:, None], float("-inf"))
-
-
-def _may_have_padding(call: AttentionCall) -> bool:
-    """Whether a query may see no key."""
-    mask, sizes = call.mask, call.sizes
-    if mask.is_band and sizes.offset == sizes.keys - sizes.queries >= 0:
-        return False
-    if sizes.offset != 0 or sizes.queries > sizes.keys:
-        return True
-    told = (mask.doc_ids, mask.counts, mask.key_counts, mask.cu_seqlens, mask.subtree_end)  # a tree may have gaps
-    return any(x is not None for x in told)
 
 
 class _Lengths(NamedTuple):

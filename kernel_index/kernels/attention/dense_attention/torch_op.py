@@ -82,13 +82,13 @@ _keys_op = ops.register(
 )
 
 
-class _Scoring(NamedTuple):
+class Scoring(NamedTuple):
     scale: float | None
     softcap: float
 
 
 def _forward(
-    scoring: _Scoring, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None,
+    scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None,
     k_start: Tensor, k_end: Tensor, q_start: Tensor, q_end: Tensor, *tiles: Tensor,
 ) -> Forward:  # fmt: skip
     paths = (q_end, tiles[0]) if tiles else ()
@@ -96,7 +96,7 @@ def _forward(
     return Forward(out, log2_sum * math.log(2), (log2_sum, k_start, k_end, q_start, q_end, *tiles))
 
 
-def _backward(scoring: _Scoring, given: Backward) -> Gradients:
+def _backward(scoring: Scoring, given: Backward) -> Gradients:
     d_out, d_lse, q, k, v, sink, out = given[:7]
     log2_sum, k_start, k_end, q_start, q_end, *tiles = given.saved
     paths = (q_end, tiles[1]) if tiles else ()
@@ -118,7 +118,7 @@ def attention_triton(call: AttentionCall) -> OutAndLse:
     bounds = call.mask.row_kernel_intervals(call.sizes)
     is_tree = call.mask.is_tree and call.mask.row_bounds(call.sizes).q_end is not None
     tiles = _tiles_of_each_kernel(call) if is_tree else ()
-    scoring = _Scoring(call.scale, call.softcap)
+    scoring = Scoring(call.scale, call.softcap)
     return attend(PASSES, scoring, call.q, call.k, call.v, call.sink, *bounds, *tiles)
 
 

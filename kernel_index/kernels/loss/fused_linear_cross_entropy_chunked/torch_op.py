@@ -236,9 +236,10 @@ class _Reduced(torch.autograd.Function):
         refuse_create_graph()
         if g is g_lse is g_z is None:
             return (None,) * 9
-        *gradients, factor = *ctx.saved_tensors[:3], g
+        saved = ctx.saved_tensors  # once: what a checkpoint makes again it gives once
+        *gradients, factor = *saved[:3], g
         if ctx.with_lse and not (g_lse is None and g_z is None):
-            gradients, factor = _formed_again(ctx, ctx.saved_tensors[3:], (g, g_lse, g_z)), None
+            gradients, factor = _formed_again(ctx, saved[3:], (g, g_lse, g_z)), None
         # Out of place: a second backward must find the unscaled gradients.
         scaled = (d if factor is None else d * factor for d in gradients)
         return *(d if need else None for d, need in zip(scaled, ctx.needs, strict=True)), *[None] * 6

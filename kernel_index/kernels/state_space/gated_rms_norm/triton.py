@@ -1,0 +1,115 @@
+"""One launch forward; backward one launch over the rows and one small reduction in a fixed order.
+
+A program holds a group of a row in registers.  Names are those of ``core/triton/attention.py``: ``o_d`` and ``m_d``
+[BLOCK] are the channels of a group and which of them exist.
+"""
+
+import triton.language as tl
+from torch import Tensor
+
+from kernel_index.core.triton.jit import jit
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
+from kernel_index.core.triton.sums import sum_parts
+
+STAGES = 3
+"""Rows in flight in the backward pass."""
+
+
+def pick_config(width: int, backward: bool) -> dict[str, int]:
+    """Block and warps for a group of ``width`` channels: 16 for each thread forward, 8 backward."""
+    block = next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // (32 * (8 if backward else 16))))}
+
+
+@jit
+def _load(p_row, o_d, m_d):
+    return tl.load(p_row + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
+
+
+@jit
+def _store(p_row, o_d, value, m_d):
+    tl.store(p_row + o_d, value.to(p_row.dtype.element_ty), mask=m_d)
+
+
+@jit
+def forward_kernel(
+    x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr, x_row, gate_row, groups, width, eps,
+    GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    first = group * width
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < width
+    z = _load(x_ptr + row * x_row + first, o_d, m_d)
+    if GATED:
+        gate = _load(gate_ptr + row * gate_row + first, o_d, m_d)
+        z = z * (gate * tl.sigmoid(gate))
+    rstd = tl.rsqrt(tl.sum(z * z, 0) / width + eps)
+    tl.store(rstd_ptr + row * groups + group, rstd)
+    _store(y_ptr + row * groups * width + first, o_d, z * rstd * _load(weight_ptr + first, o_d, m_d), m_d)
+
+
+@jit
+def backward_kernel(
+    d_y_ptr, x_ptr, gate_ptr, weight_ptr, rstd_ptr, d_x_ptr, d_gate_ptr, parts_ptr, d_y_row, x_row, gate_row, rows,
+    groups, width, GATED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program takes each ``num_programs``-th row of one group; ``parts`` [programs, C] are its sums for weight."""
+    program, group = tl.program_id(0), tl.program_id(1)
+    first = group * width
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < width
+    w = _load(weight_ptr + first, o_d, m_d)
+    d_w = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.range(0, tl.cdiv(rows - program, tl.num_programs(0)), num_stages=STAGES):
+        row = program.to(tl.int64) + i * tl.num_programs(0)
+        out = row * groups * width + first
+        x = _load(x_ptr + row * x_row + first, o_d, m_d)
+        dy = _load(d_y_ptr + row * d_y_row + first, o_d, m_d)
+        rstd = tl.load(rstd_ptr + row * groups + group)
+        z_hat = x * rstd
+        if GATED:
+            gate = _load(gate_ptr + row * gate_row + first, o_d, m_d)
+            s = tl.sigmoid(gate)
+            silu = gate * s
+            z_hat = x * silu * rstd
+        d_w += dy * z_hat
+        d_hat = dy * w
+        d_z = rstd * (d_hat - z_hat * (tl.sum(d_hat * z_hat, 0) / width))
+        if GATED:
+            _store(d_gate_ptr + out, o_d, d_z * x * (s + silu * (1.0 - s)), m_d)
+            d_z = d_z * silu
+        _store(d_x_ptr + out, o_d, d_z, m_d)
+    tl.store(parts_ptr + program.to(tl.int64) * groups * width + first + o_d, d_w, mask=m_d)
+
+
+def forward(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int, y: Tensor, rstd: Tensor) -> None:
+    """Rows [N, C] with dense channels in; ``y`` and ``rstd`` filled."""
+    rows, width = x.shape[0], x.shape[1] // groups
+    if rows:
+        with on_device(x):
+            forward_kernel[(rows * groups,)](
+                x, gate, weight, y, rstd, x.stride(0), 0 if gate is None else gate.stride(0), groups, width, eps,
+                GATED=gate is not None, **pick_config(width, False),
+            )  # fmt: skip
+
+
+def backward(
+    d_y: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, rstd: Tensor, outputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """``outputs``: gradients of x, gate (not written without one) and weight."""
+    d_x, d_gate, d_weight = outputs
+    rows, groups = x.shape[0], rstd.shape[-1]
+    width = x.shape[1] // groups
+    if rows == 0:
+        d_weight.zero_()
+        return
+    programs = min(rows, max(1, ceil_div(processors(x), groups)))
+    parts = x.new_empty((programs, x.shape[1]), dtype=rstd.dtype)
+    with on_device(x):
+        backward_kernel[(programs, groups)](
+            d_y, x, gate, weight, rstd, d_x, d_gate, parts, d_y.stride(0), x.stride(0),
+            0 if gate is None else gate.stride(0), rows, groups, width, GATED=gate is not None, STAGES=STAGES,
+            **pick_config(width, True),
+        )  # fmt: skip
+        sum_parts(parts, d_weight)

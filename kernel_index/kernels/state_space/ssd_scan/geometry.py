@@ -1,0 +1,86 @@
+"""Sizes, tiles and warps of the launches of ``ssd_scan``; needs no Triton."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernel_index.core.target import Target, target_of
+from kernel_index.core.triton.launch import (
+    SMALLEST_DOT,
+    Config,
+    ceil_div,
+    dot_block,
+    interpreting,
+    next_power_of_2,
+    processors,
+)
+
+HEADS_OF_PROGRAM = 8
+"""Most heads that a program of the forward pass takes one after another: they share c·bᵀ."""
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call; ``chunk`` is Q."""
+
+    B: int
+    T: int
+    H: int
+    P: int
+    G: int
+    N: int
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        return ceil_div(self.T, self.chunk)
+
+    @property
+    def heads_of_group(self) -> int:
+        return self.H // self.G
+
+    @classmethod
+    def of(cls, x: Tensor, b: Tensor) -> "Sizes":
+        """Short rows take a chunk no longer than they are."""
+        longest = longest_chunk(target_of(x.device), x.element_size())
+        B, T, H, P = x.shape
+        G, N = b.shape[2:]
+        return cls(B, T, H, P, G, N, min(longest, max(SMALLEST_DOT, next_power_of_2(T))))
+
+
+def longest_chunk(target: Target, element_bytes: int) -> int:
+    """Tokens of a chunk: 64 where a product's operands stay in shared memory, 32 where they are in registers, too.
+
+    A product in float32, without tensor cores, holds most.  The interpreter takes short ones: tests have several.
+    """
+    if interpreting() or element_bytes == 4:
+        return SMALLEST_DOT
+    return 64 if isinstance(target.arch, int) and 90 <= target.arch < 120 else 32
+
+
+def walk_config(sizes: Sizes, like: Tensor) -> Config:
+    """``tile`` rows and ``step`` columns of the state that a program keeps: the most that still occupy the device."""
+    rows, columns = min(dot_block(sizes.P), 64), min(dot_block(sizes.N), 128)
+    while sizes.B * sizes.H * ceil_div(sizes.P, rows) * ceil_div(sizes.N, columns) < processors(like):
+        if columns > 32 and columns >= rows:
+            columns //= 2
+        elif rows > 32:
+            rows //= 2
+        else:
+            break
+    return Config(rows, columns, 4 if rows * columns <= 4096 else 8, 3 if like.element_size() == 2 else 2)
+
+
+def chunks_config(sizes: Sizes, like: Tensor, backward: bool) -> Config:
+    """``tile``: heads of a program, fewer where that occupies the device; ``step``: the chunk.
+
+    Backward the accumulators of b and c want eight warps; AMD's four have as many registers.
+    """
+    group = sizes.heads_of_group
+    heads = group if backward else min(HEADS_OF_PROGRAM, group)
+    while heads > 1 and sizes.B * sizes.chunks * sizes.G * ceil_div(group, heads) < 2 * processors(like):
+        heads = ceil_div(heads, 2)
+    target = target_of(like.device)
+    wide = dot_block(sizes.P) * dot_block(sizes.N) > 64 * 128
+    warps = 8 if (backward or wide or like.element_size() == 4) and target.kind != "hip" else 4
+    stages = 2 if like.element_size() == 2 and not wide and target.kind != "hip" else 1
+    return Config(heads, sizes.chunk, warps, stages)

@@ -1,0 +1,52 @@
+"""What Triton's compiler gets wrong and its interpreter does not show, held as rules of the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import kernel_index as ki
+
+SOURCES = sorted(Path(ki.__file__).parent.rglob("triton*.py"))
+
+
+def _names(target: ast.expr) -> list[str]:
+    return [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
+
+
+def _shared(statement: ast.Assign) -> set[str]:
+    """Names that a statement binds to the value of one and the same other name."""
+    (target, *others), value = statement.targets, statement.value
+    if others:
+        return {name for t in statement.targets for name in _names(t)}
+    if not isinstance(target, ast.Tuple) or not isinstance(value, ast.Tuple):
+        return set()
+    given = [v.id if isinstance(v, ast.Name) else None for v in value.elts]
+    pairs = zip(target.elts, given, strict=True)
+    return {t.id for t, v in pairs if isinstance(t, ast.Name) and v is not None and given.count(v) > 1}
+
+
+def lost(function: ast.FunctionDef) -> set[str]:
+    """Names that begin as one value and are carried through a loop as several."""
+    found: set[str] = set()
+    shared = [(s.lineno, _shared(s)) for s in ast.walk(function) if isinstance(s, ast.Assign)]
+    for loop in ast.walk(function):
+        if isinstance(loop, ast.For | ast.While):
+            assigned = {n for s in ast.walk(loop) if isinstance(s, ast.Assign) for t in s.targets for n in _names(t)}
+            for line, names in shared:
+                if line < loop.lineno and len(names & assigned) > 1:
+                    found |= names & assigned
+    return found
+
+
+def test_the_rule_finds_what_was_lost():
+    """``g2`` was the constant 0 in the compiled kernel, with Triton 3.6 and 3.7, and right in the interpreter."""
+    source = "def f():\n  g1, g2 = zero, zero\n  for i in range(9):\n    g1, g2 = load(i), g1\n"
+    assert lost(ast.parse(source).body[0]) == {"g1", "g2"}
+    assert not lost(ast.parse(source.replace("zero, zero", "zeros(4), zeros(4)")).body[0])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_values_that_a_loop_carries_begin_as_tensors_of_their_own(path):
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    assert not {name for function in functions for name in lost(function)}
