@@ -14,7 +14,7 @@ import kernel_index as ki
 from kernel_index.core import stable
 from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.core.products import batch_product
-from kernel_index.nn.residual import Branch
+from kernel_index.nn.residual import Branch, invariant_norm
 
 if TYPE_CHECKING:
     from kernel_index.nn.state_space import Mamba2, MixerState
@@ -34,7 +34,7 @@ def mixed_by_documents(
     else:
         y = _mixed(layer, inputs, step, ids, cache)
     y = y.flatten(2) * silu(gate.float())
-    normed = ki.fused_residual_add_rms_norm(y, torch.zeros_like(y), layer.norm, eps=1e-6).normed
+    normed = invariant_norm(y, layer.norm, 1e-6)
     return layer.out(normed.to(x_BTC.dtype)), None
 
 
