@@ -17,6 +17,7 @@ NOT_CALLED = {  # they take no data: blocks of a with statement, a subprocess, a
     "receipts": "a context",
     "strict": "a context",
     "force": "a context",
+    "numerics": "a context",
     "explain": "runs the checks of another function, which are fuzzed there",
     "fa4_execute_proof": "starts a process; its request is checked in its own tests",
 }
