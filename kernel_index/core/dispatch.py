@@ -335,20 +335,21 @@ def _choose(
     if _EXPLAINING and threading.get_ident() in _EXPLAINING:
         raise _Explained(_explanation(op, backends, requested, wanted, forced_by, call))
     declined: tuple[tuple[str, str], ...] = ()
+    invariant = is_invariant()
     for backend in backends:
         if wanted != "auto" and wanted != backend.name:
             continue
-        rule = _verdict(backend, wanted, call)
+        rule = _verdict(backend, wanted, call, invariant)
         if rule is None:
             details = () if backend.details is None else backend.details(*call)
-            recipe = backend.invariant.hash if backend.invariant is not None and is_invariant() else ""
+            recipe = backend.invariant.hash if invariant and backend.invariant is not None else ""
             return Choice(op, requested, backend, declined, forced_by, details, wanted, recipe)
         declined += ((backend.name, rule),)
     raise Ineligible(_refusal(op, backends, wanted, forced_by, declined))
 
 
-def _verdict(backend: Backend, wanted: str, call: tuple) -> str | None:
-    if is_invariant():  # no rule of speed, and no fallback
+def _verdict(backend: Backend, wanted: str, call: tuple, invariant: bool) -> str | None:
+    if invariant:  # no rule of speed, and no fallback
         return NO_RECIPE if backend.invariant is None else backend.why_not(*call)
     rule = backend.why_not(*call)
     if rule is None and wanted == "auto":
@@ -377,7 +378,7 @@ def _first_tensor(call: tuple) -> torch.Tensor | None:
 
 
 def _explanation(op, backends, requested, wanted, forced_by, call) -> Explanation:
-    verdicts = {b.name: _verdict(b, wanted, call) for b in backends}
+    verdicts = {b.name: _verdict(b, wanted, call, is_invariant()) for b in backends}
     chosen = next((b for b in backends if verdicts[b.name] is None and wanted in ("auto", b.name)), None)
     details = dict(chosen.details(*call)) if chosen and chosen.details else {}
     return Explanation(op, requested, chosen.name if chosen else None, verdicts, forced_by, details)

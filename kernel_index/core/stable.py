@@ -77,6 +77,11 @@ def row_mean(x: Tensor) -> Tensor:
     return row_sum(x) / x.shape[-1]
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum of all elements, in a fixed order."""
+    return row_sum(x.flatten())
+
+
 def softmax(x: Tensor) -> Tensor:
     """Over the last dimension."""
     e = exp(x - x.amax(-1, keepdim=True))
@@ -169,6 +174,10 @@ class _PyTorch:
     @staticmethod
     def row_sum(x: Tensor) -> Tensor:
         return x.sum(-1)
+
+    @staticmethod
+    def total(x: Tensor) -> Tensor:
+        return x.sum()
 
     @staticmethod
     def row_mean(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from kernel_index.nn import (
     SwiGLUMLP,
 )
 from kernel_index.nn.mlp import MLPS
+from kernel_index.nn.residual import invariant_norm
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -245,7 +246,10 @@ class AfterNext(nn.Module):
         self.final = ResidualRMSNorm(config.dim)
 
     def forward(self, hidden_BTC: Tensor, next_BTC: Tensor) -> Tensor:
-        known = nn.functional.rms_norm(next_BTC, next_BTC.shape[-1:])
+        if is_invariant():
+            known = invariant_norm(next_BTC, torch.ones_like(next_BTC[0, 0]), torch.finfo(next_BTC.dtype).eps)
+        else:
+            known = nn.functional.rms_norm(next_BTC, next_BTC.shape[-1:])
         stream, branch = self.block(self.join(torch.cat([hidden_BTC, known.to(hidden_BTC.dtype)], -1)), None)
         return self.final(stream, branch)[1]
 

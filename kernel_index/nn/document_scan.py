@@ -5,13 +5,102 @@ the open chunk and computes its rows by the same products, so it has the bits of
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import kernel_index as ki
 from kernel_index.core import stable
+from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.core.products import batch_product
+from kernel_index.nn.residual import Branch, invariant_norm
+
+if TYPE_CHECKING:
+    from kernel_index.nn.state_space import Mamba2, MixerState
+
+
+def mixed_by_documents(
+    layer: "Mamba2", x_BTC: Tensor, mask: "ki.MaskContract | None", cache: "MixerState | None"
+) -> Branch:
+    """``Mamba2.forward`` by functions and products whose rows do not depend on each other."""
+    rows, tokens = x_BTC.shape[:2]
+    gate, inputs, step = layer.proj(x_BTC).split(layer.sizes, -1)
+    ids = None if cache is not None or mask is None else mask.document_rows(tokens)
+    if cache is None and mask is not None and mask.is_tree:
+        if ids is not None:
+            needs_ordinary_numerics("nn.Mamba2", "documents inside a prefix tree have no invariant form")
+        y = _along_paths(layer, inputs, step, paths_of(mask.tree_levels(rows, tokens)))
+    else:
+        y = _mixed(layer, inputs, step, ids, cache)
+    y = y.flatten(2) * silu(gate.float())
+    normed = invariant_norm(y, layer.norm, 1e-6)
+    return layer.out(normed.to(x_BTC.dtype)), None
+
+
+def no_tokens(layer: "Mamba2", like: Tensor) -> "Open":
+    """What a state keeps before any token, for the rows of ``like``."""
+    kept = ((layer.heads, layer.head_dim), (layer.heads,), (layer.groups, layer.state))
+    tokens = (like.new_zeros(len(like), layer.chunk, *shape) for shape in kept)
+    return *tokens, like.new_zeros(len(like), dtype=torch.int64)
+
+
+def _along_paths(layer: "Mamba2", inputs: Tensor, step: Tensor, paths: "Paths") -> Tensor:
+    """Each path of a tree as a document, of which its last run is kept."""
+    rows, tokens = inputs.shape[:2]
+    inputs, step = (t.flatten(0, 1).index_select(0, paths.index)[None] for t in (inputs, step))
+    number = torch.arange(len(paths.lengths), device=inputs.device)
+    ids = number.repeat_interleave(torch.tensor(paths.lengths, device=inputs.device))[None]
+    y = _mixed(layer, inputs, step, ids, None)[0]
+    gaps = y.new_zeros(rows * tokens, *y.shape[1:])
+    return gaps.index_copy(0, paths.index[paths.own], y[paths.own]).unflatten(0, (rows, tokens))
+
+
+def _mixed(layer: "Mamba2", inputs: Tensor, step: Tensor, ids: Tensor | None, cache: "MixerState | None") -> Tensor:
+    """The convolution, the scan and the skip, float32 [B, T, H, P]; ``ids`` [B or 1, T] change between documents."""
+    previous = inputs.new_zeros(len(inputs), layer.width - 1, inputs.shape[-1]) if cache is None else cache.conv
+    joined = torch.cat([previous.to(inputs.dtype), inputs], 1)
+    inner, shared = layer.heads * layer.head_dim, layer.groups * layer.state
+    x, b, c = silu(_convolved(joined, layer.conv, ids)).split([inner, shared, shared], -1)
+    x_BTHP = x.unflatten(-1, (layer.heads, layer.head_dim)).float()
+    b_BTGN, c_BTGN = (t.unflatten(-1, (layer.groups, layer.state)).float() for t in (b, c))
+    dt_BTH = stable.with_gradient("softplus", step.float() + layer.step_bias)
+    log_a_BTH = -dt_BTH * stable.with_gradient("exp", layer.log_decay.float())
+    operands = Operands(x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN)
+    if cache is None:
+        plan = plan_of(lengths_of(ids, *inputs.shape[:2]), layer.chunk, inputs.device)
+        scanned = scan_documents(operands.flat(), plan)[0].view(x_BTHP.shape)
+    else:
+        scanned, state, left = continued(operands, cache.scan, cache.open, cache.counts, layer.chunk)
+        with torch.inference_mode(False):  # states stay usable outside of it
+            latest = _latest(joined, cache.counts, layer.width - 1).detach()
+            cache.conv, cache.scan = latest.to(cache.conv.dtype, copy=True), state.detach().clone()
+            cache.open = tuple(t.clone() for t in left)
+    return scanned + layer.skip[:, None] * x_BTHP
+
+
+def _convolved(joined: Tensor, weight: Tensor, ids: Tensor | None) -> Tensor:
+    """``Σ_j w[j]·input[t − (width − 1) + j]`` over the inputs of t's own document, term by term in one order."""
+    keep = weight.shape[0] - 1
+    tokens = joined.shape[1] - keep
+    out = weight[-1] * joined[:, keep:]
+    for j in range(keep):
+        earlier = weight[j] * joined[:, j : j + tokens]
+        if ids is not None:
+            same = ids[:, 1:] == ids[:, :-1]
+            number = nn.functional.pad((~same).long().cumsum(-1), (1, 0))
+            own = number == nn.functional.pad(number, (keep - j, 0), value=-1)[:, :tokens]
+            earlier = torch.where(own[..., None], earlier, 0.0)
+        out = out + earlier
+    return out
+
+
+def _latest(joined: Tensor, counts: Tensor | None, keep: int) -> Tensor:
+    """The last inputs of each row, [B, keep, channels]."""
+    if counts is None:
+        return joined[:, joined.shape[1] - keep :]
+    at = counts[:, None] + torch.arange(keep, device=joined.device)
+    return joined.gather(1, at[..., None].expand(-1, -1, joined.shape[-1]))
 
 
 class Operands(NamedTuple):
@@ -96,12 +185,12 @@ def silu(x: Tensor) -> Tensor:
     return (wide * stable.with_gradient("sigmoid", wide)).to(x.dtype)
 
 
-def lengths_of(segments: Tensor | None, rows: int, tokens: int) -> list[int]:
+def lengths_of(ids: Tensor | None, rows: int, tokens: int) -> list[int]:
     """The lengths of all documents of a batch, row by row; reads values."""
-    if segments is None:
+    if ids is None:
         return [tokens] * rows
     found = []
-    for row in segments.expand(rows, -1):
+    for row in ids.expand(rows, -1):
         ends = torch.cat(((row[1:] != row[:-1]).nonzero().flatten() + 1, row.new_tensor([tokens])))
         found += nn.functional.pad(ends, (1, 0)).diff().tolist()
     return found

@@ -10,7 +10,7 @@ from kernel_index.core import checks
 from kernel_index.core.numerics import is_invariant
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
-from kernel_index.nn.residual import Branch
+from kernel_index.nn.residual import Branch, invariant_norm
 
 
 class MLA(Mixer):
@@ -94,9 +94,7 @@ class MLA(Mixer):
 
     def _latent(self, x_BTC: Tensor) -> Tensor:
         if is_invariant():
-            down_BTL = self.down(x_BTC)
-            options = {"eps": self.eps}
-            return ki.fused_residual_add_rms_norm(down_BTL, torch.zeros_like(down_BTL), self.norm, **options).normed
+            return invariant_norm(self.down(x_BTC), self.norm, self.eps)
         return nn.functional.rms_norm(self.down(x_BTC), self.norm.shape, self.norm, self.eps)
 
     def _expanded(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: Any) -> Tensor:

@@ -11,6 +11,11 @@ Branch = tuple[Tensor, Tensor | None]
 """The result of a mixer or an MLP: its output, and a bias [C] that the boundary adds (or None)."""
 
 
+def invariant_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in x's dtype, for ``numerics("invariant")``: the boundary's kernel, with nothing to add."""
+    return ki.fused_residual_add_rms_norm(x, torch.zeros_like(x), weight, eps=eps).normed
+
+
 class ResidualRMSNorm(nn.Module):
     """Adds the previous branch to the stream and returns ``(stream, RMSNorm(stream))``.
 
@@ -44,8 +49,7 @@ class ResidualRMSNorm(nn.Module):
 
     def _norm(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
         if is_invariant():
-            normed = ki.fused_residual_add_rms_norm(stream, torch.zeros_like(stream), self.weight, eps=self.eps).normed
-            return normed.to(dtype)
+            return invariant_norm(stream, self.weight, self.eps).to(dtype)
         return ki.gated_rms_norm(stream, None, self.weight, eps=self.eps, dtype=dtype)
 
     def extra_repr(self) -> str:

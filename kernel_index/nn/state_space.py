@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index.core import stable
-from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
-from kernel_index.nn.document_scan import Operands, continued, lengths_of, paths_of, plan_of, scan_documents, silu
+from kernel_index.core.numerics import is_invariant
+from kernel_index.nn.document_scan import mixed_by_documents, no_tokens
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
@@ -92,7 +91,7 @@ class Mamba2(Mixer):
         cache: MixerState | None = None,
     ) -> Branch:
         if is_invariant():
-            return self._by_documents(x_BTC, mask, cache)
+            return mixed_by_documents(self, x_BTC, mask, cache)
         gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
         segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
         counts = None if cache is None else cache.counts
@@ -127,19 +126,6 @@ class Mamba2(Mixer):
         layer: dict[str, Any] = {"d": self.skip, "dt_bias": self.step_bias, "dt_softplus": True}
         return ki.ssd_scan(x_BTHP, step_BTH, -self.log_decay.exp(), b_BTGN, c_BTGN, **layer, **options)
 
-    def _convolve(self, joined: Tensor, segments: Tensor | None) -> Tensor:
-        """``Σ_j w[j]·input[t − (width − 1) + j]`` over the inputs of t's own segment; a product for each j."""
-        T = joined.shape[1] - self.width + 1
-        out = self.conv[-1] * joined[:, self.width - 1 :]
-        for j in range(self.width - 1):
-            back = self.width - 1 - j
-            earlier = self.conv[j] * joined[:, j : j + T]
-            if segments is not None:
-                own = segments == nn.functional.pad(segments, (back, 0), value=-1)[:, :T]
-                earlier = torch.where(own[..., None], earlier, 0.0)
-            out = out + earlier
-        return out
-
     def _remember(self, cache: MixerState, inputs: Tensor, state: Tensor) -> None:
         joined, keep = torch.cat([cache.conv.to(inputs.dtype), inputs], 1), self.width - 1
         if cache.counts is None:
@@ -157,53 +143,4 @@ class Mamba2(Mixer):
         like = self.proj.weight
         conv = like.new_zeros(rows, self.width - 1, self.sizes[1])
         scan = like.new_zeros(rows, self.heads, self.head_dim, self.state, dtype=torch.float32)
-        if not is_invariant():
-            return MixerState(conv, scan)
-        kept = ((self.heads, self.head_dim), (self.heads,), (self.groups, self.state))
-        tokens = (scan.new_zeros(rows, self.chunk, *shape) for shape in kept)
-        return MixerState(conv, scan, open=(*tokens, torch.zeros(rows, dtype=torch.int64, device=scan.device)))
-
-    def _by_documents(self, x_BTC: Tensor, mask: "ki.MaskContract | None", cache: MixerState | None) -> Branch:
-        """The same layer by functions and products whose rows do not depend on each other."""
-        gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
-        if cache is None and mask is not None and mask.is_tree:
-            y = self._along_paths(inputs, step, mask)
-        else:
-            segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
-            y = self._mixed(inputs, step, segments, cache)
-        y = y.flatten(2) * silu(gate.float())
-        normed = ki.fused_residual_add_rms_norm(y, torch.zeros_like(y), self.norm, eps=1e-6).normed
-        return self.out(normed.to(x_BTC.dtype)), None
-
-    def _along_paths(self, inputs: Tensor, step: Tensor, mask: "ki.MaskContract") -> Tensor:
-        """Each path of a tree as a document, of which its last run is kept."""
-        if mask.document_rows(inputs.shape[1]) is not None:
-            needs_ordinary_numerics("nn.Mamba2", "documents inside a prefix tree have no invariant form")
-        rows, tokens = inputs.shape[:2]
-        paths = paths_of(mask.tree_levels(rows, tokens))
-        inputs, step = (t.flatten(0, 1).index_select(0, paths.index)[None] for t in (inputs, step))
-        number = torch.arange(len(paths.lengths), device=inputs.device)
-        segments = number.repeat_interleave(torch.tensor(paths.lengths, device=inputs.device))[None]
-        y = self._mixed(inputs, step, segments, None)[0]
-        gaps = y.new_zeros(rows * tokens, *y.shape[1:])
-        return gaps.index_copy(0, paths.index[paths.own], y[paths.own]).unflatten(0, (rows, tokens))
-
-    def _mixed(self, inputs: Tensor, step: Tensor, segments: Tensor | None, cache: MixerState | None) -> Tensor:
-        """The convolution, the scan and the skip, float32 [B, T, H, P]."""
-        previous = inputs.new_zeros(len(inputs), self.width - 1, inputs.shape[-1]) if cache is None else cache.conv
-        joined = torch.cat([previous.to(inputs.dtype), inputs], 1)
-        inner, shared = self.heads * self.head_dim, self.groups * self.state
-        x, b, c = silu(self._convolve(joined, segments)).split([inner, shared, shared], -1)
-        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim)).float()
-        b_BTGN, c_BTGN = (t.unflatten(-1, (self.groups, self.state)).float() for t in (b, c))
-        dt_BTH = stable.with_gradient("softplus", step.float() + self.step_bias)
-        log_a_BTH = -dt_BTH * stable.with_gradient("exp", self.log_decay.float())
-        operands = Operands(x_BTHP * dt_BTH[..., None], log_a_BTH, b_BTGN, c_BTGN)
-        if cache is None:
-            plan = plan_of(lengths_of(segments, *inputs.shape[:2]), self.chunk, inputs.device)
-            scanned = scan_documents(operands.flat(), plan)[0].view(x_BTHP.shape)
-        else:
-            scanned, state, left = continued(operands, cache.scan, cache.open, cache.counts, self.chunk)
-            self._remember(cache, inputs, state)
-            cache.open = left
-        return scanned + self.skip[:, None] * x_BTHP
+        return MixerState(conv, scan, open=no_tokens(self, scan) if is_invariant() else ())

@@ -11,34 +11,69 @@ constexpr int64_t WIDE = 64, NARROW = 16;  // columns of a panel; a few tokens t
 
 inline int64_t panel_width(int64_t columns) { return columns > NARROW ? WIDE : NARROW; }
 
+// from [rows, n] of 32 bits, rows `stride` apart, to [n, width] transposed, with zeros from row `rows` on.
+void transpose_words(const float* from, int64_t stride, int64_t rows, int64_t n, float* to, int64_t width) {
+  for (int64_t r = 0; r < n; r += LANES)
+    for (int64_t j = 0; j < width; j += LANES) {
+      Vec square[LANES];
+      for (int64_t i = 0; i < std::min(LANES, rows - j); ++i) square[i] = load(from + (j + i) * stride + r, n - r);
+      transpose(square);
+      for (int64_t i = 0; i < std::min(LANES, n - r); ++i) square[i].store(to + (r + i) * width + j);
+    }
+}
+
+// Row r, and in bfloat16 row r + 1, of a panel [R, width] from `count` elements of each; zeros after them, and for null.
+inline void pack_row(const float* row, const float*, int64_t count, float* to, int64_t width) {
+  for (int64_t j = 0; j < width; j += LANES) (j < count ? load(row + j, count - j) : Vec()).store(to + j);
+}
+inline void pack_row(const BFloat16* row, const BFloat16* next, int64_t count, BFloat16* to, int64_t width) {
+  for (int64_t j = 0; j < width; j += LANES) {
+    const Lanes some = j < count ? first_lanes(count - j) : 0;
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, row + j));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next ? some : 0, next + j));
+    _mm512_storeu_si512(to + 2 * j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
 // The right operand [R, columns] as panels [padded R, width], padded with zeros.
 template <typename T>
 struct Panels {
-  int64_t R, columns, width, padded, threads;  // bfloat16 is multiplied in pairs of rows
+  static constexpr int64_t PAIR = std::is_same_v<T, float> ? 1 : 2;  // rows that are multiplied at once
+  int64_t R, columns, width, padded, threads;
   Buffer<T> data;
   Panels(int64_t R, int64_t columns, int64_t threads)
-      : R(R), columns(columns), width(panel_width(columns)), padded(std::is_same_v<T, float> ? R : round_up(R, 2)),
-        threads(threads), data(padded * round_up(columns, width)) {}
+      : R(R), columns(columns), width(panel_width(columns)), padded(round_up(R, PAIR)), threads(threads),
+        data(padded * round_up(columns, width)) {}
   int64_t count() const { return (columns + width - 1) / width; }
-  const T* at(int64_t panel, int64_t r) const { return data.at(panel * padded * width + packed_at<T>(r, 0, width)); }
+  const T* at(int64_t panel, int64_t r) const { return data.at(panel * padded * width + r * width); }
 
-  // From memory where element (r, j) is at r · row + j · column.
-  Panels& pack(const T* from, int64_t row, int64_t column) {
+  // From rows [R, columns].
+  Panels& pack(const T* from) {
+    return each([=](int64_t panel, int64_t first, int64_t last, T* to) {
+      const int64_t column = panel * width;
+      for (int64_t r = first; r < last; r += PAIR)
+        pack_row(from + r * columns + column, r + 1 < R ? from + (r + 1) * columns + column : nullptr, columns - column,
+                 to + r * width, width);
+    });
+  }
+  // From columns [columns, R]; R is even in bfloat16, whose pairs are one after the other.
+  Panels& pack_columns(const T* from) {
+    return each([=](int64_t panel, int64_t first, int64_t last, T* to) {
+      const int64_t column = panel * width;
+      transpose_words(reinterpret_cast<const float*>(from + column * R + first), R / PAIR,
+                      std::min(width, columns - column), (last - first) / PAIR,
+                      reinterpret_cast<float*>(to + first * width), width);
+    });
+  }
+
+ private:
+  template <typename Pack>
+  Panels& each(Pack pack) {
     const int64_t steps = (padded + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(threads)
     for (int64_t unit = 0; unit < count() * steps; ++unit) {
-      const int64_t panel = unit / steps, first = unit % steps * BLOCK, last = std::min(first + BLOCK, padded);
-      T* to = data.at(panel * padded * width);
-      const auto value = [&](int64_t r, int64_t j) {
-        return r < R && panel * width + j < columns ? from[r * row + (panel * width + j) * column] : T(0);
-      };
-      if (column == 1) {
-        for (int64_t r = first; r < last; ++r)
-          for (int64_t j = 0; j < width; ++j) to[packed_at<T>(r, j, width)] = value(r, j);
-      } else {
-        for (int64_t j = 0; j < width; ++j)
-          for (int64_t r = first; r < last; ++r) to[packed_at<T>(r, j, width)] = value(r, j);
-      }
+      const int64_t panel = unit / steps, first = unit % steps * BLOCK;
+      pack(panel, first, std::min(first + BLOCK, padded), data.at(panel * padded * width));
     }
     return *this;
   }
@@ -82,7 +117,7 @@ template <typename T, typename Out>
 void forward(const int64_t* n, const T* x, const T* weight, const float* bias, Out* y) {
   const int64_t M = n[0], N = n[1], R = n[2];
   Panels<T> tokens(R, M, n[3]);
-  tokens.pack(x, 1, R);
+  tokens.pack_columns(x);
   const int64_t width = tokens.width;
   multiply(weight, N, R, tokens, [&](int64_t first, int64_t count, int64_t token, const float* sums) {
     for (int64_t j = 0; j < width && token + j < M; j += LANES)
@@ -103,7 +138,7 @@ template <typename T>
 void d_input(const int64_t* n, const T* d_y, const T* weight, T* d_x) {
   const int64_t M = n[0], N = n[1], R = n[2];
   Panels<T> right(N, R, n[3]);
-  right.pack(weight, R, 1);
+  right.pack(weight);
   multiply(d_y, M, N, right, in_place(d_x, R, right.width));
 }
 
@@ -112,12 +147,16 @@ template <typename T>
 void d_weight(const int64_t* n, const T* d_y, const T* x, T* d_weight) {
   const int64_t M = n[0], N = n[1], R = n[2], threads = n[3];
   Panels<T> right(M, R, threads);
-  right.pack(x, R, 1);
+  right.pack(x);
   const int64_t padded = right.padded;
   Buffer<T> left(N * padded);
+  constexpr int64_t TILE_SIDE = 32;
 #pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < N; ++i)
-    for (int64_t m = 0; m < padded; ++m) *left.at(i * padded + m) = m < M ? d_y[m * N + i] : T(0);
+  for (int64_t first = 0; first < N; first += TILE_SIDE)  // d_y transposed
+    for (int64_t token = 0; token < padded; token += TILE_SIDE)
+      for (int64_t i = first; i < std::min(first + TILE_SIDE, N); ++i)
+        for (int64_t m = token; m < std::min(token + TILE_SIDE, padded); ++m)
+          *left.at(i * padded + m) = m < M ? d_y[m * N + i] : T(0);
   multiply<T>(left.at(0), N, padded, right, in_place(d_weight, R, right.width));
 }
 
@@ -127,7 +166,7 @@ void batch(const int64_t* n, const float* left, const float* right, float* y) {
 #pragma omp parallel for num_threads(n[4]) schedule(dynamic)
   for (int64_t i = 0; i < count; ++i) {
     Panels<float> panels(R, N, 1);
-    panels.pack(right + i * N * R, 1, R);
+    panels.pack_columns(right + i * N * R);
     multiply(left + i * M * R, M, R, panels, in_place(y + i * M * N, N, panels.width));
   }
 }

@@ -52,7 +52,8 @@ def block_router(
         selection = {c} ∪ the topk − 1 best j, the smallest index among equals
 
     Where documents meet inside a block its mean is over the last of them.  No gradient, and no future token has any
-    influence.  It is the router of ``moba_attention`` and of ``clustered_sparse_attention``.
+    influence.  It is the router of ``moba_attention`` and of ``clustered_sparse_attention``.  Under
+    ``numerics("invariant")`` blocks count from the start of each document.
 
     Args:
         q: [B, T, H, D], any floating dtype.  Under autocast q and k are cast as those of

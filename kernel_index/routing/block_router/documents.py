@@ -63,7 +63,9 @@ def _allocate(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
 
 def _documents(start: Tensor, end: Tensor, origin: Tensor) -> Iterator[_Document]:
     """Consecutive queries of one document that sees a key, and its keys up to the last that one of them sees."""
-    new = torch.cat((origin.new_ones(1, dtype=torch.bool), origin[1:] != origin[:-1])) if len(origin) else origin.bool()
+    if not len(origin):
+        return
+    new = torch.cat((origin.new_ones(1, dtype=torch.bool), origin[1:] != origin[:-1]))
     starts = new.nonzero().flatten().tolist()
     for begin, stop in zip(starts, [*starts[1:], len(origin)], strict=True):
         last = int(torch.where(start < end, end, 0)[begin:stop].max())

@@ -52,7 +52,7 @@ def _stretches(call: AttentionCall, b: int) -> Iterator[_Stretch]:
     index = torch.arange(tokens, device=start.device)
     until = torch.full_like(index, tokens) if until is None else until[b % len(until)].to(torch.int64)
     is_gap = until <= index
-    continues = torch.where(is_gap[1:], is_gap[:-1], parent[1:] == index[:-1])
+    continues = torch.where(is_gap[1:], is_gap[:-1], parent[1:] == index[:-1]) & (origin[1:] == origin[:-1])
     first = torch.cat((index.new_zeros(1), 1 + (~continues).nonzero().flatten()))
     for begin, stop in zip(first.tolist(), [*first[1:].tolist(), tokens], strict=True):
         seen = (until > stop - 1) & (index >= origin[stop - 1]) & (index < end[stop - 1])

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops, rules
+from kernel_index.core import ops, rules, stable
 from kernel_index.core.inductor import Region
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import products
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunk_pass import (
@@ -180,12 +180,12 @@ def tokens_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
 
 
 def outputs(
-    losses: Tensor, lse: Tensor, rows: Tensor, factor: Tensor, z_loss: float, reduced: bool
+    losses: Tensor, lse: Tensor, rows: Tensor, factor: Tensor, z_loss: float, reduced: bool, f: Any = stable.PYTORCH
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of ``CrossEntropyOutput`` for flat tokens; ignored ones are 0, whatever their logits hold."""
     losses, lse = (torch.where(rows == 0, 0.0, x) for x in (losses, lse))
     z_losses = z_loss * lse.square() if z_loss else torch.zeros_like(lse)
-    return (losses.sum() * factor, lse, z_losses.sum() * factor) if reduced else (losses, lse, z_losses)
+    return (f.total(losses) * factor, lse, f.total(z_losses) * factor) if reduced else (losses, lse, z_losses)
 
 
 Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -225,7 +225,7 @@ class _Reduced(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, rows, factor, needs, chunks, with_lse):
         ctx.set_materialize_grads(False)
         losses, lse, *gradients = _gradients_op(hidden, weight, targets, bias, rows, None, factor, needs, *chunks)
-        out = outputs(losses, lse, rows, factor, chunks.z_loss, True)
+        out = outputs(losses, lse, rows, factor, chunks.z_loss, True, chunks.functions)
         again = (hidden, weight, bias, targets, rows, factor, out[1]) if with_lse else ()
         ctx.save_for_backward(*gradients, *again)
         ctx.needs, ctx.chunks, ctx.with_lse = needs, chunks, with_lse
@@ -302,7 +302,8 @@ def by_chunks(tokens: Tokens, options: Options, passes: str, shard: VocabShard |
     losses, lse, z_losses = ops.apply(_PerToken, *tokens, needs, chunks)
     if options.reduction == "none":
         return CrossEntropyOutput(losses, lse, z_losses)
-    return CrossEntropyOutput(losses.sum() * tokens.factor, lse, z_losses.sum() * tokens.factor)
+    total = chunks.functions.total
+    return CrossEntropyOutput(total(losses) * tokens.factor, lse, total(z_losses) * tokens.factor)
 
 
 def _run(call: Call, passes: str) -> CrossEntropyOutput:

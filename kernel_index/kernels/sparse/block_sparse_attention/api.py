@@ -71,7 +71,8 @@ def block_sparse_attention(
         out[t, h] = Σ_s exp(z[t, s]) · v[s] / Σ_s exp(z[t, s])        lse[h, t] = log Σ_s exp(z[t, s])
 
     over the allowed s.  A block that is selected twice counts once.  A query with nothing allowed gives exactly 0, a
-    log-sum-exp of −inf, and no gradient to anything.
+    log-sum-exp of −inf, and no gradient to anything.  Under ``numerics("invariant")`` blocks count from the start of
+    each document: key s of one that begins at o belongs to block ``(s − o) // block_size``.
 
     Args:
         q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of

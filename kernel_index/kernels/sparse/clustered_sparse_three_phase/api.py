@@ -98,7 +98,7 @@ def clustered_sparse_attention(
 
     Scores are float32.  No future token has any influence on a selection; a query never attends to a block that only
     its neighbours selected; with ``topk ≥ blocks`` the result is ``ki.attention``.  Backward gives the same bits every
-    time.
+    time.  Under ``numerics("invariant")`` blocks count from the start of each document.
 
     The receipt's details: ``path`` (``clustered``, ``reroute_to_dense``), ``reason``, ``phase_order``, the backend of
     each phase, ``routed_by`` (the backend of ``clustered_route`` that ran), ``routing_is_stop_gradient``,

@@ -99,6 +99,8 @@ def check(
 
 def core_why_not(rule: Callable[..., str | None], call: ClusteredCall) -> str | None:
     """A rule of the block-sparse core before there is a selection: a rule reads its device alone, which is q's."""
+    if is_invariant() and call.config.dense_above is not None:
+        return "dense_above decides by what the queries of a whole batch selected"
     return rule(call.on_core(call.q, None, None))
 
 

@@ -90,8 +90,9 @@ def moba_attention(
     So ``topk = 1`` is the current block alone, and ``topk ≥ blocks`` is ``ki.attention``.  Future blocks are never
     selected, and a change of a future token changes no selection.  Where documents meet inside a block, its mean is
     over the last one of them; a document that begins at a block has the selection that it has alone.  In a prefix tree
-    blocks count along each path, and every branch runs, and writes a receipt, as a call of its own.  Routing is exact
-    and has no gradient; attention is differentiable in q, k and v.
+    blocks count along each path, and every branch runs, and writes a receipt, as a call of its own.  Under
+    ``numerics("invariant")`` blocks count from the start of each document.  Routing is exact and has no gradient;
+    attention is differentiable in q, k and v.
 
     Receipts carry ``semantic_branch``, ``router_type``, ``requested_backend`` as written, ``requested_backend_source``,
     ``actual_backend``, ``runtime_mode``, ``fallback_reason``, ``blocks``, ``picks``, ``density``, and ``routed_by``,

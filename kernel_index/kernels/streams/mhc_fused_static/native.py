@@ -24,7 +24,9 @@ def mix(
     branch = hidden if call.branch_out is None else call.branch_out.contiguous()
     coefficients = [c if c is None else native.floats(c) for c in (call.h_post, call.h_res, call.h_pre)]
     low = (t.dtype == torch.bfloat16 for t in (hidden, branch))
-    rows = (batch if is_per_row(c, rank) else 1 for c, rank in zip(coefficients, (1, 2, 1), strict=True))
+    rows = (
+        len(c) if c is not None and is_per_row(c, rank) else 1 for c, rank in zip(coefficients, (1, 2, 1), strict=True)
+    )
     sizes = (batch, tokens, channels, merged is not None, read is not None, *low, *rows, native.rows_threads(hidden))
     tensors = (hidden, branch, *coefficients, merged, read)
     native.call(native.ROWS, "mix_streams", sizes, (), *(hidden if t is None else t for t in tensors))
