@@ -108,4 +108,5 @@ if __name__ == "__main__":
     tasks = {"train": train, "train_split": train_split, "resume": resume, "tensor_parallel": tensor_parallel}
     tasks["sharded"] = sharded
     tasks[what](Path(place), *rest)
+    torch.distributed.barrier()  # neither ends while the other still speaks to it
     torch.distributed.destroy_process_group()

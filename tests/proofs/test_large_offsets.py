@@ -250,7 +250,8 @@ def test_gated_rms_norm(late):
     x, gate, weight, d_y, out, d_gate = tensors(6)
     rstd, parts = tensors(2, torch.float32)
     seen = late(
-        gated_norm.forward_kernel, LAST, x, gate, weight, out, rstd, WIDTH, WIDTH, 1, WIDTH, 1e-6, BLOCK=WIDTH
+        gated_norm.forward_kernel, LAST, x, gate, weight, out, rstd, WIDTH, WIDTH, 1, WIDTH, 1e-6, GATED=True,
+        BLOCK=WIDTH,
     )  # fmt: skip
     for tensor in (x, gate, out):
         holds(seen, tensor, LAST * WIDTH, ROWS * WIDTH - 1)
@@ -258,7 +259,7 @@ def test_gated_rms_norm(late):
     strides = WIDTH, WIDTH, WIDTH
     seen = late(
         gated_norm.backward_kernel, index, d_y, x, gate, weight, rstd, out, d_gate, parts, *strides, ROWS, 1, WIDTH,
-        BLOCK=WIDTH, STAGES=1,
+        GATED=True, BLOCK=WIDTH, STAGES=1,
     )  # fmt: skip
     for tensor in (d_y, x, gate, out, d_gate):
         holds(seen, tensor, LAST * WIDTH, ROWS * WIDTH - 1)
