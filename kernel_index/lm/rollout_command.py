@@ -34,7 +34,7 @@ Precision = Literal["float32", "bfloat16", "autocast"]
 
 def rollout_check_command(
     checkpoint: Annotated[Path, typer.Option(help="A run folder or one of its checkpoints.")],
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the random sequences that are compared.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the random sequences that are compared.")] = 256,
     dtype: Annotated[
         Precision, typer.Option(help="Of the weights; autocast keeps them in float32 and multiplies in bfloat16.")
     ] = "float32",
