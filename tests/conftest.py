@@ -60,7 +60,7 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except (Ineligible, native.CannotRun) as error:
-        reason = native.machine_why_not()
+        reason = native.machine_why_not() or (native.NO_BFLOAT16 if native.NO_BFLOAT16 in str(error) else None)
         if reason is None or reason not in str(error):
             raise
         pytest.skip(reason)

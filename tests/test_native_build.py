@@ -269,3 +269,15 @@ def test_loading_what_another_process_built_changes_no_answer(source, nothing_bu
     build.build(other)  # the other process
     native.library.__wrapped__(source)
     assert not native.is_built(other)
+
+
+@pytest.mark.native
+def test_a_cpu_without_products_of_bfloat16_is_declined(monkeypatch):
+    """oneDNN would end the process there: AVX-512 came before AVX512_BF16."""
+    q = torch.randn(1, 128, 2, 16).bfloat16()
+    monkeypatch.setattr(native, "has_bfloat16_products", lambda: False)
+    with pytest.raises(ki.Ineligible) as error:
+        ki.attention(q, q, q, backend="native")
+    assert native.NO_BFLOAT16 in str(error.value)
+    assert ki.attention(q, q, q).isfinite().all()
+    assert ki.attention(q.float(), q.float(), q.float(), backend="native").isfinite().all()

@@ -98,6 +98,13 @@ def has_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
 
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether oneDNN multiplies bfloat16 by pairs here; without AVX512_BF16 it ends the process."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
 def _native_why_not() -> str | None:
     if not has_cxx_compiler():
         return NO_COMPILER
@@ -149,5 +156,5 @@ def machine_why_not(backend: str) -> str | None:
 
 
 # See dispatch.py: Dynamo runs these as plain Python while it traces and keeps the result.
-for _constant in (target_of, has_package, has_cxx_compiler, has_vectors):
+for _constant in (target_of, has_package, has_cxx_compiler, has_vectors, has_bfloat16_products):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

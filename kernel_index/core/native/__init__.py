@@ -31,7 +31,7 @@ from kernel_index.core.rules import (
     inside_functorch,
     opaque_why_not,
 )
-from kernel_index.core.target import NO_VECTORS, has_cxx_compiler, has_vectors
+from kernel_index.core.target import NO_VECTORS, has_bfloat16_products, has_cxx_compiler, has_vectors
 
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL_WORK = 1 << 20
@@ -49,6 +49,9 @@ class CannotRun(RuntimeError):
     """This machine runs no native kernel; dispatch never comes so far."""
 
 
+NO_BFLOAT16 = "needs a CPU with AVX512_BF16 for bfloat16"
+
+
 def why_not(*tensors: Tensor) -> str | None:
     """The rules that all native kernels share, in addition to those of the op's ``cpu`` backend."""
     if (rule := machine_why_not()) is not None:
@@ -62,6 +65,8 @@ def why_not(*tensors: Tensor) -> str | None:
         return "inside forward-mode differentiation: it would lose the tangents"
     if tensors[0].dtype not in DTYPES:
         return "needs float32 or bfloat16"
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors) and not has_bfloat16_products():
+        return NO_BFLOAT16
     return None
 
 
