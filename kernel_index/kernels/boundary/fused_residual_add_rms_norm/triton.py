@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
+from kernel_index.core.triton.row import load_row, store_row
 from kernel_index.core.triton.sums import sum_parts
 
 WHOLE = 8192
@@ -28,22 +29,12 @@ def pick_config(width: int, backward: bool) -> dict:
 
 
 @jit
-def _load(p_row, o_d, m_d):
-    return tl.load(p_row + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
-
-
-@jit
-def _store(p_row, o_d, value, m_d):
-    tl.store(p_row + o_d, value.to(p_row.dtype.element_ty), mask=m_d)
-
-
-@jit
 def _scaled(d, scale_ptr, o_d, m_d, SCALE: tl.constexpr):
     """SCALE: 0 none, 1 one number, 2 one for each channel."""
     if SCALE == 1:
         d = d * tl.load(scale_ptr).to(tl.float32)
     if SCALE == 2:
-        d = d * _load(scale_ptr, o_d, m_d)
+        d = d * load_row(scale_ptr, o_d, m_d)
     return d
 
 
@@ -59,8 +50,8 @@ def _forward_kernel(
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
         o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
         m_d = o_d < width
-        d = _scaled(_load(delta_ptr + base, o_d, m_d), scale_ptr, o_d, m_d, SCALE)
-        stored = (_load(residual_ptr + base, o_d, m_d) + d).to(new_ptr.dtype.element_ty)
+        d = _scaled(load_row(delta_ptr + base, o_d, m_d), scale_ptr, o_d, m_d, SCALE)
+        stored = (load_row(residual_ptr + base, o_d, m_d) + d).to(new_ptr.dtype.element_ty)
         tl.store(new_ptr + base + o_d, stored, mask=m_d)
         x = stored.to(tl.float32)  # the norm is taken of the stream as stored
         squares += tl.where(m_d, x * x, 0.0)
@@ -70,8 +61,8 @@ def _forward_kernel(
         o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
         m_d = o_d < width
         if not ONE_BLOCK:
-            x = _load(new_ptr + base, o_d, m_d)  # [BLOCK]
-        _store(normed_ptr + base, o_d, x * rstd * (_load(weight_ptr, o_d, m_d) + offset), m_d)
+            x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
+        store_row(normed_ptr + base, o_d, x * rstd * (load_row(weight_ptr, o_d, m_d) + offset), m_d)
 
 
 @jit
@@ -95,7 +86,7 @@ def _backward_kernel(
     m_d = o_d < width
     w = tl.zeros((BLOCK,), tl.float32)
     if HAS_NORMED:
-        w = _load(weight_ptr, o_d, m_d) + offset
+        w = load_row(weight_ptr, o_d, m_d) + offset
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     scale_sum = tl.zeros((BLOCK,), tl.float32)
     for step in tl.range(0, last - first, num_stages=STAGES):
@@ -103,10 +94,10 @@ def _backward_kernel(
         base = row * width
         dx = tl.zeros((BLOCK,), tl.float32)
         if HAS_NEW:
-            dx = _load(d_new_ptr + base, o_d, m_d)  # [BLOCK]
+            dx = load_row(d_new_ptr + base, o_d, m_d)  # [BLOCK]
         if HAS_NORMED:
-            x = _load(new_ptr + base, o_d, m_d)  # [BLOCK]
-            dy = _load(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
+            x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
+            dy = load_row(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
             rstd = tl.load(rstd_ptr + row)
             x_hat = x * rstd
             mean = tl.sum(dy * w * x_hat, 0) / width  # beyond the row dy is 0
@@ -114,11 +105,11 @@ def _backward_kernel(
             if WEIGHT:
                 weight_sum += dy * x_hat
         if RESIDUAL:
-            _store(d_residual_ptr + base, o_d, dx, m_d)
+            store_row(d_residual_ptr + base, o_d, dx, m_d)
         if D_SCALE:
-            scale_sum += dx * _load(delta_ptr + base, o_d, m_d)
+            scale_sum += dx * load_row(delta_ptr + base, o_d, m_d)
         if DELTA:
-            _store(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
+            store_row(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
     if WEIGHT:
         tl.store(weight_parts_ptr + program * width + o_d, weight_sum, mask=m_d)
     if D_SCALE:
@@ -159,31 +150,31 @@ def _backward_wide_kernel(
             for start in range(0, width, BLOCK):
                 o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
                 m_d = o_d < width
-                dx_hat = _load(d_normed_ptr + base, o_d, m_d) * (_load(weight_ptr, o_d, m_d) + offset)
-                products += dx_hat * _load(new_ptr + base, o_d, m_d) * rstd
+                dx_hat = load_row(d_normed_ptr + base, o_d, m_d) * (load_row(weight_ptr, o_d, m_d) + offset)
+                products += dx_hat * load_row(new_ptr + base, o_d, m_d) * rstd
             mean = tl.sum(products, 0) / width
         for start in range(0, width, BLOCK):
             o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
             m_d = o_d < width
             dx = tl.zeros((BLOCK,), tl.float32)
             if HAS_NEW:
-                dx = _load(d_new_ptr + base, o_d, m_d)  # [BLOCK]
+                dx = load_row(d_new_ptr + base, o_d, m_d)  # [BLOCK]
             if HAS_NORMED:
-                x = _load(new_ptr + base, o_d, m_d)  # [BLOCK]
-                dy = _load(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
-                dx += _norm_grad(x, dy, _load(weight_ptr, o_d, m_d) + offset, rstd, mean)
+                x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
+                dy = load_row(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
+                dx += _norm_grad(x, dy, load_row(weight_ptr, o_d, m_d) + offset, rstd, mean)
                 if WEIGHT:
                     _add_to_partial(weight_parts_ptr + program * width, o_d, dy * x * rstd, is_first, m_d)
             if RESIDUAL:
-                _store(d_residual_ptr + base, o_d, dx, m_d)
+                store_row(d_residual_ptr + base, o_d, dx, m_d)
             if D_SCALE:
-                products = dx * _load(delta_ptr + base, o_d, m_d)
+                products = dx * load_row(delta_ptr + base, o_d, m_d)
                 if SCALE == 1:
                     scale_sum += products
                 else:
                     _add_to_partial(scale_parts_ptr + program * width, o_d, products, is_first, m_d)
             if DELTA:
-                _store(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
+                store_row(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
     if D_SCALE and SCALE == 1:
         tl.store(scale_parts_ptr + program, tl.sum(scale_sum, 0))
 

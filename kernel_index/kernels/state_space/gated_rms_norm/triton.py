@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
+from kernel_index.core.triton.row import load_row, store_row
 from kernel_index.core.triton.sums import sum_parts
 
 STAGES = 3
@@ -22,16 +23,6 @@ def pick_config(width: int, backward: bool) -> dict[str, int]:
 
 
 @jit
-def _load(p_row, o_d, m_d):
-    return tl.load(p_row + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
-
-
-@jit
-def _store(p_row, o_d, value, m_d):
-    tl.store(p_row + o_d, value.to(p_row.dtype.element_ty), mask=m_d)
-
-
-@jit
 def forward_kernel(
     x_ptr, gate_ptr, weight_ptr, y_ptr, rstd_ptr, x_row, gate_row, groups, width, eps,
     GATED: tl.constexpr, BLOCK: tl.constexpr,
@@ -40,13 +31,13 @@ def forward_kernel(
     first = group * width
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < width
-    z = _load(x_ptr + row * x_row + first, o_d, m_d)
+    z = load_row(x_ptr + row * x_row + first, o_d, m_d)
     if GATED:
-        gate = _load(gate_ptr + row * gate_row + first, o_d, m_d)
+        gate = load_row(gate_ptr + row * gate_row + first, o_d, m_d)
         z = z * (gate * tl.sigmoid(gate))
     rstd = tl.rsqrt(tl.sum(z * z, 0) / width + eps)
     tl.store(rstd_ptr + row * groups + group, rstd)
-    _store(y_ptr + row * groups * width + first, o_d, z * rstd * _load(weight_ptr + first, o_d, m_d), m_d)
+    store_row(y_ptr + row * groups * width + first, o_d, z * rstd * load_row(weight_ptr + first, o_d, m_d), m_d)
 
 
 @jit
@@ -59,17 +50,17 @@ def backward_kernel(
     first = group * width
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < width
-    w = _load(weight_ptr + first, o_d, m_d)
+    w = load_row(weight_ptr + first, o_d, m_d)
     d_w = tl.zeros((BLOCK,), tl.float32)
     for i in tl.range(0, tl.cdiv(rows - program, tl.num_programs(0)), num_stages=STAGES):
         row = program.to(tl.int64) + i * tl.num_programs(0)
         out = row * groups * width + first
-        x = _load(x_ptr + row * x_row + first, o_d, m_d)
-        dy = _load(d_y_ptr + row * d_y_row + first, o_d, m_d)
+        x = load_row(x_ptr + row * x_row + first, o_d, m_d)
+        dy = load_row(d_y_ptr + row * d_y_row + first, o_d, m_d)
         rstd = tl.load(rstd_ptr + row * groups + group)
         z_hat = x * rstd
         if GATED:
-            gate = _load(gate_ptr + row * gate_row + first, o_d, m_d)
+            gate = load_row(gate_ptr + row * gate_row + first, o_d, m_d)
             s = tl.sigmoid(gate)
             silu = gate * s
             z_hat = x * silu * rstd
@@ -77,9 +68,9 @@ def backward_kernel(
         d_hat = dy * w
         d_z = rstd * (d_hat - z_hat * (tl.sum(d_hat * z_hat, 0) / width))
         if GATED:
-            _store(d_gate_ptr + out, o_d, d_z * x * (s + silu * (1.0 - s)), m_d)
+            store_row(d_gate_ptr + out, o_d, d_z * x * (s + silu * (1.0 - s)), m_d)
             d_z = d_z * silu
-        _store(d_x_ptr + out, o_d, d_z, m_d)
+        store_row(d_x_ptr + out, o_d, d_z, m_d)
     tl.store(parts_ptr + program.to(tl.int64) * groups * width + first + o_d, d_w, mask=m_d)
 
 
