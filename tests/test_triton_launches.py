@@ -96,6 +96,8 @@ def test_a_prepared_launch_looks_at_addresses(compiled):
     kernel, known = compiled
     prepared = launches.Prepared(kernel, (5,), (48, 0.5), **CALL[1])
     for first in (tensor(), tensor(1), tensor(), tensor(1)):
-        prepared(first, tensor())
+        prepared(launches.place_of(first), first, tensor())
     assert [len(k.launched) for k in known] == [1, 1]
+    addresses = known[0].launched[0][1][:2]
+    assert all(type(a) is int for a in addresses)
     assert known[0].launched[0][1][2:] == (48, 0.5, 64, False)

@@ -117,6 +117,11 @@ ACCELERATORS: list[Callable[[tuple], bool]] = []
 _EXPLAINING: set[int] = set()  # idents of the threads inside explain()
 
 
+def is_watched() -> bool:
+    """Whether someone collects receipts, or asks ``explain``."""
+    return bool(_LOGS or _EXPLAINING)
+
+
 @contextlib.contextmanager
 def receipts(*, every_thread: bool = True) -> Iterator[ReceiptLog]:
     """Collect a receipt for every dispatched call inside the block.

@@ -107,7 +107,7 @@ def _numerics(
     for v in verdicts_of(device, backends, ops, every=not quick):
         found.setdefault((v.op, v.backend), []).append(v)
         if not v.passes:
-            worst = max(v.findings, key=lambda f: f.error, default=None)
+            worst = max(v.findings, key=lambda f: f.share, default=None)
             hanging(console, "failed ", f"{v.op} {v.backend} {v.case} {v.dtype}: {v.raised or worst}", "red")
     header = ("op", "backend", "passed", "failed", "refused", "worst share of budget", "why refused")
     print_table(console, header, [_row(*place, verdicts) for place, verdicts in found.items()])

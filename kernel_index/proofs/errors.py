@@ -107,6 +107,11 @@ class Finding:
     def passes(self) -> bool:
         return self.error <= self.budget
 
+    @property
+    def share(self) -> float:
+        """Of the budget, how much the error uses."""
+        return self.error / self.budget if self.budget else float(self.error > 0)
+
 
 def assess(suite: Suite, backend: str, kwargs: dict[str, Any]) -> list[Finding]:
     """Error ≤ 2 × the error of the yardstick + floor, and the error of PyTorch's fast exponential where it is used.

@@ -31,7 +31,7 @@ class Verdict:
     @property
     def worst(self) -> float:
         """The largest share of its budget that an output or gradient uses."""
-        return max((f.error / f.budget if f.budget else float(f.error > 0) for f in self.findings), default=0.0)
+        return max((f.share for f in self.findings), default=0.0)
 
 
 def launch_errors() -> tuple[type[BaseException], ...]:
@@ -63,7 +63,7 @@ def _prove_backend(suite: Suite, backend: str, device: str, every: bool) -> Iter
         for dtype in suite.dtypes:
             place = (suite.op, backend, case.name, str(dtype).removeprefix("torch."))
             try:
-                kwargs = _placed(case.build(Maker(dtype, device=device)), device)
+                kwargs = placed(case.build(Maker(dtype, device=device)), device)
                 rule = explain(suite.function, **kwargs, backend=backend).verdicts[backend]
                 if rule is not None:
                     verdict = Verdict(*place, refused=rule)
@@ -76,6 +76,6 @@ def _prove_backend(suite: Suite, backend: str, device: str, every: bool) -> Iter
             yield verdict
 
 
-def _placed(kwargs: dict[str, Any], device: str) -> dict[str, Any]:
+def placed(kwargs: dict[str, Any], device: str) -> dict[str, Any]:
     """Moves the ids and counts of a case's mask to the device: cases write them as lists, on the host."""
     return {name: value.to(device) if isinstance(value, MaskContract) else value for name, value in kwargs.items()}

@@ -11,7 +11,7 @@ from kernel_index.core.dispatch import Backend, always
 from kernel_index.core.testing import Maker, suites
 from kernel_index.proofs import numerics
 from kernel_index.proofs.commands import app
-from kernel_index.proofs.errors import assess
+from kernel_index.proofs.errors import Finding, assess
 
 RELU = next(s for s in suites() if s.op == "fused_relu_squared")
 
@@ -62,3 +62,12 @@ def test_the_command_reports_and_its_exit_status_says_so(tmp_path, monkeypatch):
     assert CliRunner().invoke(app, options).exit_code == 1
     assert json.loads(out.read_text())["passed"] is False
     assert CliRunner().invoke(app, ["numerics", "--op", "nothing"]).exit_code == 2
+
+
+def test_the_command_names_what_is_over_its_budget_and_not_what_has_the_largest_error(monkeypatch):
+    findings = [Finding("output 0", error=1e-2, budget=1.0), Finding("gradient of x", error=1e-3, budget=1e-4)]
+    monkeypatch.setattr(numerics, "assess", lambda *_: findings)
+    options = ["numerics", "--quick", "--op", "fused_relu_squared", "--backend", "reference"]
+    said = CliRunner().invoke(app, options).output
+    assert "gradient of x" in said
+    assert "output 0" not in said

@@ -68,31 +68,47 @@ def _three(grid: Any) -> tuple[int, int, int]:
     return (*grid, 1, 1)[:3]
 
 
+Place = tuple[int, Any]
+"""A device and its stream."""
+
+
+def place_of(first: Tensor) -> Place | None:
+    """Where prepared launches of tensors like this one go: asked once for several; None where Triton must launch."""
+    if not _takes_short_way(first):
+        return None
+    device = torch.cuda.current_device()
+    return device, driver.active.get_current_stream(device)
+
+
 class Prepared:
     """A launch of which all but the tensors is settled: for the steps of a decoding loop, where the host is the limit.
 
-    Whoever keeps one calls it with tensors of the same dtypes in the same order; those arguments come first.
+    Whoever keeps one calls it with tensors of the same dtypes in the same order; those arguments come first.  Compiled
+    kernels are given addresses: of a tensor, the launcher would ask the driver whether its memory is on the device.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any):
         self.kernel, self.grid, self.numbers, self.constants = kernel, _three(grid), numbers, constants
-        self.compiled: dict[Any, _Compiled] = {}
+        self.compiled: dict[Any, tuple[Any, ...]] = {}
 
-    def __call__(self, *tensors: Tensor) -> None:
-        if not isinstance(self.kernel, Kernel) or not _takes_short_way(tensors[0]):
+    def __call__(self, place: Place | None, *tensors: Tensor) -> None:
+        if place is None:
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
             return
-        device, bits = torch.cuda.current_device(), 0
-        for tensor in tensors:
-            bits |= tensor.data_ptr()
-        key = (device, 0 if bits & 15 == 0 else tuple(t.data_ptr() & 15 for t in tensors))
+        device, stream = place
+        addresses, bits = [t.data_ptr() for t in tensors], 0
+        for address in addresses:
+            bits |= address
+        key = device if bits & 15 == 0 else (device, *(address & 15 for address in addresses))
         found = self.compiled.get(key)
         if found is None:
             kernel = self.kernel._start(self.grid, *tensors, *self.numbers, **self.constants)
             names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
-            self.compiled[key] = _Compiled(kernel, tuple(self.constants[name] for name in names))
-        else:
-            found.launch(device, *self.grid, *tensors, *self.numbers)
+            rest = (*self.numbers, *(self.constants[name] for name in names))
+            self.compiled[key] = (kernel.run, kernel.function, kernel.packed_metadata, rest)
+            return
+        run, function, metadata, rest = found
+        run(*self.grid, stream, function, metadata, None, None, None, *addresses, *rest)
 
 
 def _kind(arg: Any) -> Any:

@@ -10,17 +10,24 @@ from kernel_index.kvcache.slots import append
 
 
 def _allocate(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale, softcap):
-    return q.new_empty(q.shape)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _launch(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale, softcap, written=None):
+    """``written``: keys and values of the ``new`` tokens, of the same strides; None where the cache has them."""
     from kernel_index.kernels.attention.dense_fa4_kvcache_decode import triton
 
     out = _allocate(q, k_cache, v_cache, lengths, table, sink, new, left, right, scale, softcap)
+    if out.numel() == 0:
+        return out
+    if k_cache.shape[1] == 0 or (table is not None and table.shape[1] == 0):
+        return out.zero_()
     if table is not None and table.stride(1) != 1:
         table = table.contiguous()
-    numbers = (new, (left, right), scale, softcap)
-    return triton.decode(dense_heads(q), k_cache, v_cache, lengths.contiguous(), table, written, sink, *numbers, out)
+    q, lengths = dense_heads(q), lengths.contiguous()
+    new_k = None if written is None else written[0]
+    made = triton.launches_of(q, k_cache, lengths, table, new_k, sink, new, (left, right), scale, softcap)
+    return triton.launch(made, q, k_cache, v_cache, lengths, table, written or (q, q), sink, out)
 
 
 _decode_op = ops.register(
@@ -33,9 +40,8 @@ _decode_op = ops.register(
 
 def decode_triton(call: DecodeCall) -> Tensor:
     q, k_cache, v_cache, lengths, table = call.q, call.k_cache, call.v_cache, call.cache_seqlens, call.block_table
-    left, right = (-1 if side is None else side for side in call.window_bounds)
-    numbers = (call.new_tokens, left, right, float(call.scale), float(call.softcap))
-    if call.k is None or call.v is None or ops.are_seen() or not _writes_itself(call):
+    numbers = (call.new_tokens, *bounds_of(call), float(call.scale), float(call.softcap))
+    if call.k is None or call.v is None or ops.are_seen() or not writes_itself(call):
         append(k_cache, v_cache, lengths, call.k, call.v, table)
         return ops.run(_decode_op, _launch, q, k_cache, v_cache, lengths, table, call.sink, *numbers)
     k, v = dense_heads(call.k), dense_heads(call.v)
@@ -46,7 +52,13 @@ def decode_triton(call: DecodeCall) -> Tensor:
     return out
 
 
-def _writes_itself(call: DecodeCall) -> bool:
+def bounds_of(call: DecodeCall) -> tuple[int, int]:
+    """The window's bounds as kernels take them: −1 is unlimited."""
+    left, right = call.window_bounds
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def writes_itself(call: DecodeCall) -> bool:
     """Whether the launch can write the new tokens: where it is short and its queries' window holds them all."""
     from kernel_index.kernels.attention.dense_fa4_kvcache_decode import triton
 

@@ -25,7 +25,7 @@ from kernel_index.core.triton.attention import (
     weighted_sum,
     within,
 )
-from kernel_index.core.triton.jit import Prepared, jit
+from kernel_index.core.triton.jit import Prepared, jit, place_of
 from kernel_index.core.triton.launch import (
     LOG2E,
     ceil_div,
@@ -340,41 +340,49 @@ def launches(sizes: Sizes) -> Launches:
     return Launches(split, merge, p.slots * kv_heads * queries * group * (width + 2))
 
 
-def decode(
+def launches_of(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
     lengths: Tensor,
     table: Tensor | None,
-    new: tuple[Tensor, Tensor] | None,
+    new_k: Tensor | None,
     sink: Tensor | None,
     added: int,
     window: tuple[int, int],
     scale: float,
     softcap: float,
-    out: Tensor,
-) -> Tensor:
-    """Fill ``out`` [B, Lq, H, D]; a window of −1 is unlimited.
+) -> Launches:
+    """The launches of a step whose tensors have these sizes; ``window``: −1 is unlimited.
 
-    ``new``: the keys and values of the ``added`` tokens, of the same strides, which are written to the cache too; None
-    where they are there already.
+    ``new_k``: the keys of the ``added`` tokens, which the first launch writes; None where they are written already.
     """
-    if out.numel() == 0:
-        return out
-    if k_cache.shape[1] == 0 or (table is not None and table.shape[1] == 0):
-        return out.zero_()
-    new_k, new_v = (q, q) if new is None else new
     given_table, given_sink = lengths if table is None else table, lengths if sink is None else sink
-    made = launches(
+    return launches(
         Sizes(
             q.shape, q.stride(), k_cache.shape, k_cache.stride(), None if table is None else table.stride(0), added,
-            None if new is None else new_k.stride(), *window, scale, softcap, sink is not None,
+            None if new_k is None else new_k.stride(), *window, scale, softcap, sink is not None,
             (q.dtype, lengths.dtype, given_table.dtype, given_sink.dtype), processors(q),
         )
     )  # fmt: skip
-    state = q.new_empty(made.states, dtype=torch.float32)
+
+
+def launch(
+    made: Launches,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    new: tuple[Tensor, Tensor],
+    sink: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """Fill ``out`` [B, Lq, H, D]; ``new``: keys and values of the new tokens, of the same strides, or any tensors."""
+    given_table, given_sink = lengths if table is None else table, lengths if sink is None else sink
+    state = torch.empty(made.states, dtype=torch.float32, device=q.device)
     with on_device(q):
-        made.split(q, k_cache, v_cache, new_k, new_v, lengths, given_table, given_sink, out, state)
+        place = place_of(q)
+        made.split(place, q, k_cache, v_cache, *new, lengths, given_table, given_sink, out, state)
         if made.merge is not None:
-            made.merge(lengths, given_sink, out, state)
+            made.merge(place, lengths, given_sink, out, state)
     return out

@@ -1,0 +1,53 @@
+"""Whether a call can go like an earlier one of the same sizes, without its checks and without choosing a backend.
+
+For calls of which the host is the limit.  Whoever uses it keeps what an earlier call came to, by a key of all that the
+checks and the rules read.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import dispatch, force, ops
+from kernel_index.core.numerics import is_invariant
+
+
+def goes_by_arguments(op: str) -> bool:
+    """Whether nothing but its arguments decides a call on a GPU, and nothing watches it.
+
+    Not while a trace, a mode, a transform or a profiler looks on, nor under autocast, receipts, ``explain``, a forced
+    backend, strict mode or invariant numerics.
+    """
+    if ops.are_seen() or torch.autograd._profiler_enabled() or torch.is_autocast_enabled("cuda"):
+        return False
+    return not (dispatch.is_watched() or any(force.STRICT) or force.forced_for(op) or is_invariant())
+
+
+FIRST_GPU = 0
+"""Of the numbers of devices; the CPU has −1."""
+
+
+def sizes_of(tensors: tuple[Any, ...]) -> Hashable | None:
+    """Shapes, strides, dtypes and devices; None unless all are plain tensors on a GPU, without gradients, or None."""
+    found: list[Any] = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+            continue
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.requires_grad or tensor.is_neg():
+            return None
+        if (device := tensor.get_device()) < FIRST_GPU:
+            return None
+        found += (tensor.shape, tensor.stride(), tensor.dtype, device)
+    return tuple(found)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def numbers_of(values: tuple[Any, ...]) -> Hashable | None:
+    """Plain values with their types, since 1, 1.0 and True are equal; None if one is anything else."""
+    types = tuple(map(type, values))
+    return (values, types) if all(t in _PLAIN for t in types) else None
