@@ -1,6 +1,6 @@
 """Sizes, tiles and warps of the launches of ``ssd_scan``; needs no Triton."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -14,9 +14,6 @@ from kernel_index.core.triton.launch import (
     next_power_of_2,
     processors,
 )
-
-HEADS_OF_PROGRAM = 8
-"""Most heads that a program of the forward pass takes one after another: they share c·bᵀ."""
 
 
 class Sizes(NamedTuple):
@@ -70,17 +67,24 @@ def walk_config(sizes: Sizes, like: Tensor) -> Config:
     return Config(rows, columns, 4 if rows * columns <= 4096 else 8, 3 if like.element_size() == 2 else 2)
 
 
-def chunks_config(sizes: Sizes, like: Tensor, backward: bool) -> Config:
+Kernel = Literal["forward", "states", "chunk"]
+"""``scan_kernel``, ``through_states_kernel`` or ``within_chunk_kernel``."""
+
+MOST_HEADS: dict[Kernel, int] = {"forward": 8, "states": 16, "chunk": 8}
+"""That a program takes one after another: they share b and c, and what is summed over them goes to memory once."""
+
+
+def chunks_config(sizes: Sizes, like: Tensor, kernel: Kernel) -> Config:
     """``tile``: heads of a program, fewer where that occupies the device; ``step``: the chunk.
 
-    Backward the accumulators of b and c want eight warps; AMD's four have as many registers.
+    The accumulators of b and c want eight warps; AMD's four have as many registers.
     """
     group = sizes.heads_of_group
-    heads = group if backward else min(HEADS_OF_PROGRAM, group)
+    heads = min(MOST_HEADS[kernel], group)
     while heads > 1 and sizes.B * sizes.chunks * sizes.G * ceil_div(group, heads) < 2 * processors(like):
         heads = ceil_div(heads, 2)
     target = target_of(like.device)
     wide = dot_block(sizes.P) * dot_block(sizes.N) > 64 * 128
-    warps = 8 if (backward or wide or like.element_size() == 4) and target.kind != "hip" else 4
+    warps = 8 if (kernel != "forward" or wide or like.element_size() == 4) and target.kind != "hip" else 4
     stages = 2 if like.element_size() == 2 and not wide and target.kind != "hip" else 1
     return Config(heads, sizes.chunk, warps, stages)

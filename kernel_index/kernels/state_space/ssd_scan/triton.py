@@ -1,4 +1,4 @@
-"""Launches: three forward, and eight backward, which makes the states again instead of keeping them.
+"""Launches: three forward, and nine backward, which makes the states again instead of keeping them.
 
 1. ``triton_steps``: step sizes and decays.  2. ``triton_states``: the state that enters each chunk, one after another.
 3. ``triton_forward``: y of all chunks at once.  Backward the same walk from the end for the gradients of the states,
@@ -14,9 +14,10 @@ from kernel_index.core.triton.launch import Config, ceil_div, dot_block, interpr
 from kernel_index.core.triton.sums import sum_parts
 from kernel_index.kernels.state_space.ssd_scan.geometry import Sizes, chunks_config, walk_config
 from kernel_index.kernels.state_space.ssd_scan.triton_backward import (
-    backward_kernel,
     group_kernel,
     products_kernel,
+    through_states_kernel,
+    within_chunk_kernel,
 )
 from kernel_index.kernels.state_space.ssd_scan.triton_forward import scan_kernel
 from kernel_index.kernels.state_space.ssd_scan.triton_states import states_kernel
@@ -91,7 +92,7 @@ def forward(inputs: Inputs, y: Tensor, last: Tensor) -> None:
     with on_device(x):
         steps = _steps(inputs, sizes)
         states = _walk(x, b, inputs, steps, sizes, inputs.state, last, reverse=False)
-        config = chunks_config(sizes, x, backward=False)
+        config = chunks_config(sizes, x, "forward")
         scan_kernel[(sizes.B * sizes.chunks, sizes.G * ceil_div(sizes.heads_of_group, config.tile))](
             x, b, c, steps, inputs.segments, states, inputs.d, y, *x.stride()[:3], *b.stride()[:3], *c.stride()[:3],
             inputs.segments_row, sizes.B, sizes.T, sizes.H, sizes.heads_of_group, sizes.chunks, config.tile,
@@ -129,25 +130,31 @@ def _chunks_backward(
     inputs: Inputs, sizes: Sizes, d_y: Tensor, steps: Tensor, states: Tensor, d_states: Tensor, outputs: Outputs
 ) -> Tensor:
     """Fills the gradients of x, b and c; returns ``d_steps``."""
-    x, b, c = inputs.x, inputs.b, inputs.c
-    config = chunks_config(sizes, x, backward=True)
-    constants = _constants(inputs, sizes, config)
+    x, b, c, of_chunks = inputs.x, inputs.b, inputs.c, (sizes.B, sizes.chunks, sizes.G)
+    grid, rest = (sizes.B * sizes.chunks, sizes.G), (sizes.B, sizes.T, sizes.H, sizes.G, sizes.chunks)
+    strides_b, strides_c = b.stride()[:3], c.stride()[:3]
+    constants = _constants(inputs, sizes, chunks_config(sizes, x, "chunk"))
     of_group = {n: constants[n] for n in ("UPCAST", "N", "Q", "BLOCK_N")} | {"num_warps": 8}
-    parts, square = ceil_div(sizes.heads_of_group, config.tile), (sizes.chunk, sizes.chunk)
-    strides = *b.stride()[:3], *c.stride()[:3]
-    bc = steps.new_empty((sizes.B, sizes.chunks, sizes.G, *square))
-    grid = sizes.B * sizes.chunks, sizes.G
-    products_kernel[grid](b, c, bc, *strides, sizes.T, sizes.G, sizes.chunks, **of_group)
-    d_steps = torch.empty_like(steps)
-    shared = [steps.new_empty((parts, *t.shape)) for t in (b, c, bc)]
-    backward_kernel[(grid[0], sizes.G * parts)](
-        x, b, c, d_y, steps, inputs.segments, states, d_states, bc, inputs.d, outputs.x, d_steps, *shared,
-        *x.stride()[:3], *strides, *d_y.stride()[:3], inputs.segments_row,
-        sizes.B, sizes.T, sizes.H, sizes.G, sizes.chunks, config.tile, **constants,
+    bc = steps.new_empty((*of_chunks, sizes.chunk, sizes.chunk))
+    products_kernel[grid](b, c, bc, *strides_b, *strides_c, sizes.T, sizes.G, sizes.chunks, **of_group)
+    config = chunks_config(sizes, x, "states")
+    parts, ends = ceil_div(sizes.heads_of_group, config.tile), torch.empty_like(steps)
+    shared = [steps.new_empty((parts, *t.shape)) for t in (b, c)]
+    without_skip = {n: value for n, value in _constants(inputs, sizes, config).items() if n != "SKIP"}
+    through_states_kernel[(grid[0], sizes.G * parts)](
+        x, b, c, d_y, steps, inputs.segments, states, d_states, ends, *shared, *x.stride()[:3], *strides_b,
+        *strides_c, *d_y.stride()[:3], inputs.segments_row, *rest, config.tile, **without_skip,
+    )  # fmt: skip
+    config = chunks_config(sizes, x, "chunk")
+    square_parts, d_steps = ceil_div(sizes.heads_of_group, config.tile), torch.empty_like(steps)
+    squares = steps.new_empty((square_parts, *bc.shape))
+    within_chunk_kernel[(grid[0], sizes.G * square_parts)](
+        x, b, d_y, steps, inputs.segments, d_states, bc, inputs.d, ends, outputs.x, d_steps, squares, *x.stride()[:3],
+        *strides_b, *d_y.stride()[:3], inputs.segments_row, *rest, config.tile, **constants,
     )  # fmt: skip
     group_kernel[grid](
-        b, c, inputs.segments, *shared, outputs.b, outputs.c, *strides, inputs.segments_row,
-        sizes.B, sizes.T, sizes.G, sizes.chunks, parts, SEGMENTS=constants["SEGMENTS"], **of_group,
+        b, c, inputs.segments, *shared, squares, outputs.b, outputs.c, *strides_b, *strides_c, inputs.segments_row,
+        sizes.B, sizes.T, sizes.G, sizes.chunks, parts, square_parts, SEGMENTS=constants["SEGMENTS"], **of_group,
     )  # fmt: skip
     return d_steps
 
