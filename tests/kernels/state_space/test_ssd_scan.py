@@ -38,15 +38,18 @@ def test_chunks_of_any_size_give_the_recurrence(chunk, documents, continued):
     ("reference", 300, 1.6), ("reference", 1000, 16.0), ("triton", 120, 1.6), ("triton", 120, 40.0),
 ])  # fmt: skip
 def test_what_decays_fast_costs_later_tokens_no_digits(backend, T, fast, documents):
-    """Decays of a slow half behind a fast one: sums over both would leave them the digits of the larger."""
+    """Decays of a slow half behind a fast one: sums over both would leave them the digits of the larger.
+
+    Several heads, because the one gradient of a single ``a`` may be small by chance beside the terms of its sum.
+    """
     torch.manual_seed(T)
-    half = T // 2 - 5  # inside of a chunk
-    x, b, c = torch.randn(1, T, 1, 3), torch.randn(1, T, 1, 4), torch.randn(1, T, 1, 4)
-    dt = torch.cat([torch.full((1, half, 1), fast), torch.full((1, T - half, 1), 0.0005)], 1)
+    H, half = 4, T // 2 - 5  # inside of a chunk
+    x, b, c = torch.randn(1, T, H, 3), torch.randn(1, T, 1, 4), torch.randn(1, T, 1, 4)
+    dt = torch.cat([torch.full((1, half, H), fast), torch.full((1, T - half, H), 0.0005)], 1)
     more = {"segments": (torch.arange(T) >= half).long()[None]} if documents else {}
-    args = [t.requires_grad_() for t in (x, dt, -torch.ones(1), b, c)]
+    args = [t.requires_grad_() for t in (x, dt, -torch.ones(H), b, c)]
     wide = [t.detach().double().requires_grad_() for t in args]
-    upstream = torch.randn(1, T - half, 1, 3)
+    upstream = torch.randn(1, T - half, H, 3)
 
     def results(scan, args, **options):
         y = scan(*args, **more, **options)[0][:, half:]
