@@ -70,21 +70,22 @@ def walk_config(sizes: Sizes, like: Tensor) -> Config:
 Kernel = Literal["forward", "states", "chunk"]
 """``scan_kernel``, ``through_states_kernel`` or ``within_chunk_kernel``."""
 
-MOST_HEADS: dict[Kernel, int] = {"forward": 8, "states": 16, "chunk": 8}
+MOST_HEADS: dict[Kernel, int] = {"forward": 8, "states": 16, "chunk": 16}
 """That a program takes one after another: they share b and c, and what is summed over them goes to memory once."""
 
 
 def chunks_config(sizes: Sizes, like: Tensor, kernel: Kernel) -> Config:
     """``tile``: heads of a program, fewer where that occupies the device; ``step``: the chunk.
 
-    The accumulators of b and c want eight warps; AMD's four have as many registers.
+    Backward, accumulators want eight warps, except those of b and c of small states; AMD has as many registers in four.
+    Timed on an H200.
     """
     group = sizes.heads_of_group
     heads = min(MOST_HEADS[kernel], group)
     while heads > 1 and sizes.B * sizes.chunks * sizes.G * ceil_div(group, heads) < 2 * processors(like):
         heads = ceil_div(heads, 2)
-    target = target_of(like.device)
-    wide = dot_block(sizes.P) * dot_block(sizes.N) > 64 * 128
-    warps = 8 if (kernel != "forward" or wide or like.element_size() == 4) and target.kind != "hip" else 4
-    stages = 2 if like.element_size() == 2 and not wide and target.kind != "hip" else 1
-    return Config(heads, sizes.chunk, warps, stages)
+    narrow, hip = like.element_size() == 2, target_of(like.device).kind == "hip"
+    state = dot_block(sizes.P) * dot_block(sizes.N)
+    many = not narrow or state > 64 * 128 or kernel == "chunk" or (kernel == "states" and state > 64 * 64)
+    pipelined = narrow and state <= 64 * 128 and kernel != "states" and not hip
+    return Config(heads, sizes.chunk, 8 if many and not hip else 4, 2 if pipelined else 1)
