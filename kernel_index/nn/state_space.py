@@ -12,7 +12,7 @@ from kernel_index.nn.document_scan import mixed_by_documents, no_tokens
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
 from kernel_index.nn.residual import Branch
-from kernel_index.nn.tree_scan import convolve_tree, scan_tree
+from kernel_index.nn.tree_scan import mix_tree
 
 
 def segments_of(mask: "ki.MaskContract | None", tokens: int) -> Tensor | None:
@@ -96,32 +96,27 @@ class Mamba2(Mixer):
         segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
         counts = None if cache is None else cache.counts
         tree = mask if cache is None and mask is not None and mask.is_tree else None
-        if tree is None:
-            before = None if cache is None else cache.conv
-            mixed = ki.causal_conv1d(inputs, self.conv.T, activation="silu", segments=segments, state=before)
+        if tree is not None:
+            y_BTHP = mix_tree(self._convolve, self._scan, self.width, inputs, step, tree, segments)
         else:
-            mixed = nn.functional.silu(convolve_tree(inputs, self.conv, tree, segments)).to(inputs.dtype)
-        inner, shared = self.heads * self.head_dim, self.groups * self.state
-        x, b, c = mixed.split([inner, shared, shared], -1)
-        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim))
-        b_BTGN, c_BTGN = (t.unflatten(-1, (self.groups, self.state)) for t in (b, c))
-        if counts is not None:  # padding after a shorter prompt does not change the state: softplus(−∞) is 0
-            is_token = torch.arange(x.shape[1], device=x.device) < counts[:, None]
-            step = step.masked_fill(~is_token[..., None], -torch.inf)
-        if tree is None:
-            state = None if cache is None else cache.scan
-            y_BTHP, last = self._scan(x_BTHP, step, b_BTGN, c_BTGN, segments, state)
+            before, state = (None, None) if cache is None else (cache.conv, cache.scan)
+            if counts is not None:  # padding after a shorter prompt does not change the state: softplus(−∞) is 0
+                is_token = torch.arange(inputs.shape[1], device=inputs.device) < counts[:, None]
+                step = step.masked_fill(~is_token[..., None], -torch.inf)
+            y_BTHP, last = self._scan(self._convolve(inputs, segments, before), step, segments, state)
             if cache is not None:
                 self._remember(cache, inputs, last)
-        else:
-            y_BTHP = scan_tree(self._scan, (x_BTHP, step, b_BTGN, c_BTGN), tree, segments)
         normed = ki.gated_rms_norm(y_BTHP.flatten(2), gate, self.norm)
         return self.out(normed.to(x_BTC.dtype)), None
 
-    def _scan(
-        self, x_BTHP: Tensor, step_BTH: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, segments: Tensor | None,
-        state: Tensor | None,
-    ) -> ki.Scanned:  # fmt: skip
+    def _convolve(self, inputs_BTC: Tensor, segments: Tensor | None, before: Tensor | None) -> Tensor:
+        return ki.causal_conv1d(inputs_BTC, self.conv.T, activation="silu", segments=segments, state=before)
+
+    def _scan(self, mixed_BTC: Tensor, step_BTH: Tensor, segments: Tensor | None, state: Tensor | None) -> ki.Scanned:
+        inner, shared = self.heads * self.head_dim, self.groups * self.state
+        x, b, c = mixed_BTC.split([inner, shared, shared], -1)
+        x_BTHP = x.unflatten(-1, (self.heads, self.head_dim))
+        b_BTGN, c_BTGN = (t.unflatten(-1, (self.groups, self.state)) for t in (b, c))
         options: dict[str, Any] = {"segments": segments, "state": state, "chunk": self.chunk}
         layer: dict[str, Any] = {"d": self.skip, "dt_bias": self.step_bias, "dt_softplus": True}
         return ki.ssd_scan(x_BTHP, step_BTH, -self.log_decay.exp(), b_BTGN, c_BTGN, **layer, **options)

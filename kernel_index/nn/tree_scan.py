@@ -1,4 +1,7 @@
-"""The state-space mixer over a prefix tree: each run begins with the state in which the run before it ended."""
+"""The state-space mixer over a prefix tree: a run begins with the state, and the inputs, that end the one before.
+
+The runs of a level are rows of one call of the convolution and one of the scan, which are the kernels of plain rows.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,82 +12,105 @@ from torch import Tensor
 import kernel_index as ki
 from kernel_index.core import ops, rules
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What ``ki.ssd_scan`` takes of each token: x, dt, b, c."""
+Convolve = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""``ki.causal_conv1d`` of a layer: of inputs [R, L, C], segments and the inputs before the first token."""
+
+Scan = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], ki.Scanned]
+"""``ki.ssd_scan`` of a layer: of what the convolution gives, raw steps [R, L, H], segments and a state."""
 
 
-def convolve_tree(inputs_BTC: Tensor, weight_JC: Tensor, mask: "ki.MaskContract", segments: Tensor | None) -> Tensor:
-    """``Σ_j w[j]·input`` over the last tokens of each token's path, those of its own segment."""
-    B, T, _ = inputs_BTC.shape
-    out = weight_JC[-1] * inputs_BTC
-    parent = mask.tree_parents(B, T, device=inputs_BTC.device)
-    at = torch.arange(T, device=inputs_BTC.device).expand_as(parent)
-    row = torch.arange(B, device=inputs_BTC.device)[:, None] * T
-    for back in range(1, weight_JC.shape[0]):
-        at = torch.where(at >= 0, parent.gather(1, at.clamp(min=0)), -1)
-        place = at.clamp(min=0)
-        own = at >= 0
-        if segments is not None:
-            own = own & (segments == segments.gather(1, place.expand(segments.shape[0], -1)))
-        earlier = _rows(inputs_BTC, (row + place).flatten()).view_as(inputs_BTC)
-        out = out + torch.where(own[..., None], weight_JC[-1 - back] * earlier, 0.0)
-    return out
-
-
-def scan_tree(
-    scan: Callable[..., ki.Scanned], operands: Operands, mask: "ki.MaskContract", segments: Tensor | None
+def mix_tree(
+    convolve: Convolve,
+    scan: Scan,
+    taps: int,
+    inputs_BTC: Tensor,
+    step_BTH: Tensor,
+    mask: "ki.MaskContract",
+    segments: Tensor | None,
 ) -> Tensor:
-    """``y`` of ``scan`` along each path, [B, T, H, P]; 0 in a gap.  One scan for each level of the tree.
+    """``y`` of convolution and scan along each path, [B, T, H, P]; 0 in a gap.  Two calls for each level of the tree.
 
-    ``scan`` is ``ki.ssd_scan`` with a layer's own arguments, softplus among them; it takes what tokens have, segments
-    and a state.
+    Args:
+        convolve: the layer's convolution over ``taps`` tokens.
+        scan: the layer's scan; its softplus makes a step of 0 of −∞.
+        taps: tokens that the convolution reads.
+        inputs_BTC: what the convolution reads.
+        step_BTH: raw step sizes.
+        mask: a tree.
+        segments: int [B or 1, T], the documents inside it, or None.
     """
-    B, T = operands[0].shape[:2]
+    B, T = inputs_BTC.shape[:2]
+    levels = mask.tree_levels(B, T, device=inputs_BTC.device)
+    parents = mask.tree_parents(B, T, device=inputs_BTC.device)
     segment = None if segments is None else segments.expand(B, -1).flatten()
-    states, outputs, places = list[Tensor](), list[Tensor](), list[Tensor]()
-    for level in mask.tree_levels(B, T, device=operands[0].device):
-        x, step, b, c = (_of_runs(t, level) for t in operands)
-        step = step.masked_fill(~level.is_token[..., None], -torch.inf)  # a repeated token leaves the state as it is
+    index = torch.cat([level.index.flatten() for level in levels] or [parents.new_zeros(0)])
+    is_token = torch.cat([level.is_token.flatten() for level in levels] or [index.bool()])
+    sizes = [level.index.numel() for level in levels]
+    inputs, steps = (_of_runs(x, index, is_token).split(sizes) for x in (inputs_BTC, step_BTH))
+    states, outputs = list[Tensor](), list[Tensor]()
+    for level, x, step in zip(levels, inputs, steps, strict=True):
         own = None if segment is None else segment[level.index]
+        x, step = (t.unflatten(0, level.index.shape) for t in (x, step))
+        before = _inputs_before(inputs_BTC, taps - 1, level, parents, segment) if states else None
         state = _first_state(states, level, segment) if states else None
-        scanned = scan(x, step, b, c, own, state)
+        step = step.masked_fill(~level.is_token[..., None], -torch.inf)  # a repeated token leaves the state as it is
+        scanned = scan(convolve(x, own, before), step, own, state)
         states.append(scanned.state)
-        outputs.append(scanned.y.flatten(0, 1).index_select(0, level.tokens))
-        places.append(level.index.flatten().index_select(0, level.tokens))
+        outputs.append(scanned.y.flatten(0, 1))
     if not outputs:  # no token at all
-        return torch.zeros_like(operands[0])
-    return _in_order(outputs, places, B * T).unflatten(0, (B, T))
+        return scan(convolve(inputs_BTC, None, None), step_BTH, None, None).y.zero_()
+    return _in_order(torch.cat(outputs), index, is_token, B * T).unflatten(0, (B, T))
 
 
-def _of_runs(x_BT: Tensor, level: Any) -> Tensor:
-    """Tokens [R, L, …] of x [B, T, …]."""
+def _of_runs(x_BT: Tensor, index: Tensor, is_token: Tensor) -> Tensor:
+    """Tokens [n, …] of x [B, T, …]."""
     if rules.inside_functorch():  # it takes no autograd Function of this form
-        return x_BT.flatten(0, 1)[level.index]
-    return ops.apply(_OfRuns, x_BT, level)
+        return x_BT.flatten(0, 1)[index]
+    return ops.apply(_OfRuns, x_BT.flatten(0, 1), index, is_token)
 
 
 class _OfRuns(torch.autograd.Function):
     """``_of_runs``; a repeated token sends no gradient back, so that no sum is needed."""
 
     @staticmethod
-    def forward(ctx: Any, x_BT: Tensor, level: Any) -> Tensor:
-        ctx.level, ctx.shape = level, x_BT.shape
-        return x_BT.flatten(0, 1).index_select(0, level.index.flatten()).view(*level.index.shape, *x_BT.shape[2:])
+    def forward(ctx: Any, x: Tensor, index: Tensor, is_token: Tensor) -> Tensor:
+        ctx.save_for_backward(index, is_token)
+        ctx.tokens = x.shape[0]
+        return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, d_RL: Tensor) -> tuple[Tensor, None]:
-        level, tokens = ctx.level, ctx.level.tokens
-        of_tokens = d_RL.flatten(0, 1).index_select(0, tokens)
-        places = level.index.flatten().index_select(0, tokens)
-        d_x = of_tokens.new_zeros(ctx.shape[0] * ctx.shape[1], *ctx.shape[2:]).index_copy(0, places, of_tokens)
-        return d_x.view(ctx.shape), None
+    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, None, None]:
+        index, is_token = ctx.saved_tensors
+        return _in_order(d_x, index, is_token, ctx.tokens), None, None
+
+
+def _in_order(x: Tensor, index: Tensor, is_token: Tensor, tokens: int) -> Tensor:
+    """[tokens, …] with row i of x at ``index[i]``; a repeated token goes to one more row, which is dropped."""
+    place = torch.where(is_token, index, tokens)
+    return x.new_zeros(tokens + 1, *x.shape[1:]).index_copy(0, place, x)[:tokens]
+
+
+def _inputs_before(inputs_BTC: Tensor, count: int, level: Any, parents: Tensor, segment: Tensor | None) -> Tensor:
+    """The last ``count`` inputs [R, count, C] of the path before each run; zeros where its document begins later."""
+    B, T = inputs_BTC.shape[:2]
+    parent = parents.expand(B, -1).flatten()  # in its row, −1 for none
+    at = level.before
+    place = at.new_empty(len(at), count)
+    for column in reversed(range(count)):
+        place[:, column] = at
+        before = torch.where(at >= 0, parent[at.clamp(min=0)], -1)
+        at = torch.where(before >= 0, at // T * T + before, -1)
+    found = _rows(inputs_BTC, place.clamp(min=0).flatten()).unflatten(0, place.shape)
+    own = place >= 0
+    if segment is not None:
+        own = own & (segment[place.clamp(min=0)] == segment[level.index[:, :1]])
+    return torch.where(own[..., None], found, 0.0)
 
 
 def _rows(x_BT: Tensor, index: Tensor) -> Tensor:
     """Tokens [R, …] of x [B, T, …]; the gradient of one that several runs read is added up in float32, in order."""
     flat = x_BT.flatten(0, 1)
-    rows = flat.flatten(1) if flat.ndim > 1 else flat[:, None]
-    return ki.gather_rows(rows[:, None].contiguous(), index).view(len(index), *flat.shape[1:])
+    return ki.gather_rows(flat[:, None].contiguous(), index)[:, 0]
 
 
 def _first_state(states: list[Tensor], level: Any, segment: Tensor | None) -> Tensor:
@@ -95,11 +121,3 @@ def _first_state(states: list[Tensor], level: Any, segment: Tensor | None) -> Te
         return state
     same = segment[level.index[:, 0]] == segment[level.before]
     return state * same[:, None, None, None]
-
-
-def _in_order(outputs: list[Tensor], places: list[Tensor], tokens: int) -> Tensor:
-    y, at = torch.cat(outputs), torch.cat(places)
-    inverse = at.new_full((tokens,), at.shape[0])
-    inverse[at] = torch.arange(at.shape[0], device=at.device)
-    with_zeros = torch.cat([y, y.new_zeros(1, *y.shape[1:])])
-    return with_zeros[inverse]
