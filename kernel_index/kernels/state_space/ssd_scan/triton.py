@@ -24,7 +24,7 @@ from kernel_index.kernels.state_space.ssd_scan.triton_states import states_kerne
 from kernel_index.kernels.state_space.ssd_scan.triton_steps import steps_backward_kernel, steps_kernel
 
 STEP_TOKENS, STEP_HEADS = 64, 16
-"""Of a tile of ``steps_backward_kernel``."""
+"""Of a tile of ``steps_backward_kernel``; ``steps_kernel`` takes a chunk of as many heads."""
 
 
 class Inputs(NamedTuple):
@@ -50,11 +50,11 @@ class Inputs(NamedTuple):
 def _steps(inputs: Inputs, sizes: Sizes) -> Tensor:
     padded = sizes.chunks * sizes.chunk
     steps = torch.empty((3, sizes.B, sizes.H, padded), dtype=torch.float32, device=inputs.x.device)
-    steps_kernel[(sizes.B * sizes.chunks * sizes.H,)](
+    steps_kernel[(sizes.B * sizes.chunks, ceil_div(sizes.H, STEP_HEADS))](
         inputs.dt, inputs.a, inputs.dt_bias, inputs.segments, steps, *inputs.dt.stride(), inputs.segments_row,
         sizes.B, sizes.T, sizes.H, sizes.chunks,
         BIAS=inputs.dt_bias is not None, SOFTPLUS=inputs.dt_softplus, SEGMENTS=inputs.segments is not None,
-        Q=sizes.chunk, num_warps=4,
+        Q=sizes.chunk, BH=STEP_HEADS, num_warps=4,
     )  # fmt: skip
     return steps
 

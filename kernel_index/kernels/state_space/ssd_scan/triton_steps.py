@@ -38,33 +38,44 @@ def segment_of(p_segments, o_t, T):
 
 
 @jit
+def _add_in_segment(left, left_starts, right, right_starts):
+    """Two neighbouring sums, of which the right one begins anew where a segment starts in it."""
+    return tl.where(right_starts > 0, right, left + right), tl.maximum(left_starts, right_starts)
+
+
+@jit
 def steps_kernel(
     dt_ptr, a_ptr, bias_ptr, segments_ptr, steps_ptr, dt_b, dt_t, dt_h, segments_b, B, T, H, chunks,
-    BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SEGMENTS: tl.constexpr, Q: tl.constexpr,
+    BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, SEGMENTS: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head.  The sums are of float64, each of its own terms."""
-    row = tl.program_id(0) // H  # of B · chunks
-    b, k, h = (row // chunks).to(tl.int64), row % chunks, tl.program_id(0) % H
+    """One chunk of BH heads.  The sums are of float64, each of its own terms."""
+    b, k = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)  # [BH]
     o_t = k * Q + tl.arange(0, Q)  # [Q]
-    dt = tl.load(dt_ptr + b * dt_b + h * dt_h + o_t.to(tl.int64) * dt_t, mask=o_t < T, other=0.0)
-    dt = raw_step(dt, bias_ptr, h, True, BIAS)
+    m_h = o_h < H
+    m_tile = (o_t < T)[:, None] & m_h[None, :]
+    p_dt = dt_ptr + b * dt_b + o_t.to(tl.int64)[:, None] * dt_t + o_h.to(tl.int64)[None, :] * dt_h
+    dt = raw_step(tl.load(p_dt, mask=m_tile, other=0.0), bias_ptr, o_h[None, :], m_h[None, :], BIAS)  # [Q, BH]
     if SOFTPLUS:
         dt = softplus(dt)
-    dt = tl.where(o_t < T, dt, 0.0)
-    log_decay = (dt * tl.load(a_ptr + h).to(tl.float32)).to(tl.float64)  # [Q]
-    o_i, o_r = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    m_sum = o_r <= o_i  # [Q, Q]
+    dt = tl.where(m_tile, dt, 0.0)
+    a = tl.load(a_ptr + o_h, mask=m_h, other=0.0).to(tl.float32)
+    log_decay = (dt * a[None, :]).to(tl.float64)  # [Q, BH]
+    starts = tl.zeros((Q, BH), tl.int32)
     if SEGMENTS:
         p_segments = segments_ptr + b * segments_b
-        m_sum &= segment_of(p_segments, k * Q + o_i, T) == segment_of(p_segments, k * Q + o_r, T)
-    total = tl.sum(tl.where(m_sum, log_decay[None, :], 0.0), 1) * LOG2E  # [Q]
+        m_starts = segment_of(p_segments, o_t, T) != segment_of(p_segments, o_t - 1, T)  # [Q]
+        starts += m_starts.to(tl.int32)[:, None]
+    total, _ = tl.associative_scan((log_decay, starts), 0, _add_in_segment)
+    total *= LOG2E
     high = total.to(tl.float32)
     low = (total - high.to(tl.float64)).to(tl.float32)
-    size = tl.cast(B, tl.int64) * H * chunks * Q
-    p_steps = steps_ptr + (b * H + h) * chunks * Q + o_t
-    tl.store(p_steps, dt)
-    tl.store(p_steps + size, high)
-    tl.store(p_steps + 2 * size, low)
+    padded = chunks * Q
+    size = tl.cast(B, tl.int64) * H * padded
+    p_steps = steps_ptr + (b * H + o_h)[None, :] * padded + o_t[:, None]
+    tl.store(p_steps, dt, mask=m_h[None, :])
+    tl.store(p_steps + size, high, mask=m_h[None, :])
+    tl.store(p_steps + 2 * size, low, mask=m_h[None, :])
 
 
 @jit
