@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.core.target import Target, pretend
 from kernel_index.core.triton import launch
-from kernel_index.kernels.sparse.block_sparse_attention import lists
+from kernel_index.kernels.sparse.block_sparse_attention import lists, plan
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
+from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import cut_of
 from kernel_index.proofs.errors import floor, relative_error
 from kernel_index.proofs.traffic import counted
@@ -18,13 +20,20 @@ CALLS = {
     "grouped keys, duplicates, no picks": ((2, 40, 40, 4, 4, 2, 8, 8, 5, 8), {}),
     "documents, a window, padding": ((2, 21, 21, 4, 4, 2, 8, 5, 4, 8), {"mask": DOCUMENTS}),
     "T > S, softcap, a short last block": ((1, 21, 9, 2, 2, 1, 8, 8, 2, 4), {"softcap": 2.0}),
+    "two heads together, documents": ((2, 21, 21, 4, 2, 2, 8, 5, 4, 8), {"mask": DOCUMENTS}),
+    "three heads together, softcap": ((1, 21, 30, 6, 2, 1, 8, 8, 3, 4), {"softcap": 2.0}),
     "blocks cut in two": ((1, 140, 300, 2, 2, 1, 8, 8, 1, 128), {"mask": ki.MaskContract(causal=False)}),
 }
 
 
 @pytest.fixture
 def by_lists(monkeypatch):
-    monkeypatch.setattr(lists, "WASTE", 0)
+    monkeypatch.setattr(lists, "use_lists", lambda *_: True)
+
+
+@pytest.fixture
+def by_both(monkeypatch):
+    monkeypatch.setattr(lists, "BOTH_EVERYWHERE", True)
 
 
 @interpreted
@@ -33,8 +42,22 @@ def by_lists(monkeypatch):
 @pytest.mark.parametrize("small", [False, True])
 def test_values_and_gradients(name, small, by_lists, monkeypatch):
     if small:  # many parts of a list, few heads at a time
-        monkeypatch.setattr(lists, "PART", 6)
+        monkeypatch.setattr(lists, "PART_ROWS", {"forward": 6, "backward": 6})
         monkeypatch.setattr(lists, "PARTIAL_BYTES", 1)
+        monkeypatch.setattr(lists, "FEWEST", 8)
+    compare(name)
+
+
+@interpreted
+@pytest.mark.parametrize("shared", [1, 2, 99])
+@pytest.mark.parametrize("name", ["two heads together, documents", "three heads together, softcap"])
+def test_blocks_that_a_tile_shares_beside_lists_of_the_others(name, shared, by_both, monkeypatch):
+    """1: all go by unions; 99: all go by lists."""
+    monkeypatch.setattr(plan, "SHARED", shared)
+    compare(name)
+
+
+def compare(name):
     (q, k, v), ours, plain = contenders(*CALLS[name])
     truth = with_gradients(plain, q, k, v, torch.float64)
     naive = with_gradients(plain, q, k, v, torch.float32)
@@ -56,37 +79,43 @@ def test_what_is_launched(by_lists):
         torch.autograd.grad(block_sparse_attention(q, k, v, picks, block_size=8, backend="triton").out.sum(), k)
     names = [c.name for c in traffic.counts if c.is_launch]
     backward = ["_delta_kernel", "_lists_kernel", "_merge_queries_kernel", "_merge_keys_kernel"]
-    assert names == ["_partials_kernel", "_merge_kernel", *backward]
+    plan = ["_bucket_kernel", "_order_kernel", "_parts_kernel"]
+    assert names == [*plan, "_partials_kernel", "_merge_kernel", *backward]
     assert traffic.atomics == 0
 
 
+@interpreted
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("part", [4, 1024])
-def test_the_plan_is_what_counting_gives(seed, part, monkeypatch):
-    monkeypatch.setattr(lists, "PART", part)
+@pytest.mark.parametrize(("part", "chunk"), [(4, 37), (4, 16), (1024, 16)])
+def test_the_plan_is_what_counting_gives(seed, part, chunk, monkeypatch):
+    from kernel_index.kernels.sparse.block_sparse_attention import triton_plan
+
+    monkeypatch.setattr(lists, "FEWEST", chunk)
+    monkeypatch.setattr(lists, "PARTIAL_BYTES", 1)
     generator = torch.Generator().manual_seed(seed)
     batch, queries, groups, picks, blocks = 2, 37, 3, 4, 9
     selected = torch.randint(-2, blocks + 2, (batch, queries, groups, picks), generator=generator).to(torch.int16)
     valid = torch.rand(selected.shape, generator=generator) < 0.8
-    plan = lists.list_plan(selected, valid, blocks)
-    assert [x.shape for x in plan] == [x.shape for x in lists.allocate_list_plan(selected, valid, blocks)]
-    assert [x.dtype for x in plan] == [x.dtype for x in lists.allocate_list_plan(selected, valid, blocks)]
+    found = triton_plan.list_plan(selected, valid, blocks, 1, part)
+    allocated = lists.allocate_list_plan(selected, valid, blocks, 1, part)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in allocated]
     flat, kept = selected.flatten().tolist(), valid.flatten().tolist()
-    for b in range(batch):
-        for g in range(groups):
-            own = b * groups + g
-            for j in range(blocks):
-                places = [((b * queries + t) * groups + g) * picks + n for t in range(queries) for n in range(picks)]
-                expected = [i for i in places if flat[i] == j and kept[i]]
-                first, last = plan.parts[own, j : j + 2].tolist()
-                got = []
-                for block, begin, start, stop in plan.items[own, first:last].tolist():
-                    assert (block, begin + len(got)) == (j, start)
-                    assert 0 < stop - start <= part
-                    got += plan.order[start:stop].tolist()
-                assert got == expected
-            rest = plan.items[own, int(plan.parts[own, -1]) :]
-            assert torch.equal(rest[:, 2], rest[:, 3])
+    firsts = range(0, queries, chunk)
+    for own, (b, g, first) in enumerate((b, g, t) for b in range(batch) for g in range(groups) for t in firsts):
+        for j in range(blocks):
+            inside = range(first, min(first + chunk, queries))
+            places = [((b * queries + t) * groups + g) * picks + n for t in inside for n in range(picks)]
+            entries = [(i // picks // groups % queries * 4 + i % picks) for i in places if flat[i] == j and kept[i]]
+            expected = [-1 if i and e // 4 == entries[i - 1] // 4 else e for i, e in enumerate(entries)]
+            begin, end = found.parts[own, j : j + 2].tolist()
+            got = []
+            for block, first_of_list, start, stop in found.items[own, begin:end].tolist():
+                assert (block, first_of_list + len(got)) == (j, start)
+                assert 0 < stop - start <= part
+                got += found.order[start:stop].tolist()
+            assert got == expected
+        rest = found.items[own, int(found.parts[own, -1]) :]
+        assert torch.equal(rest[:, 2], rest[:, 3])
 
 
 def test_the_rule():
@@ -99,9 +128,28 @@ def test_the_rule():
     assert not lists.use_lists(alone, 256, 96, 1024, 16)  # not cut into blocks of 64
 
 
-def test_heads_are_cut_evenly(monkeypatch):
+def test_segments_are_cut_evenly(monkeypatch):
     monkeypatch.setattr(lists, "PARTIAL_BYTES", 100)
-    assert lists.heads_at_once(10, 12, 2, 1) == 6  # ten would fit: one key head's
-    assert lists.heads_at_once(30, 12, 2, 1) == 3
-    assert lists.heads_at_once(1000, 12, 2, 1) == 1
-    assert lists.heads_at_once(1, 12, 2, 2) == 24
+    two_heads = lists.Segments(batch=1, groups=12, group=1, queries=64, count=1, chunk=64)
+    assert lists.segments_at_once(10, two_heads, 2) == 6  # ten would fit: one KV head's
+    assert lists.segments_at_once(30, two_heads, 2) == 3
+    assert lists.segments_at_once(1000, two_heads, 2) == 1
+    assert lists.segments_at_once(1, two_heads._replace(batch=2), 2) == 24
+    assert lists.segments_at_once(30, two_heads._replace(chunk=16), 12) == 2  # of the four chunks of a head
+
+
+def test_both_ways_are_taken_on_hopper_once_the_backward_kernel_ran(monkeypatch):
+    q, k = (torch.empty(1, 8, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (8, 1))
+    selected = torch.empty(1, 8, 1, 2, dtype=torch.int64, device="meta")
+    call = BlockSparseCall(q, k, k, selected, None, 64, ki.MaskContract(), None, 0.0, 64, None)
+    together = cut_of(8, 2, 64)
+    assert not lists.use_both(together, call, 64)
+    with pretend(Target("cuda", 90)):
+        monkeypatch.setattr(lists, "RAN", {"forward"})
+        assert lists.use_both(together, call, 64)
+        assert not lists.use_both(cut_of(1, 2, 64), call, 64)
+        assert not lists.use_both(together, call._replace(q=q.requires_grad_()), 64)
+        monkeypatch.setattr(lists, "RAN", {"forward", "backward"})
+        assert lists.use_both(together, call, 64)
+    with pretend(Target("cuda", 100)):
+        assert not lists.use_both(together, call, 64)

@@ -5,6 +5,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.core.triton import launch
+from kernel_index.kernels.sparse.block_sparse_attention import plan
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import cut_of
 from kernel_index.kernels.sparse.block_sparse_attention.plan import forward_plan, key_plan
@@ -175,21 +176,21 @@ def test_the_plan_is_what_counting_gives(tile, seed):
     valid = torch.rand(selected.shape, generator=generator) < 0.8
     mask = ki.MaskContract(window=(20, 0))
     bounds = mask.kernel_intervals(batch, queries, keys, device="cpu")
-    plan = forward_plan(selected, valid, blocks, tile)
-    lists = key_plan(plan.pairs, tile, bounds.q_start, bounds.q_end, queries, size)
+    unions = forward_plan(selected, valid, blocks, tile)
+    lists = key_plan(unions.pairs, tile, bounds.q_start, bounds.q_end, queries, size)
     for b in range(batch):
         for g in range(groups):
             own = [
                 {p for p, kept in zip(*row, strict=True) if kept and 0 <= p < blocks}
                 for row in zip(selected[b, :, g].tolist(), valid[b, :, g].tolist(), strict=True)
             ]
-            for i in range(plan.sizes.shape[2]):
+            for i in range(unions.sizes.shape[2]):
                 together = own[i * tile : (i + 1) * tile]
                 union = sorted(set().union(*together))
-                length = int(plan.sizes[b, g, i])
-                assert plan.blocks[b, g, i, :length].tolist() == union
+                length = int(unions.sizes[b, g, i])
+                assert unions.blocks[b, g, i, :length].tolist() == union
                 members = [sum(1 << q for q, mine in enumerate(together) if j in mine) for j in union]
-                assert [m % 2**64 for m in plan.members[b, g, i, :length].tolist()] == members
+                assert [m % 2**64 for m in unions.members[b, g, i, :length].tolist()] == members
             for j in range(blocks):
                 first, whole, cease, last = lists.bounds[b, g, j].tolist()
                 assert first <= whole <= cease <= last
@@ -198,6 +199,35 @@ def test_the_plan_is_what_counting_gives(tile, seed):
                 assert lists.queries[first:last].tolist() == expected
                 every = bounds.q_start[0, min((j + 1) * size, keys) - 1], bounds.q_end[0, j * size]
                 assert lists.queries[whole:cease].tolist() == [t for t in expected if every[0] <= t < every[1]]
+
+
+@interpreted
+@pytest.mark.parametrize("shared", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_shared_blocks_are_what_counting_gives(shared, seed, monkeypatch):
+    from kernel_index.kernels.sparse.block_sparse_attention import triton_plan
+
+    monkeypatch.setattr(plan, "SHARED", shared)
+    generator = torch.Generator().manual_seed(seed)
+    batch, queries, groups, picks, blocks, tile = 2, 22, 2, 5, 7, 4
+    selected = torch.randint(-2, blocks + 2, (batch, queries, groups, picks), generator=generator).to(torch.int16)
+    valid = torch.rand(selected.shape, generator=generator) < 0.8
+    union, members, sizes, others = triton_plan.shared_plan(selected, valid, blocks, tile)
+    for b in range(batch):
+        for g in range(groups):
+            rows = zip(selected[b, :, g].tolist(), valid[b, :, g].tolist(), strict=True)
+            own = [[p if kept and 0 <= p < blocks else -1 for p, kept in zip(*row, strict=True)] for row in rows]
+            for i in range(sizes.shape[2]):
+                together = own[i * tile : (i + 1) * tile]
+                counts = {j: sum(j in mine for mine in together) for mine in together for j in mine if j >= 0}
+                expected = sorted(j for j, count in counts.items() if count >= shared)
+                length = int(sizes[b, g, i])
+                assert union[b, g, i, :length].tolist() == expected
+                bits = [sum(1 << q for q, mine in enumerate(together) if j in mine) for j in expected]
+                assert members[b, g, i, :length].tolist() == bits
+                for q, mine in enumerate(together):
+                    alone = [j >= 0 and counts[j] < shared and j not in mine[:n] for n, j in enumerate(mine)]
+                    assert others[b, i * tile + q, g].tolist() == alone
 
 
 @pytest.mark.parametrize(

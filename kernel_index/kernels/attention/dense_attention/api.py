@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from kernel_index.core import native
+from kernel_index.core import device_documents, native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.document_attention import ATTENTION
 from kernel_index.kernels.attention.dense_attention import contract, gpu_rules
@@ -36,7 +36,13 @@ AttentionBackend = Literal["auto", "fa4", "triton", "gluon", "flex", "varlen", "
 
 BACKENDS = (
     Backend("fa4", gpu_rules.fa4_why_not, _attention_fa4, gpu_rules.fa4_not_worth, details=gpu_rules.fa4_details),
-    Backend("triton", gpu_rules.triton_why_not, attention_triton, gpu_rules.triton_not_worth),
+    Backend(
+        "triton",
+        gpu_rules.triton_why_not,
+        attention_triton,
+        gpu_rules.triton_not_worth,
+        invariant=device_documents.ATTENTION,
+    ),
     Backend("gluon", gpu_rules.gluon_why_not, _attention_gluon, gpu_rules.gluon_not_worth),
     Backend("flex", gpu_rules.flex_why_not, attention_flex, gpu_rules.flex_not_worth),
     Backend("varlen", gpu_rules.varlen_why_not, attention_varlen, gpu_rules.varlen_not_worth),

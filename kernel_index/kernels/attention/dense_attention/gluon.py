@@ -1,4 +1,4 @@
-"""The ``gluon`` backend: the kernels of ``triton_hopper.py``, with what a mask excludes hidden before they run."""
+"""The ``gluon`` backend: the kernels of ``triton_hopper_*.py``, with what a mask excludes hidden before they run."""
 
 import math
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
 from kernel_index.core.excluded import guarded_on_device
+from kernel_index.core.triton.hopper import has_tiles
 from kernel_index.kernels.attention.dense_attention import triton_hopper_backward as backward_kernels
 from kernel_index.kernels.attention.dense_attention import triton_hopper_forward as forward_kernels
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.torch_op import Scoring
-from kernel_index.kernels.attention.dense_attention.triton_hopper import has_tiles
 
 ALIGNED = 64
 """The copy engine reads the log-sum-exp of so many queries together, and begins at multiples of 16 bytes."""

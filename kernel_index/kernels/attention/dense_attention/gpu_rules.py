@@ -5,8 +5,9 @@ import inspect
 
 import torch
 
-from kernel_index.core import measured, rules
+from kernel_index.core import device_documents, measured, rules
 from kernel_index.core.fa4_support import support_of
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.target import has_package, target_of, triton_version
 from kernel_index.kernels.attention.dense_attention.contract import NO_MASK, AttentionCall, needs_no_mask
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
@@ -67,11 +68,24 @@ def _may_run(rival: str, call: AttentionCall) -> bool:
 
 
 def triton_why_not(call: AttentionCall) -> str | None:
+    if is_invariant():
+        return _documents_why_not(call)
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return rules.NEEDS_NARROW_HEADS
     if call.q.dtype not in (torch.float32, *rules.HALF):
         return rules.NEEDS_TRITON_DTYPE
+    if call.q.shape[0] * call.q.shape[2] > rules.MOST_HEADS_OF_ROWS:
+        return rules.NEEDS_FEW_HEADS_OF_ROWS
     return rules.triton_why_not(call.q, call.k, call.v, call.sink)
+
+
+def _documents_why_not(call: AttentionCall) -> str | None:
+    if call.mask.is_tree:
+        return "in a tree it has no invariant form"
+    wants = rules.wants_gradient(call.q, call.k, call.v, call.sink)
+    if wants and (call.q.shape[1] != call.k.shape[1] or call.sizes.offset != 0):
+        return "the gradient of its invariant form needs a query for each key, from the first on"
+    return device_documents.why_not(call.q, call.k, call.v, call.scale, call.sink)
 
 
 def triton_not_worth(call: AttentionCall) -> str | None:

@@ -1,4 +1,4 @@
-"""The backward pass of attention by windows on Hopper: see ``triton_hopper.py``.
+"""The backward pass of attention by windows on Hopper: see ``core/triton/hopper.py``.
 
 dQ goes by tiles of queries over the keys, dK and dV by tiles of keys over the queries, so nothing is summed by atomics.
 The scores of the keys' kernel are transposed: what is multiplied with d_out and q stays in registers.
@@ -17,9 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernel_index.core.triton.jit import ENABLE_FP_FUSION
-from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
-from kernel_index.kernels.attention.dense_attention.triton_hopper import (
+from kernel_index.core.triton.hopper import (
     ROWS,
     TWO,
     barriers,
@@ -34,6 +32,8 @@ from kernel_index.kernels.attention.dense_attention.triton_hopper import (
     window_tiles,
     within,
 )
+from kernel_index.core.triton.jit import ENABLE_FP_FUSION
+from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 
 CONSUMERS = gl.constexpr(2)
 

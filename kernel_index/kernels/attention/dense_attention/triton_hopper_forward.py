@@ -1,4 +1,4 @@
-"""The forward pass of attention by windows on Hopper: see ``triton_hopper.py``.
+"""The forward pass of attention by windows on Hopper: see ``core/triton/hopper.py``.
 
 Programs stay: each draws the next tile of queries from a counter, and its producer begins to copy that tile while the
 consumers finish the last one.
@@ -15,9 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernel_index.core.triton.jit import ENABLE_FP_FUSION
-from kernel_index.core.triton.launch import ceil_div, on_device, processors, row_stride, score_factors
-from kernel_index.kernels.attention.dense_attention.triton_hopper import (
+from kernel_index.core.triton.hopper import (
     LOG2E,
     ROWS,
     THREE,
@@ -33,6 +31,8 @@ from kernel_index.kernels.attention.dense_attention.triton_hopper import (
     window_tiles,
     within,
 )
+from kernel_index.core.triton.jit import ENABLE_FP_FUSION
+from kernel_index.core.triton.launch import ceil_div, on_device, processors, row_stride, score_factors
 
 KEYS = 128
 """Of a tile."""

@@ -100,6 +100,8 @@ def triton_why_not(call: BlockSparseCall) -> str | None:
         return rules.NEEDS_NARROW_HEADS
     if call.q.dtype not in (torch.float32, *rules.HALF):
         return rules.NEEDS_TRITON_DTYPE
+    if call.q.shape[0] * call.q.shape[2] > rules.MOST_HEADS_OF_ROWS:
+        return rules.NEEDS_FEW_HEADS_OF_ROWS
     return rules.triton_why_not(call.q, call.k, call.v, call.selected)
 
 

@@ -1,7 +1,7 @@
 """Plans the list-driven kernels: each key block visits the list of queries that selected it and writes partial results.
 
-It is for heads that select alone.  The plan is one stable sort of the selection, of static size, and needs no wait for
-the device.  No product is formed of a query and a block that it did not select.
+The plan is one stable sort of the selection, of static size, and needs no wait for the device.  No product is formed of
+a query and a block that it did not select.
 """
 
 from typing import NamedTuple
@@ -9,25 +9,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core.target import Target, target_of
+from kernel_index.core import rules
+from kernel_index.core.target import Target, target_of, triton_version
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
     AttentionLaunch,
     Config,
     attention_launch,
+    ceil_div,
     dot_block,
     interpreting,
+    next_power_of_2,
 )
+from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut
 
 STEP = 64
 """Keys of a block at most: larger blocks are split into these, each with its own partial result."""
 
-PART = 1024
-"""Entries of a list that one program visits: a block that many queries selected is split among programs."""
+PART_ROWS = {"forward": 2048, "backward": 8192}
+"""Rows of a list that one program visits, a row being a head of an entry: a block that many queries selected is split
+among programs.  On an H200 the forward pass of 8 heads took 6.3 ms with 8192 rows and 5.3 with 2048; each part of the
+backward pass writes sums of dK and dV."""
 
 PARTIAL_BYTES = 1 << 30
-"""Bytes of partial results that exist at once, unless those of a single head are more."""
+"""Bytes of partial results that exist at once, unless those of ``FEWEST`` queries are more."""
+
+FEWEST = 1024
+"""Queries of a segment at least: fewer would leave too little of a list for each block."""
 
 WASTE = 8
 """Lists are used from this ratio on: products of a tile's union over products of its selected blocks, at most."""
@@ -37,11 +46,43 @@ WIDEST = 256
 """Bytes of a head at most: the sums of dK and dV of a wider one do not fit into registers."""
 
 
+def head_bytes_of(q: Tensor, v: Tensor) -> int:
+    return max(q.shape[3], v.shape[3]) * q.element_size()
+
+
+def takes_lists(cut: Cut, head_bytes: int, block_size: int) -> bool:
+    fits = cut.group <= STEP and head_bytes <= WIDEST
+    return fits and (block_size <= STEP or block_size % STEP == 0)
+
+
 def use_lists(cut: Cut, head_bytes: int, block_size: int, blocks: int, count: int) -> bool:
     """Depends on sizes alone: heads select alone, and a union can waste ``WASTE`` times the products."""
-    if cut.group > 1 or head_bytes > WIDEST or (block_size > STEP and block_size % STEP):
+    if cut.group > 1 or not takes_lists(cut, head_bytes, block_size):
         return False
     return min(cut.queries, blocks // max(1, count)) >= WASTE
+
+
+RAN = {"forward"}
+"""Kernels for Hopper that ran there and were right and faster: ``backward`` may be added once it did."""
+
+
+def use_both(cut: Cut, call: BlockSparseCall, block_size: int) -> bool:
+    """For heads that share a selection: blocks that neighbours share by unions, the others by lists.
+
+    On Hopper alone, where both ways were timed, and with gradients only if the lists' backward pass has its kernel.
+    """
+    q, v, target = call.q, call.v, target_of(call.q.device)
+    if cut.group < 2 or not takes_lists(cut, head_bytes_of(q, v), block_size):
+        return False
+    if BOTH_EVERYWHERE:
+        return True
+    if target.kind != "cuda" or target.arch != 90 or q.element_size() != 2 or cut.group & (cut.group - 1):
+        return False
+    return "backward" in RAN or not rules.wants_gradient(q, call.k, v)
+
+
+BOTH_EVERYWHERE = False
+"""For tests."""
 
 
 def split(selected: Tensor, selected_valid: Tensor | None, block_size: int) -> tuple[Tensor, Tensor | None, int]:
@@ -55,13 +96,60 @@ def split(selected: Tensor, selected_valid: Tensor | None, block_size: int) -> t
     return finer.flatten(-2), None, block_size // ways
 
 
+class Segments(NamedTuple):
+    """How the queries of a call are cut: ``chunk`` queries of one group of one batch row are a segment, whose partial
+    results exist at once.  ``count`` blocks are selected for a query, by ``group`` heads together."""
+
+    batch: int
+    groups: int
+    group: int
+    queries: int
+    count: int
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        return ceil_div(self.queries, self.chunk)
+
+    @property
+    def segments(self) -> int:
+        return self.batch * self.groups * self.chunks
+
+    @property
+    def entries(self) -> int:
+        """Of a segment."""
+        return self.chunk * self.count
+
+    def per_kv_head(self, kv_heads: int) -> int:
+        return self.groups // kv_heads * self.chunks
+
+
+def segments_of(q: Tensor, v: Tensor, entries: int, group: int) -> Segments:
+    """``entries`` of all queries; ``group`` heads share a selection."""
+    batch, queries, heads, _ = q.shape
+    count = entries // max(1, batch * queries * (heads // group))
+    chunk = chunk_of(queries, count, row_bytes(q, v, group))
+    return Segments(batch, heads // group, group, queries, count, chunk)
+
+
+def row_bytes(q: Tensor, v: Tensor, group: int) -> int:
+    """Of a partial result of one entry."""
+    return group * head_bytes_of(q, v)
+
+
+def chunk_of(queries: int, count: int, bytes_of_entry: int) -> int:
+    """Queries of a segment: all, or the power of two whose partial results take ``PARTIAL_BYTES``."""
+    most = max(FEWEST, PARTIAL_BYTES // max(1, count * bytes_of_entry))
+    return queries if queries <= most else 1 << (most.bit_length() - 1)
+
+
 class ListPlan(NamedTuple):
     """The queries of each key block as lists, and the parts of lists that programs visit.
 
-    ``order`` [B · T · G · n], int32 if that suffices: indices ``((b·T + t)·G + g)·n + j`` into ``selected``, sorted by
-    (b, g, block), ascending within a list.  ``items`` int64 [B · G, M, 4]: for each part its block, the begin of its
-    list, its own begin and its end; the others are empty.  ``parts`` int32 [B · G, blocks + 1]: block j has the parts
-    ``parts[j] ≤ i < parts[j + 1]``.
+    ``order`` [B · T · G · n], int32 if that suffices: an entry ``t · 2^shift + j`` for ``selected[b, t, g, j]``, sorted
+    by (b, g, chunk of t, block), ascending within a list; −1 for a block that the query selects again.  ``items`` int64
+    [segments, M, 4]: for each part its block, the begin of its list, its own begin and its end; the others are empty.
+    ``parts`` int32 [segments, blocks + 1]: block j has the parts ``parts[j] ≤ i < parts[j + 1]``.
     """
 
     order: Tensor
@@ -69,46 +157,34 @@ class ListPlan(NamedTuple):
     parts: Tensor
 
 
-def list_plan(selected: Tensor, selected_valid: Tensor | None, num_blocks: int) -> ListPlan:
-    batch, _, groups, _ = selected.shape
-    lists, device = batch * groups, selected.device
-    is_selected = (selected >= 0) & (selected < num_blocks)
-    if selected_valid is not None:
-        is_selected = is_selected & selected_valid
-    of_list = torch.arange(lists, dtype=torch.int32, device=device).view(batch, 1, groups, 1) * (num_blocks + 1)
-    bucket = torch.where(is_selected, selected.to(torch.int32), num_blocks) + of_list
-    bucket, order = bucket.flatten().sort(stable=True)
-    wanted = torch.arange(lists * (num_blocks + 1) + 1, dtype=torch.int32, device=device)
-    begins = torch.searchsorted(bucket, wanted)
-    first = begins[:-1].view(lists, -1)[:, :num_blocks]
-    last = begins[1:].view(lists, -1)[:, :num_blocks]
-    ends = ((last - first + (PART - 1)) // PART).cumsum(1)
-    item = torch.arange(_items(selected, num_blocks), device=device).expand(lists, -1).contiguous()
-    block = torch.searchsorted(ends, item, right=True)
-    exists, block = block < num_blocks, block.clamp(max=max(0, num_blocks - 1))
-    parts = torch.nn.functional.pad(ends, (1, 0))
-    begin = first.gather(1, block)
-    start = begin + (item - parts.gather(1, block)) * PART
-    stop = torch.minimum(start + PART, last.gather(1, block))
-    items = torch.stack([block, begin, start, torch.where(exists, stop, start)], -1)
-    return ListPlan(order.to(_index_dtype(selected)), items, parts.to(torch.int32))
-
-
-def allocate_list_plan(selected: Tensor, selected_valid: Tensor | None, num_blocks: int) -> ListPlan:
-    batch, _, groups, _ = selected.shape
+def allocate_list_plan(
+    selected: Tensor, selected_valid: Tensor | None, num_blocks: int, entry_bytes: int, part: int
+) -> ListPlan:
+    batch, queries, groups, count = selected.shape
+    chunk = chunk_of(queries, count, entry_bytes)
+    lists = batch * groups * ceil_div(queries, max(1, chunk))
     return ListPlan(
         selected.new_empty(selected.numel(), dtype=_index_dtype(selected)),
-        selected.new_empty((batch * groups, _items(selected, num_blocks), 4), dtype=torch.int64),
-        selected.new_empty((batch * groups, num_blocks + 1), dtype=torch.int32),
+        selected.new_empty((lists, _items(selected, num_blocks, chunk, part), 4), dtype=torch.int64),
+        selected.new_empty((lists, num_blocks + 1), dtype=torch.int32),
     )
 
 
-def _items(selected: Tensor, num_blocks: int) -> int:
-    return num_blocks + selected.shape[1] * selected.shape[3] // PART
+def _items(selected: Tensor, num_blocks: int, chunk: int, part: int) -> int:
+    return num_blocks + min(chunk, selected.shape[1]) * selected.shape[3] // part
+
+
+def part_of(kernel: str, group: int) -> int:
+    """Entries of a part."""
+    return max(1, PART_ROWS[kernel] // group)
+
+
+def shift_of(count: int) -> int:
+    return max(0, int(count) - 1).bit_length()
 
 
 def _index_dtype(selected: Tensor) -> torch.dtype:
-    return torch.int32 if selected.numel() < 2**31 else torch.int64
+    return torch.int32 if selected.shape[1] << shift_of(selected.shape[3]) < 2**31 else torch.int64
 
 
 def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> Config:
@@ -129,19 +205,52 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
 
 
 def launch_of(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float | None, softcap: float
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, group: int, scale: float | None, softcap: float
 ) -> AttentionLaunch:
     config = pick_config(kernel, max(q.shape[3], v.shape[3]), q.element_size(), target_of(q.device))
     config = config._replace(tile=dot_block(block_size))
-    return attention_launch(config, q, v, scale, softcap, BM=config.step, BN=config.tile, BLOCK=block_size)
+    return attention_launch(
+        config,
+        q,
+        v,
+        scale,
+        softcap,
+        BM=max(config.step, next_power_of_2(group)),
+        BN=config.tile,
+        BLOCK=block_size,
+        GROUP=group,
+        HEADS=next_power_of_2(group),
+    )
 
 
-def heads_at_once(bytes_of_head: int, heads: int, kv_heads: int, batch: int) -> int:
-    """How many of the batch's query heads one launch treats: whole groups of a KV head, or a divisor of one group."""
-    group, most = heads // kv_heads, max(1, PARTIAL_BYTES // max(1, bytes_of_head))
-    if most < group:
-        return max(n for n in range(1, most + 1) if group % n == 0)
-    return min(batch * kv_heads, most // group) * group
+def for_hopper(kernel: str, plan: ListPlan, launch: AttentionLaunch, *operands: Tensor) -> bool:
+    """Whether the kernels of ``triton_hopper_lists*.py`` take the call: made for sm_90, and for what its copies reach.
+
+    ``operands``: q and others of its dtype.
+    """
+    target, c = target_of(operands[0].device), launch.constants
+    if (
+        kernel not in RAN
+        or target.kind != "cuda"
+        or target.arch != 90
+        or operands[0].element_size() != 2
+        or triton_version() < (3, 6)
+    ):
+        return False
+    from kernel_index.core.triton.hopper import has_tiles
+
+    blocks, widths = ((16, 32, 64), (64, 128)) if kernel == "forward" else ((64,), (128,))
+    fits = c["GROUP"] == c["HEADS"] <= STEP and c["BLOCK"] in blocks
+    fits = fits and plan.order.dtype == torch.int32 and plan.order.numel() < 2**31
+    return fits and all(x.element_size() == 2 and x.shape[3] in widths and has_tiles(x) for x in operands)
+
+
+def segments_at_once(bytes_of_segment: int, cut: Segments, kv_heads: int) -> int:
+    """How many segments one launch treats: those of whole KV heads, or a divisor of those of one."""
+    of_head, most = cut.per_kv_head(kv_heads), max(1, PARTIAL_BYTES // max(1, bytes_of_segment))
+    if most < of_head:
+        return max(n for n in range(1, most + 1) if of_head % n == 0)
+    return min(cut.segments // of_head, most // of_head) * of_head
 
 
 def parts_of(total: int, at_once: int) -> list[tuple[int, int]]:

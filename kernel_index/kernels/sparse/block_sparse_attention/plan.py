@@ -10,6 +10,9 @@ from torch import Tensor
 
 from kernel_index.core.triton.launch import ceil_div
 
+SHARED = 3
+"""Where lists are an alternative, blocks that so many queries of a tile selected are read for the whole tile."""
+
 
 class Plan(NamedTuple):
     """The union of the blocks that each tile of queries selected, ascending; P = tile · n entries at most.
@@ -49,6 +52,13 @@ def forward_plan(selected: Tensor, selected_valid: Tensor | None, num_blocks: in
     union = torch.zeros_like(block).scatter(-1, slot, block)
     sizes = is_new.sum(-1, dtype=torch.int32)
     return Plan(union, members, sizes, torch.where(once, pair, num_blocks * tile))
+
+
+def allocate_plan(selected: Tensor, tile: int) -> Plan:
+    batch, queries, groups, count = selected.shape
+    shape = (batch, groups, ceil_div(queries, tile), tile * count)
+    blocks, pairs = (torch.empty(shape, dtype=torch.int32, device=selected.device) for _ in range(2))
+    return Plan(blocks, blocks.new_empty(shape, dtype=torch.int64), blocks.new_empty(shape[:3]), pairs)
 
 
 class KeyPlan(NamedTuple):

@@ -9,19 +9,15 @@ from torch import Tensor
 from kernel_index.core import ops
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
 from kernel_index.core.triton import launch
-from kernel_index.kernels.sparse.block_sparse_attention import lists, torch_op_lists
+from kernel_index.kernels.sparse.block_sparse_attention import lists, torch_op_lists, torch_op_mixed
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut, cut_of, launch_of
-from kernel_index.kernels.sparse.block_sparse_attention.plan import KeyPlan, Plan, forward_plan, key_plan
+from kernel_index.kernels.sparse.block_sparse_attention.plan import KeyPlan, Plan, allocate_plan, forward_plan, key_plan
 from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals
-from kernel_index.routing.legal_blocks import num_blocks
 
 
 def _allocate_plan(selected, selected_valid, num_blocks, tile):
-    batch, queries, groups, count = selected.shape
-    shape = (batch, groups, launch.ceil_div(queries, tile), tile * count)
-    blocks, pairs = (torch.empty(shape, dtype=torch.int32, device=selected.device) for _ in range(2))
-    return blocks, blocks.new_empty(shape, dtype=torch.int64), blocks.new_empty(shape[:3]), pairs
+    return allocate_plan(selected, tile)
 
 
 def _allocate_key_plan(pairs, tile, q_start, q_end, queries, block_size):
@@ -152,12 +148,14 @@ def block_sparse_triton(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
         selected, selected_valid = selected.new_full((*selected.shape[:3], 1), -1), None
     cut = cut_of(q.shape[2] // selected.shape[2], q.element_size(), call.query_tile_size)
     blocks, bounds = call.blocks, call.mask.row_kernel_intervals(call.sizes)
-    head_bytes = max(q.shape[3], v.shape[3]) * q.element_size()
+    head_bytes = lists.head_bytes_of(q, v)
     if lists.use_lists(cut, head_bytes, block_size, blocks, selected.shape[3]):
         selected, selected_valid, block_size = lists.split(selected, selected_valid, block_size)
-        scoring = torch_op_lists.Statics(block_size, call.scale, call.softcap)
-        blocks = num_blocks(k.shape[1], block_size)
-        return torch_op_lists.attend_by_lists(scoring, q, k, v, selected, selected_valid, blocks, bounds[:2])
+        scoring = torch_op_lists.Statics(block_size, cut.group, call.scale, call.softcap)
+        return torch_op_lists.attend_by_lists(scoring, q, k, v, (selected, selected_valid), bounds[:2])
+    if lists.use_both(cut, call, block_size):
+        scoring = (block_size, cut, call.scale, call.softcap)
+        return torch_op_mixed.attend_by_both(scoring, q, k, v, (selected, selected_valid), bounds[:2])
     with torch.no_grad():
         plan = _plan_op(selected, selected_valid, blocks, cut.queries)
     statics = _Statics(block_size, list(cut), call.scale, call.softcap)

@@ -2,9 +2,13 @@
 
 A program holds one block's keys and values and visits a part of the list of queries that selected it.  Since each row
 of a product has selected the block, no product is wasted; the cost is that partials are written and read once.  Names
-and units are those of ``core/triton/attention.py``; a row is one query of one head, an entry one selected block of it.
+and units are those of ``core/triton/attention.py``; an entry is one selected block of one query, and has a row for each
+head of the group that shares it.
 """
 
+from typing import Any
+
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -28,45 +32,61 @@ from kernel_index.core.triton.launch import (
     row_stride,
     strides,
 )
-from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, heads_at_once, parts_of
+from kernel_index.kernels.sparse.block_sparse_attention.lists import (
+    ListPlan,
+    for_hopper,
+    parts_of,
+    segments_at_once,
+    segments_of,
+    shift_of,
+)
 
 ROWS = 16
 """Rows of a program that merges partials."""
 
 
 @jit
-def load_entries(p_order, o_n, stop, N):
-    """Entries of a list as (index into ``selected``, row, whether it counts); not if it repeats the row before it."""
-    m_listed = o_n < stop
-    b_entry = tl.load(p_order + o_n, mask=m_listed, other=0)  # [BM]
-    b_before = tl.load(p_order + o_n - 1, mask=m_listed & (o_n > 0), other=-1)  # [BM]
-    o_row = b_entry // N
-    return b_entry, o_row, m_listed & ((b_before < 0) | (b_before // N != o_row))
+def load_entries(p_order, o_n, stop, SHIFT: tl.constexpr):
+    """Entries of a list as (query, which of its selected blocks, whether the entry counts)."""
+    b_entry = tl.load(p_order + o_n, mask=o_n < stop, other=-1)  # [BM]
+    m_counts = b_entry >= 0
+    b_entry = tl.where(m_counts, b_entry, 0)
+    return b_entry >> SHIFT, b_entry & ((1 << SHIFT) - 1), m_counts
 
 
 @jit
-def load_part(p_items, head, M):
+def load_part(p_items, segment, M):
     """Of one part of a list: its block, where the list begins, and where the part begins and ends in the list."""
-    p_item = p_items + (head.to(tl.int64) * M + tl.program_id(0)) * 4
+    p_item = p_items + (segment.to(tl.int64) * M + tl.program_id(0)) * 4
     block = tl.load(p_item).to(tl.int32)
     begin = tl.load(p_item + 1)
     return block, begin, (tl.load(p_item + 2) - begin).to(tl.int32), (tl.load(p_item + 3) - begin).to(tl.int32)
 
 
 @jit
+def segment_place(segment, CHUNKS, G):
+    """Batch row and group of a segment, in 64 bits, and which of the group's chunks of queries it is."""
+    group = segment // CHUNKS
+    return (group // G).to(tl.int64), (group % G).to(tl.int64), segment % CHUNKS
+
+
+@jit
 def _partials_walk(
-    b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key, first_partial,
-    T, H, N, inner, outer,
+    b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, q_h, first, stop, o_k, last_key,
+    first_partial, first_query, N, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The entries ``first`` to ``stop`` of a list; pointers are to the batch row and head."""
-    for i in range(first, stop, BM):
-        b_entry, o_row, m_m = load_entries(order_ptr, i + tl.arange(0, BM), stop, N)  # [BM]
-        token = (o_row // H) % T
+    """The entries ``first`` to ``stop`` of a list; pointers are to the batch row and the group's first head."""
+    o_g = tl.arange(0, BM) % HEADS  # [BM]
+    for i in range(first, stop, BM // HEADS):
+        token, o_nth, m_m = load_entries(order_ptr, i + tl.arange(0, BM) // HEADS, stop, SHIFT)  # [BM]
+        if GROUP < HEADS:
+            m_m = m_m & (o_g < GROUP)
         start = tl.load(start_ptr + token, mask=m_m, other=0)  # [BM]
         end = tl.minimum(tl.load(end_ptr + token, mask=m_m, other=0), last_key)  # [BM]
-        b_q = load_rows(q_ptr, token.to(tl.int64) * q_t, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
+        b_q = load_rows(q_ptr, token.to(tl.int64) * q_t + o_g * q_h, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
         z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
         m_seen = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
         logits = tl.where(m_seen, z * outer, float("-inf"))
@@ -77,7 +97,8 @@ def _partials_walk(
         if CAREFUL:  # the merge must not take a row of NaN for an empty one
             row_sum += tl.sum(acc * 0.0, 1)
         out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
-        o_partial = first_partial + token.to(tl.int64) * N + (b_entry - o_row * N)
+        o_entry = (token - first_query).to(tl.int64) * N + o_nth
+        o_partial = (first_partial + o_entry) * GROUP + o_g
         store_rows(out_ptr, o_partial * DV, m_m, out, DV, BLOCK_DV, UPCAST)
         tl.store(lse_ptr + o_partial, lse, mask=m_m)
 
@@ -85,65 +106,115 @@ def _partials_walk(
 @jit
 def _partials_kernel(
     q_ptr, k_ptr, v_ptr, order_ptr, items_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, first_head, T, S, H, G, N, M, inner, outer,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, first_segment, S, G, GROUPS, N, M, CHUNK, CHUNKS,
+    inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One part of one of the M parts of a head's lists; a row has N entries, each with its own partial."""
+    """One of the M parts of a segment's lists; a query has N entries, each with its own partials."""
     o_launch = tl.program_id(1)
-    head = first_head + o_launch
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    block, begin, first, stop = load_part(items_ptr, head, M)
+    segment = first_segment + o_launch
+    b, g, chunk = segment_place(segment, CHUNKS, G)
+    block, begin, first, stop = load_part(items_ptr, segment, M)
     order_ptr += begin
     first_key = block * BLOCK
     last_key = tl.minimum(first_key + BLOCK, S)
-    kv_head = h // G
+    kv_head = g // GROUPS
     b_k = load_tile(k_ptr + b * k_b + kv_head * k_h, first_key, k_t, last_key, BN, D, BLOCK_D)  # [BN, BLOCK_D]
     b_v = load_tile(v_ptr + b * v_b + kv_head * v_h, first_key, v_t, last_key, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     o_k = first_key + tl.arange(0, BN)  # [BN]
-    q_ptr += b * q_b + h * q_h
+    q_ptr += b * q_b + g * GROUP * q_h
     start_ptr += b * window_b
     end_ptr += b * window_b
-    first_partial = o_launch.to(tl.int64) * T * N
+    first_query = chunk * CHUNK
+    first_partial = o_launch.to(tl.int64) * CHUNK * N
     not_finite = has_nan(b_v.to(tl.float32) * 0.0)  # a value of this block
     _partials_walk(
-        b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key,
-        first_partial, T, H, N, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False,
+        b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, q_h, first, stop, o_k, last_key,
+        first_partial, first_query, N, inner, outer,
+        D, DV, BLOCK_D, BLOCK_DV, BM, GROUP, HEADS, SHIFT, CAPPED, UPCAST, False,
     )  # fmt: skip
     if not_finite:  # the same entries again, over what was stored; a loop inside of a branch is not pipelined
         _partials_walk(
-            b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, first, stop, o_k, last_key,
-            first_partial, T, H, N, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True,
+            b_k, b_v, q_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, q_t, q_h, first, stop, o_k, last_key,
+            first_partial, first_query, N, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, GROUP, HEADS, SHIFT, CAPPED, UPCAST, True,
         )  # fmt: skip
 
 
 @jit
-def _merge_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, first_head, T, H, N,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """The N partials of a row, weighted by exp2(lse − row_max); all log-sum-exps are read first."""
+def merged_rows(first_segment, T, G, N, CHUNK, CHUNKS, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows of a segment, a row being one head of one query: the query's first entry in the launch, the head in the
+    group, the row in a tensor [B, T, H], and which of them exist."""
     o_launch = tl.program_id(1)
-    head = first_head + o_launch
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    m_m = token < T
-    o_partial = (o_launch.to(tl.int64) * T + token) * N
+    b, g, chunk = segment_place(first_segment + o_launch, CHUNKS, G)
+    o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    o_q, o_g = o_m // GROUP, o_m % GROUP
+    token = chunk * CHUNK + o_q
+    m_m = (o_q < CHUNK) & (token < T)
+    return (o_launch.to(tl.int64) * CHUNK + o_q) * N, o_g, ((b * T + token) * G + g) * GROUP + o_g, m_m
+
+
+@jit
+def _merge_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, first_segment, T, G, N, CHUNK, CHUNKS,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    BEGUN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The N partials of a row, weighted by exp2(lse − row_max); all log-sum-exps are read first.
+
+    BEGUN: the outputs hold what other blocks gave, and stay as they are for rows without a partial.
+    """
+    o_entry, o_g, o_row, m_m = merged_rows(first_segment, T, G, N, CHUNK, CHUNKS, GROUP, ROWS)  # [ROWS]
+    o_partial = o_entry * GROUP + o_g
     o_n = tl.arange(0, BLOCK_N)
     m_n = m_m[:, None] & (o_n < N)[None, :]  # [ROWS, BLOCK_N]
-    b_lses = tl.load(partial_lse_ptr + o_partial[:, None] + o_n[None, :], mask=m_n, other=float("-inf"))
+    b_lses = tl.load(partial_lse_ptr + o_partial[:, None] + o_n[None, :] * GROUP, mask=m_n, other=float("-inf"))
     row_max = tl.max(b_lses, 1)  # [ROWS]
+    if BEGUN:
+        m_m = m_m & (tl.max((b_lses != float("-inf")).to(tl.int32), 1) == 1)
+        if tl.max(m_m.to(tl.int32), 0) == 0:
+            return
+        b_lse = tl.load(lse_ptr + o_row, mask=m_m, other=float("-inf"))  # [ROWS]
+        row_max = tl.maximum(row_max, b_lse)
     shift = finite_max(row_max)
     row_sum = tl.sum(tl.exp2(b_lses - shift[:, None]), 1)
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+    if BEGUN:
+        weight = tl.exp2(b_lse - shift)  # [ROWS]
+        b_out = load_rows(out_ptr, o_row * DV, m_m, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
+        row_sum += weight
+        acc += weight[:, None] * b_out.to(tl.float32)
     for j in range(0, N):
-        b_lse = tl.load(partial_lse_ptr + o_partial + j, mask=m_m, other=float("-inf"))  # [ROWS]
-        b_out = load_rows(partial_ptr, (o_partial + j) * DV, b_lse > float("-inf"), DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
-        acc += tl.exp2(b_lse - shift)[:, None] * b_out.to(tl.float32)
+        b_lse = tl.load(partial_lse_ptr + o_partial + j * GROUP, mask=m_m, other=float("-inf"))  # [ROWS]
+        b_out = load_rows(partial_ptr, (o_partial + j * GROUP) * DV, b_lse > float("-inf"), DV, BLOCK_DV)
+        acc += tl.exp2(b_lse - shift)[:, None] * b_out.to(tl.float32)  # [ROWS, BLOCK_DV]
     out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
-    o_row = (b * T + token) * H + h
     store_rows(out_ptr, o_row * DV, m_m, out, DV, BLOCK_DV, UPCAST)
     tl.store(lse_ptr + o_row, lse, mask=m_m)
+
+
+@jit
+def _unfit_kernel(
+    k_ptr, v_ptr, bad_ptr, k_b, k_t, k_h, v_b, v_t, v_h, S, K,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, b, kv_head = tl.program_id(0), (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
+    last_key = tl.minimum(block * BLOCK + BLOCK, S)
+    b_k = load_tile(k_ptr + b * k_b + kv_head * k_h, block * BLOCK, k_t, last_key, BN, D, BLOCK_D)  # [BN, BLOCK_D]
+    b_v = load_tile(v_ptr + b * v_b + kv_head * v_h, block * BLOCK, v_t, last_key, BN, DV, BLOCK_DV)
+    bad = has_nan(b_k.to(tl.float32) * 0.0).to(tl.int32) + 2 * has_nan(b_v.to(tl.float32) * 0.0).to(tl.int32)
+    tl.store(bad_ptr + tl.program_id(1) * tl.num_programs(0) + block, bad.to(tl.int8))
+
+
+def unfit_blocks(k: Tensor, v: Tensor, blocks: int, constants: dict[str, Any]) -> Tensor:
+    """int8 [B, K, blocks]: what of a block is not finite, 1 for keys and 2 for values."""
+    (B, S, K, _), names = k.shape, ("D", "DV", "BLOCK_D", "BLOCK_DV", "BN", "BLOCK")
+    bad = torch.empty((B, K, blocks), dtype=torch.int8, device=k.device)
+    _unfit_kernel[(blocks, B * K)](k, v, bad, *strides(k, v), S, K, **{name: constants[name] for name in names})
+    return bad
 
 
 def forward(
@@ -154,25 +225,40 @@ def forward(
     bounds: tuple[Tensor, Tensor],
     launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor],
+    begun: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H]; some heads at a time, so partials are few."""
+    """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H]; some segments at a time: partials are few.
+
+    ``begun``: they hold what blocks gave that are in no list.
+    """
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
     if B * T * H == 0:
         return outputs
-    count, width, items = plan.order.numel() // (B * T * H), v.shape[3], plan.items.shape[1]
-    at_once = heads_at_once(T * count * width * q.element_size(), H, K, B)
-    partials = q.new_empty((at_once, T, count, width))
-    partial_lse = outputs[1].new_empty((at_once, T, count))
-    merged = {name: launch.constants[name] for name in ("DV", "BLOCK_DV", "UPCAST")}
+    cut, width = segments_of(q, v, plan.order.numel(), launch.constants["GROUP"]), v.shape[3]
+    items = plan.items.shape[1]
+    at_once = segments_at_once(cut.entries * cut.group * width * q.element_size(), cut, K)
+    partials = q.new_empty((at_once, cut.entries, cut.group, width))
+    partial_lse = outputs[1].new_empty((at_once, cut.entries, cut.group))
+    merged = {name: launch.constants[name] for name in ("DV", "BLOCK_DV", "GROUP", "UPCAST")}
+    place = (T, cut.groups, cut.count, cut.chunk, cut.chunks)
+    hopper = for_hopper("forward", plan, launch, q, k, v)
     with on_device(q):
-        for first, heads in parts_of(B * H, at_once):
+        bad = unfit_blocks(k, v, plan.parts.shape[1] - 1, launch.constants) if hopper else None
+        for first, segments in parts_of(cut.segments, at_once):
             partial_lse.fill_(float("-inf"))  # of entries that no list has, and of repeated ones
-            _partials_kernel[(items, heads)](
-                q, k, v, plan.order, plan.items, *bounds, partials, partial_lse, *strides(q, k, v),
-                row_stride(bounds[0]), first, T, S, H, H // K, count, items, launch.inner, launch.outer,
-                **launch.constants,
+            if bad is not None:
+                from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_lists
+
+                part, filled = (first, segments), (partials, partial_lse)
+                triton_hopper_lists.partials(q, k, v, plan, bounds, cut, part, bad, launch, filled)
+            else:
+                _partials_kernel[(items, segments)](
+                    q, k, v, plan.order, plan.items, *bounds, partials, partial_lse, *strides(q, k, v),
+                    row_stride(bounds[0]), first, S, cut.groups, cut.groups // K, cut.count, items, cut.chunk,
+                    cut.chunks, launch.inner, launch.outer, SHIFT=shift_of(cut.count), **launch.constants,
+                )  # fmt: skip
+            _merge_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
+                partials, partial_lse, *outputs, first, *place, BLOCK_N=next_power_of_2(cut.count), ROWS=ROWS,
+                BEGUN=begun, **merged,
             )  # fmt: skip
-            _merge_kernel[(ceil_div(T, ROWS), heads)](
-                partials, partial_lse, *outputs, first, T, H, count, BLOCK_N=next_power_of_2(count), ROWS=ROWS, **merged
-            )
     return outputs

@@ -22,8 +22,22 @@ from kernel_index.core.triton.attention import (
 )
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
-from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, heads_at_once, parts_of
-from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import ROWS, load_entries, load_part
+from kernel_index.kernels.sparse.block_sparse_attention.lists import (
+    ListPlan,
+    for_hopper,
+    parts_of,
+    segments_at_once,
+    segments_of,
+    shift_of,
+)
+from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import (
+    ROWS,
+    load_entries,
+    load_part,
+    merged_rows,
+    segment_place,
+    unfit_blocks,
+)
 
 
 @jit
@@ -32,7 +46,7 @@ def _delta_kernel(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_D_LSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    m_m = o_row < TOKENS.to(tl.int64) * H
+    m_m = o_row < tl.cast(TOKENS, tl.int64) * H
     h, token = o_row % H, o_row // H
     b, t = token // T, token % T
     b_out = load_rows(out_ptr, o_row * DV, m_m, DV, BLOCK_DV).to(tl.float32)  # [ROWS, BLOCK_DV]
@@ -46,20 +60,24 @@ def _delta_kernel(
 @jit
 def _lists_step(
     dk, dv, b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, i, stop, o_k,
-    last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
+    last_key, first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """BM entries of a list.  Scores are transposed, [BN, BM]: dK and dV are products without a transposed operand."""
-    b_entry, o_row, m_m = load_entries(p_order, i + tl.arange(0, BM), stop, N)  # [BM]
-    token = (o_row // H) % T
+    """BM rows of a list.  Scores are transposed, [BN, BM]: dK and dV are products without a transposed operand."""
+    o_g = tl.arange(0, BM) % HEADS  # [BM]
+    token, o_nth, m_m = load_entries(p_order, i + tl.arange(0, BM) // HEADS, stop, SHIFT)  # [BM]
+    if GROUP < HEADS:
+        m_m = m_m & (o_g < GROUP)
+    o_row = token.to(tl.int64) * H + o_g
     start = tl.load(p_start + token, mask=m_m, other=0)  # [BM]
     end = tl.minimum(tl.load(p_end + token, mask=m_m, other=0), last_key)  # [BM]
     b_lse = tl.load(lse_ptr + o_row, mask=m_m, other=float("inf"))  # [BM]
     lse = lse_of_grad(b_lse, b_lse != float("-inf"))
     b_delta = tl.load(delta_ptr + o_row, mask=m_m, other=0.0)  # [BM]
-    b_q = load_rows(p_q, token.to(tl.int64) * q_t, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
-    b_do = load_rows(p_do, token.to(tl.int64) * do_t, m_m, DV, BLOCK_DV)  # [BM, BLOCK_DV]
+    b_q = load_rows(p_q, token.to(tl.int64) * q_t + o_g * q_h, m_m, D, BLOCK_D)  # [BM, BLOCK_D]
+    b_do = load_rows(p_do, token.to(tl.int64) * do_t + o_g * do_h, m_m, DV, BLOCK_DV)  # [BM, BLOCK_DV]
     z = scores(b_k, b_q, inner, CAPPED, UPCAST)  # [BN, BM]
     p = tl.exp2(z * outer - lse[None, :])
     m_seen = within(o_k[:, None], start[None, :], end[None, :])  # [BN, BM]
@@ -72,27 +90,29 @@ def _lists_step(
         dq = weighted_sum(tl.trans(dz), b_k, m_sees, True, UPCAST)
     else:
         dq = dot(tl.trans(narrow(dz, b_q.dtype, UPCAST)), b_k, UPCAST)  # [BM, BLOCK_D]
-    o_partial = first_partial + token.to(tl.int64) * N + (b_entry - o_row * N)
+    o_entry = first_partial + (token - first_query).to(tl.int64) * N + o_nth
+    o_partial = o_entry * GROUP + o_g
     store_rows(dq_ptr, o_partial * D, m_m, dq * scale, D, BLOCK_D, UPCAST)
-    tl.store(written_ptr + o_partial, tl.full((BM,), 1, tl.int8), mask=m_m)
+    tl.store(written_ptr + o_entry, tl.full((BM,), 1, tl.int8), mask=m_m)
     return dk, dv
 
 
 @jit
 def _lists_walk(
     b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, first, stop, o_k, last_key,
-    first_partial, q_t, do_t, T, H, N, scale, inner, outer,
+    first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+    BN: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     STAGES: tl.constexpr = 1 if CAREFUL else None
     dk = tl.zeros((BN, BLOCK_D), tl.float32)
     dv = tl.zeros((BN, BLOCK_DV), tl.float32)
-    for i in tl.range(first, stop, BM, num_stages=STAGES):
+    for i in tl.range(first, stop, BM // HEADS, num_stages=STAGES):
         dk, dv = _lists_step(
             dk, dv, b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, i, stop,
-            o_k, last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, CAREFUL,
+            o_k, last_key, first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, GROUP, HEADS, SHIFT, CAPPED, UPCAST, CAREFUL,
         )  # fmt: skip
     return dk, dv
 
@@ -100,40 +120,45 @@ def _lists_walk(
 @jit
 def _lists_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, order_ptr, items_ptr, start_ptr, end_ptr, dq_ptr, written_ptr,
-    dk_ptr, dv_ptr, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, first_head, T, S, H,
-    G, N, M, scale, inner, outer,
+    dk_ptr, dv_ptr, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, window_b, first_segment, T, S,
+    G, GROUPS, N, M, CHUNK, CHUNKS, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The partials of dQ, dK and dV that one part of a head's lists gives."""
+    """The partials of dQ, dK and dV that one part of a segment's lists gives."""
     o_launch = tl.program_id(1)
-    head = first_head + o_launch
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    block, begin, first, stop = load_part(items_ptr, head, M)
+    segment = first_segment + o_launch
+    b, g, chunk = segment_place(segment, CHUNKS, G)
+    block, begin, first, stop = load_part(items_ptr, segment, M)
     order_ptr += begin
+    H = G * GROUP
+    lse_ptr += b * T * H + g * GROUP
+    delta_ptr += b * T * H + g * GROUP
     if first < stop:
         first_key = block * BLOCK
         last_key = tl.minimum(first_key + BLOCK, S)
-        kv_head = h // G
+        kv_head = g // GROUPS
         b_k = load_tile(k_ptr + b * k_b + kv_head * k_h, first_key, k_t, last_key, BN, D, BLOCK_D)  # [BN, BLOCK_D]
         b_v = load_tile(v_ptr + b * v_b + kv_head * v_h, first_key, v_t, last_key, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
         o_k = first_key + tl.arange(0, BN)  # [BN]
-        q_ptr += b * q_b + h * q_h
-        d_out_ptr += b * do_b + h * do_h
+        q_ptr += b * q_b + g * GROUP * q_h
+        d_out_ptr += b * do_b + g * GROUP * do_h
         start_ptr += b * window_b
         end_ptr += b * window_b
-        first_partial = o_launch.to(tl.int64) * T * N
+        first_query = chunk * CHUNK
+        first_partial = o_launch.to(tl.int64) * CHUNK * N
         dk, dv = _lists_walk(
             b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr, first,
-            stop, o_k, last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, False,
+            stop, o_k, last_key, first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner, outer,
+            D, DV, BLOCK_D, BLOCK_DV, BM, BN, GROUP, HEADS, SHIFT, CAPPED, UPCAST, False,
         )  # fmt: skip
         # Keys that are not finite spoil partials of dQ alone, which are not looked at here.
         if has_nan(dk) | has_nan(dv) | has_nan(b_k.to(tl.float32) * 0.0):
             dk, dv = _lists_walk(
                 b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr,
-                first, stop, o_k, last_key, first_partial, q_t, do_t, T, H, N, scale, inner, outer,
-                D, DV, BLOCK_D, BLOCK_DV, BM, BN, CAPPED, UPCAST, True,
+                first, stop, o_k, last_key, first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner,
+                outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, GROUP, HEADS, SHIFT, CAPPED, UPCAST, True,
             )  # fmt: skip
         o_n = (o_launch.to(tl.int64) * M + tl.program_id(0)) * BN + tl.arange(0, BN)  # [BN]
         m_all = tl.full((BN,), 1, tl.int1)
@@ -143,41 +168,37 @@ def _lists_kernel(
 
 @jit
 def _merge_queries_kernel(
-    partial_ptr, written_ptr, dq_ptr, first_head, T, H, N,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    partial_ptr, written_ptr, dq_ptr, first_segment, T, G, N, CHUNK, CHUNKS,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds the partials of dQ of a row that were written, in the order of its selected blocks."""
-    o_launch = tl.program_id(1)
-    head = first_head + o_launch
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    m_m = token < T
-    o_partial = (o_launch.to(tl.int64) * T + token) * N
+    o_entry, o_g, o_row, m_m = merged_rows(first_segment, T, G, N, CHUNK, CHUNKS, GROUP, ROWS)  # [ROWS]
     dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for j in range(0, N):
-        m_written = tl.load(written_ptr + o_partial + j, mask=m_m, other=0) != 0  # [ROWS]
-        dq += load_rows(partial_ptr, (o_partial + j) * D, m_written, D, BLOCK_D).to(tl.float32)
-    store_rows(dq_ptr, ((b * T + token) * H + h) * D, m_m, dq, D, BLOCK_D, UPCAST)
+        m_written = tl.load(written_ptr + o_entry + j, mask=m_m, other=0) != 0  # [ROWS]
+        dq += load_rows(partial_ptr, ((o_entry + j) * GROUP + o_g) * D, m_written, D, BLOCK_D).to(tl.float32)
+    store_rows(dq_ptr, o_row * D, m_m, dq, D, BLOCK_D, UPCAST)
 
 
 @jit
 def _merge_keys_kernel(
-    dk_partial_ptr, dv_partial_ptr, parts_ptr, dk_ptr, dv_ptr, first_head, S, K, H, BLOCKS, M, TOGETHER,
+    dk_partial_ptr, dv_partial_ptr, parts_ptr, dk_ptr, dv_ptr, first_segment, S, K, G, CHUNKS, BLOCKS, M, TOGETHER,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
     BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partials of ``TOGETHER`` query heads of one KV head, in order, to float32 sums."""
+    """Adds the partials of ``TOGETHER`` segments of one KV head, in order, to float32 sums."""
     block = tl.program_id(0)
     o_launch = tl.program_id(1) * TOGETHER
-    head = first_head + o_launch
-    b, kv_head = (head // H).to(tl.int64), ((head % H) // (H // K)).to(tl.int64)
+    segment = first_segment + o_launch
+    b, g, _chunk = segment_place(segment, CHUNKS, G)
+    kv_head = g // (G // K)
     o_n = tl.arange(0, BN)  # [BN]
     m_n = (o_n < BLOCK) & (block * BLOCK + o_n < S)
     o_k = (b * S + block * BLOCK + o_n) * K + kv_head
     dk = load_rows(dk_ptr, o_k * D, m_n, D, BLOCK_D)  # [BN, BLOCK_D]
     dv = load_rows(dv_ptr, o_k * DV, m_n, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     for n in range(0, TOGETHER):
-        p_parts = parts_ptr + (head + n).to(tl.int64) * (BLOCKS + 1) + block
+        p_parts = parts_ptr + (segment + n).to(tl.int64) * (BLOCKS + 1) + block
         for part in range(tl.load(p_parts), tl.load(p_parts + 1)):
             o_partial = ((o_launch + n).to(tl.int64) * M + part) * BN + o_n
             dk += load_rows(dk_partial_ptr, o_partial * D, m_n, D, BLOCK_D)
@@ -210,33 +231,47 @@ def backward(
     launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill dQ, and dK and dV of float32, which begin as zeros; some heads at a time, so that partials are few."""
+    """Fill dQ, and dK and dV of float32, which begin as zeros; some segments at a time, so that partials are few."""
     (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
     dq, dk, dv = outputs
     if B * T * H == 0:
         return outputs
-    c, DV = launch.constants, v.shape[3]
-    count, items, blocks = plan.order.numel() // (B * T * H), plan.items.shape[1], plan.parts.shape[1] - 1
-    queries = {name: c[name] for name in ("D", "BLOCK_D", "UPCAST")} | {"ROWS": ROWS}
+    c, DV, cut = launch.constants, v.shape[3], segments_of(q, v, plan.order.numel(), launch.constants["GROUP"])
+    items, blocks = plan.items.shape[1], plan.parts.shape[1] - 1
+    queries = {name: c[name] for name in ("D", "BLOCK_D", "GROUP", "UPCAST")} | {"ROWS": ROWS}
     keys = {name: c[name] for name in ("D", "DV", "BLOCK_D", "BLOCK_DV", "BN", "BLOCK", "UPCAST")}
-    of_head = T * count * D * q.element_size() + items * c["BN"] * (D + DV) * 4
-    at_once = heads_at_once(of_head, H, K, B)
-    dq_partials, written = q.new_empty((at_once, T, count, D)), q.new_empty((at_once, T, count), dtype=torch.int8)
+    of_segment = cut.entries * cut.group * D * q.element_size() + items * c["BN"] * (D + DV) * 4
+    at_once = segments_at_once(of_segment, cut, K)
+    dq_partials = q.new_empty((at_once, cut.entries, cut.group, D))
+    written = q.new_empty((at_once, cut.entries), dtype=torch.int8)
     dk_partials, dv_partials = dk.new_empty((at_once, items, c["BN"], D)), dk.new_empty((at_once, items, c["BN"], DV))
+    place = (T, cut.groups, cut.count, cut.chunk, cut.chunks)
+    hopper = for_hopper("backward", plan, launch, q, k, v, d_out)
     with on_device(q):
+        bad = unfit_blocks(k, v, blocks, c) if hopper else None
         delta = _delta(d_out, d_lse, out, {name: c[name] for name in ("DV", "BLOCK_DV")})
-        for first, heads in parts_of(B * H, at_once):
+        for first, segments in parts_of(cut.segments, at_once):
             written.zero_()
-            _lists_kernel[(items, heads)](
-                d_out, q, k, v, lse, delta, plan.order, plan.items, *bounds, dq_partials, written, dk_partials,
-                dv_partials, *strides(d_out, q, k, v), row_stride(bounds[0]), first, T, S, H, H // K, count, items,
-                launch.scale, launch.inner, launch.outer, **c,
-            )  # fmt: skip
-            _merge_queries_kernel[(ceil_div(T, ROWS), heads)](dq_partials, written, dq, first, T, H, count, **queries)
-            together = min(heads, H // K)
+            part, filled = (first, segments), (dq_partials, written, dk_partials, dv_partials)
+            if bad is not None:
+                from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_lists_backward
+
+                triton_hopper_lists_backward.lists(
+                    d_out, q, k, v, (lse, delta), plan, bounds, cut, part, bad, launch, filled
+                )
+            else:
+                _lists_kernel[(items, segments)](
+                    d_out, q, k, v, lse, delta, plan.order, plan.items, *bounds, *filled, *strides(d_out, q, k, v),
+                    row_stride(bounds[0]), first, T, S, cut.groups, cut.groups // K, cut.count, items, cut.chunk,
+                    cut.chunks, launch.scale, launch.inner, launch.outer, SHIFT=shift_of(cut.count), **c,
+                )  # fmt: skip
+            _merge_queries_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
+                dq_partials, written, dq, first, *place, **queries
+            )
+            together = min(segments, cut.per_kv_head(K))
             if blocks:
-                _merge_keys_kernel[(blocks, heads // together)](
-                    dk_partials, dv_partials, plan.parts, dk, dv, first, S, K, H, blocks, items, together, **keys,
-                    num_warps=8,
+                _merge_keys_kernel[(blocks, segments // together)](
+                    dk_partials, dv_partials, plan.parts, dk, dv, first, S, K, cut.groups, cut.chunks, blocks, items,
+                    together, **keys, num_warps=8,
                 )  # fmt: skip
     return outputs
