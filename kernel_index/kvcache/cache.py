@@ -50,7 +50,8 @@ class KVCache(ABC):
         self.counters = CacheCounters()
         self._step: _Step | None = None
         self._tensors: dict[int, StepTensors] = {}  # by how many rows they hold, a power of 2
-        self._means: dict[int, BlockMeans] = {}  # by block size, from the first call of block_means on
+        # By block size, and for values by size and name, from the first call of block_means on.
+        self._means: dict[int | tuple[int, str], BlockMeans] = {}
 
     @property
     def layers(self) -> int:
@@ -236,11 +237,12 @@ class CacheLayer(dict[str, Any]):
                 self._cache._scratch = torch.empty(elements, dtype=self._cache.k.dtype, device=self._cache.k.device)
         return self._cache._scratch[:elements]
 
-    def block_means(self, block_size: int) -> Tensor:
+    def block_means(self, block_size: int, *, values: bool = False) -> Tensor:
         """The mean key of each complete block, [B, blocks, K, D], at least float32: what a router scores.
 
-        Call it after this step's keys are written.  A block is averaged once, in the step that completes it; the first
-        call for a block size averages all complete blocks.  ``blocks`` is that of the longest row.
+        With ``values`` the mean value of each, which attention over compressed blocks needs, too.  Call it after this
+        step's keys are written.  A block is averaged once, in the step that completes it; the first call for a block
+        size averages all complete blocks.  ``blocks`` is that of the longest row.
 
         Raises:
             ValueError: the block size is not positive, or the step has been closed.
@@ -254,7 +256,7 @@ class CacheLayer(dict[str, Any]):
         tensor([[1., 2.],
                 [5., 6.]])
         """
-        return self._means_of(block_size).of(self._index, self._step.rows, self._step.table)
+        return self._means_of(block_size, values).of(self._index, self._step.rows, self._step.table)
 
     def stored_means(self, block_size: int) -> Tensor:
         """The memory of the block means, [rows or pages, units, K, D], for a kernel that writes this step's keys.
@@ -263,15 +265,17 @@ class CacheLayer(dict[str, Any]):
         """
         return self._means_of(block_size).stored(self._index, self._step.rows)
 
-    def _means_of(self, block_size: int) -> BlockMeans:
+    def _means_of(self, block_size: int, values: bool = False) -> BlockMeans:
         checks.is_int("block_size", block_size, minimum=1)
+        name = (block_size, "values") if values else block_size
         cache = self._cache
         if cache._step is not self._step:
             raise ValueError("block_means must be called within the step of this layer, got a step that is over")
-        if block_size not in cache._means:
+        if name not in cache._means:
+            stored = cache.v if values else cache.k
             with torch.inference_mode(False):  # the means outlive the mode of this call
-                cache._means[block_size] = BlockMeans(cache.k, block_size, paged=self._step.table is not None)
-        return cache._means[block_size]
+                cache._means[name] = BlockMeans(stored, block_size, paged=self._step.table is not None)
+        return cache._means[name]
 
 
 class ContiguousKVCache(KVCache):

@@ -1,4 +1,4 @@
-"""Attention that reads a few blocks or tokens of the past: three ways to select them, one layer."""
+"""Attention that reads a few blocks or tokens of the past: four ways to select them, one layer."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -8,11 +8,13 @@ from torch import Tensor, nn
 import kernel_index as ki
 from kernel_index.core import checks
 from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
+from kernel_index.core.rules import wants_gradient
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
+from kernel_index.nn.native_sparse import attend_to_branches, attend_to_cached_branches
 from kernel_index.nn.residual import Branch
 
-SparseKind = Literal["exact_token", "moba", "clustered"]
+SparseKind = Literal["exact_token", "moba", "clustered", "nsa"]
 KINDS: tuple[SparseKind, ...] = get_args(SparseKind)
 
 
@@ -28,7 +30,12 @@ class SparseAttention(Mixer):
 
     - ``"moba"``: each query head selects ``topk`` blocks by their mean keys (``ki.moba_attention``);
     - ``"clustered"``: each KV head does, and a tile of queries shares the union (``ki.clustered_sparse_attention``);
-    - ``"exact_token"``: the layer's indexer selects ``tokens`` single tokens (``ki.lightning_indexer``).
+    - ``"exact_token"``: the layer's indexer selects ``tokens`` single tokens (``ki.lightning_indexer``);
+    - ``"nsa"``: native sparse attention.  Three branches, each times a gate of every head, ``sigmoid`` of a projection:
+      the means of the complete blocks before the current one; ``topk`` blocks, which are the current one, the one
+      before it, the first, and those that a KV head weighs most among the means (``ki.importance_route``); and a window
+      of ``tokens`` tokens.  Its source is arXiv 2502.11089; blocks are compressed to means, as in
+      flash-linear-attention.
 
     The routers of blocks have no parameters.  The indexer learns by a loss of its own, ``ki.lightning_indexer_loss``,
     which is added to the gradient at this layer's result and changes nothing but the indexer's gradient.
@@ -39,11 +46,11 @@ class SparseAttention(Mixer):
     selections of a tile by ``ki.union_selection`` first, so that the receipt tells how many blocks they share.
 
     Args:
-        dim, heads, kv_heads, head_dim, window: as of ``Attention``.
-        kind: one of the three.
+        dim, heads, kv_heads, head_dim, window: as of ``Attention``; ``"nsa"`` takes no window besides its own.
+        kind: one of the four.
         block: tokens of a block.
-        topk: blocks for each query, the current one counted.
-        tokens: tokens for each query of ``"exact_token"``.
+        topk: blocks for each query, the current one counted; at least 3 for ``"nsa"``.
+        tokens: tokens for each query of ``"exact_token"``; those of the window of ``"nsa"``, the query's own counted.
         index_heads, index_dim: of the indexer.
         index_loss: factor of the indexer's loss; 0 leaves the indexer as it is.
     """
@@ -76,6 +83,10 @@ class SparseAttention(Mixer):
             checks.is_int(name, size, minimum=1)
         if heads % kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads ({kv_heads}), got {heads}")
+        if kind == "nsa" and topk < 3:
+            raise ValueError(f"topk must be at least 3 for 'nsa', which always selects three blocks, got {topk}")
+        if kind == "nsa" and window is not None:
+            raise ValueError(f"window must be None for 'nsa', whose window is `tokens`, got {window}")
         self.kind, self.heads, self.kv_heads, self.head_dim, self.window = kind, heads, kv_heads, head_dim, window
         self.rope_dim, self.block, self.topk, self.tokens = head_dim, block, topk, tokens
         self.index_loss = index_loss
@@ -84,6 +95,7 @@ class SparseAttention(Mixer):
         self.v = Linear(dim, kv_heads * head_dim, bias=False)
         self.out = Linear(heads * head_dim, dim, bias=False)
         self.index = Indexer(dim, index_heads, index_dim) if kind == "exact_token" else None
+        self.gates = Linear(dim, heads * 3, bias=False) if kind == "nsa" else None
 
     def forward(
         self,
@@ -93,10 +105,7 @@ class SparseAttention(Mixer):
         cache: Any = None,
     ) -> Branch:
         """``cache`` holds this layer's part of a ``KVCache``, or an ``ExactTokenCache``."""
-        B, T, _ = x_BTC.shape
-        q_BTHD = self.q(x_BTC).view(B, T, -1, self.head_dim)
-        k_BTKD = self.k(x_BTC).view(B, T, -1, self.head_dim)
-        v_BTKD = self.v(x_BTC).view(B, T, -1, self.head_dim)
+        q_BTHD, k_BTKD, v_BTKD = (f(x_BTC).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
         q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
         if cache is not None:
             kept = cache.attention if isinstance(cache, ExactTokenCache) else cache
@@ -107,7 +116,7 @@ class SparseAttention(Mixer):
             out_BTHD = self._attend(x_BTC, q_BTHD, k_BTKD, v_BTKD, mask)
         else:
             raise ValueError("mask must be given where no cache is, got None")
-        return self.out(out_BTHD.reshape(B, T, -1)), None
+        return self.out(out_BTHD.flatten(2)), None
 
     def _attend(
         self,
@@ -134,6 +143,12 @@ class SparseAttention(Mixer):
             return _JoinLoss.apply(out, self.index_loss * ki.lightning_indexer_loss(selected, q, k))
         if self.dense:
             return ki.attention(q, k, v, mask)
+        if self.kind == "nsa":
+            needs_ordinary_numerics(
+                "nn.SparseAttention", "the branches of native sparse attention have no invariant form"
+            )
+            branches = attend_to_branches(q, k, v, mask, block=self.block, topk=self.topk, window=self.tokens)
+            return branches.joined(self._gates(x, q))
         if self.kind == "moba":
             return ki.moba_attention(q, k, v, block_size=self.block, topk=self.topk, mask=mask)
         config = ki.ClusteredSparseConfig(
@@ -143,6 +158,11 @@ class SparseAttention(Mixer):
             report_unions=self.report_unions and not torch.compiler.is_compiling(),  # a trace has no values to report
         )
         return ki.clustered_sparse_attention(q, k, v, config=config, mask=mask)
+
+    def _gates(self, x: Tensor, q: Tensor) -> Tensor:
+        """[B, T, H, 3] in q's dtype."""
+        assert self.gates is not None
+        return torch.sigmoid(self.gates(x)).unflatten(-1, (self.heads, 3)).to(q.dtype)
 
     def _decode_by_rows(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
         """The training form over each row's cached tokens: the same calls, so the same bits."""
@@ -155,6 +175,9 @@ class SparseAttention(Mixer):
             if self.index is not None:
                 index_keys = cache.index.prefix(b)[0].squeeze(2)
             mask = ki.MaskContract(window=(self.window, 0), q_offset=total - x.shape[1])
+            if wants_gradient(k, v):  # the cache holds constants
+                before = total - x.shape[1]
+                keys, values = (torch.cat([old[:, :before], new[one]], 1) for old, new in ((keys, k), (values, v)))
             outs.append(self._attend(x[one], q[one], keys, values, mask, index_keys))
         return torch.cat(outs)
 
@@ -166,6 +189,11 @@ class SparseAttention(Mixer):
             return self._decode_tokens(x, q, cache, step)
         if self.dense:
             return ki.fa4_kvcache_decode(q, **step, **cache)
+        if self.kind == "nsa":
+            if wants_gradient(q, k, v) or q.shape[1] > self.block:  # a prompt, whose means are not known yet
+                return self._decode_by_rows(x, q, k, v, cache)
+            branches = attend_to_cached_branches(q, k, v, cache, block=self.block, topk=self.topk, window=self.tokens)
+            return branches.joined(self._gates(x, q))
         if self.kind == "clustered" and self.hierarchy is not None:
             cache.write(k, v)  # this step may complete a block, whose mean is then scored
             blocks = self._select_cached_blocks(q, cache, self.hierarchy)

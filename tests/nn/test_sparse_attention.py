@@ -8,7 +8,8 @@ from kernel_index.lm.cache import ModelCache
 from kernel_index.nn import SparseAttention
 
 B, T, C, H, K, D, BLOCK = 2, 44, 12, 4, 2, 8, 4
-KINDS = ["moba", "clustered", "clustered by groups", "exact_token"]
+KINDS = ["moba", "clustered", "clustered by groups", "exact_token", "nsa"]
+WINDOWS = [(kind, window) for kind in KINDS for window in (None, 13) if kind != "nsa" or window is None]
 
 
 def layer(kind, **options):
@@ -50,7 +51,9 @@ def selections(mixer, x, mask=None, positions=None):
     else:
         q, k = (p(x).unflatten(2, (-1, D)) for p in (mixer.q, mixer.k))
         q, k = ki.fused_rope_qk(q, k, *rope(at))
-        if mixer.kind == "moba":
+        if mixer.kind == "nsa":
+            indices = blocks_of_nsa(q, k, mask)
+        elif mixer.kind == "moba":
             indices = ki.moba_route(q, k, block_size=BLOCK, topk=3, mask=mask).indices
         else:
             config = ki.ClusteredSparseConfig(block_size=BLOCK, topk=3, hierarchy=mixer.hierarchy)
@@ -60,12 +63,40 @@ def selections(mixer, x, mask=None, positions=None):
     return table.scatter_(-1, torch.where(indices >= 0, indices, width).long(), True)[..., :width]
 
 
+def blocks_of_nsa(q, k, mask):
+    """The blocks by a plain formula: every weight, then a sort."""
+    batch, queries, heads, width = q.shape
+    groups = heads // k.shape[2]
+    start, end = mask.intervals(batch, queries)
+    current = torch.arange(queries) // BLOCK
+    table = torch.full((batch, queries, k.shape[2], 3), -1)
+    for b in range(batch):
+        for t in range(queries):
+            if start[b, t] == end[b, t]:
+                continue
+            first, c = int(start[b, t]) // BLOCK, int(current[t])
+            past = list(range(first, c))
+            forced = {c, *past[:1], *past[-1:]}
+            for g in range(k.shape[2]):
+                z = torch.stack([mean_of(k[b, :, g], j, start[b]) for j in past]) if past else k.new_zeros(0, width)
+                weights = (q[b, t, g * groups : (g + 1) * groups] @ z.T * width**-0.5).softmax(-1).sum(0)
+                others = sorted((j for j in past if j not in forced), key=lambda j, w=weights, f=first: (-w[j - f], j))
+                chosen = sorted([*forced, *others][:3])
+                table[b, t, g, : len(chosen)] = torch.tensor(chosen)
+    return table
+
+
+def mean_of(x_SD, block, start_S):
+    """Over the tokens of the block in the document of its last one."""
+    at = slice(block * BLOCK, block * BLOCK + BLOCK)
+    return x_SD[at][start_S[at] == start_S[at][-1]].mean(0)
+
+
 def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 13])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "window"), WINDOWS)
 def test_a_changed_future_changes_no_output_gradient_or_selection(kind, window):
     mixer, x, cut = layer(kind, window=window), stream(), 22  # inside a block
     changed = torch.cat([x[:, :cut], 5 * stream(2)[:, cut:]], 1)
@@ -110,14 +141,15 @@ def test_another_document_and_tokens_outside_a_window_have_no_influence(kind):
     assert torch.equal(selections(mixer, other, mask)[:, late], selections(mixer, x, mask)[:, late])
     assert not run(mixer, other, mask)[1, 37:].any()
     assert not gradient(mixer, x, late, mask)[:, :cut].any()
+    if kind == "nsa":  # its compressed branch has no window
+        return
     windowed = layer(kind, window=7).eval()
     hidden = gradient(windowed, x, slice(T - 1, T))
     assert not hidden[:, : T - 8].any()
     assert hidden[:, T - 8 :].any(-1).sum() > B
 
 
-@pytest.mark.parametrize("window", [None, 13])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "window"), WINDOWS)
 def test_decoding_with_a_cache_equals_recomputation(kind, window):
     """A padded prompt, then token by token, each row at its own position, in pages that are no multiple of a block."""
     mixer, x = layer(kind, window=window).eval(), stream()
@@ -218,5 +250,6 @@ def test_the_indexer_learns_while_attention_is_still_dense():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="kind must be one of 'exact_token', 'moba', 'clustered', got 'dense'"):
+    kinds = "'exact_token', 'moba', 'clustered', 'nsa'"
+    with pytest.raises(ValueError, match=f"kind must be one of {kinds}, got 'dense'"):
         layer("dense")

@@ -17,7 +17,12 @@ from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.proofs.errors import differentiable, run
 
 NAN, INF = float("nan"), float("inf")
-KEYS = {"block_router": "k", "hierarchical_block_select": "block_keys", "lightning_indexer": "k_idx"}
+KEYS = {
+    "block_router": "k",
+    "hierarchical_block_select": "block_keys",
+    "importance_route": "block_keys",
+    "lightning_indexer": "k_idx",
+}
 QUERIES = {"lightning_indexer": "q_idx"}
 ROUTERS = [s for s in suites() if s.op in KEYS]
 CASES = [
@@ -30,9 +35,9 @@ def seen_by(suite, call: dict[str, Any]) -> Tensor:
     (batch, queries), n = call[QUERIES.get(suite.op, "q")].shape[:2], call[KEYS[suite.op]].shape[1]
     keys, mask = call.get("kv_len", n), call.get("mask") or MaskContract()
     allowed = mask.dense(batch, queries, keys)[:, 0]
-    if suite.op != "hierarchical_block_select":
+    if KEYS[suite.op] != "block_keys":
         return allowed
-    padded = torch.nn.functional.pad(allowed, (0, n * call["block_size"] - keys))
+    padded = torch.nn.functional.pad(allowed, (0, n * call["block_size"] - keys))  # a block that still grows has no key
     return padded.unflatten(2, (n, call["block_size"])).any(3)
 
 

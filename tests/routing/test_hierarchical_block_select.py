@@ -26,7 +26,8 @@ MASKS = {
 }
 
 
-FORMS = {  # in C++, all scores by one product, for very many blocks, and plain
+FORMS = {  # on a GPU, in C++, all scores by one product, for very many blocks, and plain
+    "triton": "triton",
     "native": "native",
     "products": "chunked",
     "fetched": "chunked",

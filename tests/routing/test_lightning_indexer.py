@@ -15,6 +15,9 @@ MASKS = {
 }
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "native", "chunked", "reference"])
+
+
 def whole_numbers(length=100, heads=3, width=4, seed=0):
     """Small integers: every score is exact in float32 and most of them are tied."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,11 +41,12 @@ def by_python(q, k, w, topk, mask):
 
 
 @pytest.mark.parametrize("tile", [256, 10**9])
-@pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
+@BACKENDS
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch):
     monkeypatch.setattr(chunked, "ELEMENTS", tile)
-    q, k, w = whole_numbers(300 if mask.doc_ids is None and mask.validity is None else 100)
+    long = mask.doc_ids is None and mask.validity is None and backend != "triton"  # the interpreter takes its time
+    q, k, w = whole_numbers(300 if long else 100)
     picked = ki.lightning_indexer(q, k, w, topk=7, mask=mask, backend=backend)
     expected, scores = by_python(q, k, w, 7, mask)
     assert torch.equal(picked.indices, expected)
@@ -73,7 +77,7 @@ def test_no_tensor_of_all_scores_is_ever_made(monkeypatch):
     assert largest.elements < 1024 * 1024 // 16
 
 
-@pytest.mark.parametrize("backend", ["native", "chunked", "reference"])
+@BACKENDS
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_nothing_hidden_chooses(mask, backend):
     """What query t may not see changes neither its picks nor their scores, to the bit."""
@@ -81,7 +85,7 @@ def test_nothing_hidden_chooses(mask, backend):
     q, k, w = (torch.randn(2, 100, *n, generator=generator) for n in ((3, 8), (8,), (3,)))
     allowed = mask.dense(2, 100)[:, 0]
     before = ki.lightning_indexer(q, k, w, topk=6, mask=mask, backend=backend)
-    for t in (0, 17, 63, 64, 99):
+    for t in (17, 64) if backend == "triton" else (0, 17, 63, 64, 99):
         changed = torch.where(allowed[:, t, :, None], k, 1e4)
         after = ki.lightning_indexer(q, changed, w, topk=6, mask=mask, backend=backend)
         assert torch.equal(after.indices[:, t], before.indices[:, t])

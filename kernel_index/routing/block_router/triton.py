@@ -1,8 +1,4 @@
-"""Score blocks and keep the best of each query in one pass: no score leaves the program that made it.
-
-A score and its block are one integer, ordered as ``routing.top_blocks`` orders them: by score, then by smaller block.
-All are different, so the kept ones need no order of their own until they are written.
-"""
+"""Score blocks and keep the best of each query in one pass: no score leaves the program that made it."""
 
 from typing import NamedTuple
 
@@ -13,20 +9,7 @@ from kernel_index.core.target import Target, target_of
 from kernel_index.core.triton.attention import load_rows, load_tile, within
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
-
-LOW = tl.constexpr(0x7FFFFFFF)
-FULL = tl.constexpr(3 * 2**61)  # above every score, as −FULL is below every one
-
-
-@jit
-def _ordered(score, block):
-    """Score and block as one int64.
-
-    Two's complement turns float32 into an integer of its order once the bits of negative numbers are flipped.
-    """
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    rank = tl.where(score != score, LOW, bits ^ ((bits >> 31) & LOW))  # NaN of either sign is above +∞
-    return (rank.to(tl.int64) << 31) + (block ^ LOW)
+from kernel_index.routing.triton_topk import LOW, empty_slots, keep_best, store_ascending, with_forced
 
 
 @jit
@@ -49,13 +32,8 @@ def _route_kernel(
         q_mean += load_rows(q_ptr + b * q_b, o_row, m_q, D, BLOCK_D).to(tl.float32)
     q_mean = q_mean / GROUP
 
-    # Slots from TOPK on are full from the start; the current block is above every score.
-    o_slot = tl.arange(0, KEPT)[None, :]  # [1, KEPT]
-    full, nothing = tl.full((QUERIES, KEPT), FULL, tl.int64), tl.full((QUERIES, BN), -FULL, tl.int64)
-    kept = tl.where(o_slot < TOPK, o_slot - full, full)  # [QUERIES, KEPT]
-    forced = (tl.full((QUERIES,), 1, tl.int64) << 62) + (current ^ LOW)  # [QUERIES]
-    m_current = (current >= 0) & (current < BLOCKS)
-    kept = tl.where((o_slot == 0) & m_current[:, None], forced[:, None], kept)
+    kept = empty_slots(QUERIES, KEPT, TOPK)
+    kept = with_forced(kept, 0, current, (current >= 0) & (current < BLOCKS), KEPT)
 
     low = tl.min(tl.where(current >= 0, first, LOW), 0) // BN
     high = tl.cdiv(tl.max(current, 0), BN)
@@ -65,20 +43,8 @@ def _route_kernel(
         o_n = i * BN + tl.arange(0, BN)  # [BN]
         score = tl.dot(q_mean, tl.trans(b_means), input_precision=PRECISION)  # [QUERIES, BN]
         m_legal = within(o_n[None, :], first[:, None], current[:, None])
-        found = tl.where(m_legal, _ordered(score, o_n[None, :]), nothing)  # [QUERIES, BN]
-        best, worst = tl.max(found, 1), tl.min(kept, 1)  # [QUERIES]
-        while tl.max((best > worst).to(tl.int32), 0) > 0:
-            kept = tl.where((kept == worst[:, None]) & (best > worst)[:, None], best[:, None], kept)
-            found = tl.where(found == best[:, None], nothing, found)
-            best, worst = tl.max(found, 1), tl.min(kept, 1)
-
-    block = tl.where(kept >= KEPT - FULL, ((kept & LOW) ^ LOW).to(tl.int32), LOW)  # [QUERIES, KEPT]
-    block = tl.where(o_slot < TOPK, block, LOW)
-    p_indices = indices_ptr + ((b * T + o_q) * G + g) * TOPK
-    for i in range(0, TOPK):  # ascending, then −1 for slots without a block
-        least = tl.min(block, 1)  # [QUERIES]
-        tl.store(p_indices + i, tl.where(least < LOW, least, -1), mask=m_q)
-        block = tl.where(block == least[:, None], LOW, block)
+        kept = keep_best(kept, score, o_n, m_legal)
+    store_ascending(indices_ptr + ((b * T + o_q) * G + g) * TOPK, kept, m_q, TOPK, KEPT)
 
 
 class Config(NamedTuple):
@@ -91,7 +57,7 @@ class Config(NamedTuple):
 
 
 def pick_config(target: Target) -> Config:
-    """The largest that spill no register; compiled ahead of time, not timed.
+    """The largest that spill no register.
 
     Three products of TF32 halves err by about 2⁻²², as float32 sums of this length do.
     """

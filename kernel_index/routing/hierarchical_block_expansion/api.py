@@ -8,17 +8,25 @@ from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.forced_blocks import ForcedBlock
 from kernel_index.routing.hierarchical_block_expansion import contract
 from kernel_index.routing.hierarchical_block_expansion.chunked import select_chunked
 from kernel_index.routing.hierarchical_block_expansion.native import SOURCE, select_native
 from kernel_index.routing.hierarchical_block_expansion.recall import with_recall
 from kernel_index.routing.hierarchical_block_expansion.reference import select_reference
 from kernel_index.routing.hierarchical_block_expansion.selection import BlockSelection
+from kernel_index.routing.hierarchical_block_expansion.torch_op import select_triton
 
-HierarchyBackend = Literal["auto", "native", "chunked", "reference"]
-ForcedBlock = Literal["current", "sink", "local"]
+HierarchyBackend = Literal["auto", "triton", "native", "chunked", "reference"]
 
 BACKENDS = (
+    Backend(
+        "triton",
+        contract.triton_why_not,
+        with_recall(select_triton),
+        contract.triton_not_worth,
+        contract.details,
+    ),
     Backend("native", contract.native_why_not, with_recall(select_native), native.once_built(SOURCE), contract.details),
     Backend("chunked", always, with_recall(select_chunked), details=contract.details),
     Backend("reference", always, with_recall(select_reference), details=contract.details),

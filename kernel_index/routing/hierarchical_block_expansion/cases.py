@@ -92,5 +92,7 @@ SUITES = (
         op="hierarchical_block_select", function=outcome, backends=BACKENDS, cases=CASES, differentiable=(),
         oracle=oracle, sized=lambda m, n: call(m, n, n, 2, 1, 4, coarse_ratio=2, coarse_topc=1, final_topk=2),
         scales=(1e-3, 1.0, 16.0),
+        real=lambda m: call(m, 8192, 8192, 32, 4, 128) | {"block_size": 8, "coarse_ratio": 8, "coarse_topc": 16,
+            "final_topk": 16, "block_keys": m.normal(2, 1024, 4, 128, scale=1.0)},
     ),
 )  # fmt: skip

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.routing.forced_blocks import forced_blocks
 from kernel_index.routing.hierarchical_block_expansion.contract import HierarchyCall
-from kernel_index.routing.hierarchical_block_expansion.forced import forced_blocks
 from kernel_index.routing.legal_blocks import TopBlocks, best_blocks
 from kernel_index.routing.topk_keys import NOTHING, best_keys, index_of
 

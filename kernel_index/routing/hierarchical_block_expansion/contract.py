@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, native
+from kernel_index.core import checks, native, rules
 from kernel_index.masks.attention_arguments import host_plan_why_not
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.routing.forced_blocks import check_forced
 from kernel_index.routing.hierarchical_block_expansion.selection import HierarchyPlan
 from kernel_index.routing.legal_blocks import LegalBlocks, check_causal, group_queries, legal_blocks, num_blocks
 
-FORCED = ("current", "sink", "local")
 FEW_BLOCKS = "blocks ≤ coarse_topc × coarse_ratio: every block would be a candidate"
 
 
@@ -90,11 +90,7 @@ def _check_options(
 ) -> tuple[str, ...]:
     for name, value in (("coarse_ratio", coarse_ratio), ("coarse_topc", coarse_topc), ("block_size", block_size)):
         checks.is_int(name, value, minimum=1)
-    if isinstance(forced, str) or not isinstance(forced, tuple | list | set | frozenset):
-        raise TypeError(f"forced must be a tuple of {', '.join(FORCED)}, got {forced!r}")
-    for name in forced:
-        checks.one_of("forced", name, FORCED)
-    wanted = tuple(name for name in FORCED if name in forced)
+    wanted = check_forced(forced)
     checks.is_int("final_topk", final_topk, minimum=max(1, len(wanted)))
     if not isinstance(mask, MaskContract):
         raise TypeError(f"mask must be a MaskContract, got {type(mask).__name__}")
@@ -119,6 +115,30 @@ def details(call: HierarchyCall) -> tuple[tuple[str, Any], ...]:
         return ()
     plan = call.plan
     return ("exhaustive", plan.exhaustive), ("reason", plan.reason), ("blocks", plan.blocks), ("metas", plan.metas)
+
+
+MOST_BLOCKS = 64
+"""Blocks of a query, and groups that are expanded, that the Triton kernel keeps in registers."""
+
+WIDEST_HEAD = 128
+"""Largest head size of the Triton kernel."""
+
+MOST_CHILDREN = 64
+"""Children of a group that the Triton kernel scores at once."""
+
+
+def triton_why_not(call: HierarchyCall) -> str | None:
+    if call.topk > MOST_BLOCKS or (call.plan.coarse_topc > MOST_BLOCKS and not call.plan.exhaustive):
+        return "keeps at most 64 blocks of a query, and 64 groups"
+    if call.plan.coarse_ratio > MOST_CHILDREN and not call.plan.exhaustive:
+        return "scores at most 64 children of a group at once"
+    if call.q.shape[3] > WIDEST_HEAD:
+        return "needs head sizes of at most 128"
+    return rules.triton_why_not(call.q, call.block_keys)
+
+
+def triton_not_worth(call: HierarchyCall) -> str | None:
+    return rules.triton_not_worth(call.q)
 
 
 def native_why_not(call: HierarchyCall) -> str | None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native
-from kernel_index.routing.hierarchical_block_expansion.contract import FORCED, HierarchyCall
+from kernel_index.routing.forced_blocks import FORCED
+from kernel_index.routing.hierarchical_block_expansion.contract import HierarchyCall
 from kernel_index.routing.hierarchical_block_expansion.selection import HierarchyPlan
 from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks
 

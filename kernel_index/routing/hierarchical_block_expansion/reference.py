@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernel_index.routing.forced_blocks import forced_blocks
 from kernel_index.routing.hierarchical_block_expansion.contract import HierarchyCall
-from kernel_index.routing.hierarchical_block_expansion.forced import forced_blocks
 from kernel_index.routing.legal_blocks import TopBlocks, ascending
 from kernel_index.routing.membership import membership
 from kernel_index.routing.stable_topk import best_by_sorting

@@ -16,13 +16,24 @@ from kernel_index.routing.lightning_indexer import contract
 from kernel_index.routing.lightning_indexer.native import SOURCE
 from kernel_index.routing.lightning_indexer.reference import lightning_indexer_reference
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
-from kernel_index.routing.lightning_indexer.torch_op import lightning_indexer_chunked, lightning_indexer_native
+from kernel_index.routing.lightning_indexer.torch_op import (
+    lightning_indexer_chunked,
+    lightning_indexer_native,
+    lightning_indexer_triton,
+)
 
 INDEX = Recipe(f"index 1: float32 scores of each head by {PRODUCT.text}, heads added in order, a stable sort")
 
-IndexerBackend = Literal["auto", "native", "chunked", "reference"]
+IndexerBackend = Literal["auto", "triton", "native", "chunked", "reference"]
 
 BACKENDS = (
+    Backend(
+        "triton",
+        contract.triton_why_not,
+        lightning_indexer_triton,
+        contract.triton_not_worth,
+        contract.triton_details,
+    ),
     Backend(
         "native",
         contract.native_why_not,

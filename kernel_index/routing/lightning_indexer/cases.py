@@ -9,6 +9,8 @@ from kernel_index.core.testing import Case, Maker, Suite
 from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.api import BACKENDS, lightning_indexer
+from kernel_index.routing.lightning_indexer.loss import LOSS_BACKENDS, lightning_indexer_loss
+from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
 
 def indexer(m: Maker, t: int, s: int, heads: int, width: int, topk: int, **more: Any) -> dict[str, Any]:
@@ -55,10 +57,84 @@ def oracle(q_idx: Tensor, k_idx: Tensor, weights: Tensor, topk: int, mask: MaskC
     return (scores + nothing).to(torch.promote_types(q_idx.dtype, torch.float32))
 
 
+def loss_call(m: Maker, t: int, heads: int, kv_heads: int, width: int, n: int, **more: Any) -> dict[str, Any]:
+    """Selected tokens without repeats, of which some are not valid."""
+    order = torch.rand(2, t, t, generator=m.generator).argsort(-1)[..., :n].to(m.device)
+    return {
+        "scores": m.normal(2, t, n, dtype=torch.promote_types(m.dtype, torch.float32), scale=1.0),
+        "indices": order,
+        "valid": m.integers(0, 4, 2, t, n) > 0,
+        "q": m.normal(2, t, heads, width),
+        "k": m.normal(2, t, kv_heads, width, scale=1.0),
+        **more,
+    }
+
+
+def _with_an_empty_query(m: Maker) -> dict[str, Any]:
+    made = loss_call(m, 9, 2, 1, 8, 5)
+    made["valid"][:, 3] = False
+    return made
+
+
+def _real_loss(m: Maker) -> dict[str, Any]:
+    made = {
+        "indices": m.integers(0, 8192, 1, 8192, 512),
+        "q": m.normal(1, 8192, 32, 128),
+        "k": m.normal(1, 8192, 4, 128),
+    }
+    made["scores"] = m.normal(1, 8192, 512, dtype=torch.float32)
+    return {"valid": made["indices"] >= 0, **made}
+
+
+LOSS_CASES = (
+    Case("groups", "three heads of each of two KV heads", lambda m: loss_call(m, 19, 6, 2, 8, 7)),
+    Case("options", "softcap, scale, an odd width", lambda m: loss_call(m, 9, 2, 2, 7, 4, softcap=2.0, scale=0.7)),
+    Case("empty", "a query without a token does not count", _with_an_empty_query),
+    Case("no_queries", "no query", lambda m: loss_call(m, 0, 2, 1, 8, 0)),
+)
+
+
+def loss_of(scores: Tensor, indices: Tensor, valid: Tensor, **call: Any) -> Tensor:
+    return lightning_indexer_loss(TokenSelection(indices, valid, scores), **call)
+
+
+def loss_oracle(
+    scores: Tensor,
+    indices: Tensor,
+    valid: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Query by query, the target head by head."""
+    (batch, queries, heads, width), kv_heads = q.shape, k.shape[2]
+    dtype, losses = torch.promote_types(q.dtype, torch.float32), []
+    for b in range(batch):
+        for t in range(queries):
+            at = indices[b, t][valid[b, t]]
+            if not len(at):
+                continue
+            target = torch.zeros(len(at), dtype=dtype)
+            for h in range(heads):
+                z = k[b, at, h * kv_heads // heads].to(dtype) @ q[b, t, h].to(dtype)
+                z = z * (width**-0.5 if scale is None else scale)
+                target += (softcap * torch.tanh(z / softcap) if softcap else z).softmax(0).detach() / heads
+            share = scores[b, t][valid[b, t]].log_softmax(0)
+            losses.append((torch.special.xlogy(target, target) - target * share).sum())
+    return torch.stack(losses).mean() if losses else scores.sum() * 0.0
+
+
 SUITES = (
     Suite(
         op="lightning_indexer", function=scores_of, backends=BACKENDS, cases=CASES,
         differentiable=("q_idx", "k_idx", "weights"), oracle=oracle,
         sized=lambda m, n: indexer(m, n, n, 2, 4, 3, mask=MaskContract(causal=False)),  # no score of −∞ to differ from
+        real=lambda m: indexer(m, 8192, 8192, 4, 64, 512),
+    ),
+    Suite(
+        op="lightning_indexer_loss", function=loss_of, backends=LOSS_BACKENDS, cases=LOSS_CASES,
+        differentiable=("scores",), oracle=loss_oracle, sized=lambda m, n: loss_call(m, n, 2, 1, 4, min(n, 3)),
+        scales=(1e-3, 1.0), real=_real_loss,
     ),
 )  # fmt: skip

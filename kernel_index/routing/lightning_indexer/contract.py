@@ -13,6 +13,8 @@ from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
 
+NOTHING_TO_SELECT = "a recorded selection is replayed: there is nothing to select"
+
 
 class IndexerCall(NamedTuple):
     """One checked call."""
@@ -31,6 +33,16 @@ class IndexerCall(NamedTuple):
     def intervals(self) -> tuple[Tensor, Tensor]:
         """The keys ``start ≤ s < end`` that each query may see, int32 [B or 1, T]."""
         return self.mask.row_intervals(self.sizes)
+
+
+class LossCall(NamedTuple):
+    """One checked call of the loss."""
+
+    selection: TokenSelection
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, S, K, D]
+    scale: float
+    softcap: float
 
 
 def check(q: Any, k: Any, weights: Any, topk: Any, mask: Any, replay: Any) -> IndexerCall:
@@ -82,6 +94,36 @@ def check_in_range(name: str, indices: Tensor, valid: Tensor | None, keys: int) 
         raise ValueError(f"{name} must be below {keys}, or -1 for no pick, got {low if low < -1 else high}")
 
 
+def triton_why_not(call: IndexerCall) -> str | None:
+    if call.replay is not None:
+        return NOTHING_TO_SELECT
+    if call.q.shape[3] > rules.WIDEST_HEAD:
+        return rules.NEEDS_NARROW_HEADS
+    if call.q.dtype not in (torch.float32, *rules.HALF):
+        return rules.NEEDS_TRITON_DTYPE
+    if call.sizes.offset is None or call.mask.prefix is not None:
+        return "takes one offset for all rows, and no prefix"
+    return rules.triton_why_not(call.q, call.k, call.weights)
+
+
+def triton_not_worth(call: IndexerCall) -> str | None:
+    return rules.triton_not_worth(call.q)
+
+
+def triton_loss_why_not(call: LossCall) -> str | None:
+    if call.q.shape[3] > rules.WIDEST_HEAD:
+        return rules.NEEDS_NARROW_HEADS
+    if call.q.shape[2] > 64 * call.k.shape[2]:
+        return "needs at most 64 query heads for each KV head"
+    if call.q.dtype not in (torch.float32, *rules.HALF):
+        return rules.NEEDS_TRITON_DTYPE
+    return rules.triton_why_not(call.q, call.k, *call.selection)
+
+
+def triton_loss_not_worth(call: LossCall) -> str | None:
+    return rules.triton_not_worth(call.q)
+
+
 def chunked_why_not(call: IndexerCall) -> str | None:
     if rules.inside_functorch():
         return rules.INSIDE_FUNCTORCH
@@ -96,7 +138,7 @@ def native_why_not(call: IndexerCall) -> str | None:
     if is_invariant() and call.replay is None:
         return native.op_why_not(call.q, call.k, call.weights)
     if call.replay is not None:
-        return "a recorded selection is replayed: there is nothing to select"
+        return NOTHING_TO_SELECT
     if (rule := chunked_why_not(call)) is not None:
         return rule
     if target_of(call.q.device).kind != "cpu":
@@ -109,6 +151,10 @@ def native_why_not(call: IndexerCall) -> str | None:
 def native_details(call: IndexerCall) -> tuple[tuple[str, Any], ...]:
     """What makes the selection."""
     return (("choice", "native"),)
+
+
+def triton_details(call: IndexerCall) -> tuple[tuple[str, Any], ...]:
+    return (("choice", "triton"),)
 
 
 def chunked_details(call: IndexerCall) -> tuple[tuple[str, Any], ...]:

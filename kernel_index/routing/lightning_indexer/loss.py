@@ -1,19 +1,53 @@
 """What trains the indexer: its scores should say what attention does with the tokens."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from kernel_index.core import checks
 from kernel_index.core.autocast import cast_like_sdpa, without_autocast
+from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.masks.attention_arguments import scale_of
+from kernel_index.routing.lightning_indexer import contract
+from kernel_index.routing.lightning_indexer.contract import LossCall
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
+from kernel_index.routing.lightning_indexer.torch_op import loss_triton
 
 ELEMENTS = 1 << 22
 """Fetched numbers of a chunk of queries at once; 16 times as many on a GPU."""
 
 
+LossBackend = Literal["auto", "triton", "reference"]
+
+
+def loss_reference(call: LossCall) -> Tensor:
+    """The formula, some queries at a time."""
+    selection, q, k, scale, softcap = call
+    with torch.no_grad(), without_autocast(q):
+        target = attention_shares(selection, q.detach(), k.detach(), scale, softcap)
+    scores = torch.where(selection.valid, selection.scores, -torch.inf)
+    not_empty = selection.valid.any(-1, keepdim=True)
+    log_shares = torch.where(not_empty, scores, 0.0).log_softmax(-1)  # a row of −∞ would be NaN, and so its gradient
+    divergence = target * (target.clamp(min=torch.finfo(target.dtype).tiny).log() - log_shares)
+    rows = torch.where(selection.valid & (target > 0), divergence, 0.0).sum(-1)
+    return rows.sum() / not_empty.sum().clamp(min=1)
+
+
+LOSS_BACKENDS = (
+    Backend("triton", contract.triton_loss_why_not, loss_triton, contract.triton_loss_not_worth),
+    Backend("reference", always, loss_reference),
+)
+
+
 def lightning_indexer_loss(
-    selection: TokenSelection, q: Tensor, k: Tensor, *, scale: float | None = None, softcap: float = 0.0
+    selection: TokenSelection,
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: LossBackend = "auto",
 ) -> Tensor:
     """How far the indexer's scores are from what attention does with the tokens that it selected.
 
@@ -32,12 +66,14 @@ def lightning_indexer_loss(
         k: [B, S, K, D], its keys.
         scale: factor of the attention's scores; ``D ** -0.5`` by default.
         softcap: bound of the attention's scores; 0 is off.
+        backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
         A scalar, float32 (float64 for float64).  Memory is O(T · topk) and one chunk of fetched keys.
 
     Raises:
         TypeError, ValueError: an argument breaks its rule.
+        Ineligible: the named backend cannot run this call.
 
     Source: the sparse training stage of DeepSeek-V3.2 (DeepSeek-AI, 2025).
 
@@ -49,14 +85,8 @@ def lightning_indexer_loss(
     """
     q, k = cast_like_sdpa(q, k)
     _check(selection, q, k, scale, softcap)
-    with torch.no_grad(), without_autocast(q):
-        target = attention_shares(selection, q.detach(), k.detach(), scale_of(q, scale), softcap)
-    scores = torch.where(selection.valid, selection.scores, -torch.inf)
-    not_empty = selection.valid.any(-1, keepdim=True)
-    log_shares = torch.where(not_empty, scores, 0.0).log_softmax(-1)  # a row of −∞ would be NaN, and so its gradient
-    divergence = target * (target.clamp(min=torch.finfo(target.dtype).tiny).log() - log_shares)
-    rows = torch.where(selection.valid & (target > 0), divergence, 0.0).sum(-1)
-    return rows.sum() / not_empty.sum().clamp(min=1)
+    call = LossCall(selection, q, k, scale_of(q, scale), softcap)
+    return choose("lightning_indexer_loss", LOSS_BACKENDS, backend, call).run(call)
 
 
 def attention_shares(selection: TokenSelection, q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
@@ -93,13 +123,13 @@ def _check(selection: TokenSelection, q: Tensor, k: Tensor, scale: float | None,
         checks.is_floating(name, value)
         checks.has_rank(name, value, 4, legend)
         checks.on_device(name, value, q, "q")
-    (batch, queries, heads, width), (keys, kv_heads) = q.shape, k.shape[1:3]
+    (batch, _, heads, width), (keys, kv_heads) = q.shape, k.shape[1:3]
     checks.has_dtype("k", k, q.dtype, "like q")
     checks.has_shape("k", k, (batch, keys, kv_heads, width), "[B, S, K, D] with q's B and D,")
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q must be of a multiple of k's {kv_heads} heads, got {heads}")
-    topk = selection.indices.shape[-1]
-    checks.has_shape("selection.scores", selection.scores, (batch, queries, topk), "[B, T, topk] with q's B and T,")
+    _check_selection(selection, q)
+    topk = selection.indices.shape[2]
     if not torch.compiler.is_compiling() and selection.indices.device.type == "cpu" and topk > 0:
         # Read on the host alone: on a device PyTorch's own gather stops at a key that does not exist.
         selected = selection.indices.masked_fill(~selection.valid, -1)
@@ -110,3 +140,15 @@ def _check(selection: TokenSelection, q: Tensor, k: Tensor, scale: float | None,
     checks.is_real("softcap", softcap)
     if softcap < 0:
         raise ValueError(f"softcap must be at least 0 (0 is off), got {softcap}")
+
+
+def _check_selection(selection: TokenSelection, q: Tensor) -> None:
+    contract.check_indices("selection.indices", selection.indices, q)
+    checks.has_rank("selection.indices", selection.indices, 3, "[B, T, topk]")
+    shape = (q.shape[0], q.shape[1], selection.indices.shape[2])
+    checks.is_tensor("selection.valid", selection.valid)
+    checks.has_dtype("selection.valid", selection.valid, torch.bool, "")
+    checks.is_floating("selection.scores", selection.scores)
+    for name, value in zip(TokenSelection._fields, selection, strict=True):
+        checks.has_shape(f"selection.{name}", value, shape, "[B, T, topk] with q's B and T,")
+        checks.on_device(f"selection.{name}", value, q, "q")

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.kernels.attention.exact_token_sparse import cpu
+from kernel_index.core.triton import launch
+from kernel_index.kernels.attention.exact_token_sparse import cpu, torch_op
+from kernel_index.routing import token_unions
 
 SCHEMA = {
     *("path", "reason", "indexer", "seq_len", "requested_backend", "actual_backend", "runtime_mode"),
@@ -218,3 +220,29 @@ def test_refusals(message):
     with pytest.raises((TypeError, ValueError)) as error:
         ki.exact_token_attention(q, k, v, **(good | REFUSALS[message]))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("together", [0, 8])
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("heads", "groups", "lists"), [(6, 2, 2), (2, 1, 1)])
+def test_tiles_that_go_together_and_queries_that_go_alone_agree(together, small, heads, groups, lists, monkeypatch):
+    """Neighbours that share their tokens, in one round and chunk or in several; the same bits every time."""
+    if not launch.interpreting():
+        pytest.skip("runs in Triton's interpreter, on a CPU")
+    monkeypatch.setattr(torch_op, "TOGETHER", together)
+    if small:
+        monkeypatch.setattr(token_unions, "ROUND_BYTES", 1)
+        monkeypatch.setattr(token_unions, "TABLE_BYTES", 1)
+    n = 140  # two tiles of queries and a part of one
+    q, k, v = (x.requires_grad_() for x in qkv(n, n, heads, groups, 8))
+    generator = torch.Generator().manual_seed(1)
+    picks = torch.randint(-1, n, (1, 5, lists, 9), generator=generator).repeat_interleave(28, 1)
+    picks = picks if lists > 1 else picks[:, :, 0]
+    upstream = torch.randn(q.shape, generator=generator)
+    found = []
+    for backend in ("triton", "triton", "reference"):
+        out = ki.exact_token_attention(q, k, v, picks, backend=backend)
+        found.append((out, *torch.autograd.grad(out, (q, k, v), upstream)))
+    for first, again, expected in zip(*found, strict=True):
+        assert torch.equal(first, again)
+        torch.testing.assert_close(first, expected)

@@ -1,4 +1,4 @@
-"""A selection in the orders of the kernels: sorted for each query, and inverted (the queries of each key)."""
+"""A selection in the order of the kernels: sorted for each query."""
 
 from typing import NamedTuple
 
@@ -16,16 +16,6 @@ class SortedTokens(NamedTuple):
     counts: Tensor
 
 
-class InverseSelection(NamedTuple):
-    """The queries that selected each key: ``queries[b, p, first[b, p, s] … first[b, p, s + 1] − 1]``, ascending.
-
-    int32 [B, P, T·n] and int64 [B, P, S + 1].
-    """
-
-    queries: Tensor
-    first: Tensor
-
-
 def sort_selected(indices: Tensor, valid: Tensor | None, start: Tensor, end: Tensor, keys: int) -> SortedTokens:
     """From [B, T, P, n] and the intervals [rows, T]; nothing waits for the device."""
     legal = (indices >= start[..., None, None]) & (indices < end[..., None, None])
@@ -35,13 +25,3 @@ def sort_selected(indices: Tensor, valid: Tensor | None, start: Tensor, end: Ten
     counts = (ordered < keys).sum(-1, dtype=torch.int32)
     again = torch.nn.functional.pad(ordered[..., 1:] == ordered[..., :-1], (1, 0))
     return SortedTokens(torch.where(again | (ordered == keys), -1, ordered).contiguous(), counts.contiguous())
-
-
-def inverse_selection(indices: Tensor, keys: int) -> InverseSelection:
-    """A stable sort by key: the queries of a key keep their order, so its sums are the same bits every time."""
-    batch, queries, shared, count = indices.shape
-    by_selection = indices.transpose(1, 2).reshape(batch, shared, queries * count)
-    by_selection = torch.where(by_selection >= 0, by_selection, keys)
-    ordered, order = by_selection.sort(dim=-1, stable=True)
-    key = torch.arange(keys + 1, device=indices.device, dtype=torch.int32).expand(batch, shared, -1).contiguous()
-    return InverseSelection((order // max(1, count)).to(torch.int32), torch.searchsorted(ordered, key))

@@ -7,7 +7,12 @@ from kernel_index.core import ops
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
 from kernel_index.core.triton.launch import dense_heads
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall, Scoring
-from kernel_index.kernels.attention.exact_token_sparse.selection_order import inverse_selection, sort_selected
+from kernel_index.kernels.attention.exact_token_sparse.geometry import TOGETHER, launch_of, padded_group
+from kernel_index.kernels.attention.exact_token_sparse.selection_order import sort_selected
+from kernel_index.routing.token_unions import chunks_of_queries, unions_of
+
+MOST_SORTED = 4096
+"""Tokens of a query that one program sorts; PyTorch sorts more."""
 
 
 def _allocate(q, k, v, indices, valid, start, end, scale, softcap):
@@ -19,13 +24,36 @@ def _allocate(q, k, v, indices, valid, start, end, scale, softcap):
 
 def _launch(q, k, v, indices, valid, start, end, scale, softcap):
     """The sort is inside the op: compiled outside, it would be many small kernels."""
-    from kernel_index.kernels.attention.exact_token_sparse import triton
+    from kernel_index.kernels.attention.exact_token_sparse import triton, triton_order, triton_unions
 
-    outputs = _allocate(q, k, v, indices, valid, start, end, scale, softcap)[:2]
+    out, log2_sum, selected, counts = _allocate(q, k, v, indices, valid, start, end, scale, softcap)
     q, k, v = map(dense_heads, (q, k, v))
-    sorted_tokens = sort_selected(indices, valid, start, end, k.shape[1])
-    triton.forward(q, k, v, *sorted_tokens, scale, softcap, outputs)
-    return *outputs, *sorted_tokens
+    if indices.shape[3] <= MOST_SORTED:
+        dense_indices, dense_valid = dense_heads(indices), None if valid is None else dense_heads(valid)
+        order = (dense_indices, dense_valid, start.contiguous(), end.contiguous(), k.shape[1])
+        triton_order.sort_selected(*order, (selected, counts))
+    else:
+        selected, counts = sort_selected(indices, valid, start, end, k.shape[1])
+    launches, group, limit = _launches(("forward", "single"), q, k, v, selected, scale, softcap)
+    for u in _unions(q, k, selected):
+        triton_unions.forward(q, k, v, u, counts, limit, launches[0], group, (out, log2_sum))
+        triton.forward(q, k, v, selected, counts, u, limit, launches[1], (out, log2_sum))
+    return out, log2_sum, selected, counts
+
+
+def _launches(kernels, q, k, v, selected, scale, softcap):
+    """The geometry of these kernels, the heads of a KV head, padded, and the tokens of a union that goes together."""
+    shared = selected.shape[2] == 1
+    found = [launch_of(kernel, q, v, scale, softcap, shared) for kernel in kernels]
+    return found, padded_group(q, k), TOGETHER * selected.shape[3]
+
+
+def _unions(q, k, selected):
+    """The unions of one chunk of queries after the other."""
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    if batch * queries * heads:
+        for first, some in chunks_of_queries(batch, selected.shape[2], queries, keys):
+            yield unions_of(selected, keys, first, some)
 
 
 def _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap):
@@ -34,11 +62,16 @@ def _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, soft
 
 
 def _launch_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap):
-    from kernel_index.kernels.attention.exact_token_sparse import triton
+    from kernel_index.kernels.attention.exact_token_sparse import triton, triton_unions
 
     outputs = _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap)
     d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
-    return triton.backward_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap, outputs)
+    launches, group, limit = _launches(("queries", "single"), q, k, v, places, scale, softcap)
+    for u in _unions(q, k, places):
+        given = (d_out, q, k, v, out, log2_sum)
+        triton_unions.backward_queries(*given, u, limit, launches[0], group, outputs)
+        triton.backward_queries(*given, places, counts, u, limit, launches[1], outputs)
+    return outputs
 
 
 def _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
@@ -46,12 +79,15 @@ def _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
 
 
 def _launch_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
-    from kernel_index.kernels.attention.exact_token_sparse import triton
+    from kernel_index.kernels.attention.exact_token_sparse import triton_keys
 
-    outputs = _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap)
+    d_k, d_v = _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap)
     d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
-    queries, first = inverse_selection(places, k.shape[1])
-    return triton.backward_keys(d_out, q, k, v, log2_sum, delta, queries, first, scale, softcap, outputs)
+    (launch,), group, _ = _launches(("keys",), q, k, v, places, scale, softcap)
+    sums = triton_keys.backward_keys(d_out, q, k, v, log2_sum, delta, places, launch, group)
+    d_k.copy_(sums[..., : k.shape[3]])
+    d_v.copy_(sums[..., k.shape[3] :])
+    return d_k, d_v
 
 
 _forward_op = ops.register(

@@ -1,8 +1,8 @@
 """Exact-token attention with the gather inside: a program fetches the selected keys and values of one query itself.
 
-Forward and dQ take one query and all query heads of a KV head, over the query's selected tokens; dK and dV take one
-key, over the queries that selected it, in their order.  Nothing is staged and nothing is summed by atomics.  Names and
-units are those of ``core/triton/attention.py``; BG rows are the heads of a group, BR rows are (query, head) pairs.
+A program takes one query with all query heads of a KV head, over the query's selected tokens: for tiles of queries that
+share few tokens; ``triton_unions.py`` has the others.  Names and units are those of ``core/triton/attention.py``; BG
+rows are the heads of a group.
 """
 
 import triton.language as tl
@@ -16,29 +16,24 @@ from kernel_index.core.triton.attention import (
     online_softmax,
     score_grad,
     scores,
-    softcapped,
     softmax_output,
     store_rows,
     weighted_sum,
 )
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import (
-    INTERPRETED_CONFIG,
-    AttentionLaunch,
-    Config,
-    attention_launch,
-    dot_block,
-    interpreting,
-    on_device,
-    strides,
-)
+from kernel_index.core.triton.launch import AttentionLaunch, dot_block, on_device, strides
+from kernel_index.routing.token_unions import TILE, TokenUnions
 
 
 @jit
-def _selection(selected_ptr, counts_ptr, b, kv_head, t, T, K, SELECTED, SHARED: tl.constexpr):
-    """Where a query's selected tokens begin, and how many there are."""
+def _selection(
+    selected_ptr, counts_ptr, sizes_ptr, b, kv_head, t, T, K, SELECTED, FIRST, TILES, TILE: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """Where a query's selected tokens begin, how many there are, and how many the union of its tile has."""
     o_list = b * T + t if SHARED else (b * T + t) * K + kv_head
-    return selected_ptr + o_list * SELECTED, tl.load(counts_ptr + o_list)
+    o_tile = (b if SHARED else b * K + kv_head) * TILES + (t - FIRST) // TILE
+    return selected_ptr + o_list * SELECTED, tl.load(counts_ptr + o_list), tl.load(sizes_ptr + o_tile)
 
 
 @jit
@@ -52,15 +47,19 @@ def _load_selected(p_selected, first, count, BN: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, out_ptr, lse_ptr,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, inner, outer,
+    q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, sizes_ptr, out_ptr, lse_ptr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, FIRST, TILES, LIMIT, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one group at one query."""
-    t = tl.program_id(0).to(tl.int64)
+    """The heads of one group at one query; nothing where the union of its tile has at most LIMIT tokens."""
+    t = (FIRST + tl.program_id(0)).to(tl.int64)
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    p_selected, count = _selection(selected_ptr, counts_ptr, b, kv_head, t, T, K, SELECTED, SHARED)
+    p_selected, count, size = _selection(
+        selected_ptr, counts_ptr, sizes_ptr, b, kv_head, t, T, K, SELECTED, FIRST, TILES, TILE, SHARED
+    )
+    if size <= LIMIT:
+        return
     o_g = tl.arange(0, BG)  # [BG]
     m_g = o_g < G
     o_h = (kv_head * G + o_g).to(tl.int64)  # [BG]
@@ -86,15 +85,20 @@ def _forward_kernel(
 
 @jit
 def _queries_kernel(
-    d_out_ptr, q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
-    do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, scale, inner, outer,
+    d_out_ptr, q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, sizes_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, FIRST, TILES, LIMIT,
+    scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dQ of the heads of one group at one query, and their ``delta`` for the keys' kernel."""
-    t = tl.program_id(0).to(tl.int64)
+    t = (FIRST + tl.program_id(0)).to(tl.int64)
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    p_selected, count = _selection(selected_ptr, counts_ptr, b, kv_head, t, T, K, SELECTED, SHARED)
+    p_selected, count, size = _selection(
+        selected_ptr, counts_ptr, sizes_ptr, b, kv_head, t, T, K, SELECTED, FIRST, TILES, TILE, SHARED
+    )
+    if size <= LIMIT:
+        return
     o_g = tl.arange(0, BG)  # [BG]
     m_g = o_g < G
     o_h = (kv_head * G + o_g).to(tl.int64)  # [BG]
@@ -119,109 +123,28 @@ def _queries_kernel(
     store_rows(dq_ptr, o_row * D, m_g, dq * scale, D, BLOCK_D, UPCAST)
 
 
-@jit
-def _keys_kernel(
-    d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, queries_ptr, first_ptr, dk_ptr, dv_ptr,
-    do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, S, K, G, SELECTED, scale, inner, outer,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BR: tl.constexpr,
-    SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one key.  Products with a single key are sums over the head's columns, in float32."""
-    s = tl.program_id(0).to(tl.int64)
-    b, kv_head = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    selection = b if SHARED else b * K + kv_head
-    begin = tl.load(first_ptr + selection * (S + 1) + s)
-    stop = tl.load(first_ptr + selection * (S + 1) + s + 1)
-    queries_ptr += selection * T * SELECTED + begin
-    o_d, o_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    m_d, m_dv = o_d < D, o_dv < DV
-    b_k = tl.load(k_ptr + b * k_b + s * k_t + kv_head * k_h + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK_D]
-    b_v = tl.load(v_ptr + b * v_b + s * v_t + kv_head * v_h + o_dv, mask=m_dv, other=0.0).to(tl.float32)  # [BLOCK_DV]
-    dk = tl.zeros((BLOCK_D,), tl.float32)
-    dv = tl.zeros((BLOCK_DV,), tl.float32)
-    rows = ((stop - begin) * G).to(tl.int32)
-    for first in range(0, rows, BR):
-        o_r = first + tl.arange(0, BR)  # [BR]
-        m_r = o_r < rows
-        b_t = tl.load(queries_ptr + o_r // G, mask=m_r, other=0).to(tl.int64)  # [BR]
-        o_h = (kv_head * G + o_r % G).to(tl.int64)
-        b_q = load_rows(q_ptr + b * q_b, b_t * q_t + o_h * q_h, m_r, D, BLOCK_D).to(tl.float32)  # [BR, BLOCK_D]
-        b_do = load_rows(d_out_ptr + b * do_b, b_t * do_t + o_h * do_h, m_r, DV, BLOCK_DV).to(tl.float32)
-        o_row = (b * T + b_t) * K * G + o_h
-        b_lse = tl.load(lse_ptr + o_row, mask=m_r, other=float("inf"))  # [BR]
-        b_delta = tl.load(delta_ptr + o_row, mask=m_r, other=0.0)  # [BR]
-        z = softcapped(tl.sum(b_q * b_k[None, :], 1), inner, CAPPED)  # [BR]
-        p = tl.exp2(z * outer - b_lse)
-        dz = score_grad(z, p, tl.sum(b_do * b_v[None, :], 1), b_delta, CAPPED)  # [BR]
-        dk += tl.sum(dz[:, None] * b_q, 0)
-        dv += tl.sum(p[:, None] * b_do, 0)
-    o_key = (b * S + s) * K + kv_head
-    tl.store(dk_ptr + o_key * D + o_d, narrow(dk * scale, dk_ptr.dtype.element_ty, UPCAST), mask=m_d)
-    tl.store(dv_ptr + o_key * DV + o_dv, narrow(dv, dv_ptr.dtype.element_ty, UPCAST), mask=m_dv)
-
-
-def pick_config(width: int, element_bytes: int) -> Config:
-    """``tile``: rows that the kernel of one key reads at once; ``step``: tokens that the kernels of one query do.
-
-    Depends on the larger head size alone; not tuned on a device.  Compiled ahead of time for sm_90 and sm_100 it spills
-    no register, but for dQ in float32 above a head size of 128.
-    """
-    if interpreting():
-        return INTERPRETED_CONFIG
-    if element_bytes == 4:
-        return Config(32, 32, 4, 1) if width <= 64 else Config(16, 16, 8, 1)
-    if width <= 64:
-        return Config(64, 64, 4, 2)
-    return Config(32, 32, 4, 2) if width <= 128 else Config(16, 16, 4, 1)
-
-
-def _launch_of(q: Tensor, v: Tensor, scale: float, softcap: float, shared: bool) -> AttentionLaunch:
-    config = pick_config(max(q.shape[3], v.shape[3]), q.element_size())
-    return attention_launch(config, q, v, scale, softcap, SHARED=shared)
-
-
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, counts: Tensor, scale: float, softcap: float,
-    outputs: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (B, T, H, _), K = q.shape, k.shape[2]
-    launch = _launch_of(q, v, scale, softcap, selected.shape[2] == 1)
-    if B * T * H:
-        with on_device(q):
-            _forward_kernel[(T, B * K)](
-                q, k, v, selected, counts, *outputs, *strides(q, k, v), T, K, H // K, selected.shape[3],
-                launch.inner, launch.outer, BG=dot_block(H // K), BN=launch.config.step, **launch.constants,
-            )  # fmt: skip
-    return outputs
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, counts: Tensor, unions: TokenUnions, limit: int,
+    launch: AttentionLaunch, outputs: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fill the rows of the chunk's tiles whose unions have more than ``limit`` tokens."""
+    (B, T, H, _), K, u = q.shape, k.shape[2], unions
+    with on_device(q):
+        _forward_kernel[(u.queries, B * K)](
+            q, k, v, selected, counts, u.sizes, *outputs, *strides(q, k, v), T, K, H // K, selected.shape[3],
+            u.first, u.tiles, limit, launch.inner, launch.outer, BG=dot_block(H // K), BN=launch.config.step,
+            TILE=TILE, **launch.constants,
+        )  # fmt: skip
 
 
 def backward_queries(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, selected: Tensor, counts: Tensor,
-    scale: float, softcap: float, outputs: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (B, T, H, _), K = q.shape, k.shape[2]
-    launch = _launch_of(q, v, scale, softcap, selected.shape[2] == 1)
-    if B * T * H:
-        with on_device(q):
-            _queries_kernel[(T, B * K)](
-                d_out, q, k, v, selected, counts, out, lse, *outputs, *strides(d_out, q, k, v), T, K, H // K,
-                selected.shape[3], launch.scale, launch.inner, launch.outer, BG=dot_block(H // K),
-                BN=launch.config.step, **launch.constants,
-            )  # fmt: skip
-    return outputs
-
-
-def backward_keys(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, queries: Tensor, first: Tensor,
-    scale: float, softcap: float, outputs: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    launch = _launch_of(q, v, scale, softcap, queries.shape[1] == 1)
-    if B * S * K:
-        with on_device(q):
-            _keys_kernel[(S, B * K)](
-                d_out, q, k, v, lse, delta, queries, first, *outputs, *strides(d_out, q, k, v), T, S, K, H // K,
-                queries.shape[2] // max(1, T), launch.scale, launch.inner, launch.outer, BR=launch.config.tile,
-                **launch.constants,
-            )  # fmt: skip
-    return outputs
+    unions: TokenUnions, limit: int, launch: AttentionLaunch, outputs: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    (B, T, H, _), K, u = q.shape, k.shape[2], unions
+    with on_device(q):
+        _queries_kernel[(u.queries, B * K)](
+            d_out, q, k, v, selected, counts, u.sizes, out, lse, *outputs, *strides(d_out, q, k, v), T, K, H // K,
+            selected.shape[3], u.first, u.tiles, limit, launch.scale, launch.inner, launch.outer,
+            BG=dot_block(H // K), BN=launch.config.step, TILE=TILE, **launch.constants,
+        )  # fmt: skip

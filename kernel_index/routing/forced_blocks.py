@@ -1,9 +1,24 @@
 """Blocks that are selected whatever their score."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
+from kernel_index.core import checks
 from kernel_index.routing.legal_blocks import LegalBlocks
+
+ForcedBlock = Literal["current", "sink", "local"]
+FORCED: tuple[ForcedBlock, ...] = ("current", "sink", "local")
+
+
+def check_forced(forced: Any) -> tuple[str, ...]:
+    """The names of forced blocks in the order of ``FORCED``."""
+    if isinstance(forced, str) or not isinstance(forced, tuple | list | set | frozenset):
+        raise TypeError(f"forced must be a tuple of {', '.join(FORCED)}, got {forced!r}")
+    for name in forced:
+        checks.one_of("forced", name, FORCED)
+    return tuple(name for name in FORCED if name in forced)
 
 
 def forced_blocks(legal: LegalBlocks, blocks: int, names: tuple[str, ...]) -> Tensor:

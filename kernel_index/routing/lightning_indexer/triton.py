@@ -1,0 +1,218 @@
+"""The indexer's selection on a GPU: the scores of a chunk of queries, then the best keys of each of its rows.
+
+Heads are rows ``head · BQ + query`` of one product, so that their sum stays within a thread.  The best keys are found
+by the bits of their scores: four rounds count how many have each value of the next eight bits, and leave the score at
+which ``topk`` are reached; a last one takes those above it, and of those equal to it the first.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernel_index.core.target import Target, target_of
+from kernel_index.core.triton.attention import load_rows, load_tile
+from kernel_index.core.triton.jit import jit
+from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
+
+LOW = tl.constexpr(0x7FFFFFFF)
+NOTHING = tl.constexpr(-(2**63))
+
+SCORES_BYTES = 1 << 29
+"""Of the scores of a chunk of queries."""
+
+
+@jit
+def _head_rows(q_ptr, w_ptr, q_j, w_j, t, m_t, q_t, w_t, first, J, D, BLOCK_D, BQ: tl.constexpr, JG: tl.constexpr):
+    """Rows [JG · BQ, BLOCK_D] and weights [JG · BQ] of JG heads from ``first`` on."""
+    o_m = tl.arange(0, JG * BQ)
+    o_j = first + o_m // BQ
+    o_t = t + o_m % BQ
+    m_m = (o_t < m_t) & (o_j < J)
+    b_q = load_rows(q_ptr, o_t.to(tl.int64) * q_t + o_j * q_j, m_m, D, BLOCK_D)
+    return b_q, tl.load(w_ptr + o_t.to(tl.int64) * w_t + o_j * w_j, mask=m_m, other=0.0).to(tl.float32)
+
+
+@jit
+def _weigh(
+    b_q, b_w, b_k, BQ: tl.constexpr, JG: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
+):
+    """The part of JG heads in the scores [BQ, BN]."""
+    if UPCAST:
+        b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
+    z = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [JG · BQ, BN]
+    z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * b_w[:, None]
+    return tl.sum(tl.reshape(z, (JG, BQ, BN)), 0)
+
+
+@jit
+def _scores_kernel(
+    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, scores_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
+    FIRST, STOP, S, J, SPAN, ROW,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The scores of BQ queries for those of SPAN keys that one of them may see."""
+    b = tl.program_id(2).to(tl.int64)
+    t = FIRST + tl.program_id(0) * BQ
+    o_t = t + tl.arange(0, BQ)  # [BQ]
+    m_t = o_t < STOP
+    start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=2**31 - 1)  # [BQ]
+    end = tl.load(end_ptr + b * bound_b + o_t, mask=m_t, other=0)  # [BQ]
+    low = tl.maximum(tl.min(start, 0), tl.program_id(1) * SPAN)
+    high = tl.minimum(tl.max(end, 0), tl.minimum((tl.program_id(1) + 1) * SPAN, S))
+    low = low // BN * BN
+    q_ptr += b * q_b
+    w_ptr += b * w_b
+    if HEAD_STEPS == 1:
+        b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
+    p_scores = scores_ptr + (b * (STOP - FIRST) + (o_t - FIRST)).to(tl.int64) * ROW  # [BQ]
+    for first in range(low, high, BN):
+        b_k = load_tile(k_ptr + b * k_b, first, k_s, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
+        score = tl.zeros((BQ, BN), tl.float32)
+        if HEAD_STEPS == 1:
+            score = _weigh(b_q, b_w, b_k, BQ, JG, BN, PRECISION, UPCAST)
+        else:
+            for i in range(0, HEAD_STEPS):
+                b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, i * JG, J, D, BLOCK_D, BQ, JG)
+                score += _weigh(b_q, b_w, b_k, BQ, JG, BN, PRECISION, UPCAST)
+        o_n = first + tl.arange(0, BN)
+        tl.store(p_scores[:, None] + o_n[None, :], score, mask=m_t[:, None] & (o_n < S)[None, :])
+
+
+@jit
+def _ranks(p_row, o_n, m_n):
+    """The scores as int32 of the same order; NaN is above +∞, and −0 is 0."""
+    score = tl.load(p_row + o_n, mask=m_n, other=0.0) + 0.0
+    bits = score.to(tl.int32, bitcast=True)
+    return tl.where(score != score, LOW, bits ^ ((bits >> 31) & LOW))
+
+
+@jit
+def _round(p_row, start, end, prefix, need, SHIFT: tl.constexpr, BN: tl.constexpr):
+    """Eight bits more of ``prefix``, the bits that are known of the rank at which ``need`` keys are reached.
+
+    And how many keys with these bits are still wanted.
+    """
+    counts = tl.zeros((256,), tl.int32)
+    for first in range(start, end, BN):
+        o_n = first + tl.arange(0, BN)
+        m_n = o_n < end
+        rank = _ranks(p_row, o_n, m_n)
+        if SHIFT == 24:
+            digit = (rank >> 24) + 128  # the sign comes first
+        else:
+            digit = (rank >> SHIFT) & 255
+            m_n = m_n & ((rank >> (SHIFT + 8)) == prefix)
+        counts += tl.histogram(tl.where(m_n, digit, 0), 256, mask=m_n)
+    above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # [256]: keys of larger digits
+    found = tl.sum((above >= need).to(tl.int32), 0)
+    need -= tl.sum(tl.where(tl.arange(0, 256) == found, above, 0), 0)
+    if SHIFT == 24:
+        prefix = found - 128
+    else:
+        prefix = (prefix << 8) | found
+    return prefix, need
+
+
+@jit
+def _select_kernel(scores_ptr, start_ptr, end_ptr, keys_ptr, bound_b, FIRST, QUERIES, TOPK, ROW, BN: tl.constexpr):
+    """The keys of the best TOPK scores of one query, int64 in the order of their indices; then ``NOTHING``."""
+    local, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start = tl.load(start_ptr + b * bound_b + FIRST + local)
+    end = tl.load(end_ptr + b * bound_b + FIRST + local)
+    row = b * QUERIES + local
+    p_row, p_keys = scores_ptr + row * ROW, keys_ptr + row * TOPK
+    need = tl.minimum(end - start, TOPK)
+    threshold, equal = need * 0 - LOW - 1, need
+    if end - start > TOPK:
+        threshold, equal = _round(p_row, start, end, threshold, equal, 24, BN)
+        threshold, equal = _round(p_row, start, end, threshold, equal, 16, BN)
+        threshold, equal = _round(p_row, start, end, threshold, equal, 8, BN)
+        threshold, equal = _round(p_row, start, end, threshold, equal, 0, BN)
+    taken, seen = need * 0, need * 0
+    for first in range(start, end, BN):
+        o_n = first + tl.arange(0, BN)
+        m_n = o_n < end
+        rank = _ranks(p_row, o_n, m_n)
+        m_equal = m_n & (rank == threshold)
+        m_take = (m_n & (rank > threshold)) | (m_equal & (seen + tl.cumsum(m_equal.to(tl.int32), 0) <= equal))
+        slot = taken + tl.cumsum(m_take.to(tl.int32), 0) - 1
+        tl.store(p_keys + slot, (rank.to(tl.int64) << 31) + (o_n ^ LOW), mask=m_take)
+        seen += tl.sum(m_equal.to(tl.int32), 0)
+        taken += tl.sum(m_take.to(tl.int32), 0)
+    for first in range(taken, TOPK, BN):
+        o_n = first + tl.arange(0, BN)
+        tl.store(p_keys + o_n, tl.full((BN,), NOTHING, tl.int64), mask=o_n < TOPK)
+
+
+class Config(NamedTuple):
+    """Queries and keys of a product, heads at once, warps, stages, precision of float32 products."""
+
+    queries: int
+    keys: int
+    heads: int
+    num_warps: int
+    num_stages: int
+    precision: str
+
+
+def pick_config(width: int, heads: int, element_bytes: int, target: Target) -> Config:
+    """Few narrow heads are one product, whose rows stay in shared memory; others follow one after the other."""
+    all_heads = next_power_of_2(heads)
+    if interpreting():
+        return Config(16, 16, min(2, all_heads), 4, 1, "ieee")
+    if element_bytes == 4:
+        precision = "tf32x3" if target.arch in (90, 100) else "ieee"
+        return Config(64, 32, 1, 4, 1, precision)
+    roomy = target.arch in (90, 100)  # 227 KiB of shared memory
+    if roomy and width <= 64 and all_heads <= 4:
+        return Config(128, 64, all_heads, 8, 3, "ieee")
+    if width > 128:
+        return Config(64, 64, 1, 4, 2 if roomy else 1, "ieee")
+    return Config(128, 128, 1, 8, 2, "ieee") if roomy else Config(64, 64, 1, 4, 2, "ieee")
+
+
+SPAN = 4096
+"""Keys of a program."""
+
+
+def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, scores: Tensor, first: int) -> None:
+    """Fill what is visible of ``scores`` float32 [B, T', S'] for the queries from ``first`` on."""
+    (B, _, J, D), S, queries = q.shape, k.shape[1], scores.shape[1]
+    c = pick_config(D, J, q.element_size(), target_of(q.device))
+    with on_device(q):
+        _scores_kernel[(ceil_div(queries, c.queries), ceil_div(S, SPAN), B)](
+            q, k, w, start, end, scores, *q.stride()[:3], *k.stride()[:2], *w.stride(),
+            0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, SPAN, scores.shape[2],
+            D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
+            PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps, num_stages=c.num_stages,
+        )  # fmt: skip
+
+
+def select(scores: Tensor, start: Tensor, end: Tensor, keys: Tensor, first: int) -> None:
+    """Fill ``keys`` int64 [B, T', topk]."""
+    B, queries, topk = keys.shape
+    with on_device(keys):
+        _select_kernel[(queries, B)](
+            scores, start, end, keys, 0 if start.shape[0] == 1 else start.shape[1], first, queries, topk,
+            scores.shape[2], BN=2048, num_warps=8,
+        )  # fmt: skip
+
+
+def best(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, topk: int) -> Tensor:
+    """The keys of ``topk_keys`` of each query's best scores, int64 [B, T, topk], best first; then ``NOTHING``."""
+    (B, T), S = q.shape[:2], k.shape[1]
+    keys = torch.empty(B, T, topk, dtype=torch.int64, device=q.device)
+    row = ceil_div(S, 32) * 32
+    step = max(1, SCORES_BYTES // max(1, 4 * B * row) // 128) * 128
+    for first in range(0, T, step):
+        queries = min(step, T - first)
+        scores = torch.empty(B, queries, row, dtype=torch.float32, device=q.device)
+        if S:
+            score(q, k, w, start, end, scores, first)
+        chunk = torch.empty(B, queries, topk, dtype=torch.int64, device=q.device)
+        select(scores, start, end, chunk, first)
+        keys[:, first : first + queries] = chunk.sort(-1, descending=True).values
+    return keys

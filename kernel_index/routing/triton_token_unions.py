@@ -1,0 +1,100 @@
+"""The unions of the tokens that neighbouring queries selected, as lists in ascending order.
+
+A table has one 64-bit word for each tile of 64 queries and each token: its bits are the queries that selected it.  Bits
+are set by atomics, whose order has no influence on the result; the words that are not 0 become the list.
+"""
+
+import triton.language as tl
+from torch import Tensor
+
+from kernel_index.core.triton.jit import jit
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
+
+TILE = 64
+"""Queries of a tile: bits of a word."""
+
+
+@jit
+def _mark_kernel(
+    indices_ptr, table_ptr, i_b, i_t, i_p, FIRST, TILES, P, N, S, WIDTH, BN: tl.constexpr, TILE: tl.constexpr
+):
+    """Set the bit of one query in the words of its tokens."""
+    local = tl.program_id(0)
+    b, p = (tl.program_id(1) // P).to(tl.int64), (tl.program_id(1) % P).to(tl.int64)
+    p_indices = indices_ptr + b * i_b + (FIRST + local).to(tl.int64) * i_t + p * i_p
+    p_table = table_ptr + (tl.program_id(1).to(tl.int64) * TILES + local // TILE) * WIDTH
+    for first in range(0, N, BN):
+        o_n = first + tl.arange(0, BN)  # [BN]
+        b_token = tl.load(p_indices + o_n, mask=o_n < N, other=-1).to(tl.int64)  # [BN]
+        bit = tl.full((BN,), 1, tl.int64) << (local % TILE).to(tl.int64)
+        m_token = (b_token >= 0) & (b_token < S)
+        tl.atomic_or(p_table + tl.where(m_token, b_token, 0), bit, mask=m_token, sem="relaxed")
+
+
+@jit
+def _count_kernel(table_ptr, counts_ptr, present_ptr, TOTAL, ROWS: tl.constexpr, GRAIN: tl.constexpr):
+    """How many words of each run of GRAIN are not 0, and which: a bit for each of them."""
+    o_run = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    m_run = o_run < TOTAL
+    o_word = o_run[:, None] * GRAIN + tl.arange(0, GRAIN)[None, :]  # [ROWS, GRAIN]
+    m_word = (tl.load(table_ptr + o_word, mask=m_run[:, None], other=0) != 0).to(tl.int32)
+    tl.store(counts_ptr + o_run, tl.sum(m_word, 1), mask=m_run)
+    tl.store(present_ptr + o_run, tl.sum(m_word << tl.arange(0, GRAIN)[None, :], 1), mask=m_run)
+
+
+@jit
+def bits_below(b_present, o_bit):
+    """How many bits of ``b_present`` are set below bit ``o_bit`` < 32; int32 of one shape."""
+    x = b_present & ~(tl.zeros_like(o_bit) - 1 << o_bit)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 0x3F
+
+
+@jit
+def _list_kernel(
+    table_ptr, begin_ptr, before_ptr, present_ptr, tokens_ptr, words_ptr, RUNS, ROWS: tl.constexpr, GRAIN: tl.constexpr
+):
+    """Write the words of ROWS runs of GRAIN tokens that are not 0, and their tokens, to the list of the tile."""
+    tile = tl.program_id(1).to(tl.int64)
+    o_run = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    m_run = o_run < RUNS
+    o_bit = tl.broadcast_to(tl.arange(0, GRAIN)[None, :], (ROWS, GRAIN))
+    o_token = o_run[:, None] * GRAIN + o_bit  # [ROWS, GRAIN]
+    b_word = tl.load(table_ptr + tile * RUNS * GRAIN + o_token, mask=m_run[:, None], other=0)
+    b_present = tl.load(present_ptr + tile * RUNS + o_run, mask=m_run, other=0)
+    before = tl.load(before_ptr + tile * (RUNS + 1) + o_run, mask=m_run, other=0)  # [ROWS]
+    rank = bits_below(tl.broadcast_to(b_present[:, None], (ROWS, GRAIN)), o_bit)
+    o_entry = tl.load(begin_ptr + tile) + (before[:, None] + rank).to(tl.int64)
+    m_word = b_word != 0
+    tl.store(tokens_ptr + o_entry, o_token, mask=m_word)
+    tl.store(words_ptr + o_entry, b_word, mask=m_word)
+
+
+def mark(table: Tensor, indices: Tensor, first: int, queries: int, keys: int) -> None:
+    """Fill a table [B · P · tiles, width] of zeros for ``queries`` queries from ``first`` on."""
+    batch, _, shared, count = indices.shape
+    with on_device(indices):
+        _mark_kernel[(queries, batch * shared)](
+            indices, table, *indices.stride()[:3], first, ceil_div(queries, TILE), shared, count, keys,
+            table.shape[1], BN=min(1024, max(16, next_power_of_2(count))), TILE=TILE, num_warps=4,
+        )  # fmt: skip
+
+
+def count(table: Tensor, counts: Tensor, present: Tensor, grain: int) -> None:
+    """Fill both int32 [lists, runs] from the table [lists, runs · grain]."""
+    with on_device(table):
+        _count_kernel[(ceil_div(counts.numel(), 64),)](
+            table, counts, present, counts.numel(), ROWS=64, GRAIN=grain, num_warps=4
+        )
+
+
+def write_lists(table: Tensor, begin: Tensor, before: Tensor, present: Tensor, lists: tuple[Tensor, Tensor]) -> None:
+    """Fill tokens and words of the ``lists``."""
+    runs, rows = present.shape[1], 64
+    with on_device(table):
+        _list_kernel[(ceil_div(runs, rows), table.shape[0])](
+            table, begin, before, present, *lists, runs, ROWS=rows, GRAIN=table.shape[1] // runs, num_warps=4
+        )

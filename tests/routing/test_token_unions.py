@@ -1,0 +1,77 @@
+"""The unions of tiles, interpreted: what Python's own sets say, in rounds and chunks of any size."""
+
+import pytest
+import torch
+
+from kernel_index.core.triton import launch
+from kernel_index.routing import token_unions
+from kernel_index.routing.token_unions import BLOCK, GRAIN, TILE, chunks_of_queries, unions_of
+
+pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
+
+B, T, P, N, S = 2, 150, 2, 7, 300
+
+
+def selection(seed=0):
+    """With repeats, and with entries that are no token."""
+    return torch.randint(-2, S + 3, (B, T, P, N), generator=torch.Generator().manual_seed(seed))
+
+
+def by_sets(indices, b, p, first, queries):
+    """Token -> bits of the queries of each tile."""
+    tiles = []
+    for at in range(first, first + queries, TILE):
+        words = {}
+        for t in range(at, min(at + TILE, first + queries)):
+            for s in indices[b, t, p].tolist():
+                if 0 <= s < S:
+                    words[s] = words.get(s, 0) | 1 << (t - at)
+        tiles.append(dict(sorted(words.items())))
+    return tiles
+
+
+@pytest.mark.parametrize(("first", "queries"), [(0, T), (64, 86), (128, 22)])
+def test_lists_are_those_of_sets(first, queries):
+    indices = selection()
+    u = unions_of(indices, S, first, queries)
+    assert u.most % BLOCK == 0
+    for i in range(B * P):
+        for j, expected in enumerate(by_sets(indices, i // P, i % P, first, queries)):
+            at = i * u.tiles + j
+            begin, size = int(u.begin[at]), int(u.sizes[at])
+            words = [w % 2**64 for w in u.words[begin : begin + size].tolist()]
+            assert dict(zip(u.tokens[begin : begin + size].tolist(), words, strict=True)) == expected
+            assert list(expected) == u.tokens[begin : begin + size].tolist()
+            assert not u.words[begin + size : -(-(begin + size) // BLOCK) * BLOCK].any()
+            tokens = torch.tensor(list(expected))
+            assert u.before[at].tolist() == [int((tokens < n * GRAIN).sum()) for n in range(u.before.shape[1])]
+            for run, present in enumerate(u.present[at].tolist()):
+                here = tokens[(tokens >= run * GRAIN) & (tokens < run * GRAIN + GRAIN)] % GRAIN
+                assert present % 2**32 == sum(1 << n for n in here.tolist())
+
+
+@pytest.mark.parametrize("size", [1, 5 * BLOCK, 1 << 40])
+def test_every_list_is_in_one_round(size, monkeypatch):
+    monkeypatch.setattr(token_unions, "ROUND_BYTES", size)
+    indices = selection()
+    indices[:, TILE : 2 * TILE] = -1  # empty lists in between
+    u = unions_of(indices, S, 0, T)
+    rounds = u.rounds(1)
+    owned = torch.full((len(u.begin),), -1)
+    for i, number in enumerate(rounds.numbers[:, 0].tolist()):
+        assert number == i
+        low, high = rounds.lists[i : i + 2].tolist()
+        assert (owned[low:high] == -1).all()
+        owned[low:high] = i
+        assert (u.begin[low:high] // rounds.part == i).all()
+        assert (u.begin[low:high] + u.sizes[low:high] <= i * rounds.part + rounds.part + u.most).all()
+    assert (owned[u.sizes > 0] >= 0).all()
+    for at, owner in zip(range(0, len(u.tokens), BLOCK), rounds.owners.tolist(), strict=True):
+        inside = ((u.begin <= at) & (at < u.begin + u.sizes)).nonzero().flatten().tolist()
+        assert inside == ([owner] if owner >= 0 else [])
+
+
+def test_chunks_are_whole_tiles(monkeypatch):
+    monkeypatch.setattr(token_unions, "TABLE_BYTES", 8 * 384 * 4 * 2)
+    assert list(chunks_of_queries(B, P, T, S)) == [(0, 128), (128, 22)]
+    assert list(chunks_of_queries(1, 1, 0, S)) == []
