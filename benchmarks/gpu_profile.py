@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.gpu_profile``: one step of each preset for a GPU, as in ``benchmarks.gpu_language_model``.  Time
 between two kernels is a gap.  A kernel belongs to the letter whose forward or backward launched it; norms, the residual
-stream, embeddings and the loss are ``rest``.
+stream, embeddings and the loss are ``rest``, and shared experts ``mlp``.  Beside it stands the least time of each
+letter, ``benchmarks.ceiling``, where shared experts are part of ``E``.
 """
 
 import json
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.ceiling import PRODUCTS, ceilings
 from benchmarks.gpu_language_model import SIZES, model_and_batch
 from benchmarks.harness import console
 from kernel_index.lm.data import Batch
-from kernel_index.lm.model import LanguageModel
+from kernel_index.lm.model import LanguageModel, flops_per_token
 
 OPS = ("fused_linear_cross_entropy",)
 
@@ -188,6 +190,11 @@ def main(rounds: int = 2) -> None:
             step()
         with marked(model):
             report(name, step)
+        limits, tokens = ceilings(model.config, batch.tokens.numel(), recompute), batch.tokens.numel()
+        least = sum(limits.values())
+        share = flops_per_token(model.config) * tokens / least / PRODUCTS
+        parts = ", ".join(f"{letter} {1e3 * seconds:.1f}" for letter, seconds in sorted(limits.items()))
+        console.print(f"  at least {1e3 * least:.1f} ms, {100 * share:.0f} % of {PRODUCTS / 1e12:.0f} TFLOP/s: {parts}")
 
 
 if __name__ == "__main__":

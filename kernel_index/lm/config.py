@@ -18,7 +18,7 @@ LAYERS = {
 }
 """Letters of the pattern string."""
 
-Residual = Literal["fp32", "plain", "mhc"]
+Residual = Literal["fp32", "plain", "mhc", "mhc-plain"]
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 
@@ -46,7 +46,8 @@ class Sparse:
     """The S blocks: ``kinds`` has one entry per S block, used in turn where there are more blocks.
 
     Each query selects ``topk`` blocks of ``block`` tokens, its current block included.  Exact-token attention selects
-    ``tokens`` tokens by an indexer of ``index_heads`` heads of ``index_dim`` channels.  ``hierarchy`` and
+    ``tokens`` tokens by an indexer of ``index_heads`` heads of ``index_dim`` channels; ``nsa``
+    has a window of so many.  ``hierarchy`` and
     ``report_unions`` are those of the clustered blocks: see ``nn.SparseAttention``.
     """
 
@@ -118,9 +119,9 @@ class ModelConfig:
 
     ``pattern`` has one letter per block and ``windows`` one entry per block: the previous tokens that an A or S block
     sees, None for all.  ``hidden`` is the width of the feed-forward layers; 0 leaves them to the E blocks.
-    ``residual``: ``"fp32"`` is one stream in float32, ``"plain"`` one in the model's own dtype, ``"mhc"`` four streams
-    with hyper-connections.  ``ahead`` adds
-    a head that predicts the token after the next, at ``ahead`` times the loss.  The default vocabulary holds the 256
+    ``residual``: ``"fp32"`` is one stream in float32, ``"plain"`` one in the model's own dtype; ``"mhc"`` and
+    ``"mhc-plain"`` are four streams with hyper-connections, in float32 and in the model's own dtype.  ``ahead`` adds a
+    head that predicts the token after the next, at ``ahead`` times the loss.  The default vocabulary holds the 256
     bytes and one start-of-document token, padded.
     """
 
@@ -238,7 +239,7 @@ PRESETS = {
     "small": Preset(
         ModelConfig(
             pattern="MAEMSEMLEMSE", windows=(None, 512) + 10 * (None,), dim=512, heads=8, kv_heads=2, head_dim=64,
-            hidden=0, context=2048, residual="mhc", ahead=0.2,
+            hidden=0, context=2048, residual="mhc-plain", ahead=0.2,
             sparse=Sparse(("clustered", "moba"), block=64, topk=8),
             latent=Latent(latent=128, rope=32, fused=True),
             state_space=StateSpace(heads=16, head_dim=64, state=64),
@@ -249,7 +250,8 @@ PRESETS = {
     "base": Preset(
         ModelConfig(
             pattern="MAEMSEMLEMSEMAEMSEMLEMSE", windows=(None, 1024) + 11 * (None,) + (1024,) + 10 * (None,), dim=1024,
-            heads=16, kv_heads=4, head_dim=64, hidden=0, context=8192, residual="mhc", ahead=0.2,
+            heads=16, kv_heads=4, head_dim=64, hidden=0, context=8192, residual="mhc-plain",
+            ahead=0.2,
             sparse=Sparse(("clustered", "exact_token"), block=64, topk=16, tokens=512, index_heads=4, index_dim=64),
             latent=Latent(latent=256, rope=64, fused=True),
             state_space=StateSpace(heads=32, head_dim=64, state=128, chunk=128),

@@ -95,7 +95,7 @@ def split_heads(model: LanguageModel, mesh: Any) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     c, size = model.config, mesh.size()
-    if set(c.pattern) != {"A"} or c.residual == "mhc":
+    if set(c.pattern) != {"A"} or c.residual.startswith("mhc"):
         raise ValueError(f"pattern must be of A blocks for tensor parallelism, got {c.pattern!r} on {c.residual}")
     for name in ("heads", "kv_heads", "hidden", "padded_vocab"):
         if getattr(c, name) % size:

@@ -59,7 +59,7 @@ def make_block(config: ModelConfig, index: int) -> HybridBlock:
         mixer.hierarchy, mixer.report_unions = p.hierarchy, p.report_unions
     if letter in "ASL" and c.hidden:
         mlp = MLPS[c.activation](c.dim, c.hidden)
-    return HybridBlock(c.dim, mixer=mixer, mlp=mlp, dropout=c.dropout, fp32_residual=c.residual != "plain")
+    return HybridBlock(c.dim, mixer=mixer, mlp=mlp, dropout=c.dropout, fp32_residual=not c.residual.endswith("plain"))
 
 
 class LanguageModel(nn.Module):
@@ -73,7 +73,7 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(config.padded_vocab, config.dim)
         blocks = [make_block(config, i) for i in range(len(config.pattern))]
         self._in_order = tuple(blocks)  # a tuple does not register the blocks twice, and saves a walk for every token
-        if config.residual == "mhc":
+        if config.residual.startswith("mhc"):
             self.blocks = HyperConnectedBlocks(BlockBranch(b) for b in blocks)
         else:
             self.blocks = nn.ModuleList(blocks)
@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
 
     def _run(self, tokens: Tensor, arguments: list[tuple[Any, ...]], mixing: Tensor | None = None) -> Tensor:
         stream = self.embed(tokens)
-        if self.config.residual == "plain" and torch.is_autocast_enabled(stream.device.type):
+        if self.config.residual.endswith("plain") and torch.is_autocast_enabled(stream.device.type):
             stream = stream.to(torch.get_autocast_dtype(stream.device.type))
         branch = None
         if isinstance(self.blocks, HyperConnectedBlocks):

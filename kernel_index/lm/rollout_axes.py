@@ -41,7 +41,7 @@ class Finding:
 
     def compare(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         for one, other in zip(found, expected, strict=True):
-            one, other = one.detach().float(), other.detach().float()
+            one, other = (x.detach().float().cpu() for x in (one, other))  # what is decoded is collected there
             same = one.view(torch.int32) == other.view(torch.int32)
             self.differing += int((~same).sum())
             self.compared += one.numel()

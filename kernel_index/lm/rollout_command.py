@@ -41,6 +41,7 @@ def rollout_check_command(
     compiler: Annotated[
         Compiler, typer.Option(help="Backend of torch.compile for the axis of compilation.")
     ] = "inductor",
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sequences.")] = 0,
     out: JsonFile = None,
 ) -> None:
@@ -49,18 +50,34 @@ def rollout_check_command(
     """
     log_plainly()
     check_output("--json", out)
+    place = _device(device)
     with clear_errors(CheckpointError), only_json(out == STDOUT):
-        model = load_model(checkpoint)
+        model = load_model(checkpoint).to(place)
         if dtype == "bfloat16":
             model = model.to(torch.bfloat16)
-        autocast = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
+        autocast = torch.autocast(place.type, torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
         with autocast, ki.receipts() as log:
             report = check_by_letter(model, tokens, seed=seed, compiler=compiler)
         _show(report)
-        request = {"tokens": tokens, "dtype": dtype, "seed": seed, "compiler": compiler}
+        request = {"device": _name_of(place), "tokens": tokens, "dtype": dtype, "seed": seed, "compiler": compiler}
         write_figures(out, receipt(model, report, request, log.versions))
     if not report.is_exact:
         raise typer.Exit(FAILED)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # an unknown word, or a PyTorch without CUDA
+        line = str(error).strip().split("\n")[0]
+        message = f"must be a device of this machine, got {name!r}: {line}"
+        raise typer.BadParameter(message, param_hint="--device") from error
+    return found
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def receipt(model: LanguageModel, report: Report, request: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:

@@ -22,11 +22,11 @@ class HybridBlock(nn.Module):
         fp32_residual: keep the stream in float32 for branches of any dtype.
 
     ``recompute = True`` keeps only the inputs of the block and computes the rest again in backward, with the same
-    dropout masks.
+    dropout masks.  What the feed-forward layer would compute again by itself it then keeps: only one block at a time
+    holds it.
     """
 
     mixer: Mixer | None
-    recompute = False
 
     def __init__(
         self,
@@ -41,9 +41,24 @@ class HybridBlock(nn.Module):
         if mixer is None and mlp is None:
             raise ValueError("mixer must be given where mlp is not, got None")
         self.mixer, self.mlp, self.dropout = mixer, mlp, dropout
+        self._recompute, self._switched_off = False, list[nn.Module]()
         boundary = {"dropout": dropout, "fp32_residual": fp32_residual}
         self.before_mixer = None if mixer is None else ResidualRMSNorm(dim, **boundary)
         self.before_mlp = None if mlp is None else ResidualRMSNorm(dim, **boundary)
+
+    @property
+    def recompute(self) -> bool:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        if value and not self._recompute and self.mlp is not None:
+            self._switched_off = [layer for layer in self.mlp.modules() if _recomputes(layer)]
+        for layer in self._switched_off:
+            setattr(layer, "recompute", not value)  # noqa: B010
+        if not value:
+            self._switched_off = []
+        self._recompute = value
 
     def forward(
         self,
@@ -78,6 +93,10 @@ class HybridBlock(nn.Module):
         out, bias = branch
         # The next block adds the bias, when a sharded block has already freed its gathered parameters: hence a copy.
         return stream, (out, None if bias is None else bias.clone())
+
+
+def _recomputes(layer: nn.Module) -> bool:
+    return getattr(layer, "recompute", False) is True
 
 
 class TransformerBlock(HybridBlock):

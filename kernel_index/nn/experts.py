@@ -1,27 +1,19 @@
 """A mixture of experts without a capacity limit: every token is computed by every expert its router selects."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
-from kernel_index.core import checks, stable
-from kernel_index.core.numerics import is_invariant
+from kernel_index.core import checks
 from kernel_index.nn.mlp import MLPS, Activation, swiglu
 from kernel_index.nn.residual import Branch
 
 Scores = Literal["sigmoid", "softmax"]
-
-
-class Routing(NamedTuple):
-    """``experts`` [N, k] int64, best first; ``weights`` [N, k] float32; ``load`` [E] int64, tokens of each expert."""
-
-    experts: Tensor
-    weights: Tensor
-    load: Tensor
+Routing = ki.Routing
 
 
 class Router(nn.Module):
@@ -53,26 +45,10 @@ class Router(nn.Module):
         self.register_buffer("pending", torch.zeros(experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_NC: Tensor) -> Routing:
-        with torch.autocast(x_NC.device.type, enabled=False):
-            scores_NE = self._scores(x_NC)
-        ranked = (scores_NE.detach() + self.bias).sort(stable=True, dim=-1, descending=True).indices
-        experts_Nk = ranked[:, : self.topk]
-        weights_Nk = scores_NE.gather(-1, experts_Nk)
-        if self.topk > 1 or self.bias.numel() == 1:
-            total_N = stable.sum_of(weights_Nk, -1) if is_invariant() else weights_Nk.sum(-1)
-            weights_Nk = weights_Nk / total_N[:, None].clamp_min(1e-20)
-        every = torch.arange(self.bias.numel(), device=x_NC.device)
-        load_E = (experts_Nk.reshape(-1, 1) == every).sum(0)
+        routing = ki.expert_route(x_NC, self.weight, self.bias, self.topk, scores=self.scores)
         if self.training:
-            self.load.copy_(load_E)  # written, not added: a recomputed forward must not count twice
-        return Routing(experts_Nk, weights_Nk, load_E)
-
-    def _scores(self, x_NC: Tensor) -> Tensor:
-        """Float32 [N, E]."""
-        if is_invariant():
-            return stable.with_gradient(self.scores, ki.linear(x_NC.float(), self.weight.float()))
-        logits_NE = x_NC.float() @ self.weight.float().T
-        return logits_NE.sigmoid() if self.scores == "sigmoid" else logits_NE.softmax(-1)
+            self.load.copy_(routing.load)  # written, not added: a recomputed forward must not count twice
+        return routing
 
     @torch.no_grad()
     def count(self) -> None:
@@ -92,8 +68,9 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """``Σ_k weight_k · down_k(act(up_k(x)))`` over the experts k of each token, plus a shared expert for all tokens.
 
-    Tokens are gathered in the order of their experts, multiplied by ``ki.grouped_product``, and gathered back.  The sum
-    over a token's experts has a fixed order, so that results repeat bit for bit.  No token is dropped.
+    ``ki.expert_dispatch`` brings tokens into the order of their experts, ``ki.grouped_product`` multiplies them, and
+    ``ki.expert_combine`` adds up each token's rows in a fixed order, so that results repeat bit for bit.  No token is
+    dropped.
 
     Args:
         dim: channels C.
@@ -136,22 +113,15 @@ class Experts(nn.Module):
         self._check(x_BTC, dtype)
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         routing = self.router(x_NC)
-        order_S = routing.experts.flatten().argsort(
-            stable=True
-        )  # row s of the grouped product is the (token, k) pair order[s]
-        offsets_E = routing.load.cumsum(0).to(torch.int32)
-        x_SC = ki.gather_rows(x_NC.to(dtype)[:, None], order_S // self.router.topk)[:, 0]
-        h_SF = ki.grouped_product(x_SC, self.up.to(dtype), offsets_E)
+        plan = ki.expert_plan(routing.experts, self.router.bias.numel())
+        x_SC = ki.expert_dispatch(x_NC.to(dtype), plan.slots)  # S = N·k rows in the order of their experts
+        h_SF = ki.grouped_product(x_SC, self.up.to(dtype), plan.offsets)
         if self.recompute and torch.is_grad_enabled():
-            out_SC = checkpoint(self._second_half, h_SF, offsets_E, use_reentrant=False, preserve_rng_state=False)
+            out_SC = checkpoint(self._second_half, h_SF, plan.offsets, use_reentrant=False, preserve_rng_state=False)
         else:
-            out_SC = self._second_half(h_SF, offsets_E)
-        back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        out_NkC = ki.gather_rows(out_SC[:, None], back_S).view(*routing.experts.shape, x_NC.shape[-1])
-        weighted_NkC = out_NkC * routing.weights[..., None]
-        out_NC = (stable.sum_of(weighted_NkC, 1) if is_invariant() else weighted_NkC.sum(1)).to(dtype)
-        out_BTC = out_NC.view(x_BTC.shape)
-        return (out_BTC if self.shared is None else out_BTC + self.shared(x_BTC)[0]), None
+            out_SC = self._second_half(h_SF, plan.offsets)
+        shared_NC = None if self.shared is None else self.shared(x_BTC)[0].reshape(x_NC.shape)
+        return ki.expert_combine(out_SC, routing.weights, plan.slots, shared_NC).view(x_BTC.shape), None
 
     def _check(self, x_BTC: Tensor, dtype: torch.dtype) -> None:
         width = self.router.weight.shape[1]

@@ -105,8 +105,12 @@ class HyperConnectedBlocks(nn.Module):
             out = layer.run_block(branch_input, *args, **kwargs)
             hidden, branch_input = ki.mhc_merge_and_branch_input(hidden, out, layer.h_post, h_res, following.h_pre)
         last, (args, kwargs) = layers[-1], arguments[-1]
-        hidden = ki.mhc_merge(hidden, last.run_block(branch_input, *args, **kwargs), last.h_post, last_mixing)
-        return stable.sum_of(hidden, -2) / hidden.shape[-2] if is_invariant() else hidden.mean(-2)
+        out = last.run_block(branch_input, *args, **kwargs)
+        if is_invariant():
+            hidden = ki.mhc_merge(hidden, out, last.h_post, last_mixing)
+            return stable.sum_of(hidden, -2) / hidden.shape[-2]
+        mean = last.h_pre.new_full((last.streams,), 1 / last.streams)
+        return ki.mhc_merge_and_branch_input(hidden, out, last.h_post, last_mixing, mean).branch_input
 
     def _layers(self) -> list[HyperConnections]:
         return [layer for layer in self.layers if isinstance(layer, HyperConnections)]

@@ -93,7 +93,9 @@ def test_bits_repeat_and_receipts_name_the_kernels():
             out = module(x)[0]
         runs.append([out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert {r.op for r in log} == {"gather_rows", "grouped_product", "fused_relu_squared"}
+    assert {r.op for r in log} == {
+        "expert_route", "expert_plan", "expert_dispatch", "expert_combine", "grouped_product", "fused_relu_squared"
+    }  # fmt: skip
 
 
 def test_the_bias_evens_out_the_load():
@@ -172,3 +174,10 @@ def test_it_compiles_into_one_graph():
     for n in (6, 9):
         x = torch.randn(1, n, 8)
         torch.testing.assert_close(compiled(x)[0], module(x)[0])
+
+
+def test_experts_run_inside_torch_func():
+    module, x = layer(recompute=False).eval(), torch.randn(2, 3, 8)
+    out = module(x)[0]
+    torch.testing.assert_close(torch.func.vmap(lambda row: module(row)[0])(x[:, None])[:, 0], out)
+    torch.testing.assert_close(torch.func.jvp(lambda t: module(t)[0], (x,), (x,))[0], out)

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
+from kernel_index.kernels.experts.grouped_product import torch_op
 from kernel_index.nn import Experts, HybridBlock, SquaredReLUMLP
 
 SIZE = 512  # 512 · 512 elements: "auto" would take a compiled region
@@ -125,3 +126,36 @@ def test_experts_under_the_reference_are_a_single_graph():
     call, x = experts(), torch.randn(1, 5, 16)
     with ki.force("reference"):
         torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x))
+
+
+def test_a_recomputation_makes_no_product_twice(monkeypatch):
+    """Two products forward and the four of their gradients: the one behind the activation is not made again."""
+    made, grouped_mm = [], torch_op.grouped_mm
+    monkeypatch.setattr(torch_op, "grouped_mm", lambda *a, **k: (made.append(1), grouped_mm(*a, **k))[1])
+    call, x = experts(), torch.randn(1, 5, 16, requires_grad=True)
+    out = call(x).sum()
+    assert len(made) == 2
+    out.backward(retain_graph=True)
+    assert len(made) == 6
+    out.backward()
+    assert len(made) == 10
+
+
+def test_a_recomputed_block_keeps_what_its_layer_would_recompute():
+    block = HybridBlock(16, mlp=Experts(16, 24, experts=4, topk=2, shared=8))
+    layers = block.mlp, block.mlp.shared
+    assert [m.recompute for m in layers] == [True, True]
+    block.recompute = True
+    assert [m.recompute for m in layers] == [False, False]
+    block.recompute = False
+    assert [m.recompute for m in layers] == [True, True]
+
+
+def test_a_layer_that_the_user_switched_off_stays_off():
+    block = HybridBlock(16, mlp=SquaredReLUMLP(16, SIZE))
+    block.mlp.recompute = False
+    for block.recompute in (False, True, False):
+        assert not block.mlp.recompute
+    block.mlp = SquaredReLUMLP(16, SIZE)
+    block.recompute = True
+    assert not block.mlp.recompute, "a layer that came later recomputes in the block alone"

@@ -150,3 +150,11 @@ def test_decoding_with_the_triton_kernels_continues_the_prefill():
             y = layer(piece, cache=state)[0]
             torch.testing.assert_close(y, whole[:, : y.shape[1]], rtol=1e-4, atol=1e-5)
             whole = whole[:, y.shape[1] :]
+
+
+@pytest.mark.parametrize("tokens", [10, 12])
+def test_a_tree_of_another_length_is_refused(tokens):
+    mask = ki.MaskContract(subtree_end=ki.pack_tree([-1, 0, 0, -1], [3, 2, 2, 4]).subtree_end)
+    layer = Mamba2(8, heads=2, head_dim=4, state=3)
+    with pytest.raises(ValueError, match="must be 11"):
+        layer(torch.randn(2, tokens, 8), mask)

@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernel_index as ki
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import contract, products, torch_op_stats
+from kernel_index.core.triton.launch import interpreting
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import contract, products, slices, torch_op_stats
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.slices import Plan
 from kernel_index.lm.generate import Sampling
 
 BACKENDS = ("chunked", "reference")
@@ -217,3 +219,34 @@ def test_wrong_arguments_are_named(change, error, message):
     h, w, t = inputs()
     with pytest.raises(error, match=message.replace(".", r"\.")):
         ki.token_stats(h, w, t, **change)
+
+
+@pytest.mark.skipif(not interpreting(), reason="runs Triton's interpreter")
+@pytest.mark.parametrize(
+    "plan", [Plan(80, 16), Plan(80, 16, 12, 16), Plan(80, 32, 16, 16), Plan(80, 80, 21, 21)], ids=str
+)
+def test_every_plan_of_triton_gives_the_statistics_of_the_reference(monkeypatch, plan):
+    """Also of a row whose largest class is certain, of equal logits and of a temperature below 1."""
+    plan = Plan(*plan)
+    given = lambda hidden, weight, vocab, chunk_size, needs, **_: plan if any(needs) else plan._replace(held=0)  # noqa: E731
+    monkeypatch.setattr(slices, "plan_of", given)
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (21, 83))
+    hidden[3], weight[7] = 0.0, 40 * hidden[5]
+    targets = torch.randint(0, 75, (21,), generator=generator)
+    targets[::4], targets[5] = -100, 7
+    found = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "reference")):
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
+        stats = ki.token_stats(*leaves, targets, temperature=0.7, softcap=20.0, valid_vocab=75, backend=backend)
+        upstream = torch.linspace(-1, 2, 21, dtype=dtype)
+        grads = torch.autograd.grad(
+            (stats.log_prob, stats.entropy), leaves, (upstream, upstream.flip(0)), retain_graph=True
+        )
+        again = torch.autograd.grad((stats.log_prob, stats.entropy), leaves, (upstream, upstream.flip(0)))
+        for a, b in zip(grads, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        found.append((stats.log_prob, stats.entropy, *grads, stats.predicted))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), wanted.double(), rtol=1e-4, atol=1e-5)
+    assert float(found[0][0][5]) > -1e-4, "the certain one"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.core.triton.launch import interpreting
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "inductor", "reference"])
 BF16 = torch.bfloat16
@@ -200,6 +201,23 @@ def test_sinkhorn_survives_logits_whose_exponentials_do_not():
     matrix = ki.sinkhorn(logits, eps=0.0)
     torch.testing.assert_close(matrix, torch.full((2, 2), 0.5))
     assert torch.autograd.grad(matrix[0, 0], logits)[0].isfinite().all()
+
+
+@pytest.mark.skipif(not interpreting(), reason="runs Triton's interpreter")
+def test_sinkhorn_of_a_column_far_below_eps():
+    """exp(−largest) of a column at −500 overflows; its sum is eps alone."""
+    logits = torch.tensor([[0.0, -900.0, 1.0], [2.0, -900.0, 0.0], [-900.0, -900.0, -900.0]])
+    for eps in (1e-8, 0.0):
+        call = {"logits": logits, "iters": 1, "eps": eps}
+        found, wanted = (ki.sinkhorn(**call, backend=b) for b in ("triton", "reference"))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-30)  # logarithms near 900: units of 6e-5
+        assert found.isfinite().all()
+
+
+def test_sinkhorn_of_no_streams():
+    assert ki.sinkhorn(torch.randn(2, 0, 0)).shape == (2, 0, 0)
+    with pytest.raises(ki.Ineligible, match="needs at least one stream"):
+        ki.sinkhorn(torch.randn(2, 0, 0), backend="triton")
 
 
 def test_sinkhorn_temperature_and_precision():

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernel_index.core import numerics
 from kernel_index.core.dispatch import Backend, always, choose
-from kernel_index.core.stable import EXACT
+from kernel_index.core.stable import EXACT, ON_A_GPU
 from kernel_index.kernels.boundary.fused_bias_dropout_add import contract
 from kernel_index.kernels.boundary.fused_bias_dropout_add.reference import bias_dropout_add_reference
 from kernel_index.kernels.boundary.fused_bias_dropout_add.torch_op import (
@@ -18,7 +18,7 @@ from kernel_index.kernels.boundary.fused_bias_dropout_add.torch_op import (
 BiasDropoutAddBackend = Literal["auto", "triton", "native", "inductor", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, bias_dropout_add_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, bias_dropout_add_triton, contract.triton_not_worth, invariant=ON_A_GPU),
     Backend("native", contract.native_why_not, bias_dropout_add_native, numerics.not_worth, invariant=EXACT),
     Backend("inductor", contract.inductor_why_not, bias_dropout_add_inductor, contract.inductor_not_worth),
     Backend("reference", always, bias_dropout_add_reference),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, native, rules
+from kernel_index.core.numerics import is_invariant
 
 
 class Call(NamedTuple):
@@ -49,7 +50,12 @@ def _check_seed(seed: Any, x: Tensor) -> None:
     checks.is_int("seed", seed)
 
 
+NO_DROPOUT = "has no dropout: the mask follows an element's place in the batch"
+
+
 def triton_why_not(call: Call) -> str | None:
+    if call.p and is_invariant():
+        return NO_DROPOUT
     return rules.triton_why_not(call.x, call.residual, call.bias)
 
 
@@ -59,7 +65,7 @@ def triton_not_worth(call: Call) -> str | None:
 
 def native_why_not(call: Call) -> str | None:
     if call.p:
-        return "has no dropout: the mask follows an element's place in the batch"
+        return NO_DROPOUT
     return native.op_why_not(call.x, call.residual, call.bias)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import ceil_div, on_device, processors
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.sums import dependent, sum_parts
 
 BLOCK, PLAIN_BLOCK = 4096, 1024
@@ -21,6 +21,12 @@ COLUMNS, ROWS, RUNS = 2048, 2, 2
 
 PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 2
 """The same without a mask."""
+
+GROUP = 64
+"""Elements of the mask that are made together: a tile has whole groups."""
+
+MOST_RUNS = 256
+"""Rows of the partial sums."""
 
 STAGES = 3
 """Tiles of it in flight."""
@@ -163,14 +169,17 @@ def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, ou
     return out
 
 
-def _tile(dropped: bool) -> tuple[int, int, int]:
-    return (COLUMNS, ROWS, RUNS) if dropped else (PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS)
+def _tile(width: int, dropped: bool) -> tuple[int, int, int]:
+    """Columns and rows of a tile, and programs for each processor; a narrow tile has as many elements in more rows."""
+    most, rows, each = (COLUMNS, ROWS, RUNS) if dropped else (PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS)
+    columns = max(GROUP, min(most, next_power_of_2(width)))
+    return columns, rows * most // columns, each
 
 
 def runs_of(rows: int, width: int, like: Tensor, dropped: bool = True) -> int:
     """Runs of rows, and rows of the partial sums, which are about 3 % of the traffic."""
-    columns, at_once, each = _tile(dropped)
-    return max(1, min(ceil_div(rows, at_once), 256, ceil_div(each * processors(like), ceil_div(width, columns))))
+    columns, at_once, each = _tile(width, dropped)
+    return max(1, min(ceil_div(rows, at_once), MOST_RUNS, ceil_div(each * processors(like), ceil_div(width, columns))))
 
 
 def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -179,7 +188,7 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
     if rows == 0 or width == 0:
         return dx, dbias.zero_()
     dropped = mask[0] is not None
-    tile_columns, tile_rows, _ = _tile(dropped)
+    tile_columns, tile_rows, _ = _tile(width, dropped)
     each = tile_rows * ceil_div(rows, tile_rows * runs_of(rows, width, g, dropped))
     runs = ceil_div(rows, each)
     parts = torch.empty((runs, width), dtype=torch.float32, device=g.device)

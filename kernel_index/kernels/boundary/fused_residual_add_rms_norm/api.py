@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
-from kernel_index.core.stable import ELEMENTWISE
+from kernel_index.core.stable import ELEMENTWISE, ON_A_GPU
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm import contract
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.reference import residual_add_rms_norm_reference
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.torch_op import (
@@ -18,7 +18,9 @@ from kernel_index.kernels.boundary.fused_residual_add_rms_norm.torch_op import (
 ResidualAddRMSNormBackend = Literal["auto", "triton", "native", "inductor", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, residual_add_rms_norm_triton, contract.triton_not_worth),
+    Backend(
+        "triton", contract.triton_why_not, residual_add_rms_norm_triton, contract.triton_not_worth, invariant=ON_A_GPU
+    ),
     Backend(
         "native",
         contract.native_why_not,

@@ -17,15 +17,24 @@ from kernel_index.core.triton.sums import sum_parts
 WHOLE = 8192
 """Elements of the widest row that is held in registers."""
 
+STEP = 4096
+"""Elements of a step of the backward pass: as many rows as hold them.  One narrow row would not fill a processor."""
+
 STAGES = 3
-"""Rows in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
+"""Steps in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
 
 
-def pick_config(width: int, backward: bool) -> dict:
-    """Block and warps for a row of ``width`` elements: 16 elements for each thread forward, 8 to 16 backward."""
+def pick_config(width: int) -> dict[str, int]:
+    """Block and warps of the forward pass for a row of ``width`` elements: 16 for each thread."""
     block = min(next_power_of_2(width), WHOLE)
-    per_thread = 8 if backward else 16
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // (32 * per_thread)))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def pick_backward_config(width: int, rows: int) -> dict[str, int]:
+    """Rows and columns of a step, 8 to 16 elements for each thread; no more rows than there are for each processor."""
+    block = min(next_power_of_2(width), WHOLE)
+    held = max(1, min(STEP // block, next_power_of_2(rows)))
+    return {"ROWS": held, "BLOCK": block, "num_warps": min(16, max(1, held * block // 256))}
 
 
 @jit
@@ -67,56 +76,58 @@ def _forward_kernel(
 
 @jit
 def _norm_grad(x, dy, w, rstd, mean):
-    """dx [BLOCK] of x · rstd · w; ``mean`` is that of dy · w · x · rstd over the row."""
+    """dx of x · rstd · w; ``mean`` is that of dy · w · x · rstd over the row."""
     return rstd * (dy * w - x * rstd * mean)
 
 
 @jit
 def _backward_kernel(
     d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, delta_ptr,
-    d_residual_ptr, d_delta_ptr, weight_parts_ptr, scale_parts_ptr, rows, width, offset, rows_per_program,
+    d_residual_ptr, d_delta_ptr, weight_parts_ptr, scale_parts_ptr, rows, width, offset, steps_per_program,
     HAS_NEW: tl.constexpr, HAS_NORMED: tl.constexpr, SCALE: tl.constexpr, RESIDUAL: tl.constexpr, DELTA: tl.constexpr,
-    WEIGHT: tl.constexpr, D_SCALE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHT: tl.constexpr, D_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a run of rows, holds each in registers and sums its partial of the weight's gradient there."""
+    """A program takes a run of steps of ROWS rows, and sums its partial of the weight's gradient in registers."""
     program = tl.program_id(0).to(tl.int64)
-    first = program * rows_per_program
-    last = tl.minimum(first + rows_per_program, rows)
-    o_d = tl.arange(0, BLOCK)  # [BLOCK]
+    first = program * steps_per_program
+    last = tl.minimum(first + steps_per_program, tl.cdiv(rows, ROWS))
+    o_d = tl.arange(0, BLOCK)[None, :]
     m_d = o_d < width
-    w = tl.zeros((BLOCK,), tl.float32)
+    w = tl.zeros((1, BLOCK), tl.float32)
     if HAS_NORMED:
         w = load_row(weight_ptr, o_d, m_d) + offset
-    weight_sum = tl.zeros((BLOCK,), tl.float32)
-    scale_sum = tl.zeros((BLOCK,), tl.float32)
+    weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    scale_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     for step in tl.range(0, last - first, num_stages=STAGES):
-        row = first + step  # 64 bits
-        base = row * width
-        dx = tl.zeros((BLOCK,), tl.float32)
+        o_r = (first + step) * ROWS + tl.arange(0, ROWS)[:, None]  # 64 bits, [ROWS, 1]
+        m = (o_r < rows) & m_d
+        o_rd = o_r * width + o_d
+        dx = tl.zeros((ROWS, BLOCK), tl.float32)
         if HAS_NEW:
-            dx = load_row(d_new_ptr + base, o_d, m_d)  # [BLOCK]
+            dx = load_row(d_new_ptr, o_rd, m)  # [ROWS, BLOCK]
         if HAS_NORMED:
-            x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
-            dy = load_row(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
-            rstd = tl.load(rstd_ptr + row)
+            x = load_row(new_ptr, o_rd, m)  # [ROWS, BLOCK]
+            dy = load_row(d_normed_ptr, o_rd, m)  # [ROWS, BLOCK]
+            rstd = tl.load(rstd_ptr + o_r, mask=o_r < rows, other=0.0)  # [ROWS, 1]
             x_hat = x * rstd
-            mean = tl.sum(dy * w * x_hat, 0) / width  # beyond the row dy is 0
+            mean = tl.sum(dy * w * x_hat, 1)[:, None] / width  # beyond the row dy is 0
             dx += _norm_grad(x, dy, w, rstd, mean)
             if WEIGHT:
                 weight_sum += dy * x_hat
         if RESIDUAL:
-            store_row(d_residual_ptr + base, o_d, dx, m_d)
+            store_row(d_residual_ptr, o_rd, dx, m)
         if D_SCALE:
-            scale_sum += dx * load_row(delta_ptr + base, o_d, m_d)
+            scale_sum += dx * load_row(delta_ptr, o_rd, m)
         if DELTA:
-            store_row(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
+            store_row(d_delta_ptr, o_rd, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m)
+    o_d, m_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK) < width
     if WEIGHT:
-        tl.store(weight_parts_ptr + program * width + o_d, weight_sum, mask=m_d)
+        tl.store(weight_parts_ptr + program * width + o_d, tl.sum(weight_sum, 0), mask=m_d)
     if D_SCALE:
         if SCALE == 1:
-            tl.store(scale_parts_ptr + program, tl.sum(scale_sum, 0))
+            tl.store(scale_parts_ptr + program, tl.sum(tl.sum(scale_sum, 1), 0))
         else:
-            tl.store(scale_parts_ptr + program * width + o_d, scale_sum, mask=m_d)
+            tl.store(scale_parts_ptr + program * width + o_d, tl.sum(scale_sum, 0), mask=m_d)
 
 
 @jit
@@ -131,9 +142,9 @@ def _backward_wide_kernel(
     d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, delta_ptr,
     d_residual_ptr, d_delta_ptr, weight_parts_ptr, scale_parts_ptr, rows, width, offset, rows_per_program,
     HAS_NEW: tl.constexpr, HAS_NORMED: tl.constexpr, SCALE: tl.constexpr, RESIDUAL: tl.constexpr, DELTA: tl.constexpr,
-    WEIGHT: tl.constexpr, D_SCALE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHT: tl.constexpr, D_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same for rows that do not fit: two loops over a row's blocks, partial sums in memory."""
+    """The same for rows that do not fit, one at a time: two loops over a row's blocks, partial sums in memory."""
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
@@ -190,17 +201,12 @@ def forward(
     rows, width = residual.shape
     if rows and width:
         with on_device(residual):
-            config = pick_config(width, backward=False)
+            config = pick_config(width)
             _forward_kernel[(rows,)](
                 residual, delta, weight, scale, *outputs, width, eps, offset,
                 SCALE=_kind_of_scale(scale), ONE_BLOCK=width <= WHOLE, **config,
             )  # fmt: skip
     return outputs
-
-
-def programs(like: Tensor) -> int:
-    """Rows of the partial sums, and programs of the backward pass: one for each processor, fewer if rows are few."""
-    return min(like.shape[0], processors(like))
 
 
 def backward(
@@ -222,19 +228,22 @@ def backward(
             if d_parameter is not None:
                 d_parameter.zero_()
         return outputs
-    count = programs(new_residual)
+    most = processors(new_residual)  # programs, and rows of the partial sums: one for each processor
+    config = pick_backward_config(width, ceil_div(rows, most))
+    kernel, held = (_backward_kernel, config["ROWS"]) if width <= WHOLE else (_backward_wide_kernel, 1)
+    steps = ceil_div(rows, held)
+    count = min(steps, most)
     parts = [
         None if o is None else new_residual.new_empty((count, o.numel()), dtype=torch.float32) for o in outputs[2:]
     ]
-    kernel = _backward_kernel if width <= WHOLE else _backward_wide_kernel
     with on_device(new_residual):
         kernel[(count,)](
             d_new, d_normed, new_residual, rstd, weight, scale, delta, d_residual, d_delta, *parts,
-            rows, width, offset, ceil_div(rows, count),
+            rows, width, offset, ceil_div(steps, count),
             HAS_NEW=d_new is not None, HAS_NORMED=d_normed is not None, SCALE=_kind_of_scale(scale),
             RESIDUAL=d_residual is not None, DELTA=d_delta is not None,
             WEIGHT=d_weight is not None, D_SCALE=d_scale is not None,
-            STAGES=STAGES, **pick_config(width, backward=True),
+            STAGES=STAGES, **config,
         )  # fmt: skip
     for d_parameter, part in zip((d_weight, d_scale), parts, strict=True):
         if d_parameter is not None and part is not None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernel_index.core import numerics
 from kernel_index.core.dispatch import Backend, always, choose
-from kernel_index.core.stable import ELEMENTWISE
+from kernel_index.core.stable import ELEMENTWISE, ON_A_GPU
 from kernel_index.kernels.experts.fused_gated_activation import contract
 from kernel_index.kernels.experts.fused_gated_activation.contract import GatedKind
 from kernel_index.kernels.experts.fused_gated_activation.reference import gated_activation_reference
@@ -25,6 +25,7 @@ BACKENDS = (
         gated_activation_triton,
         contract.triton_not_worth,
         contract.kept_bytes,
+        ON_A_GPU,
     ),
     Backend(
         "native",

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
-from kernel_index.core.stable import EXACT
+from kernel_index.core.stable import EXACT, ON_A_GPU
 from kernel_index.kernels.experts.fused_relu_squared import contract
 from kernel_index.kernels.experts.fused_relu_squared.reference import relu_squared_reference
 from kernel_index.kernels.experts.fused_relu_squared.torch_op import relu_squared_inductor, relu_squared_triton
@@ -19,6 +19,7 @@ BACKENDS = (
         relu_squared_triton,
         contract.triton_not_worth,
         contract.kept_bytes,
+        ON_A_GPU,
     ),
     Backend(
         "inductor",

@@ -4,21 +4,24 @@ from typing import Literal
 
 from torch import Tensor
 
-from kernel_index.core import numerics
+from kernel_index.core import device_products, numerics
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.products import PRODUCT
 from kernel_index.kernels.experts.grouped_product import contract
-from kernel_index.kernels.experts.grouped_product.native import grouped_product_native
 from kernel_index.kernels.experts.grouped_product.reference import grouped_product_reference
 from kernel_index.kernels.experts.grouped_product.torch_op import grouped_product_op
+from kernel_index.kernels.experts.grouped_product.torch_op_rows import grouped_product_native, grouped_product_triton
 
 BACKENDS = (
+    Backend(
+        "triton", contract.triton_why_not, grouped_product_triton, numerics.not_worth, invariant=device_products.PRODUCT
+    ),
     Backend("native", contract.native_why_not, grouped_product_native, numerics.not_worth, invariant=PRODUCT),
     Backend("grouped_mm", contract.grouped_mm_why_not, grouped_product_op),
     Backend("reference", always, grouped_product_reference),
 )
 
-GroupedProductBackend = Literal["auto", "native", "grouped_mm", "reference"]
+GroupedProductBackend = Literal["auto", "triton", "native", "grouped_mm", "reference"]
 
 
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, *, backend: GroupedProductBackend = "auto") -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, native, rules
+from kernel_index.core import checks, device_products, native, rules
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 ALIGNMENT = 16
@@ -31,6 +31,10 @@ def check(x: Tensor, weight: Tensor, offsets: Tensor) -> None:
 def _check_values(ends: list[int], rows: int) -> None:
     if ends[-1] != rows or any(end < start for start, end in zip([0, *ends], ends, strict=False)):
         raise ValueError(f"offsets must not decrease and must end at the {rows} rows of x, got {ends}")
+
+
+def triton_why_not(x: Tensor, weight: Tensor, offsets: Tensor) -> str | None:
+    return device_products.why_not(x, weight) or rules.triton_why_not(offsets)
 
 
 def native_why_not(x: Tensor, weight: Tensor, offsets: Tensor) -> str | None:

@@ -27,23 +27,49 @@ def _allocate(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 _op = ops.register("grouped_product(Tensor a, Tensor b, Tensor offsets) -> Tensor", _launch, _allocate)
 
 
-class _GroupedProduct(torch.autograd.Function):
+class _Kept(torch.autograd.Function):
+    """Keeps what the product needs for backward before it runs, in a node of its own.
+
+    A checkpoint ends its recomputation where the last kept tensor is there.  A Python function's are taken when it has
+    run: the product itself would be repeated.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, nodes: list[Any], x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, offsets)
+        nodes.append(ctx)
+        return x.view_as(x), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor | None, d_weight: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, d_x, d_weight, None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """``nodes``: that of ``_Kept``; empty in a trace, where this function keeps the tensors itself."""
+
+    @staticmethod
+    def forward(ctx: Any, nodes: list[Any], x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.nodes = nodes
+        if not nodes:
+            ctx.save_for_backward(x, weight, offsets)
         return _op(x, weight.transpose(1, 2), offsets)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, offsets = ctx.saved_tensors
+        x, weight, offsets = (ctx.nodes[0] if ctx.nodes else ctx).saved_tensors
         g = g.contiguous()
-        d_x = _op(g, weight, offsets) if ctx.needs_input_grad[0] else None
-        d_weight = _op(g.T, x, offsets) if ctx.needs_input_grad[1] else None
-        return d_x, d_weight, None
+        d_x = _op(g, weight, offsets) if ctx.needs_input_grad[1] else None
+        d_weight = _op(g.T, x, offsets) if ctx.needs_input_grad[2] else None
+        return None, d_x, d_weight, None
 
 
 def grouped_product_op(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     x, weight, offsets = x.contiguous(), weight.contiguous(), offsets.contiguous()
     if torch.is_grad_enabled():
-        return ops.apply(_GroupedProduct, x, weight, offsets)
+        nodes: list[Any] = []
+        if not torch.compiler.is_compiling() and (x.requires_grad or weight.requires_grad):
+            x, weight = _Kept.apply(nodes, x, weight, offsets)
+        return ops.apply(_GroupedProduct, nodes, x, weight, offsets)
     return _op(x, weight.transpose(1, 2), offsets)

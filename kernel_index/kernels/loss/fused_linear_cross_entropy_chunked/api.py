@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from kernel_index.core import numerics
+from kernel_index.core import device_products, numerics
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.numerics import Recipe
 from kernel_index.core.products import PRODUCT
-from kernel_index.core.stable import ELEMENTWISE
+from kernel_index.core.stable import ELEMENTWISE, ON_A_GPU
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import contract
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.reference import (
     linear_cross_entropy_reference,
@@ -24,6 +24,7 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_stats
     token_stats_chunked,
     token_stats_native,
 )
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op_stats_sliced import token_stats_triton
 
 
 def _sharded(call: contract.Call) -> contract.CrossEntropyOutput:
@@ -41,21 +42,34 @@ def _stats_sharded(call: contract.StatsCall) -> contract.TokenStats:
 
 LOSS = Recipe(f"loss 1: float32 logits by {PRODUCT.text}; their softmax by {ELEMENTWISE.text}")
 
+LOSS_ON_A_GPU = Recipe(
+    f"loss on a GPU 1: float32 logits by {device_products.PRODUCT.text}; their softmax by {ON_A_GPU.text}"
+)
+
 LossBackend = Literal["auto", "sharded", "triton", "native", "inductor", "chunked", "reference"]
 
 BACKENDS = (
     Backend("sharded", contract.sharded_why_not, _sharded),
-    Backend("triton", contract.triton_why_not, linear_cross_entropy_triton, contract.triton_not_worth),
+    Backend(
+        "triton",
+        contract.triton_why_not,
+        linear_cross_entropy_triton,
+        contract.triton_not_worth,
+        invariant=LOSS_ON_A_GPU,
+    ),
     Backend("native", contract.native_why_not, linear_cross_entropy_native, numerics.not_worth, invariant=LOSS),
     Backend("inductor", contract.inductor_why_not, linear_cross_entropy_inductor, contract.inductor_not_worth),
     Backend("chunked", contract.chunked_why_not, linear_cross_entropy_chunked),
     Backend("reference", always, linear_cross_entropy_reference),
 )
 
-StatsBackend = Literal["auto", "sharded", "native", "chunked", "reference"]
+StatsBackend = Literal["auto", "sharded", "triton", "native", "chunked", "reference"]
 
 STATS_BACKENDS = (
     Backend("sharded", contract.sharded_why_not, _stats_sharded),
+    Backend(
+        "triton", contract.stats_triton_why_not, token_stats_triton, contract.triton_not_worth, invariant=LOSS_ON_A_GPU
+    ),
     Backend("native", contract.native_why_not, token_stats_native, numerics.not_worth, invariant=LOSS),
     Backend("chunked", contract.chunked_why_not, token_stats_chunked),
     Backend("reference", always, token_stats_reference),
@@ -78,7 +92,7 @@ def fused_linear_cross_entropy(
     valid_vocab: int | None = None,
     backend: LossBackend = "auto",
 ) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T`` that never holds more than a chunk of logits, forward and backward.
+    """Cross-entropy of ``hidden @ weight.T`` in the memory of a chunk of logits, forward and backward.
 
     Per token, with ``z = cap(logit_scale · (W·h + bias))`` and ``cap(z) = softcap · tanh(z / softcap)``::
 
@@ -105,8 +119,11 @@ def fused_linear_cross_entropy(
         z_loss: coefficient of the squared log-sum-exp.
         reduction: ``"mean"`` over the tokens not ignored (0, with zero gradients, if there is none, where PyTorch gives
             NaN), ``"sum"`` or ``"none"``.
-        chunk_size: tokens per chunk; by default what 128 MiB of logits hold, or half the weight's bytes if that is
-            more, in chunks of about equal size.
+        chunk_size: the memory to hold, in tokens whose logits may exist at once, ``bytes // (V · element size)``.
+            By default what 128 MiB of logits hold, or half the weight's bytes if that is more, in chunks of about
+            equal size.  On a GPU as many as there are tokens, or more, save a product of four: all logits wait for
+            backward.  By default those wait there that fit into the memory of the weight's gradient, for each call
+            whose backward is still to come; none inside a checkpoint.
         valid_vocab: only this many first rows of weight are classes; the rest is padding without gradient.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 

@@ -240,6 +240,6 @@ SUITES = (
         op="token_stats", function=token_stats, backends=STATS_BACKENDS, cases=STATS_CASES,
         differentiable=("hidden", "weight", "bias"), oracle=oracle_stats,
         sized=lambda m, n: {**call(m, (n,), 16, 20), "top_k": 12, "top_p": 0.8},
-        rounding=("chunked",), scales=(1e-3, 1.0, 16.0),
+        rounding=("triton", "chunked"), scales=(1e-3, 1.0, 16.0),
     ),
 )  # fmt: skip

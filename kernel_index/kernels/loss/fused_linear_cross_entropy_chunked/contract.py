@@ -5,7 +5,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, inductor, native, rules
+from kernel_index.core import checks, device_products, inductor, native, rules
+from kernel_index.core.numerics import is_invariant
 
 CHUNK_BYTES = 128 << 20
 """Budget of one chunk of logits.  Few large chunks read the weight seldom; see docs/decisions/0004-loss-chunks.md."""
@@ -268,7 +269,17 @@ def triton_why_not(call: Call) -> str | None:
     return rules.triton_why_not(call.hidden, call.weight, call.bias)
 
 
-def triton_not_worth(call: Call) -> str | None:
+def stats_triton_why_not(call: StatsCall) -> str | None:
+    if is_invariant():
+        if call.hidden.is_cpu and (rule := native.machine_why_not()) is not None:
+            return rule  # interpreted: its sums are those of C++
+        return device_products.why_not(call.hidden, call.weight, call.bias)
+    if call.options.top_k or call.options.top_p < 1:
+        return "has no truncation by top_k or top_p"
+    return rules.triton_why_not(call.hidden, call.weight, call.bias)
+
+
+def triton_not_worth(call: Call | StatsCall) -> str | None:
     return rules.triton_not_worth(call.hidden)
 
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import stable
-from kernel_index.core.products import product, product_d_input, product_d_weight
+from kernel_index.core import device_products, products, stable
 
 WEIGHT_TILE = 8192
 """Rows of a low-precision weight gradient formed at a time before they are added to the float32 sum."""
@@ -121,29 +120,29 @@ def _add_rows(total: Tensor, z: Tensor) -> None:
 PYTORCH = Products(logits_of, torch.mm, _add_outer, _add_rows)
 
 
-def _row_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return product(hidden, weight, bias, torch.float32)
+def _of_rows(by: products.Products) -> Products:
+    """Products whose rows do not depend on each other.  The logits are float32 whatever the dtype of hidden."""
+
+    def add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
+        total += by.d_weight(z.to(hidden.dtype), hidden)
+
+    def add_rows(total: Tensor, z: Tensor) -> None:
+        total += stable.column_sum(z)
+
+    return Products(
+        logits=lambda hidden, weight, bias: by.product(hidden, weight, bias, torch.float32),
+        d_hidden=lambda z, weight: by.d_input(z.to(weight.dtype), weight),
+        add_outer=add_outer,
+        add_rows=add_rows,
+    )
 
 
-def _row_d_hidden(z: Tensor, weight: Tensor) -> Tensor:
-    return product_d_input(z.to(weight.dtype), weight)
-
-
-def _row_add_outer(total: Tensor, z: Tensor, hidden: Tensor) -> None:
-    total += product_d_weight(z.to(hidden.dtype), hidden)
-
-
-def _row_add_rows(total: Tensor, z: Tensor) -> None:
-    total += stable.column_sum(z)
-
-
-ROWS = Products(_row_logits, _row_d_hidden, _row_add_outer, _row_add_rows)
-"""Products whose rows do not depend on each other.  The logits are float32 whatever the dtype of hidden."""
+ROWS = {"native": _of_rows(products.NATIVE), "triton": _of_rows(device_products.TRITON)}
 
 
 def by_name(passes: str) -> tuple[Products, Any]:
     """The products of a backend's passes, and the functions and sums of its formulas."""
-    return (ROWS, stable) if passes == "native" else (PYTORCH, stable.PYTORCH)
+    return (ROWS[passes], stable) if passes in ROWS else (PYTORCH, stable.PYTORCH)
 
 
 def empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -174,8 +174,9 @@ class Tokens(NamedTuple):
 
 def tokens_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options) -> Tokens:
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    rows = (targets != options.ignore_index).to(exact_dtype(hidden))
-    factor = 1 / rows.sum().clamp(min=1) if options.reduction == "mean" else rows.new_ones(())
+    kept = targets != options.ignore_index
+    rows = kept.to(exact_dtype(hidden))
+    factor = 1 / kept.sum().clamp(min=1).to(rows.dtype) if options.reduction == "mean" else rows.new_ones(())
     return Tokens(hidden, weight, bias, targets, rows, factor)
 
 

@@ -129,6 +129,10 @@ def token_stats_native(call: StatsCall) -> TokenStats:
     return _run(call, "native")
 
 
+def token_stats_rows(call: StatsCall) -> TokenStats:
+    return _run(call, "triton")
+
+
 def _run(call: StatsCall, passes: str) -> TokenStats:
     o = call.options
     constants = Constants(o.softcap, o.temperature, o.top_k, o.top_p, o.vocab, 0, o.vocab, "", passes)

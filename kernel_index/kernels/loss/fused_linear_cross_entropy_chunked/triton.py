@@ -7,33 +7,25 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
-
-BLOCK = 2048
-"""Columns that a program reads at once."""
-
-
-@jit
-def _capped(p_row, o_v, m_v, softcap, scale, CAP: tl.constexpr):
-    """Capped logits and their tanh [BLOCK]; −inf and 0 beyond the row."""
-    x = tl.load(p_row + o_v, mask=m_v, other=0.0).to(tl.float32) * scale
-    t = x
-    if CAP:
-        # tanh by exp of a negative argument: no overflow, and exact at ±1
-        e = tl.exp(-2.0 * tl.abs(x / softcap))
-        t = (1.0 - e) / (1.0 + e)
-        t = tl.where(x < 0, -t, t)
-        x = softcap * t
-    return tl.where(m_v, x, float("-inf")), t
+from kernel_index.core.triton.launch import ceil_div, on_device
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.slices import Layout
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.triton_rows import (
+    capped,
+    geometry_of,
+    log1p,
+    row_of_slice,
+    whole_blocks,
+)
 
 
 @jit
 def _losses_kernel(
-    z_ptr, targets_ptr, losses_ptr, max_ptr, log_sum_ptr, missing_ptr, stride, vocab, softcap, scale, smoothing, z_loss,
+    z_ptr, targets_ptr, losses_ptr, max_ptr, log_sum_ptr, missing_ptr, class_stride, width, slice_width, vocab,
+    softcap, scale, smoothing, z_loss,
     CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Logits of ``width`` classes lie in slices of ``slice_width``; those before a class take ``class_stride`` each."""
     row = tl.program_id(0).to(tl.int64)
-    z_ptr += row * stride
     target = tl.load(targets_ptr + row)
     columns = tl.arange(0, BLOCK)  # [BLOCK]
     # Per lane: the maximum so far, Σ exp(x − maximum) over the other classes, Σ (x − maximum) for smoothing, the
@@ -45,7 +37,8 @@ def _losses_kernel(
     for start in range(0, vocab, BLOCK):
         o_v = start + columns  # [BLOCK]
         m_v = o_v < vocab
-        x, _ = _capped(z_ptr, o_v, m_v, softcap, scale, CAP)  # [BLOCK]
+        p_row = row_of_slice(z_ptr, start, row, class_stride, width, slice_width)
+        x, _ = capped(p_row, o_v, m_v, softcap, scale, CAP)  # [BLOCK]
         is_target = o_v == target
         new_max = tl.maximum(lane_max, x, propagate_nan=tl.PropagateNan.ALL)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # −inf − (−inf) would be NaN
@@ -62,9 +55,8 @@ def _losses_kernel(
     target_logit = tl.sum(lane_target, 0) - row_max
     row_sum = row_others + tl.exp(target_logit)
     log_sum = tl.log(row_sum)
-    # With p of the target near 1, log(1 + others) keeps what log(Σ) − x would round away.
-    small = row_others * (1.0 - row_others * (0.5 - row_others * (1.0 / 3.0)))
-    near_one = tl.where(row_others < 1e-2, small, tl.log(1.0 + row_others))
+    # With p of the target near 1, log1p of the others keeps what log(Σ) − x would round away.
+    near_one = log1p(row_others)
     likelihood = tl.where(target_logit == 0.0, near_one, log_sum - target_logit)
     loss = (1.0 - smoothing) * likelihood
     if SMOOTH:
@@ -82,24 +74,25 @@ def _losses_kernel(
 
 @jit
 def _gradient_kernel(
-    z_ptr, targets_ptr, rows_ptr, max_ptr, log_sum_ptr, missing_ptr, lse_rows_ptr, stride, first, width, classes,
-    softcap, scale, smoothing, z_loss,
+    z_ptr, out_ptr, targets_ptr, rows_ptr, max_ptr, log_sum_ptr, missing_ptr, lse_rows_ptr, stride, out_stride, first,
+    width, classes, softcap, scale, smoothing, z_loss,
     CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, LSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride
+    out_ptr += row * out_stride
     o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_v = o_v < width
     factor, missing = tl.load(rows_ptr + row), tl.load(missing_ptr + row)
     row_max, log_sum = tl.load(max_ptr + row), tl.load(log_sum_ptr + row)
-    x, t = _capped(z_ptr, o_v, m_v, softcap, scale, CAP)  # [BLOCK]
+    x, t = capped(z_ptr, o_v, m_v, softcap, scale, CAP)  # [BLOCK]
     p = tl.exp(x - row_max - log_sum)
     dz = tl.where(o_v + first == tl.load(targets_ptr + row), smoothing - missing, p)
     if SMOOTH:
         dz -= smoothing / classes
     if Z_LOSS:
         dz += 2.0 * z_loss * (row_max + log_sum) * p
-    unused = factor == 0.0  # such a row may hold NaN
+    unused = factor == 0.0  # such a row may hold NaN, and so may padding
     dz *= factor
     if LSE:
         lse_factor = tl.load(lse_rows_ptr + row)
@@ -107,8 +100,8 @@ def _gradient_kernel(
         unused = unused & (lse_factor == 0.0)
     if CAP:
         dz *= 1.0 - t * t
-    dz = tl.where(unused, 0.0, dz * scale)
-    tl.store(z_ptr + o_v, dz.to(z_ptr.dtype.element_ty), mask=m_v)
+    dz = tl.where(unused, 0.0, tl.where(o_v + first < classes, dz * scale, 0.0))
+    tl.store(out_ptr + o_v, dz.to(out_ptr.dtype.element_ty), mask=m_v)
 
 
 Constants = tuple[float, float, float, float]
@@ -119,18 +112,24 @@ def _flags(constants: Constants) -> dict[str, bool]:
     return {"CAP": constants[0] != 0.0, "SMOOTH": constants[2] != 0.0, "Z_LOSS": constants[3] != 0.0}
 
 
-def _geometry(columns: int) -> dict[str, int]:
-    block = min(BLOCK, next_power_of_2(columns))
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 128))}
+def losses(
+    z: Tensor,
+    targets: Tensor,
+    outputs: tuple[Tensor, ...],
+    vocab: int,
+    constants: Constants,
+    layout: Layout,
+) -> None:
+    """Fill loss, row_max, log_sum and 1 − p of the target of each row: the log-sum-exp is row_max + log_sum.
 
-
-def losses(z: Tensor, targets: Tensor, outputs: tuple[Tensor, ...], constants: Constants) -> None:
-    """Fill loss, row_max, log_sum and 1 − p of the target of each row: the log-sum-exp is row_max + log_sum."""
-    if z.shape[0]:
+    The first ``vocab`` columns of z, which is dense, are classes.
+    """
+    if targets.shape[0]:
+        geometry = geometry_of(whole_blocks(layout, vocab))
         with on_device(z):
-            _losses_kernel[(z.shape[0],)](
-                z, targets.contiguous(), *outputs, z.stride(0), z.shape[1], *constants,
-                **_flags(constants), **_geometry(z.shape[1]),
+            _losses_kernel[(targets.shape[0],)](
+                z, targets.contiguous(), *outputs, layout.class_stride, layout.width, layout.slice_width, vocab,
+                *constants, **_flags(constants), **geometry,
             )  # fmt: skip
 
 
@@ -143,16 +142,19 @@ def gradient(
     classes: int,
     constants: Constants,
     lse_rows: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> None:
     """Turn the columns of logits that begin with class ``first`` into the gradient of Σ (rows·loss + lse_rows·lse).
 
-    ``statistics`` are row_max, log_sum and 1 − p of ``losses``; ``lse_rows`` None is 0 for every row.
+    ``statistics`` are row_max, log_sum and 1 − p of ``losses``; ``lse_rows`` None is 0 for every row.  It replaces the
+    logits, or is written to ``out``; it is 0 for columns from class ``classes`` on.
     """
     if z.numel():
-        geometry = _geometry(z.shape[1])
+        geometry, out = geometry_of(z.shape[1]), z if out is None else out
         with on_device(z):
             _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], geometry["BLOCK"]))](
-                z, targets.contiguous(), rows.contiguous(), *statistics,
-                rows if lse_rows is None else lse_rows.contiguous(), z.stride(0), first, z.shape[1], classes,
+                z, out, targets.contiguous(), rows.contiguous(), *statistics,
+                rows if lse_rows is None else lse_rows.contiguous(), z.stride(0), out.stride(0), first, z.shape[1],
+                classes,
                 *constants, **_flags(constants), LSE=lse_rows is not None, **geometry,
             )  # fmt: skip

@@ -6,17 +6,18 @@ from torch import Tensor
 
 from kernel_index.core import native, numerics
 from kernel_index.core.dispatch import Backend, always, choose
-from kernel_index.core.stable import ELEMENTWISE
+from kernel_index.core.stable import ELEMENTWISE, ON_A_GPU
 from kernel_index.kernels.streams.mhc_fused_static import contract
 from kernel_index.kernels.streams.mhc_fused_static.native import sinkhorn_native
 from kernel_index.kernels.streams.mhc_fused_static.reference import mix_reference, sinkhorn_reference
 from kernel_index.kernels.streams.mhc_fused_static.torch_op import mix_inductor, mix_native, mix_triton
+from kernel_index.kernels.streams.mhc_fused_static.torch_op_sinkhorn import sinkhorn_triton
 
 StreamsBackend = Literal["auto", "triton", "native", "inductor", "reference"]
-SinkhornBackend = Literal["auto", "native", "reference"]
+SinkhornBackend = Literal["auto", "triton", "native", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, mix_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, mix_triton, contract.triton_not_worth, invariant=ON_A_GPU),
     Backend(
         "native",
         contract.native_why_not,
@@ -29,6 +30,13 @@ BACKENDS = (
 )
 
 SINKHORN_BACKENDS = (
+    Backend(
+        "triton",
+        contract.triton_sinkhorn_why_not,
+        sinkhorn_triton,
+        contract.triton_sinkhorn_not_worth,
+        invariant=ON_A_GPU,
+    ),
     Backend("native", contract.native_sinkhorn_why_not, sinkhorn_native, numerics.not_worth, invariant=ELEMENTWISE),
     Backend("reference", always, sinkhorn_reference),
 )

@@ -123,6 +123,24 @@ def native_sinkhorn_why_not(logits: Tensor, iters: int, temperature: float, eps:
     return native.op_why_not(logits)
 
 
+MOST_MIXED = 32
+"""Streams whose matrix a program of Sinkhorn's iterations holds in registers."""
+
+
+def triton_sinkhorn_why_not(logits: Tensor, iters: int, temperature: float, eps: float, eps_in: str) -> str | None:
+    if eps_in != "sums":
+        return "needs eps_in='sums'"
+    if logits.shape[-1] == 0:
+        return "needs at least one stream"
+    if logits.shape[-1] > MOST_MIXED:
+        return "needs at most 32 streams"  # MOST_MIXED
+    return rules.triton_why_not(logits)
+
+
+def triton_sinkhorn_not_worth(logits: Tensor, *_: Any) -> str | None:
+    return rules.triton_not_worth(logits)
+
+
 EPS_IN = ("sums", "elements")
 
 

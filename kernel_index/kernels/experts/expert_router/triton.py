@@ -1,0 +1,205 @@
+"""Scores, selection and weights of a tile of tokens in one launch; backward one launch and one sum of partials.
+
+Products are as exact as float32 whatever the dtype of x: bfloat16 and float16 fit into tensorfloat32 without rounding,
+and a float32 weight is three of its parts.  Names are those of ``core/triton/attention.py``: ``o_n`` [TILE] are tokens,
+``o_e`` [EXPERTS] experts, ``o_c`` [BLOCK] channels.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernel_index.core.target import target_of
+from kernel_index.core.triton.attention import narrow
+from kernel_index.core.triton.jit import jit
+from kernel_index.core.triton.launch import (
+    SMALLEST_DOT,
+    ceil_div,
+    interpreting,
+    next_power_of_2,
+    on_device,
+    processors,
+)
+from kernel_index.kernels.experts.expert_router.contract import SMALLEST_SUM
+
+BLOCK = 64
+"""Channels of a step."""
+
+TILE_ELEMENTS = 4096
+"""Tokens × experts of a program at most."""
+
+WAVES = 2
+"""Programs of the backward pass for each processor."""
+
+
+@jit
+def _tile(p_x, o_row, o_c, rows, width):
+    """Float32 [rows, BLOCK]; zeros beyond the rows and channels."""
+    mask = (o_row < rows)[:, None] & (o_c < width)[None, :]
+    return tl.load(p_x + o_row.to(tl.int64)[:, None] * width + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, experts_ptr, weights_ptr, parts_ptr, scores_ptr, tokens, width, count, smallest,
+    TOPK: tl.constexpr, CHOICES: tl.constexpr, BIAS: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    o_e = tl.arange(0, EXPERTS)
+    m_e = o_e < count
+    z = tl.zeros((TILE, EXPERTS), tl.float32)
+    for start in range(0, width, BLOCK):
+        o_c = start + tl.arange(0, BLOCK)
+        b_w = _tile(weight_ptr, o_e, o_c, count, width)
+        z += tl.dot(_tile(x_ptr, o_n, o_c, tokens, width), tl.trans(b_w), input_precision=PRECISION)
+    if SOFTMAX:
+        z = tl.where(m_e[None, :], z, float("-inf"))
+        e = tl.exp(z - tl.max(z, 1)[:, None])
+        score = e / tl.sum(e, 1)[:, None]
+    else:
+        score = 1.0 / (1.0 + tl.exp(-z))
+    m_ne = (o_n < tokens)[:, None] & m_e[None, :]
+    p_scores = scores_ptr + o_n.to(tl.int64)[:, None] * count + o_e[None, :]
+    tl.store(p_scores, score, mask=m_ne)
+    key = score
+    if BIAS:
+        key += tl.load(bias_ptr + o_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
+    key = tl.where(key == key, key, float("inf"))  # as a sort: NaN comes first
+    key = tl.where(m_e[None, :], key, float("-inf"))
+    left = m_ne
+    o_k = tl.arange(0, CHOICES)
+    chosen = tl.zeros((TILE, CHOICES), tl.int32)
+    weight = tl.zeros((TILE, CHOICES), tl.float32)
+    for k in range(TOPK):
+        best = tl.max(tl.where(left, key, float("-inf")), 1)
+        # The smallest index among equals; one that is left, also where every key is −inf.
+        at = tl.min(tl.where(left & (key == best[:, None]), o_e[None, :], EXPERTS), 1)
+        is_best = o_e[None, :] == at[:, None]
+        left = left & (is_best == 0)
+        of_best = tl.sum(tl.where(is_best, score, 0.0), 1)
+        chosen = tl.where((o_k == k)[None, :], at[:, None], chosen)
+        weight = tl.where((o_k == k)[None, :], of_best[:, None], weight)
+    if (TOPK > 1) | (count == 1):
+        weight = weight / tl.maximum(tl.sum(weight, 1), smallest, propagate_nan=tl.PropagateNan.ALL)[:, None]
+    o_nk = o_n.to(tl.int64)[:, None] * TOPK + o_k[None, :]
+    m_nk = (o_n < tokens)[:, None] & (o_k < TOPK)[None, :]
+    tl.store(experts_ptr + o_nk, chosen.to(tl.int64), mask=m_nk)
+    tl.store(weights_ptr + o_nk, weight, mask=m_nk)
+    taken = tl.sum((m_ne & (left == 0)).to(tl.int32), 0)  # [EXPERTS]
+    tl.store(parts_ptr + tl.program_id(0) * count + o_e, taken, mask=m_e)
+
+
+@jit
+def _score_grad(
+    d_weights_ptr, scores_ptr, experts_ptr, o_n, tokens, count, smallest,
+    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile's logits, float32 [TILE, EXPERTS]."""
+    o_e = tl.arange(0, EXPERTS)
+    m_n = o_n < tokens
+    m_ne = m_n[:, None] & (o_e < count)[None, :]
+    score = tl.load(scores_ptr + o_n.to(tl.int64)[:, None] * count + o_e[None, :], mask=m_ne, other=0.0)
+    d = tl.zeros((TILE, EXPERTS), tl.float32)  # of the weights, in their experts' columns
+    chosen = tl.zeros((TILE, EXPERTS), tl.int32)
+    for k in range(TOPK):
+        o_nk = o_n.to(tl.int64) * TOPK + k
+        is_expert = o_e[None, :] == tl.load(experts_ptr + o_nk, mask=m_n, other=-1)[:, None]
+        d = tl.where(is_expert, tl.load(d_weights_ptr + o_nk, mask=m_n, other=0.0).to(tl.float32)[:, None], d)
+        chosen = tl.where(is_expert, 1, chosen)
+    if (TOPK > 1) | (count == 1):
+        own = tl.where(chosen == 1, score, 0.0)
+        total = tl.sum(own, 1)
+        divisor = tl.maximum(total, smallest, propagate_nan=tl.PropagateNan.ALL)[:, None]
+        mean = tl.where(total >= smallest, tl.sum(d * own, 1), 0.0)[:, None] / divisor
+        d = tl.where(chosen == 1, (d - mean) / divisor, 0.0)
+    if SOFTMAX:
+        return score * (d - tl.sum(d * score, 1)[:, None])
+    return d * score * (1.0 - score)
+
+
+@jit
+def _backward_kernel(
+    d_weights_ptr, x_ptr, weight_ptr, scores_ptr, experts_ptr, d_x_ptr, parts_ptr, tokens, width, count, tiles,
+    smallest, TOPK: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    TILE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes each ``num_programs``-th tile of tokens and one block of channels."""
+    o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    o_e = tl.arange(0, EXPERTS)
+    b_w = _tile(weight_ptr, o_e, o_c, count, width)  # [EXPERTS, BLOCK]
+    d_w = tl.zeros((EXPERTS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        o_n = tile * TILE + tl.arange(0, TILE)
+        dz = _score_grad(
+            d_weights_ptr, scores_ptr, experts_ptr, o_n, tokens, count, smallest, TOPK, SOFTMAX, EXPERTS, TILE
+        )
+        b_x = _tile(x_ptr, o_n, o_c, tokens, width)
+        d_w += tl.dot(tl.trans(dz), b_x, input_precision=PRECISION)
+        dx = tl.dot(dz, b_w, input_precision=PRECISION)  # [TILE, BLOCK]
+        mask = (o_n < tokens)[:, None] & (o_c < width)[None, :]
+        p_out = d_x_ptr + o_n.to(tl.int64)[:, None] * width + o_c[None, :]
+        tl.store(p_out, narrow(dx, d_x_ptr.dtype.element_ty, UPCAST), mask=mask)
+    p_part = parts_ptr + (tl.program_id(0).to(tl.int64) * count + o_e[:, None]) * width + o_c[None, :]
+    tl.store(p_part, d_w, mask=(o_e < count)[:, None] & (o_c < width)[None, :])
+
+
+def _geometry(x: Tensor, count: int) -> dict:
+    """``ieee`` where x has more digits than tensorfloat32, and on AMD, whose compiler has no other exact way."""
+    experts = max(SMALLEST_DOT, next_power_of_2(count))
+    exact = x.dtype == torch.float32 or target_of(x.device).kind == "hip"
+    return {
+        "PRECISION": "ieee" if exact else "tf32x3",
+        "TILE": max(SMALLEST_DOT, min(32, TILE_ELEMENTS // experts)),
+        "EXPERTS": experts,
+        "BLOCK": BLOCK,
+        "num_warps": 4,
+    }
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, softmax: bool, outputs: tuple[Tensor, ...]) -> None:
+    """Contiguous x [N, C], weight [E, C] and bias [E] in; ``outputs``: experts, weights, load, scores."""
+    experts, weights, load, scores = outputs
+    (tokens, width), count = x.shape, weight.shape[0]
+    if not tokens:
+        load.zero_()
+        return
+    geometry, topk = _geometry(x, count), experts.shape[1]
+    tiles = ceil_div(tokens, geometry["TILE"])
+    parts = x.new_empty((tiles, count), dtype=torch.int32)
+    with on_device(x):
+        _forward_kernel[(tiles,)](
+            x, weight, bias, experts, weights, parts, scores, tokens, width, count, SMALLEST_SUM,
+            TOPK=topk, CHOICES=max(2, next_power_of_2(topk)), BIAS=bias is not None, SOFTMAX=softmax, **geometry,
+        )  # fmt: skip
+    torch.sum(parts, 0, out=load)
+
+
+def backward(
+    d_weights: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    experts: Tensor,
+    softmax: bool,
+    d_x: Tensor,
+    d_weight: Tensor,
+) -> None:
+    """Contiguous tensors in; the gradients of x and weight filled."""
+    (tokens, width), count = x.shape, weight.shape[0]
+    if not tokens:
+        d_weight.zero_()
+        return
+    geometry = _geometry(x, count)
+    tiles, blocks = ceil_div(tokens, geometry["TILE"]), ceil_div(width, BLOCK)
+    programs = min(tiles, max(1, ceil_div(WAVES * processors(x), blocks)))
+    parts = x.new_empty((programs, count, width), dtype=torch.float32)
+    with on_device(x):
+        _backward_kernel[(programs, blocks)](
+            d_weights, x, weight, scores, experts, d_x, parts, tokens, width, count, tiles, SMALLEST_SUM,
+            TOPK=experts.shape[1], SOFTMAX=softmax, UPCAST=interpreting(), **geometry,
+        )  # fmt: skip
+    if d_weight.dtype == parts.dtype:
+        torch.sum(parts, 0, out=d_weight)
+    else:
+        d_weight.copy_(parts.sum(0))
