@@ -36,6 +36,8 @@ TITLES = {
     "fused_bias_dropout_add": ("Bias + dropout + add", "residual dropout"),
     "fused_gated_activation": ("Gated activation", "SwiGLU, GEGLU, ReGLU, SiLU and multiply"),
     "fused_relu_squared": ("Squared ReLU", "relu², ReLU2"),
+    "expert_router": ("Expert router", "mixture of experts, MoE, gating, top-k routing"),
+    "expert_dispatch": ("Expert dispatch", "mixture of experts, MoE, permute and unpermute, scatter and combine"),
     "grouped_product": ("Grouped product", "mixture of experts, MoE, grouped GEMM"),
     "mhc_fused_static": ("Hyper-connections", "mHC, residual streams, Sinkhorn"),
     "fused_mla_projection": ("MLA projection", "multi-head latent attention, low-rank projection"),

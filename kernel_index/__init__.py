@@ -18,6 +18,8 @@ from kernel_index.kernels.attention.exact_token_sparse.api import exact_token_at
 from kernel_index.kernels.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
 from kernel_index.kernels.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
+from kernel_index.kernels.experts.expert_dispatch.api import ExpertPlan, expert_combine, expert_dispatch, expert_plan
+from kernel_index.kernels.experts.expert_router.api import Routing, expert_route
 from kernel_index.kernels.experts.fused_gated_activation.api import fused_gated_activation
 from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
 from kernel_index.kernels.experts.grouped_product.api import grouped_product
@@ -30,6 +32,7 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.api import (
 )
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import CrossEntropyOutput, TokenStats
 from kernel_index.kernels.mla.fused_mla_projection.api import fused_mla_projection
+from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.api import (
     clustered_route,
     clustered_sparse_attention,
@@ -69,6 +72,7 @@ from kernel_index.masks.prefix_tree.api import pack_tree
 from kernel_index.masks.prefix_tree.packing import TreePacking
 from kernel_index.routing.hierarchical_block_expansion.api import hierarchical_block_select
 from kernel_index.routing.hierarchical_block_expansion.selection import BlockSelection, HierarchyPlan
+from kernel_index.routing.importance_router.api import importance_route
 from kernel_index.routing.lightning_indexer.api import lightning_indexer
 from kernel_index.routing.lightning_indexer.loss import lightning_indexer_loss
 from kernel_index.routing.lightning_indexer.selection import TokenSelection
@@ -85,6 +89,7 @@ __all__ = [
     "ContiguousKVCache",
     "CrossEntropyOutput",
     "ExactMaskKey",
+    "ExpertPlan",
     "Explanation",
     "GatheredPair",
     "HierarchyPlan",
@@ -99,6 +104,7 @@ __all__ = [
     "ResidualAndNormed",
     "RopeTables",
     "RotatedQK",
+    "Routing",
     "Scanned",
     "StreamsAndBranchInput",
     "TokenSelection",
@@ -109,6 +115,7 @@ __all__ = [
     "attention",
     "attention_validity",
     "attention_with_lse",
+    "block_sparse_attention",
     "can_score_tile",
     "causal_conv1d",
     "causal_windowing_plan",
@@ -118,6 +125,10 @@ __all__ = [
     "doc_window_mask",
     "exact_mask_key",
     "exact_token_attention",
+    "expert_combine",
+    "expert_dispatch",
+    "expert_plan",
+    "expert_route",
     "explain",
     "fa4_execute_proof",
     "fa4_kvcache_decode",
@@ -135,6 +146,7 @@ __all__ = [
     "gather_rows_pair",
     "grouped_product",
     "hierarchical_block_select",
+    "importance_route",
     "lightning_indexer",
     "lightning_indexer_loss",
     "linear",

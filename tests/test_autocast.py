@@ -25,6 +25,8 @@ CAST = {
     "selected_decode": "q k v",
     "fused_rope_qk": "q k",
     "lightning_indexer": "q_idx k_idx weights",
+    "lightning_indexer_loss": "q k",
+    "importance_route": "q block_keys",
     "block_router": "q k",
     "ssd_scan": "x b c",
 }

@@ -50,3 +50,11 @@ def test_the_rule_finds_what_was_lost():
 def test_values_that_a_loop_carries_begin_as_tensors_of_their_own(path):
     functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
     assert not {name for function in functions for name in lost(function)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_sizes_are_cast_by_a_function(path):
+    """A size of 1 is a constant of Triton's compiler, a plain int, which has no method ``to``."""
+    calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+    methods = [c.func for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "to"]
+    assert [m.value.id for m in methods if isinstance(m.value, ast.Name) and m.value.id.isupper()] == []

@@ -85,7 +85,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 def attend(
-    passes: Passes, statics: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *tensors: Tensor
+    passes: Passes, statics: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *tensors: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` with their gradients."""
     return ops.apply(AttentionFunction, passes, statics, q, k, v, sink, *tensors)

@@ -19,6 +19,7 @@ from kernel_index.core.autocast import without_autocast
 from kernel_index.core.force import PUBLIC, STRICT, forced_for
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.numerics import NO_RECIPE, Ineligible, Recipe, is_invariant
+from kernel_index.core.rules import triton_not_worth
 from kernel_index.core.target import target_of
 from kernel_index.core.version import __version__
 
@@ -355,7 +356,9 @@ def _choose(
 
 def _verdict(backend: Backend, wanted: str, call: tuple, invariant: bool) -> str | None:
     if invariant:  # no rule of speed, and no fallback
-        return NO_RECIPE if backend.invariant is None else backend.why_not(*call)
+        rule = NO_RECIPE if backend.invariant is None else backend.why_not(*call)
+        interpreted = rule is None and wanted == "auto" and backend.name == "triton"
+        return triton_not_worth(_first_tensor(call)) if interpreted else rule
     rule = backend.why_not(*call)
     if rule is None and wanted == "auto":
         if backend.not_worth is not None:

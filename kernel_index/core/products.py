@@ -5,8 +5,9 @@ accumulator (bfloat16: by pairs, as the machine's instruction adds them), and on
 brgemm computes a block.  Its elements depend on their own row and column alone, as ``tests/kernels/linear`` asks.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +82,17 @@ product_d_weight = ops.NativeOp(
     "row_product_d_weight(Tensor d_y, Tensor x) -> Tensor", _launch_d_weight, _allocate_d_weight
 )
 """d_yᵀ [N, M] · x [M, R]: a sum over tokens, in the order of their rows."""
+
+
+class Products(NamedTuple):
+    """The product and its gradients on one kind of device."""
+
+    product: Callable[..., Tensor]
+    d_input: Callable[..., Tensor]
+    d_weight: Callable[..., Tensor]
+
+
+NATIVE = Products(product, product_d_input, product_d_weight)
 
 
 def _launch_batch(left: Tensor, right: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import ops, rules
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,4 +37,6 @@ class _Taken(torch.autograd.Function):
 
 def taken(x: Tensor, idx: Tensor) -> Tensor:
     """The rows ``idx`` [n] of x [rows, …]."""
+    if rules.inside_functorch():
+        return x.index_select(0, idx)
     return ops.apply(_Taken, x, idx)

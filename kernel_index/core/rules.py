@@ -16,6 +16,9 @@ HALF = (torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256
 """Largest head size of the Triton attention kernels: a row of it fits into registers."""
 
+MOST_HEADS_OF_ROWS = 65_535
+"""Batch rows times heads of the kernels that have these on the second axis of their grid, which holds no more."""
+
 MIN_ARCH = 80
 
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -27,6 +30,7 @@ NEEDS_CPU = "needs CPU tensors"
 NEEDS_CUDA = "needs CUDA tensors"
 ON_A_CPU = "needs CUDA or ROCm tensors (or TRITON_INTERPRET=1)"
 NEEDS_NARROW_HEADS = "needs head sizes of at most 256"  # WIDEST_HEAD
+NEEDS_FEW_HEADS_OF_ROWS = "needs at most 65,535 batch rows times heads"  # MOST_HEADS_OF_ROWS
 NEEDS_TRITON_DTYPE = "needs float32, bfloat16 or float16"
 NO_BACKWARD = "has no backward; use backend='reference' when gradients are needed"
 ONLY_FLOAT32 = "computes in float32: float64 is the reference's"

@@ -8,9 +8,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kernel_index.core import dispatch, force, ops
+from kernel_index.core import dispatch, force, ops, rules
 from kernel_index.core.numerics import is_invariant
 
 
@@ -30,17 +29,19 @@ FIRST_GPU = 0
 
 
 def sizes_of(tensors: tuple[Any, ...]) -> Hashable | None:
-    """Shapes, strides, dtypes and devices; None unless all are plain tensors on a GPU, without gradients, or None."""
+    """Shapes, strides, dtypes and devices; None unless all are plain tensors of a GPU without gradients, or None."""
     found: list[Any] = []
+    recorded = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             found.append(None)
             continue
-        if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.requires_grad or tensor.is_neg():
+        if type(tensor) not in rules.PLAIN or tensor.layout != torch.strided or tensor.is_neg():
             return None
-        if (device := tensor.get_device()) < FIRST_GPU:
+        device, leaf = tensor.get_device(), tensor.requires_grad
+        if device < FIRST_GPU or (leaf and recorded):
             return None
-        found += (tensor.shape, tensor.stride(), tensor.dtype, device)
+        found += (tensor.shape, tensor.stride(), tensor.dtype, device, leaf)
     return tuple(found)
 
 

@@ -8,6 +8,7 @@ wherever it is computed.  So an invariant form is written with those operators a
 A formula that has both forms takes one of the two as its ``math``: this module, or ``PYTORCH``.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from kernel_index.core import native, ops
 from kernel_index.core.inductor import sum_rows
 from kernel_index.core.numerics import Recipe
+from kernel_index.core.triton.launch import dense
 
 SOURCE = Path(native.__file__).with_name("stable.cpp")
 
@@ -27,7 +29,15 @@ ELEMENTWISE = Recipe(
 )
 
 
-def _unary(name: str, dtype: torch.dtype) -> ops.NativeOp:
+ON_A_GPU = Recipe(
+    "elementwise on a GPU 1: operations in float32 by one kernel for every element; sums of a row by one program, in "
+    "blocks that its width decides; one rounding at the end"
+)
+
+
+def _unary(name: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """On a GPU it is PyTorch's own, which computes every element alike."""
+
     def launch(x: Tensor) -> Tensor:
         x = x.contiguous()
         assert x.dtype == dtype
@@ -35,7 +45,9 @@ def _unary(name: str, dtype: torch.dtype) -> ops.NativeOp:
         _call(f"{name}_{native.suffix(dtype)}", (x.numel(),), x, y)
         return y
 
-    return ops.NativeOp(f"stable_{name}(Tensor x) -> Tensor", launch, lambda x: x.new_empty(x.shape))
+    native_op = ops.NativeOp(f"stable_{name}(Tensor x) -> Tensor", launch, lambda x: x.new_empty(x.shape))
+    of_pytorch = getattr(torch, name)
+    return lambda x: of_pytorch(x) if x.is_cuda else native_op(x)
 
 
 def _launch_row_sum(x: Tensor) -> Tensor:
@@ -64,13 +76,32 @@ exp, log, log1p, tanh, erf, sigmoid = (
 cos, sin = (_unary(name, torch.float64) for name in ("cos", "sin"))
 """Of float64."""
 
-row_sum = ops.NativeOp("stable_row_sum(Tensor x) -> Tensor", _launch_row_sum, lambda x: x.new_empty(x.shape[:-1]))
-"""The sum of float32 x over its last dimension."""
-
-column_sum = ops.NativeOp(
+_row_sum = ops.NativeOp("stable_row_sum(Tensor x) -> Tensor", _launch_row_sum, lambda x: x.new_empty(x.shape[:-1]))
+_column_sum = ops.NativeOp(
     "stable_column_sum(Tensor x) -> Tensor", _launch_column_sum, lambda x: x.new_empty(x.shape[1:])
 )
-"""The sum of float32 x over its first dimension: in the order of the rows, whatever the number of threads."""
+
+
+def _launch_device_row_sum(x: Tensor) -> Tensor:
+    from kernel_index.core.triton.stable import row_sum
+
+    (x,) = dense((x,))
+    return row_sum(x, x.new_empty(x.shape[:-1]))
+
+
+device_row_sum = ops.register(
+    "device_row_sum(Tensor x) -> Tensor", _launch_device_row_sum, lambda x: x.new_empty(x.shape[:-1])
+)
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """The sum of float32 x over its last dimension."""
+    return device_row_sum(x) if x.is_cuda else _row_sum(x)
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """The sum of float32 x over its first dimension, in an order that the number of threads has no part in."""
+    return x.sum(0) if x.is_cuda else _column_sum(x)
 
 
 def row_mean(x: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.core.numerics import Mode, check_mode
 from kernel_index.core.target import has_package
 from kernel_index.integrations.extras import require
-from kernel_index.integrations.hugging_face import activation, attention, loss, mlp, norms, rope
+from kernel_index.integrations.hugging_face import activation, attention, exact_ops, invariant, loss, mlp, norms, rope
 from kernel_index.integrations.hugging_face.change import Change, Kind, Plan, tried
 
 __all__ = ["Change", "Report", "apply"]
@@ -108,6 +110,7 @@ def apply(
     loss: bool = True,
     experts: bool = True,
     attention: bool = True,
+    numerics: Mode = "ordinary",
 ) -> Report:
     """Replace modules of a Transformers model by kernels of the index: the same numbers, in less time and memory.
 
@@ -126,6 +129,10 @@ def apply(
       ``ki.MaskContract``.  Every other call goes, with all its arguments and its mask, to the attention that the model
       had: a mask that no contract expresses, arguments that are not known, a static cache.  The report counts them.
 
+    With ``numerics="invariant"`` every forward of the model runs in ``ki.numerics("invariant")``, its linear layers are
+    ``ki.linear``, and log-probabilities of training, of any batch and packing, and of ``generate`` with its caches have
+    the same bits.  It is called once on a few tokens: code of its own that is not exact is refused.  See guide 8.
+
     Inside ``torch.compile`` norms, rotation and activations are traced as usual; loss and masked attention are the
     model's own.
 
@@ -135,6 +142,7 @@ def apply(
     Args:
         model: a ``transformers.PreTrainedModel``, not patched yet, or a PEFT model around one.
         norms, rope, loss, experts, attention: whether modules of that kind are replaced.
+        numerics: ``"ordinary"`` or ``"invariant"``.
 
     Returns:
         ``Report``.
@@ -142,7 +150,8 @@ def apply(
     Raises:
         MissingExtra: transformers is not installed.
         TypeError: model is no ``PreTrainedModel``, or an option is no bool.
-        ValueError: model has been changed by ``apply`` already.
+        ValueError: model has been changed by ``apply`` already, or numerics is another word.
+        Ineligible: with ``numerics="invariant"``, a module has no invariant form; the message names it.
 
     Source: extension points of Transformers 5: ``AttentionInterface``, ``AttentionMaskInterface``, ``loss_function``.
 
@@ -167,7 +176,8 @@ def apply(
         model = model.get_base_model()  # of PEFT
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
-    wanted = dict(zip(KINDS, (norms, rope, loss, experts, attention), strict=True))
+    check_mode("numerics", numerics)
+    wanted = dict(zip(KINDS, (norms, rope, loss, experts, attention, numerics == "invariant"), strict=True))
     for name, value in wanted.items():
         checks.is_bool(name, value)
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -179,11 +189,13 @@ def apply(
     undo: list[Callable[[], None]] = []
     report = None
     try:
-        with torch.device("cpu"):  # of the trials
+        with torch.device("cpu"), ki.numerics("ordinary"):  # of the trials
             plans = [plan for kind in KINDS if wanted[kind] for plan in PLANNERS[kind](model, wanted)]
         for plan in plans:
             if plan.do is not None:
                 undo.append(plan.do())
+        if wanted["numerics"]:
+            exact_ops.check(model)
         report = Report(model, (p.change for p in plans), undo)
     finally:
         if report is None:
@@ -192,8 +204,9 @@ def apply(
 
 
 def _norms(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
-    """Norms of heads are done by the rotation where it is ours as well."""
-    heads = {id(m) for m in _norms_of_heads(model)} if wanted["rope"] else set()
+    """Norms of heads are done by the rotation where it is ours as well, and has the form."""
+    together = wanted["rope"] and not wanted["numerics"]
+    heads = {id(m) for m in _norms_of_heads(model)} if together else set()
     return [
         tried(name, "norms", lambda name=name, m=m: norms.plan(name, m, id(m) in heads))
         for name, m in model.named_modules()
@@ -227,12 +240,22 @@ def _attention(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
     return attention.plan(model, named) if named else []
 
 
+def _loss(model: Any, wanted: dict[Kind, bool]) -> list[Plan]:
+    return [tried("", "loss", lambda: loss.plan(model, wanted["numerics"]))]
+
+
+def _numerics(model: Any, wanted: dict[Kind, bool]) -> list[Plan]:
+    has_mode = (model, model.get_output_embeddings()) if wanted["loss"] and loss.why_not(model) is None else ()
+    return invariant.plans(model, has_mode)
+
+
 PLANNERS: dict[Kind, Callable[[Any, dict[Kind, bool]], list[Plan]]] = {
     "norms": _norms,
     "rope": _rope,
-    "loss": lambda model, wanted: [tried("", "loss", lambda: loss.plan(model))],
+    "loss": _loss,
     "experts": _feed_forward,
     "attention": _attention,
+    "numerics": _numerics,
 }
 
 if has_package("transformers"):

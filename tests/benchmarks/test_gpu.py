@@ -130,3 +130,13 @@ def test_the_state_space_kernels_agree_with_pytorch_in_a_dry_run(capsys):
     assert said.count("  PyTorch: 1 and 1 µs") == 3
     for line in said.splitlines():
         assert "apart" not in line or float(line.split()[-2]) < 1e-2
+
+
+def test_every_contender_of_sparse_attention_runs_in_a_dry_run(capsys):
+    from benchmarks import gpu_sparse
+
+    gpu_sparse.main(device="cpu")
+    said = capsys.readouterr().out
+    for name in ("clustered, per KV group", "MoBA, per query head", "the core, per KV group"):
+        assert said.count(name) == 2  # random and shared
+    assert "dense, SDPA" in said

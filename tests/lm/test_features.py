@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import kernel_index as ki
+from benchmarks.language_model import packed
 from kernel_index.lm.config import PRESETS, ExpertLayer, Latent, ModelConfig, Sparse, StateSpace
 from kernel_index.lm.generate import generate
 from kernel_index.lm.model import LanguageModel, active_parameters, after_next_targets, flops_per_token
 from kernel_index.lm.report import receipt_rows
 from kernel_index.lm.tensorboard import crc32c
-from kernel_index.lm.train import RunConfig, Trainer, read_metrics
+from kernel_index.lm.train import RunConfig, Trainer, forced_backend, read_metrics
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -93,6 +94,51 @@ def test_tiny_has_every_letter_of_the_hybrid_above():
     assert tiny.pattern.count("S") == 3
     assert (tiny.residual, tiny.latent.fused) == ("mhc", True)
     assert any(window is not None for window in tiny.windows)
+
+
+def test_streams_in_the_models_own_dtype(monkeypatch):
+    """Under autocast ``mhc-plain`` mixes bfloat16 streams and ``mhc`` float32 ones; without it they are the same."""
+    found, seen, mix = {}, [], ki.mhc_merge_and_branch_input
+
+    def spy(hidden, *more, **options):
+        seen.append(hidden.dtype)
+        return mix(hidden, *more, **options)
+
+    monkeypatch.setattr(ki, "mhc_merge_and_branch_input", spy)
+    for residual in ("mhc", "mhc-plain"):
+        torch.manual_seed(0)
+        model = LanguageModel(replace(HYBRID, pattern="AE", windows=(None, None), residual=residual)).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(("out.weight", "down", "down.weight", "head.weight")):  # zeros at first
+                torch.nn.init.normal_(parameter, std=0.05)
+        tokens = torch.randint(0, 256, (20,))
+        with torch.no_grad():
+            exact = model.next_logits(tokens)
+            seen.clear()
+            with torch.autocast("cpu", torch.bfloat16):
+                rounded = model.next_logits(tokens)
+        found[residual] = exact, rounded, set(seen)
+    (wide, _, wide_dtypes), (plain, rounded, plain_dtypes) = found.values()
+    assert (wide_dtypes, plain_dtypes) == ({torch.float32}, {torch.bfloat16})
+    assert torch.equal(wide, plain)
+    assert (rounded - plain).norm() < 0.03 * plain.norm()  # a few roundings of 2⁻⁹ each
+
+
+@pytest.mark.parametrize("letter", "MASLE")
+def test_the_reference_recomputes_what_it_kept_under_autocast(letter):
+    """Backward runs outside of autocast and of the forced backend, where a checkpoint compares what is saved."""
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = LanguageModel(replace(HYBRID, pattern=letter, windows=(None,), residual="mhc-plain"))
+        torch.nn.init.normal_(model.head.weight)
+        for block in model.hybrid_blocks():
+            block.recompute = recompute
+        with forced_backend("reference"), torch.autocast("cpu", torch.bfloat16):
+            loss = model(packed(model.config, 2, 2))
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None)
 
 
 def test_dense_warm_up_says_when_it_ended(small_corpus, tmp_path):

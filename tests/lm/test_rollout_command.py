@@ -34,6 +34,7 @@ def test_a_trained_model_is_exact(checked):
     assert "all bits are equal" in done.output
     receipt = json.loads(path.read_text())
     assert receipt["exact"] is True
+    assert receipt["request"]["device"] == "cpu"
     assert set(receipt["findings"]["A"]) == set(AXES)
     assert receipt["recipes"]["attention"] == receipt["recipes"]["fa4_kvcache_decode"]
     assert {"kernel-index", "python", "torch", "isa"} <= set(receipt["machine"])
@@ -74,3 +75,6 @@ def test_wrong_use():
     done = run("rollout-check", "--checkpoint", "/nowhere")
     assert done.exit_code == 2
     assert "must be a checkpoint" in done.output
+    done = run("rollout-check", "--checkpoint", "/nowhere", "--device", "nothing")
+    assert done.exit_code == 2
+    assert "must be a device of this machine, got 'nothing'" in done.output

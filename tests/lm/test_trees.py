@@ -95,7 +95,7 @@ def test_every_letter(pattern, windows):
         torch.testing.assert_close(a, b, **close)
 
 
-@pytest.mark.parametrize("residual", ["plain", "fp32", "mhc"])
+@pytest.mark.parametrize("residual", ["plain", "fp32", "mhc", "mhc-plain"])
 def test_some_steps_of_a_hybrid_model(residual):
     config = replace(WITHOUT_EXPERTS, residual=residual)
     for a, b in zip(steps_of(config, loss_of_trees), steps_of(config, loss_of_paths), strict=True):

@@ -98,3 +98,38 @@ def test_lists_of_tiles_compile_for_tiles_that_are_not_square():
     done = not_interpreted("-c", LISTS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == [" 0 True"] * 2, done.stdout
+
+
+DOCUMENTS = """
+import torch
+from kernel_index.core import device_documents as of
+from kernel_index.core.triton import documents, documents_backward, launch
+from kernel_index.proofs import aot
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+q, k, out = empty(2, 4096, 32, 128), empty(2, 4096, 8, 128), empty(2, 4096, 32, 128)
+lse = empty(2, 4096, 32, dtype=torch.float32)
+bounds, strides, scoring = (empty(2, 4096, dtype=torch.int32),) * 3, launch.strides(k, k), of.Scoring(0.1, 0.0)
+def show(kernel, made, *args):
+    found = aot.compile_for("documents", aot._launch(kernel, args, made.constants), "sm90")
+    print(found.error or "compiled")
+for queries, page in ((4096, 0), (1, 16)):
+    made = of._launch_of("forward", q[:, :queries], k, k, scoring, HAS_SINK=False, PAGE=page)
+    table, steps = (bounds[0], (4096, 1)) if page else (None, (0, 0))
+    show(documents.documents_kernel, made, q, k, k, None, *bounds, table, out, lse, *strides, 4096, *steps, queries, 8,
+         made.inner, made.outer)
+made = of._launch_of("queries", q, k, k, scoring, HAS_D_LSE=False)
+show(documents_backward.queries_kernel, made, q, None, q, k, k, out, lse, *bounds, q, lse, *strides, 4096, 4096, 8,
+     made.scale, made.inner, made.outer)
+made = of._launch_of("keys", q, k, k, scoring, H=32)
+show(documents_backward.keys_kernel, made, q, q, k, k, lse, lse, *bounds, k, k, *strides, 4096, 4096, 8, made.scale,
+     made.inner, made.outer)
+"""
+
+
+@pytest.mark.thorough
+def test_attention_by_documents_compiles():
+    """No suite calls it in the mode that it is for; an interpreter would not see what a compiler refuses."""
+    done = not_interpreted("-c", DOCUMENTS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["compiled"] * 4

@@ -14,9 +14,12 @@ from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.fused_rope_qk import triton as rope
 from kernel_index.kernels.boundary.fused_bias_dropout_add import triton as dropout
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm import triton as norm
+from kernel_index.kernels.experts.expert_dispatch import triton as dispatch
+from kernel_index.kernels.experts.expert_router import triton as router
 from kernel_index.kernels.experts.fused_gated_activation import triton as gated
 from kernel_index.kernels.experts.fused_relu_squared import triton as relu
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton as loss
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton_rows as loss_rows
 from kernel_index.kernels.sparse.block_sparse_attention import triton as block_sparse
 from kernel_index.kernels.sparse.block_sparse_attention import triton_backward as block_sparse_backward
 from kernel_index.kernels.state_space.causal_conv1d import triton as conv
@@ -108,11 +111,41 @@ def test_gated_activation(late, rows):
         holds(seen, tensor, first, last)
 
 
+def test_expert_dispatch(late):
+    """The last token; its slot is read as 0."""
+    x, rows, out, g = tensors(4)
+    weights, slots = tensors(2, torch.float32)
+    block = dispatch._moves(WIDTH)["BLOCK"]
+    first = LAST * WIDTH, LAST * WIDTH + block - 1
+    shape = {"K": 2, "BLOCK": block}
+    holds(late(dispatch._dispatch_kernel, LAST, x, slots, rows, WIDTH, **shape), x, *first)
+    seen = late(dispatch._combine_kernel, LAST, rows, weights, slots, x, out, WIDTH, WEIGHTED=True, BASE=True, **shape)
+    for tensor in (x, out):
+        holds(seen, tensor, *first)
+    seen = late(dispatch._combine_backward_kernel, LAST, g, rows, weights, slots, out, weights, WIDTH, **shape)
+    holds(seen, g, LAST * WIDTH, ROWS * WIDTH - 1)
+
+
+def test_expert_route(late):
+    """The last tile of tokens."""
+    x, weight, d_x = tensors(3)
+    scores, weights, parts = tensors(3, torch.float32)
+    (experts,) = tensors(1, torch.int64)
+    shape = {"SOFTMAX": False, "PRECISION": "ieee", "TILE": 16, "EXPERTS": 16, "BLOCK": router.BLOCK}
+    call = (x, weight, None, experts, weights, parts, scores, ROWS, WIDTH, 16, 1e-20)
+    seen = late(router._forward_kernel, ROWS // 16 - 1, *call, TOPK=2, CHOICES=2, BIAS=False, **shape)
+    holds(seen, x, (ROWS - 16) * WIDTH, ROWS * WIDTH - 1)
+    index, call = (ROWS // 16 - 1, 0), (weights, x, weight, scores, experts, d_x, parts, ROWS, WIDTH, 16, ROWS // 16)
+    seen = late(router._backward_kernel, index, *call, 1e-20, TOPK=2, UPCAST=True, **shape)
+    for tensor in (x, d_x):
+        touches(seen, tensor, LAST * WIDTH, LAST * WIDTH + router.BLOCK - 1)
+
+
 @pytest.mark.parametrize("width", [WIDTH, 3 * norm.WHOLE], ids=["one block", "looped"])
 def test_rms_norm(late, width):
     residual, delta, weight, new, normed = tensors(5)
     (rstd,) = tensors(1, torch.float32)
-    block = norm.pick_config(width, backward=False)["BLOCK"]
+    block = norm.pick_config(width)["BLOCK"]
     seen = late(
         norm._forward_kernel, LAST, residual, delta, weight, None, new, normed, rstd, width, 1e-6, 0.0,
         SCALE=0, ONE_BLOCK=width <= norm.WHOLE, BLOCK=block,
@@ -125,7 +158,7 @@ def test_rms_norm(late, width):
     seen = late(
         kernel, LAST // 8, d_new, d_normed, new, rstd, weight, None, None, dx, None, parts, None, ROWS, width, 0.0, 8,
         HAS_NEW=True, HAS_NORMED=True, SCALE=0, RESIDUAL=True, DELTA=False, WEIGHT=True, D_SCALE=False,
-        STAGES=1, BLOCK=norm.pick_config(width, backward=True)["BLOCK"],
+        STAGES=1, ROWS=1, BLOCK=norm.pick_backward_config(width, ROWS)["BLOCK"],
     )  # fmt: skip
     first = LAST // 8 * 8 * width
     for tensor in (d_new, d_normed, new, dx):
@@ -191,12 +224,24 @@ def test_loss(late):
     losses, row_max, log_sum, missing, rows = tensors(5, torch.float32)
     targets = torch.zeros(64, dtype=torch.int64)
     vocab, row = 10000, 3 * 2**31 // 10000
-    flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss.BLOCK}
-    call = (z, targets, losses, row_max, log_sum, missing, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
+    flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss_rows.BLOCK}
+    call = (z, targets, losses, row_max, log_sum, missing, 0, vocab, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     holds(late(loss._losses_kernel, row, *call, **flags), z, row * vocab, (row + 1) * vocab - 1)
-    call = (z, targets, rows, row_max, log_sum, missing, rows, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
+    call = (z, z, targets, rows, row_max, log_sum, missing, rows, vocab, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     seen = late(loss._gradient_kernel, row, *call, **flags, LSE=True)
-    holds(seen, z, row * vocab, row * vocab + loss.BLOCK - 1)
+    holds(seen, z, row * vocab, row * vocab + loss_rows.BLOCK - 1)
+
+
+def test_loss_of_slices(late):
+    """The last class of many, each of which takes the room of 2¹⁷ elements."""
+    (z,) = tensors(1)
+    losses, row_max, log_sum, missing = tensors(4, torch.float32)
+    targets, room, slice_width, row = torch.zeros(64, dtype=torch.int64), 2**17, 2 * loss_rows.BLOCK, 7
+    vocab = 16 * slice_width
+    call = (z, targets, losses, row_max, log_sum, missing, room, vocab, slice_width, vocab, 0.0, 1.0, 0.0, 0.0)
+    seen = late(loss._losses_kernel, row, *call, CAP=False, SMOOTH=False, Z_LOSS=False, BLOCK=loss_rows.BLOCK)
+    first = 15 * slice_width * room + row * slice_width
+    holds(seen, z, first, first + slice_width - 1)
 
 
 SPARSE = {
@@ -259,7 +304,7 @@ def test_gated_rms_norm(late):
     strides = WIDTH, WIDTH, WIDTH
     seen = late(
         gated_norm.backward_kernel, index, d_y, x, gate, weight, rstd, out, d_gate, parts, *strides, ROWS, 1, WIDTH,
-        GATED=True, BLOCK=WIDTH, STAGES=1,
+        GATED=True, ROWS=1, BLOCK=WIDTH, STAGES=1,
     )  # fmt: skip
     for tensor in (d_y, x, gate, out, d_gate):
         holds(seen, tensor, LAST * WIDTH, ROWS * WIDTH - 1)

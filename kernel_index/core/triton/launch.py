@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.target import target_of
 
 
@@ -66,8 +67,20 @@ def next_power_of_2(n: int) -> int:
 
 
 def dense(tensors: Sequence[Tensor | None]) -> Any:
-    """Contiguous versions, None kept; no copy of what is contiguous already."""
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    """Contiguous versions, None kept; no copy of what is contiguous already.
+
+    Under ``numerics("invariant")`` they begin at a multiple of ALIGNED bytes: what Triton compiles for other addresses
+    may sum a row in another order.
+    """
+    aligned = is_invariant()
+    return tuple(None if t is None else _aligned(t.contiguous()) if aligned else t.contiguous() for t in tensors)
+
+
+ALIGNED = 16
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if x.data_ptr() % ALIGNED == 0 else x.clone()
 
 
 def dense_heads(x: Tensor) -> Tensor:

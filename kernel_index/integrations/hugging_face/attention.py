@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import rules
+from kernel_index.core.numerics import is_invariant
 from kernel_index.integrations.hugging_face.change import RAISED, Change, Plan, agree, draw
 from kernel_index.integrations.hugging_face.implementation import NAME, Implementation, own_implementation
+from kernel_index.integrations.hugging_face.invariant import name_of, refuse
 from kernel_index.integrations.hugging_face.lazy import Lazy, plain
 from kernel_index.integrations.hugging_face.masks import DENSE, LazyMask, contract_for
 
@@ -204,6 +206,8 @@ def attention_forward(
     given = {n: v for n, v in named.items() if v is not None}
     why = why_not_call(module, query, key, value, attention_mask, given)
     if why is not None:
+        if is_invariant():
+            refuse(f"attention of {name_of(module)}", why)
         note(module, why)
         return own_attention(module, query, key, value, attention_mask, given)
     if isinstance(attention_mask, LazyMask):
@@ -271,14 +275,16 @@ def _try(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, given: di
     eager, tokens = eager_of(module), 6
     if eager is None:
         return "the eager attention that it has could not be found"
-    q, k, v = (
-        draw(1, x.shape[1], tokens, x.shape[3], seed=20 + i).to(x.device) for i, x in enumerate((query, key, value))
-    )
-    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
-    additive = torch.zeros(1, 1, tokens, tokens, device=q.device).masked_fill(~allowed, torch.finfo(q.dtype).min)
     arguments = {n: v for n, v in given.items() if n not in BENIGN}
     try:
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with ki.numerics("ordinary"), torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            q, k, v = (
+                draw(1, x.shape[1], tokens, x.shape[3], seed=20 + i).to(x.device)
+                for i, x in enumerate((query, key, value))
+            )
+            allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+            additive = torch.zeros(1, 1, tokens, tokens, device=q.device)
+            additive = additive.masked_fill(~allowed, torch.finfo(q.dtype).min)
             actual, _ = eager(module, q, k, v, additive, **arguments)
             wide_q, wide_k, wide_v = (x.transpose(1, 2).double() for x in (q, k, v))
             expected = ki.attention(

@@ -14,14 +14,14 @@ LEVEL = 16 * torch.finfo(torch.float32).eps
 """Relative to the largest element: a dozen float32 operations agree with their formula to this."""
 
 
-Kind = Literal["norms", "rope", "loss", "experts", "attention"]
+Kind = Literal["norms", "rope", "loss", "experts", "attention", "numerics"]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """The result for one module: ``by`` names the function that now computes it; if it is empty, ``why`` is the reason.
 
-    ``kind`` is the option of ``apply`` that the module belongs to.  ``when`` limits a replacement to some calls.
+    ``kind`` is the option of ``apply`` that the module belongs to; ``when`` limits a replacement to some calls.
     """
 
     module: str

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import kernel_index as ki
 from kernel_index.integrations.hugging_face.lazy import Lazy
 
 
@@ -33,15 +34,17 @@ class LazyLogits(Lazy):
 
     steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
     product: torch.dtype
+    invariant: bool
     stamp: "Stamp"
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> "LazyLogits":
+    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool = False) -> "LazyLogits":
         dtype = _autocast_dtype(hidden.device.type) or hidden.dtype
         operands = (hidden, weight) if bias is None else (hidden, weight, bias)
         shape = (*hidden.shape[:-1], weight.shape[0])
         stamp = Stamp.of(*operands)
-        return LazyLogits.wrap(shape, dtype, hidden.device, *operands, steps=(), product=dtype, stamp=stamp)
+        form = {"steps": (), "product": dtype, "invariant": invariant, "stamp": stamp}
+        return LazyLogits.wrap(shape, dtype, hidden.device, *operands, **form)
 
     @property
     def hidden(self) -> Tensor:
@@ -68,8 +71,9 @@ class LazyLogits(Lazy):
             dtype = func(torch.empty(0, dtype=self.dtype), *args[1:]).dtype
         if func in CASTS and dtype == self.dtype:
             return self  # as PyTorch returns the tensor itself
-        same = {"steps": (*self.steps, (func, args[1:])), "product": self.product, "stamp": self.stamp}
-        return LazyLogits.wrap(self.shape, dtype, self.device, *self.operands, **same)
+        same = {"product": self.product, "invariant": self.invariant, "stamp": self.stamp}
+        steps = (*self.steps, (func, args[1:]))
+        return LazyLogits.wrap(self.shape, dtype, self.device, *self.operands, steps=steps, **same)
 
     def check(self) -> None:
         super().check()
@@ -78,7 +82,8 @@ class LazyLogits(Lazy):
 
     def formula(self, *operands: Tensor) -> Tensor:
         with torch.autocast(operands[0].device.type, enabled=False):
-            found = torch.nn.functional.linear(*(x.to(self.product) for x in operands))
+            hidden, weight, *bias = (x.to(self.product) for x in operands)
+            found = product(hidden, weight, bias[0] if bias else None, self.invariant)
             for function, args in self.steps:
                 found = function(found, *args)
         return found
@@ -105,6 +110,14 @@ class LazyLogits(Lazy):
         if not math.isfinite(scale) or (cap is not None and not 0 < cap < math.inf):
             return None
         return Factors(scale if cap is None else scale * cap, cap)
+
+
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool) -> Tensor:
+    """What an output layer computes."""
+    if not invariant:
+        return torch.nn.functional.linear(hidden, weight, bias)
+    with ki.numerics("invariant"):
+        return ki.linear(hidden, weight, bias)
 
 
 TIMES = frozenset({Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul})

@@ -4,6 +4,7 @@ While a call has labels, the output layer returns ``LazyLogits``; the loss funct
 to replace, takes from them the operands of the fused loss.  A call without labels, as in ``generate``, is unchanged.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -13,20 +14,22 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, Recipe, replace_forward
 from kernel_index.integrations.hugging_face.lazy import is_observed
-from kernel_index.integrations.hugging_face.logits import LazyLogits
+from kernel_index.integrations.hugging_face.logits import LazyLogits, product
 
 KIND = "loss"
 WANTED: ContextVar[nn.Module | None] = ContextVar("kernel_index_head_of_a_call_with_labels", default=None)
 
 
-def plan(model: Any) -> Plan:
+def plan(model: Any, invariant: bool = False) -> Plan:
+    """``invariant``: both forwards run in ``numerics("invariant")``."""
     why = why_not(model)
     if why is not None:
         return Plan(Change("", KIND, why=why))
     when = "in calls with labels"
-    return Plan(Change("", KIND, by="fused_linear_cross_entropy", when=when), lambda: _replace(model))
+    return Plan(Change("", KIND, by="fused_linear_cross_entropy", when=when), lambda: _replace(model, invariant))
 
 
 def why_not(model: Any) -> str | None:
@@ -50,10 +53,10 @@ def why_not(model: Any) -> str | None:
     return None
 
 
-def _replace(model: Any) -> Any:
-    head = model.get_output_embeddings()
-    undo_head = replace_forward(head, Recipe(head_forward))
-    undo_model = replace_forward(model, Recipe(model_forward))
+def _replace(model: Any, invariant: bool) -> Any:
+    head, settings = model.get_output_embeddings(), (True,) if invariant else ()
+    undo_head = replace_forward(head, Recipe(head_forward, settings))
+    undo_model = replace_forward(model, Recipe(model_forward, settings))
     model.loss_function = causal_lm_loss
 
     def undo() -> None:
@@ -65,7 +68,7 @@ def _replace(model: Any) -> Any:
     return undo
 
 
-def model_forward(base: type) -> Callable[..., Any]:
+def model_forward(base: type, invariant: bool = False) -> Callable[..., Any]:
     """The model's own forward, during which its head knows whether there are labels.
 
     A forward and not a hook: adapters call ``model.forward``, which runs no hooks.
@@ -73,6 +76,10 @@ def model_forward(base: type) -> Callable[..., Any]:
     names = list(inspect.signature(base.forward).parameters)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with ki.numerics("invariant") if invariant else contextlib.nullcontext():
+            return with_labels(self, *args, **kwargs)
+
+    def with_labels(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return base.forward(self, *args, **kwargs)
         labels = kwargs.get("labels", dict(zip(names, args, strict=False)).get("labels"))
@@ -85,13 +92,13 @@ def model_forward(base: type) -> Callable[..., Any]:
     return forward
 
 
-def head_forward(base: type) -> Callable[..., Tensor]:
+def head_forward(base: type, invariant: bool = False) -> Callable[..., Tensor]:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         # Under torch.compile the product is traced as it is: lazy logits would hide it from the compiler.
         # A hook on the head, as sharding puts there, sees an ordinary tensor, and may free the weight after it.
         if not torch.compiler.is_compiling() and WANTED.get() is self and not is_observed(self):
-            return LazyLogits.of(input, self.weight, self.bias)
-        return nn.functional.linear(input, self.weight, self.bias)
+            return LazyLogits.of(input, self.weight, self.bias, invariant)
+        return product(input, self.weight, self.bias, invariant)
 
     return forward
 
@@ -114,12 +121,14 @@ def causal_lm_loss(
 
     rest = (labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
     if not isinstance(logits, LazyLogits):
+        needs_ordinary_numerics("the loss", "it was given logits that have been computed")
         return ForCausalLMLoss(logits, *rest, **kwargs)
     factors = logits.factors()
     targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
     targets = targets.reshape(-1).to(logits.device)
     fits = logits.shape[-1] == vocab_size and logits.shape[:-1].numel() == targets.shape[0]
     if logits.made or factors is None or not fits:
+        needs_ordinary_numerics("the loss", "its logits are not those of the output layer alone")
         return ForCausalLMLoss(logits.values(), *rest, **kwargs)
     hidden, weight, bias = logits.factors_of_product()
     total = ki.fused_linear_cross_entropy(

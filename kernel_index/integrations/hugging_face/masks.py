@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
+from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.integrations.hugging_face.implementation import own_implementation
 from kernel_index.integrations.hugging_face.lazy import Lazy
 
@@ -107,6 +108,8 @@ def contract_for(
 
     if isinstance(attention_mask, LazyMask):
         return attention_mask
+    if kv_offset != 0:  # a cache without its first keys
+        needs_ordinary_numerics("attention", "a cache keeps the last keys of a window alone: pass a DynamicCache()")
     own = own_implementation(config)
     request = dict(
         batch_size=batch_size,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core.numerics import is_invariant
 from kernel_index.integrations.hugging_face.change import (
     ALREADY,
     Change,
@@ -93,7 +94,8 @@ def _behaves(tried: nn.Module, x: Tensor, eps: float, weight: Tensor) -> bool:
 def forward_of(base: type, convention: Convention, of_heads: bool) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         eps = getattr(self, convention.eps)
-        if of_heads and not torch.compiler.is_compiling() and hidden_states.ndim == 4 and not is_observed(self):
+        late = of_heads and hidden_states.ndim == 4 and not is_invariant()  # no recipe has norm and rotation in one
+        if late and not torch.compiler.is_compiling() and not is_observed(self):
             return LazyNorm.of(hidden_states, self.weight, convention, eps)
         return normed(hidden_states, self.weight, convention, eps)
 

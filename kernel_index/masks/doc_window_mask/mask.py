@@ -287,7 +287,7 @@ class MaskContract(PackedMask):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """The token that each token continues, int64 [rows, S], −1 for none; nothing waits."""
-        sizes = self.sizes(batch_size, seq_len, None, device)
+        sizes = self.sizes(batch_size, seq_len, seq_len, device)
         return self.remember("parents", sizes, lambda: (parents_in_row(self.subtree_end, sizes),))[0]
 
     def tree_levels(
@@ -301,7 +301,7 @@ class MaskContract(PackedMask):
 
         It waits for the device, once for each contract, unless the contract was made on the host and moved with ``to``.
         """
-        sizes = self.sizes(batch_size, seq_len, None, device)
+        sizes = self.sizes(batch_size, seq_len, seq_len, device)
 
         def build() -> tuple[Level, ...]:
             known = self.on_the_host() or self

@@ -101,6 +101,7 @@ def test_wrong_arguments(x, weight, bias, error, message):
         ki.linear(x, weight, bias)
 
 
+@pytest.mark.native
 def test_a_compiled_call_has_the_same_bits():
     x, weight, bias = drawn(50, 64, 32, torch.float32)
     compiled = torch.compile(lambda *t: ki.linear(*t), fullgraph=True, backend="aot_eager")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kernel_index.core import native
+from kernel_index.core import device_documents, native
 from kernel_index.core.dispatch import Backend, choose
 from kernel_index.core.document_attention import ATTENTION
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode import contract, torch_op_repeated
@@ -24,7 +24,13 @@ def _run_fa4(call: contract.DecodeCall) -> Tensor:
 
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, decode_triton, contract.triton_not_worth),
+    Backend(
+        "triton",
+        contract.triton_why_not,
+        decode_triton,
+        contract.triton_not_worth,
+        invariant=device_documents.ATTENTION,
+    ),
     Backend("fa4", contract.fa4_why_not, _run_fa4, details=contract.fa4_details),
     Backend(
         "native",

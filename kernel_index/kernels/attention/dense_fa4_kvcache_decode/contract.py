@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, document_attention, native, rules
+from kernel_index.core import checks, device_documents, document_attention, native, rules
 from kernel_index.core.fa4_support import Support, support_of
 from kernel_index.core.numerics import is_invariant
 from kernel_index.core.target import has_package, target_of
@@ -218,6 +218,8 @@ def triton_why_not(call: DecodeCall) -> str | None:
         return rules.NO_BACKWARD
     if q.shape[-1] > rules.WIDEST_HEAD:
         return "takes head sizes up to 256"
+    if is_invariant():
+        return device_documents.why_not(q, call.k_cache, call.v_cache, call.scale)
     if call.k_cache.stride(-1) != 1 or call.k_cache.stride() != call.v_cache.stride():
         return "needs caches of the same strides, with a dense head dimension: they are written in place"
     return None

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import device_documents, ops
+from kernel_index.core.document_attention import Bounds
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton.launch import dense_heads
-from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import DecodeCall
+from kernel_index.kernels.attention.dense_fa4_kvcache_decode.contract import DecodeCall, key_intervals
 from kernel_index.kvcache.slots import append
 
 
@@ -38,7 +40,20 @@ _decode_op = ops.register(
 )
 
 
+def _decode_document(call: DecodeCall) -> Tensor:
+    """A row of the cache is a document: the kernel, and so the bits, of ``attention`` over it."""
+    append(call.k_cache, call.v_cache, call.cache_seqlens, call.k, call.v, call.block_table)
+    total = call.cache_seqlens.to(torch.int64) + call.new_tokens
+    start, end = key_intervals(total, call.q.shape[1], call.window_bounds)
+    bounds = Bounds(start, end, torch.zeros_like(start))
+    scoring = device_documents.Scoring(call.scale, call.softcap)
+    tensors = (call.q, call.k_cache, call.v_cache, call.sink)
+    return device_documents.attend_to_cache(*tensors, bounds, scoring, call.block_table)
+
+
 def decode_triton(call: DecodeCall) -> Tensor:
+    if is_invariant():
+        return _decode_document(call)
     q, k_cache, v_cache, lengths, table = call.q, call.k_cache, call.v_cache, call.cache_seqlens, call.block_table
     numbers = (call.new_tokens, *bounds_of(call), float(call.scale), float(call.softcap))
     if call.k is None or call.v is None or ops.are_seen() or not writes_itself(call):

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernel_index.core import native, stable
 from kernel_index.core.dispatch import Backend, Ineligible, always, choose
 from kernel_index.core.numerics import is_invariant
-from kernel_index.core.stable import ELEMENTWISE
+from kernel_index.core.stable import ELEMENTWISE, ON_A_GPU
 from kernel_index.kernels.attention.fused_rope_qk import contract, tables
 from kernel_index.kernels.attention.fused_rope_qk.reference import rope_qk_reference
 from kernel_index.kernels.attention.fused_rope_qk.tables import RopeTables
@@ -17,7 +17,7 @@ from kernel_index.kernels.attention.fused_rope_qk.torch_op import rope_qk_induct
 RopeBackend = Literal["auto", "triton", "native", "inductor", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, rope_qk_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, rope_qk_triton, contract.triton_not_worth, invariant=ON_A_GPU),
     Backend(
         "native",
         contract.native_why_not,
@@ -150,7 +150,7 @@ def rope_tables(
 
     Raises:
         TypeError, ValueError: an argument, a key or a value of ``scaling`` is not as above.
-        Ineligible: under ``numerics("invariant")``, on another device than a CPU or one without its C++ kernels.
+        Ineligible: under ``numerics("invariant")``, on a CPU without its C++ kernels, or another device.
 
     Source: Su et al. 2021; Chen et al. 2023 (linear); Peng et al., "YaRN", 2023, for dynamic too; Ding et al.,
         "LongRoPE", 2024; the releases of Llama 3.1 (llama3) and Gemma 4 (proportional).

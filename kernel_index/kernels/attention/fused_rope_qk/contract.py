@@ -140,6 +140,8 @@ def native_not_worth(call: Call) -> str | None:
 
 
 def invariant_tables_why_not(angles: Tensor) -> str | None:
+    if angles.is_cuda:
+        return None
     if not angles.is_cpu:
         return rules.NEEDS_CPU
     return rules.INSIDE_FUNCTORCH if rules.inside_functorch() else native.machine_why_not()

@@ -15,16 +15,22 @@ from kernel_index.core.triton.sums import sum_parts
 TILE = 512
 """Channel pairs that a program rotates at once: it loops over the heads beyond that."""
 
+PROGRAMS = 8
+"""For each processor, that few tokens are divided into by their heads."""
+
 
 @jit
 def _rotate_heads(
     x_ptr, y_ptr, token, heads, cos, sin, o_pair, m_pair, head_size, half, rest,
     STEP: tl.constexpr, NEXT: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token: rotate 2·half channels of each, copy the rest.  A pair is (STEP·i, STEP·i + NEXT)."""
+    """A program's heads of one token: rotate 2·half channels of each, copy the rest.
+
+    A pair is (STEP·i, STEP·i + NEXT).
+    """
     base = token * heads * head_size
     distance = half if NEXT == 0 else NEXT
-    for first in range(0, heads, HEADS):
+    for first in range(tl.program_id(1) * HEADS, heads, tl.num_programs(1) * HEADS):
         o_h = first + tl.arange(0, HEADS)[:, None]  # [HEADS, 1]
         o_x = base + o_h * head_size + STEP * o_pair  # [HEADS, PAIRS]
         m_x = (o_h < heads) & m_pair
@@ -45,7 +51,10 @@ def _rope_kernel(
     BATCHED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """``tokens`` counts those of one batch row: tables that the batch shares are read at token mod tokens."""
+    """One token; programs of the second dimension of the grid share its heads.
+
+    ``tokens`` counts those of one batch row: tables that the batch shares are read at token mod tokens.
+    """
     token = tl.program_id(0).to(tl.int64)
     o_pair = tl.arange(0, PAIRS)[None, :]  # [1, PAIRS]
     m_pair = o_pair < half
@@ -85,12 +94,15 @@ def rotate(
     q_heads, k_heads = (0 if t is None else t.shape[2] for t in (q, k))
     half = cos.shape[-1]
     rest = head_size - 2 * half
+    config = pick_config(q_heads, k_heads, half)
+    blocks = max(ceil_div(q_heads, config["Q_HEADS"]), ceil_div(k_heads, config["K_HEADS"]))
+    sharing = max(1, min(blocks, PROGRAMS * processors(like) // (batch * tokens)))
     with on_device(like):
-        _rope_kernel[(batch * tokens,)](
+        _rope_kernel[(batch * tokens, sharing)](
             q, k, cos, sin, *outputs, tokens, q_heads, k_heads, head_size, half, -1.0 if inverse else 1.0,
             BATCHED=cos.shape[0] > 1, INTERLEAVED=interleaved, HAS_Q=q is not None,
             HAS_K=k is not None and k.numel() > 0, REST=next_power_of_2(rest) if rest else 0,
-            **pick_config(q_heads, k_heads, half),
+            **config,
         )  # fmt: skip
     return outputs
 

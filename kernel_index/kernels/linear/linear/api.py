@@ -4,16 +4,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from kernel_index.core import numerics
+from kernel_index.core import device_products, numerics
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.products import PRODUCT
 from kernel_index.kernels.linear.linear import contract
-from kernel_index.kernels.linear.linear.native import linear_native
 from kernel_index.kernels.linear.linear.reference import linear_reference, linear_torch
+from kernel_index.kernels.linear.linear.torch_op import linear_native, linear_triton
 
-LinearBackend = Literal["auto", "native", "torch", "reference"]
+LinearBackend = Literal["auto", "triton", "native", "torch", "reference"]
 
 BACKENDS = (
+    Backend("triton", contract.triton_why_not, linear_triton, numerics.not_worth, invariant=device_products.PRODUCT),
     Backend("native", contract.native_why_not, linear_native, numerics.not_worth, invariant=PRODUCT),
     Backend("torch", contract.torch_why_not, linear_torch),
     Backend("reference", always, linear_reference),
@@ -29,8 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Li
     independent rows too.  The gradients of weight and bias are sums over rows, in the order of the rows.
 
     Args:
-        x: [..., C], any floating dtype; the invariant form takes float32 and bfloat16.  Under autocast the arguments
-            are cast as ``F.linear`` casts them.
+        x: [..., C], any floating dtype; the invariant form takes float32, bfloat16 and on a GPU float16.  Under
+            autocast the arguments are cast as ``F.linear`` casts them.
         weight: [F, C], x's dtype.
         bias: [F], x's dtype, or None.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.  ``"torch"`` is

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, native, rules
+from kernel_index.core import checks, device_products, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
 
 
@@ -35,6 +35,10 @@ def check(x: Any, weight: Any, bias: Any) -> Call:
     if bias is not None:
         checks.has_dtype("bias", bias, x.dtype, "like x")
     return Call(x, weight, bias)
+
+
+def triton_why_not(call: Call) -> str | None:
+    return device_products.why_not(*call)
 
 
 def native_why_not(call: Call) -> str | None:

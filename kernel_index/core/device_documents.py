@@ -1,0 +1,211 @@
+"""Attention whose rows do not depend on the other rows, on a GPU: the registered ops of ``core/triton/documents.py``.
+
+Query t sees the keys ``start[t] ≤ s < end[t]`` of a document that begins at key ``origin[t]``, as in
+``core/document_attention.py``.  One kernel serves training and decoding, which reads pages where they lie.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernel_index.core import ops, rules
+from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
+from kernel_index.core.document_attention import Bounds
+from kernel_index.core.numerics import Recipe
+from kernel_index.core.triton import launch
+
+ATTENTION = Recipe(
+    "attention on a GPU 1: segments of keys from the document's start in rising order, of a size that the head and the "
+    "dtype decide; online softmax in float32 with exponentials of base 2, weights rounded to the dtype of v before the "
+    "second product, one accumulator, one rounding"
+)
+
+
+class Scoring(NamedTuple):
+    """``scale`` is not 0."""
+
+    scale: float
+    softcap: float
+
+
+class Cache(NamedTuple):
+    """``table`` int32 [B, pages] of pages of ``page`` tokens."""
+
+    table: Tensor
+    page: int
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *others: Tensor | None) -> str | None:
+    if max(q.shape[3], v.shape[3]) > rules.WIDEST_HEAD:
+        return rules.NEEDS_NARROW_HEADS
+    if scale is not None and scale <= 0:
+        return "its invariant form needs a positive scale"
+    return rules.triton_why_not(q, k, v, *others)
+
+
+def _config(kernel: str, q: Tensor, v: Tensor, rows: int) -> launch.Config:
+    """``step``, which the bits depend on, comes from the head sizes and the dtype; ``tile`` may follow the rows."""
+    width = max(q.shape[3], v.shape[3])
+    if launch.interpreting():
+        return launch.INTERPRETED_CONFIG
+    if q.dtype == torch.float32:
+        return launch.Config(32, 16, 4, 1)
+    if width > 128:
+        return launch.Config(64, 32, 4, 2 if kernel == "forward" else 1)
+    if kernel == "keys":
+        return launch.Config(64, 32, 4, 2) if width <= 64 else launch.Config(128, 32, 8, 1)
+    few = rows <= 64
+    return launch.Config(64 if few else 128, 64, 4 if few else 8, 3 if width <= 64 or kernel == "forward" else 2)
+
+
+def _launch_of(kernel: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, **constants: Any) -> Any:
+    group = q.shape[2] // k.shape[2]
+    config = _config(kernel, q, v, q.shape[1] * group)
+    tile, step = ("BN", "BM") if kernel == "keys" else ("BM", "BN")
+    sizes = {tile: config.tile, step: config.step, "G": group}
+    return launch.attention_launch(config, q, v, *scoring, **sizes, **constants)
+
+
+def _bounds(*bounds: Tensor) -> tuple[Tensor, ...]:
+    """int32 and dense, with as many rows as the one that has the most."""
+    rows = max(x.shape[0] for x in bounds)
+    return tuple(x.to(torch.int32).expand(rows, -1).contiguous() for x in bounds)
+
+
+def _launch(q, k, v, sink, start, end, origin, table, page, scale, softcap):
+    from kernel_index.core.triton.documents import documents_kernel
+
+    out, lse = _allocate(q, k, v)
+    (batch, queries, heads, _), group = q.shape, q.shape[2] // k.shape[2]
+    if out.numel() == 0:
+        return out, lse
+    (q, sink), (k, v) = launch.dense((q, sink)), map(launch.dense_heads, (k, v))
+    made = _launch_of(
+        "forward", q, k, v, Scoring(scale, softcap), HAS_SINK=sink is not None, PAGE=0 if table is None else page
+    )
+    bounds = _bounds(start, end, origin)
+    grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
+    with launch.on_device(q):
+        documents_kernel[grid](
+            q, k, v, sink, *bounds, table, out, lse, *launch.strides(k, v), launch.row_stride(bounds[0]),
+            *((0, 0) if table is None else table.stride()), queries, heads // group, made.inner, made.outer,
+            **made.constants,
+        )  # fmt: skip
+    return out, lse
+
+
+def _allocate(q, k, v, *_):
+    """``lse`` is of base 2 and [B, T, H]."""
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, scale, softcap):
+    from kernel_index.core.triton.documents_backward import queries_kernel
+
+    d_q, delta = _allocate_queries(d_out, d_lse, q)
+    (batch, queries, heads, _), group = q.shape, q.shape[2] // k.shape[2]
+    if d_q.numel() == 0:
+        return d_q, delta
+    d_out, d_lse, q, k, v = launch.dense((d_out, d_lse, q, k, v))
+    made = _launch_of("queries", q, k, v, Scoring(scale, softcap), HAS_D_LSE=d_lse is not None)
+    bounds = _bounds(start, end, origin)
+    grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
+    with launch.on_device(q):
+        queries_kernel[grid](
+            d_out, d_lse, q, k, v, out, lse, *bounds, d_q, delta, *launch.strides(k, v),
+            launch.row_stride(bounds[0]), queries, heads // group, made.scale, made.inner, made.outer,
+            **made.constants,
+        )  # fmt: skip
+    return d_q, delta
+
+
+def _allocate_queries(d_out, d_lse, q, *_):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, scale, softcap):
+    from kernel_index.core.triton.documents_backward import keys_kernel
+
+    d_k, d_v = _allocate_keys(d_out, q, k, v)
+    (batch, tokens, heads, _), group = q.shape, q.shape[2] // k.shape[2]
+    if d_k.numel() == 0 and d_v.numel() == 0:
+        return d_k, d_v
+    d_out, q, k, v = launch.dense((d_out, q, k, v))
+    made = _launch_of("keys", q, k, v, Scoring(scale, softcap), H=heads)
+    bounds = _bounds(start, end, origin)
+    grid = (launch.ceil_div(tokens, made.config.tile), batch * heads // group)
+    with launch.on_device(q):
+        keys_kernel[grid](
+            d_out, q, k, v, lse, delta, *bounds, d_k, d_v, *launch.strides(k, v), launch.row_stride(bounds[0]),
+            tokens, heads // group, made.scale, made.inner, made.outer, **made.constants,
+        )  # fmt: skip
+    return d_k, d_v
+
+
+def _allocate_keys(d_out, q, k, v, *_):
+    return k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_forward_op = ops.register(
+    "device_documents(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor start, Tensor end, Tensor origin, "
+    "Tensor? table, int page, float scale, float softcap) -> (Tensor, Tensor)",
+    _launch,
+    _allocate,
+)
+_queries_op = ops.register(
+    "device_documents_backward_queries(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor lse, Tensor start, Tensor end, Tensor origin, float scale, float softcap) -> (Tensor, Tensor)",
+    _launch_queries,
+    _allocate_queries,
+)
+_keys_op = ops.register(
+    "device_documents_backward_keys(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
+    "Tensor start, Tensor end, Tensor origin, float scale, float softcap) -> (Tensor, Tensor)",
+    _launch_keys,
+    _allocate_keys,
+)
+
+
+def _forward(scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *sight: Tensor) -> Forward:
+    """``sight``: bounds of the queries and, for a gradient, those of the keys."""
+    out, lse = _forward_op(q, k, v, sink, *sight[:3], None, 0, *scoring)
+    return Forward(out, (lse * math.log(2)).transpose(1, 2).contiguous(), (lse, *sight))
+
+
+def _backward(scoring: Scoring, given: Backward) -> Gradients:
+    d_out, d_lse, q, k, v, sink, out = given[:7]
+    lse, start, end, origin, *of_keys = given.saved
+    d_lse = None if d_lse is None else d_lse.transpose(1, 2).to(torch.float32)
+    d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, lse, start, end, origin, *scoring)
+    d_k = d_v = d_sink = None
+    if given.needs[1] or given.needs[2]:
+        d_k, d_v = _keys_op(d_out, q, k, v, lse, delta, *of_keys, origin, *scoring)
+    if sink is not None and given.needs[3]:
+        weight = torch.exp2(sink.to(torch.float32) / math.log(2) - lse).masked_fill(lse.isneginf(), 0.0)
+        d_sink = sink_gradient(given, *(x.transpose(1, 2) for x in (weight, delta)))
+    return Gradients(d_q, d_k, d_v, d_sink)
+
+
+PASSES = Passes("the invariant form of attention on a GPU", _forward, _backward)
+
+
+def attend_to_documents(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bounds: Bounds, of_keys: tuple[Tensor, ...], scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` with their gradients.
+
+    ``of_keys``: which queries see each key, int32 [rows, S], where a gradient is wanted; there is then a query for each
+    key, from the first on.
+    """
+    return attend(PASSES, scoring, q, k, v, sink, *bounds, *of_keys)
+
+
+def attend_to_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, sink: Tensor | None, bounds: Bounds, scoring: Scoring,
+    table: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``out`` of queries over a cache, by pages where there is a table; without gradients."""
+    page = 0 if table is None else k_cache.shape[1]
+    return _forward_op(q, k_cache, v_cache, sink, *bounds, table, page, *scoring)[0]

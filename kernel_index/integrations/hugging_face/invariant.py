@@ -1,0 +1,119 @@
+"""``apply(model, numerics="invariant")``: what a model needs beside our kernels so that a row's bits are its own.
+
+Linear layers become ``ki.linear``, angles get the cosine and sine of ``core.stable``, and every forward of the model
+runs in the mode.  Dropout in training refuses.  What is left is code of the model: ``exact_ops`` looks at it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import kernel_index as ki
+from kernel_index.core import stable
+from kernel_index.core.numerics import Ineligible
+from kernel_index.integrations.hugging_face.change import Change, Plan, Recipe, replace_forward
+
+KIND = "numerics"
+REFUSED = "numerics('invariant') cannot run this call"
+
+
+def refuse(where: str, why: str) -> None:
+    """Raise the error of a module that has no invariant form for a call."""
+    raise Ineligible(f"{where}: {REFUSED} ({why})")
+
+
+def name_of(module: nn.Module) -> str:
+    """A layer's class, with its number where it has one."""
+    layer = getattr(module, "layer_idx", None)
+    return type(module).__name__ if layer is None else f"{type(module).__name__} {layer}"
+
+
+def plans(model: nn.Module, has_mode: tuple[nn.Module, ...]) -> list[Plan]:
+    """The plans of linear layers, angles and dropout; then the mode, for the models inside that do not have it yet."""
+    found = [_plan_of(name, m, has_mode) for name, m in model.named_modules()]
+    return [p for p in found if p is not None]
+
+
+def _plan_of(name: str, module: nn.Module, has_mode: tuple[nn.Module, ...]) -> Plan | None:
+    from transformers import PreTrainedModel
+
+    if any(module is other for other in has_mode):
+        return None
+    if type(module) is nn.Linear:
+        return _plan(name, module, "linear", linear_forward)
+    if isinstance(module, nn.Dropout):
+        return _plan(name, module, "a refusal in training", dropout_forward)
+    if has_angles(module):
+        return _plan_of_angles(name, module)
+    if isinstance(module, PreTrainedModel):
+        return _plan(name, module, "the mode", forward_in_mode)
+    return None
+
+
+def _plan(name: str, module: nn.Module, by: str, forward: Callable[[type], Callable[..., Any]]) -> Plan:
+    if "forward" in vars(module):
+        refuse(name or "the model", "its forward has been replaced by something else")
+    return Plan(Change(name, KIND, by=by), lambda: replace_forward(module, Recipe(forward)))
+
+
+def has_angles(module: nn.Module) -> bool:
+    return "RotaryEmbedding" in type(module).__name__
+
+
+def _plan_of_angles(name: str, module: Any) -> Plan:
+    kinds = getattr(module, "rope_type", "default")
+    for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+        if kind in ("dynamic", "longrope"):
+            refuse(name, f"the frequencies of {kind} rotations depend on the longest row of a batch")
+    return _plan(name, module, "cosine and sine of one function", angles_forward)
+
+
+def linear_forward(base: type) -> Callable[..., Tensor]:
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:  # the name that nn.Linear has
+        with ki.numerics("invariant"):  # also where somebody calls the layer alone
+            return ki.linear(input, self.weight, self.bias)
+
+    return forward
+
+
+def dropout_forward(base: type) -> Callable[..., Tensor]:
+    def forward(self: nn.Dropout, input: Tensor) -> Tensor:
+        if self.training and self.p > 0:
+            refuse("dropout", f"p={self.p} in training: its mask follows an element's place in the batch")
+        return input
+
+    return forward
+
+
+def angles_forward(base: type) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _OneFunction():
+            return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
+class _OneFunction(TorchFunctionMode):
+    """Cosine and sine of a CPU by one vector function; on a GPU PyTorch's own do not depend on an element's place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = ANGLES.get(func)
+        if ours is None or not args[0].is_cpu:
+            return func(*args, **(kwargs or {}))
+        return ours(args[0].double()).to(args[0].dtype)
+
+
+ANGLES: dict[Any, Any] = {
+    torch.cos: stable.cos, Tensor.cos: stable.cos, torch.sin: stable.sin, Tensor.sin: stable.sin
+}  # fmt: skip
+
+
+def forward_in_mode(base: type) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with ki.numerics("invariant"):
+            return base.forward(self, *args, **kwargs)
+
+    return forward

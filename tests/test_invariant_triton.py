@@ -1,0 +1,207 @@
+"""The Triton forms under ``numerics("invariant")``, interpreted: a row's bits do not depend on its place or the others.
+
+On a GPU ``kernel-index rollout-check`` asks the same of whole models.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernel_index as ki
+from kernel_index.core.testing import Maker, suites
+from kernel_index.lm import rollout_check
+from kernel_index.proofs.errors import in_float64, relative_error, run
+from tests.interpreter import rows_alone
+from tests.lm.test_rollout_check import drawn_model
+from tests.test_invariant_ops import CALLS, drawn
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's order of a sum")
+DTYPES = (torch.float32, torch.bfloat16)
+SUITES = [s for s in suites() if any(b.name == "triton" and b.invariant for b in s.backends)]
+OPS = tuple(s.op for s in SUITES)
+ROUNDINGS = 128  # as in test_invariant_cases
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with rows_alone(), ki.force("triton", *OPS):
+        yield
+
+
+OF_ITS_OWN = ("attention", "attention_with_lse", "fa4_kvcache_decode", "fused_linear_cross_entropy", "token_stats")
+"""Functions whose kernels in this mode are not those of ordinary mode, which the conformance test runs."""
+
+CASES = [pytest.param(s, c, id=f"{s.op}-{c.name}") for s in SUITES if s.op in OF_ITS_OWN for c in s.cases]
+
+
+@pytest.mark.native
+@pytest.mark.thorough
+@pytest.mark.parametrize(("suite", "case"), CASES)
+def test_it_is_right_or_refused(suite, case):
+    kwargs = case.build(Maker(torch.float32))
+    names = [n for n in suite.differentiable if isinstance(kwargs.get(n), torch.Tensor)]
+    names = [] if "triton" in suite.without_gradient else names
+    with ki.numerics("invariant"):
+        if ki.explain(suite.function, **kwargs).would_run is None:
+            with pytest.raises(ki.Ineligible, match=r"forced by ki\.force"):
+                suite.function(**kwargs)
+            return
+        found, gradients = run(suite.function, kwargs, names)
+    exact, exact_gradients = run(suite.oracle, in_float64(kwargs), names)
+    for one, other in zip(found + gradients, exact + exact_gradients, strict=True):
+        assert relative_error(one, other) <= ROUNDINGS * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.native
+@pytest.mark.thorough_if(when=lambda call, dtype: dtype != torch.float32 and call not in ("norm", "log_probs"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", [name for name in CALLS if name != "tables"])
+def test_a_row_does_not_depend_on_place_or_rows(call, dtype):
+    x, run_call = drawn(dtype), CALLS[call]
+
+    def gradient(rows):
+        leaf = x[rows].clone().requires_grad_()
+        with ki.numerics("invariant"), ki.receipts() as log:
+            out = run_call(leaf, dtype)
+        assert {r.ran for r in log} == {"triton"}
+        assert all(r.numerics for r in log)
+        wide = [o for o in out if o.is_floating_point()]
+        return *out, *torch.autograd.grad(wide, leaf, [torch.ones_like(o) for o in wide])
+
+    together, order = gradient(slice(None)), torch.randperm(70)[:23]
+    for rows in (slice(69, 70), order):
+        for found, expected in zip(gradient(rows), together, strict=True):
+            assert torch.equal(found, expected[rows]), rows
+
+
+MASKS = {
+    "causal": {},
+    "window": {"window": (9, 0)},
+    "both sides": {"causal": False},
+    "both sides, window": {"causal": False, "window": (6, 4)},
+}
+DOCUMENTS = torch.tensor([[0] * 19 + [1] * 22 + [2] * 4, [0] * 3 + [1] * 37 + [-1] * 5])
+
+
+def heads(dtype, tokens=45):
+    torch.manual_seed(0)
+    return [torch.randn(2, tokens, n, 24).to(dtype) for n in (4, 2, 2, 4)]  # q, k, v and an upstream gradient
+
+
+def attended(q, k, v, upstream, mask, **options):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with ki.numerics("invariant"):
+        out, lse = ki.attention_with_lse(*leaves, mask, **options)
+    return out.detach(), lse.detach().transpose(1, 2), *torch.autograd.grad((out * upstream).sum() + lse.sum(), leaves)
+
+
+@pytest.mark.thorough_if(when=lambda kind, dtype: kind != "window")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_document_has_the_bits_that_it_has_alone(kind, dtype):
+    """Output, lse and the gradients of q, k and v, packed with others or not."""
+    tensors = heads(dtype)
+    packed = attended(*tensors, ki.MaskContract(doc_ids=DOCUMENTS, **MASKS[kind]))
+    for b, first, end in ((0, 0, 19), (0, 19, 41), (0, 41, 45), (1, 3, 40)):
+        alone = attended(*(x[b : b + 1, first:end] for x in tensors), ki.MaskContract(**MASKS[kind]))
+        for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), alone, packed, strict=True):
+            assert torch.equal(one, other[b : b + 1, first:end]), (name, b, first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 7])
+def test_decoding_is_the_training_form(window, dtype):
+    """Any chunk of new tokens over pages of any size, with what others have left in the cache."""
+    q, k, v, _ = (x[:1] for x in heads(dtype))
+    with ki.numerics("invariant"):
+        training = ki.attention(q, k, v, ki.MaskContract(window=(window, 0)))
+        for first, count, page in ((0, 45, 16), (0, 1, 5), (44, 1, 1), (17, 9, 7), (30, 15, 64)):
+            end = first + count
+            pages = -(-end // page)
+            caches = torch.full((2, pages + 3, page, 2, 24), torch.nan, dtype=dtype)
+            table = torch.randperm(pages + 3)[None, :pages].to(torch.int32)
+            for t in range(first):
+                caches[:, table[0, t // page], t % page] = torch.stack((k[0, t], v[0, t]))
+            out = ki.fa4_kvcache_decode(
+                q[:, first:end], *caches, cache_seqlens=first, k=k[:, first:end], v=v[:, first:end],
+                block_table=table, window_size=(-1 if window is None else window, 0),
+            )  # fmt: skip
+            assert torch.equal(out, training[:, first:end]), (first, count, page)
+
+
+def test_what_a_row_does_not_see_may_be_anything():
+    q, k, v, g = heads(torch.float32)
+    mask = ki.MaskContract(doc_ids=DOCUMENTS)
+    expected = attended(q, k, v, g, mask)
+    k, v = k.clone(), v.clone()
+    k[:, 39:], v[:, 39:] = torch.nan, torch.inf
+    for one, other in zip(attended(q, k, v, g, mask)[:3], expected, strict=False):
+        assert torch.equal(one[:, :39], other[:, :39])
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda q, k, v: ki.attention(q, k, v, scale=-1.0), "needs a positive scale"),
+        (lambda q, k, v: ki.attention(q[:, :3].requires_grad_(), k, v), "needs a query for each key"),
+        (lambda q, k, v: ki.attention(q, k, v, ki.MaskContract(subtree_end=torch.arange(1, 46))), "in a tree"),
+        (lambda q, k, v: ki.fused_bias_dropout_add(q, q, p=0.5, seed=1), "has no dropout"),
+    ],
+)
+def test_what_has_no_form_is_refused(call, why):
+    with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match=why):
+        call(*heads(torch.float32)[:3])
+
+
+@pytest.mark.native
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dense_model(dtype):
+    """Every axis that is not one of the host."""
+    model = drawn_model("AA", dtype, context=40, activation="swiglu")
+    axes = [name for name in rollout_check.AXES if name not in ("compile on or off", "prefix tree", "thread count")]
+    found = rollout_check.check(model, 50, axes=axes)
+    assert {name for name, f in found.items() if not f.is_exact} == set()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_an_expert_does_not_depend_on_its_load(dtype):
+    """Outputs and the gradient of x; a group's gradient of its weight does not depend on the other groups."""
+    torch.manual_seed(0)
+    x, weight, g = torch.randn(90, 20).to(dtype), torch.randn(3, 24, 20).to(dtype), torch.randn(90, 24).to(dtype)
+
+    def product(rows, ends):
+        leaves = x[rows].clone().requires_grad_(), weight.clone().requires_grad_()
+        with ki.numerics("invariant"):
+            y = ki.grouped_product(*leaves, torch.tensor(ends, dtype=torch.int32))
+        return y, *torch.autograd.grad(y, leaves, g[rows])
+
+    together = product(slice(0, 90), [70, 70, 90])
+    alone = product(slice(40, 80), [30, 30, 40])
+    for one, other in zip(alone[:2], together, strict=False):
+        assert torch.equal(one, other[40:80])
+    assert torch.equal(product(slice(70, 90), [0, 0, 20])[2][2], together[2][2])
+    with ki.numerics("invariant"):
+        row = ki.linear(x[80:81], weight[2])
+    assert torch.equal(row, together[0][80:81])
+
+
+def test_sums_of_rows():
+    from kernel_index.core.stable import device_row_sum
+
+    x = torch.randn(40, 1500)
+    together = device_row_sum(x)
+    torch.testing.assert_close(together.double(), x.double().sum(-1), rtol=0, atol=1e-3)
+    assert torch.equal(torch.cat([device_row_sum(x[i : i + 1]) for i in range(40)]), together)
+
+
+def test_an_address_that_is_not_aligned_is_copied_in_this_mode_alone():
+    from kernel_index.core.triton.launch import dense
+
+    x = torch.randn(9)[1:]
+    assert dense((x, None))[0] is x
+    with ki.numerics("invariant"):
+        (copied,) = dense((x,))
+    assert copied.data_ptr() % 16 == 0
+    assert torch.equal(copied, x)
