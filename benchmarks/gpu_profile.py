@@ -3,7 +3,7 @@
 ``python -m benchmarks.gpu_profile``: one step of each preset for a GPU, as in ``benchmarks.gpu_language_model``.  Time
 between two kernels is a gap.  A kernel belongs to the letter whose forward or backward launched it; norms, the residual
 stream, embeddings and the loss are ``rest``, and shared experts ``mlp``.  Beside it stands the least time of each
-letter, ``benchmarks.ceiling``, where shared experts are part of ``E``.
+letter, ``benchmarks.gpu_ceiling``, where shared experts are part of ``E``.
 """
 
 import json
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.ceiling import PRODUCTS, ceilings
+from benchmarks.gpu_ceiling import PRODUCTS, ceilings
 from benchmarks.gpu_language_model import SIZES, model_and_batch
 from benchmarks.harness import console
 from kernel_index.lm.data import Batch

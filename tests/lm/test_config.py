@@ -54,13 +54,13 @@ REFUSED = [
     ({"pattern": 5}, "pattern must be of type str, got 5"),
     ({"pattern": ("A", "A")}, "pattern must be of type str, got ('A', 'A')"),
     ({"padded_vocab": 256}, "padded_vocab must be at least vocab (257), got 256"),
-    ({"residual": 5}, "residual must be one of 'fp32', 'plain', 'mhc', got 5"),
+    ({"residual": 5}, "residual must be one of 'fp32', 'plain', 'mhc', 'mhc-plain', got 5"),
     ({"latent": 5}, "atent must be "),
 ]
 PART_REFUSED = [
-    ("sparse", {"kinds": 5}, "kinds must be made of exact_token, moba, clustered, got 5"),
-    ("sparse", {"kinds": ("x",)}, "kinds must be made of exact_token, moba, clustered, got ('x',)"),
-    ("sparse", {"kinds": "moba"}, "kinds must be made of exact_token, moba, clustered, got moba"),
+    ("sparse", {"kinds": 5}, "kinds must be made of exact_token, moba, clustered, nsa, got 5"),
+    ("sparse", {"kinds": ("x",)}, "kinds must be made of exact_token, moba, clustered, nsa, got ('x',)"),
+    ("sparse", {"kinds": "moba"}, "kinds must be made of exact_token, moba, clustered, nsa, got moba"),
     ("sparse", {"hierarchy": "x"}, "hierarchy must be a pair or None, got 'x'"),
     ("sparse", {"hierarchy": (1, 2, 3)}, "hierarchy must be a pair or None, got (1, 2, 3)"),
     ("sparse", {"hierarchy": (0, 1)}, "hierarchy must be at least 1, got 0"),

@@ -79,9 +79,10 @@ def test_receipts_name_every_computing_entry(plain):
     assert {row.op for row in receipt_rows(trainer.receipts)} >= {
         "attention", "clustered_sparse_attention", "exact_token_attention", "fa4_kvcache_decode",
         "fused_bias_dropout_add", "fused_linear_cross_entropy", "fused_mla_projection", "fused_relu_squared",
-        "fused_residual_add_rms_norm", "fused_rope_qk", "gather_rows", "hierarchical_block_select",
-        "lightning_indexer", "mhc_branch_input", "mhc_merge", "mhc_merge_and_branch_input", "moba_attention",
-        "moba_decode", "selected_decode", "sinkhorn", "union_selection",
+        "fused_residual_add_rms_norm", "fused_rope_qk", "expert_combine", "expert_dispatch", "expert_plan",
+        "expert_route", "hierarchical_block_select", "lightning_indexer", "mhc_branch_input",
+        "mhc_merge_and_branch_input", "moba_attention", "moba_decode", "selected_decode", "sinkhorn",
+        "union_selection",
     }  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def test_a_configuration_survives_json():
     [
         ({"pattern": "MAR"}, "pattern must be made of the letters A "),
         ({"windows": (3,) * 7}, "windows must be None but for A and S blocks, got one for block 0"),
-        ({"residual": "none"}, "residual must be one of 'fp32', 'plain', 'mhc', got 'none'"),
+        ({"residual": "none"}, "residual must be one of 'fp32', 'plain', 'mhc', 'mhc-plain', got 'none'"),
         ({"activation": "gelu"}, "activation must be one of 'relu2', 'swiglu', got 'gelu'"),
     ],
 )

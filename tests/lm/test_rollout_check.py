@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.core import native
 from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.lm import rollout_check
 from kernel_index.lm.config import ExpertLayer, Latent, ModelConfig, Sparse, StateSpace
@@ -225,6 +226,7 @@ def test_a_letter_without_the_form_is_refused_and_the_others_are_still_checked(m
     assert len(report.refusals()) == 1
 
 
+@pytest.mark.skipif(native.machine_why_not() is not None, reason=str(native.machine_why_not()))
 def test_dropout_is_refused_in_training():
     model = drawn_model(dropout=0.1).train()
     with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match="the mask follows an element's place"):

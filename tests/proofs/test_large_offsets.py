@@ -336,7 +336,7 @@ def test_scan(late):
     channels = WIDTH // heads
     x, d_y, states, d_states, out = tensors(5)
     b, c = tensors(2)
-    steps, bc, db, dc, ds, d_steps = tensors(6, torch.float32)
+    steps, bc, db, dc, ds, ends, d_steps = tensors(7, torch.float32)
     shared = ROWS * columns, columns, columns
     flags = {"SEGMENTS": False, "UPCAST": True, "P": channels, "N": columns, "Q": 16}
     shape = flags | {"SKIP": False, "BLOCK_P": channels, "BLOCK_N": columns}
@@ -349,14 +349,23 @@ def test_scan(late):
     for tensor in (x, out):
         holds(seen, tensor, first, ROWS * WIDTH - 1)
     holds(seen, states, (chunks - 1) * state, chunks * state - 1)
+    of_heads, blocks = (ROWS * WIDTH, WIDTH, channels), {"BLOCK_P": channels, "BLOCK_N": columns}
+    rest = (*of_heads, 0, 1, ROWS, heads, 1, chunks, heads)
     seen = late(
-        scan_backward.backward_kernel, (chunks - 1, 0), x, b, c, d_y, steps, None, states, d_states, bc, None, out,
-        d_steps, db, dc, ds, *strides, ROWS * WIDTH, WIDTH, channels, 0, 1, ROWS, heads, 1, chunks, heads, **shape,
+        scan_backward.through_states_kernel, (chunks - 1, 0), x, b, c, d_y, steps, None, states, d_states, ends, db, dc,
+        *strides, *rest, **flags, **blocks,
     )  # fmt: skip
-    for tensor in (x, d_y, out):
+    for tensor in (x, d_y):
         holds(seen, tensor, first, ROWS * WIDTH - 1)
     for tensor in (states, d_states):
         holds(seen, tensor, (chunks - 1) * state, chunks * state - 1)
+    seen = late(
+        scan_backward.within_chunk_kernel, (chunks - 1, 0), x, b, d_y, steps, None, d_states, bc, None, ends, out,
+        d_steps, ds, *of_heads, *shared, *rest, **shape,
+    )  # fmt: skip
+    for tensor in (x, d_y, out):
+        holds(seen, tensor, first, ROWS * WIDTH - 1)
+    holds(seen, d_states, (chunks - 1) * state, chunks * state - 1)
 
 
 def test_states_of_a_late_batch_row(late):

@@ -81,13 +81,13 @@ def test_the_halves_of_a_projection_are_read_where_they_are():
 
 
 def test_a_chunk_of_logits_is_read_once_forward_and_a_slice_read_and_written_once_backward():
-    from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
+    from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import slices, triton
 
     z, targets = torch.randn(6, 5000).bfloat16(), torch.arange(6)
     logits, constants = z.numel() * z.element_size(), (30.0, 1.0, 0.1, 1e-4)
     rows, (losses, *statistics) = torch.ones(6), torch.empty(4, 6)
     with counted() as traffic:
-        triton.losses(z, targets, (losses, *statistics), constants)
+        triton.losses(z, targets, (losses, *statistics), 5000, constants, slices.Layout(5000, 5000))
     assert traffic.launches == 1
     assert traffic.sectors <= 1.05 * logits
     with counted() as traffic:

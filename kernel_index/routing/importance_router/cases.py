@@ -91,7 +91,7 @@ def oracle(
 SUITES = (
     Suite(
         op="importance_route", function=outcome, backends=BACKENDS, cases=CASES, differentiable=(), oracle=oracle,
-        sized=lambda m, n: call(m, n, n, 2, 1, 4, topk=3),
+        sized=lambda m, n: call(m, n, n + 16, 2, 1, 4, topk=3),
         scales=(1e-3, 1.0),
         real=lambda m: call(m, 8192, 8192, 32, 4, 128) | {"block_size": 64, "topk": 16, "block_keys": m.normal(
             2, 128, 4, 128, scale=1.0)},

@@ -103,7 +103,9 @@ def attention_shares(selection: TokenSelection, q: Tensor, k: Tensor, scale: flo
     head = torch.arange(kv_heads, device=q.device)[:, None]
     at_once = ELEMENTS if q.device.type == "cpu" else 16 * ELEMENTS
     step = max(1, at_once // max(1, batch * selection.indices.shape[2] * kv_heads * width))
-    for t in range(0, queries, step):
+    if torch.compiler.is_compiling():  # a loop over queries would make the graph one of a single length
+        step = queries
+    for t in (0,) if torch.compiler.is_compiling() else range(0, queries, step):
         at = slice(t, t + step)
         valid = selection.valid[:, at, None, None]
         row = ((selection.indices[:, at].long().clamp(min=0) + first) * kv_heads).unsqueeze(2) + head

@@ -75,8 +75,8 @@ def expert_route(
 
     >>> import torch, kernel_index as ki
     >>> routing = ki.expert_route(torch.ones(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]), None, 2)
-    >>> routing.experts, routing.weights
-    (tensor([[2, 1]]), tensor([[0.5271, 0.4729]]))
+    >>> routing.experts, routing.weights.round(decimals=2)
+    (tensor([[2, 1]]), tensor([[0.5300, 0.4700]]))
     """
     call = contract.check(x, weight, bias, topk, scores)
     return Routing(*choose("expert_route", BACKENDS, backend, call).run(call))

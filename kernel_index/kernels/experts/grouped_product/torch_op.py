@@ -70,6 +70,6 @@ def grouped_product_op(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         nodes: list[Any] = []
         if not torch.compiler.is_compiling() and (x.requires_grad or weight.requires_grad):
-            x, weight = _Kept.apply(nodes, x, weight, offsets)
+            x, weight = ops.apply(_Kept, nodes, x, weight, offsets)
         return ops.apply(_GroupedProduct, nodes, x, weight, offsets)
     return _op(x, weight.transpose(1, 2), offsets)
