@@ -101,8 +101,10 @@ def test_what_a_mask_excludes_changes_no_bit(what, segments):
 
 COMPILE = """
 from kernel_index.core.testing import suites
+from kernel_index.kernels.sparse.block_sparse_attention import lists
 from kernel_index.proofs import aot
 
+lists.BOTH_EVERYWHERE = True  # a proof's calls have gradients
 (suite,) = (s for s in suites() if s.op == "block_sparse_attention")
 for launch in aot.launches(suite, aot.TARGETS["sm90"]):
     if launch.kernel.is_gluon():
