@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, rules
+from kernel_index.core.transfers import to_device
 from kernel_index.masks.attention_validity_prefix.validity import AttentionValidity, same_values
 from kernel_index.masks.doc_window_mask import contract
 from kernel_index.masks.doc_window_mask.intervals import Sizes
@@ -240,8 +241,12 @@ class MaskFields:
         return (self.doc_ids, *counts, *others, self.subtree_end, self.positions, *(self.cu_seqlens or ()))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same contract with its tensors on another device."""
-        return self._changed(lambda tensors: tensors.to(device))
+        """The same contract with its tensors on another device; a copy to a GPU waits for nothing there."""
+
+        def moved(x: Any) -> Any:
+            return to_device(x, torch.device(device)) if isinstance(x, Tensor) else x.to(device)
+
+        return self._changed(moved)
 
     def pin_memory(self) -> Self:
         """The same contract with its tensors in pinned memory; a DataLoader with ``pin_memory=True`` calls it."""

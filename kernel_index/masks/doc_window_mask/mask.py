@@ -304,11 +304,7 @@ class MaskContract(PackedMask):
         sizes = self.sizes(batch_size, seq_len, seq_len, device)
 
         def build() -> tuple[Level, ...]:
-            known = self.on_the_host() or self
-            on_its_device = sizes._replace(
-                device=sizes.device if known.subtree_end is None else known.subtree_end.device
-            )
-            return levels_of(known.subtree_end, parents_in_row(known.subtree_end, on_its_device), sizes)
+            return levels_of((self.on_the_host() or self).subtree_end, sizes)
 
         return self.remember("levels", sizes, build)
 
