@@ -30,9 +30,9 @@ class Level(NamedTuple):
     """R runs that begin where runs of earlier levels end; L is the longest of them.
 
     ``index``: int64 [R, L], places in the B·T tokens of the batch; a shorter run repeats its last token.  ``is_token``:
-    bool [R, L], False for the repeated ones, of which a level that ``is_full`` has none.  ``parent``: int64 [R], the run
-    before it, counted over all levels; −1 for roots, which are all on the first level.  ``before``: int64 [R], the last
-    token of that run, −1 for roots.
+    bool [R, L], False for the repeated ones, of which a level that ``is_full`` has none.  ``parent``: int64 [R], the
+    run before it, counted over all levels; −1 for roots, which are all on the first level.  ``before``: int64 [R], the
+    last token of that run, −1 for roots.
     """
 
     index: Tensor
