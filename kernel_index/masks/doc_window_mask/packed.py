@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import rules
+from kernel_index.core.transfers import copied
 from kernel_index.masks.doc_window_mask import lowerings
 from kernel_index.masks.doc_window_mask.cu_seqlens import documents_of_lengths, ids_of_lengths, position_in_keys
 from kernel_index.masks.doc_window_mask.fields import MaskFields, as_rows
@@ -181,4 +182,4 @@ class PackedMask(MaskFields):
 
 def _copied(tensors: Any) -> Any:
     """A loader may fill its buffers again.  A deep copy of a tensor would be one of all that its view lies in."""
-    return tensors.clone() if isinstance(tensors, Tensor) else copy.deepcopy(tensors)
+    return copied(tensors) if isinstance(tensors, Tensor) else copy.deepcopy(tensors)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from kernel_index.core import checks
+from kernel_index.core.transfers import values_of
 
 TREE_HAS_NO_INTERVALS = "in a prefix tree the keys of a query are not one interval"
 
@@ -65,19 +66,19 @@ def check_nested(subtree_end: Tensor) -> None:
 
     A run is a maximal stretch of tokens with one ``subtree_end``.  Costs O(S) for the tokens and a step for each run.
     """
-    rows = torch.atleast_2d(subtree_end).to(torch.int64)
-    index = torch.arange(rows.shape[1])
-    if bool(((rows < index) | (rows > rows.shape[1])).any()):
-        row, token = ((rows < index) | (rows > rows.shape[1])).nonzero()[0].tolist()
+    rows = np.atleast_2d(values_of(subtree_end))
+    index = np.arange(rows.shape[1])
+    outside = (rows < index) | (rows > rows.shape[1])
+    if outside.any():
+        row, token = np.argwhere(outside)[0].tolist()
         raise ValueError(
             f"subtree_end[{token}] must be from {token} (a gap) to {rows.shape[1]}, got {int(rows[row, token])}"
         )
-    changes = torch.ones_like(rows, dtype=torch.bool)
-    changes[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    tokens = changes & (rows > index)
-    for row in range(rows.shape[0]):
-        starts = tokens[row].nonzero().flatten()
-        _check_row(starts.tolist(), rows[row, starts].tolist())
+    changes = rows > index
+    changes[:, 1:] &= rows[:, 1:] != rows[:, :-1]
+    for row, change in zip(rows, changes, strict=True):
+        starts = change.nonzero()[0]
+        _check_row(starts.tolist(), row[starts].tolist())
 
 
 def _check_row(starts: list[int], ends: list[int]) -> None:

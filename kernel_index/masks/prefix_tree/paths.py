@@ -18,7 +18,7 @@ from kernel_index.core.transfers import to_device
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
 from kernel_index.masks.doc_window_mask.intervals import Sizes, segments
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.masks.prefix_tree.runs import Stretch, along, stretches_of
+from kernel_index.masks.prefix_tree.runs import Stretch, along
 
 NEEDS_VALUES = "the branches of a prefix tree are read on the host, which a trace, a transform or a mode forbids"
 NEEDS_SQUARE = "a prefix tree is routed only where T = S and query 0 is at key 0"
@@ -51,11 +51,7 @@ def branches_of(mask: MaskContract, sizes: Sizes) -> tuple[tuple[Branch, ...], .
     That waits for a device, once for each contract, unless the contract was made on the host and moved with ``to``.
     """
 
-    def build() -> tuple[tuple[Branch, ...], ...]:
-        known = mask.on_the_host() or mask
-        return tuple(map(_branches, stretches_of(known.subtree_end, sizes.keys)))
-
-    return mask.remember("branches", sizes, build)
+    return mask.remember("branches", sizes, lambda: tuple(map(_branches, mask.stretches(sizes))))
 
 
 def _branches(stretches: list[Stretch]) -> tuple[Branch, ...]:

@@ -5,6 +5,7 @@ leads to it (``paths``); a recurrence takes the runs between branches level by l
 """
 
 import bisect
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import rules
-from kernel_index.core.transfers import to_device
+from kernel_index.core.transfers import to_device, values_of
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.prefix_tree.bounds import parents_of
 
@@ -58,19 +59,19 @@ def stretches_of(subtree_end: Tensor | None, tokens: int) -> list[list[Stretch]]
         return [[Stretch(range(tokens), -1, -1)] if tokens else []]
     if subtree_end.is_meta:
         raise ValueError("subtree_end must hold values where a tree is taken apart, got a tensor on the meta device")
-    ends = torch.atleast_2d(subtree_end.detach()).to("cpu", torch.int64)
-    index = torch.arange(tokens)
-    real, starts = ends > index, ends > index
+    ends = np.atleast_2d(values_of(subtree_end))
+    index = np.arange(tokens)
+    real = ends > index
+    starts = real.copy()
     starts[:, 1:] &= ends[:, :-1] <= index[1:]
     stops = starts | ~real
     stops[:, 1:] &= starts[:, 1:] | real[:, :-1]  # of a gap the first token
     found = [list[Stretch]() for _ in ends]
-    limits = [*stops.nonzero().tolist(), [len(ends), 0]]
-    values = ends.numpy()
+    limits = [*np.argwhere(stops).tolist(), [len(ends), 0]]
     for ((row, start), (row_after, limit)), begins in zip(pairwise(limits), starts[stops].tolist(), strict=True):
         if begins:
             tokens_of_it = range(start, limit if row_after == row else tokens)
-            found[row].append(Stretch(tokens_of_it, *_above(values[row], found[row], start)))
+            found[row].append(Stretch(tokens_of_it, *_above(ends[row], found[row], start)))
     return found
 
 
@@ -92,9 +93,8 @@ class _Run(NamedTuple):
     level: int
 
 
-def levels_of(subtree_end: Tensor | None, sizes: Sizes) -> tuple[Level, ...]:
-    """The levels of a batch; reads values."""
-    rows = stretches_of(subtree_end, sizes.keys)
+def levels_of(rows: Sequence[list[Stretch]], sizes: Sizes) -> tuple[Level, ...]:
+    """The levels of a batch, from the stretches of its rows."""
     runs = list[_Run]()
     for b in range(sizes.batch):
         runs += _runs_of_row(rows[b % len(rows)], b * sizes.keys, len(runs))
