@@ -62,10 +62,14 @@ def use_lists(cut: Cut, head_bytes: int, block_size: int, blocks: int, count: in
     return min(cut.queries, blocks // max(1, count)) >= WASTE
 
 
+RAN = {"forward", "backward"}
+"""Kernels for Hopper that ran there and were right and faster: ``backward`` may be added once it did."""
+
+
 def use_both(cut: Cut, call: BlockSparseCall, block_size: int) -> bool:
     """For heads that share a selection: blocks that neighbours share by unions, the others by lists.
 
-    On Hopper alone, where both ways were timed, and without gradients: backward, either way is the slower one for some.
+    On Hopper alone, where both ways were timed, and with gradients only if the lists' backward pass has its kernel.
     """
     q, v, target = call.q, call.v, target_of(call.q.device)
     if cut.group < 2 or not takes_lists(cut, head_bytes_of(q, v), block_size):
@@ -74,7 +78,7 @@ def use_both(cut: Cut, call: BlockSparseCall, block_size: int) -> bool:
         return True
     if target.kind != "cuda" or target.arch != 90 or q.element_size() != 2 or cut.group & (cut.group - 1):
         return False
-    return not rules.wants_gradient(q, call.k, v)
+    return "backward" in RAN or not rules.wants_gradient(q, call.k, v)
 
 
 BOTH_EVERYWHERE = False
@@ -219,19 +223,26 @@ def launch_of(
     )
 
 
-def for_hopper(plan: ListPlan, launch: AttentionLaunch, *operands: Tensor) -> bool:
-    """Whether the kernel of ``triton_hopper_lists.py`` takes the call: made for sm_90, and for what its copies reach.
+def for_hopper(kernel: str, plan: ListPlan, launch: AttentionLaunch, *operands: Tensor) -> bool:
+    """Whether the kernels of ``triton_hopper_lists*.py`` take the call: made for sm_90, and for what its copies reach.
 
     ``operands``: q and others of its dtype.
     """
     target, c = target_of(operands[0].device), launch.constants
-    if target.kind != "cuda" or target.arch != 90 or operands[0].element_size() != 2 or triton_version() < (3, 6):
+    if (
+        kernel not in RAN
+        or target.kind != "cuda"
+        or target.arch != 90
+        or operands[0].element_size() != 2
+        or triton_version() < (3, 6)
+    ):
         return False
     from kernel_index.core.triton.hopper import has_tiles
 
-    fits = c["GROUP"] == c["HEADS"] <= STEP and c["BLOCK"] in (16, 32, 64)
+    blocks, widths = ((16, 32, 64), (64, 128)) if kernel == "forward" else ((64,), (128,))
+    fits = c["GROUP"] == c["HEADS"] <= STEP and c["BLOCK"] in blocks
     fits = fits and plan.order.dtype == torch.int32 and plan.order.numel() < 2**31
-    return fits and all(x.element_size() == 2 and x.shape[3] in (64, 128) and has_tiles(x) for x in operands)
+    return fits and all(x.element_size() == 2 and x.shape[3] in widths and has_tiles(x) for x in operands)
 
 
 def segments_at_once(bytes_of_segment: int, cut: Segments, kv_heads: int) -> int:

@@ -1,0 +1,362 @@
+"""The backward pass of ``triton_lists_backward.py`` on Hopper: warps with roles, see ``triton_hopper_lists.py``.
+
+Two consumers take the same tiles: each computes all scores, and half of the columns of dK, dV and dQ.  So the sums fit
+the registers and nobody waits for the other; the price is 7 products for 5.  Scores are transposed, so the weights that
+dV and dK need stay in registers; those that dQ needs pass through shared memory.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernel_index.core.triton.hopper import barriers, product_nt, ring, softcapped, tiles_of, within
+from kernel_index.core.triton.jit import ENABLE_FP_FUSION
+from kernel_index.core.triton.launch import AttentionLaunch, processors, row_stride
+from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, Segments, shift_of
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import (
+    GATHERERS,
+    NUMBERS,
+    PLANS,
+    cleaned,
+    numbers,
+    read_number,
+    schedule,
+)
+
+CONSUMERS = gl.constexpr(2)
+
+ROLES = gl.constexpr(((4, 4, 1), (208, 72, 24)))
+"""Warps and registers of the roles behind the first consumer."""
+
+
+@gluon.jit
+def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
+    (
+        kv, rows, q_ptr, do_ptr, lse_ptr, delta_ptr, order_ptr, q_b, q_t, q_h, do_b, do_t, do_h, first_segment, CHUNKS,
+        T, G, GROUP,
+    ) = given  # fmt: skip
+    _k_ring, _v_ring, plan, plan_full, plan_empty, _kv_full, _kv_empty = kv
+    q_ring, do_ring, lse_ring, delta_ring, full, empty = rows
+    STAGES: gl.constexpr = q_ring.shape[0]
+    ROWS: gl.constexpr = q_ring.shape[1]
+    D: gl.constexpr = q_ring.shape[2]
+    DV: gl.constexpr = do_ring.shape[2]
+    ENTRIES: gl.constexpr = ROWS // HEADS
+    Q_WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    DO_WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    o_q = gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_WIDE))
+    o_do = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DO_WIDE))
+    o_flat = gl.arange(0, ROWS, layout=FLAT)
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, Q_WIDE))
+    o_dv = gl.arange(0, DV, layout=gl.SliceLayout(0, DO_WIDE))
+    turn = 0
+    tile = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    segment = read_number(plan, 0, FLAT)
+    while segment >= 0:
+        at = turn % PLANS
+        start, stop = read_number(plan, at * NUMBERS + 2, FLAT), read_number(plan, at * NUMBERS + 3, FLAT)
+        mbarrier.arrive(plan_empty.index(at), count=1)
+        group = (first_segment + segment) // CHUNKS
+        b, first_head = (group // G).to(gl.int64), group % G * GROUP
+        p_q = q_ptr + b * q_b + first_head.to(gl.int64) * q_h
+        p_do = do_ptr + b * do_b + first_head.to(gl.int64) * do_h
+        H = G * GROUP
+        o_first = b * T * H + first_head
+        b_q = gl.load(order_ptr + start + o_q // HEADS, mask=start + o_q // HEADS < stop, other=-1)
+        b_flat = gl.load(order_ptr + start + o_flat // HEADS, mask=start + o_flat // HEADS < stop, other=-1)
+        count = gl.cdiv(stop - start, ENTRIES)
+        for i in range(count):
+            first = start + (i + 1) * ENTRIES
+            next_q = gl.load(order_ptr + first + o_q // HEADS, mask=first + o_q // HEADS < stop, other=-1)
+            next_flat = gl.load(order_ptr + first + o_flat // HEADS, mask=first + o_flat // HEADS < stop, other=-1)
+            slot = (tile + i) % STAGES
+            m_q, m_flat = b_q >= 0, b_flat >= 0
+            token = gl.where(m_q, b_q, 0) >> SHIFT
+            p_rows = p_q + (token.to(gl.int64) * q_t + o_q % HEADS * q_h)
+            m_do = gl.convert_layout(m_q, gl.SliceLayout(1, DO_WIDE))
+            token_do = gl.convert_layout(token, gl.SliceLayout(1, DO_WIDE))
+            p_do_rows = p_do + (token_do.to(gl.int64) * do_t + o_do % HEADS * do_h)
+            o_row = o_first + (gl.where(m_flat, b_flat, 0) >> SHIFT).to(gl.int64) * H + o_flat % HEADS
+            mbarrier.wait(empty.index(slot), (((tile + i) // STAGES) & 1) ^ 1)
+            async_copy.async_copy_global_to_shared(
+                q_ring.index(slot), p_rows[:, None] + o_d[None, :], mask=m_q[:, None]
+            )
+            async_copy.async_copy_global_to_shared(
+                do_ring.index(slot), p_do_rows[:, None] + o_dv[None, :], mask=m_do[:, None]
+            )
+            async_copy.async_copy_global_to_shared(lse_ring.index(slot), lse_ptr + o_row, mask=m_flat)
+            async_copy.async_copy_global_to_shared(delta_ring.index(slot), delta_ptr + o_row, mask=m_flat)
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            b_q = next_q
+            b_flat = next_flat
+        tile += count
+        turn += 1
+        at = turn % PLANS
+        mbarrier.wait(plan_full.index(at), (turn // PLANS) & 1)
+        segment = read_number(plan, at * NUMBERS, FLAT)
+
+
+@gluon.jit
+def _ends(order_ptr, first, stop, ENTRIES: gl.constexpr):
+    """The first and the last entry of the tile that begins at ``first``; 0 where there is none."""
+    some = first < stop
+    last = gl.minimum(first + ENTRIES, stop) - 1
+    return gl.load(order_ptr + first, mask=some, other=0), gl.load(order_ptr + last, mask=some, other=0)
+
+
+@gluon.jit
+def _is_masked(p_start, p_end, low, high, first_key, BN: gl.constexpr, SHIFT: gl.constexpr):
+    """Whether a row from the entry ``low`` to ``high`` does not see all keys of the block: bounds never decrease."""
+    end = gl.load(p_end + (gl.maximum(low, 0) >> SHIFT))
+    start = gl.load(p_start + (gl.maximum(high, 0) >> SHIFT))
+    return (low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN)
+
+
+@gluon.jit
+def _seen(x, b_entry, p_start, p_end, first_key, SHIFT: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """x [BN, ROWS], 0 where the row does not see the key."""
+    m_m = b_entry >= 0
+    token = gl.where(m_m, b_entry, 0) >> SHIFT
+    start = gl.load(p_start + token, mask=m_m, other=0)
+    end = gl.load(p_end + token, mask=m_m, other=0)
+    o_k = first_key + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
+    return gl.where(within(o_k[:, None], start[None, :], end[None, :]), x, 0.0)
+
+
+@gluon.jit
+def _clean_rows(tile, lse_tile, delta_tile, LAYOUT: gl.constexpr):
+    """Sets to 0 the rows of a tile whose log-sum-exp or ``delta`` is not finite: so it is where a value of them is not.
+
+    Their weights become NaN.  Both consumers do so, and write the same.
+    """
+    flag = (lse_tile.load(gl.SliceLayout(1, LAYOUT)) + delta_tile.load(gl.SliceLayout(1, LAYOUT))) * 0.0
+    if gl.max((flag != 0.0).to(gl.int32), 0) == 1:
+        tile.store(gl.where((flag == 0.0)[:, None], tile.load(LAYOUT), 0.0).to(tile.dtype))
+
+
+@gluon.jit
+def _offsets(N: gl.constexpr, HALF: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of the first HALF columns of a dense matrix [N, D]."""
+    o_n, o_d = gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT)), gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
+    return o_n[:, None] * D + o_d[None, :]
+
+
+@gluon.jit
+def _consume(
+    given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    (
+        kv, rows, shared, k_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr, dk_ptr, dv_ptr, k_b,
+        k_t, k_h, window_b, first_segment, S, G, GROUPS, N, M, GROUP, CHUNK, CHUNKS, scale, inner, outer,
+    ) = given  # fmt: skip
+    k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
+    q_ring, do_ring, lse_ring, delta_ring, full, empty = rows
+    dz_ring, flag_ring = shared
+    STAGES: gl.constexpr = q_ring.shape[0]
+    ROWS: gl.constexpr = q_ring.shape[1]
+    ENTRIES: gl.constexpr = ROWS // HEADS
+    BN: gl.constexpr = k_ring.shape[1]
+    D: gl.constexpr = k_ring.shape[2]
+    DV: gl.constexpr = v_ring.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
+    HALF: gl.constexpr = D // 2
+    K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    HALF_V: gl.constexpr = DV // 2
+    V_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF_V, 16])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
+    Q_WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    DO_WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    zero = gl.full([BN, ROWS], 0.0, gl.float32, layout=S_LAYOUT)
+    nothing = gl.full([ROWS, HALF], 0.0, gl.float32, layout=K_LAYOUT)
+    o_wide = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
+    o_wide_d = CONSUMER * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, WIDE))
+    dz_tile = dz_ring.index(CONSUMER)
+    turn = 0
+    tile = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    segment = read_number(plan, 0, ONE)
+    while segment >= 0:
+        at = turn % PLANS
+        block = read_number(plan, at * NUMBERS + 1, ONE)
+        first, stop = read_number(plan, at * NUMBERS + 2, ONE), read_number(plan, at * NUMBERS + 3, ONE)
+        part, bad = read_number(plan, at * NUMBERS + 4, ONE), read_number(plan, at * NUMBERS + 5, ONE)
+        mbarrier.arrive(plan_empty.index(at), count=1)
+        b, g = (first_segment + segment) // CHUNKS // G, (first_segment + segment) // CHUNKS % G
+        p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
+        o_first = (segment - (first_segment + segment) % CHUNKS).to(gl.int64) * CHUNK * N
+        first_key = block * BN
+        count = gl.cdiv(stop - first, ENTRIES)
+        dk = gl.full([BN, HALF], 0.0, gl.float32, layout=K_LAYOUT)
+        dv = gl.full([BN, HALF_V], 0.0, gl.float32, layout=V_LAYOUT)
+        low, high = _ends(order_ptr, first, stop, ENTRIES)
+        masked = _is_masked(p_start, p_end, low, high, first_key, BN, SHIFT)
+        low, high = _ends(order_ptr, first + ENTRIES, stop, ENTRIES)
+        mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
+        k_tile, v_tile = k_ring.index(at), v_ring.index(at)
+        if bad % 2 == 1:
+            p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS).to(gl.int64) * k_h + first_key.to(gl.int64) * k_t
+            cleaned(k_tile, p_k, k_t, S - first_key, flag_ring.index(CONSUMER), Q_WIDE)
+        for i in range(count):
+            slot = (tile + i) % STAGES
+            o_entry = first + i * ENTRIES + o_wide // HEADS
+            b_wide = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
+            next_masked = _is_masked(p_start, p_end, low, high, first_key, BN, SHIFT)
+            low, high = _ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
+            mbarrier.wait(full.index(slot), ((tile + i) // STAGES) & 1)
+            fence_async_shared()
+            q_tile, do_tile = q_ring.index(slot), do_ring.index(slot)
+            if masked:
+                _clean_rows(q_tile, lse_ring.index(slot), delta_ring.index(slot), Q_WIDE)
+                _clean_rows(do_tile, lse_ring.index(slot), delta_ring.index(slot), DO_WIDE)
+                fence_async_shared()
+            s_started = product_nt(k_tile, q_tile, zero)
+            dp_started = product_nt(v_tile, do_tile, zero)
+            lse = lse_ring.index(slot).load(COLUMN)
+            z = softcapped(warpgroup_mma_wait(1, [s_started]), inner, CAPPED)
+            p = gl.exp2(z * outer - lse[None, :])
+            if bad % 2 == 1:  # rows that see a key that is not finite become NaN
+                p += flag_ring.index(CONSUMER).load(gl.SliceLayout(1, S_LAYOUT))[:, None]
+            if masked:
+                p += ((lse + delta_ring.index(slot).load(COLUMN)) * 0.0)[None, :]
+                o_column = first + i * ENTRIES + gl.arange(0, ROWS, layout=COLUMN) // HEADS
+                b_entry = gl.load(order_ptr + o_column, mask=o_column < stop, other=-1)
+                p = _seen(p, b_entry, p_start, p_end, first_key, SHIFT, S_LAYOUT)
+            b_p = gl.convert_layout(p.to(do_ring.dtype), gl.DotOperandLayout(0, V_LAYOUT, k_width=2))
+            dv_started = warpgroup_mma(b_p, do_tile.slice(CONSUMER * HALF_V, HALF_V, dim=1), dv, is_async=True)
+            if CAPPED:
+                p = p * (1.0 - z * z)
+            dp = warpgroup_mma_wait(1, [dp_started])
+            delta = delta_ring.index(slot).load(COLUMN)  # not before: there is no register for it
+            dz = p * (dp - delta[None, :])
+            if masked:  # 0 times a dp of NaN is not 0
+                o_column = first + i * ENTRIES + gl.arange(0, ROWS, layout=COLUMN) // HEADS
+                b_entry = gl.load(order_ptr + o_column, mask=o_column < stop, other=-1)
+                dz = _seen(dz, b_entry, p_start, p_end, first_key, SHIFT, S_LAYOUT)
+            b_dz = dz.to(q_ring.dtype)
+            dz_tile.store(b_dz)
+            fence_async_shared()
+            w_dz = gl.convert_layout(b_dz, gl.DotOperandLayout(0, K_LAYOUT, k_width=2))
+            dk_started = warpgroup_mma(w_dz, q_tile.slice(CONSUMER * HALF, HALF, dim=1), dk, is_async=True)
+            k_half = k_tile.slice(CONSUMER * HALF, HALF, dim=1)
+            dq_started = warpgroup_mma(dz_tile.permute([1, 0]), k_half, nothing, use_acc=False, is_async=True)
+            dv, dk = warpgroup_mma_wait(1, [dv_started, dk_started])
+            mbarrier.arrive(empty.index(slot), count=1)
+            m_wide = b_wide >= 0
+            b_wide = gl.where(m_wide, b_wide, 0)
+            o_partial = o_first + (b_wide >> SHIFT).to(gl.int64) * N + (b_wide & ((1 << SHIFT) - 1))
+            if CONSUMER == 0:
+                one = gl.full([ROWS], 1, gl.int8, layout=gl.SliceLayout(1, WIDE))
+                gl.store(written_ptr + o_partial, one, mask=m_wide)
+            p_dq = dq_ptr + (o_partial * GROUP + o_wide % HEADS) * D
+            dq = warpgroup_mma_wait(0, [dq_started])
+            b_dq = gl.convert_layout((dq * scale).to(dq_ptr.dtype.element_ty), WIDE)
+            gl.store(p_dq[:, None] + o_wide_d[None, :], b_dq, mask=m_wide[:, None])
+            masked = next_masked
+        mbarrier.arrive(kv_empty.index(at), count=1)
+        o_part = (segment * M + part).to(gl.int64) * BN
+        gl.store(dk_ptr + o_part * D + CONSUMER * HALF + _offsets(BN, HALF, D, K_LAYOUT), dk * scale)
+        gl.store(dv_ptr + o_part * DV + CONSUMER * HALF_V + _offsets(BN, HALF_V, DV, V_LAYOUT), dv)
+        tile += count
+        turn += 1
+        at = turn % PLANS
+        mbarrier.wait(plan_full.index(at), (turn // PLANS) & 1)
+        segment = read_number(plan, at * NUMBERS, ONE)
+
+
+@gluon.jit(do_not_specialize=["first_segment"])  # else one kernel more for each launch
+def _lists_kernel(
+    k_desc, v_desc, q_ptr, do_ptr, k_ptr, lse_ptr, delta_ptr, order_ptr, items_ptr, parts_ptr, bad_ptr, start_ptr,
+    end_ptr, dq_ptr, written_ptr, dk_ptr, dv_ptr, counter_ptr, q_b, q_t, q_h, do_b, do_t, do_h, k_b, k_t,
+    k_h, window_b, first_segment, SEGMENTS, T, S, G, GROUPS, N, M, BLOCKS, CHUNK, CHUNKS, scale, inner, outer,
+    D: gl.constexpr, DV: gl.constexpr, GROUP: gl.constexpr, SHIFT: gl.constexpr, STAGES: gl.constexpr,
+    CAPPED: gl.constexpr,
+):  # fmt: skip
+    """The parts of the lists of SEGMENTS segments, M of each at most.  See ``triton_lists_backward.py``."""
+    ROWS: gl.constexpr = 64
+    BN: gl.constexpr = k_desc.block_type.shape[1]
+    Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], k_desc.dtype)
+    DO_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DV], k_desc.dtype)
+    DZ_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, ROWS], k_desc.dtype)
+    FLAT_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    kv = (
+        ring(k_desc, PLANS),
+        ring(v_desc, PLANS),
+        numbers(),
+        barriers(PLANS, 1),
+        barriers(PLANS, CONSUMERS + 1),
+        barriers(PLANS, 1),
+        barriers(PLANS, CONSUMERS),
+    )
+    rows = (
+        gl.allocate_shared_memory(k_desc.dtype, [STAGES, ROWS, D], Q_SHARED),
+        gl.allocate_shared_memory(k_desc.dtype, [STAGES, ROWS, DV], DO_SHARED),
+        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], FLAT_SHARED),
+        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], FLAT_SHARED),
+        barriers(STAGES, GATHERERS),
+        barriers(STAGES, CONSUMERS),
+    )
+    shared = (
+        gl.allocate_shared_memory(k_desc.dtype, [CONSUMERS, BN, ROWS], DZ_SHARED),
+        gl.allocate_shared_memory(gl.float32, [CONSUMERS, BN], FLAT_SHARED),
+    )
+    fence_async_shared()
+    consumed = (
+        kv, rows, shared, k_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr, dk_ptr, dv_ptr, k_b,
+        k_t, k_h, window_b, first_segment, S, G, GROUPS, N, M, GROUP, CHUNK, CHUNKS, scale, inner, outer,
+    )  # fmt: skip
+    gathered = (
+        kv, rows, q_ptr, do_ptr, lse_ptr, delta_ptr, order_ptr, q_b, q_t, q_h, do_b, do_t, do_h, first_segment, CHUNKS,
+        T, G, GROUP,
+    )  # fmt: skip
+    scheduled = (
+        k_desc, v_desc, kv, items_ptr, parts_ptr, bad_ptr, counter_ptr, first_segment, SEGMENTS, M, BLOCKS, CHUNKS, G,
+        GROUPS,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (consumed, 0, GROUP, SHIFT, CAPPED)),
+            (_consume, (consumed, 1, GROUP, SHIFT, CAPPED)),
+            (_gather, (gathered, GROUP, SHIFT)),
+            (schedule, (scheduled,)),
+        ],
+        ROLES[0],
+        ROLES[1],
+    )
+
+
+STAGES = 3
+"""Slots of the ring of rows."""
+
+
+def lists(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, of_rows: tuple[Tensor, Tensor], plan: ListPlan,
+    bounds: tuple[Tensor, Tensor], cut: Segments, part: tuple[int, int], bad: Tensor,
+    launch: AttentionLaunch, outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fill the partials of dQ, which of them are written, and those of dK and dV.
+
+    ``of_rows``: the log-sum-exp and ``delta``; ``part``: the first segment of the launch, and how many; ``bad``: see
+    ``unfit_blocks``.
+    """
+    c, items, (first, segments) = launch.constants, plan.items.shape[1], part
+    D, DV, programs = q.shape[3], v.shape[3], min(items * segments, processors(q))
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    _lists_kernel[(programs,)](
+        tiles_of(k, c["BLOCK"]), tiles_of(v, c["BLOCK"]), q, d_out, k, *of_rows, plan.order, plan.items, plan.parts,
+        bad, *bounds, *outputs, counter, *q.stride()[:3], *d_out.stride()[:3], *k.stride()[:3],
+        row_stride(bounds[0]), first, segments, q.shape[1], k.shape[1], cut.groups, cut.groups // k.shape[2], cut.count,
+        items, plan.parts.shape[1] - 1, cut.chunk, cut.chunks, launch.scale, launch.inner, launch.outer, D, DV,
+        cut.group, shift_of(cut.count), STAGES, c["CAPPED"], num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+    )  # fmt: skip
