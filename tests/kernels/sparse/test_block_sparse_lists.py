@@ -138,7 +138,7 @@ def test_segments_are_cut_evenly(monkeypatch):
     assert lists.segments_at_once(30, two_heads._replace(chunk=16), 12) == 2  # of the four chunks of a head
 
 
-def test_both_ways_are_taken_on_hopper_where_no_gradient_is_wanted():
+def test_both_ways_are_taken_on_hopper():
     q, k = (torch.empty(1, 8, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (8, 1))
     selected = torch.empty(1, 8, 1, 2, dtype=torch.int64, device="meta")
     call = BlockSparseCall(q, k, k, selected, None, 64, ki.MaskContract(), None, 0.0, 64, None)
@@ -147,6 +147,6 @@ def test_both_ways_are_taken_on_hopper_where_no_gradient_is_wanted():
     with pretend(Target("cuda", 90)):
         assert lists.use_both(together, call, 64)
         assert not lists.use_both(cut_of(1, 2, 64), call, 64)
-        assert not lists.use_both(together, call._replace(q=q.requires_grad_()), 64)
+        assert lists.use_both(together, call._replace(q=q.requires_grad_()), 64)
     with pretend(Target("cuda", 100)):
         assert not lists.use_both(together, call, 64)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import rules
 from kernel_index.core.target import Target, target_of, triton_version
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
@@ -62,23 +61,17 @@ def use_lists(cut: Cut, head_bytes: int, block_size: int, blocks: int, count: in
     return min(cut.queries, blocks // max(1, count)) >= WASTE
 
 
-RAN = {"forward", "backward"}
-"""Kernels for Hopper that ran there and were right and faster: ``backward`` may be added once it did."""
-
-
 def use_both(cut: Cut, call: BlockSparseCall, block_size: int) -> bool:
     """For heads that share a selection: blocks that neighbours share by unions, the others by lists.
 
-    On Hopper alone, where both ways were timed, and with gradients only if the lists' backward pass has its kernel.
+    On Hopper alone, where both ways were timed.
     """
     q, v, target = call.q, call.v, target_of(call.q.device)
     if cut.group < 2 or not takes_lists(cut, head_bytes_of(q, v), block_size):
         return False
     if BOTH_EVERYWHERE:
         return True
-    if target.kind != "cuda" or target.arch != 90 or q.element_size() != 2 or cut.group & (cut.group - 1):
-        return False
-    return "backward" in RAN or not rules.wants_gradient(q, call.k, v)
+    return target.kind == "cuda" and target.arch == 90 and q.element_size() == 2 and cut.group & (cut.group - 1) == 0
 
 
 BOTH_EVERYWHERE = False
@@ -229,13 +222,7 @@ def for_hopper(kernel: str, plan: ListPlan, launch: AttentionLaunch, *operands: 
     ``operands``: q and others of its dtype.
     """
     target, c = target_of(operands[0].device), launch.constants
-    if (
-        kernel not in RAN
-        or target.kind != "cuda"
-        or target.arch != 90
-        or operands[0].element_size() != 2
-        or triton_version() < (3, 6)
-    ):
+    if target.kind != "cuda" or target.arch != 90 or operands[0].element_size() != 2 or triton_version() < (3, 6):
         return False
     from kernel_index.core.triton.hopper import has_tiles
 

@@ -115,11 +115,9 @@ def _ends(order_ptr, first, stop, ENTRIES: gl.constexpr):
 
 
 @gluon.jit
-def _is_masked(p_start, p_end, low, high, first_key, BN: gl.constexpr, SHIFT: gl.constexpr):
-    """Whether a row from the entry ``low`` to ``high`` does not see all keys of the block: bounds never decrease."""
-    end = gl.load(p_end + (gl.maximum(low, 0) >> SHIFT))
-    start = gl.load(p_start + (gl.maximum(high, 0) >> SHIFT))
-    return (low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN)
+def _inner_bounds(p_start, p_end, low, high, SHIFT: gl.constexpr):
+    """From where on and up to where all rows from the entry ``low`` to ``high`` see keys: bounds never decrease."""
+    return gl.load(p_start + (gl.maximum(high, 0) >> SHIFT)), gl.load(p_end + (gl.maximum(low, 0) >> SHIFT))
 
 
 @gluon.jit
@@ -142,6 +140,21 @@ def _clean_rows(tile, lse_tile, delta_tile, LAYOUT: gl.constexpr):
     flag = (lse_tile.load(gl.SliceLayout(1, LAYOUT)) + delta_tile.load(gl.SliceLayout(1, LAYOUT))) * 0.0
     if gl.max((flag != 0.0).to(gl.int32), 0) == 1:
         tile.store(gl.where((flag == 0.0)[:, None], tile.load(LAYOUT), 0.0).to(tile.dtype))
+
+
+@gluon.jit
+def _scores(k_tile, rows, tile, masked, zero, Q_WIDE: gl.constexpr, DO_WIDE: gl.constexpr):
+    """Start the product K·Qᵀ [BN, ROWS] of a tile of rows, when it is there."""
+    q_ring, do_ring, lse_ring, delta_ring, full, _empty = rows
+    STAGES: gl.constexpr = q_ring.shape[0]
+    slot = tile % STAGES
+    mbarrier.wait(full.index(slot), (tile // STAGES) & 1)
+    fence_async_shared()
+    if masked:
+        _clean_rows(q_ring.index(slot), lse_ring.index(slot), delta_ring.index(slot), Q_WIDE)
+        _clean_rows(do_ring.index(slot), lse_ring.index(slot), delta_ring.index(slot), DO_WIDE)
+        fence_async_shared()
+    return product_nt(k_tile, q_ring.index(slot), zero)
 
 
 @gluon.jit
@@ -201,30 +214,25 @@ def _consume(
         dk = gl.full([BN, HALF], 0.0, gl.float32, layout=K_LAYOUT)
         dv = gl.full([BN, HALF_V], 0.0, gl.float32, layout=V_LAYOUT)
         low, high = _ends(order_ptr, first, stop, ENTRIES)
-        masked = _is_masked(p_start, p_end, low, high, first_key, BN, SHIFT)
+        start, end = _inner_bounds(p_start, p_end, low, high, SHIFT)
+        masked = (low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN)
         low, high = _ends(order_ptr, first + ENTRIES, stop, ENTRIES)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         k_tile, v_tile = k_ring.index(at), v_ring.index(at)
         if bad % 2 == 1:
             p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS).to(gl.int64) * k_h + first_key.to(gl.int64) * k_t
             cleaned(k_tile, p_k, k_t, S - first_key, flag_ring.index(CONSUMER), Q_WIDE)
+        s = warpgroup_mma_wait(0, [_scores(k_tile, rows, tile, masked, zero, Q_WIDE, DO_WIDE)])
         for i in range(count):
             slot = (tile + i) % STAGES
+            q_tile, do_tile = q_ring.index(slot), do_ring.index(slot)
             o_entry = first + i * ENTRIES + o_wide // HEADS
             b_wide = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
-            next_masked = _is_masked(p_start, p_end, low, high, first_key, BN, SHIFT)
-            low, high = _ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
-            mbarrier.wait(full.index(slot), ((tile + i) // STAGES) & 1)
-            fence_async_shared()
-            q_tile, do_tile = q_ring.index(slot), do_ring.index(slot)
-            if masked:
-                _clean_rows(q_tile, lse_ring.index(slot), delta_ring.index(slot), Q_WIDE)
-                _clean_rows(do_tile, lse_ring.index(slot), delta_ring.index(slot), DO_WIDE)
-                fence_async_shared()
-            s_started = product_nt(k_tile, q_tile, zero)
-            dp_started = product_nt(v_tile, do_tile, zero)
+            start, end = _inner_bounds(p_start, p_end, low, high, SHIFT)  # of the next tile
+            after_low, after_high = _ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
             lse = lse_ring.index(slot).load(COLUMN)
-            z = softcapped(warpgroup_mma_wait(1, [s_started]), inner, CAPPED)
+            dp_started = product_nt(v_tile, do_tile, zero)
+            z = softcapped(s, inner, CAPPED)
             p = gl.exp2(z * outer - lse[None, :])
             if bad % 2 == 1:  # rows that see a key that is not finite become NaN
                 p += flag_ring.index(CONSUMER).load(gl.SliceLayout(1, S_LAYOUT))[:, None]
@@ -251,7 +259,14 @@ def _consume(
             dk_started = warpgroup_mma(w_dz, q_tile.slice(CONSUMER * HALF, HALF, dim=1), dk, is_async=True)
             k_half = k_tile.slice(CONSUMER * HALF, HALF, dim=1)
             dq_started = warpgroup_mma(dz_tile.permute([1, 0]), k_half, nothing, use_acc=False, is_async=True)
-            dv, dk = warpgroup_mma_wait(1, [dv_started, dk_started])
+            # The scores of the next tile run while dQ of this one is stored; behind the last tile, its own once more.
+            masked = (low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN)
+            masked = masked & (i + 1 < count)
+            low = after_low
+            high = after_high
+            following = tile + gl.minimum(i + 1, count - 1)
+            s_started = _scores(k_tile, rows, following, masked, zero, Q_WIDE, DO_WIDE)
+            dv, dk, dq = warpgroup_mma_wait(1, [dv_started, dk_started, dq_started])
             mbarrier.arrive(empty.index(slot), count=1)
             m_wide = b_wide >= 0
             b_wide = gl.where(m_wide, b_wide, 0)
@@ -260,10 +275,9 @@ def _consume(
                 one = gl.full([ROWS], 1, gl.int8, layout=gl.SliceLayout(1, WIDE))
                 gl.store(written_ptr + o_partial, one, mask=m_wide)
             p_dq = dq_ptr + (o_partial * GROUP + o_wide % HEADS) * D
-            dq = warpgroup_mma_wait(0, [dq_started])
             b_dq = gl.convert_layout((dq * scale).to(dq_ptr.dtype.element_ty), WIDE)
             gl.store(p_dq[:, None] + o_wide_d[None, :], b_dq, mask=m_wide[:, None])
-            masked = next_masked
+            s = warpgroup_mma_wait(0, [s_started])
         mbarrier.arrive(kv_empty.index(at), count=1)
         o_part = (segment * M + part).to(gl.int64) * BN
         gl.store(dk_ptr + o_part * D + CONSUMER * HALF + _offsets(BN, HALF, D, K_LAYOUT), dk * scale)
