@@ -34,6 +34,9 @@ backward pass writes sums of dK and dV."""
 PARTIAL_BYTES = 1 << 30
 """Bytes of partial results that exist at once, unless those of ``FEWEST`` queries are more."""
 
+SEGMENT_BYTES = 1 << 30
+"""Bytes of the partial results of a segment: its queries stay in the L2 cache while its lists are visited."""
+
 FEWEST = 1024
 """Queries of a segment at least: fewer would leave too little of a list for each block."""
 
@@ -131,8 +134,8 @@ def row_bytes(q: Tensor, v: Tensor, group: int) -> int:
 
 
 def chunk_of(queries: int, count: int, bytes_of_entry: int) -> int:
-    """Queries of a segment: all, or the power of two whose partial results take ``PARTIAL_BYTES``."""
-    most = max(FEWEST, PARTIAL_BYTES // max(1, count * bytes_of_entry))
+    """Queries of a segment: all, or the power of two whose partial results take ``SEGMENT_BYTES``."""
+    most = max(FEWEST, min(SEGMENT_BYTES, PARTIAL_BYTES) // max(1, count * bytes_of_entry))
     return queries if queries <= most else 1 << (most.bit_length() - 1)
 
 
@@ -194,7 +197,8 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
         return Config(STEP, 32, 4, 1)
     if forward:
         return Config(STEP, 128 if target.arch == 90 else 64, 4, 2)
-    return Config(STEP, 32, 8 if target.arch == 120 and width > 64 else 4, 2)
+    # A third stage fetches the list one step earlier.
+    return Config(STEP, 32, 8 if target.arch == 120 and width > 64 else 4, 3 if target.arch == 90 else 2)
 
 
 def launch_of(
