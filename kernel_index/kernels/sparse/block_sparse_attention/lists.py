@@ -197,8 +197,8 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
         return Config(STEP, 32, 4, 1)
     if forward:
         return Config(STEP, 128 if target.arch == 90 else 64, 4, 2)
-    # A third stage fetches the list one step earlier.
-    return Config(STEP, 32, 8 if target.arch == 120 and width > 64 else 4, 3 if target.arch == 90 else 2)
+    # Rows wait for their list: of five stages, two are ahead with rows.
+    return Config(STEP, 32, 8 if target.arch == 120 and width > 64 else 4, 5 if target.arch == 90 else 2)
 
 
 def launch_of(
