@@ -89,8 +89,7 @@ def _lists_step(
         m_sees = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
         dq = weighted_sum(tl.trans(dz), b_k, m_sees, True, UPCAST)
     else:
-        # Transposed: BM rows may be fewer than a warp group multiplies at once, columns are not.
-        dq = tl.trans(dot(tl.trans(b_k), narrow(dz, b_q.dtype, UPCAST), UPCAST))  # [BM, BLOCK_D]
+        dq = dot(tl.trans(narrow(dz, b_q.dtype, UPCAST)), b_k, UPCAST)  # [BM, BLOCK_D]
     o_entry = first_partial + (token - first_query).to(tl.int64) * N + o_nth
     o_partial = o_entry * GROUP + o_g
     store_rows(dq_ptr, o_partial * D, m_m, dq * scale, D, BLOCK_D, UPCAST)
