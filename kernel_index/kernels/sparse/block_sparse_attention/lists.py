@@ -34,9 +34,6 @@ backward pass writes sums of dK and dV."""
 PARTIAL_BYTES = 1 << 30
 """Bytes of partial results that exist at once, unless those of ``FEWEST`` queries are more."""
 
-SEGMENT_BYTES = 1 << 30
-"""Bytes of the partial results of a segment: its queries stay in the L2 cache while its lists are visited."""
-
 FEWEST = 1024
 """Queries of a segment at least: fewer would leave too little of a list for each block."""
 
@@ -134,8 +131,8 @@ def row_bytes(q: Tensor, v: Tensor, group: int) -> int:
 
 
 def chunk_of(queries: int, count: int, bytes_of_entry: int) -> int:
-    """Queries of a segment: all, or the power of two whose partial results take ``SEGMENT_BYTES``."""
-    most = max(FEWEST, min(SEGMENT_BYTES, PARTIAL_BYTES) // max(1, count * bytes_of_entry))
+    """Queries of a segment: all, or the power of two whose partial results take ``PARTIAL_BYTES``."""
+    most = max(FEWEST, PARTIAL_BYTES // max(1, count * bytes_of_entry))
     return queries if queries <= most else 1 << (most.bit_length() - 1)
 
 
@@ -220,8 +217,8 @@ def launch_of(
     )
 
 
-def for_hopper(kernel: str, plan: ListPlan, launch: AttentionLaunch, *operands: Tensor) -> bool:
-    """Whether the kernels of ``triton_hopper_lists*.py`` take the call: made for sm_90, and for what its copies reach.
+def for_hopper(plan: ListPlan, launch: AttentionLaunch, *operands: Tensor) -> bool:
+    """Whether the kernel of ``triton_hopper_lists.py`` takes the call: made for sm_90, and for what its copies reach.
 
     ``operands``: q and others of its dtype.
     """
@@ -230,10 +227,9 @@ def for_hopper(kernel: str, plan: ListPlan, launch: AttentionLaunch, *operands: 
         return False
     from kernel_index.core.triton.hopper import has_tiles
 
-    blocks, widths = ((16, 32, 64), (64, 128)) if kernel == "forward" else ((64,), (128,))
-    fits = c["GROUP"] == c["HEADS"] <= STEP and c["BLOCK"] in blocks
+    fits = c["GROUP"] == c["HEADS"] <= STEP and c["BLOCK"] in (16, 32, 64)
     fits = fits and plan.order.dtype == torch.int32 and plan.order.numel() < 2**31
-    return fits and all(x.element_size() == 2 and x.shape[3] in widths and has_tiles(x) for x in operands)
+    return fits and all(x.element_size() == 2 and x.shape[3] in (64, 128) and has_tiles(x) for x in operands)
 
 
 def segments_at_once(bytes_of_segment: int, cut: Segments, kv_heads: int) -> int:

@@ -89,13 +89,12 @@ def schedule(given):
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
     BLOCK: gl.constexpr = k_ring.shape[1]
-    most = _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS)
-    total = most * SEGMENTS
+    total = _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS) * SEGMENTS
     number = gl.program_id(0)
     turn = 0
     while number < total:
         after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-        part, segment = number % most, number // most  # of one segment after the other: its queries are in the cache
+        part, segment = number // SEGMENTS, number % SEGMENTS
         p_item = items_ptr + ((first_segment + segment).to(gl.int64) * M + part) * 4
         block = gl.load(p_item).to(gl.int32)
         start, stop = gl.load(p_item + 2).to(gl.int32), gl.load(p_item + 3).to(gl.int32)

@@ -241,7 +241,7 @@ def forward(
     partial_lse = outputs[1].new_empty((at_once, cut.entries, cut.group))
     merged = {name: launch.constants[name] for name in ("DV", "BLOCK_DV", "GROUP", "UPCAST")}
     place = (T, cut.groups, cut.count, cut.chunk, cut.chunks)
-    hopper = for_hopper("forward", plan, launch, q, k, v)
+    hopper = for_hopper(plan, launch, q, k, v)
     with on_device(q):
         bad = unfit_blocks(k, v, plan.parts.shape[1] - 1, launch.constants) if hopper else None
         for first, segments in parts_of(cut.segments, at_once):

@@ -24,7 +24,6 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
 from kernel_index.kernels.sparse.block_sparse_attention.lists import (
     ListPlan,
-    for_hopper,
     parts_of,
     segments_at_once,
     segments_of,
@@ -36,7 +35,6 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import (
     load_part,
     merged_rows,
     segment_place,
-    unfit_blocks,
 )
 
 
@@ -246,25 +244,16 @@ def backward(
     written = q.new_empty((at_once, cut.entries), dtype=torch.int8)
     dk_partials, dv_partials = dk.new_empty((at_once, items, c["BN"], D)), dk.new_empty((at_once, items, c["BN"], DV))
     place = (T, cut.groups, cut.count, cut.chunk, cut.chunks)
-    hopper = for_hopper("backward", plan, launch, q, k, v, d_out)
     with on_device(q):
-        bad = unfit_blocks(k, v, blocks, c) if hopper else None
         delta = _delta(d_out, d_lse, out, {name: c[name] for name in ("DV", "BLOCK_DV")})
         for first, segments in parts_of(cut.segments, at_once):
             written.zero_()
-            part, filled = (first, segments), (dq_partials, written, dk_partials, dv_partials)
-            if bad is not None:
-                from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_lists_backward
-
-                triton_hopper_lists_backward.lists(
-                    d_out, q, k, v, (lse, delta), plan, bounds, cut, part, bad, launch, filled
-                )
-            else:
-                _lists_kernel[(items, segments)](
-                    d_out, q, k, v, lse, delta, plan.order, plan.items, *bounds, *filled, *strides(d_out, q, k, v),
-                    row_stride(bounds[0]), first, T, S, cut.groups, cut.groups // K, cut.count, items, cut.chunk,
-                    cut.chunks, launch.scale, launch.inner, launch.outer, SHIFT=shift_of(cut.count), **c,
-                )  # fmt: skip
+            filled = dq_partials, written, dk_partials, dv_partials
+            _lists_kernel[(items, segments)](
+                d_out, q, k, v, lse, delta, plan.order, plan.items, *bounds, *filled, *strides(d_out, q, k, v),
+                row_stride(bounds[0]), first, T, S, cut.groups, cut.groups // K, cut.count, items, cut.chunk,
+                cut.chunks, launch.scale, launch.inner, launch.outer, SHIFT=shift_of(cut.count), **c,
+            )  # fmt: skip
             _merge_queries_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
                 dq_partials, written, dq, first, *place, **queries
             )
