@@ -28,7 +28,8 @@ MASKS = {
 
 @pytest.fixture
 def segments(monkeypatch):
-    """Several segments and parts of lists."""
+    """Several segments and parts of lists, with gradients too."""
+    monkeypatch.setattr(lists, "GRADIENT_WASTE", 0)
     monkeypatch.setattr(lists, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(lists, "FEWEST", 128)
     monkeypatch.setattr(lists, "PART_ROWS", {"forward": 512, "backward": 512})

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.core import rules
 from kernel_index.core.target import Target, target_of, triton_version
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
@@ -41,6 +42,9 @@ WASTE = 8
 """Lists are used from this ratio on: products of a tile's union over products of its selected blocks, at most."""
 
 
+GRADIENT_WASTE = 4
+"""The same for groups with gradients on Hopper: at 3.7 times the products, unions and lists took as long for a step."""
+
 WIDEST = 256
 """Bytes of a head at most: the sums of dK and dV of a wider one do not fit into registers."""
 
@@ -64,14 +68,18 @@ def use_lists(cut: Cut, head_bytes: int, block_size: int, blocks: int, count: in
 def use_both(cut: Cut, call: BlockSparseCall, block_size: int) -> bool:
     """For heads that share a selection: blocks that neighbours share by unions, the others by lists.
 
-    On Hopper alone, where both ways were timed.
+    On Hopper alone, where both ways were timed.  The backward pass goes by lists alone, so with gradients not where a
+    union cannot waste much.
     """
     q, v, target = call.q, call.v, target_of(call.q.device)
     if cut.group < 2 or not takes_lists(cut, head_bytes_of(q, v), block_size):
         return False
     if BOTH_EVERYWHERE:
         return True
-    return target.kind == "cuda" and target.arch == 90 and q.element_size() == 2 and cut.group & (cut.group - 1) == 0
+    if target.kind != "cuda" or target.arch != 90 or q.element_size() != 2 or cut.group & (cut.group - 1):
+        return False
+    most = min(cut.queries, call.blocks // max(1, call.selected.shape[3]))
+    return most >= GRADIENT_WASTE or not rules.wants_gradient(q, call.k, v)
 
 
 BOTH_EVERYWHERE = False
