@@ -43,7 +43,7 @@ WASTE = 8
 
 
 GRADIENT_WASTE = 4
-"""The same for groups with gradients on Hopper.  A step by lists takes as long as one by unions that multiply 4 times."""
+"""The same for groups with gradients on Hopper: lists took as long as unions that multiply four times would."""
 
 WIDEST = 256
 """Bytes of a head at most: the sums of dK and dV of a wider one do not fit into registers."""
