@@ -28,7 +28,8 @@ MASKS = {
 
 @pytest.fixture
 def segments(monkeypatch):
-    """Several segments and parts of lists."""
+    """Several segments and parts of lists, with gradients too."""
+    monkeypatch.setattr(lists, "GRADIENT_WASTE", 0)
     monkeypatch.setattr(lists, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(lists, "FEWEST", 128)
     monkeypatch.setattr(lists, "PART_ROWS", {"forward": 512, "backward": 512})
@@ -77,8 +78,12 @@ def test_values_and_gradients(heads, kv_heads, groups, width, block, mask, softc
     plain = results(tensors, upstream, "reference", torch.bfloat16, **call)
     for mine, same, theirs, exact in zip(got, again, plain, want, strict=True):
         assert torch.equal(mine, same)
-        # Partials of the output and of dQ are rounded to bfloat16 too.
-        assert relative_error(mine, exact.double()) <= 2 * relative_error(theirs, exact.double()) + 2**-8
+        if mine.dtype == torch.float32:  # log-sum-exp, of products that are exact
+            assert relative_error(mine, exact.double()) <= 2 * relative_error(theirs, exact.double()) + 2**-16
+        else:
+            # Weights, partial results, delta and the result are rounded to bfloat16 one after the other, and terms that
+            # are random do not cancel: each rounding is at most 2^-9 of the norm.
+            assert (mine.double() - exact).norm() <= 4 * 2**-9 * exact.norm()
 
 
 @on_hopper

@@ -138,15 +138,20 @@ def test_segments_are_cut_evenly(monkeypatch):
     assert lists.segments_at_once(30, two_heads._replace(chunk=16), 12) == 2  # of the four chunks of a head
 
 
-def test_both_ways_are_taken_on_hopper_where_no_gradient_is_wanted():
-    q, k = (torch.empty(1, 8, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (8, 1))
+def test_both_ways_are_taken_on_hopper():
+    q, k = (torch.empty(1, n, heads, 128, dtype=torch.bfloat16, device="meta") for n, heads in ((8, 8), (512, 1)))
     selected = torch.empty(1, 8, 1, 2, dtype=torch.int64, device="meta")
     call = BlockSparseCall(q, k, k, selected, None, 64, ki.MaskContract(), None, 0.0, 64, None)
     together = cut_of(8, 2, 64)
+    with_gradient = call._replace(q=q.clone().requires_grad_())
+    three = selected.new_empty(1, 8, 1, 3)
     assert not lists.use_both(together, call, 64)
     with pretend(Target("cuda", 90)):
         assert lists.use_both(together, call, 64)
         assert not lists.use_both(cut_of(1, 2, 64), call, 64)
-        assert not lists.use_both(together, call._replace(q=q.requires_grad_()), 64)
+        assert lists.use_both(together, with_gradient, 64)
+        assert lists.use_both(together, call._replace(selected=three), 64)
+        assert not lists.use_both(together, with_gradient._replace(selected=three), 64)  # a union has at most 8 of 3
+        assert not lists.use_both(cut_of(32, 2, 64), with_gradient, 64)  # tiles of two queries
     with pretend(Target("cuda", 100)):
         assert not lists.use_both(together, call, 64)

@@ -48,7 +48,7 @@ def pick_config(kernel: str, rows: int, width: int, element_bytes: int, capped: 
     """The geometry for ``forward``, ``queries`` or ``keys``, from the larger head size and whether there is a softcap.
 
     The largest that spilled no register on sm_90 and sm_100 before the careful walk stood beside the first one
-    (docs/decisions/0015); compiled ahead of time, not timed.
+    (docs/decisions/0015); compiled ahead of time, and those for keys on sm_90 timed (docs/decisions/0027).
     """
     if interpreting():
         return INTERPRETED_CONFIG._replace(tile=rows)
@@ -64,8 +64,10 @@ def pick_config(kernel: str, rows: int, width: int, element_bytes: int, capped: 
         return Config(rows, step, 4, 1)
     three = width <= 64 and (target.arch == 100 or (target.arch == 90 and kernel == "queries"))
     registers = THREE_PROGRAMS if three else None
+    # Two programs of four warps that spill took 6.5 ms on an H200 where one of eight took 10.2.
+    warps = 8 if keys and width > 64 and (capped or target.arch != 90) else 4
     # A third stage fetches the rows' list one tile earlier, and from 64 columns down the rows themselves.
-    return Config(rows, step, 8 if keys and width > 64 else 4, 3 if keys or width <= 64 else 2, registers)
+    return Config(rows, step, warps, 3 if keys or width <= 64 else 2, registers)
 
 
 def launch_of(
