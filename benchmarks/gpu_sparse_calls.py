@@ -196,9 +196,10 @@ class Inputs:
         every = 64 if cell.shared else 1
         past = torch.arange(0, cell.tokens, every, device=device)[:, None] + 1
         part = torch.arange(cell.count, device=device)
-        at = ((part + torch.rand(len(past), cell.count, device=device)) * (past / cell.count)).long()
+        low, high = (p * past // cell.count for p in (part, part + 1))
+        at = low + (torch.rand(len(past), cell.count, device=device) * (high - low)).long()
         short = past <= cell.count
-        at = torch.where(short, part, at.minimum(past - 1))
+        at = torch.where(short, part, at.minimum(high - 1))
         valid = ~short | (part < past)
         at, valid = (x.repeat_interleave(every, 0)[None, : cell.tokens].contiguous() for x in (at, valid))
         return at, valid
