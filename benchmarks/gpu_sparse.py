@@ -156,9 +156,11 @@ def with_ratios(session: Session) -> None:
 
 
 def break_even(session: Session) -> list[dict[str, Any]]:
-    found = []
+    """For the number of heads that is measured at many lengths, the least."""
+    found: list[dict[str, Any]] = []
+    heads = min((r["heads"] for kind in KINDS.values() for r in session.rows(kind)), default=0)
     for kind, what in itertools.product(KINDS.values(), ("forward", "train")):
-        rows = [r for r in session.rows(kind) if r["heads"] == 32 and f"{what}_of_dense" in r]
+        rows = [r for r in session.rows(kind) if r["heads"] == heads and f"{what}_of_dense" in r]
         for name, selection in dict.fromkeys((r["contender"], r["selection"]) for r in rows):
             if name.startswith(OURS) and "router" not in name and "indexer" not in name:
                 at = [
