@@ -204,6 +204,21 @@ def _select_kernel(
         _select_by_rounds(p_row, p_keys, start, end, need, TOPK, ROW, BN)
 
 
+@jit
+def _unpack_kernel(keys_ptr, indices_ptr, scores_ptr, FIRST, QUERIES, T, TOPK, BN: tl.constexpr):
+    """Index and score of each key of one query; −1 and −∞ where there is none."""
+    b, local = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    p_keys, row = keys_ptr + (b * QUERIES + local) * TOPK, (b * T + FIRST + local) * TOPK
+    for first in range(0, TOPK, BN):
+        o_n = first + tl.arange(0, BN)
+        m_n = o_n < TOPK
+        key = tl.load(p_keys + o_n, mask=m_n, other=NOTHING)
+        rank = (key >> 31).to(tl.int32)
+        score = (rank ^ ((rank >> 31) & LOW)).to(tl.float32, bitcast=True)
+        tl.store(indices_ptr + row + o_n, tl.where(key > NOTHING, (key & LOW) ^ LOW, -1), mask=m_n)
+        tl.store(scores_ptr + row + o_n, tl.where(key > NOTHING, score, float("-inf")), mask=m_n)
+
+
 class Config(NamedTuple):
     """Queries and keys of a product, heads at once, warps, stages, precision of float32 products."""
 
@@ -273,18 +288,28 @@ def select(ranks: Tensor, start: Tensor, end: Tensor, keys: Tensor, first: int) 
         )  # fmt: skip
 
 
-def best(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, topk: int) -> Tensor:
-    """The keys of ``topk_keys`` of each query's best scores, int64 [B, T, topk], best first; then ``NOTHING``."""
+def unpack(keys: Tensor, outputs: tuple[Tensor, Tensor], first: int) -> None:
+    """Fill the rows of ``outputs``, indices int64 and scores float32 [B, T, topk], from keys [B, T', topk]."""
+    (B, queries, topk), T = keys.shape, outputs[0].shape[1]
+    with on_device(keys):
+        _unpack_kernel[(queries, B)](
+            keys, *outputs, first, queries, T, topk, BN=min(1024, max(16, next_power_of_2(topk))), num_warps=4
+        )  # fmt: skip
+
+
+def best(
+    q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, topk: int, outputs: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Fill ``outputs`` with the tokens of each query's best scores and these scores, best first; then −1 and −∞."""
     (B, T), S = q.shape[:2], k.shape[1]
-    keys = torch.empty(B, T, topk, dtype=torch.int64, device=q.device)
     row = ceil_div(S, 32) * 32
     step = max(1, SCORES_BYTES // max(1, B * (4 * row + 8 * parts_of(topk))) // 128) * 128
-    for first in range(0, T, step):
+    for first in range(0, T if B else 0, step):
         queries = min(step, T - first)
         ranks = torch.empty(B, queries, row, dtype=torch.int32, device=q.device)
         if S:
             score(q, k, w, start, end, ranks, first)
         chunk = torch.empty(B, queries, topk, dtype=torch.int64, device=q.device)
         select(ranks, start, end, chunk, first)
-        keys[:, first : first + queries] = chunk.sort(-1, descending=True).values
-    return keys
+        unpack(chunk.sort(-1, descending=True).values, outputs, first)
+    return outputs
