@@ -23,6 +23,9 @@ from kernel_index.routing.triton_topk import LOW, NONE, rank_of, reached
 
 NOTHING = tl.constexpr(-(2**63))
 
+STAGES = tl.constexpr(4)
+"""Tiles of a row that are on their way at once."""
+
 SCORES_BYTES = 1 << 29
 """Of the scores of a chunk of queries, and of what is collected of them."""
 
@@ -95,7 +98,7 @@ def _ranks(p_row, o_n, start, end, ROW):
 def _bound(p_row, start, end, need, ROW, MANY: tl.constexpr):
     """A rank, int64, that ``need`` keys reach and hardly more do: in ``need`` of MANY parts of the row there is one."""
     best = tl.full((MANY,), NONE, tl.int32)
-    for first in range(start // MANY * MANY, end, MANY):
+    for first in tl.range(start // MANY * MANY, end, MANY, num_stages=STAGES):
         best = tl.maximum(best, _ranks(p_row, first + tl.arange(0, MANY), start, end, ROW))
     bound, _ = reached(best, need, tl.cast(NONE + 1, tl.int64))
     return bound
@@ -105,7 +108,7 @@ def _bound(p_row, start, end, need, ROW, MANY: tl.constexpr):
 def _collect(p_row, p_found, start, end, bound, ROW, MANY: tl.constexpr, BN: tl.constexpr):
     """Store the first MANY keys of those that reach the bound; return how many there are."""
     count = start * 0
-    for first in range(start // BN * BN, end, BN):
+    for first in tl.range(start // BN * BN, end, BN, num_stages=STAGES):
         o_n = first + tl.arange(0, BN)
         rank = _ranks(p_row, o_n, start, end, ROW)
         m_found = rank >= bound.to(tl.int32)
@@ -116,21 +119,38 @@ def _collect(p_row, p_found, start, end, bound, ROW, MANY: tl.constexpr, BN: tl.
 
 
 @jit
-def _select_collected(p_row, p_keys, p_found, start, end, need, ROW, BN: tl.constexpr, MANY: tl.constexpr):
-    """The keys of the best ``need`` scores of a longer row, in the order of their indices; 0 where MANY are too few."""
-    is_done = need * 0
-    if end - start > need:
-        bound = _bound(p_row, start, end, need, ROW, MANY)
+def _row(start_ptr, end_ptr, bound_b, FIRST, QUERIES):
+    """Number of the row of a program, and the keys that its query may see."""
+    local, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start = tl.load(start_ptr + b * bound_b + FIRST + local)
+    end = tl.load(end_ptr + b * bound_b + FIRST + local)
+    return b * QUERIES + local, start, end
+
+
+@jit
+def _select_kernel(
+    ranks_ptr, start_ptr, end_ptr, keys_ptr, found_ptr, done_ptr, bound_b, FIRST, QUERIES, TOPK, ROW,
+    BN: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """The keys of the best TOPK scores of a query that may see more, int64 in the order of their indices.
+
+    ``done``: whether they are stored, which they are not where more than MANY keys reach the bound.
+    """
+    row, start, end = _row(start_ptr, end_ptr, bound_b, FIRST, QUERIES)
+    p_row, p_keys, p_found = ranks_ptr + row * ROW, keys_ptr + row * TOPK, found_ptr + row * MANY
+    is_done = start * 0
+    if end - start > TOPK:
+        bound = _bound(p_row, start, end, TOPK, ROW, MANY)
         count = _collect(p_row, p_found, start, end, bound, ROW, MANY, BN)
         if count <= MANY:
             tl.debug_barrier()  # other threads of the program have stored some of them
             o_found = tl.arange(0, MANY)
             keys = tl.load(p_found + o_found, mask=o_found < count, other=NOTHING)
-            least, _ = reached(keys, need, bound << 31)
+            least, _ = reached(keys, TOPK, bound << 31)
             m_take = keys >= least
             tl.store(p_keys + tl.cumsum(m_take.to(tl.int32), 0) - 1, keys, mask=m_take)
             is_done += 1
-    return is_done
+    tl.store(done_ptr + row, is_done)
 
 
 @jit
@@ -161,8 +181,15 @@ def _round(p_row, start, end, prefix, need, ROW, SHIFT: tl.constexpr, BN: tl.con
 
 
 @jit
-def _select_by_rounds(p_row, p_keys, start, end, need, TOPK, ROW, BN: tl.constexpr):
-    """For any row: the keys of its best ``need`` scores in the order of their indices; then ``NOTHING``."""
+def _rounds_kernel(
+    ranks_ptr, start_ptr, end_ptr, keys_ptr, done_ptr, bound_b, FIRST, QUERIES, TOPK, ROW, BN: tl.constexpr
+):
+    """The keys of the best TOPK scores of a query, if they are not stored yet; then ``NOTHING``."""
+    row, start, end = _row(start_ptr, end_ptr, bound_b, FIRST, QUERIES)
+    if tl.load(done_ptr + row) != 0:
+        return
+    p_row, p_keys = ranks_ptr + row * ROW, keys_ptr + row * TOPK
+    need = tl.minimum(end - start, TOPK)
     threshold, equal = need * 0 + NONE, need
     if end - start > need:
         threshold, equal = _round(p_row, start, end, threshold, equal, ROW, 24, BN)
@@ -183,25 +210,6 @@ def _select_by_rounds(p_row, p_keys, start, end, need, TOPK, ROW, BN: tl.constex
     for first in range(taken, TOPK, BN):
         o_n = first + tl.arange(0, BN)
         tl.store(p_keys + o_n, tl.full((BN,), NOTHING, tl.int64), mask=o_n < TOPK)
-
-
-@jit
-def _select_kernel(
-    ranks_ptr, start_ptr, end_ptr, keys_ptr, found_ptr, bound_b, FIRST, QUERIES, TOPK, ROW,
-    BN: tl.constexpr, MANY: tl.constexpr,
-):  # fmt: skip
-    """The keys of the best TOPK scores of one query, int64 in the order of their indices; then ``NOTHING``."""
-    local, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = tl.load(start_ptr + b * bound_b + FIRST + local)
-    end = tl.load(end_ptr + b * bound_b + FIRST + local)
-    row = b * QUERIES + local
-    p_row, p_keys = ranks_ptr + row * ROW, keys_ptr + row * TOPK
-    need = tl.minimum(end - start, TOPK)
-    is_done = need * 0
-    if MANY > 0:
-        is_done = _select_collected(p_row, p_keys, found_ptr + row * MANY, start, end, need, ROW, BN, MANY)
-    if is_done == 0:
-        _select_by_rounds(p_row, p_keys, start, end, need, TOPK, ROW, BN)
 
 
 @jit
@@ -240,7 +248,7 @@ def pick_config(width: int, heads: int, element_bytes: int, target: Target) -> C
         return Config(64, 32, 1, 4, 1, precision)
     roomy = target.arch in (90, 100)  # 227 KiB of shared memory
     if roomy and width <= 64 and all_heads <= 4:
-        return Config(128, 64, all_heads, 8, 3, "ieee")
+        return Config(64 if all_heads == 4 else 128, 64, all_heads, 4 if all_heads == 4 else 8, 3, "ieee")
     if width > 128:
         return Config(64, 64, 1, 4, 2 if roomy else 1, "ieee")
     return Config(128, 128, 1, 8, 2, "ieee") if roomy else Config(64, 64, 1, 4, 2, "ieee")
@@ -279,13 +287,18 @@ def parts_of(topk: int) -> int:
 def select(ranks: Tensor, start: Tensor, end: Tensor, keys: Tensor, first: int) -> None:
     """Fill ``keys`` int64 [B, T', topk]."""
     B, queries, topk = keys.shape
-    many = parts_of(topk)
-    found = torch.empty(B, queries, many, dtype=torch.int64, device=keys.device)
+    many, grid = parts_of(topk), (queries, B)
+    done = torch.zeros(B, queries, dtype=torch.int32, device=keys.device)
+    row = (0 if start.shape[0] == 1 else start.shape[1], first, queries, topk, ranks.shape[2])
+    registers = {"maxnreg": 80} if target_of(keys.device).arch == 90 and many <= 4096 else {}  # three programs at once
     with on_device(keys):
-        _select_kernel[(queries, B)](
-            ranks, start, end, keys, found, 0 if start.shape[0] == 1 else start.shape[1], first, queries, topk,
-            ranks.shape[2], BN=2048, MANY=many, num_warps=8 if many <= 4096 else 16,
-        )  # fmt: skip
+        if many:
+            found = torch.empty(B, queries, many, dtype=torch.int64, device=keys.device)
+            _select_kernel[grid](
+                ranks, start, end, keys, found, done, *row, BN=2048, MANY=many, num_warps=8 if many <= 4096 else 16,
+                **registers,
+            )  # fmt: skip
+        _rounds_kernel[grid](ranks, start, end, keys, done, *row, BN=2048, num_warps=8)
 
 
 def unpack(keys: Tensor, outputs: tuple[Tensor, Tensor], first: int) -> None:
