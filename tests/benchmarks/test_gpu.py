@@ -134,6 +134,7 @@ def test_the_state_space_kernels_agree_with_pytorch_in_a_dry_run(capsys):
         assert "apart" not in line or float(line.split()[-2]) < 1e-2
 
 
+@pytest.mark.thorough
 def test_the_dry_run_of_sparse_attention_gives_every_row(tmp_path):
     out = tmp_path / "s.json"
     said, content = dry("gpu_sparse", out)
