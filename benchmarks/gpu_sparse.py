@@ -103,7 +103,7 @@ def _timed(session: Session, what: str, call: Callable[[], object]) -> dict[str,
 
 
 def longest(session: Session, name: str) -> None:
-    """Rows of ever more tokens, forward and backward once each, until one does not fit the memory or the time."""
+    """Rows of ever more tokens, forward and backward, until one does not fit the memory or the time."""
     known = [row["tokens"] for row in session.rows("longest") if row["contender"] == name]
     for tokens in (LONGEST * 2**n for n in itertools.count()):
         if tokens in known or not session.wants(f"longest {name} {tokens // 1024}k", done=bool(session.warm)):
@@ -119,10 +119,11 @@ def longest(session: Session, name: str) -> None:
             def train(call=call, inputs=inputs) -> tuple[torch.Tensor, ...]:
                 return torch.autograd.grad(call(), inputs.leaves, inputs.upstream)
 
+            train()
             seconds = elapsed(train)
             row |= {"train_ms": round(seconds * 1e3, 1), "peak_MiB": round(torch.cuda.max_memory_allocated() / 2**20)}
-        except torch.OutOfMemoryError as error:
-            row["stopped"] = f"OutOfMemoryError: {str(error)[:80]}"
+        except failures() as error:
+            row["stopped"] = f"{type(error).__name__}: {str(error)[:80]}"
             error.__traceback__ = None
         session.add(row, "longest")
         inputs = call = train = None

@@ -141,6 +141,14 @@ def test_long_rows_and_few_or_many_blocks(topk):
     assert torch.equal(actual.indices, top_blocks(block_scores(q, means, 2), legal, topk).indices)
 
 
+def test_rows_of_any_length_fit_the_registers_of_a_multiprocessor():
+    config = triton.Config(64, 64, 4, 2, triton.MANY_PROGRAMS)
+    for width in (2**n for n in range(4, 21)):
+        options = triton.select_options(width, config)
+        assert options.get("maxnreg", 64) * 32 * options["num_warps"] <= 65_536, width
+    assert triton.select_options(1024, config) == {"num_warps": 1, "maxnreg": 96}
+
+
 @interpreted
 def test_the_parts_of_a_mean_are_its_float32():
     x = torch.randn(64, generator=torch.Generator().manual_seed(0)).view(1, 4, 1, 16) * 1e3

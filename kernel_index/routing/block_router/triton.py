@@ -155,6 +155,9 @@ class Config(NamedTuple):
 MANY_PROGRAMS = {"maxnreg": 96}
 """Rows of 1024 blocks took 168 to 229 registers of a thread and spill none with 96; on sm_100 they would."""
 
+MOST_WARPS = 16
+"""Of a program with so many registers."""
+
 
 def pick_config(exact: bool, target: Target) -> Config:
     """The largest that spill no register; three parts of a block's mean take six bytes of each of its values."""
@@ -180,6 +183,12 @@ ROWS = 4
 
 VALUES = 1024
 """Of a row, in the registers of one warp."""
+
+
+def select_options(width: int, config: Config) -> dict[str, int]:
+    """Of a launch that selects from rows of ``width`` blocks."""
+    num_warps = min(32, max(1, width // VALUES))
+    return {"num_warps": num_warps, **(config.registers if num_warps <= MOST_WARPS else {})}
 
 
 def route(
@@ -212,6 +221,6 @@ def route(
             _select_kernel[(ceil_div(rows, ROWS),)](
                 scores, first, current, indices, legal_b, at, stop - at, T, groups, topk, blocks, row, rows,
                 N=width, KEPT=next_power_of_2(topk), ROWS=ROWS,
-                num_warps=min(32, max(1, width // VALUES)), **config.registers,
+                **select_options(width, config),
             )  # fmt: skip
     return indices
