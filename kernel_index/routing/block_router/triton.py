@@ -155,8 +155,8 @@ class Config(NamedTuple):
 MANY_PROGRAMS = {"maxnreg": 96}
 """Rows of 1024 blocks took 168 to 229 registers of a thread and spill none with 96; on sm_100 they would."""
 
-MOST_WARPS = 16
-"""Of a program with so many registers."""
+MOST_WARPS = 4
+"""Of a program with this limit: 8 warps and more would spill."""
 
 
 def pick_config(exact: bool, target: Target) -> Config:
