@@ -30,7 +30,7 @@ Seconds = Annotated[float, typer.Option(help="Start no new cell after so many se
 DryRun = Annotated[bool, typer.Option(help="Tiny sizes on the CPU through the interpreter; times mean nothing.")]
 Warm = Annotated[str, typer.Option(help="i/n: compile the contenders of every n-th cell and time nothing.")]
 
-PEERS = ("flash-attn-4", "flashinfer-python")
+PEERS = ("flash-attn-4", "flashinfer-python", "flash-linear-attention")
 NOTES = (
     "Device times are replays of CUDA graphs over sets of inputs that do not fit the L2 cache together.",
     "host_us: until an eager call returns.  share: compulsory bytes ÷ time ÷ the bandwidth of a copy.",
@@ -94,7 +94,10 @@ class Session:
     def add(self, row: dict[str, Any], kind: str = "") -> None:
         if not self.warm:
             self.rows(kind).append(row)
-            write_whole(self.out, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
+            self.save()
+
+    def save(self) -> None:
+        write_whole(self.out, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
 
     def measured(
         self, cell: str, contenders: dict[str, Callable[[], Any]], measure: Callable[[Any], dict[str, Any]]
@@ -127,17 +130,17 @@ class Session:
     def _start_anew(self, cell: str, name: str) -> None:
         """This process can launch nothing more: another one goes on without the contender."""
         self.content["lost"].append([cell, name])
-        write_whole(self.out, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
+        self.save()
         spec = sys.modules["__main__"].__spec__  # None where a file was started, not a module
         started = [sys.argv[0]] if spec is None else ["-m", spec.name]
         os.execv(sys.executable, [sys.executable, *started, *sys.argv[1:]])
 
-    def device(self, calls: list[timing.Call]) -> tuple[float, str]:
+    def device(self, calls: list[timing.Call], budget: float = 0.25) -> tuple[float, str]:
         """Microseconds of a call, and how it was timed."""
         if self.dry or self.warm:
             calls[0]()
             return 1.0, "not timed"
-        return timing.device_us(calls)
+        return timing.device_us(calls, budget)
 
     def host(self, call: timing.Call, device: float) -> float:
         return 1.0 if self.dry or self.warm else timing.host_us(call, device)

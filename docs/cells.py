@@ -28,6 +28,34 @@ def table(kind: str) -> str:
     return f"{where}. *÷ our best*: `auto` ÷ the fastest of our backends by name.\n\n{shown}"
 
 
+def sparse_table() -> str:
+    """Sparse attention by length: dense times, and the ratios of ours to them, forward / forward and backward."""
+    name, content = newest("exact_tokens")
+    if not content:
+        return ""
+    columns = {"clustered": "sparse", "moba query_head": "sparse", "attend": "sparse", "exact_token": "exact_tokens"}
+    cells = {(r["tokens"], r["heads"], r["selection"]): {} for r in content["sparse"] + content["exact_tokens"]}
+    for kind in ("sparse", "exact_tokens"):
+        for r in content[kind]:
+            cells[r["tokens"], r["heads"], r["selection"]][r["contender"]] = r
+    rows = []
+    for (tokens, heads, selection), found in sorted(cells.items()):
+        dense = cells.get((tokens, heads, "random"), {}).get("dense FA4", {})
+        ours = [_both(found.get(OURS + column, {}), "of_dense", 3) for column in columns]
+        memory = str(found.get(OURS + "clustered", {}).get("MiB", ""))
+        rows.append([f"{tokens / 1024:g}k, {heads} heads", selection, _both(dense, "ms", 2), *ours, memory])
+    machine = content["machine"]
+    where = f"{machine['device']}, {machine['date']} ([data](../../benchmarks/results/{name}))"
+    head = ["tokens", "selections", "flash-attn-4, ms", "clustered", "MoBA, per head", "blocks given", "2048 tokens",
+            "MiB, clustered"]  # fmt: skip
+    said = "Ours is ÷ flash-attn-4's time; each cell is forward / forward and backward."
+    return f"{where}. {said}\n\n{text.table(head, rows)}"
+
+
+def _both(row: dict[str, Any], what: str, digits: int) -> str:
+    return " / ".join(f"{row[f'{way}_{what}']:.{digits}f}" for way in ("forward", "train") if f"{way}_{what}" in row)
+
+
 def _attention(row: dict[str, Any]) -> list[str]:
     ours = {name: ms for name, ms in row["all_ms"].items() if name.islower()}  # peers are written with capitals
     regret = row.get("regret") or (row["ms"] / min(ours.values()) if ours else None)

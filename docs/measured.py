@@ -16,15 +16,20 @@ def peers() -> dict[str, Any]:
     return json.loads((states.RESULTS / PEERS).read_text())
 
 
+def content() -> dict[str, Any]:
+    """The record beside the peers, with the newest rows of what was measured again."""
+    again = ("attention", "decode", "sparse", "exact_tokens")
+    return peers() | {kind: found[kind] for kind in again if (found := cells.newest(kind)[1])}
+
+
 def write() -> str:
     """The page as Markdown: the text of ``docs/site/measured.md`` with the plots and the tables of every record."""
-    content = peers() | {kind: cells.newest(kind)[1][kind] for kind in ("attention", "decode")}
     page = (REPOSITORY / "docs" / "site" / "measured.md").read_text()
-    for name, plot in drawn(content).items():
+    for name, plot in drawn(content()).items():
         page = page.replace(f"<!-- plot: {name} -->", plot)
     for kind in cells.KINDS:
         page = page.replace(f"<!-- table: {kind} -->", cells.table(kind) or "Not measured yet.\n")
-    return page
+    return page.replace("<!-- table: sparse -->", cells.sparse_table())
 
 
 def tables() -> str:
@@ -56,5 +61,6 @@ def drawn(content: dict[str, Any]) -> dict[str, str]:
             plots.ratios_of_memory_bound, content, 4.2, "Fused kernels: our time by the best peer's"
         ),
         "sparse": plots.svg(plots.sparse_over_tokens, content, 3.4, "Sparse attention: time over tokens"),
+        "tokens": plots.svg(plots.tokens_over_tokens, content, 3.0, "Exact tokens: time over tokens"),
         "decode": plots.svg(plots.decode_over_tokens, content, 3.4, "Decoding: time over tokens in the cache"),
     }

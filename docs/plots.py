@@ -101,17 +101,34 @@ def _bars(axes: Any, names: list[str], values: list[float], label: str) -> None:
 
 
 def sparse_over_tokens(axes: Any, content: dict[str, Any]) -> None:
-    """Forward + backward over the number of tokens: what each query selects at random, and dense attention."""
+    """Forward + backward over the number of tokens: dense attention, and 16 blocks that are random or shared."""
     shown = {
-        "dense SDPA": "SDPA, dense",
-        "dense FA4": "FlashAttention-4, dense",
-        "kernel_index moba query_head": "MoBA, each query head routes",
-        "kernel_index clustered": "clustered",
+        ("dense SDPA", "random"): "SDPA, dense",
+        ("dense FA4", "random"): "FlashAttention-4, dense",
+        ("kernel_index moba query_head", "random"): "MoBA, each query head routes",
+        ("kernel_index clustered", "random"): "clustered, at random",
+        ("kernel_index clustered", "shared"): "clustered, shared by neighbours",
     }
-    rows = [r for r in content["sparse"] if r["heads"] == 32 and r["selection"] == "random"]
-    for colour, (contender, label) in zip((COLOURS[4], *COLOURS[1:3], COLOURS[0]), shown.items(), strict=True):
-        points = sorted((r["tokens"], r["train_ms"]) for r in rows if r["contender"] == contender)
-        _line(axes, points, colour, label)
+    rows = [r for r in content["sparse"] if r["heads"] == 32 and "train_ms" in r]
+    _lines(axes, rows, shown, (COLOURS[4], *COLOURS[1:3], COLOURS[0], COLOURS[3]))
+
+
+def tokens_over_tokens(axes: Any, content: dict[str, Any]) -> None:
+    """Forward + backward over the number of tokens: dense attention, and 2048 selected tokens."""
+    shown = {
+        ("dense FA4", "random"): "FlashAttention-4, dense",
+        ("kernel_index exact_token", "random"): "2048 tokens, at random",
+        ("kernel_index exact_token", "shared"): "2048 tokens, shared by neighbours",
+    }
+    lengths = {r["tokens"] for r in content["exact_tokens"]}
+    rows = [r for r in content["sparse"] + content["exact_tokens"] if r["heads"] == 32 and r["tokens"] in lengths]
+    _lines(axes, [r for r in rows if "train_ms" in r], shown, COLOURS[1:])
+
+
+def _lines(axes: Any, rows: list[dict[str, Any]], shown: dict[tuple[str, str], str], colours: tuple[str, ...]) -> None:
+    for colour, (key, label) in zip(colours, shown.items(), strict=False):
+        _line(axes, sorted((r["tokens"], r["train_ms"]) for r in rows if (r["contender"], r["selection"]) == key),
+              colour, label)  # fmt: skip
     _over_tokens(axes, "tokens", "ms, forward + backward")
 
 
@@ -141,11 +158,11 @@ def _line(axes: Any, points: list[tuple[int, float]], colour: str, label: str) -
 def _over_tokens(axes: Any, x: str, y: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    tokens = sorted({int(t) for line in axes.lines for t in line.get_xdata()})
+    tokens = sorted({int(t) for line in axes.lines for t in line.get_xdata() if int(t) & (int(t) - 1) == 0})
     axes.set_xticks(tokens, [f"{t // 1024}k" for t in tokens])
     axes.minorticks_off()
     low, high = axes.get_ylim()
-    ticks = [b * 10**e for e in range(4) for b in (1, 2, 5) if low <= b * 10**e <= high]
+    ticks = [b * 10**e for e in range(5) for b in (1, 2, 5) if low <= b * 10**e <= high]
     axes.set_yticks(ticks, [str(t) for t in ticks])
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -1,4 +1,4 @@
-"""The best blocks of each query while their scores pass by: what the Triton routers share.
+"""The best scores of a row, by bisection or while they pass by: what the Triton routers share.
 
 A score and its block are one int64, ordered as ``topk_keys`` orders them: by score, then by smaller block.  All are
 different, so the kept ones need no order of their own until they are written.  ``kept`` is [QUERIES, KEPT], of which
@@ -10,19 +10,42 @@ import triton.language as tl
 from kernel_index.core.triton.jit import jit
 
 LOW = tl.constexpr(0x7FFFFFFF)
+NONE = tl.constexpr(-(2**31))  # below the rank of every score
 FULL = tl.constexpr(3 * 2**61)  # above every score, as −FULL is below every one
 FORCED_RANK = tl.constexpr(2**62)  # above every score, and below FULL
 
 
 @jit
-def ordered(score, block):
-    """Score and block as one int64.
+def rank_of(score):
+    """int32 of the order of float32 scores; −0 is 0, and NaN of either sign is above +∞.
 
     Two's complement turns float32 into an integer of its order once the bits of negative numbers are flipped.
     """
     bits = (score + 0.0).to(tl.int32, bitcast=True)
-    rank = tl.where(score != score, LOW, bits ^ ((bits >> 31) & LOW))  # NaN of either sign is above +∞
-    return (rank.to(tl.int64) << 31) + (block ^ LOW)
+    return tl.where(score != score, LOW, bits ^ ((bits >> 31) & LOW))
+
+
+@jit
+def reached(rank, need, least):
+    """A number that ``need`` of the integers ``rank`` reach; if equal ones prevent it, the largest that more reach.
+
+    And how many reach it.  ``least`` int64: no fewer than ``need`` reach it.
+    """
+    above = tl.maximum(tl.max(rank).to(tl.int64) + 1, least)  # fewer than ``need`` reach it
+    count = tl.sum((rank >= least.to(rank.dtype)).to(tl.int32))
+    while (count != need) & (above - least > 1):
+        middle = (least + above) >> 1
+        found = tl.sum((rank >= middle.to(rank.dtype)).to(tl.int32))
+        enough = found >= need
+        least, above = tl.where(enough, middle, least), tl.where(enough, above, middle)
+        count = tl.where(enough, found, count)
+    return least, count
+
+
+@jit
+def ordered(score, block):
+    """Score and block as one int64."""
+    return (rank_of(score).to(tl.int64) << 31) + (block ^ LOW)
 
 
 @jit

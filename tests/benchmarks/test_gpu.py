@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 
-from benchmarks import gpu_session
+from benchmarks import gpu_session, gpu_sparse
+from benchmarks.gpu_sparse_calls import Cell, Inputs
 from kernel_index.index.entry import ROOT
 
 
@@ -132,11 +134,44 @@ def test_the_state_space_kernels_agree_with_pytorch_in_a_dry_run(capsys):
         assert "apart" not in line or float(line.split()[-2]) < 1e-2
 
 
-def test_every_contender_of_sparse_attention_runs_in_a_dry_run(capsys):
-    from benchmarks import gpu_sparse
+@pytest.mark.thorough
+def test_the_dry_run_of_sparse_attention_gives_every_row(tmp_path):
+    out = tmp_path / "s.json"
+    said, content = dry("gpu_sparse", out)
+    ours = {"clustered", "moba query_head", "attend"}
+    rows = {(r["selection"], r["contender"].removeprefix("kernel_index ")): r for r in content["sparse"]}
+    assert {name for selection, name in rows if selection == "shared"} == ours
+    assert {name for selection, name in rows if selection == "random"} == {
+        *ours, "dense SDPA", "router kv_group", "router query_head"}  # fmt: skip
+    tokens = {r["contender"].removeprefix("kernel_index "): r for r in content["exact_tokens"]}
+    assert set(tokens) == {"exact_token", "indexer"}
+    for (_, name), row in [*rows.items(), *((("random", n), r) for n, r in tokens.items())]:
+        is_selection = name.startswith(("router", "indexer"))
+        assert ("train_ms" in row) is not is_selection
+        assert row["forward_of_dense"] == 1.0, "nothing is timed in a dry run"
+        assert is_selection or row["error"] < 3e-2, row
+        assert name.startswith("dense") or row["by"] == "triton"
+    assert {r["contender"] for r in content["break_even"]} == {f"kernel_index {n}" for n in (*ours, "exact_token")}
+    assert content["left_out"] == {"dense FA4": "No module named 'flash_attn'"}
+    assert "left out: dense FA4" in said
 
-    gpu_sparse.main(device="cpu")
-    said = capsys.readouterr().out
-    for name in ("clustered, per KV group", "MoBA, per query head", "the core, per KV group"):
-        assert said.count(name) == 2  # random and shared
-    assert "dense, SDPA" in said
+
+def test_break_even_lies_between_two_measured_lengths():
+    assert gpu_sparse.crossing([(4096, 4.0), (16384, 0.25)]) == pytest.approx(8192)
+    assert gpu_sparse.crossing([(4096, 0.5), (8192, 1.5), (16384, 2 / 3)]) == pytest.approx(8192 * 2**0.5)
+    assert gpu_sparse.crossing([(4096, 0.9), (8192, 0.5)]) == 4096
+    assert gpu_sparse.crossing([(4096, 0.9), (8192, 1.5)]) is None
+    assert gpu_sparse.crossing([]) is None
+
+
+def test_selected_tokens_of_the_benchmark_are_of_the_past_and_none_is_twice():
+    for shared, tokens in ((False, 48), (True, 130)):
+        inputs = Inputs(Cell("tokens", tokens, 2, 1, shared, width=16, count=12), "cpu")
+        indices, valid = inputs._tokens()
+        past = torch.arange(tokens) // (64 if shared else 1) * (64 if shared else 1) + 1
+        assert torch.equal(valid[0].sum(-1), past.clamp(max=12))
+        for t in range(tokens):
+            found = indices[0, t][valid[0, t]]
+            assert (found.diff() > 0).all()
+            assert found.min() >= 0
+            assert found.max() < past[t]

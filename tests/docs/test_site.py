@@ -204,7 +204,7 @@ def test_the_reference_lists_every_public_name(written):
 def test_the_pages_by_hand_and_the_plots_are_there(written):
     assert "<svg" in (written[0] / "concepts.md").read_text()
     page = (written[0] / "measured.md").read_text()
-    assert page.count('<figure class="ki-plot"') == len(measured.drawn(measured.peers())) == 6
+    assert page.count('<figure class="ki-plot"') == len(measured.drawn(measured.content())) == 7
     assert "<!-- " not in page
     assert "| causal 8k infer | 3.103 | fa4 | 0.88 fa4 | 0.83 FA4 |" in page
     assert "| 1 | 64k | 64 | 73.0 | triton | 1.00 triton | 1.01 SDPA contiguous |" in page

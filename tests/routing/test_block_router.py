@@ -1,4 +1,4 @@
-"""The router in one launch, interpreted: the picks of ``top_blocks`` to the last index."""
+"""The router of a GPU, interpreted: the picks of ``top_blocks`` to the last index."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 import kernel_index as ki
 from kernel_index.core.triton import launch
 from kernel_index.proofs.traffic import counted
+from kernel_index.routing.block_router import triton
 from kernel_index.routing.block_router.api import BACKENDS, block_router
 from kernel_index.routing.block_router.native import native_top_blocks
 from kernel_index.routing.block_router.scores import block_scores
@@ -111,15 +112,50 @@ def test_among_equal_scores_the_smallest_index_wins():
 
 
 @interpreted
-def test_scores_are_never_stored():
+def test_a_chunk_of_scores_is_stored_once_and_read_once(monkeypatch):
     sizes, mask = (1, 64, 64, 2, 1, 1, 16, 1, 4), ki.MaskContract()
     q, means, legal = draw(sizes, mask, torch.bfloat16)
+    monkeypatch.setattr(triton, "SCORES_BYTES", 32 * (64 + 15) * 4)
     with counted() as traffic:
-        picks = triton_top_blocks(q, means, legal, 4, 1)
-    (launch,) = (c for c in traffic.counts if c.is_launch)
-    every = sum(x.numel() * x.element_size() for x in (q, means, *legal, picks.indices))
-    assert launch.sectors <= every
-    assert launch.atomics == 0
+        picks = triton_top_blocks(q, means, legal, 4, 1, (0, 1))
+    launches = [c for c in traffic.counts if c.is_launch]
+    assert [c.name for c in launches] == ["_scores_kernel", "_select_kernel"] * 2
+    for scored, selected, blocks in zip(launches[::2], launches[1::2], (32, 64), strict=True):
+        stored = 32 * blocks * 4
+        operands = (q.numel() // 2, 3 * blocks * 16)
+        assert scored.lanes <= stored + 2 * sum(operands) * 2 + 2 * 32 * 4
+        assert selected.lanes <= stored + 32 * (4 + 2) * 4
+        assert scored.atomics == selected.atomics == 0
+    assert torch.equal(picks.indices, top_blocks(block_scores(q, means, 1), legal, 4).indices)
+
+
+@interpreted
+@pytest.mark.parametrize("topk", [1, 2, 33])
+def test_long_rows_and_few_or_many_blocks(topk):
+    """Rows whose parts bound the best ones, and equal scores on both sides of what is kept."""
+    sizes, mask = (1, 40, 600, 2, 2, 1, 8, 2, topk), ki.MaskContract()
+    q, means, legal = draw(sizes, mask)
+    means = means.round()
+    q = q.round()
+    actual = triton_top_blocks(q, means, legal, topk, 2, (560, 2))
+    assert torch.equal(actual.indices, top_blocks(block_scores(q, means, 2), legal, topk).indices)
+
+
+def test_rows_of_any_length_fit_the_registers_of_a_multiprocessor():
+    config = triton.Config(64, 64, 4, 2, triton.MANY_PROGRAMS)
+    for width in (2**n for n in range(4, 21)):
+        options = triton.select_options(width, config)
+        assert options.get("maxnreg", 64) * 32 * options["num_warps"] <= 65_536, width
+    assert triton.select_options(1024, config) == {"num_warps": 1, "maxnreg": 96}
+
+
+@interpreted
+def test_the_parts_of_a_mean_are_its_float32():
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0)).view(1, 4, 1, 16) * 1e3
+    parts = triton.parts_of(x)
+    assert parts.dtype == torch.bfloat16
+    assert torch.equal(parts.float().sum(3), x)
+    assert not torch.equal(parts[..., :2, :].float().sum(3), x)
 
 
 def test_rules_of_the_triton_kernel():

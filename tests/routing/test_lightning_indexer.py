@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernel_index as ki
+from kernel_index.core.triton import launch
 from kernel_index.routing.lightning_indexer import chunked
 
 MASKS = {
@@ -54,6 +55,31 @@ def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch)
     at = scores.gather(2, expected.clamp(min=0)).masked_fill(expected < 0, -torch.inf)
     assert torch.equal(picked.scores, at)
     assert (picked.indices.dtype, picked.scores.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
+@pytest.mark.parametrize("parts", ["collected", "too many are equal", "topk too large"])
+def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
+    """Rows that are hardly longer than ``topk`` and long ones, in both ways that the kernel finds them."""
+    from kernel_index.routing.lightning_indexer import triton
+    from kernel_index.routing.topk_keys import NOTHING, pack, rank_of
+
+    monkeypatch.setattr(triton, "FEWEST", 16)
+    monkeypatch.setattr(triton, "MOST", 8 if parts == "topk too large" else 16)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 12, 96, generator=generator)
+    if parts == "too many are equal":
+        scores = scores.sign()
+    scores[0, 3, ::7], scores[0, 4, 5:9], scores[0, 4, 1] = torch.nan, -torch.inf, torch.inf
+    start = torch.tensor([[0, 5, 0, 0, 0, 0, 17, 90, 40, 3, 0, 30]], dtype=torch.int32)
+    end = torch.tensor([[96, 11, 6, 96, 96, 0, 96, 96, 48, 70, 7, 96]], dtype=torch.int32)
+    keys = torch.empty(1, 12, 6, dtype=torch.int64)
+    triton.select(rank_of(scores).int(), start, end, keys, 0)
+    at = torch.arange(96)
+    every = pack(rank_of(scores), at)
+    seen = (at >= start[..., None]) & (at < end[..., None])
+    expected = torch.where(seen, every, NOTHING).sort(-1, descending=True).values[..., :6]
+    assert torch.equal(keys.sort(-1, descending=True).values, expected)
 
 
 class Largest(TorchDispatchMode):

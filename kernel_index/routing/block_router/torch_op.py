@@ -1,4 +1,4 @@
-"""The exhaustive router of a GPU: means of blocks scored and the best ones kept in one launch."""
+"""The exhaustive router of a GPU: the scores of a chunk of queries, then the best blocks of each of its rows."""
 
 import torch
 from torch import Tensor
@@ -10,21 +10,22 @@ from kernel_index.routing.block_router.scores import means_and_legal
 from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks
 
 
-def _allocate(q, means, first, current, groups, topk):
+def _allocate(q, means, first, current, groups, topk, offset, block_size):
     return torch.empty((*q.shape[:2], groups, topk), dtype=torch.int32, device=q.device)
 
 
-def _launch(q, means, first, current, groups, topk):
+def _launch(q, means, first, current, groups, topk, offset, block_size):
     from kernel_index.routing.block_router import triton
 
-    indices = _allocate(q, means, first, current, groups, topk)
+    indices = _allocate(q, means, first, current, groups, topk, offset, block_size)
     q, means = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, means))
     first, current = launch.dense((first, current))
-    return triton.route(q, means, first, current, groups, indices)
+    return triton.route(q, means, first, current, groups, indices, (offset, block_size))
 
 
 _route_op = ops.register(
-    "route_blocks(Tensor q, Tensor means, Tensor first, Tensor current, int groups, SymInt topk) -> Tensor",
+    "route_blocks(Tensor q, Tensor means, Tensor first, Tensor current, int groups, SymInt topk, SymInt offset, "
+    "SymInt block_size) -> Tensor",
     _launch,
     _allocate,
 )
@@ -32,11 +33,13 @@ _route_op = ops.register(
 
 def route_triton(call: RouterCall) -> TopBlocks:
     means, legal = means_and_legal(call)
-    return triton_top_blocks(call.q, means, legal, call.selected, call.groups)
+    return triton_top_blocks(call.q, means, legal, call.selected, call.groups, (call.sizes.one_offset, call.block_size))
 
 
-def triton_top_blocks(q: Tensor, means: Tensor, legal: LegalBlocks, topk: int, groups: int) -> TopBlocks:
-    """``top_blocks`` of every query's scores, of which none is ever stored.
+def triton_top_blocks(
+    q: Tensor, means: Tensor, legal: LegalBlocks, topk: int, groups: int, limits: tuple[int, int] | None = None
+) -> TopBlocks:
+    """``top_blocks`` of every query's scores, of which a chunk is stored at a time.
 
     Args:
         q: [B, T, H, D]; the heads of a group share a selection, by the mean of their queries.
@@ -44,10 +47,11 @@ def triton_top_blocks(q: Tensor, means: Tensor, legal: LegalBlocks, topk: int, g
         legal: of the T queries.
         topk: blocks of a query, the current one counted.
         groups: G, a multiple of K and a divisor of H.
+        limits: ``(offset, block_size)``, where no query t is routed beyond block ``(t + offset) // block_size``.
 
     Returns:
         ``TopBlocks`` of [B, T, G, topk].
     """
     with torch.no_grad():
-        indices = _route_op(q.detach(), means, *legal, groups, topk)
+        indices = _route_op(q.detach(), means, *legal, groups, topk, *(limits or (means.shape[1], 1)))
         return TopBlocks(indices, indices >= 0)

@@ -64,8 +64,8 @@ def lightning_indexer(
         I[t, s] = Σ_j weights[t, j] · relu(q_idx[t, j]·k_idx[s])          over the keys s that the mask allows
 
     in float32; among equal scores the smallest index wins, and relu makes many of them 0.  A query with fewer than
-    ``topk`` allowed keys selects them all.  Scores are formed in tiles of keys; those of more than 16 queries are never
-    stored.
+    ``topk`` allowed keys selects them all.  Scores are formed in tiles of keys; those of all queries are never stored
+    together.
 
     The selection has no gradient.  The scores have that of the formula at the selected tokens, which is what a loss for
     the indexer trains: see ``lightning_indexer_loss``.

@@ -15,7 +15,6 @@ from kernel_index.routing.lightning_indexer.contract import IndexerCall, LossCal
 from kernel_index.routing.lightning_indexer.native import native_topk
 from kernel_index.routing.lightning_indexer.rows import rows_topk
 from kernel_index.routing.lightning_indexer.selection import TokenSelection, replayed
-from kernel_index.routing.topk_keys import NOTHING, index_of, score_of
 
 _EVERYWHERE = ("CompositeExplicitAutograd",)
 _topk_op = ops.register(
@@ -45,9 +44,8 @@ def _launch_topk(q, k, weights, start, end, topk):
     from kernel_index.routing.lightning_indexer import triton
 
     q, k = map(launch.dense_heads, (q, k))
-    keys = triton.best(q, k, weights, start.contiguous(), end.contiguous(), topk)
-    exists = keys > NOTHING
-    return torch.where(exists, index_of(keys), -1), torch.where(exists, score_of(keys), -torch.inf)
+    outputs = chunked.allocate_topk(q, k, weights, start, end, topk)
+    return triton.best(q, k, weights, start.contiguous(), end.contiguous(), topk, outputs)
 
 
 _triton_topk_op = ops.register(

@@ -39,10 +39,10 @@ def pick_config(kernel: str, width: int, element_bytes: int, target: Target) -> 
     if kernel == "forward":
         return Config(64, 64, 4, 3 if roomy else 2)
     if kernel == "queries":
-        return Config(128, 32, 8, 2) if roomy and width > 64 else Config(64, 32 if width > 64 else 64, 4, 2)
+        return Config(128, 64, 8, 2) if roomy and width > 64 else Config(64, 32 if width > 64 else 64, 4, 2)
     if width <= 64:
         return Config(64, 64, 4, 2)
-    return Config(128, 32, 8, 1) if roomy else Config(32, 32, 4, 1)
+    return Config(64, 32, 4, 2) if roomy else Config(32, 32, 4, 1)
 
 
 def launch_of(kernel: str, q: Tensor, v: Tensor, scale: float, softcap: float, shared: bool) -> AttentionLaunch:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernel_index.core.triton.attention import dot, has_nan, load_rows, score_grad, scores, store_rows, weighted_sum
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, strides
+from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, strides
 from kernel_index.routing.token_unions import BLOCK, TILE, Rounds, TokenUnions, chunks_of_queries, unions_of
 from kernel_index.routing.triton_union_sums import add_rows
 
@@ -53,28 +53,50 @@ def _keys_walk(
 @jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tokens_ptr, words_ptr, begin_ptr, sizes_ptr, owners_ptr,
-    round_ptr, rows_ptr, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, FIRST, STOP, TILES,
-    TOTAL, PART, scale, inner, outer,
+    lists_ptr, round_ptr, rows_ptr, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, FIRST, STOP,
+    TILES, PART, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr,
     CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """BN entries of a list that begins among the PART entries of this round."""
+    """The entries of the lists that begin among the PART entries of this round, BN at a time.
+
+    Few programs take all of them, one after the other: most rounds that the host launches are without a list.
+    """
     number = tl.load(round_ptr)
-    entry = number * PART + tl.program_id(0) * BN
-    if entry >= TOTAL:
+    low, high = tl.load(lists_ptr + number), tl.load(lists_ptr + number + 1)
+    if low >= high:
         return
-    owner = tl.load(owners_ptr + entry // BLOCK)
-    if owner < 0:
-        return
-    begin, size = tl.load(begin_ptr + owner), tl.load(sizes_ptr + owner)
-    if (begin // PART != number) | (entry - begin >= size):
-        return
+    end = tl.load(begin_ptr + high - 1) + tl.load(sizes_ptr + high - 1) - number * PART
+    tiles = tl.cdiv(end, BN).to(tl.int32)
+    for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):  # it would spill
+        entry = number * PART + i * BN
+        owner = tl.load(owners_ptr + entry // BLOCK)
+        begin, size = tl.load(begin_ptr + owner), tl.load(sizes_ptr + owner)
+        if (begin // PART == number) & (entry - begin < size):
+            _keys_tile(
+                d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tokens_ptr, words_ptr, rows_ptr,
+                do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, FIRST, STOP, TILES,
+                scale, inner, outer, owner, entry, size - (entry - begin), tl.cast(i, tl.int64) * BN,
+                D, DV, BLOCK_D, BLOCK_DV, BG, BM, BN, TILE, SHARED, CAPPED, UPCAST,
+            )  # fmt: skip
+
+
+@jit
+def _keys_tile(
+    d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tokens_ptr, words_ptr, rows_ptr,
+    do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, FIRST, STOP, TILES,
+    scale, inner, outer, owner, entry, left, row,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """BN entries of a list, of which ``left`` are left, to rows from number ``row`` on."""
     selection = owner // TILES
     b = (selection if SHARED else selection // K).to(tl.int64)
     kv_head = tl.program_id(1) if SHARED else selection % K
     o_n = tl.arange(0, BN)  # [BN]
-    m_k = o_n < size - (entry - begin)
+    m_k = o_n < left
     o_k = tl.load(tokens_ptr + entry + o_n, mask=m_k, other=0).to(tl.int64)  # [BN]
     b_word = tl.load(words_ptr + entry + o_n, mask=m_k, other=0)  # [BN]
     b_k = load_rows(k_ptr + b * k_b + kv_head * k_h, o_k * k_t, m_k, D, BLOCK_D)  # [BN, BLOCK_D]
@@ -90,8 +112,7 @@ def _keys_kernel(
             b_k, b_v, b_word, p_q, p_do, p_lse, p_delta, q_t, q_h, do_t, do_h, first, STOP, kv_head, G, H, inner,
             outer, D, DV, BLOCK_D, BLOCK_DV, BG, BM, BN, TILE, CAPPED, UPCAST, True,
         )  # fmt: skip
-    o_row = (tl.program_id(0) * BN + o_n).to(tl.int64)
-    o_row = (o_row * tl.num_programs(1) + tl.program_id(1)) * (D + DV)
+    o_row = ((row + o_n) * tl.num_programs(1) + tl.program_id(1)) * (D + DV)
     store_rows(rows_ptr, o_row, m_k, dk * scale, D, BLOCK_D, UPCAST)
     store_rows(rows_ptr + D, o_row, m_k, dv, DV, BLOCK_DV, UPCAST)
 
@@ -121,9 +142,9 @@ def _launch_keys(
     d_out, q, k, v, lse, delta = tensors
     (_, T, H, _), K = q.shape, k.shape[2]
     with on_device(q):
-        _keys_kernel[(ceil_div(rows.shape[0], launch.config.tile), rows.shape[1])](
-            d_out, q, k, v, lse, delta, u.tokens, u.words, u.begin, u.sizes, rounds.owners, number, rows,
-            *strides(d_out, q, k, v), T, K, H // K, u.first, u.first + u.queries, u.tiles, u.tokens.shape[0],
-            rounds.part, launch.scale, launch.inner, launch.outer, BG=group, BM=max(launch.config.step, group),
+        _keys_kernel[(min(processors(q), ceil_div(rows.shape[0], launch.config.tile)), rows.shape[1])](
+            d_out, q, k, v, lse, delta, u.tokens, u.words, u.begin, u.sizes, rounds.owners, rounds.lists, number, rows,
+            *strides(d_out, q, k, v), T, K, H // K, u.first, u.first + u.queries, u.tiles, rounds.part,
+            launch.scale, launch.inner, launch.outer, BG=group, BM=max(launch.config.step, group),
             BN=launch.config.tile, TILE=TILE, BLOCK=BLOCK, **launch.constants,
         )  # fmt: skip
