@@ -207,8 +207,9 @@ def _norms(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
     """Norms of heads are done by the rotation where it is ours as well, and has the form."""
     together = wanted["rope"] and not wanted["numerics"]
     heads = {id(m) for m in _norms_of_heads(model)} if together else set()
+    layers = {id(m) for m in _norms_of_layers(model)}
     return [
-        tried(name, "norms", lambda name=name, m=m: norms.plan(name, m, id(m) in heads))
+        tried(name, "norms", lambda name=name, m=m: norms.plan(name, m, id(m) in heads, id(m) in layers))
         for name, m in model.named_modules()
         if norms.is_candidate(m)
     ]
@@ -217,6 +218,12 @@ def _norms(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
 def _norms_of_heads(model: nn.Module) -> list[nn.Module]:
     rotating = [m for m in model.modules() if rope.names_in(m) and rope.plan("", m).change.replaced]
     return [child for m in rotating for child in m.children() if norms.is_candidate(child)]
+
+
+def _norms_of_layers(model: nn.Module) -> list[nn.Module]:
+    """Those that stand in an element of a list of layers, beside its other parts."""
+    layers = [layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m]
+    return [child for layer in layers for child in layer.children() if norms.is_candidate(child)]
 
 
 def _rope(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
