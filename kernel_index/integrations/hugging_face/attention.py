@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kernel_index as ki
 from kernel_index.core import rules
 from kernel_index.core.numerics import is_invariant
+from kernel_index.integrations.hugging_face import plain_causal
 from kernel_index.integrations.hugging_face.change import RAISED, Change, Plan, agree, draw
 from kernel_index.integrations.hugging_face.implementation import NAME, Implementation, own_implementation
 from kernel_index.integrations.hugging_face.invariant import name_of, refuse
@@ -135,8 +136,11 @@ def _replace(model: Any, left: list[nn.Module]) -> Callable[[], None]:
         if hasattr(config, SETTING):
             module.config = (theirs if id(module) in leave else ours).of(config)
             undo.append((module, config))
+    forwards = [] if left else plain_causal.replace(model)
 
     def restore() -> None:
+        for undo_forward in forwards:
+            undo_forward()
         for module, config in undo:
             module.config = config
         ours.write_back()
@@ -204,13 +208,17 @@ def attention_forward(
         "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, **kwargs
     }  # fmt: skip
     given = {n: v for n, v in named.items() if v is not None}
+    is_plain = plain_causal.is_plain(attention_mask)
+    attention_mask = None if is_plain else attention_mask
     why = why_not_call(module, query, key, value, attention_mask, given)
     if why is not None:
         if is_invariant():
             refuse(f"attention of {name_of(module)}", why)
         note(module, why)
         return own_attention(module, query, key, value, attention_mask, given)
-    if isinstance(attention_mask, LazyMask):
+    if is_plain:
+        mask = ki.MaskContract()
+    elif isinstance(attention_mask, LazyMask):
         mask = attention_mask.contract
     else:
         mask = _without_a_mask(module, query.shape[2], key.shape[2], is_causal)
