@@ -1,13 +1,15 @@
 """What does a dense decoder of 1.2 B parameters reach on a GPU: ours, and Transformers' with our or Liger's kernels?
 
 ``python -m benchmarks.gpu_dense``: a Llama of 16 layers of 2048 channels, 32 heads and 8 KV heads of 64, 128,256
-words, two rows of 8192 tokens; forward and backward with float32 weights under bfloat16 autocast.  Contenders run one
-after another, each alone in memory.  MFU counts 6 FLOPs per weight of a product and 12·D·H per key that a query may
+words, two rows of 8192 tokens; forward and backward.  ``lm`` and the ones called ``autocast`` have float32 weights
+under bfloat16 autocast, the others bfloat16 weights.  Contenders run one after another, each alone in memory.  MFU counts 6 FLOPs per weight of a product and 12·D·H per key that a query may
 see, against 790 TFLOP/s.  Targets: ours 65 %; ``ki.transformers.apply`` 1.05 times Liger-Kernel's tokens per second
 in no more memory, and under ``torch.compile`` not slower than without.
 """
 
+import contextlib
 import copy
+import functools
 import gc
 import statistics
 import time
@@ -65,7 +67,7 @@ def ours(config: ModelConfig, device: str, how: str) -> tuple[Step, torch.nn.Mod
     return step, model
 
 
-def llama(config: ModelConfig, device: str) -> Any:
+def llama(config: ModelConfig, device: str, dtype: torch.dtype) -> Any:
     import transformers
 
     shape = transformers.LlamaConfig(
@@ -75,17 +77,20 @@ def llama(config: ModelConfig, device: str) -> Any:
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):  # a configuration of its own: apply() writes into it
-        return transformers.LlamaForCausalLM._from_config(copy.deepcopy(shape), attn_implementation="sdpa")
+        made = transformers.LlamaForCausalLM._from_config(copy.deepcopy(shape), attn_implementation="sdpa")
+    return made.to(dtype)
 
 
 def theirs(config: ModelConfig, device: str, patch: Callable[[Any], object], how: str) -> tuple[Step, torch.nn.Module]:
-    model = llama(config, device)
+    """A step of Transformers' model, patched."""
+    casts = "autocast" in how
+    model = llama(config, device, torch.float32 if casts else torch.bfloat16)
     patch(model)
-    forward = torch.compile(model) if how == "compiled" else model
+    forward = torch.compile(model) if "compiled" in how else model
     tokens = torch.randint(config.vocab, (ROWS, config.context), generator=torch.Generator().manual_seed(1)).to(device)
 
     def step() -> Tensor:
-        with autocast(device):
+        with autocast(device) if casts else contextlib.nullcontext():
             loss = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -105,8 +110,10 @@ def contenders(config: ModelConfig, device: str) -> Iterator[tuple[str, Callable
     hows = ("plain", "compiled") if device == "cpu" else ("plain", "graph", "compiled")
     for how in hows:
         yield f"lm, {how}", lambda how=how: ours(config, device, how)
-    for name, patch in (("apply", ki.transformers.apply), ("Transformers", lambda model: None), ("Liger", liger)):
-        for how in ("plain", "compiled") if name != "Liger" else ("plain",):
+    ours_without = functools.partial(ki.transformers.apply, norms=False)
+    patches = {"apply": ki.transformers.apply, "apply without norms": ours_without, "Transformers": id, "Liger": liger}
+    for name, patch in patches.items():
+        for how in ("plain", "plain autocast", "compiled", "compiled autocast"):
             yield f"{name}, {how}", lambda patch=patch, how=how: theirs(config, device, patch, how)
 
 

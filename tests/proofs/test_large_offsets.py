@@ -145,20 +145,21 @@ def test_expert_route(late):
 def test_rms_norm(late, width):
     residual, delta, weight, new, normed = tensors(5)
     (rstd,) = tensors(1, torch.float32)
-    block = norm.pick_config(width)["BLOCK"]
+    whole = norm.is_whole(width, residual)
+    block = norm.pick_config(width, whole)["BLOCK"]
     seen = late(
-        norm._forward_kernel, LAST, residual, delta, weight, None, new, normed, rstd, width, 1e-6, 0.0,
-        SCALE=0, ONE_BLOCK=width <= norm.WHOLE, BLOCK=block,
+        norm._forward_kernel, LAST, residual, delta, weight, None, new, normed, rstd, ROWS, width, 1e-6, 0.0,
+        SCALE=0, ONE_BLOCK=whole, ROWS=1, BLOCK=block,
     )  # fmt: skip
     for tensor in (residual, delta, new, normed):
         holds(seen, tensor, LAST * width, ROWS * width - 1)
-    kernel = norm._backward_kernel if width <= norm.WHOLE else norm._backward_wide_kernel
+    kernel = norm._backward_kernel if whole else norm._backward_wide_kernel
     (parts,) = tensors(1, torch.float32)
     d_new, d_normed, dx = tensors(3)
     seen = late(
         kernel, LAST // 8, d_new, d_normed, new, rstd, weight, None, None, dx, None, parts, None, ROWS, width, 0.0, 8,
         HAS_NEW=True, HAS_NORMED=True, SCALE=0, RESIDUAL=True, DELTA=False, WEIGHT=True, D_SCALE=False,
-        STAGES=1, ROWS=1, BLOCK=norm.pick_backward_config(width, ROWS)["BLOCK"],
+        STAGES=1, ROWS=1, BLOCK=norm.pick_backward_config(width, ROWS, whole)["BLOCK"],
     )  # fmt: skip
     first = LAST // 8 * 8 * width
     for tensor in (d_new, d_normed, new, dx):
@@ -192,7 +193,7 @@ def test_rope(late):
     heads, size = 32, 128
     token = 3 * 2**31 // (heads * size) - 1
     seen = late(
-        rope._rope_kernel, token, q, k, cos, sin, q_out, k_out, token + 1, heads, 8, size, size // 2, 1.0,
+        rope._rope_kernel, token, q, k, cos, sin, q_out, k_out, token + 1, heads, 8, size, size // 2, 1.0, 1,
         BATCHED=True, INTERLEAVED=False, HAS_Q=True, HAS_K=True, REST=0, Q_HEADS=8, K_HEADS=8, PAIRS=64,
     )  # fmt: skip
     for tensor in (q, q_out):

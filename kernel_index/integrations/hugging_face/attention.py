@@ -114,7 +114,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, contract_for)
 
 
-def _restored(own: str) -> Implementation:
+def _restored(own: str) -> str:
     """In a process that has loaded a patched model, and maybe nothing else of ours."""
     register()
     return Implementation.over(own)

@@ -51,7 +51,8 @@ def plan(name: str, module: nn.Module, of_heads: bool = False, of_layer: bool = 
     found = convention_of(module)
     if isinstance(found, str):
         return Plan(Change(name, KIND, why=found))
-    by = "fused_rope_qk" if of_heads else "gated_rms_norm" if _is_alone(module.weight) else FUSED
+    alone = _is_alone(module.get_parameter("weight"))
+    by = "fused_rope_qk" if of_heads else "gated_rms_norm" if alone else FUSED
     recipe = Recipe(forward_of, (found, of_heads, of_layer))
     return Plan(Change(name, KIND, by=by), lambda: replace_forward(module, recipe))
 
@@ -171,7 +172,8 @@ class LazyInput(Lazy):
     def _in(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self.narrow:
             self.check()
-            self.narrow[dtype] = normed(*self.operands, self.convention, self.eps, dtype)
+            x, weight = self.operands
+            self.narrow[dtype] = normed(x, weight, self.convention, self.eps, dtype)
         return self.narrow[dtype]
 
     def check(self) -> None:

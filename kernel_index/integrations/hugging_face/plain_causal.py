@@ -44,7 +44,7 @@ def forward_of(base: type) -> Callable[..., Any]:
     names = list(inspect.signature(base.forward).parameters)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_compiling():
             given = dict(zip(names, args, strict=False)) | kwargs
             tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
             if tokens is not None and all(given.get(name) is None for name in ABSENT):

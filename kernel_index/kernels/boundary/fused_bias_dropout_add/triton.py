@@ -25,6 +25,9 @@ PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 2
 GROUP = 64
 """Elements of the mask that are made together: a tile has whole groups."""
 
+FEW_ROWS, FEW_AT_ONCE, FEW_COLUMNS = 256, 128, 32
+"""Rows up to which a program sums whole columns by itself, so many at once: no second launch."""
+
 MOST_RUNS = 256
 """Rows of the partial sums."""
 
@@ -153,7 +156,8 @@ def _column_kernel(
             tl.store(dx_ptr + o_x, dx.to(dx_ptr.dtype.element_ty), mask=m_x)
         acc += dx  # 0 where nothing was loaded: the factor is finite
     o_part = first_column + tl.arange(0, COLUMNS)  # [COLUMNS]
-    tl.store(parts_ptr + run * width + o_part, tl.sum(acc, 0), mask=o_part < width)
+    total = tl.sum(acc, 0).to(parts_ptr.dtype.element_ty)
+    tl.store(parts_ptr + run * width + o_part, total, mask=o_part < width)
 
 
 def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, out: Tensor) -> Tensor:
@@ -188,6 +192,15 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
     if rows == 0 or width == 0:
         return dx, dbias.zero_()
     dropped = mask[0] is not None
+    if rows <= FEW_ROWS:
+        tile_columns, tile_rows = GROUP if dropped else FEW_COLUMNS, min(FEW_AT_ONCE, next_power_of_2(rows))
+        with on_device(g):
+            _column_kernel[(1, ceil_div(width, tile_columns))](
+                g, dx, dbias, *mask, rows, width, rows,
+                DX=dx is not None, DROP=dropped, WHOLE_GROUPS=width % 64 == 0, ROWS=tile_rows, COLUMNS=tile_columns,
+                STAGES=1, DEPENDENT=False, num_warps=max(1, tile_rows * tile_columns // 512),
+            )  # fmt: skip
+        return dx, dbias
     tile_columns, tile_rows, _ = _tile(width, dropped)
     each = tile_rows * ceil_div(rows, tile_rows * runs_of(rows, width, g, dropped))
     runs = ceil_div(rows, each)

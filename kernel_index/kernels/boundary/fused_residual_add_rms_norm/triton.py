@@ -1,8 +1,9 @@
 """One launch forward; backward one launch over the rows and one small reduction in a fixed order.
 
-A row of up to ``WHOLE`` elements stays in registers.  A program loops over the blocks of a wider one; its second read
-comes from the L2 cache, since a program works on one row at a time.  Names are those of ``core/triton/attention.py``:
-``o_d`` and ``m_d`` [BLOCK] are the columns of a block and which of them exist.
+A row of up to ``WHOLE`` elements stays in registers, on NVIDIA's GPUs one of two bytes up to ``WHOLE_LOW``.  A program
+loops over the blocks of a wider one; its second read comes from the L2 cache, since it works on one row at a time.
+Names are those of ``core/triton/attention.py``: ``o_d`` and ``m_d`` are the columns of a block and which of them exist,
+``o_r`` [ROWS, 1] the rows.
 """
 
 import torch
@@ -17,24 +18,39 @@ from kernel_index.core.triton.sums import sum_parts
 WHOLE = 8192
 """Elements of the widest row that is held in registers."""
 
+WHOLE_LOW = 16384
+"""The same for elements of two bytes: 32 warps and two steps in flight hold as many bytes as 16 and three."""
+
 STEP = 4096
-"""Elements of a step of the backward pass: as many rows as hold them.  One narrow row would not fill a processor."""
+"""Elements of a program or step: as many rows as hold them.  One narrow row would not fill a processor."""
 
 STAGES = 3
 """Steps in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
 
 
-def pick_config(width: int) -> dict[str, int]:
-    """Block and warps of the forward pass for a row of ``width`` elements: 16 for each thread."""
-    block = min(next_power_of_2(width), WHOLE)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+def is_whole(width: int, *tensors: Tensor | None) -> bool:
+    """Whether a row of these tensors is held in registers."""
+    low = all(t.element_size() <= 2 for t in tensors if t is not None)
+    return width <= WHOLE or (width <= WHOLE_LOW and low and torch.version.hip is None)
 
 
-def pick_backward_config(width: int, rows: int) -> dict[str, int]:
+def pick_config(width: int, whole: bool) -> dict[str, int]:
+    """Rows, columns and warps of a program of the forward pass: 16 elements for each thread.
+
+    The number of rows decides nothing: it must not change the bits of any (``ki.numerics``).
+    """
+    block = next_power_of_2(width) if whole else WHOLE
+    held = max(1, STEP // block)
+    return {"ROWS": held, "BLOCK": block, "num_warps": max(1, held * block // 512)}
+
+
+def pick_backward_config(width: int, rows: int, whole: bool) -> dict[str, int]:
     """Rows and columns of a step, 8 to 16 elements for each thread; no more rows than there are for each processor."""
-    block = min(next_power_of_2(width), WHOLE)
+    block = next_power_of_2(width) if whole else WHOLE
     held = max(1, min(STEP // block, next_power_of_2(rows)))
-    return {"ROWS": held, "BLOCK": block, "num_warps": min(16, max(1, held * block // 256))}
+    wide = block > WHOLE
+    warps = 32 if wide else min(16, max(1, held * block // 256))
+    return {"ROWS": held, "BLOCK": block, "STAGES": STAGES - 1 if wide else STAGES, "num_warps": warps}
 
 
 @jit
@@ -49,29 +65,32 @@ def _scaled(d, scale_ptr, o_d, m_d, SCALE: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    residual_ptr, delta_ptr, weight_ptr, scale_ptr, new_ptr, normed_ptr, rstd_ptr, width, eps, offset,
-    SCALE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    residual_ptr, delta_ptr, weight_ptr, scale_ptr, new_ptr, normed_ptr, rstd_ptr, rows, width, eps, offset,
+    SCALE: tl.constexpr, ONE_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    base = row * width
-    squares = tl.zeros((BLOCK,), tl.float32)
-    x = squares  # [BLOCK]: a row of one block is kept between the loops
+    """ROWS rows, which are one where a row has several blocks."""
+    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    m_r = o_r < rows
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    x = squares  # [ROWS, BLOCK]: rows of one block are kept between the loops
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
-        o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
+        o_d = start + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
         m_d = o_d < width
-        d = _scaled(load_row(delta_ptr + base, o_d, m_d), scale_ptr, o_d, m_d, SCALE)
-        stored = (load_row(residual_ptr + base, o_d, m_d) + d).to(new_ptr.dtype.element_ty)
-        tl.store(new_ptr + base + o_d, stored, mask=m_d)
+        o_rd, m = o_r * width + o_d, m_r & m_d
+        d = _scaled(load_row(delta_ptr, o_rd, m), scale_ptr, o_d, m_d, SCALE)
+        stored = (load_row(residual_ptr, o_rd, m) + d).to(new_ptr.dtype.element_ty)
+        tl.store(new_ptr + o_rd, stored, mask=m)
         x = stored.to(tl.float32)  # the norm is taken of the stream as stored
-        squares += tl.where(m_d, x * x, 0.0)
-    rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
-    tl.store(rstd_ptr + row, rstd)
+        squares += tl.where(m, x * x, 0.0)
+    rstd = tl.rsqrt(tl.sum(squares, 1)[:, None] / width + eps)  # [ROWS, 1]
+    tl.store(rstd_ptr + o_r, rstd, mask=m_r)
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
-        o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
+        o_d = start + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
         m_d = o_d < width
+        o_rd, m = o_r * width + o_d, m_r & m_d
         if not ONE_BLOCK:
-            x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
-        store_row(normed_ptr + base, o_d, x * rstd * (load_row(weight_ptr, o_d, m_d) + offset), m_d)
+            x = load_row(new_ptr, o_rd, m)  # [ROWS, BLOCK]
+        store_row(normed_ptr, o_rd, x * rstd * (load_row(weight_ptr, o_d, m_d) + offset), m)
 
 
 @jit
@@ -201,10 +220,11 @@ def forward(
     rows, width = residual.shape
     if rows and width:
         with on_device(residual):
-            config = pick_config(width)
-            _forward_kernel[(rows,)](
-                residual, delta, weight, scale, *outputs, width, eps, offset,
-                SCALE=_kind_of_scale(scale), ONE_BLOCK=width <= WHOLE, **config,
+            whole = is_whole(width, residual, delta, *outputs[:2])
+            config = pick_config(width, whole)
+            _forward_kernel[(ceil_div(rows, config["ROWS"]),)](
+                residual, delta, weight, scale, *outputs, rows, width, eps, offset,
+                SCALE=_kind_of_scale(scale), ONE_BLOCK=whole, **config,
             )  # fmt: skip
     return outputs
 
@@ -229,8 +249,9 @@ def backward(
                 d_parameter.zero_()
         return outputs
     most = processors(new_residual)  # programs, and rows of the partial sums: one for each processor
-    config = pick_backward_config(width, ceil_div(rows, most))
-    kernel, held = (_backward_kernel, config["ROWS"]) if width <= WHOLE else (_backward_wide_kernel, 1)
+    whole = is_whole(width, d_new, d_normed, new_residual, delta)
+    config = pick_backward_config(width, ceil_div(rows, most), whole)
+    kernel, held = (_backward_kernel, config["ROWS"]) if whole else (_backward_wide_kernel, 1)
     steps = ceil_div(rows, held)
     count = min(steps, most)
     parts = [
@@ -242,8 +263,7 @@ def backward(
             rows, width, offset, ceil_div(steps, count),
             HAS_NEW=d_new is not None, HAS_NORMED=d_normed is not None, SCALE=_kind_of_scale(scale),
             RESIDUAL=d_residual is not None, DELTA=d_delta is not None,
-            WEIGHT=d_weight is not None, D_SCALE=d_scale is not None,
-            STAGES=STAGES, **config,
+            WEIGHT=d_weight is not None, D_SCALE=d_scale is not None, **config,
         )  # fmt: skip
     for d_parameter, part in zip((d_weight, d_scale), parts, strict=True):
         if d_parameter is not None and part is not None:
