@@ -227,7 +227,7 @@ def test_loss(late):
     vocab, row = 10000, 3 * 2**31 // 10000
     flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss_rows.BLOCK}
     call = (z, targets, losses, row_max, log_sum, missing, 0, vocab, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
-    holds(late(loss._losses_kernel, row, *call, **flags), z, row * vocab, (row + 1) * vocab - 1)
+    holds(late(loss._losses_kernel, row, *call, **flags, BLOCKS=2), z, row * vocab, (row + 1) * vocab - 1)
     call = (z, z, targets, rows, row_max, log_sum, missing, rows, vocab, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     seen = late(loss._gradient_kernel, row, *call, **flags, LSE=True)
     holds(seen, z, row * vocab, row * vocab + loss_rows.BLOCK - 1)
@@ -240,7 +240,8 @@ def test_loss_of_slices(late):
     targets, room, slice_width, row = torch.zeros(64, dtype=torch.int64), 2**17, 2 * loss_rows.BLOCK, 7
     vocab = 16 * slice_width
     call = (z, targets, losses, row_max, log_sum, missing, room, vocab, slice_width, vocab, 0.0, 1.0, 0.0, 0.0)
-    seen = late(loss._losses_kernel, row, *call, CAP=False, SMOOTH=False, Z_LOSS=False, BLOCK=loss_rows.BLOCK)
+    flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss_rows.BLOCK}
+    seen = late(loss._losses_kernel, row, *call, **flags, BLOCKS=4)
     first = 15 * slice_width * room + row * slice_width
     holds(seen, z, first, first + slice_width - 1)
 
