@@ -73,26 +73,31 @@ def contenders(calls: Calls, dry: bool) -> dict[str, Callable[[], Callable[..., 
 
 def row_of(cell: tuple[str, int, int], found: dict[str, dict[str, Any]], calls: Calls, bandwidth: float) -> dict:
     """Of each direction: our time, the best other one, and whether it is near enough."""
-    row: dict[str, Any] = {"cell": "{} {}x{}".format(*cell), "us": found}
+    all_us = {name: {direction: round(us, 2) for direction, us in times.items()} for name, times in found.items()}
+    row: dict[str, Any] = {"kernel": cell[0], "rows": cell[1], "width": cell[2], "all_us": all_us}
     for direction, moved in zip(DIRECTIONS, calls.moved or (0, 0), strict=True):
         ours = found["kernel_index"][direction]
         others = {name: times[direction] for name, times in found.items() if not name.startswith("kernel_index")}
         best = min(others, key=others.__getitem__)
         near = ours <= max(WITHIN * others[best], others[best] + OR_WITHIN_US)
-        share = round(1e6 * moved / ours / bandwidth, 3)
-        row[direction] = {"ratio": round(ours / others[best], 3), "peer": best, "near": near, "share": share}
+        share = round(1e6 * moved / ours / bandwidth, 3) if moved else None
+        figures = {"us": round(ours, 2), "share": share, "ratio": round(ours / others[best], 3)}
+        row[direction] = figures | {"peer": best, "near": near}
     return row
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return "{kernel} {rows}x{width}".format(**row)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     lines = []
     for row in rows:
-        line = [row["cell"]]
+        line = [name_of(row)]
         for direction in DIRECTIONS:
             one = row[direction]
-            ours = row["us"]["kernel_index"][direction]
-            mark = "" if one["near"] else " !"
-            line += [f"{ours:.1f}", f"{100 * one['share']:.0f} %", f"{one['ratio']:.2f} {one['peer']}{mark}"]
+            share = "" if one["share"] is None else f"{100 * one['share']:.0f} %"
+            line += [f"{one['us']:.1f}", share, f"{one['ratio']:.2f} {one['peer']}{'' if one['near'] else ' !'}"]
         lines.append(line)
     head = ("cell", "forward, µs", "of copy", "÷ best", "backward", "of copy", "÷ best")
     print_table(console, head, lines, "memory-bound calls; ! is neither within 2 % nor 0.3 µs")
@@ -112,7 +117,7 @@ def main(
     """Time the memory-bound kernels beside their peers."""
     session = Session("memory_bound", Path(out), only, seconds, dry_run, warm)
     torch._functorch.config.donated_buffer = False  # a backward pass is timed again and again on one graph
-    done = {row["cell"] for row in session.rows()}
+    done = set(map(name_of, session.rows()))
     for cell in TINY if dry_run else CELLS:
         name = "{} {}x{}".format(*cell)
         if not session.wants(name, name in done):
