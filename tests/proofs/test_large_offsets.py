@@ -106,7 +106,7 @@ def test_gated_activation(late, rows):
     for tensor in (gate, up):
         holds(seen, tensor, read - gated.BLOCK + 1, read)
     index, strides = size // gated.BLOCK - 1, (stride, stride, 0 if rows == 1 else width)
-    seen = late(gated._gated_backward_kernel, index, gate, up, g, y, z, width, blocks, *strides, **shape)
+    seen = late(gated._gated_backward_kernel, index, gate, up, g, y, z, None, width, blocks, *strides, **shape)
     for tensor in (g, y, z):
         holds(seen, tensor, first, last)
 
@@ -227,7 +227,7 @@ def test_loss(late):
     vocab, row = 10000, 3 * 2**31 // 10000
     flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss_rows.BLOCK}
     call = (z, targets, losses, row_max, log_sum, missing, 0, vocab, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
-    holds(late(loss._losses_kernel, row, *call, **flags, BLOCKS=2), z, row * vocab, (row + 1) * vocab - 1)
+    holds(late(loss._losses_kernel, row, *call, **flags, BLOCKS=2, STAGES=1), z, row * vocab, (row + 1) * vocab - 1)
     call = (z, z, targets, rows, row_max, log_sum, missing, rows, vocab, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     seen = late(loss._gradient_kernel, row, *call, **flags, LSE=True)
     holds(seen, z, row * vocab, row * vocab + loss_rows.BLOCK - 1)
@@ -241,7 +241,7 @@ def test_loss_of_slices(late):
     vocab = 16 * slice_width
     call = (z, targets, losses, row_max, log_sum, missing, room, vocab, slice_width, vocab, 0.0, 1.0, 0.0, 0.0)
     flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss_rows.BLOCK}
-    seen = late(loss._losses_kernel, row, *call, **flags, BLOCKS=4)
+    seen = late(loss._losses_kernel, row, *call, **flags, BLOCKS=4, STAGES=1)
     first = 15 * slice_width * room + row * slice_width
     holds(seen, z, first, first + slice_width - 1)
 

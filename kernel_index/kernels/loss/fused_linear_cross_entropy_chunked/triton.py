@@ -20,6 +20,9 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.triton_rows im
 BLOCKS = 4
 """Blocks of a row that a program of the losses reads at once."""
 
+STAGES = 1
+"""Of them in flight."""
+
 GRADIENT_BLOCK = 8192
 """Columns of a program of the gradient."""
 
@@ -34,6 +37,7 @@ def _losses_kernel(
     z_ptr, targets_ptr, losses_ptr, max_ptr, log_sum_ptr, missing_ptr, class_stride, width, slice_width, vocab,
     softcap, scale, smoothing, z_loss,
     CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Logits of ``width`` classes lie in slices of ``slice_width``; those before a class take ``class_stride`` each.
 
@@ -49,7 +53,7 @@ def _losses_kernel(
     lane_others = tl.zeros((BLOCK,), tl.float32)
     lane_y = tl.zeros((BLOCK,), tl.float32)
     lane_target = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCKS * BLOCK):
+    for start in tl.range(0, vocab, BLOCKS * BLOCK, num_stages=STAGES):
         o_v = start + steps + columns[None, :]  # [BLOCKS, BLOCK]
         m_v = o_v < vocab
         p_row = row_of_slice(z_ptr, start + steps, row, class_stride, width, slice_width)  # [BLOCKS, 1]
@@ -125,7 +129,7 @@ def losses_geometry(columns: int, vocab: int) -> dict[str, int]:
     """Two vectors of 16 bytes of a block for each thread, and four blocks at once: 1.25 exponentials a logit, not 2."""
     block = block_of(columns)
     blocks = min(BLOCKS, next_power_of_2(ceil_div(vocab, block)))
-    return {"BLOCK": block, "BLOCKS": blocks, "num_warps": max(1, min(8, block // 256))}
+    return {"BLOCK": block, "BLOCKS": blocks, "STAGES": STAGES, "num_warps": max(1, min(8, block // 256))}
 
 
 def gradient_geometry(columns: int) -> dict[str, int]:
