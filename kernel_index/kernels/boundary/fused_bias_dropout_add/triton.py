@@ -13,22 +13,25 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.sums import dependent, sum_parts
 
-BLOCK, PLAIN_BLOCK = 4096, 1024
-"""Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H100."""
+BLOCK, PLAIN_BLOCK = 4096, 2048
+"""Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H200."""
 
 COLUMNS, ROWS, RUNS = 2048, 2, 2
 """The tile of the pass that sums over rows, and its programs for each processor: the fastest tried on an H100."""
 
-PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 2
-"""The same without a mask."""
+PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 4
+"""The same without a mask, on an H200."""
 
 GROUP = 64
 """Elements of the mask that are made together: a tile has whole groups."""
 
 FEW_ROWS, FEW_AT_ONCE, FEW_COLUMNS = 256, 128, 32
-"""Rows up to which a program sums whole columns by itself, so many at once: no second launch."""
+"""Rows up to which a program sums whole columns by itself, so many at once: no second launch.
 
-MOST_RUNS = 256
+Not with a mask: what it takes to make it keeps more processors busy than there are such programs.
+"""
+
+MOST_RUNS = 512
 """Rows of the partial sums."""
 
 STAGES = 3
@@ -192,13 +195,13 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
     if rows == 0 or width == 0:
         return dx, dbias.zero_()
     dropped = mask[0] is not None
-    if rows <= FEW_ROWS:
-        tile_columns, tile_rows = GROUP if dropped else FEW_COLUMNS, min(FEW_AT_ONCE, next_power_of_2(rows))
+    if rows <= FEW_ROWS and not dropped:
+        at_once = min(FEW_AT_ONCE, next_power_of_2(rows))
         with on_device(g):
-            _column_kernel[(1, ceil_div(width, tile_columns))](
+            _column_kernel[(1, ceil_div(width, FEW_COLUMNS))](
                 g, dx, dbias, *mask, rows, width, rows,
-                DX=dx is not None, DROP=dropped, WHOLE_GROUPS=width % 64 == 0, ROWS=tile_rows, COLUMNS=tile_columns,
-                STAGES=1, DEPENDENT=False, num_warps=max(1, tile_rows * tile_columns // 512),
+                DX=dx is not None, DROP=False, WHOLE_GROUPS=False, ROWS=at_once, COLUMNS=FEW_COLUMNS,
+                STAGES=1, DEPENDENT=False, num_warps=max(1, at_once * FEW_COLUMNS // 512),
             )  # fmt: skip
         return dx, dbias
     tile_columns, tile_rows, _ = _tile(width, dropped)

@@ -22,7 +22,7 @@ WHOLE_LOW = 16384
 """The same for elements of two bytes: 32 warps and two steps in flight hold as many bytes as 16 and three."""
 
 STEP = 4096
-"""Elements of a program or step: as many rows as hold them.  One narrow row would not fill a processor."""
+"""Elements of a step of the backward pass: as many rows as hold them.  One narrow row would not fill a processor."""
 
 STAGES = 3
 """Steps in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
@@ -35,13 +35,9 @@ def is_whole(width: int, *tensors: Tensor | None) -> bool:
 
 
 def pick_config(width: int, whole: bool) -> dict[str, int]:
-    """Rows, columns and warps of a program of the forward pass: 16 elements for each thread.
-
-    The number of rows decides nothing: it must not change the bits of any (``ki.numerics``).
-    """
+    """Block and warps of the forward pass for a row of ``width`` elements: 16 for each thread."""
     block = next_power_of_2(width) if whole else WHOLE
-    held = max(1, STEP // block)
-    return {"ROWS": held, "BLOCK": block, "num_warps": max(1, held * block // 512)}
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
 def pick_backward_config(width: int, rows: int, whole: bool) -> dict[str, int]:
@@ -65,32 +61,29 @@ def _scaled(d, scale_ptr, o_d, m_d, SCALE: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    residual_ptr, delta_ptr, weight_ptr, scale_ptr, new_ptr, normed_ptr, rstd_ptr, rows, width, eps, offset,
-    SCALE: tl.constexpr, ONE_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    residual_ptr, delta_ptr, weight_ptr, scale_ptr, new_ptr, normed_ptr, rstd_ptr, width, eps, offset,
+    SCALE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows, which are one where a row has several blocks."""
-    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    m_r = o_r < rows
-    squares = tl.zeros((ROWS, BLOCK), tl.float32)
-    x = squares  # [ROWS, BLOCK]: rows of one block are kept between the loops
+    row = tl.program_id(0).to(tl.int64)
+    base = row * width
+    squares = tl.zeros((BLOCK,), tl.float32)
+    x = squares  # [BLOCK]: a row of one block is kept between the loops
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
-        o_d = start + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+        o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
         m_d = o_d < width
-        o_rd, m = o_r * width + o_d, m_r & m_d
-        d = _scaled(load_row(delta_ptr, o_rd, m), scale_ptr, o_d, m_d, SCALE)
-        stored = (load_row(residual_ptr, o_rd, m) + d).to(new_ptr.dtype.element_ty)
-        tl.store(new_ptr + o_rd, stored, mask=m)
+        d = _scaled(load_row(delta_ptr + base, o_d, m_d), scale_ptr, o_d, m_d, SCALE)
+        stored = (load_row(residual_ptr + base, o_d, m_d) + d).to(new_ptr.dtype.element_ty)
+        tl.store(new_ptr + base + o_d, stored, mask=m_d)
         x = stored.to(tl.float32)  # the norm is taken of the stream as stored
-        squares += tl.where(m, x * x, 0.0)
-    rstd = tl.rsqrt(tl.sum(squares, 1)[:, None] / width + eps)  # [ROWS, 1]
-    tl.store(rstd_ptr + o_r, rstd, mask=m_r)
+        squares += tl.where(m_d, x * x, 0.0)
+    rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+    tl.store(rstd_ptr + row, rstd)
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
-        o_d = start + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+        o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
         m_d = o_d < width
-        o_rd, m = o_r * width + o_d, m_r & m_d
         if not ONE_BLOCK:
-            x = load_row(new_ptr, o_rd, m)  # [ROWS, BLOCK]
-        store_row(normed_ptr, o_rd, x * rstd * (load_row(weight_ptr, o_d, m_d) + offset), m)
+            x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
+        store_row(normed_ptr + base, o_d, x * rstd * (load_row(weight_ptr, o_d, m_d) + offset), m_d)
 
 
 @jit
@@ -222,8 +215,8 @@ def forward(
         with on_device(residual):
             whole = is_whole(width, residual, delta, *outputs[:2])
             config = pick_config(width, whole)
-            _forward_kernel[(ceil_div(rows, config["ROWS"]),)](
-                residual, delta, weight, scale, *outputs, rows, width, eps, offset,
+            _forward_kernel[(rows,)](
+                residual, delta, weight, scale, *outputs, width, eps, offset,
                 SCALE=_kind_of_scale(scale), ONE_BLOCK=whole, **config,
             )  # fmt: skip
     return outputs
