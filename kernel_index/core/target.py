@@ -92,9 +92,13 @@ def has_inductor_compiler() -> bool:
     return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
-@functools.cache
 def has_vectors() -> bool:
     """Whether native kernels run here: a CPU with AVX-512, and PyTorch's oneDNN for their products."""
+    return _has_vectors()
+
+
+@functools.cache
+def _has_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
 

@@ -118,13 +118,14 @@ def apply(
     not by its name; one that is not recognised is left as it is.  The report names for every module the function that
     replaced it, or the reason why none did.
 
-    - ``norms``: RMS norms, with weights around one or around zero, by ``ki.fused_residual_add_rms_norm``; norms of
-      heads before a rotation together with it.
+    - ``norms``: RMS norms, with weights around one or around zero, by ``ki.fused_residual_add_rms_norm``, on a GPU by
+      ``ki.gated_rms_norm``; norms of heads before a rotation together with it.  Under autocast the norm before linear
+      layers is made in their dtype, once for all of them.
     - ``rope``: the rotary function that attention layers call, by ``ki.fused_rope_qk``.
     - ``loss``: the output layer and the causal loss, by ``ki.fused_linear_cross_entropy``.  While a call has labels,
       ``output.logits`` is computed only when something reads it, which must be before the weights change.
-    - ``experts``: gated feed-forward layers (SwiGLU, GeGLU), by ``ki.fused_gated_activation``, and squared ReLU, by
-      ``ki.fused_relu_squared``.
+    - ``experts``: gated feed-forward layers (SwiGLU, GeGLU), by ``ki.fused_gated_activation``, on a GPU with the linear
+      layer behind it, so that the activation is not kept; and squared ReLU, by ``ki.fused_relu_squared``.
     - ``attention``: by ``ki.attention`` through ``AttentionInterface``; documents, padding and windows become a
       ``ki.MaskContract``.  Every other call goes, with all its arguments and its mask, to the attention that the model
       had: a mask that no contract expresses, arguments that are not known, a static cache.  The report counts them.
@@ -134,7 +135,8 @@ def apply(
     the same bits.  It is called once on a few tokens: code of its own that is not exact is refused.  See guide 8.
 
     Inside ``torch.compile`` norms, rotation and activations are traced as usual; loss and masked attention are the
-    model's own.
+    model's own.  A model that makes a causal mask and no other keeps our attention in calls without a mask and
+    positions.
 
     Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` are not affected, and a
     copy or a pickle of the model has them too.  The model gets a configuration of its own if it shared one.
