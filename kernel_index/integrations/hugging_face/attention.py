@@ -33,8 +33,11 @@ def is_candidate(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__ and not any("Attention" in type(c).__name__ for c in module.children())
 
 
-def plan(model: Any, named: list[tuple[str, nn.Module]]) -> list[Plan]:
-    """One plan for each attention layer.  The first that can be replaced brings the configuration of them all."""
+def plan(model: Any, named: list[tuple[str, nn.Module]], compiled: bool = True) -> list[Plan]:
+    """One plan for each attention layer.  The first that can be replaced brings the configuration of them all.
+
+    ``compiled``: whether plain calls inside ``torch.compile`` keep our attention, too.
+    """
     whole = why_not(model)
     reasons = {name: whole or why_not_layer(module) for name, module in named}
     foreign = {own_implementation_of(m) for n, m in named if reasons[n] is None} - set(DENSE)
@@ -43,7 +46,7 @@ def plan(model: Any, named: list[tuple[str, nn.Module]]) -> list[Plan]:
             n: r or f"other layers are left, and {foreign.pop()} takes no dense mask" for n, r in reasons.items()
         }
     left = [module for name, module in named if reasons[name] is not None]
-    plans, do = [], lambda: _replace(model, left)
+    plans, do = [], lambda: _replace(model, left, compiled)
     for name, _ in named:
         why = reasons[name]
         if why is not None:
@@ -123,7 +126,7 @@ def _restored(own: str) -> str:
 copyreg.pickle(Implementation, lambda name: (_restored, (name.own,)))  # type: ignore[arg-type]
 
 
-def _replace(model: Any, left: list[nn.Module]) -> Callable[[], None]:
+def _replace(model: Any, left: list[nn.Module], compiled: bool) -> Callable[[], None]:
     """Give the model, and no other that shares it, a configuration that names our attention.
 
     The layers that are left get one that names theirs.
@@ -136,7 +139,7 @@ def _replace(model: Any, left: list[nn.Module]) -> Callable[[], None]:
         if hasattr(config, SETTING):
             module.config = (theirs if id(module) in leave else ours).of(config)
             undo.append((module, config))
-    forwards = [] if left else plain_causal.replace(model)
+    forwards = plain_causal.replace(model) if compiled and not left else []
 
     def restore() -> None:
         for undo_forward in forwards:
