@@ -135,8 +135,8 @@ def apply(
     the same bits.  It is called once on a few tokens: code of its own that is not exact is refused.  See guide 8.
 
     Inside ``torch.compile`` norms, rotation and activations are traced as usual; loss and masked attention are the
-    model's own.  A model that makes a causal mask and no other keeps our attention in calls without a mask and
-    positions.
+    model's own, without a dense mask where a model makes a causal one and no other, and the call has neither a mask
+    nor positions.
 
     Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` are not affected, and a
     copy or a pickle of the model has them too.  The model gets a configuration of its own if it shared one.

@@ -36,7 +36,7 @@ def is_candidate(module: nn.Module) -> bool:
 def plan(model: Any, named: list[tuple[str, nn.Module]], compiled: bool = True) -> list[Plan]:
     """One plan for each attention layer.  The first that can be replaced brings the configuration of them all.
 
-    ``compiled``: whether plain calls inside ``torch.compile`` keep our attention, too.
+    ``compiled``: whether plain calls inside ``torch.compile`` do without a mask.
     """
     whole = why_not(model)
     reasons = {name: whole or why_not_layer(module) for name, module in named}
@@ -211,17 +211,15 @@ def attention_forward(
         "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, **kwargs
     }  # fmt: skip
     given = {n: v for n, v in named.items() if v is not None}
-    is_plain = plain_causal.is_plain(attention_mask)
-    attention_mask = None if is_plain else attention_mask
+    if plain_causal.is_plain(attention_mask):
+        return own_attention(module, query, key, value, None, given)
     why = why_not_call(module, query, key, value, attention_mask, given)
     if why is not None:
         if is_invariant():
             refuse(f"attention of {name_of(module)}", why)
         note(module, why)
         return own_attention(module, query, key, value, attention_mask, given)
-    if is_plain:
-        mask = ki.MaskContract()
-    elif isinstance(attention_mask, LazyMask):
+    if isinstance(attention_mask, LazyMask):
         mask = attention_mask.contract
     else:
         mask = _without_a_mask(module, query.shape[2], key.shape[2], is_causal)

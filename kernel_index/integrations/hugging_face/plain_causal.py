@@ -1,7 +1,8 @@
 """Under ``torch.compile``: a causal call without padding and without positions needs no mask.
 
 While it is traced, Transformers makes a dense mask, since it cannot look whether positions begin anew inside a row.
-Where the caller gives no positions, the model counts them itself and they do not.
+Where the caller gives no positions, the model counts them itself and they do not: PyTorch's attention is then asked
+for a causal one, as it is outside of a trace.
 """
 
 import inspect

@@ -25,7 +25,7 @@ PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 4
 GROUP = 64
 """Elements of the mask that are made together: a tile has whole groups."""
 
-FEW_ROWS, FEW_AT_ONCE, FEW_COLUMNS = 256, 128, 32
+FEW_ROWS, FEW_AT_ONCE, FEW_COLUMNS = 256, 128, 16
 """Rows up to which a program sums whole columns by itself, so many at once: no second launch.
 
 Not with a mask: what it takes to make it keeps more processors busy than there are such programs.

@@ -19,13 +19,16 @@ WHOLE = 8192
 """Elements of the widest row that is held in registers."""
 
 WHOLE_LOW = 16384
-"""The same for elements of two bytes: 32 warps and two steps in flight hold as many bytes as 16 and three."""
+"""The same for elements of two bytes."""
 
 STEP = 4096
 """Elements of a step of the backward pass: as many rows as hold them.  One narrow row would not fill a processor."""
 
 STAGES = 3
 """Steps in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
+
+NARROW = 1024
+"""Elements of a row up to which a whole step has half the warps, and one more is in flight."""
 
 
 def is_whole(width: int, *tensors: Tensor | None) -> bool:
@@ -44,9 +47,10 @@ def pick_backward_config(width: int, rows: int, whole: bool) -> dict[str, int]:
     """Rows and columns of a step, 8 to 16 elements for each thread; no more rows than there are for each processor."""
     block = next_power_of_2(width) if whole else WHOLE
     held = max(1, min(STEP // block, next_power_of_2(rows)))
-    wide = block > WHOLE
-    warps = 32 if wide else min(16, max(1, held * block // 256))
-    return {"ROWS": held, "BLOCK": block, "STAGES": STAGES - 1 if wide else STAGES, "num_warps": warps}
+    narrow = block <= NARROW and held * block == STEP
+    warps = min(16, max(1, held * block // (512 if narrow else 256)))
+    stages = 1 if block > WHOLE else STAGES + 1 if narrow else STAGES  # one: a row of 16384 takes the memory of three
+    return {"ROWS": held, "BLOCK": block, "STAGES": stages, "num_warps": warps}
 
 
 @jit

@@ -23,7 +23,7 @@ BLOCKS = 4
 STAGES = 1
 """Of them in flight."""
 
-GRADIENT_BLOCK = 8192
+GRADIENT_BLOCK = 4096
 """Columns of a program of the gradient."""
 
 
