@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.gpu_ceiling import PRODUCTS, ceilings
-from benchmarks.gpu_language_model import SIZES, model_and_batch
+from benchmarks.gpu_language_model import SIZES, model_and_batch, title
 from benchmarks.harness import console
 from kernel_index.lm.data import Batch
 from kernel_index.lm.model import LanguageModel, flops_per_token
@@ -175,10 +176,15 @@ def report(title: str, step: Callable[[], None]) -> None:
         console.print(f"    {us / 1e3:7.2f} ms {letter} {kind}: {name}", highlight=False)
 
 
-def main(rounds: int = 2) -> None:
-    """``rounds``: steps before the one that is profiled; the first ones compile."""
+def main(
+    rounds: Annotated[int, typer.Option(help="Steps before the one that is profiled; the first ones compile.")] = 2,
+    only: Annotated[str, typer.Option(help="Only sizes whose title contains this.")] = "",
+) -> None:
+    """Profile a training step of each preset for a GPU."""
     console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     for name, rows, recompute in SIZES:
+        if only not in title(name, rows, recompute):
+            continue
         model, batch = model_and_batch(name, rows, recompute)
 
         def step(model: LanguageModel = model, batch: Batch = batch) -> None:
@@ -189,7 +195,7 @@ def main(rounds: int = 2) -> None:
         for _ in range(rounds):
             step()
         with marked(model):
-            report(name, step)
+            report(title(name, rows, recompute), step)
         limits, tokens = ceilings(model.config, batch.tokens.numel(), recompute), batch.tokens.numel()
         least = sum(limits.values())
         share = flops_per_token(model.config) * tokens / least / PRODUCTS
@@ -198,4 +204,4 @@ def main(rounds: int = 2) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.core import dispatch
+from kernel_index.core import dispatch, target
 from kernel_index.core.force import reload_environment
 from kernel_index.core.target import Target
 from tests import toy_op
@@ -159,3 +159,10 @@ def test_a_real_op_is_plain_pytorch_in_the_callers_graph():
     reason = "torch.compile is tracing: the plain formula is traced into the caller's graph"
     assert [(r.ran, dict(r.declined)["inductor"]) for r in log] == [("reference", reason)]
     assert graphs() == 1
+
+
+def test_what_the_machine_can_do_is_asked_while_a_trace_is_made():
+    """Some of what PyTorch asks the processor may not be traced; the answers are constants of the graph."""
+    questions = (target.has_cxx_compiler, target.has_vectors, target.has_bfloat16_products)
+    asked = compiled(lambda x: x + sum(1 if question() else 0 for question in questions))
+    assert asked(torch.zeros(())) == sum(question() for question in questions)

@@ -92,15 +92,23 @@ def has_inductor_compiler() -> bool:
     return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
-@functools.cache
 def has_vectors() -> bool:
     """Whether native kernels run here: a CPU with AVX-512, and PyTorch's oneDNN for their products."""
+    return _has_vectors()
+
+
+@functools.cache
+def _has_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
 
 
-@functools.cache
 def has_bfloat16_products() -> bool:
     """Whether oneDNN multiplies bfloat16 by pairs here; without AVX512_BF16 it ends the process."""
+    return _has_bfloat16_products()
+
+
+@functools.cache
+def _has_bfloat16_products() -> bool:
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return supported is not None and bool(supported())
 
@@ -155,6 +163,7 @@ def machine_why_not(backend: str) -> str | None:
     return machine_rules().get(backend)
 
 
-# See dispatch.py: Dynamo runs these as plain Python while it traces and keeps the result.
+# See dispatch.py: Dynamo runs these as plain Python while it traces and keeps the result, but for a
+# ``functools.cache``: it traces what that wraps.
 for _constant in (target_of, has_package, has_cxx_compiler, has_vectors, has_bfloat16_products):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

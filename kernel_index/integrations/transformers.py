@@ -118,13 +118,14 @@ def apply(
     not by its name; one that is not recognised is left as it is.  The report names for every module the function that
     replaced it, or the reason why none did.
 
-    - ``norms``: RMS norms, with weights around one or around zero, by ``ki.fused_residual_add_rms_norm``; norms of
-      heads before a rotation together with it.
+    - ``norms``: RMS norms, with weights around one or around zero, by ``ki.fused_residual_add_rms_norm``, on a GPU by
+      ``ki.gated_rms_norm``; norms of heads before a rotation together with it.  Under autocast the norm before linear
+      layers is made in their dtype, once for all of them.
     - ``rope``: the rotary function that attention layers call, by ``ki.fused_rope_qk``.
     - ``loss``: the output layer and the causal loss, by ``ki.fused_linear_cross_entropy``.  While a call has labels,
       ``output.logits`` is computed only when something reads it, which must be before the weights change.
-    - ``experts``: gated feed-forward layers (SwiGLU, GeGLU), by ``ki.fused_gated_activation``, and squared ReLU, by
-      ``ki.fused_relu_squared``.
+    - ``experts``: gated feed-forward layers (SwiGLU, GeGLU), by ``ki.fused_gated_activation``, on a GPU with the linear
+      layer behind it, so that the activation is not kept; and squared ReLU, by ``ki.fused_relu_squared``.
     - ``attention``: by ``ki.attention`` through ``AttentionInterface``; documents, padding and windows become a
       ``ki.MaskContract``.  Every other call goes, with all its arguments and its mask, to the attention that the model
       had: a mask that no contract expresses, arguments that are not known, a static cache.  The report counts them.
@@ -134,7 +135,8 @@ def apply(
     the same bits.  It is called once on a few tokens: code of its own that is not exact is refused.  See guide 8.
 
     Inside ``torch.compile`` norms, rotation and activations are traced as usual; loss and masked attention are the
-    model's own.
+    model's own, without a dense mask where a model makes a causal one and no other, and the call has neither a mask
+    nor positions.
 
     Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` are not affected, and a
     copy or a pickle of the model has them too.  The model gets a configuration of its own if it shared one.
@@ -207,8 +209,9 @@ def _norms(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
     """Norms of heads are done by the rotation where it is ours as well, and has the form."""
     together = wanted["rope"] and not wanted["numerics"]
     heads = {id(m) for m in _norms_of_heads(model)} if together else set()
+    layers = {id(m) for m in _norms_of_layers(model)}
     return [
-        tried(name, "norms", lambda name=name, m=m: norms.plan(name, m, id(m) in heads))
+        tried(name, "norms", lambda name=name, m=m: norms.plan(name, m, id(m) in heads, id(m) in layers))
         for name, m in model.named_modules()
         if norms.is_candidate(m)
     ]
@@ -217,6 +220,12 @@ def _norms(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
 def _norms_of_heads(model: nn.Module) -> list[nn.Module]:
     rotating = [m for m in model.modules() if rope.names_in(m) and rope.plan("", m).change.replaced]
     return [child for m in rotating for child in m.children() if norms.is_candidate(child)]
+
+
+def _norms_of_layers(model: nn.Module) -> list[nn.Module]:
+    """Those that stand in an element of a list of layers, beside its other parts."""
+    layers = [layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m]
+    return [child for layer in layers for child in layer.children() if norms.is_candidate(child)]
 
 
 def _rope(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
@@ -237,7 +246,7 @@ def _feed_forward(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
 
 def _attention(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
     named = [(n, m) for n, m in model.named_modules() if attention.is_candidate(m)]
-    return attention.plan(model, named) if named else []
+    return attention.plan(model, named, compiled=not wanted["numerics"]) if named else []
 
 
 def _loss(model: Any, wanted: dict[Kind, bool]) -> list[Plan]:

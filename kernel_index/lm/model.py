@@ -86,6 +86,16 @@ class LanguageModel(nn.Module):
         """The blocks in the order of the pattern."""
         return self._in_order
 
+    def compile_blocks(self, compiler: str = "inductor") -> None:
+        """Compile each block's training pass: blocks of one kind share a graph, so it is traced once for them all.
+
+        PyTorch's limit of graphs for one function grows with the blocks, for the whole process.
+        """
+        settings = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, 4 * len(self.hybrid_blocks()))
+        for block in self.hybrid_blocks():
+            block.compile_training(compiler)
+
     def mixers(self) -> list[Mixer | None]:
         return [block.mixer for block in self._in_order]
 

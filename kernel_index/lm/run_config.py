@@ -57,7 +57,7 @@ class RunConfig:
     recompute: bool = False
     """Keep only the inputs of each block, and compute the rest again in backward."""
     compile: bool = False
-    """Put the whole model through torch.compile."""
+    """Put each block through torch.compile; with several processes, the whole model."""
     graphs: bool = True
     """Record forward and backward as a CUDA graph, on one GPU and without dropout or torch.compile."""
     sparse_from_step: int = 0

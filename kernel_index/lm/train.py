@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,11 @@ class Trainer:
         self.parameters = self.model.parameter_count()
         if self.group.size > 1:
             {"fsdp": distributed.shard, "tensor": distributed.split}[config.parallel](self.model, self.group)
-        self.forward = torch.compile(self.model, fullgraph=True) if config.compile else self.model
+        self.forward: Callable[[Batch], Tensor] = self.model
+        if config.compile and self.group.size > 1:  # what shards the parameters acts between the blocks
+            self.forward = torch.compile(self.model, fullgraph=True)
+        elif config.compile:
+            self.model.compile_blocks()
         self.captured = self._captured()
         self.digest = digest([*train, *held_out])
         self.rows = PackedRows(train, config.model.context)

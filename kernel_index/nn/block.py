@@ -1,5 +1,6 @@
 """Pre-norm blocks whose residual updates are fused into the norms that follow them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class HybridBlock(nn.Module):
             raise ValueError("mixer must be given where mlp is not, got None")
         self.mixer, self.mlp, self.dropout = mixer, mlp, dropout
         self._recompute, self._switched_off = False, list[nn.Module]()
+        self._compiled: Callable[..., tuple[Tensor, Branch]] | None = None
         boundary = {"dropout": dropout, "fp32_residual": fp32_residual}
         self.before_mixer = None if mixer is None else ResidualRMSNorm(dim, **boundary)
         self.before_mlp = None if mlp is None else ResidualRMSNorm(dim, **boundary)
@@ -68,12 +70,30 @@ class HybridBlock(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         cache: Any = None,
     ) -> tuple[Tensor, Branch]:
-        if self.recompute and cache is None and torch.is_grad_enabled():
+        if cache is not None or not torch.is_grad_enabled():
+            return self._forward(stream, branch, mask, rope, cache)
+        return (self._compiled or self._train_forward)(stream, branch, mask, rope)
+
+    def compile_training(self, compiler: str = "inductor") -> None:
+        """From now on passes with a gradient and without a cache run through ``torch.compile``, as one graph."""
+        self._compiled = torch.compile(self._train_forward, fullgraph=True, backend=compiler)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compiled": None}  # of this process
+
+    def _train_forward(
+        self,
+        stream: Tensor,
+        branch: Branch | None,
+        mask: "ki.MaskContract | None",
+        rope: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Branch]:
+        if self.recompute:
             keep_seeds = self.dropout > 0  # else nothing is drawn, and a CUDA graph cannot read the generator's state
             return checkpoint(
                 self._forward, stream, branch, mask, rope, None, use_reentrant=False, preserve_rng_state=keep_seeds
             )
-        return self._forward(stream, branch, mask, rope, cache)
+        return self._forward(stream, branch, mask, rope, None)
 
     def _forward(
         self,

@@ -86,10 +86,10 @@ def test_native_is_what_the_cpu_can_do(capability, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(target, "has_cxx_compiler", lambda: True)
-    target.has_vectors.cache_clear()
+    target._has_vectors.cache_clear()
     try:
         text = CliRunner().invoke(commands.app, ["doctor"]).output
     finally:
-        target.has_vectors.cache_clear()
+        target._has_vectors.cache_clear()
     assert ("✓ native" in text) == (capability == "AVX512")
     assert ("✗ native: needs a CPU with AVX-512" in " ".join(text.split())) == (capability != "AVX512")

@@ -10,9 +10,11 @@ pytest.importorskip("transformers")
 
 import transformers as hf
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
+from kernel_index.integrations.hugging_face import norms
 from kernel_index.proofs.errors import floor, relative_error
 from tests.integrations.tiny_models import Known, model_of
 
@@ -254,4 +256,72 @@ def test_norms_of_heads_in_a_layer_that_rotates_nothing_are_recomputed_alike():
         model.train()
         model.activation_checkpointing_enable({"use_reentrant": False})
         model(input_ids=ids(), labels=ids()).loss.backward()
+    assert_same_gradients(stock, patched)
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of [B, T, C] with so many channels from float32 to bfloat16."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels, self.count = channels, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            x = args[0]
+            self.count += x.ndim == 3 and x.shape[-1] == self.channels and x.dtype == torch.float32
+        return func(*args, **kwargs)
+
+
+def under_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16), Casts(model.config.hidden_size) as casts:
+        loss = model(input_ids=ids(), labels=ids(), use_cache=False).loss
+    loss.backward()
+    return loss, casts.count
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_under_autocast_a_norm_is_cast_once_for_all_linear_layers_that_read_it(name):
+    stock, patched, _ = pair(name)
+    (expected, before), (loss, after) = under_autocast(stock), under_autocast(patched)
+    assert before >= 5 * 2  # q, k, v, gate, up in each of two layers
+    assert after <= before - 3 * 2
+    assert relative_error(loss.detach(), expected.detach()) <= 8 * floor(torch.bfloat16)
+    wide = copy.deepcopy(stock).double()
+    wide.zero_grad()
+    wide(input_ids=ids(), labels=ids(), use_cache=False).loss.backward()
+    for (n, p), q, exact in zip(patched.named_parameters(), stock.parameters(), wide.parameters(), strict=True):
+        # Both round the same values to bfloat16, in another order: neither is far from the other's error.
+        allowed = 2 * relative_error(q.grad, exact.grad) + 8 * floor(torch.bfloat16)
+        assert relative_error(p.grad, exact.grad) <= allowed, n
+
+
+def test_a_norm_that_others_than_linear_layers_read_is_an_ordinary_float32_tensor():
+    _, patched, _ = pair("llama")
+    layer, x = patched.model.layers[0], torch.randn(1, 3, patched.config.hidden_size, requires_grad=True)
+    expected = layer.input_layernorm(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        late = layer.input_layernorm(x)
+        assert late.dtype == torch.float32
+        assert torch.equal(late + 0.0, expected)
+        narrow = torch.nn.functional.linear(late, torch.eye(x.shape[-1]))
+    assert torch.equal(narrow, expected.to(torch.bfloat16))
+    x.data.add_(1.0)
+    x = x.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        late = layer.input_layernorm(x)
+        x.add_(1.0)
+        with pytest.raises(RuntimeError, match="must not change in place"):
+            torch.nn.functional.linear(late, torch.eye(x.shape[-1]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_norms_as_a_gpu_makes_them_are_those_of_the_model(name, monkeypatch):
+    monkeypatch.setattr(norms, "_is_alone", lambda weight: True)
+    stock, patched, _ = pair(name)
+    with ki.receipts() as log:
+        patched(input_ids=ids(), labels=ids()).loss.backward()
+    assert {"gated_rms_norm"} == {r.op for r in log if "norm" in r.op}
+    stock(input_ids=ids(), labels=ids()).loss.backward()
     assert_same_gradients(stock, patched)

@@ -237,7 +237,8 @@ def assert_same_gradients(ours, theirs):
 
 
 @pytest.mark.thorough
-def test_every_letter_compiles_into_one_graph(plain):
+@pytest.mark.parametrize("by_blocks", [False, True], ids=["the whole model", "each block"])
+def test_every_letter_compiles_into_one_graph(plain, by_blocks):
     """``fullgraph=True`` refuses a graph break."""
     torch.manual_seed(0)
     sparse = replace(HYBRID.sparse, kinds=("exact_token", "clustered"))
@@ -246,7 +247,10 @@ def test_every_letter_compiles_into_one_graph(plain):
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
-    compiled, eager = torch.compile(model, fullgraph=True, backend="aot_eager")(batch), model(batch)
+    eager = model(batch)
+    if by_blocks:
+        model.compile_blocks("aot_eager")
+    compiled = model(batch) if by_blocks else torch.compile(model, fullgraph=True, backend="aot_eager")(batch)
     torch.testing.assert_close(compiled, eager)
     weights = list(model.parameters())
     assert_same_gradients(*(torch.autograd.grad(y, weights) for y in (compiled, eager)))

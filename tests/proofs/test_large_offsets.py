@@ -106,7 +106,7 @@ def test_gated_activation(late, rows):
     for tensor in (gate, up):
         holds(seen, tensor, read - gated.BLOCK + 1, read)
     index, strides = size // gated.BLOCK - 1, (stride, stride, 0 if rows == 1 else width)
-    seen = late(gated._gated_backward_kernel, index, gate, up, g, y, z, width, blocks, *strides, **shape)
+    seen = late(gated._gated_backward_kernel, index, gate, up, g, y, z, None, width, blocks, *strides, **shape)
     for tensor in (g, y, z):
         holds(seen, tensor, first, last)
 
@@ -145,20 +145,21 @@ def test_expert_route(late):
 def test_rms_norm(late, width):
     residual, delta, weight, new, normed = tensors(5)
     (rstd,) = tensors(1, torch.float32)
-    block = norm.pick_config(width)["BLOCK"]
+    whole = norm.is_whole(width, residual)
+    block = norm.pick_config(width, whole)["BLOCK"]
     seen = late(
         norm._forward_kernel, LAST, residual, delta, weight, None, new, normed, rstd, width, 1e-6, 0.0,
-        SCALE=0, ONE_BLOCK=width <= norm.WHOLE, BLOCK=block,
+        SCALE=0, ONE_BLOCK=whole, BLOCK=block,
     )  # fmt: skip
     for tensor in (residual, delta, new, normed):
         holds(seen, tensor, LAST * width, ROWS * width - 1)
-    kernel = norm._backward_kernel if width <= norm.WHOLE else norm._backward_wide_kernel
+    kernel = norm._backward_kernel if whole else norm._backward_wide_kernel
     (parts,) = tensors(1, torch.float32)
     d_new, d_normed, dx = tensors(3)
     seen = late(
         kernel, LAST // 8, d_new, d_normed, new, rstd, weight, None, None, dx, None, parts, None, ROWS, width, 0.0, 8,
         HAS_NEW=True, HAS_NORMED=True, SCALE=0, RESIDUAL=True, DELTA=False, WEIGHT=True, D_SCALE=False,
-        STAGES=1, ROWS=1, BLOCK=norm.pick_backward_config(width, ROWS)["BLOCK"],
+        STAGES=1, ROWS=1, BLOCK=norm.pick_backward_config(width, ROWS, whole)["BLOCK"],
     )  # fmt: skip
     first = LAST // 8 * 8 * width
     for tensor in (d_new, d_normed, new, dx):
@@ -192,7 +193,7 @@ def test_rope(late):
     heads, size = 32, 128
     token = 3 * 2**31 // (heads * size) - 1
     seen = late(
-        rope._rope_kernel, token, q, k, cos, sin, q_out, k_out, token + 1, heads, 8, size, size // 2, 1.0,
+        rope._rope_kernel, token, q, k, cos, sin, q_out, k_out, token + 1, heads, 8, size, size // 2, 1.0, 1,
         BATCHED=True, INTERLEAVED=False, HAS_Q=True, HAS_K=True, REST=0, Q_HEADS=8, K_HEADS=8, PAIRS=64,
     )  # fmt: skip
     for tensor in (q, q_out):
@@ -226,7 +227,7 @@ def test_loss(late):
     vocab, row = 10000, 3 * 2**31 // 10000
     flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss_rows.BLOCK}
     call = (z, targets, losses, row_max, log_sum, missing, 0, vocab, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
-    holds(late(loss._losses_kernel, row, *call, **flags), z, row * vocab, (row + 1) * vocab - 1)
+    holds(late(loss._losses_kernel, row, *call, **flags, BLOCKS=2, STAGES=1), z, row * vocab, (row + 1) * vocab - 1)
     call = (z, z, targets, rows, row_max, log_sum, missing, rows, vocab, vocab, 0, vocab, vocab, 0.0, 1.0, 0.0, 0.0)
     seen = late(loss._gradient_kernel, row, *call, **flags, LSE=True)
     holds(seen, z, row * vocab, row * vocab + loss_rows.BLOCK - 1)
@@ -239,7 +240,8 @@ def test_loss_of_slices(late):
     targets, room, slice_width, row = torch.zeros(64, dtype=torch.int64), 2**17, 2 * loss_rows.BLOCK, 7
     vocab = 16 * slice_width
     call = (z, targets, losses, row_max, log_sum, missing, room, vocab, slice_width, vocab, 0.0, 1.0, 0.0, 0.0)
-    seen = late(loss._losses_kernel, row, *call, CAP=False, SMOOTH=False, Z_LOSS=False, BLOCK=loss_rows.BLOCK)
+    flags = {"CAP": False, "SMOOTH": False, "Z_LOSS": False, "BLOCK": loss_rows.BLOCK}
+    seen = late(loss._losses_kernel, row, *call, **flags, BLOCKS=4, STAGES=1)
     first = 15 * slice_width * room + row * slice_width
     holds(seen, z, first, first + slice_width - 1)
 

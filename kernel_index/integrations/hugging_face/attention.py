@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kernel_index as ki
 from kernel_index.core import rules
 from kernel_index.core.numerics import is_invariant
+from kernel_index.integrations.hugging_face import plain_causal
 from kernel_index.integrations.hugging_face.change import RAISED, Change, Plan, agree, draw
 from kernel_index.integrations.hugging_face.implementation import NAME, Implementation, own_implementation
 from kernel_index.integrations.hugging_face.invariant import name_of, refuse
@@ -32,8 +33,11 @@ def is_candidate(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__ and not any("Attention" in type(c).__name__ for c in module.children())
 
 
-def plan(model: Any, named: list[tuple[str, nn.Module]]) -> list[Plan]:
-    """One plan for each attention layer.  The first that can be replaced brings the configuration of them all."""
+def plan(model: Any, named: list[tuple[str, nn.Module]], compiled: bool = True) -> list[Plan]:
+    """One plan for each attention layer.  The first that can be replaced brings the configuration of them all.
+
+    ``compiled``: whether plain calls inside ``torch.compile`` do without a mask.
+    """
     whole = why_not(model)
     reasons = {name: whole or why_not_layer(module) for name, module in named}
     foreign = {own_implementation_of(m) for n, m in named if reasons[n] is None} - set(DENSE)
@@ -42,7 +46,7 @@ def plan(model: Any, named: list[tuple[str, nn.Module]]) -> list[Plan]:
             n: r or f"other layers are left, and {foreign.pop()} takes no dense mask" for n, r in reasons.items()
         }
     left = [module for name, module in named if reasons[name] is not None]
-    plans, do = [], lambda: _replace(model, left)
+    plans, do = [], lambda: _replace(model, left, compiled)
     for name, _ in named:
         why = reasons[name]
         if why is not None:
@@ -113,7 +117,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, contract_for)
 
 
-def _restored(own: str) -> Implementation:
+def _restored(own: str) -> str:
     """In a process that has loaded a patched model, and maybe nothing else of ours."""
     register()
     return Implementation.over(own)
@@ -122,7 +126,7 @@ def _restored(own: str) -> Implementation:
 copyreg.pickle(Implementation, lambda name: (_restored, (name.own,)))  # type: ignore[arg-type]
 
 
-def _replace(model: Any, left: list[nn.Module]) -> Callable[[], None]:
+def _replace(model: Any, left: list[nn.Module], compiled: bool) -> Callable[[], None]:
     """Give the model, and no other that shares it, a configuration that names our attention.
 
     The layers that are left get one that names theirs.
@@ -135,8 +139,11 @@ def _replace(model: Any, left: list[nn.Module]) -> Callable[[], None]:
         if hasattr(config, SETTING):
             module.config = (theirs if id(module) in leave else ours).of(config)
             undo.append((module, config))
+    forwards = plain_causal.replace(model) if compiled and not left else []
 
     def restore() -> None:
+        for undo_forward in forwards:
+            undo_forward()
         for module, config in undo:
             module.config = config
         ours.write_back()
@@ -204,6 +211,8 @@ def attention_forward(
         "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, **kwargs
     }  # fmt: skip
     given = {n: v for n, v in named.items() if v is not None}
+    if plain_causal.is_plain(attention_mask):
+        return own_attention(module, query, key, value, None, given)
     why = why_not_call(module, query, key, value, attention_mask, given)
     if why is not None:
         if is_invariant():

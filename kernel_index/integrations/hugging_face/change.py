@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def patched_class(base: type, recipe: Recipe) -> type:
 
 
 def _rebuilt(base: type, recipe: Recipe) -> nn.Module:
+    # It makes our attention known, in a process that has loaded a patched model and maybe nothing else of ours.
+    importlib.import_module("kernel_index.integrations.transformers")
     return object.__new__(patched_class(base, recipe))
 
 

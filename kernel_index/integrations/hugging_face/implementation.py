@@ -3,6 +3,7 @@
 from typing import Any
 
 NAME = "kernel_index"
+PYTORCHS = "sdpa"
 
 
 class Implementation(str):
@@ -14,7 +15,9 @@ class Implementation(str):
     own: str
 
     @staticmethod
-    def over(own: str) -> "Implementation":
+    def over(own: str) -> str:
+        if own == PYTORCHS:
+            return NAME  # what ``own_implementation`` supposes: some versions of Dynamo know no kind of str but str
         found = Implementation(NAME)
         found.own = own
         return found
@@ -22,4 +25,4 @@ class Implementation(str):
 
 def own_implementation(config: Any) -> str:
     """What the model of this configuration ran before ``apply``; PyTorch's where it never had another."""
-    return getattr(getattr(config, "_attn_implementation", None), "own", "sdpa")
+    return getattr(getattr(config, "_attn_implementation", None), "own", PYTORCHS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core.numerics import is_invariant
 from kernel_index.integrations.hugging_face.change import (
     ALREADY,
     Change,
@@ -159,6 +160,13 @@ def _gate_and_up(layers: Any, form: Gated, x: Tensor) -> tuple[Tensor, Tensor]:
     return (first, second) if form.gate_first else (second, first)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is the product alone, of a weight that is whole: no adapter, hook or shards."""
+    if type(layer) is not nn.Linear or is_observed(layer) or "forward" in vars(layer):
+        return False
+    return type(layer.weight) is nn.Parameter
+
+
 def forward_of(base: type, form: Gated) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor) -> Tensor:
         act = activation_of(self)
@@ -168,6 +176,8 @@ def forward_of(base: type, form: Gated) -> Callable[..., Tensor]:
             return base.forward(self, x)  # another activation was put there, or somebody looks at its result
         gate, up = _gate_and_up(self._modules, form, x)
         down = getattr(self, form.down)
+        if _is_plain(down) and not torch.compiler.is_compiling() and not is_invariant():
+            return ki.fused_gated_activation(gate, up, kind=form.kind, linear=(down.weight, down.bias))
         return down(ki.fused_gated_activation(gate, up, kind=form.kind))
 
     return forward

@@ -22,6 +22,9 @@ from kernel_index.integrations.hugging_face.change import (
 from kernel_index.integrations.hugging_face.lazy import Lazy, is_observed
 
 KIND = "norms"
+WIDEST = 8192
+"""Channels up to which ``ki.gated_rms_norm`` has a kernel."""
+FUSED = "fused_residual_add_rms_norm"
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 
@@ -40,13 +43,17 @@ def is_candidate(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and not any(True for _ in module.children())
 
 
-def plan(name: str, module: nn.Module, of_heads: bool = False) -> Plan:
-    """``of_heads``: the norm's result is handed to a rotation that can do it in the same pass."""
+def plan(name: str, module: nn.Module, of_heads: bool = False, of_layer: bool = False) -> Plan:
+    """``of_heads``: the norm's result is handed to a rotation that can do it in the same pass.
+
+    ``of_layer``: it is handed to modules of its layer, and is no result of the model.
+    """
     found = convention_of(module)
     if isinstance(found, str):
         return Plan(Change(name, KIND, why=found))
-    by = "fused_rope_qk" if of_heads else "fused_residual_add_rms_norm"
-    recipe = Recipe(forward_of, (found, of_heads))
+    alone = _is_alone(module.get_parameter("weight"))
+    by = "fused_rope_qk" if of_heads else "gated_rms_norm" if alone else FUSED
+    recipe = Recipe(forward_of, (found, of_heads, of_layer))
     return Plan(Change(name, KIND, by=by), lambda: replace_forward(module, recipe))
 
 
@@ -91,25 +98,91 @@ def _behaves(tried: nn.Module, x: Tensor, eps: float, weight: Tensor) -> bool:
     return agree(actual, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight)
 
 
-def forward_of(base: type, convention: Convention, of_heads: bool) -> Callable[..., Tensor]:
+def forward_of(base: type, convention: Convention, of_heads: bool, of_layer: bool) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         eps = getattr(self, convention.eps)
-        late = of_heads and hidden_states.ndim == 4 and not is_invariant()  # no recipe has norm and rotation in one
-        if late and not torch.compiler.is_compiling() and not is_observed(self):
-            return LazyNorm.of(hidden_states, self.weight, convention, eps)
+        if (of_heads or of_layer) and not torch.compiler.is_compiling() and not is_observed(self):
+            if of_heads and hidden_states.ndim == 4 and not is_invariant():  # no recipe has norm and rotation in one
+                return LazyNorm.of(hidden_states, self.weight, convention, eps)
+            if of_layer and _is_narrowed(hidden_states, self.weight, convention):
+                return LazyInput.of(hidden_states, self.weight, convention, eps)
         return normed(hidden_states, self.weight, convention, eps)
 
     return forward
 
 
-def normed(x: Tensor, weight: Tensor, convention: Convention, eps: float) -> Tensor:
-    if convention.widens and x.dtype != weight.dtype:
-        x = x.to(torch.promote_types(x.dtype, weight.dtype))
+def _is_narrowed(x: Tensor, weight: Tensor, convention: Convention) -> bool:
+    """Whether linear layers under autocast read the norm in another dtype than that of its result."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return False
+    dtype = _result_dtype(x, weight, convention)
+    return dtype == torch.float32 and torch.get_autocast_dtype(kind) != dtype
+
+
+def _result_dtype(x: Tensor, weight: Tensor, convention: Convention) -> torch.dtype:
+    return torch.promote_types(x.dtype, weight.dtype) if convention.widens else x.dtype
+
+
+def _is_alone(weight: Tensor) -> bool:
+    """Whether ``ki.gated_rms_norm`` makes the norm: it has no addition, and no kernel for a CPU."""
+    return weight.is_cuda and weight.shape[0] <= WIDEST and not is_invariant()
+
+
+def normed(x: Tensor, weight: Tensor, convention: Convention, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """In ``dtype``, or in that of the module's result."""
+    result = _result_dtype(x, weight, convention)
+    if _is_alone(weight):
+        if convention.offset:
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + convention.offset
+        return ki.gated_rms_norm(x, None, weight, eps=eps, dtype=dtype or result)
+    x = x.to(result)
     # A norm alone is the fused step with nothing added.
     pair = ki.fused_residual_add_rms_norm(
         x, x.detach(), weight, scale=0.0, eps=eps, weight_offset=convention.offset
     )  # fmt: skip
-    return pair.normed
+    return pair.normed if dtype is None else pair.normed.to(dtype)
+
+
+class LazyInput(Lazy):
+    """The norm before the linear layers of a block under autocast, which read it in autocast's dtype.
+
+    It is made in that dtype once for all of them, where each would cast the float32 result by itself.
+    """
+
+    convention: Convention
+    eps: float
+    versions: tuple[int, ...]
+    narrow: dict[torch.dtype, Tensor]
+
+    @staticmethod
+    def of(x: Tensor, weight: Tensor, convention: Convention, eps: float) -> "LazyInput":
+        same = {"convention": convention, "eps": eps, "versions": _versions(x, weight)}
+        dtype = _result_dtype(x, weight, convention)
+        lazy = LazyInput.wrap(x.shape, dtype, x.device, x, weight, **same)
+        lazy.narrow = {}
+        return lazy
+
+    def record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = self.device.type
+        if func is not nn.functional.linear or kwargs or not torch.is_autocast_enabled(kind):
+            return NotImplemented
+        return func(self._in(torch.get_autocast_dtype(kind)), *args[1:])
+
+    def _in(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.narrow:
+            self.check()
+            x, weight = self.operands
+            self.narrow[dtype] = normed(x, weight, self.convention, self.eps, dtype)
+        return self.narrow[dtype]
+
+    def check(self) -> None:
+        super().check()
+        _check_versions(self.operands, self.versions)
+
+    def formula(self, *operands: Tensor) -> Tensor:
+        x, weight = operands
+        return normed(x, weight, self.convention, self.eps)
 
 
 class LazyNorm(Lazy):
@@ -125,7 +198,7 @@ class LazyNorm(Lazy):
 
     @staticmethod
     def of(x: Tensor, weight: Tensor, convention: Convention, eps: float) -> "LazyNorm":
-        dtype = torch.promote_types(x.dtype, weight.dtype) if convention.widens else x.dtype
+        dtype = _result_dtype(x, weight, convention)
         same = {"convention": convention, "eps": eps, "transposed": False, "versions": _versions(x, weight)}
         return LazyNorm.wrap(x.shape, dtype, x.device, x, weight, **same)
 
@@ -142,8 +215,7 @@ class LazyNorm(Lazy):
 
     def check(self) -> None:
         super().check()
-        if _versions(*self.operands) != self.versions:
-            raise RuntimeError("the input of a norm must not change in place before the norm is used")
+        _check_versions(self.operands, self.versions)
 
     def tokens_first(self) -> Tensor:
         """What is to be normed, [B, T, H, D] where this is [B, H, T, D]."""
@@ -158,3 +230,8 @@ class LazyNorm(Lazy):
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(0 if t.is_inference() else t._version for t in tensors)
+
+
+def _check_versions(operands: tuple[Tensor, ...], versions: tuple[int, ...]) -> None:
+    if _versions(*operands) != versions:
+        raise RuntimeError("the input of a norm must not change in place before the norm is used")

@@ -231,3 +231,27 @@ def test_auto_takes_the_compiled_pass_for_large_calls():
     large = call(b=1, t=512, heads=2, kv_heads=1, d=64, r=64)
     assert ki.explain("fused_rope_qk", **large).would_run == "inductor"
     assert ki.explain("fused_rope_qk", **call()).would_run == "reference"
+
+
+@pytest.mark.parametrize("processors", [1, 3, 64])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 16), (64, 1), (1, 64), (40, 8)])
+def test_few_tokens_are_divided_by_heads_of_q_and_of_k(monkeypatch, processors, heads, kv_heads):
+    """However many programs share a token, every head is rotated: with 32 pairs a program does 16 at once."""
+    from kernel_index.kernels.attention.fused_rope_qk import triton
+
+    monkeypatch.setattr(triton, "processors", lambda like: processors)
+    c = call(b=1, t=5, heads=heads, kv_heads=kv_heads, d=64, r=64)
+    expected = ki.fused_rope_qk(**c, backend="reference")
+    for found, exact in zip(ki.fused_rope_qk(**c, backend="triton"), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_programs_share_a_token_by_their_blocks_of_heads():
+    from kernel_index.kernels.attention.fused_rope_qk.triton import sharing
+
+    config = {"Q_HEADS": 8, "K_HEADS": 8}
+    assert sharing(32, 8, config, 16) == (4, 1)
+    assert sharing(64, 16, config, 16) == (8, 2)
+    assert sharing(32, 8, config, 1) == (1, 0)
+    assert sharing(32, 8, config, 3) == (2, 1)
+    assert (sharing(32, 0, config, 16), sharing(0, 32, config, 2)) == ((4, 0), (0, 2))

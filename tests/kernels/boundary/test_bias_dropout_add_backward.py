@@ -141,3 +141,16 @@ def test_refusals(message):
     with pytest.raises((TypeError, ValueError)) as error:
         ki.fused_bias_dropout_add(**(good | REFUSALS[message]))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [1, 130, 256, 257, 700])
+@pytest.mark.parametrize("width", [192, 70])
+def test_few_rows_are_summed_by_one_launch_and_many_by_two(rows, width, p):
+    """Ones above: the gradient of the bias counts the elements that were kept, exactly."""
+    x, residual, bias = operands(rows, width)
+    out = ki.fused_bias_dropout_add(x, residual, bias=bias, p=p, seed=3, backend="triton")
+    dx, dbias = torch.autograd.grad(out.sum(), (x, bias))
+    kept = mask_of((rows, width), p, 3, backend="triton") if p else torch.ones(rows, width)
+    torch.testing.assert_close(dx, kept.to(dx.dtype) / (1 - p), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(dbias, kept.sum(0).to(dbias.dtype) / (1 - p), rtol=1e-6, atol=0.0)

@@ -15,23 +15,23 @@ from kernel_index.core.triton.sums import sum_parts
 TILE = 512
 """Channel pairs that a program rotates at once: it loops over the heads beyond that."""
 
-PROGRAMS = 8
+PROGRAMS = 16
 """For each processor, that few tokens are divided into by their heads."""
 
 
 @jit
 def _rotate_heads(
-    x_ptr, y_ptr, token, heads, cos, sin, o_pair, m_pair, head_size, half, rest,
+    x_ptr, y_ptr, token, first, step, heads, cos, sin, o_pair, m_pair, head_size, half, rest,
     STEP: tl.constexpr, NEXT: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """A program's heads of one token: rotate 2·half channels of each, copy the rest.
+    """Heads from ``first`` on in steps of ``step``: rotate 2·half channels of each, copy the rest.
 
     A pair is (STEP·i, STEP·i + NEXT).
     """
     base = token * heads * head_size
     distance = half if NEXT == 0 else NEXT
-    for first in range(tl.program_id(1) * HEADS, heads, tl.num_programs(1) * HEADS):
-        o_h = first + tl.arange(0, HEADS)[:, None]  # [HEADS, 1]
+    for at in range(first, heads, step):
+        o_h = at + tl.arange(0, HEADS)[:, None]  # [HEADS, 1]
         o_x = base + o_h * head_size + STEP * o_pair  # [HEADS, PAIRS]
         m_x = (o_h < heads) & m_pair
         x1 = tl.load(x_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)  # [HEADS, PAIRS]
@@ -47,29 +47,34 @@ def _rotate_heads(
 
 @jit
 def _rope_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, head_size, half, sign,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, head_size, half, sign, of_q,
     BATCHED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_Q: tl.constexpr, HAS_K: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One token; programs of the second dimension of the grid share its heads.
+    """One token; of the programs of the grid's second dimension the first ``of_q`` share q's heads, the rest k's.
 
-    ``tokens`` counts those of one batch row: tables that the batch shares are read at token mod tokens.
+    With one program for both, it does q and then k.  ``tokens`` counts those of one batch row: tables that the batch
+    shares are read at token mod tokens.
     """
     token = tl.program_id(0).to(tl.int64)
+    part, parts = tl.program_id(1), tl.num_programs(1)
     o_pair = tl.arange(0, PAIRS)[None, :]  # [1, PAIRS]
     m_pair = o_pair < half
-    o_angle = (token if BATCHED else token % tokens) * half + o_pair
+    o_angle = (token if BATCHED else (tl.program_id(0) % tokens).to(tl.int64)) * half + o_pair
     cos = tl.load(cos_ptr + o_angle, mask=m_pair, other=0.0).to(tl.float32)  # [1, PAIRS]
     sin = tl.load(sin_ptr + o_angle, mask=m_pair, other=0.0).to(tl.float32) * sign  # [1, PAIRS]
     STEP: tl.constexpr = 2 if INTERLEAVED else 1
     NEXT: tl.constexpr = 1 if INTERLEAVED else 0
     rest = head_size - 2 * half
     if HAS_Q:
-        _rotate_heads(q_ptr, q_out_ptr, token, q_heads, cos, sin, o_pair, m_pair, head_size, half, rest,
-                      STEP, NEXT, Q_HEADS, REST)  # fmt: skip
+        first = tl.where(part < of_q, part * Q_HEADS, q_heads)
+        _rotate_heads(q_ptr, q_out_ptr, token, first, of_q * Q_HEADS, q_heads, cos, sin, o_pair, m_pair,
+                      head_size, half, rest, STEP, NEXT, Q_HEADS, REST)  # fmt: skip
     if HAS_K:
-        _rotate_heads(k_ptr, k_out_ptr, token, k_heads, cos, sin, o_pair, m_pair, head_size, half, rest,
-                      STEP, NEXT, K_HEADS, REST)  # fmt: skip
+        of_k = tl.maximum(1, parts - of_q)
+        first = tl.where(parts == 1, 0, tl.where(part < of_q, k_heads, (part - of_q) * K_HEADS))
+        _rotate_heads(k_ptr, k_out_ptr, token, first, of_k * K_HEADS, k_heads, cos, sin, o_pair, m_pair,
+                      head_size, half, rest, STEP, NEXT, K_HEADS, REST)  # fmt: skip
 
 
 def pick_config(q_heads: int, k_heads: int, half: int) -> dict:
@@ -79,6 +84,17 @@ def pick_config(q_heads: int, k_heads: int, half: int) -> dict:
     q_block, k_block = (min(next_power_of_2(n), most) for n in (q_heads, k_heads))
     warps = min(4, max(1, max(q_block, k_block) * pairs // 128))
     return {"Q_HEADS": q_block, "K_HEADS": k_block, "PAIRS": pairs, "num_warps": warps}
+
+
+def sharing(q_heads: int, k_heads: int, config: dict, most: int) -> tuple[int, int]:
+    """How many programs share the heads of q and of k at one token, of ``most``; (1, 0): one program does both."""
+    if not k_heads or not q_heads or most < 2:
+        blocks = ceil_div(q_heads, config["Q_HEADS"]) if q_heads else ceil_div(k_heads, config["K_HEADS"])
+        count = max(1, min(blocks, most))
+        return (count, 0) if q_heads else (0, count)
+    blocks = ceil_div(q_heads, config["Q_HEADS"]), ceil_div(k_heads, config["K_HEADS"])
+    of_k = max(1, min(blocks[1], most * blocks[1] // sum(blocks)))
+    return max(1, min(blocks[0], most - of_k)), of_k
 
 
 def rotate(
@@ -95,11 +111,10 @@ def rotate(
     half = cos.shape[-1]
     rest = head_size - 2 * half
     config = pick_config(q_heads, k_heads, half)
-    blocks = max(ceil_div(q_heads, config["Q_HEADS"]), ceil_div(k_heads, config["K_HEADS"]))
-    sharing = max(1, min(blocks, PROGRAMS * processors(like) // (batch * tokens)))
+    of_q, of_k = sharing(q_heads, k_heads, config, PROGRAMS * processors(like) // (batch * tokens))
     with on_device(like):
-        _rope_kernel[(batch * tokens, sharing)](
-            q, k, cos, sin, *outputs, tokens, q_heads, k_heads, head_size, half, -1.0 if inverse else 1.0,
+        _rope_kernel[(batch * tokens, max(1, of_q + of_k))](
+            q, k, cos, sin, *outputs, tokens, q_heads, k_heads, head_size, half, -1.0 if inverse else 1.0, of_q,
             BATCHED=cos.shape[0] > 1, INTERLEAVED=interleaved, HAS_Q=q is not None,
             HAS_K=k is not None and k.numel() > 0, REST=next_power_of_2(rest) if rest else 0,
             **config,

@@ -13,19 +13,25 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.sums import dependent, sum_parts
 
-BLOCK, PLAIN_BLOCK = 4096, 1024
-"""Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H100."""
+BLOCK, PLAIN_BLOCK = 4096, 2048
+"""Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H200."""
 
 COLUMNS, ROWS, RUNS = 2048, 2, 2
 """The tile of the pass that sums over rows, and its programs for each processor: the fastest tried on an H100."""
 
-PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 2
-"""The same without a mask."""
+PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 4
+"""The same without a mask, on an H200."""
 
 GROUP = 64
 """Elements of the mask that are made together: a tile has whole groups."""
 
-MOST_RUNS = 256
+FEW_ROWS, FEW_AT_ONCE, FEW_COLUMNS = 256, 128, 16
+"""Rows up to which a program sums whole columns by itself, so many at once: no second launch.
+
+Not with a mask: what it takes to make it keeps more processors busy than there are such programs.
+"""
+
+MOST_RUNS = 512
 """Rows of the partial sums."""
 
 STAGES = 3
@@ -153,7 +159,8 @@ def _column_kernel(
             tl.store(dx_ptr + o_x, dx.to(dx_ptr.dtype.element_ty), mask=m_x)
         acc += dx  # 0 where nothing was loaded: the factor is finite
     o_part = first_column + tl.arange(0, COLUMNS)  # [COLUMNS]
-    tl.store(parts_ptr + run * width + o_part, tl.sum(acc, 0), mask=o_part < width)
+    total = tl.sum(acc, 0).to(parts_ptr.dtype.element_ty)
+    tl.store(parts_ptr + run * width + o_part, total, mask=o_part < width)
 
 
 def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, out: Tensor) -> Tensor:
@@ -188,6 +195,15 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
     if rows == 0 or width == 0:
         return dx, dbias.zero_()
     dropped = mask[0] is not None
+    if rows <= FEW_ROWS and not dropped:
+        at_once = min(FEW_AT_ONCE, next_power_of_2(rows))
+        with on_device(g):
+            _column_kernel[(1, ceil_div(width, FEW_COLUMNS))](
+                g, dx, dbias, *mask, rows, width, rows,
+                DX=dx is not None, DROP=False, WHOLE_GROUPS=False, ROWS=at_once, COLUMNS=FEW_COLUMNS,
+                STAGES=1, DEPENDENT=False, num_warps=max(1, at_once * FEW_COLUMNS // 512),
+            )  # fmt: skip
+        return dx, dbias
     tile_columns, tile_rows, _ = _tile(width, dropped)
     each = tile_rows * ceil_div(rows, tile_rows * runs_of(rows, width, g, dropped))
     runs = ceil_div(rows, each)

@@ -1,8 +1,9 @@
 """One launch forward; backward one launch over the rows and one small reduction in a fixed order.
 
-A row of up to ``WHOLE`` elements stays in registers.  A program loops over the blocks of a wider one; its second read
-comes from the L2 cache, since a program works on one row at a time.  Names are those of ``core/triton/attention.py``:
-``o_d`` and ``m_d`` [BLOCK] are the columns of a block and which of them exist.
+A row of up to ``WHOLE`` elements stays in registers, on NVIDIA's GPUs one of two bytes up to ``WHOLE_LOW``.  A program
+loops over the blocks of a wider one; its second read comes from the L2 cache, since it works on one row at a time.
+Names are those of ``core/triton/attention.py``: ``o_d`` and ``m_d`` are the columns of a block and which of them exist,
+``o_r`` [ROWS, 1] the rows.
 """
 
 import torch
@@ -17,24 +18,39 @@ from kernel_index.core.triton.sums import sum_parts
 WHOLE = 8192
 """Elements of the widest row that is held in registers."""
 
+WHOLE_LOW = 16384
+"""The same for elements of two bytes."""
+
 STEP = 4096
 """Elements of a step of the backward pass: as many rows as hold them.  One narrow row would not fill a processor."""
 
 STAGES = 3
 """Steps in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
 
+NARROW = 1024
+"""Elements of a row up to which a whole step has half the warps, and one more is in flight."""
 
-def pick_config(width: int) -> dict[str, int]:
+
+def is_whole(width: int, *tensors: Tensor | None) -> bool:
+    """Whether a row of these tensors is held in registers."""
+    low = all(t.element_size() <= 2 for t in tensors if t is not None)
+    return width <= WHOLE or (width <= WHOLE_LOW and low and torch.version.hip is None)
+
+
+def pick_config(width: int, whole: bool) -> dict[str, int]:
     """Block and warps of the forward pass for a row of ``width`` elements: 16 for each thread."""
-    block = min(next_power_of_2(width), WHOLE)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    block = next_power_of_2(width) if whole else WHOLE
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 
-def pick_backward_config(width: int, rows: int) -> dict[str, int]:
+def pick_backward_config(width: int, rows: int, whole: bool) -> dict[str, int]:
     """Rows and columns of a step, 8 to 16 elements for each thread; no more rows than there are for each processor."""
-    block = min(next_power_of_2(width), WHOLE)
+    block = next_power_of_2(width) if whole else WHOLE
     held = max(1, min(STEP // block, next_power_of_2(rows)))
-    return {"ROWS": held, "BLOCK": block, "num_warps": min(16, max(1, held * block // 256))}
+    narrow = block <= NARROW and held * block == STEP
+    warps = min(16, max(1, held * block // (512 if narrow else 256)))
+    stages = 1 if block > WHOLE else STAGES + 1 if narrow else STAGES  # one: a row of 16384 takes the memory of three
+    return {"ROWS": held, "BLOCK": block, "STAGES": stages, "num_warps": warps}
 
 
 @jit
@@ -201,10 +217,11 @@ def forward(
     rows, width = residual.shape
     if rows and width:
         with on_device(residual):
-            config = pick_config(width)
+            whole = is_whole(width, residual, delta, *outputs[:2])
+            config = pick_config(width, whole)
             _forward_kernel[(rows,)](
                 residual, delta, weight, scale, *outputs, width, eps, offset,
-                SCALE=_kind_of_scale(scale), ONE_BLOCK=width <= WHOLE, **config,
+                SCALE=_kind_of_scale(scale), ONE_BLOCK=whole, **config,
             )  # fmt: skip
     return outputs
 
@@ -229,8 +246,9 @@ def backward(
                 d_parameter.zero_()
         return outputs
     most = processors(new_residual)  # programs, and rows of the partial sums: one for each processor
-    config = pick_backward_config(width, ceil_div(rows, most))
-    kernel, held = (_backward_kernel, config["ROWS"]) if width <= WHOLE else (_backward_wide_kernel, 1)
+    whole = is_whole(width, d_new, d_normed, new_residual, delta)
+    config = pick_backward_config(width, ceil_div(rows, most), whole)
+    kernel, held = (_backward_kernel, config["ROWS"]) if whole else (_backward_wide_kernel, 1)
     steps = ceil_div(rows, held)
     count = min(steps, most)
     parts = [
@@ -242,8 +260,7 @@ def backward(
             rows, width, offset, ceil_div(steps, count),
             HAS_NEW=d_new is not None, HAS_NORMED=d_normed is not None, SCALE=_kind_of_scale(scale),
             RESIDUAL=d_residual is not None, DELTA=d_delta is not None,
-            WEIGHT=d_weight is not None, D_SCALE=d_scale is not None,
-            STAGES=STAGES, **config,
+            WEIGHT=d_weight is not None, D_SCALE=d_scale is not None, **config,
         )  # fmt: skip
     for d_parameter, part in zip((d_weight, d_scale), parts, strict=True):
         if d_parameter is not None and part is not None:

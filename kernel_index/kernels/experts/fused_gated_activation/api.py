@@ -1,11 +1,13 @@
 """act(gate) · up, the activation between the projections of a gated MLP: SwiGLU, GEGLU, ReGLU."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from kernel_index.core import numerics
-from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core import numerics, rules
+from kernel_index.core.dispatch import Backend, Choice, always, choose
 from kernel_index.core.stable import ELEMENTWISE, ON_A_GPU
 from kernel_index.kernels.experts.fused_gated_activation import contract
 from kernel_index.kernels.experts.fused_gated_activation.contract import GatedKind
@@ -14,6 +16,7 @@ from kernel_index.kernels.experts.fused_gated_activation.torch_op import (
     gated_activation_inductor,
     gated_activation_native,
     gated_activation_triton,
+    gated_linear_triton,
 )
 
 GatedActivationBackend = Literal["auto", "triton", "native", "inductor", "reference"]
@@ -47,7 +50,12 @@ BACKENDS = (
 
 
 def fused_gated_activation(
-    gate: Tensor, up: Tensor, *, kind: GatedKind = "silu", backend: GatedActivationBackend = "auto"
+    gate: Tensor,
+    up: Tensor,
+    *,
+    kind: GatedKind = "silu",
+    linear: tuple[Tensor, Tensor | None] | None = None,
+    backend: GatedActivationBackend = "auto",
 ) -> Tensor:
     """The activation of a gated MLP in one pass over memory.
 
@@ -68,14 +76,17 @@ def fused_gated_activation(
             ``chunk(2, -1)`` returns them: the Triton kernel reads them where they are.
         up: gate's shape and dtype.
         kind: the activation, as above.
+        linear: weight [O, F] and bias [O] or None of the linear layer behind, F being the last dimension of gate: its
+            result is returned then.  The Triton kernel does not keep y for the gradient of weight: the pass that makes
+            the gradients of gate and up makes it again.  Both are cast to gate's dtype.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
-        A new contiguous tensor of gate's shape and dtype.
+        A new contiguous tensor of gate's shape and dtype; with ``linear``, [..., O].
 
     Raises:
-        TypeError: gate or up is not a floating-point tensor, or their dtypes differ.
-        ValueError: shapes or devices differ, or the kind is none of the above.
+        TypeError: an argument is not a floating-point tensor, or the dtypes of gate and up differ.
+        ValueError: shapes or devices do not fit, or the kind is none of the above.
         Ineligible: the named backend cannot run this call.
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
@@ -85,4 +96,15 @@ def fused_gated_activation(
     tensor([-0.5379,  0.0000,  1.4621])
     """
     call = contract.check(gate, up, kind)
-    return choose("fused_gated_activation", BACKENDS, backend, call).run(call)
+    if linear is None:
+        return choose("fused_gated_activation", BACKENDS, backend, call).run(call)
+    weight, bias = contract.check_linear(call, linear)
+    return _with_linear(choose("fused_gated_activation", BACKENDS, backend, call), call, weight, bias)
+
+
+def _with_linear(choice: Choice, call: contract.Call, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight, bias = weight.to(call.gate.dtype), None if bias is None else bias.to(call.gate.dtype)  # as autocast does
+    if choice.backend.name != "triton" or not rules.wants_gradient(call.gate, call.up, weight, bias):
+        return nn.functional.linear(choice.run(call), weight, bias)
+    run = partial(gated_linear_triton, weight=weight, bias=bias)
+    return replace(choice, backend=replace(choice.backend, run=run)).run(call)

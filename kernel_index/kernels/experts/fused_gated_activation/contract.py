@@ -31,6 +31,21 @@ def check(gate: Any, up: Any, kind: Any) -> Call:
     return Call(gate, up, kind)
 
 
+def check_linear(call: Call, linear: Any) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(linear, tuple) or len(linear) != 2:
+        raise TypeError(f"linear must be a pair of weight and bias, got {type(linear).__name__}")
+    weight, bias = linear
+    checks.is_floating("linear[0]", weight)
+    checks.on_device("linear[0]", weight, call.gate, "gate")
+    if weight.ndim != 2 or call.gate.ndim == 0 or weight.shape[1] != call.gate.shape[-1]:
+        raise ValueError(f"linear[0] must be [O, F] with gate's last dimension F, got shape {tuple(weight.shape)}")
+    if bias is not None:
+        checks.is_floating("linear[1]", bias)
+        checks.on_device("linear[1]", bias, call.gate, "gate")
+        checks.has_shape("linear[1]", bias, tuple(weight.shape[:1]), "[O]")
+    return weight, bias
+
+
 def kept_bytes(call: Call) -> tuple[tuple[str, int], ...]:
     """gate and up are saved for backward and y is not, so a layer that recomputes y saves its bytes."""
     if torch.compiler.is_compiling():  # a size is a symbol there

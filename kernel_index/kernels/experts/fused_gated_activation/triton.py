@@ -1,6 +1,7 @@
 """One elementwise launch each way, over rows that may have gaps between them, as the halves of a projection have."""
 
 import itertools
+from typing import Any
 
 import triton.language as tl
 from torch import Tensor
@@ -52,9 +53,10 @@ def _gated_kernel(
 
 @jit
 def _gated_backward_kernel(
-    gate_ptr, up_ptr, g_ptr, d_gate_ptr, d_up_ptr, width, blocks, s_gate, s_up, s_g,
+    gate_ptr, up_ptr, g_ptr, d_gate_ptr, d_up_ptr, y_ptr, width, blocks, s_gate, s_up, s_g,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """``y_ptr`` None: the activation is not made again."""
     row = tl.program_id(0).to(tl.int64) // blocks
     o_d = (tl.program_id(0).to(tl.int64) % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_d = o_d < width
@@ -67,6 +69,8 @@ def _gated_backward_kernel(
         d_gate = tl.where(x <= 0, 0.0, d_gate)  # 0 times an infinite gradient would be NaN
     tl.store(d_gate_ptr + row * width + o_d, d_gate.to(d_gate_ptr.dtype.element_ty), mask=m_d)
     tl.store(d_up_ptr + row * width + o_d, (g * value).to(d_up_ptr.dtype.element_ty), mask=m_d)
+    if y_ptr is not None:
+        tl.store(y_ptr + row * width + o_d, (value * up).to(y_ptr.dtype.element_ty), mask=m_d)
 
 
 def _row_stride(x: Tensor) -> int | None:
@@ -109,8 +113,8 @@ def forward(gate: Tensor, up: Tensor, kind: str, y: Tensor) -> Tensor:
     return y
 
 
-def backward(gate: Tensor, up: Tensor, g: Tensor, kind: str, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """``outputs``, the gradients of gate and up, are filled."""
+def backward(gate: Tensor, up: Tensor, g: Tensor, kind: str, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``outputs`` are filled: the gradients of gate and up, and the activation, or None where it is not wanted."""
     if g.numel():
         inputs, strides, rows, width = _over_rows(gate, up, g)
         grid, geometry = _geometry(rows, width, kind)

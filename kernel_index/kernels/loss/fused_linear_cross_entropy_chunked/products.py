@@ -71,10 +71,10 @@ def gradients(
     rows of weight have logits.  Sums over tokens, and over the processes of ``group``, are float32 at least.
     """
     exact = exact_dtype(hidden)
-    d_hidden, d_weight, d_bias = empty_gradients(hidden, weight, needs)
+    d_hidden, d_weight, d_bias = empty_gradients(hidden, weight, [needs[0], False, needs[2]])
     if group:  # the sum over all classes is rounded only when it is complete
         d_hidden = d_hidden.to(exact)
-    weight_sum = torch.zeros_like(d_weight, dtype=exact) if needs[1] else d_weight
+    weight_sum = torch.zeros_like(weight, dtype=exact) if needs[1] else d_weight
     bias_sum = torch.zeros_like(d_bias, dtype=exact) if needs[2] else d_bias
     used, used_bias = weight[:classes], None if bias is None else bias[:classes]
     for start in range(0, hidden.shape[0], chunk):

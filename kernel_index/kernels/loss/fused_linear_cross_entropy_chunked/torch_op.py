@@ -28,11 +28,15 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products impor
     exact_dtype,
     refuse_create_graph,
 )
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.slices import Layout
 
 _loss_region = Region(loss_pass, z=(0,), targets=(0,))
 _gradient_region = Region(
     gradient_pass, z=(0,), targets=(0,), rows=(0,), row_max=(0,), log_sum=(0,), missing=(0,), lse_rows=(0,)
 )
+
+FUSED = "fused"
+"""The passes that are Triton kernels."""
 
 _OPTIONS = (
     "float softcap, float scale, float smoothing, float z_loss, SymInt vocab, SymInt chunk_size, str passes, "
@@ -70,6 +74,14 @@ class _Chunks(NamedTuple):
 
     def losses(self, z: Tensor, targets: Tensor, losses: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         """Fill losses and lse; returns row_max, log_sum and 1 − p."""
+        if self.passes == FUSED:
+            from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
+
+            saved = tuple(torch.empty_like(losses) for _ in range(3))
+            whole = Layout(z.shape[1], z.shape[1])
+            triton.losses(z, targets, (losses, *saved), self.vocab, self.terms, whole)
+            torch.add(saved[0], saved[1], out=lse)
+            return saved
         loss, row_max, log_sum, missing = self._statistics(z, targets)
         losses.copy_(loss)
         torch.add(row_max, log_sum, out=lse)
@@ -79,6 +91,12 @@ class _Chunks(NamedTuple):
         self, z: Tensor, targets: Tensor, rows: Tensor, lse_rows: Tensor | None, saved: tuple[Tensor, ...]
     ) -> None:
         """z becomes the gradient of Σ (rows·loss + lse_rows·lse) with respect to the logits."""
+        if self.passes == FUSED:
+            from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
+
+            row_max, log_sum, missing = saved
+            triton.gradient(z, targets, rows, (row_max, log_sum, missing), 0, self.vocab, self.terms, lse_rows)
+            return
         vectors: Any = (targets - self.first_class, rows, *saved, lse_rows)
         constants: Any = (self.softcap, self.scale, (self.smoothing, self.z_loss, self.classes))
         if self.passes == "inductor":
@@ -282,8 +300,10 @@ class VocabShard(NamedTuple):
     group: str
 
 
-def by_chunks(tokens: Tokens, options: Options, passes: str, shard: VocabShard | None = None) -> CrossEntropyOutput:
-    """The loss of flat tokens, in chunks of them."""
+def by_chunks(
+    tokens: Tokens, options: Options, passes: str, shard: VocabShard | None = None, chunk_size: int = 0
+) -> CrossEntropyOutput:
+    """The loss of flat tokens, in chunks of them, of ``chunk_size`` where the options have none."""
     shard = shard or VocabShard(0, options.vocab, "")
     chunks = _Chunks(
         softcap=options.softcap,
@@ -291,7 +311,7 @@ def by_chunks(tokens: Tokens, options: Options, passes: str, shard: VocabShard |
         smoothing=options.label_smoothing,
         z_loss=options.z_loss,
         vocab=shard.vocab,
-        chunk_size=options.chunk_size,
+        chunk_size=options.chunk_size or chunk_size,
         passes=passes,
         first_class=shard.first_class,
         classes=options.vocab,

@@ -1,4 +1,8 @@
-"""The loss of a GPU, by ``slices``: gradients are formed with the upstream factor, so none is held twice."""
+"""The loss of a GPU, by ``slices``: gradients are formed with the upstream factor, so none is held twice.
+
+With many tokens for each channel a float32 sum of the weight's gradient is small beside their logits: then chunks of
+tokens, whose gradients are formed with the loss, save the fourth product.
+"""
 
 from typing import Any, NamedTuple
 
@@ -8,9 +12,17 @@ from torch import Tensor
 from kernel_index.core import ops
 from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import slices
-from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import Call, CrossEntropyOutput
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import (
+    CHUNK_BYTES,
+    Call,
+    CrossEntropyOutput,
+    Options,
+)
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.products import empty_gradients, refuse_create_graph
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op import (
+    FUSED,
+    Tokens,
+    by_chunks,
     outputs,
     shaped,
     tokens_of,
@@ -18,6 +30,9 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.torch_op impor
 )
 
 NOTHING_HELD = [False] * 3
+
+MANY = 4
+"""Tokens for each channel from which on chunks of them are taken."""
 
 
 class _Constants(NamedTuple):
@@ -136,9 +151,25 @@ class _Sliced(torch.autograd.Function):
         return *out, *[None] * 6
 
 
+def goes_by_tokens(tokens: Tokens, options: Options) -> bool:
+    """Whether to form gradients with the loss, chunk by chunk: where the caller has set no limit to the logits.
+
+    A chunk has as many tokens as there are channels, so its logits take what the weight does; a shorter one would read
+    and write the float32 sum more often than its product hides.
+    """
+    (count, channels), size = tokens.hidden.shape, tokens.hidden.element_size()
+    if options.chunk_size or options.with_lse or options.reduction == "none" or is_invariant():
+        return False
+    is_aligned = options.vocab % slices.PADDED == 0  # rows of logits are then those of the classes alone
+    is_large = count >= MANY * channels and count * options.vocab * size > CHUNK_BYTES
+    return is_aligned and is_large and tokens.wanted()[1]
+
+
 def linear_cross_entropy_triton(call: Call) -> CrossEntropyOutput:
     options = call.options
     tokens = tokens_of(call.hidden, call.weight, call.bias, call.targets, options)
+    if goes_by_tokens(tokens, options):
+        return shaped(by_chunks(tokens, options, FUSED, chunk_size=tokens.hidden.shape[1]), call)
     constants = _Constants(
         softcap=options.softcap,
         scale=options.logit_scale,

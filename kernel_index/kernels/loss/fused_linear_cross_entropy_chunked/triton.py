@@ -7,47 +7,68 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import ceil_div, on_device
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.slices import Layout
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.triton_rows import (
+    block_of,
     capped,
-    geometry_of,
     log1p,
     row_of_slice,
     whole_blocks,
 )
+
+BLOCKS = 4
+"""Blocks of a row that a program of the losses reads at once."""
+
+STAGES = 1
+"""Of them in flight."""
+
+GRADIENT_BLOCK = 4096
+"""Columns of a program of the gradient."""
+
+
+@jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
 def _losses_kernel(
     z_ptr, targets_ptr, losses_ptr, max_ptr, log_sum_ptr, missing_ptr, class_stride, width, slice_width, vocab,
     softcap, scale, smoothing, z_loss,
-    CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Logits of ``width`` classes lie in slices of ``slice_width``; those before a class take ``class_stride`` each."""
+    """Logits of ``width`` classes lie in slices of ``slice_width``; those before a class take ``class_stride`` each.
+
+    BLOCKS blocks are read at once, each of which lies in one slice: a lane's sum is scaled anew once for all of them.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     columns = tl.arange(0, BLOCK)  # [BLOCK]
+    steps = BLOCK * tl.arange(0, BLOCKS)[:, None]  # [BLOCKS, 1]
     # Per lane: the maximum so far, Σ exp(x − maximum) over the other classes, Σ (x − maximum) for smoothing, the
     # target's logit.
     lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)
     lane_others = tl.zeros((BLOCK,), tl.float32)
     lane_y = tl.zeros((BLOCK,), tl.float32)
     lane_target = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        o_v = start + columns  # [BLOCK]
+    for start in tl.range(0, vocab, BLOCKS * BLOCK, num_stages=STAGES):
+        o_v = start + steps + columns[None, :]  # [BLOCKS, BLOCK]
         m_v = o_v < vocab
-        p_row = row_of_slice(z_ptr, start, row, class_stride, width, slice_width)
-        x, _ = capped(p_row, o_v, m_v, softcap, scale, CAP)  # [BLOCK]
+        p_row = row_of_slice(z_ptr, start + steps, row, class_stride, width, slice_width)  # [BLOCKS, 1]
+        x, _ = capped(p_row, o_v, m_v, softcap, scale, CAP)  # [BLOCKS, BLOCK]
         is_target = o_v == target
-        new_max = tl.maximum(lane_max, x, propagate_nan=tl.PropagateNan.ALL)
+        new_max = _larger(lane_max, tl.reduce(x, 0, _larger))  # [BLOCK]
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # −inf − (−inf) would be NaN
-        lane_others = lane_others * tl.exp(lane_max - shift) + tl.where(is_target, 0.0, tl.exp(x - shift))
-        lane_target += tl.where(is_target, x, 0.0)
+        others = tl.sum(tl.where(is_target, 0.0, tl.exp(x - shift[None, :])), 0)
+        lane_others = lane_others * tl.exp(lane_max - shift) + others
+        lane_target += tl.sum(tl.where(is_target, x, 0.0), 0)
         if SMOOTH:
             # The terms before are relative to the maximum before; where that was −∞ their sum is −∞ already.
             before = tl.where(lane_max == float("-inf"), 0.0, lane_max - shift)
-            lane_y += tl.where(m_v, (start // BLOCK) * before + (x - shift), 0.0)
+            lane_y += tl.where(start + columns < vocab, (start // BLOCK) * before, 0.0)
+            lane_y += tl.sum(tl.where(m_v, x - shift[None, :], 0.0), 0)
         lane_max = new_max
     row_max = tl.max(lane_max, 0)
     # A lane without a class has the maximum −∞ and the factor 0, however small row_max is.
@@ -104,6 +125,19 @@ def _gradient_kernel(
     tl.store(out_ptr + o_v, dz.to(out_ptr.dtype.element_ty), mask=m_v)
 
 
+def losses_geometry(columns: int, vocab: int) -> dict[str, int]:
+    """Two vectors of 16 bytes of a block for each thread, and four blocks at once: 1.25 exponentials a logit, not 2."""
+    block = block_of(columns)
+    blocks = min(BLOCKS, next_power_of_2(ceil_div(vocab, block)))
+    return {"BLOCK": block, "BLOCKS": blocks, "STAGES": STAGES, "num_warps": max(1, min(8, block // 256))}
+
+
+def gradient_geometry(columns: int) -> dict[str, int]:
+    """16 columns for each thread: a program of fewer ends before its five numbers of the row are worth their wait."""
+    block = min(GRADIENT_BLOCK, next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": max(1, block // 512)}
+
+
 Constants = tuple[float, float, float, float]
 """Softcap (0 is none), scale, smoothing, z-loss."""
 
@@ -125,7 +159,7 @@ def losses(
     The first ``vocab`` columns of z, which is dense, are classes.
     """
     if targets.shape[0]:
-        geometry = geometry_of(whole_blocks(layout, vocab))
+        geometry = losses_geometry(whole_blocks(layout, vocab), vocab)
         with on_device(z):
             _losses_kernel[(targets.shape[0],)](
                 z, targets.contiguous(), *outputs, layout.class_stride, layout.width, layout.slice_width, vocab,
@@ -150,7 +184,7 @@ def gradient(
     logits, or is written to ``out``; it is 0 for columns from class ``classes`` on.
     """
     if z.numel():
-        geometry, out = geometry_of(z.shape[1]), z if out is None else out
+        geometry, out = gradient_geometry(z.shape[1]), z if out is None else out
         with on_device(z):
             _gradient_kernel[(z.shape[0], ceil_div(z.shape[1], geometry["BLOCK"]))](
                 z, out, targets.contiguous(), rows.contiguous(), *statistics,

@@ -19,6 +19,12 @@ from kernel_index.kernels.mla.fused_mla_projection.contract import (
 )
 from kernel_index.kernels.mla.fused_mla_projection.reference import mla_projection_reference
 
+MANY_TILES = 512
+"""Tiles of 128 × 128, about four for each processor: no sum over rows is divided to occupy more of them."""
+
+FEW_ROWS = 256
+"""Rows up to which a sum has four steps of 64 at the most."""
+
 
 def _triton_normalise(latent: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     from kernel_index.kernels.mla.fused_mla_projection import triton
@@ -98,8 +104,15 @@ def _over_rows(d: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
     if d.dtype.itemsize >= 4 or (dtype == d.dtype and d.device.type == "cpu"):  # a CPU's products sum in float32
         return torch.mm(d.T, a).to(dtype)
     if d.is_cuda and torch.version.hip is None:  # in the product's accumulator: no half-precision split sums
+        if dtype == d.dtype and is_never_split(d.shape[1] * a.shape[1], d.shape[0]):
+            return torch.mm(d.T, a)  # a float32 result would be written, read and rounded by passes of its own
         return torch.mm(d.T, a, out_dtype=torch.float32).to(dtype)
     return torch.mm(d.T.to(torch.float32), a.to(torch.float32)).to(dtype)
+
+
+def is_never_split(elements: int, rows: int) -> bool:
+    """Whether a GPU's product sums over all rows in one accumulator: it has tiles enough, or too few rows to divide."""
+    return elements >= MANY_TILES * 128 * 128 or rows <= FEW_ROWS
 
 
 _forward_op = ops.register(

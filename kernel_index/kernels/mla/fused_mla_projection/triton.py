@@ -10,12 +10,16 @@ from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
+from kernel_index.core.triton.sums import sum_parts
 
 TILE = 2048
 """Elements of a tile; a longer row is a tile of its own."""
 
 WAVES = 4
 """Programs of the backward pass for each processor."""
+
+MOST_PARTS = 512
+"""Of them, and rows of the partial sums."""
 
 STAGES = 3
 """Tiles in flight in a program of the backward pass."""
@@ -110,7 +114,7 @@ def gradients(
         return normed, d_latent, latent.new_zeros((width,), dtype=torch.float32) if wanted[2] else None
     config = pick_config(width)
     tiles = ceil_div(rows, config["ROWS"])
-    programs = min(tiles, WAVES * processors(latent))
+    programs = min(tiles, WAVES * processors(latent), MOST_PARTS)
     parts = latent.new_empty((programs, width), dtype=torch.float32) if wanted[2] else None
     weight = None if weight is None else weight.contiguous()
     with on_device(latent):
@@ -119,4 +123,4 @@ def gradients(
             HAS_WEIGHT=weight is not None, NORMED=wanted[0], D_LATENT=wanted[1], D_WEIGHT=wanted[2], STAGES=STAGES,
             **config,
         )  # fmt: skip
-    return normed, d_latent, None if parts is None else parts.sum(0)
+    return normed, d_latent, None if parts is None else sum_parts(parts, parts.new_empty(width))

@@ -63,5 +63,6 @@ SUITES = (
         op="gated_rms_norm", function=gated_rms_norm, backends=BACKENDS, cases=CASES,
         differentiable=("x", "gate", "weight"), oracle=oracle, sized=lambda m, n: call(m, n, 24, groups=2),
         real=lambda m, rows=8192: call(m, rows, 4096), compulsory=compulsory, nonfinite=("x", "weight"),
+        double_backward=True,
     ),
 )  # fmt: skip

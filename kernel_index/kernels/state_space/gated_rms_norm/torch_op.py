@@ -8,6 +8,7 @@ from torch import Tensor
 from kernel_index.core import ops
 from kernel_index.core.triton.launch import dense_heads
 from kernel_index.kernels.state_space.gated_rms_norm.contract import Call
+from kernel_index.kernels.state_space.gated_rms_norm.reference import gated_rms_norm_reference
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -64,13 +65,20 @@ class _GatedRMSNorm(torch.autograd.Function):
     ) -> Tensor:
         y, rstd = _forward_op(x, gate, weight, eps, groups, dtype)
         ctx.save_for_backward(x, gate, weight, rstd)
+        ctx.numbers = eps, groups, dtype
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        found = _backward_op(d_y, *ctx.saved_tensors)
-        return *(g if needs else None for needs, g in zip(ctx.needs_input_grad[:3], found, strict=True)), *[None] * 3
+        *inputs, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph: the plain formula, which is differentiable
+            wanted = [t for t, n in zip(inputs, needs, strict=True) if n]
+            y = gated_rms_norm_reference(Call(*inputs, *ctx.numbers))
+            found = iter(torch.autograd.grad(y, wanted, d_y, create_graph=True))
+            return *(next(found) if n else None for n in needs), *[None] * 3
+        found = _backward_op(d_y, *inputs, rstd)
+        return *(g if n else None for n, g in zip(needs, found, strict=True)), *[None] * 3
 
 
 def gated_rms_norm_triton(call: Call) -> Tensor:

@@ -1,0 +1,51 @@
+"""How long does the first step of ``kernel-index train --compile`` take on a GPU, with nothing in any cache?
+
+``python -m benchmarks.gpu_cold_start``: the preset ``small``, forward and backward, in a process of its own whose
+caches of Inductor and Triton are new folders.  Target: 60 s.  PyTorch's own account says where they went.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.gpu_language_model import model_and_batch
+from benchmarks.harness import console
+
+LONGEST = 14
+"""Lines of PyTorch's account that are printed."""
+
+
+def first_steps(how: str, name: str = "small", rows: int = 16, steps: int = 3) -> None:
+    """Seconds of the first steps of a compiled model, then PyTorch's account of compiling."""
+    model, batch = model_and_batch(name, rows, recompute=False)
+    compiled = torch.compile(model, fullgraph=True) if how == "whole" else model
+    if how == "blocks":
+        model.compile_blocks()
+    for step in range(steps):
+        start = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = compiled(batch)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        console.print(f"{name}, {how}, step {step + 1}: {time.perf_counter() - start:.2f} s", highlight=False)
+    spent = torch._dynamo.utils.compilation_time_metrics
+    for phase, seconds in sorted(spent.items(), key=lambda item: -sum(item[1]))[:LONGEST]:
+        console.print(f"  {sum(seconds):7.2f} s in {len(seconds)}: {phase}", highlight=False)
+
+
+def main(how: Annotated[str, typer.Option(help="blocks, as the command does; whole; or eager.")] = "blocks") -> None:
+    """Time the first steps of ``small`` with empty caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        subprocess.run([sys.executable, "-m", __spec__.name, "inner", how], env=os.environ | caches, check=True)
+
+
+if __name__ == "__main__":
+    first_steps(sys.argv[2]) if sys.argv[1:2] == ["inner"] else typer.run(main)
