@@ -60,8 +60,8 @@ def _branches(stretches: list[Stretch]) -> tuple[Branch, ...]:
     for stretch in stretches:
         before: tuple[range, ...] = ()
         if stretch.parent >= 0:
-            *before, last = found[stretch.parent].path
-            before = (*before, range(last.start, stretch.above + 1))
+            path = found[stretch.parent].path
+            before = (*path[:-1], range(path[-1].start, stretch.above + 1))
         found.append(Branch((*before, stretch.tokens)))
     return tuple(found or [Branch((range(0),))])  # a row of gaps: one branch without a token
 
