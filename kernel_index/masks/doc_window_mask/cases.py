@@ -154,7 +154,7 @@ def alone_on(mask: MaskContract, row: int, path: list[int]) -> MaskContract:
     ids: list[int] | None = None
     if mask.doc_ids is not None:
         of_row = _row(mask.doc_ids, row)
-        document = [0, *itertools.accumulate(a != b for a, b in itertools.pairwise(of_row))]
+        document = list(itertools.accumulate((a != b for a, b in itertools.pairwise(of_row)), initial=0))
         ids = [document[s] if of_row[s] >= 0 else -1 for s in path]
     if mask.validity is not None:
         ids = [i if s < _count(mask.validity, row) else -1 for s, i in zip(path, ids or [0] * len(path), strict=True)]
