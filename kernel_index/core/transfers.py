@@ -21,14 +21,23 @@ def values_of(x: Tensor) -> np.ndarray:
     return x.detach().cpu().numpy()
 
 
+def _has_memory(x: Tensor) -> bool:
+    """Whether x is a plain tensor of the host, outside of a trace, a transform and a mode."""
+    if torch.compiler.is_compiling() or rules.inside_functorch() or rules.inside_dispatch_mode():
+        return False
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
 def copied(x: Tensor) -> Tensor:
     """A copy of a table on the host."""
     return torch.from_numpy(x.detach().numpy().copy())
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x on ``device``.  The host goes on at once: what is long goes through pinned memory."""
-    if device.type == "cuda" and x.device.type == "cpu" and x.nbytes > STAGED and not x.is_pinned():
+    """x on ``device``.  To a GPU the host goes on at once: what is long goes through pinned memory."""
+    if device.type != "cuda" or not _has_memory(x):
+        return x.to(device)
+    if x.nbytes > STAGED and not x.is_pinned():
         pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         pinned.numpy()[...] = x.detach().numpy()
         x = pinned

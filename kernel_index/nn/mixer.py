@@ -1,7 +1,5 @@
 """The base class of the mixers."""
 
-import dataclasses
-
 from torch import nn
 
 import kernel_index as ki
@@ -20,4 +18,4 @@ class Mixer(nn.Module):
 
     def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
         """The batch's mask narrowed to this layer's window.  Layers with equal windows should share the result."""
-        return mask if self.window is None else dataclasses.replace(mask, window=(self.window, 0))
+        return mask if self.window is None else mask.with_window(self.window, 0)

@@ -44,21 +44,23 @@ def mix_tree(
     if not levels:  # no token at all
         return scan(convolve(inputs_BTC, None, None), step_BTH, None, None).y.zero_()
     key = (taps, B, T, inputs_BTC.device)
-    runs, row, *before = mask.remember("places of runs", key, lambda: _places(levels, B * T, taps - 1))
+    runs, row, *paths = mask.remember("places of runs", key, lambda: _places(levels, B * T, taps - 1))
     segment = None if segments is None else segments.expand(B, -1).flatten()
     sizes = [level.index.numel() for level in levels]
     inputs, steps = (_moved(x.flatten(0, 1), runs, row).split(sizes) for x in (inputs_BTC, step_BTH))
-    states, outputs = list[Tensor](), list[Tensor]()
-    for level, x, step, path in zip(levels, inputs, steps, before, strict=True):
+    outputs, states, earlier_runs = list[Tensor](), None, 0  # states of the level before, and the runs before those
+    for level, x, step, path in zip(levels, inputs, steps, paths, strict=True):
         own = None if segment is None else segment[level.index]
         x, step = (t.unflatten(0, level.index.shape) for t in (x, step))
-        earlier = _inputs_before(inputs_BTC, path, level, segment) if states else None
-        state = _first_state(states, level, segment) if states else None
+        before, state = None, None
+        if states is not None:
+            before = _inputs_before(inputs_BTC, path, level, segment)
+            state = _first_state(states, level.parent - earlier_runs, level, segment)
+            earlier_runs += len(states)
         if not level.is_full:
             step = step.masked_fill(~level.is_token[..., None], -torch.inf)  # no token leaves the state as it is
-        scanned = scan(convolve(x, own, earlier), step, own, state)
-        states.append(scanned.state)
-        outputs.append(scanned.y.flatten(0, 1))
+        y, states = scan(convolve(x, own, before), step, own, state)
+        outputs.append(y.flatten(0, 1))
     return _moved(torch.cat(outputs), row, runs).unflatten(0, (B, T))
 
 
@@ -135,10 +137,9 @@ def _rows(x_BT: Tensor, index: Tensor) -> Tensor:
     return ki.gather_rows(flat[:, None].contiguous(), index)[:, 0]
 
 
-def _first_state(states: list[Tensor], level: Any, segment: Tensor | None) -> Tensor:
+def _first_state(states: Tensor, parent: Tensor, level: Any, segment: Tensor | None) -> Tensor:
     """The states that the runs of a level begin with; zeros where a document begins with the run."""
-    state = torch.cat(states)
-    state = ki.gather_rows(state.flatten(1)[:, None], level.parent).view(-1, *state.shape[1:])
+    state = ki.gather_rows(states.flatten(1)[:, None], parent).view(-1, *states.shape[1:])
     if segment is None:
         return state
     same = segment[level.index[:, 0]] == segment[level.before]

@@ -87,6 +87,7 @@ class MaskFields:
         >>> ki.MaskContract.from_position_ids(torch.tensor([[0, 1, 2, 0, 1]])).doc_ids.tolist()
         [[0, 0, 0, 1, 1]]
         """
+        checks.is_integer_tensor("position_ids", position_ids)
         check_rows("position_ids", position_ids)
         restarts = position_ids[..., 1:] <= position_ids[..., :-1]
         ids = torch.nn.functional.pad(restarts.to(torch.int32).cumsum(-1, dtype=torch.int32), (1, 0))

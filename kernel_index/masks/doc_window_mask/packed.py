@@ -4,6 +4,7 @@ Packed sequences are the one form whose sizes the host has to know.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -141,6 +142,14 @@ class PackedMask(MaskFields):
             return self
         kept = kept_value(self._kept, TWIN, (), self.sources())
         return None if kept is None else kept[0]
+
+    def with_window(self, left: int | None, right: int | None = None) -> Self:
+        """The same contract with another window; what the host knows of its trees stays known."""
+        found = dataclasses.replace(self, window=(left, right))
+        known = kept_value(self._kept, TWIN, (), self.sources())
+        if known is not None:
+            keep(found._kept, TWIN, (), found.sources(), (known[0].with_window(left, right),))
+        return found
 
     def lengths_are_known(self, sizes: Sizes) -> bool:
         """Whether ``varlen`` waits for nobody although there are documents or a valid prefix."""

@@ -71,18 +71,19 @@ def check_nested(subtree_end: Tensor) -> None:
     outside = (rows < index) | (rows > rows.shape[1])
     if outside.any():
         row, token = np.argwhere(outside)[0].tolist()
+        at = token if subtree_end.ndim == 1 else f"{row}, {token}"
         raise ValueError(
-            f"subtree_end[{token}] must be from {token} (a gap) to {rows.shape[1]}, got {int(rows[row, token])}"
+            f"subtree_end[{at}] must be from {token} (a gap) to {rows.shape[1]}, got {int(rows[row, token])}"
         )
     changes = rows > index
     changes[:, 1:] &= rows[:, 1:] != rows[:, :-1]
-    for row, change in zip(rows, changes, strict=True):
+    for i, (row, change) in enumerate(zip(rows, changes, strict=True)):
         starts = change.nonzero()[0]
-        _check_row(starts.tolist(), row[starts].tolist())
+        _check_row(starts.tolist(), row[starts].tolist(), "" if subtree_end.ndim == 1 else f"of row {i} ")
 
 
-def _check_row(starts: list[int], ends: list[int]) -> None:
-    """``starts`` of the runs of a row, ascending, and the ends of their subtrees."""
+def _check_row(starts: list[int], ends: list[int], of_row: str) -> None:
+    """``starts`` of the runs of a row, ascending, and the ends of their subtrees; ``of_row`` names it."""
     around = list[tuple[int, int, int]]()
     for run, (start, end) in enumerate(zip(starts, ends, strict=True)):
         while around and around[-1][2] <= start:
@@ -90,7 +91,7 @@ def _check_row(starts: list[int], ends: list[int]) -> None:
         if around and around[-1][2] < end:
             outer, first, last = around[-1]
             raise ValueError(
-                f"subtree_end must nest: run {run} at {start} must end by {last}, where the subtree of run {outer} at "
-                f"{first} ends, got {end}"
+                f"subtree_end must nest: run {run} {of_row}at {start} must end by {last}, where the subtree of run "
+                f"{outer} at {first} ends, got {end}"
             )
         around.append((run, start, end))

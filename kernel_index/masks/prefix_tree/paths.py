@@ -8,13 +8,14 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernel_index.core import rules
 from kernel_index.core.dispatch import Ineligible
 from kernel_index.core.rows import taken
-from kernel_index.core.transfers import to_device
+from kernel_index.core.transfers import to_device, values_of
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
 from kernel_index.masks.doc_window_mask.intervals import Sizes, segments
 from kernel_index.masks.doc_window_mask.mask import MaskContract
@@ -85,17 +86,21 @@ def _why_not(mask: MaskContract, sizes: Sizes) -> str | None:
 
 
 def _steps(mask: MaskContract, sizes: Sizes) -> bool:
-    assert mask.positions is not None
-    known = mask.on_the_host() or mask
-    assert known.positions is not None
-    along = torch.atleast_2d(known.positions.detach().cpu())
-    rows = branches_of(mask, sizes)
-    return all(
-        bool((row[branch.keys].diff() == 1).all())
-        for i in range(max(len(along), len(rows)))
-        for row in [along[i % len(along)]]
-        for branch in rows[i % len(rows)]
-    )
+    """Whether positions grow by 1 along each path."""
+
+    def build() -> tuple[bool]:
+        known = mask.on_the_host() or mask
+        assert known.positions is not None
+        along, rows = np.atleast_2d(values_of(known.positions)), mask.stretches(sizes)
+        pairs = ((along[i % len(along)], rows[i % len(rows)]) for i in range(max(len(along), len(rows))))
+        return (all(_step(row, stretch) for row, stretches in pairs for stretch in stretches),)
+
+    return mask.remember("steps", sizes, build)[0]
+
+
+def _step(positions: np.ndarray, stretch: Stretch) -> bool:
+    own = positions[stretch.tokens.start : stretch.tokens.stop]
+    return bool((np.diff(own) == 1).all()) and (stretch.above < 0 or own[0] - positions[stretch.above] == 1)
 
 
 def along_paths(
@@ -119,7 +124,7 @@ def along_paths(
         sizes: the mask's.
         by_query: tensors [B, T, …].
         by_key: tensors [B, S, …].
-        time_dims: of each result, the dimension of the queries.
+        time_dims: of each result, the dimension of the queries; 1 after the last one.
         in_gaps: of each result, what a gap has; zeros after the last one.
 
     Returns:
@@ -136,8 +141,10 @@ def along_paths(
         _as_tuple(run(*(_taken(x, g.queries) for x in by_query), *(_taken(x, g.keys) for x in by_key), g.mask))
         for g in groups
     ]
-    fillers = in_gaps + (0.0,) * (len(time_dims) - len(in_gaps))
-    return tuple(map(functools.partial(_in_order, place), zip(*found, strict=True), time_dims, fillers))
+    results = list(zip(*found, strict=True))
+    dims = time_dims + (1,) * (len(results) - len(time_dims))
+    fillers = in_gaps + (0.0,) * (len(results) - len(in_gaps))
+    return tuple(map(functools.partial(_in_order, place), results, dims, fillers))
 
 
 class Group(NamedTuple):

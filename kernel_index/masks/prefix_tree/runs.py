@@ -28,7 +28,7 @@ class Stretch(NamedTuple):
 
 
 class Level(NamedTuple):
-    """R runs that begin where runs of earlier levels end; L is the longest of them.
+    """R runs that begin where runs of the level before end; L is the longest of them.
 
     ``index``: int64 [R, L], places in the B·T tokens of the batch; a shorter run repeats its last token.  ``is_token``:
     bool [R, L], False for the repeated ones, of which a level that ``is_full`` has none.  ``parent``: int64 [R], the
@@ -59,6 +59,8 @@ def stretches_of(subtree_end: Tensor | None, tokens: int) -> list[list[Stretch]]
         return [[Stretch(range(tokens), -1, -1)] if tokens else []]
     if subtree_end.is_meta:
         raise ValueError("subtree_end must hold values where a tree is taken apart, got a tensor on the meta device")
+    if rules.inside_dispatch_mode() or torch._C._functorch.is_batchedtensor(subtree_end):
+        raise ValueError("subtree_end must hold values where a tree is taken apart, got one inside a mode or a vmap")
     ends = np.atleast_2d(values_of(subtree_end))
     index = np.arange(tokens)
     real = ends > index
