@@ -233,7 +233,16 @@ def moba_decode(rng: random.Random) -> dict[str, Any]:
     cache = ki.ContiguousKVCache(1, B, 8, K, D)
     cache.begin(2)
     q, k, v = floats(rng, B, 2, H, D), floats(rng, B, 2, K, D), floats(rng, B, 2, K, D)
-    return {"q": q, "cache": cache, "k": k, "v": v, "block_size": 2, "topk": rng.randrange(1, 4), "scale": 0.3}
+    return {
+        "q": q,
+        "cache": cache,
+        "k": k,
+        "v": v,
+        "block_size": 2,
+        "topk": rng.randrange(1, 4),
+        "scale": 0.3,
+        "sink": floats(rng, H),
+    }
 
 
 def selected_decode(rng: random.Random) -> dict[str, Any]:
@@ -272,6 +281,7 @@ CALLS = {
     "clustered_sparse_attention_with_lse": Call(ki.clustered_sparse_attention_with_lse, clustered, check_clustered),
     "clustered_route": Call(ki.clustered_route, clustered_routes, check_clustered_routes),
     "resolve_block_sparse_backend": Call(ki.resolve_block_sparse_backend, lambda r: {"requested": "auto"}),
+    "along_paths": Call(ki.along_paths, contracts.paths, contracts.check_paths),
     "pack_tree": Call(ki.pack_tree, tree, check_tree),
     "exact_mask_key": Call(ki.exact_mask_key, key, check_key),
     "lightning_indexer_loss": Call(ki.lightning_indexer_loss, indexer_loss),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from kernel_index.masks.doc_window_mask.cases import dense_oracle
-from tests.fuzz.draws import B, T, whole
+from tests.fuzz.draws import B, T, floats, whole
 
 QUERIES = 3
 """Fewer than keys: they are the last ones, unless the contract places them elsewhere."""
@@ -115,3 +115,22 @@ def check_positions(kwargs: dict[str, Any], found: tuple[ki.MaskContract, Tensor
                 between = ids[min(q, k) : max(q, k) + 1]
                 together = all(a < b for a, b in itertools.pairwise(between))
                 assert bool(found[1][row, 0, q, k]) == (together and (k <= q or not kwargs["causal"]))
+
+
+def paths(rng: random.Random) -> dict[str, Any]:
+    """Sums of what stands on each token's path."""
+    x = floats(rng, B, T)
+    return {
+        "run": lambda q, k, mask: k.cumsum(1)[:, k.shape[1] - q.shape[1] :],
+        "mask": ki.MaskContract(**tree_fields(rng, B, T)),
+        "by_query": (x,),
+        "by_key": (x,),
+    }
+
+
+def check_paths(kwargs: dict[str, Any], found: tuple[Tensor, ...]) -> None:
+    ends = kwargs["mask"].subtree_end.expand(B, -1).tolist()
+    for row in range(B):
+        for t in range(T):
+            path = [s for s in range(t + 1) if t < ends[row][s]] if t < ends[row][t] else []
+            assert abs(float(found[0][row, t] - kwargs["by_key"][0][row, path].sum())) < 1e-5
