@@ -1,6 +1,5 @@
 """A legal call of every public function and type that has no suite or only a wrapped one, and what must come out."""
 
-import math
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,8 +8,9 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
-
-B, T, H, K, D = 2, 6, 4, 2, 4
+from tests.fuzz import contracts
+from tests.fuzz.draws import B, D, H, K, T, floats, whole
+from tests.fuzz.rotations import check_rope, rope
 
 
 class Call(NamedTuple):
@@ -19,14 +19,6 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     build: Callable[[random.Random], dict[str, Any]]
     check: Callable[[dict[str, Any], Any], None] | None = None
-
-
-def floats(rng: random.Random, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
-
-
-def whole(rng: random.Random, low: int, high: int, *shape: int) -> Tensor:
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
 
 
 # Metadata
@@ -105,16 +97,6 @@ def check_doc_mask(kwargs: dict[str, Any], found: Tensor) -> None:
                 allowed &= left is None or k >= q - left
                 allowed &= right is None or kwargs["causal"] or k <= q + right
                 assert bool(found[row, 0, q, k]) == allowed, (row, q, k)
-
-
-def check_tables(kwargs: dict[str, Any], found: ki.RopeTables) -> None:
-    positions, dim, base = kwargs["positions"], kwargs["dim"], kwargs["base"]
-    if kwargs["scaling"] is not None or dim > 4096:
-        return
-    for t, position in enumerate(positions.reshape(-1).tolist()):
-        for i in range(dim // 2):
-            angle = position * base ** (-2 * i / dim)
-            assert math.isclose(found.cos.reshape(-1, dim // 2)[t, i], math.cos(angle), abs_tol=1e-6)
 
 
 # Selections
@@ -232,14 +214,35 @@ def decode(rng: random.Random) -> dict[str, Any]:
     q, k, v = floats(rng, B, 2, H, D), floats(rng, B, 2, K, D), floats(rng, B, 2, K, D)
     k_cache, v_cache = floats(rng, B, 8, K, D), floats(rng, B, 8, K, D)
     lengths = torch.tensor([0, 5], dtype=torch.int32)
-    return {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": lengths, "k": k, "v": v, "causal": True}
+    call = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": lengths, "k": k, "v": v, "causal": True}
+    return {**call, "scale": rng.choice([None, 0.3]), "sink": rng.choice([None, floats(rng, H)])}
+
+
+def check_decode(kwargs: dict[str, Any], out: Tensor) -> None:
+    """Attention over what the caches hold after the step."""
+    finite(kwargs, out)
+    for row, cached in enumerate(kwargs["cache_seqlens"].tolist()):
+        one = slice(row, row + 1), slice(cached + kwargs["k"].shape[1])
+        keys, values = kwargs["k_cache"][one], kwargs["v_cache"][one]
+        options = {name: kwargs[name] for name in ("scale", "sink")}
+        expected = ki.attention(kwargs["q"][one[:1]], keys, values, **options, backend="reference")
+        torch.testing.assert_close(out[one[:1]], expected, rtol=1e-4, atol=1e-5 * float(values.abs().max() + 1))
 
 
 def moba_decode(rng: random.Random) -> dict[str, Any]:
     cache = ki.ContiguousKVCache(1, B, 8, K, D)
     cache.begin(2)
     q, k, v = floats(rng, B, 2, H, D), floats(rng, B, 2, K, D), floats(rng, B, 2, K, D)
-    return {"q": q, "cache": cache, "k": k, "v": v, "block_size": 2, "topk": rng.randrange(1, 4)}
+    return {
+        "q": q,
+        "cache": cache,
+        "k": k,
+        "v": v,
+        "block_size": 2,
+        "topk": rng.randrange(1, 4),
+        "scale": 0.3,
+        "sink": floats(rng, H),
+    }
 
 
 def selected_decode(rng: random.Random) -> dict[str, Any]:
@@ -249,7 +252,7 @@ def selected_decode(rng: random.Random) -> dict[str, Any]:
     block_size = rng.choice([1, 2])
     shape = rng.choice([(B, 4, 3), (B, 4, K, 3)])
     indices = whole(rng, -1, 4 // block_size, *shape)
-    return {"q": q, "cache": cache, "indices": indices, "k": k, "v": v, "block_size": block_size}
+    return {"q": q, "cache": cache, "indices": indices, "k": k, "v": v, "block_size": block_size, "scale": 0.3}
 
 
 def finite(kwargs: dict[str, Any], out: Any) -> None:
@@ -267,11 +270,7 @@ CALLS = {
     ),
     "causal_windowing_plan": Call(ki.causal_windowing_plan, plan, check_plan),
     "doc_window_mask": Call(ki.doc_window_mask, doc_mask, check_doc_mask),
-    "rope_tables": Call(
-        ki.rope_tables,
-        lambda r: {"positions": whole(r, -5, 99, T), "dim": r.choice([2, 8]), "base": 10000.0, "scaling": None},
-        check_tables,
-    ),
+    "rope_tables": Call(ki.rope_tables, rope, check_rope),
     "union_selection": Call(ki.union_selection, union, check_union),
     "materialize_query_union_mask": Call(
         ki.materialize_query_union_mask, lambda r: {"maps": ki.union_selection(**union(r))}
@@ -282,23 +281,16 @@ CALLS = {
     "clustered_sparse_attention_with_lse": Call(ki.clustered_sparse_attention_with_lse, clustered, check_clustered),
     "clustered_route": Call(ki.clustered_route, clustered_routes, check_clustered_routes),
     "resolve_block_sparse_backend": Call(ki.resolve_block_sparse_backend, lambda r: {"requested": "auto"}),
+    "along_paths": Call(ki.along_paths, contracts.paths, contracts.check_paths),
     "pack_tree": Call(ki.pack_tree, tree, check_tree),
     "exact_mask_key": Call(ki.exact_mask_key, key, check_key),
     "lightning_indexer_loss": Call(ki.lightning_indexer_loss, indexer_loss),
-    "fa4_kvcache_decode": Call(ki.fa4_kvcache_decode, decode, finite),
+    "fa4_kvcache_decode": Call(ki.fa4_kvcache_decode, decode, check_decode),
     "moba_decode": Call(ki.moba_decode, moba_decode, finite),
     "selected_decode": Call(ki.selected_decode, selected_decode, finite),
-    "MaskContract": Call(
-        ki.MaskContract,
-        lambda r: {
-            "causal": True,
-            "window": (2, 0),
-            "doc_ids": whole(r, -1, 3, B, T),
-            "q_offset": r.choice([None, 1, torch.tensor([0, 2])]),
-            **r.choice([{}, {"prefix": r.choice([2, torch.tensor([1, 3])])}, {"subtree_end": torch.full((B, T), T)}]),
-        },
-        lambda kwargs, mask: mask.dense(B, 3, T) if mask.doc_ids is not None else None,
-    ),
+    "MaskContract": Call(contracts.lowered, contracts.contract, contracts.check_lowered),
+    "MaskContract.from_cu_seqlens": Call(contracts.of_lengths, contracts.lengths, contracts.check_lowered),
+    "MaskContract.from_position_ids": Call(contracts.of_positions, contracts.restarts, contracts.check_positions),
     "ContiguousKVCache": Call(
         ki.ContiguousKVCache,
         lambda r: (

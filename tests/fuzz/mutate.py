@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
+from tests.fuzz.contracts import tree_fields, valid
 
 DTYPES = (torch.float64, torch.float16, torch.int32, torch.bool, torch.complex64, torch.uint8)
 SCALARS = (
@@ -88,11 +89,24 @@ def some_mask(rng: random.Random, batch: int, keys: int) -> Any:
             lambda: ki.MaskContract(doc_ids=docs),
             lambda: ki.MaskContract(validity=ki.attention_validity(valid_token_counts=torch.tensor(counts))),
             lambda: ki.MaskContract(q_offset=rng.randrange(-3, 4)),
+            lambda: _some_tree(rng, batch, keys, docs),
+            lambda: _some_tree(rng, batch, keys, docs),
+            lambda: ki.MaskContract(prefix=rng.choice([2, torch.tensor(counts)])),
+            lambda: ki.MaskContract(rng.random() < 0.5, key_validity=valid(rng, batch, keys)),
+            lambda: ki.MaskContract.from_cu_seqlens(
+                torch.tensor([0, keys // 3, keys]), window=(rng.choice([None, 2]), 0)
+            ),
             lambda: ki.MaskContract(doc_ids=docs[:, :-1]),
             lambda: docs,
             lambda: None,
         ]
     )()
+
+
+def _some_tree(rng: random.Random, batch: int, keys: int, docs: Tensor) -> ki.MaskContract:
+    """A tree, often with a window along its paths, documents and valid prefixes."""
+    more = rng.choice([{}, {"doc_ids": docs.sort(-1).values}, {"doc_ids": docs}, {"validity": valid(rng, batch, keys)}])
+    return ki.MaskContract(window=(rng.choice([None, 0, 3]), 0), **tree_fields(rng, batch, keys), **more)
 
 
 def mutated(rng: random.Random, kwargs: dict[str, Any], junk: bool = True) -> tuple[dict[str, Any], str]:
@@ -105,6 +119,8 @@ def mutated(rng: random.Random, kwargs: dict[str, Any], junk: bool = True) -> tu
         leading = next((v for v in kwargs.values() if isinstance(v, Tensor)), torch.empty(2, 6))
         batch, keys = (leading.shape[0], leading.shape[1]) if leading.ndim > 1 else (1, 4)
         return {**kwargs, name: some_mask(rng, batch, keys)}, "anything"
+    if isinstance(value, dict) and rng.random() < 0.7:  # a key that is wrong, or one that nobody knows
+        return {**kwargs, name: {**value, rng.choice([*sorted(value), "factor", "x"]): rng.choice(SCALARS)}}, "anything"
     if not isinstance(value, Tensor):
         return {**kwargs, name: rng.choice(SCALARS)}, "anything"
     kind, table = rng.choice([

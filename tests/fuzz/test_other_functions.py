@@ -27,7 +27,7 @@ def test_every_public_function_is_fuzzed():
     functions = {n for n in ki.__all__ if inspect.isfunction(getattr(ki, n))}
     covered = {s.op for s in suites()} | set(CALLS) | set(NOT_CALLED)
     assert functions - covered == set()
-    assert not set(CALLS) - set(ki.__all__)
+    assert not {name.partition(".")[0] for name in CALLS} - set(ki.__all__)
 
 
 @pytest.mark.parametrize("name", CALLS)

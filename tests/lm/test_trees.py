@@ -1,6 +1,8 @@
 """A model on packed prefix trees learns what it learns from their root-to-leaf paths, each edge counted once."""
 
+import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +20,16 @@ SHAPES = [([-1, 0, 0, 1, 1], [5, 4, 3, 6, 2]), ([-1, 0, 1], [4, 3, 5]), ([-1, 0,
 def random_trees(seed: int) -> list[TokenTree]:
     g = torch.Generator().manual_seed(seed)
     return [TokenTree(p, [torch.randint(0, 256, (n,), generator=g) for n in lengths]) for p, lengths in SHAPES]
+
+
+def any_trees(rng: random.Random) -> list[TokenTree]:
+    """One to three forests: chains, stars, deep and ragged trees, several in a row; at least one edge in each."""
+    forests = list[TokenTree]()
+    for _ in range(rng.randrange(1, 4)):
+        parents = [-1, *(rng.randrange(-1, run) for run in range(1, rng.randrange(1, 7)))]
+        lengths = [rng.randrange(2, 12), *(rng.randrange(1, 6) for _ in parents[1:])]
+        forests.append(TokenTree(parents, [torch.tensor(rng.choices(range(256), k=n)) for n in lengths]))
+    return forests
 
 
 def paths_of(tree: TokenTree) -> list[tuple[torch.Tensor, int]]:
@@ -55,13 +67,13 @@ def model_of(config, seed=0) -> LanguageModel:
     return model
 
 
-def steps_of(config, loss, count=3) -> list[torch.Tensor]:
-    """Losses of some steps, and the weights after them."""
+def steps_of(config, loss, batches) -> list[torch.Tensor]:
+    """Losses of a step on each batch of trees, and the weights after them."""
     model, losses = model_of(config), []
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for step in range(count):
+    for trees in batches:
         optimizer.zero_grad()
-        found = loss(model, random_trees(step))
+        found = loss(model, trees)
         found.backward()
         optimizer.step()
         losses.append(found.detach())
@@ -72,6 +84,16 @@ def loss_of_trees(model: LanguageModel, trees: list[TokenTree], align: int = 1) 
     return model.loss(TreeBatch.of(trees, align=align), reduction="sum")
 
 
+def assert_same_steps(config, batches, align=1, **close) -> None:
+    trees, paths = (
+        steps_of(config, partial(loss_of_trees, align=align), batches),
+        steps_of(config, loss_of_paths, batches),
+    )
+    for a, b in zip(trees, paths, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+RESIDUALS = ["plain", "fp32", "mhc", "mhc-plain"]
 LETTERS = [
     pytest.param("A", (None,), id="A"), pytest.param("A", (3,), id="A-window"), pytest.param("L", (None,), id="L"),
     pytest.param("M", (None,), id="M"), pytest.param("AE", (None, None), id="E"),
@@ -91,15 +113,24 @@ def with_pattern(pattern, windows, **changes):
 def test_every_letter(pattern, windows):
     config = with_pattern(pattern, windows)
     close = {"rtol": 1e-4, "atol": 1e-5} if "E" in pattern else {}
-    for a, b in zip(steps_of(config, loss_of_trees, 1), steps_of(config, loss_of_paths, 1), strict=True):
-        torch.testing.assert_close(a, b, **close)
+    assert_same_steps(config, [random_trees(0)], **close)
 
 
-@pytest.mark.parametrize("residual", ["plain", "fp32", "mhc", "mhc-plain"])
+@pytest.mark.parametrize("residual", RESIDUALS)
 def test_some_steps_of_a_hybrid_model(residual):
-    config = replace(WITHOUT_EXPERTS, residual=residual)
-    for a, b in zip(steps_of(config, loss_of_trees), steps_of(config, loss_of_paths), strict=True):
-        torch.testing.assert_close(a, b)
+    assert_same_steps(replace(WITHOUT_EXPERTS, residual=residual), [random_trees(step) for step in range(3)])
+
+
+@pytest.mark.thorough_if(when=lambda pattern, windows, residual, seed: seed > 0)
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize(("pattern", "windows"), LETTERS)
+def test_two_steps_on_any_forest(pattern, windows, residual, seed):
+    """Every letter with every residual stream, on forests of any shape, aligned or not."""
+    rng = random.Random(f"{pattern} {windows} {residual} {seed}")
+    batches, align = [any_trees(rng) for _ in range(2)], rng.choice([1, 2, 3, 8])
+    close = {"rtol": 1e-4, "atol": 1e-5} if "E" in pattern else {}
+    assert_same_steps(with_pattern(pattern, windows, residual=residual), batches, align, **close)
 
 
 def test_gaps_change_nothing():

@@ -129,6 +129,38 @@ def dense_oracle(mask: MaskContract, batch: int, queries: int, keys: int) -> Ten
     return allowed
 
 
+def on_each_path(oracle: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: MaskContract, **call: Any):
+    """What ``oracle`` gives the last query of each path of a tree, computed over that path alone; 0 in a gap."""
+    nothing = (q.sum() + k.sum() + v.sum()) * 0.0
+    out = nothing.expand(*q.shape[:3], v.shape[3]).clone()
+    for b, t in itertools.product(range(q.shape[0]), range(q.shape[1])):
+        path = _path_of(mask, b, t)
+        if path:
+            alone = (x[b : b + 1, path] for x in (q, k, v))
+            out[b, t] = oracle(*alone, mask=alone_on(mask, b, path), **call)[0, -1]
+    return out
+
+
+def _path_of(mask: MaskContract, row: int, query: int) -> list[int]:
+    """The tokens of a query's path, itself the last; none for a gap."""
+    if mask.subtree_end is None:
+        return list(range(query + 1))
+    ends = _row(mask.subtree_end, row)
+    return [s for s in range(query + 1) if query < ends[s]] if query < ends[query] else []
+
+
+def alone_on(mask: MaskContract, row: int, path: list[int]) -> MaskContract:
+    """The contract of a path of a tree as a row of its own: its window, documents and valid tokens."""
+    ids: list[int] | None = None
+    if mask.doc_ids is not None:
+        of_row = _row(mask.doc_ids, row)
+        document = list(itertools.accumulate((a != b for a, b in itertools.pairwise(of_row)), initial=0))
+        ids = [document[s] if of_row[s] >= 0 else -1 for s in path]
+    if mask.validity is not None:
+        ids = [i if s < _count(mask.validity, row) else -1 for s, i in zip(path, ids or [0] * len(path), strict=True)]
+    return MaskContract(window=mask.window, doc_ids=None if ids is None else torch.tensor([ids]))
+
+
 @dataclass(frozen=True)
 class MaskCase:
     """A contract for given sizes: ``build(T, S)``, for two rows."""
@@ -174,6 +206,17 @@ def tree_fields(length: int) -> dict[str, Any]:
     )
     index = torch.arange(length)
     return {"subtree_end": torch.maximum(ends, index), "positions": torch.where(ends > index, along, 0)}
+
+
+def chain_fields(length: int) -> dict[str, Any]:
+    """``subtree_end`` and ``positions`` of two rows: a chain of three runs, and two chains."""
+    third, half = length // 3, length // 2
+    trees = (
+        _without_empty([-1, 0, 1], [third, third, length - 2 * third]),
+        _without_empty([-1, -1], [half, length - half]),
+    )
+    packings = [pack_tree(*tree) for tree in trees]
+    return {name: torch.stack([getattr(p, name) for p in packings]) for name in ("subtree_end", "positions")}
 
 
 def _fitted(x: Tensor, length: int) -> Tensor:
@@ -246,6 +289,11 @@ CASES = (
         lambda t, s: MaskContract(window=(2, 0), doc_ids=packed(s), prefix=torch.tensor([2, 5])),
     ),
     MaskCase("whole_prefix", "a prefix of every row alike", lambda t, s: MaskContract(prefix=4)),
+    MaskCase(
+        "chain",
+        "trees without a branch: intervals, with a window along the path",
+        lambda t, s: MaskContract(window=(4, 0), **chain_fields(s)),
+    ),
     MaskCase(
         "tree",
         "shared prompts: keys are seen along a path alone",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.testing import Case, Maker, Suite
-from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed
+from kernel_index.masks.doc_window_mask.cases import dense_oracle, forest, packed
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.lightning_indexer.api import BACKENDS, lightning_indexer
 from kernel_index.routing.lightning_indexer.loss import LOSS_BACKENDS, lightning_indexer_loss
@@ -28,6 +28,8 @@ CASES = (
     Case("causal", "the first queries have fewer keys than topk", lambda m: indexer(m, 13, 13, 4, 8, 5)),
     Case("documents", "documents with padding and a window", lambda m: indexer(
         m, 13, 13, 3, 7, 3, mask=MaskContract(window=(6, 0), doc_ids=packed(13)))),
+    Case("tree", "shared prompts: the tokens of each path", lambda m: indexer(
+        m, 13, 13, 3, 8, 4, mask=MaskContract(subtree_end=forest(13).subtree_end).to(m.device))),
     Case("many", "more wanted than there are, T ≠ S", lambda m: indexer(m, 4, 9, 2, 8, 12)),
     Case("plateau", "every product negative: all scores are 0", lambda m: {
         **indexer(m, 9, 9, 2, 4, 4), "q_idx": torch.ones_like(m.normal(2, 9, 2, 4)),

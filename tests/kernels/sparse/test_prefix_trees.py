@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernel_index as ki
+from kernel_index.core.testing import Maker, suites
+from kernel_index.masks.doc_window_mask.cases import alone_on
 from kernel_index.masks.prefix_tree.paths import _grouped, branches_of
 from tests.masks.trees import batch_of, forests, paths_of
 
@@ -45,11 +47,11 @@ def leaves_of(rows: int, length: int, dtype=torch.float64):
     return [torch.randn(rows, length, *s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def each_path_alone(function, leaves, row, tree, packing, window, backend, above):
+def each_path_alone(function, leaves, row, tree, packing, mask, backend, above):
     """Outputs by place, and the sum of their products with ``above``: each token counts on its first path."""
     seen, found, total = set(), {}, 0.0
     for path in paths_of(*tree, packing):
-        one = function(*(x[row : row + 1, path] for x in leaves), ki.MaskContract(window=window), backend)
+        one = function(*(x[row : row + 1, path] for x in leaves), alone_on(mask, row, path), backend)
         new = [i for i, place in enumerate(path) if place not in seen]
         seen |= set(path)
         found |= {path[i]: one[0, i].detach() for i in new}
@@ -57,16 +59,18 @@ def each_path_alone(function, leaves, row, tree, packing, window, backend, above
     return found, total
 
 
-def assert_law(function, trees, align, window, backend, dtype, **close):
+def assert_law(function, trees, align, window, backend, dtype, more=lambda rows, length: {}, **close):
+    """``more`` gives other fields of the contract for so many rows and tokens."""
     packings = [ki.pack_tree(*tree, align=align) for tree in trees]
     fields = batch_of(packings)
     leaves = leaves_of(len(trees), fields["positions"].shape[1], dtype)
-    out = function(*leaves, ki.MaskContract(window=window, **fields), backend)
+    mask = ki.MaskContract(window=window, **fields, **more(*fields["positions"].shape))
+    out = function(*leaves, mask, backend)
     above = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     alone = 0.0
     real = fields["subtree_end"] > torch.arange(out.shape[1])
     for row, (tree, packing) in enumerate(zip(trees, packings, strict=True)):
-        found, total = each_path_alone(function, leaves, row, tree, packing, window, backend, above)
+        found, total = each_path_alone(function, leaves, row, tree, packing, mask, backend, above)
         alone = alone + total
         assert real[row].sum() == len(found)
         for place, expected in found.items():
@@ -84,6 +88,37 @@ def test_the_law(function, trees, align, left):
     out, real = assert_law(function, trees, align, (left, 0), "reference", torch.float64)
     if function not in (exact, clustered_with_lse):
         assert (out[~real] == 0).all()
+
+
+@st.composite
+def restrictions(draw):
+    """Documents that end anywhere, ids that come again and padding among them, and valid prefixes."""
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**40)))
+    documents, valid = draw(st.sampled_from(["ascending", "any", None])), draw(st.booleans())
+
+    def fields(rows, length):
+        found = {}
+        if documents:
+            ids = torch.randint(-1, 2, (rows, length), generator=g)
+            found["doc_ids"] = ids.sort(-1).values if documents == "ascending" else ids
+        if valid:
+            counts = torch.randint(0, length + 1, (rows,), generator=g)
+            found["validity"] = ki.attention_validity(valid_token_counts=counts)
+        return found
+
+    return fields
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@settings(FEW, max_examples=30)
+@given(
+    st.lists(forests(most_runs=5), min_size=1, max_size=2),
+    st.sampled_from([1, 3]),
+    st.sampled_from([None, 1, 4]),
+    restrictions(),
+)
+def test_the_law_with_documents_windows_and_valid_prefixes(function, trees, align, left, more):
+    assert_law(function, trees, align, (left, 0), "reference", torch.float64, more)
 
 
 LONG = ([-1, 0, 0, 1, -1], [9, 5, 4, 6, 7])
@@ -150,6 +185,21 @@ def test_what_cannot_be_routed_is_refused_by_a_reason():
         moba(q, k, v, ki.MaskContract(q_offset=torch.tensor([0])), "auto")
     with pytest.raises(ValueError, match=r"must be causal: .* got prefix=2"):
         moba(q, k, v, ki.MaskContract(prefix=2), "auto")
+
+
+REFUSING = ["block_sparse_attention", "block_router", "importance_route", "hierarchical_block_select"]
+
+
+@pytest.mark.parametrize("op", REFUSING)
+def test_what_counts_blocks_in_the_row_refuses_a_tree(op):
+    """The Triton kernel of block-sparse attention ran, and counted tokens of other branches."""
+    suite = next(s for s in suites() if s.op == op)
+    kwargs = suite.cases[0].build(Maker(torch.float32))
+    keys = kwargs.get("kv_len") or kwargs["k"].shape[1]
+    kwargs["mask"] = ki.MaskContract(subtree_end=ki.pack_tree([-1, 0, 0], [keys - 8, 3, 5]).subtree_end)
+    for name in ("auto", *(b.name for b in suite.backends)):
+        with pytest.raises((ValueError, ki.Ineligible), match=r"subtree_end or positions|cannot run this call"):
+            suite.function(**kwargs, backend=name)
 
 
 def test_empty_rows_and_batches():

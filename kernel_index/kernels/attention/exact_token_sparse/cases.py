@@ -8,7 +8,7 @@ from torch import Tensor
 from kernel_index.core.testing import Case, Maker, Suite
 from kernel_index.kernels.attention.dense_attention.cases import qkv
 from kernel_index.kernels.attention.exact_token_sparse.api import BACKENDS, exact_token_attention
-from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed
+from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed, tree_fields
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
@@ -33,6 +33,8 @@ CASES = (
     Case("documents", "one selection for all heads, documents with padding, a window", lambda m: {
         **qkv(m, 2, 9, 9, 4, 2, 8), "indices": tokens(m, 2, 9, 6, keys=9),
         "mask": MaskContract(window=(4, 0), doc_ids=packed(9))}),
+    Case("tree", "shared prompts: selected tokens beside the path are dropped; a window along it", lambda m: call(
+        m, 12, 12, 4, 2, 8, 7, mask=MaskContract(window=(5, 0), **tree_fields(12)).to(m.device))),
     Case("everything", "all keys selected twice: dense attention", lambda m: {
         **qkv(m, 2, 9, 9, 2, 1, 8), "indices": torch.arange(9, device=m.device).repeat(2, 9, 2)}),
     Case("options", "softcap, scale, values of another size, T ≠ S, odd sizes", lambda m: call(

@@ -61,6 +61,8 @@ SMALL = 256 * 256
 def check(call: BlockSparseCall) -> BlockSparseCall:
     call = call._replace(**dict(zip("qkv", cast_like_sdpa(call.q, call.k, call.v), strict=True)))
     check_attention(call.q, call.k, call.v, call.mask, call.scale, call.softcap)
+    if call.mask.is_tree:
+        raise ValueError("mask must be no tree: blocks lie in the row, not along a path, got subtree_end or positions")
     if call.q.shape[2] < 1:
         raise ValueError(f"q must be of at least one head, got shape {tuple(call.q.shape)}")
     checks.is_int("block_size", call.block_size, minimum=1)

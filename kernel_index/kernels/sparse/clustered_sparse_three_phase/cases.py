@@ -10,7 +10,7 @@ from kernel_index.kernels.attention.dense_attention.cases import UNITS, qkv
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.api import BACKENDS, clustered_sparse_attention
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
-from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed
+from kernel_index.masks.doc_window_mask.cases import dense_oracle, on_each_path, packed, tree_fields
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 CONFIG = ClusteredSparseConfig(block_size=4, topk=2, query_tile_size=8)
@@ -34,6 +34,11 @@ CASES = (
         "a row without a token",
         lambda m: _call(m, 12, MaskContract(validity=attention_validity(valid_token_counts=[0, 7]))),
     ),
+    Case(
+        "tree",
+        "shared prompts: blocks count along each path; a window, documents, gaps",
+        lambda m: _call(m, 14, MaskContract(window=(9, 0), doc_ids=packed(14), **tree_fields(14)).to(m.device)),
+    ),
     Case("no_queries", "T = 0", lambda m: _call(m, 0, MaskContract())),
 )
 
@@ -51,6 +56,8 @@ def oracle(
     mask: MaskContract | None = None,
 ) -> Tensor:
     """Query by query: the mean keys that it may be routed to, in plain Python, and one softmax over what is left."""
+    if mask is not None and mask.is_tree:
+        return on_each_path(oracle, q, k, v, mask, config=config)
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     mask, group, size = mask or MaskContract(), heads // k.shape[2], config.block_size
     allowed = dense_oracle(mask, batch, queries, keys)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.testing import Case, Maker, Suite
+from kernel_index.kernels.attention.dense_attention.cases import UNITS
 from kernel_index.kernels.sparse.moba_block_sparse.api import BACKENDS, DECODE_BACKENDS, moba_attention, moba_decode
 from kernel_index.kvcache.cache import ContiguousKVCache, KVCache
 from kernel_index.kvcache.paged import PagedKVCache
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
+from kernel_index.masks.doc_window_mask.cases import on_each_path, packed, tree_fields
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
@@ -47,6 +49,8 @@ CASES = (
         **call(m, 7, 18), **qkv(m, 2, 7, 18, 6, 3, 8, 5)}),
     Case("more_queries", "T > S: the first queries have no key", lambda m: call(
         m, 12, 9, mask=MaskContract())),
+    Case("tree", "shared prompts: blocks count along each path; a window, documents, gaps", lambda m: call(
+        m, 14, mask=MaskContract(window=(9, 0), doc_ids=packed(14), **tree_fields(14)).to(m.device))),
     Case("no_queries", "no query", lambda m: call(m, 0, 5)),
 )  # fmt: skip
 
@@ -65,7 +69,6 @@ def selected_by_hand(
 
 
 def oracle(
-    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,6 +81,9 @@ def oracle(
     sink: Tensor | None = None,
 ) -> Tensor:
     """Query by query and head by head: who is seen, which blocks score best, one softmax over what both leave."""
+    if mask is not None and mask.is_tree:
+        options = {"route_per": route_per, "scale": scale, "softcap": softcap}
+        return on_each_path(oracle, q, k, v, mask, block_size=block_size, topk=topk, **options)
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     mask, group = mask or MaskContract(), heads // kv_heads
     allowed = mask.dense(batch, queries, keys, device=q.device)[:, 0]
@@ -198,7 +204,7 @@ SUITES = (
         op="moba_attention", function=moba_attention,
         backends=tuple(b for b in BACKENDS if b.name != "triton"), cases=CASES,
         differentiable=("q", "k", "v"), oracle=oracle, sized=sized,  # the core's own suite interprets that kernel
-        scales=SCALES, rounding=("native", "cpu"),
+        scales=SCALES, rounding=("native", "cpu"), units=UNITS,  # the core's backward is that of dense attention
     ),
     Suite(
         op="moba_decode", function=decode_on_copies, backends=DECODE_BACKENDS, cases=DECODE_CASES,
