@@ -31,7 +31,8 @@ def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, add: bool = 
     return multiply(a, b, bias, y, add=add)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def launch_rows(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``product`` inside of another op."""
     x, weight, bias = dense((x, weight, bias))
     return _multiply(x, weight.T, bias, _allocate(x, weight, bias, dtype))
 
@@ -57,7 +58,7 @@ def _allocate_d_weight(d_y: Tensor, x: Tensor) -> Tensor:
 
 
 product = ops.register(
-    "device_product(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", _launch, _allocate
+    "device_product(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", launch_rows, _allocate
 )
 """x [M, R] · weightᵀ [R, N] + bias [N], in ``dtype``."""
 
@@ -72,6 +73,11 @@ product_d_weight = ops.register(
 """d_yᵀ [N, M] · x [M, R]: a sum over tokens, in the order of their rows."""
 
 
+def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``product`` without its op: for what reads the device itself."""
+    return ops.run_launcher(launch_rows, x, weight, bias, dtype)
+
+
 def write_product(y: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
     """y = a·b + bias, in place."""
     ops.run_launcher(_multiply, a, b, *dense((bias,)), y)
@@ -83,7 +89,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 TRITON = Products(
-    lambda *args: ops.run(product, _launch, *args),
+    lambda *args: ops.run(product, launch_rows, *args),
     lambda *args: ops.run(product_d_input, _launch_d_input, *args),
     lambda *args: ops.run(product_d_weight, _launch_d_weight, *args),
 )

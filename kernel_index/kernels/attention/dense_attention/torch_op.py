@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kernel_index.core import device_documents, ops, rules
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
-from kernel_index.core.document_attention import Bounds
 from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
@@ -119,21 +118,13 @@ PASSES = Passes("the triton backend of attention", _forward, _backward)
 
 def attention_triton(call: AttentionCall) -> OutAndLse:
     if is_invariant():
-        return _attend_to_documents(call)
+        scoring = device_documents.Scoring(scale_of(call.q, call.scale), call.softcap)
+        return device_documents.attend_to_mask(call.q, call.k, call.v, call.sink, call.mask, call.sizes, scoring)
     bounds = call.mask.row_kernel_intervals(call.sizes)
     is_tree = call.mask.is_tree and call.mask.row_bounds(call.sizes).q_end is not None
     tiles = _tiles_of_each_kernel(call) if is_tree else ()
     scoring = Scoring(call.scale, call.softcap)
     return attend(PASSES, scoring, call.q, call.k, call.v, call.sink, *bounds, *tiles)
-
-
-def _attend_to_documents(call: AttentionCall) -> OutAndLse:
-    mask, sizes = call.mask, call.sizes
-    bounds = Bounds(*mask.row_intervals(sizes), mask.row_origins(sizes))
-    wants = rules.wants_gradient(call.q, call.k, call.v, call.sink)
-    of_keys = tuple(mask.row_kernel_intervals(sizes)[2:]) if wants else ()
-    scoring = device_documents.Scoring(scale_of(call.q, call.scale), call.softcap)
-    return device_documents.attend_to_documents(call.q, call.k, call.v, call.sink, bounds, of_keys, scoring)
 
 
 def _tiles_of_each_kernel(call: AttentionCall) -> tuple[Tensor, ...]:
