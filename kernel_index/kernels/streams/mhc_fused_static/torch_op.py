@@ -185,4 +185,7 @@ def mix_inductor(call: Call) -> tuple[Tensor, ...]:
 
 
 def mix_triton(call: Call) -> tuple[Tensor, ...]:
+    if is_invariant():  # which takes coefficients of any dtype
+        wide = (None if c is None else c.to(torch.float32) for c in (call.h_post, call.h_res, call.h_pre))
+        call = call._replace(**dict(zip(("h_post", "h_res", "h_pre"), wide, strict=True)))
     return ops.apply(_Mix, *call, "triton")
