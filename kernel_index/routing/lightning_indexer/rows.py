@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.products import product
-from kernel_index.routing.stable_topk import best_by_sorting
+from kernel_index.routing.topk_keys import NOTHING, best_keys, index_of
 
 SCORES_AT_ONCE = 1 << 22
 """Queries are taken in chunks of at most this many scores."""
@@ -26,8 +26,11 @@ def rows_topk(
             at = slice(t, t + step)
             z = _scores(multiply, q[b, at], k[b], weights[b, at].float())
             allowed = (key >= start[b % len(start), at, None]) & (key < end[b % len(end), at, None])
-            best = best_by_sorting(z, allowed, topk)
-            indices[b, at], scores[b, at] = best, z.gather(1, best.clamp(min=0)).masked_fill(best < 0, -torch.inf)
+            count = min(topk, keys)
+            best = best_keys(z, allowed, key, count).sort(-1, descending=True).values
+            some = best > NOTHING
+            indices[b, at, :count] = torch.where(some, index_of(best), -1)
+            scores[b, at, :count] = torch.where(some, z.gather(1, index_of(best).clamp(0, keys - 1)), -torch.inf)
     return indices, scores
 
 
