@@ -25,10 +25,12 @@ def why_not(*tensors: Tensor | None) -> str | None:
     return rules.triton_why_not(*tensors)
 
 
-def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, add: bool = False) -> Tensor:
+def _multiply(
+    a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, add: bool = False, in_parts: bool = False
+) -> Tensor:
     from kernel_index.core.triton.products import multiply
 
-    return multiply(a, b, bias, y, add=add)
+    return multiply(a, b, bias, y, add=add, in_parts=in_parts)
 
 
 def launch_rows(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -50,7 +52,7 @@ def _allocate_d_input(d_y: Tensor, weight: Tensor) -> Tensor:
 
 
 def _launch_d_weight(d_y: Tensor, x: Tensor) -> Tensor:
-    return _multiply(d_y.contiguous().T, x.contiguous(), None, _allocate_d_weight(d_y, x))
+    return _multiply(d_y.contiguous().T, x.contiguous(), None, _allocate_d_weight(d_y, x), in_parts=True)
 
 
 def _allocate_d_weight(d_y: Tensor, x: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ product_d_input = ops.register(
 product_d_weight = ops.register(
     "device_product_d_weight(Tensor d_y, Tensor x) -> Tensor", _launch_d_weight, _allocate_d_weight
 )
-"""d_yᵀ [N, M] · x [M, R]: a sum over tokens, in the order of their rows."""
+"""d_yᵀ [N, M] · x [M, R]: a sum over tokens, in an order that the sizes decide."""
 
 
 def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,9 @@ A program walks over tiles of the result.  Two consumers have 64 rows of it each
 of STAGES pairs of operand tiles full.  An element is one accumulator over the summed dimension in rising order, by the
 instruction that ``products.py`` has, so it has the same bits.  A finished tile leaves by the copy engine, too, while
 the next one is multiplied.
+
+A weight's gradient has few elements, each a sum over all tokens.  It is summed in parts of the tokens, which are added
+up in order: how many, its sizes decide.
 """
 
 import torch
@@ -21,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, barriers
 from kernel_index.core.triton.launch import ceil_div, on_device, processors
+from kernel_index.core.triton.sums import sum_parts
 
 DEPTH, GROUP = 64, 8
 TILE_ROWS = 2 * ROWS
@@ -42,16 +46,18 @@ def _place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
 
 @gluon.jit
 def _produce(given, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, GROUP: gl.constexpr):
-    a_desc, b_desc, buffers, row_tiles, column_tiles, steps = given
+    a_desc, b_desc, buffers, row_tiles, column_tiles, steps, parts = given
     a_ring, b_ring, _, full, empty = buffers
     STAGES: gl.constexpr = b_ring.shape[0]
     A_ROWS: gl.constexpr = a_ring.shape[2] if A_TURNED else a_ring.shape[1]
     DEPTH: gl.constexpr = a_ring.shape[1] if A_TURNED else a_ring.shape[2]
     COLUMNS: gl.constexpr = b_ring.shape[2] if B_TURNED else b_ring.shape[1]
     at = 0
-    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+    per = gl.cdiv(steps, parts)
+    for number in range(gl.program_id(0), row_tiles * column_tiles * parts, gl.num_programs(0)):
+        part, tile = number // (row_tiles * column_tiles), number % (row_tiles * column_tiles)
         row, column = _place(tile, row_tiles, column_tiles, GROUP)
-        for i in range(0, steps):
+        for i in range(part * per, gl.minimum((part + 1) * per, steps)):
             slot = at % STAGES
             mbarrier.wait(empty.index(slot), ((at // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(slot), 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes)
@@ -75,7 +81,7 @@ def _consume(
     given, CONSUMER: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr,
     ADD: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    y_desc, y_ptr, bias_ptr, buffers, M, N, row_tiles, column_tiles, steps = given
+    y_desc, y_ptr, bias_ptr, buffers, M, N, row_tiles, column_tiles, steps, parts = given
     a_ring, b_ring, y_ring, full, empty = buffers
     STAGES: gl.constexpr = b_ring.shape[0]
     ROWS: gl.constexpr = y_ring.shape[1]
@@ -85,8 +91,11 @@ def _consume(
     )
     y_tile = y_ring.index(CONSUMER)
     at = 0
-    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
+    per = gl.cdiv(steps, parts)
+    for number in range(gl.program_id(0), row_tiles * column_tiles * parts, gl.num_programs(0)):
+        part, tile = number // (row_tiles * column_tiles), number % (row_tiles * column_tiles)
         row, column = _place(tile, row_tiles, column_tiles, GROUP)
+        begin, stop = part * per, gl.minimum((part + 1) * per, steps)
         acc = gl.full([ROWS, COLUMNS], 0.0, gl.float32, layout=LAYOUT)
         if ADD:
             tma.store_wait(0)
@@ -94,7 +103,7 @@ def _consume(
             o_n = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
             p_y = y_ptr + o_m.to(gl.int64)[:, None] * N + o_n[None, :]
             acc = gl.load(p_y, mask=(o_m < M)[:, None] & (o_n < N)[None, :], other=0.0)
-        for i in range(0, steps):
+        for i in range(begin, stop):
             slot = at % STAGES
             mbarrier.wait(full.index(slot), (at // STAGES) & 1)
             a, b = a_ring.index(2 * slot + CONSUMER), b_ring.index(slot)
@@ -104,7 +113,7 @@ def _consume(
                 b = b.permute([1, 0])
             started = warpgroup_mma(a, b, acc, is_async=True)
             acc = warpgroup_mma_wait(1, [started])
-            if i > 0:  # the product before this one has read its tiles
+            if i > begin:  # the product before this one has read its tiles
                 mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
             at += 1
         acc = warpgroup_mma_wait(0, [acc])
@@ -115,7 +124,8 @@ def _consume(
         tma.store_wait(0)
         y_tile.store(acc.to(y_ring.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [(2 * row + CONSUMER) * ROWS, column * COLUMNS], y_tile)
+        first = (2 * (part * row_tiles + row) + CONSUMER) * ROWS
+        tma.async_copy_shared_to_global(y_desc, [first, column * COLUMNS], y_tile)
     tma.store_wait(0)
 
 
@@ -129,20 +139,20 @@ def _tiles(desc, COUNT: gl.constexpr):
 
 @gluon.jit
 def _product_kernel(
-    a_desc, b_desc, y_desc, y_ptr, bias_ptr, M, N, row_tiles, column_tiles, steps,
+    a_desc, b_desc, y_desc, y_ptr, bias_ptr, M, N, row_tiles, column_tiles, steps, parts,
     STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr, ADD: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = a·b + bias, or y += with ``ADD``; a is [M, K] as it lies, or [K, M] with ``A_TURNED``; b is [N, K], or [K, N]."""
+    """y [M, N] = a·b + bias, or y += with ``ADD``; or the rows of each of ``parts``, one after the other.  a is [M, K] as it lies, or [K, M] with ``A_TURNED``; b is [N, K], or [K, N]."""
     a_ring, b_ring, y_ring = _tiles(a_desc, 2 * STAGES), _tiles(b_desc, STAGES), _tiles(y_desc, 2)
     buffers = (a_ring, b_ring, y_ring, barriers(STAGES, 1), barriers(STAGES, 2))
     fence_async_shared()
-    consumed = (y_desc, y_ptr, bias_ptr, buffers, M, N, row_tiles, column_tiles, steps)
+    consumed = (y_desc, y_ptr, bias_ptr, buffers, M, N, row_tiles, column_tiles, steps, parts)
     gl.warp_specialize(
         [
             (_consume, (consumed, 0, A_TURNED, B_TURNED, HAS_BIAS, ADD, GROUP)),
             (_consume, (consumed, 1, A_TURNED, B_TURNED, HAS_BIAS, ADD, GROUP)),
-            (_produce, ((a_desc, b_desc, buffers, row_tiles, column_tiles, steps), A_TURNED, B_TURNED, GROUP)),
+            (_produce, ((a_desc, b_desc, buffers, row_tiles, column_tiles, steps, parts), A_TURNED, B_TURNED, GROUP)),
         ],
         TWO[0],
         TWO[1],
@@ -154,15 +164,22 @@ def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
-def why_not(a: Tensor, b: Tensor, y: Tensor) -> str | None:
-    """Operands that the copy engine takes as they lie or lie turned, and tiles enough for the processors."""
+def operands_why_not(a: Tensor, b: Tensor, y: Tensor) -> str | None:
+    """Operands that the copy engine takes as they lie, or lie turned."""
     if a.dtype not in (torch.bfloat16, torch.float16) or y.dtype not in (a.dtype, torch.float32):
         return "takes float16 and bfloat16"
     for x in (a if a.stride(1) == 1 else a.T, b.T if b.stride(0) == 1 else b, y):
         if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
             return "needs rows that begin at multiples of 16 bytes"
+    return "has nothing to add up" if a.shape[1] == 0 else None
+
+
+def why_not(a: Tensor, b: Tensor, y: Tensor) -> str | None:
+    """And tiles enough for the processors."""
+    if (rule := operands_why_not(a, b, y)) is not None:
+        return rule
     tiles = ceil_div(y.shape[0], TILE_ROWS) * ceil_div(y.shape[1], _columns_and_stages(y)[0])
-    return "has too few tiles for the processors" if 2 * tiles < processors(y) or a.shape[1] == 0 else None
+    return "has too few tiles for the processors" if 2 * tiles < processors(y) else None
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, *, add: bool = False) -> Tensor:
@@ -170,14 +187,44 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, *, add: bool 
 
     With ``add`` the product is added to y, which is float32.
     """
+    return _launch(a, b, bias, y, 1, add)
+
+
+FILLED = 128
+"""Tiles that keep a GPU busy."""
+
+LEAST = 16
+"""Steps of a part."""
+
+
+def parts_of(a: Tensor, b: Tensor) -> int:
+    """How many parts the sum of a weight's gradient is divided into."""
+    tiles = ceil_div(a.shape[0], TILE_ROWS) * ceil_div(b.shape[1], 128)
+    steps = ceil_div(a.shape[1], DEPTH)
+    wanted = max(1, min(FILLED // tiles, steps // LEAST))
+    return ceil_div(steps, ceil_div(steps, wanted))  # none of them is empty
+
+
+def multiply_in_parts(a: Tensor, b: Tensor, y: Tensor, parts: int) -> Tensor:
+    """``y`` [M, N] becomes a [M, K] · b [K, N], summed in parts of K that are added up in order."""
+    (M, N), rows = y.shape, ceil_div(y.shape[0], TILE_ROWS) * TILE_ROWS
+    sums = y.new_empty(parts, rows, N, dtype=torch.float32)
+    _launch(a, b, None, sums.view(-1, N), parts, False)
+    used = sums.view(parts, -1)[:, : M * N]
+    sum_parts(used if rows == M else used.contiguous(), y.view(-1))
+    return y
+
+
+def _launch(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, parts: int, add: bool) -> Tensor:
     (M, K), N, (columns, stages) = a.shape, b.shape[1], _columns_and_stages(y)
     a_turned, b_turned = a.stride(1) != 1, b.stride(0) != 1
     a_desc = _described(a.T, [DEPTH, ROWS]) if a_turned else _described(a, [ROWS, DEPTH])
     b_desc = _described(b, [DEPTH, columns]) if b_turned else _described(b.T, [columns, DEPTH])
     tiles = ceil_div(M, TILE_ROWS), ceil_div(N, columns)
     with on_device(a):
-        _product_kernel[(min(tiles[0] * tiles[1], processors(y)),)](
-            a_desc, b_desc, _described(y, [ROWS, columns]), y, bias, M, N, *tiles, ceil_div(K, DEPTH), STAGES=stages,
-            A_TURNED=a_turned, B_TURNED=b_turned, HAS_BIAS=bias is not None, ADD=add, GROUP=GROUP, num_warps=4,
+        _product_kernel[(min(tiles[0] * tiles[1] * parts, processors(y)),)](
+            a_desc, b_desc, _described(y, [ROWS, columns]), y, bias, M, N, *tiles, ceil_div(K, DEPTH), parts,
+            STAGES=stages, A_TURNED=a_turned, B_TURNED=b_turned, HAS_BIAS=bias is not None, ADD=add, GROUP=GROUP,
+            num_warps=4,
         )  # fmt: skip
     return y
