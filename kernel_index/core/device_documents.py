@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernel_index.core import ops, rules
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
@@ -51,11 +52,16 @@ def mask_why_not(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, sizes: Any, scale: float | None, sink: Tensor | None = None
 ) -> str | None:
     """For ``attend_to_mask``."""
-    if mask.is_tree:
-        return "in a tree it has no invariant form"
-    if rules.wants_gradient(q, k, v, sink) and (q.shape[1] != k.shape[1] or sizes.offset != 0):
-        return "the gradient of its invariant form needs a query for each key, from the first on"
+    if rules.wants_gradient(q, k, v, sink) and not mask.is_tree and not _ends_with_queries(q, k, mask, sizes):
+        return "the gradient of its invariant form needs queries of the last keys, and of one document where some have none"
     return why_not(q, k, v, scale, sink)
+
+
+def _ends_with_queries(q: Tensor, k: Tensor, mask: Any, sizes: Any) -> bool:
+    """Whether the queries are those of the last keys; documents need one for every key."""
+    if sizes.offset is None or q.shape[1] + sizes.offset != k.shape[1]:
+        return False
+    return sizes.offset == 0 or mask.document_rows(sizes.keys) is None
 
 
 def _config(kernel: str, q: Tensor, v: Tensor, rows: int) -> launch.Config:
@@ -248,10 +254,20 @@ def attend_to_mask(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Any, sizes: Any, scoring: Scoring,
     selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same with the bounds of a mask contract; selected blocks count from the start of each document."""
+    """The same with the bounds of a mask contract; selected blocks count from the start of each document.
+
+    For a gradient the keys before the first query get queries, too, which see nothing.
+    """
     bounds = Bounds(*mask.row_intervals(sizes), mask.row_origins(sizes))
-    of_keys = tuple(mask.row_kernel_intervals(sizes)[2:]) if rules.wants_gradient(q, k, v, sink) else ()
-    return attend_to_documents(q, k, v, sink, bounds, of_keys, scoring, selected)
+    if not rules.wants_gradient(q, k, v, sink):
+        return attend_to_documents(q, k, v, sink, bounds, (), scoring, selected)
+    before, of_keys = k.shape[1] - q.shape[1], mask.row_kernel_intervals(sizes)[2:]
+    if before:
+        q, of_keys = pad(q, (0, 0, 0, 0, before, 0)), [x + before for x in of_keys]
+        bounds = Bounds(*(pad(x, (before, 0)) for x in bounds))  # of one document, which begins at key 0
+        selected = None if selected is None else pad(selected, (0, 0, 0, 0, before, 0), value=-1)
+    out, lse = attend_to_documents(q, k, v, sink, bounds, tuple(of_keys), scoring, selected)
+    return out[:, before:], lse[:, :, before:]
 
 
 def attend_to_cache(
