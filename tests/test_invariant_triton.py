@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 import kernel_index as ki
+from kernel_index.core.force import PUBLIC
 from kernel_index.core.testing import Maker, suites
 from kernel_index.lm import rollout_check
 from kernel_index.proofs.errors import in_float64, relative_error, run
@@ -19,7 +20,8 @@ from tests.test_invariant_ops import CALLS, drawn
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's order of a sum")
 DTYPES = (torch.float32, torch.bfloat16)
 SUITES = [s for s in suites() if any(b.name == "triton" and b.invariant for b in s.backends)]
-OPS = tuple(s.op for s in SUITES)
+ROUTED = ("moba_attention", "moba_route", "clustered_sparse_attention", "clustered_route")
+OPS = tuple(s.op for s in SUITES if s.op in PUBLIC) + ROUTED
 ROUNDINGS = 128  # as in test_invariant_cases
 
 
@@ -29,7 +31,10 @@ def _triton():
         yield
 
 
-OF_ITS_OWN = ("attention", "attention_with_lse", "fa4_kvcache_decode", "fused_linear_cross_entropy", "token_stats")
+OF_ITS_OWN = (
+    "attention", "attention_with_lse", "exact_token_attention", "fa4_kvcache_decode", "fused_linear_cross_entropy",
+    "lightning_indexer", "token_stats",
+)  # fmt: skip
 """Functions whose kernels in this mode are not those of ordinary mode, which the conformance test runs."""
 
 CASES = [pytest.param(s, c, id=f"{s.op}-{c.name}") for s in SUITES if s.op in OF_ITS_OWN for c in s.cases]

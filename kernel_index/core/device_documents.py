@@ -53,7 +53,7 @@ def mask_why_not(
 ) -> str | None:
     """For ``attend_to_mask``."""
     if rules.wants_gradient(q, k, v, sink) and not mask.is_tree and not _ends_with_queries(q, k, mask, sizes):
-        return "the gradient of its invariant form needs queries of the last keys, and of one document where some have none"
+        return "the gradient of its invariant form needs the queries of the last keys, and of all keys of documents"
     return why_not(q, k, v, scale, sink)
 
 
@@ -258,13 +258,15 @@ def attend_to_mask(
 
     For a gradient the keys before the first query get queries, too, which see nothing.
     """
-    bounds = Bounds(*mask.row_intervals(sizes), mask.row_origins(sizes))
+    start, end = mask.row_intervals(sizes)
+    bounds = Bounds(start, end, mask.row_origins(sizes))
     if not rules.wants_gradient(q, k, v, sink):
         return attend_to_documents(q, k, v, sink, bounds, (), scoring, selected)
     before, of_keys = k.shape[1] - q.shape[1], mask.row_kernel_intervals(sizes)[2:]
     if before:
         q, of_keys = pad(q, (0, 0, 0, 0, before, 0)), [x + before for x in of_keys]
-        bounds = Bounds(*(pad(x, (before, 0)) for x in bounds))  # of one document, which begins at key 0
+        start, end, origin = (pad(x, (before, 0)) for x in bounds)
+        bounds = Bounds(start, end, origin)  # of one document, which begins at key 0
         selected = None if selected is None else pad(selected, (0, 0, 0, 0, before, 0), value=-1)
     out, lse = attend_to_documents(q, k, v, sink, bounds, tuple(of_keys), scoring, selected)
     return out[:, before:], lse[:, :, before:]

@@ -125,8 +125,7 @@ def no_tokens(layer: "Mamba2", like: Tensor) -> tuple[Tensor, ...]:
 
 def continued(layer: "Mamba2", inputs: Tensor, step: Tensor, cache: "MixerState") -> Tensor:
     """``mixed`` of new tokens [B, T, …] after those of the cache.  Nothing is read on the host."""
-    rows, tokens = inputs.shape[:2]
-    like = inputs.dtype
+    tokens, like = inputs.shape[1], inputs.dtype
     numbers = torch.zeros(1, tokens, dtype=torch.int32, device=inputs.device)
     convolved = _convolved(layer, inputs, numbers, cache.conv.to(like))
     kept, kept_steps, old = cache.open
@@ -134,18 +133,23 @@ def continued(layer: "Mamba2", inputs: Tensor, step: Tensor, cache: "MixerState"
     joined = torch.cat([kept.to(like), convolved], 1)
     steps = torch.cat([kept_steps.to(step.dtype), step], 1)
     place = torch.arange(ceil_div(CHUNK - 1 + tokens, CHUNK) * CHUNK, device=inputs.device)
-    source = torch.where(place < old[:, None], place, CHUNK + place - old[:, None])
-    source = torch.where(place < total[:, None], source, -1)  # [B, length]
+
+    def source_of(place: Tensor, end: Tensor) -> Tensor:
+        """Where the tokens before ``end`` [B] stand in ``joined``; −1 for the others."""
+        source = torch.where(place < old[:, None], place, CHUNK + place - old[:, None])
+        return torch.where(place < end[:, None], source, -1)
+
+    source = source_of(place, total)  # [B, length]
     segments = torch.zeros(1, len(place), dtype=torch.int32, device=inputs.device)
     y = _scanned(layer, _taken(joined, source, 0.0), _taken(steps, source, -torch.inf), segments, cache.scan).y
     whole = total // CHUNK * CHUNK
     with torch.no_grad(), torch.inference_mode(False):  # a state is a constant, and stays usable
         given = (joined.detach().clone(), steps.detach().clone())
-        closed = torch.where(place < whole[:, None], source, -1)
-        last = _scanned(layer, _taken(given[0], closed, 0.0), _taken(given[1], closed, -torch.inf), segments, cache.scan)
-        rest = place[:CHUNK] + whole[:, None]
-        rest = torch.where(rest < total[:, None], torch.where(rest < old[:, None], rest, CHUNK + rest - old[:, None]), -1)
-        cache.open = *(_taken(t, rest, 0.0) for t in given), total - whole
+        closed = source_of(place, whole)
+        x, dt = _taken(given[0], closed, 0.0), _taken(given[1], closed, -torch.inf)
+        last = _scanned(layer, x, dt, segments, cache.scan)
+        left = source_of(place[:CHUNK] + whole[:, None], total)
+        cache.open = *(_taken(t, left, 0.0) for t in given), total - whole
         cache.scan = last.state.clone()
     at = (old[:, None] + torch.arange(tokens, device=inputs.device)).clamp(max=len(place) - 1)
     return y.gather(1, at[..., None, None].expand(-1, -1, *y.shape[2:]))

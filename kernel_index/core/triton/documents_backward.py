@@ -51,9 +51,10 @@ def _queries_step(
 
 @jit
 def _queries_walk(
-    b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, first, count, origin_ptr, m_row, start, end, origin, inner, outer,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+    b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, first, count, origin_ptr, m_row, start, end, origin, inner,
+    outer, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     o_i = tl.arange(0, BM)
     dq = tl.zeros((BM, BLOCK_D), tl.float32)
@@ -88,7 +89,8 @@ def queries_kernel(
     d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, origin_ptr, bits_ptr, dq_ptr,
     delta_ptr, k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, GROUPS, words, T, K, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of rows, and its ``delta`` for the keys' kernel."""
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
@@ -128,7 +130,8 @@ def queries_kernel(
 def _keys_step(
     dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_bits, bits_t, o_block, first, high, start, end, inner, outer,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    BM: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Scores are transposed, [BN, BM], so that dK and dV are products without a transposed operand."""
     o_q = first + tl.arange(0, BM)  # [BM]

@@ -143,7 +143,10 @@ def _product_kernel(
     STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr, ADD: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = a·b + bias, or y += with ``ADD``; or the rows of each of ``parts``, one after the other.  a is [M, K] as it lies, or [K, M] with ``A_TURNED``; b is [N, K], or [K, N]."""
+    """y [M, N] = a·b + bias, or y += with ``ADD``; or the rows of each of ``parts``, one after the other.
+
+    a is [M, K] as it lies, or [K, M] with ``A_TURNED``; b is [N, K], or [K, N].
+    """
     a_ring, b_ring, y_ring = _tiles(a_desc, 2 * STAGES), _tiles(b_desc, STAGES), _tiles(y_desc, 2)
     buffers = (a_ring, b_ring, y_ring, barriers(STAGES, 1), barriers(STAGES, 2))
     fence_async_shared()

@@ -24,7 +24,8 @@ from kernel_index.routing.lightning_indexer.torch_op import (
 
 INDEX = Recipe(f"index 1: float32 scores of each head by {PRODUCT.text}, heads added in order, a stable sort")
 INDEX_ON_A_GPU = Recipe(
-    f"index on a GPU 1: float32 scores of each head by {device_products.PRODUCT.text}, heads added in order, a stable sort"
+    f"index on a GPU 1: float32 scores of each head by {device_products.PRODUCT.text}, heads added in order, the best "
+    "of them, of equal ones the first"
 )
 
 IndexerBackend = Literal["auto", "triton", "native", "chunked", "reference"]

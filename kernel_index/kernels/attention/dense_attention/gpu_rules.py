@@ -69,9 +69,7 @@ def _may_run(rival: str, call: AttentionCall) -> bool:
 
 def triton_why_not(call: AttentionCall) -> str | None:
     if is_invariant():
-        return device_documents.mask_why_not(
-            call.q, call.k, call.v, call.mask, call.sizes, call.scale, call.sink
-        )
+        return device_documents.mask_why_not(call.q, call.k, call.v, call.mask, call.sizes, call.scale, call.sink)
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return rules.NEEDS_NARROW_HEADS
     if call.q.dtype not in (torch.float32, *rules.HALF):

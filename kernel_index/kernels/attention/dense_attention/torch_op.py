@@ -138,9 +138,7 @@ def _attend_to_documents(call: AttentionCall) -> OutAndLse:
     if not call.mask.is_tree:
         return attend_branch(call.q, call.k, call.v, call.mask)
     by_key = call.k, call.v
-    found = along_paths(
-        "attention", attend_branch, call.mask, call.sizes, (call.q,), by_key, (1, 2), (0.0, -math.inf)
-    )
+    found = along_paths("attention", attend_branch, call.mask, call.sizes, (call.q,), by_key, (1, 2), (0.0, -math.inf))
     return found[0], found[1]
 
 

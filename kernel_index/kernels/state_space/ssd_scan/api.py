@@ -11,9 +11,9 @@ from kernel_index.kernels.state_space.ssd_scan.reference import ssd_scan_referen
 from kernel_index.kernels.state_space.ssd_scan.torch_op import ssd_scan_triton
 
 SCAN = Recipe(
-    "scan on a GPU 1: chunks of a size that the dtype decides, from the row's start; decays as float64 sums of their own "
-    "terms; products of tensor cores in the dtype of x, one float32 accumulator each; states in float32 from chunk to "
-    "chunk; one rounding"
+    "scan on a GPU 1: chunks of a size that the dtype decides, from the row's start; decays as float64 sums of their "
+    "own terms; products of tensor cores in the dtype of x, one float32 accumulator each; states in float32 from chunk "
+    "to chunk; one rounding"
 )
 
 SSDScanBackend = Literal["auto", "triton", "reference"]
@@ -67,8 +67,8 @@ def ssd_scan(
     Where ``segments`` changes, h starts from zero.  A token has no effect on another segment or on earlier tokens, not
     even as NaN or infinity.  A step of 0 (with ``dt_softplus``: a dt of −inf) leaves the state as it is.
 
-    Under ``numerics("invariant")`` a row's bits are its own.  Those of a segment are, too, where it begins at a multiple
-    of 64 tokens; ``nn.Mamba2`` puts documents there.
+    Under ``numerics("invariant")`` a row's bits are its own.  Those of a segment are, too, where it begins at a
+    multiple of 64 tokens; ``nn.Mamba2`` puts documents there.
 
     Args:
         x: [B, T, H, P], any floating dtype; T, H and P are at least 1.

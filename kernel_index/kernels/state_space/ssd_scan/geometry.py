@@ -63,7 +63,9 @@ def walk_config(sizes: Sizes, like: Tensor) -> Config:
     multiplied by other instructions, and heads of one program are summed before those of another.
     """
     rows, columns = min(dot_block(sizes.P), 64), min(dot_block(sizes.N), 128)
-    while not is_invariant() and sizes.B * sizes.H * ceil_div(sizes.P, rows) * ceil_div(sizes.N, columns) < processors(like):
+    while not is_invariant() and sizes.B * sizes.H * ceil_div(sizes.P, rows) * ceil_div(sizes.N, columns) < processors(
+        like
+    ):
         if columns > 32 and columns >= rows:
             columns //= 2
         elif rows > 32:
@@ -88,7 +90,11 @@ def chunks_config(sizes: Sizes, like: Tensor, kernel: Kernel) -> Config:
     """
     group = sizes.heads_of_group
     heads = min(MOST_HEADS[kernel], group)
-    while not is_invariant() and heads > 1 and sizes.B * sizes.chunks * sizes.G * ceil_div(group, heads) < 2 * processors(like):
+    while (
+        not is_invariant()
+        and heads > 1
+        and sizes.B * sizes.chunks * sizes.G * ceil_div(group, heads) < 2 * processors(like)
+    ):
         heads = ceil_div(heads, 2)
     narrow, hip = like.element_size() == 2, target_of(like.device).kind == "hip"
     state = dot_block(sizes.P) * dot_block(sizes.N)

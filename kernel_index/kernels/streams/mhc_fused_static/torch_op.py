@@ -3,6 +3,7 @@
 It saves hidden and branch_out for backward only if a coefficient needs a gradient.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -93,17 +94,17 @@ def _native_backward(upstream, saved, like, wanted):
     """What ``inductor.gradients`` says, by the kernel of the forward pass and sums in a fixed order."""
     d_merged, d_read = (None if d is None else d.to(torch.float32) for d in upstream)
     hidden, branch_out, h_post, h_res, h_pre = saved
-    d_new = d_merged
+    through = [] if d_merged is None else [d_merged]
     if d_read is not None:
-        d_new = h_pre[:, None, :, None] * d_read[:, :, None]
-        d_new = d_new if d_merged is None else d_merged + d_new
+        through.append(h_pre[:, None, :, None] * d_read[:, :, None])
+    d_new = functools.reduce(torch.add, through)  # of the merged streams
     merging, d_hidden, d_branch, sums = h_post is not None and h_res is not None, None, None, None
     if wanted[0]:
-        d_hidden = d_new
+        back = d_new
         if merging:
             nothing = torch.zeros_like(d_new[:, :, 0])
-            d_hidden = native.mix(d_new, nothing, torch.zeros_like(h_post), h_res.transpose(1, 2), None)[0]
-        d_hidden = d_hidden.to(like[0])
+            back = native.mix(d_new, nothing, torch.zeros_like(h_post), h_res.transpose(1, 2), None)[0]
+        d_hidden = back.to(like[0])
     if wanted[1] and merging:
         d_branch = native.mix(d_new, None, None, None, h_post)[0].to(like[1])
     if wanted[2] and hidden is not None:
@@ -211,6 +212,6 @@ def mix_inductor(call: Call) -> tuple[Tensor, ...]:
 
 def mix_triton(call: Call) -> tuple[Tensor, ...]:
     if is_invariant():  # which takes coefficients of any dtype
-        wide = (None if c is None else c.to(torch.float32) for c in (call.h_post, call.h_res, call.h_pre))
-        call = call._replace(**dict(zip(("h_post", "h_res", "h_pre"), wide, strict=True)))
+        h_post, h_res, h_pre = (None if c is None else c.to(torch.float32) for c in call[2:])
+        call = call._replace(h_post=h_post, h_res=h_res, h_pre=h_pre)
     return ops.apply(_Mix, *call, "triton")
