@@ -62,9 +62,8 @@ def by_groups_of_blocks(q, k, v, mask, within):
 
 
 def exact_tokens(q, k, v, mask, within):
-    selected = ki.lightning_indexer(
-        q[:, :, :2].detach(), k[:, :, 0].detach(), v[:, :, 0, :2].detach(), topk=6, mask=mask
-    )
+    index_q, index_k, weights = q[:, :, :2].detach(), k[:, :, 0].detach(), q[:, :, 2:, 0].detach()
+    selected = ki.lightning_indexer(index_q, index_k, weights, topk=6, mask=mask)
     return ki.exact_token_attention(q, k, v, selected, mask=mask)
 
 
@@ -72,7 +71,7 @@ CALLS = {
     "blocks of a segment": by_blocks(16, 2), "blocks of four": by_blocks(4, 4), "routed": routed,
     "clustered": clustered, "by groups": by_groups_of_blocks, "exact tokens": exact_tokens,
 }  # fmt: skip
-EVERYWHERE = ("blocks of four", "routed")
+EVERYWHERE = ("routed",)
 
 
 def within_documents(mask_ids):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from kernel_index.core import ops
+from kernel_index.core.force import forced_for
 from kernel_index.core.triton.launch import ceil_div, interpreting
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ CHUNK = 64
 
 
 def has_kernels(x: Tensor) -> bool:
-    return x.is_cuda or interpreting()
+    """Whether the kernels run here: on a GPU, or where the interpreter is asked for by name."""
+    if x.is_cuda:
+        return True
+    forced = forced_for("ssd_scan") if interpreting() else None
+    return forced is not None and forced[0] == "triton"
 
 
 class Layout(NamedTuple):
