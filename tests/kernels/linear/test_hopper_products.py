@@ -17,7 +17,10 @@ def test_it_has_the_bits_of_the_small_tiles(sizes, turned, dtype):
 
     M, N, K = sizes
     a, b = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((M, K), (K, N)))
-    a, b = (x if as_it_lies else x.T.contiguous().T for x, as_it_lies in zip((a, b), (not turned[0], turned[1])))
+    a, b = (
+        x if as_it_lies else x.T.contiguous().T
+        for x, as_it_lies in zip((a, b), (not turned[0], turned[1]), strict=True)
+    )
     bias = torch.randn(N, device="cuda").bfloat16()
     y = torch.empty(M, N, device="cuda", dtype=dtype)
     expected = products.multiply(a, b, bias, y.clone(), products.SQUARE)
