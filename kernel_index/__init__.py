@@ -68,7 +68,7 @@ from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.exact_mask_contract_cache.api import exact_mask_key
 from kernel_index.masks.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.masks.exact_mask_contract_cache.key import ExactMaskKey
-from kernel_index.masks.prefix_tree.api import pack_tree
+from kernel_index.masks.prefix_tree.api import along_paths, pack_tree
 from kernel_index.masks.prefix_tree.packing import TreePacking
 from kernel_index.routing.hierarchical_block_expansion.api import hierarchical_block_select
 from kernel_index.routing.hierarchical_block_expansion.selection import BlockSelection, HierarchyPlan
@@ -112,6 +112,7 @@ __all__ = [
     "TreePacking",
     "UnionMaps",
     "WindowingPlan",
+    "along_paths",
     "attention",
     "attention_validity",
     "attention_with_lse",

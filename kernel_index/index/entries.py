@@ -53,7 +53,7 @@ ENTRIES = (
         "doc_window_mask",
         "Attention",
         "masks/doc_window_mask",
-        "doc_window_mask MaskContract pack_tree",
+        "doc_window_mask MaskContract pack_tree along_paths",
         "Say once which keys each query may attend to: causality, documents, prefix trees, valid prefixes, windows.",
         "nn.Attention nn.SparseAttention",
     ),

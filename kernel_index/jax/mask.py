@@ -9,7 +9,7 @@ import numpy as np
 
 from kernel_index.core import checks as host
 from kernel_index.jax.mask_bounds import Documents, Intervals, RowBounds, allowed, column, documents_of, interval_of
-from kernel_index.jax.mask_fields import check_count, check_nested, check_rows, register
+from kernel_index.jax.mask_fields import check_count, check_lengths, check_nested, check_rows, register
 from kernel_index.jax.tree_bounds import Tree, tree_bounds
 from kernel_index.jax.validity import AttentionValidity, from_torch, validity_of
 from kernel_index.masks.doc_window_mask import contract
@@ -78,6 +78,39 @@ class MaskContract:
         self._check_tree()
         self.rows()
         self._keys()
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, cu_seqlens: jax.Array, tokens: int, *, causal: bool = True, window: contract.Window = (None, None)
+    ) -> "MaskContract":
+        """The contract of one packed row ``[1, tokens, …]``, from cumulative lengths [n + 1]; what follows is padding.
+
+        >>> import jax.numpy as jnp, kernel_index.jax as kij
+        >>> kij.MaskContract.from_cu_seqlens(jnp.array([0, 2, 4]), 5).doc_ids.tolist()
+        [[0, 0, 1, 1, -1]]
+        """
+        check_lengths("cu_seqlens", cu_seqlens)
+        host.is_int("tokens", tokens, minimum=0)
+        at = jnp.arange(tokens, dtype=jnp.int32)
+        ids = jnp.searchsorted(jnp.asarray(cu_seqlens)[1:], at, side="right").astype(jnp.int32)
+        return cls(causal, window, jnp.where(ids < len(cu_seqlens) - 1, ids, -1)[None])
+
+    @classmethod
+    def from_position_ids(
+        cls, position_ids: jax.Array, *, causal: bool = True, window: contract.Window = (None, None)
+    ) -> "MaskContract":
+        """The contract of packed rows from positions [B, S] or [S]: a document begins where they do not increase.
+
+        >>> import jax.numpy as jnp, kernel_index.jax as kij
+        >>> kij.MaskContract.from_position_ids(jnp.array([[0, 1, 2, 0, 1]])).doc_ids.tolist()
+        [[0, 0, 0, 1, 1]]
+        """
+        if position_ids is None:
+            raise TypeError("position_ids must be integers [B, S] or [S], got None")
+        check_rows("position_ids", position_ids)
+        restarts = position_ids[..., 1:] <= position_ids[..., :-1]
+        first = jnp.zeros_like(restarts, shape=(*position_ids.shape[:-1], min(1, position_ids.shape[-1])))
+        return cls(causal, window, jnp.concatenate([first, restarts], -1).astype(jnp.int32).cumsum(-1))
 
     def _check_tree(self) -> None:
         """Raise for fields that a tree excludes."""

@@ -20,6 +20,13 @@ def check_rows(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be [B, S], or [S] for every row alike, got shape {tuple(value.shape)}")
 
 
+def check_lengths(name: str, value: Any) -> None:
+    """Cumulative lengths: integers [n + 1]."""
+    checks.is_integer_array(name, value)
+    if value.ndim != 1 or value.shape[0] == 0:
+        raise ValueError(f"{name} must be cumulative lengths, [n + 1], got shape {tuple(value.shape)}")
+
+
 def check_count(name: str, value: Any, minimum: int | None = None) -> None:
     """A number for all rows, or integers [B]."""
     if value is None:

@@ -89,10 +89,11 @@ def attend_selected(
     tokens: SelectedTokens,
     scale: float,
     softcap: float,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over the selected tokens, at least float32 within; k and v are those already written.
 
-    Differentiable in q, k and v [B, Lq, …]; the rest of the cache is a constant.
+    Differentiable in q, k and v [B, Lq, …] and sink [H]; the rest of the cache is a constant.
     """
     caches = cache["k_cache"], cache["v_cache"]
     groups, page = tokens.index.shape[2], caches[0].shape[1]
@@ -103,22 +104,31 @@ def attend_selected(
     dtype = torch.promote_types(q.dtype, torch.float32)
     q_BTGHD = (q.to(dtype) * scale).unflatten(2, (groups, q.shape[2] // groups))
     head = torch.arange(groups, device=q.device)[:, None] // (groups // k_SKD.shape[1])
+    sinks = None if sink is None else sink.to(dtype).view(groups, -1, 1)
 
     def attend(t: slice) -> Tensor:
         keys_BTGMD, values_BTGMD = (x[tokens.index[:, t], head].to(dtype) for x in (k_SKD, v_SKD))
-        return attend_gathered(q_BTGHD[:, t], keys_BTGMD, values_BTGMD, tokens.allowed[:, t, :, None], softcap)
+        allowed = tokens.allowed[:, t, :, None]
+        return attend_gathered(q_BTGHD[:, t], keys_BTGMD, values_BTGMD, allowed, softcap, sinks)
 
     chunk = max(1, ELEMENTS_AT_ONCE // max(1, tokens.index[:, :1].numel() * q.shape[3]))
     outs = [attend(slice(t, t + chunk)) for t in range(0, max(1, q.shape[1]), chunk)]
     return torch.cat(outs, 1).flatten(2, 3).to(q.dtype).contiguous()
 
 
-def attend_gathered(q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, softcap: float) -> Tensor:
-    """Softmax of ``q·keysᵀ`` times the values, by the last two dimensions; 0 where nothing is allowed."""
+def attend_gathered(
+    q: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, softcap: float, sink: Tensor | None = None
+) -> Tensor:
+    """Softmax of ``q·keysᵀ`` times the values, by the last two dimensions; 0 where nothing is allowed.
+
+    ``sink`` [.., rows, 1]: one logit more in each row's denominator.
+    """
     empty = ~allowed.any(-1, keepdim=True)
     keys, values = (x.masked_fill(empty, 0.0) for x in (keys, values))  # of a token that the query may not see
     scores = q @ keys.transpose(-1, -2)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0)
-    return torch.softmax(scores, -1) @ values
+    if sink is None:
+        return torch.softmax(scores, -1) @ values
+    return torch.softmax(torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1), -1)[..., :-1] @ values

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.core.transfers import to_device
 from kernel_index.lm.data import START
 
 
@@ -75,7 +76,7 @@ class TreeBatch(NamedTuple):
     def to(self, device: torch.device | str) -> "TreeBatch":
         """The batch on another device; its mask keeps what the host knows of the trees, so that layers without a
         window wait for nothing."""
-        tokens, positions, *others = (x.to(device) for x in self if isinstance(x, Tensor))
+        tokens, positions, *others = (to_device(x, torch.device(device)) for x in self if isinstance(x, Tensor))
         return TreeBatch(tokens, positions, self.mask.to(device), *others)
 
 

@@ -1,6 +1,5 @@
 """The base class of the mixers."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ class Mixer(nn.Module):
 
     def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
         """The batch's mask narrowed to this layer's window.  Layers with equal windows should share the result."""
-        return mask if self.window is None else dataclasses.replace(mask, window=(self.window, 0))
+        return mask if self.window is None else mask.with_window(self.window, 0)
 
 
 def rows_by_length(lengths: Sequence[int]) -> dict[int, list[int]]:

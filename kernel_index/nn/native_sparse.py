@@ -45,11 +45,23 @@ def check_mask(mask: "ki.MaskContract") -> None:
 def attend_to_branches(
     q: Tensor, k: Tensor, v: Tensor, mask: "ki.MaskContract", *, block: int, topk: int, window: int
 ) -> Branches:
-    """The branches of queries [B, T, H, D], the last of which are the last tokens of [B, S, K, D]."""
+    """The branches of queries [B, T, H, D], the last of which are the last tokens of [B, S, K, D].
+
+    Of a tree, each path of it: ``ki.along_paths``.
+    """
     check_mask(mask)
+    if mask.is_tree:
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: "ki.MaskContract") -> Branches:
+            return attend_to_branches(q, k, v, mask, block=block, topk=topk, window=window)
+
+        return Branches(*ki.along_paths(attend, mask, (q,), (k, v)))
     (batch, queries), total = q.shape[:2], k.shape[1]
     start, end = mask.intervals(batch, queries, total, device=q.device)
-    low = torch.where(start < end, start, -1) if queries == total else start.new_zeros(1, total)
+    low = start.new_zeros(1, total)
+    if mask.q_offset is None:  # else a cache, whose tokens are one document
+        own = mask.intervals(batch, total, total, device=q.device)
+        low = torch.where(own.start < own.end, own.start, -1)
     compressed = compress(k, v, low, block)
     position = torch.arange(total - queries, total, device=q.device)
     sees = (start < end) & (start // block < position // block)

@@ -247,3 +247,17 @@ def test_torch_masks_are_taken():
         window=(3, 0), doc_ids=torch.tensor([[0, 0, 1]]), validity=ki.attention_validity(valid_token_counts=[2])
     )
     assert as_contract(mask).intervals(1, 3, 3).end.tolist() == [[1, 2, 2]]
+
+
+def test_packed_rows_are_those_of_torch():
+    lengths, positions = [0, 2, 2, 5], [[0, 1, 0, 1, 2, 0], [3, 4, 5, 5, 6, 7]]
+    found = kij.MaskContract.from_cu_seqlens(jnp.array(lengths), 7, window=(1, 0)).dense(1, 7, 7)
+    expected = ki.MaskContract.from_cu_seqlens(torch.tensor(lengths), window=(1, 0)).dense(1, 7, 7)
+    assert found.tolist() == expected.tolist()
+    found = kij.MaskContract.from_position_ids(jnp.array(positions)).dense(2, 6, 6)
+    assert found.tolist() == ki.MaskContract.from_position_ids(torch.tensor(positions)).dense(2, 6, 6).tolist()
+    assert jax.jit(lambda p: kij.MaskContract.from_position_ids(p).doc_ids)(jnp.zeros((1, 0), int)).shape == (1, 0)
+    with pytest.raises(ValueError, match="cu_seqlens must be cumulative lengths"):
+        kij.MaskContract.from_cu_seqlens(jnp.zeros((2, 2), int), 3)
+    with pytest.raises(TypeError, match="position_ids must be integers"):
+        kij.MaskContract.from_position_ids(None)

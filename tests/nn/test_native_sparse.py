@@ -152,3 +152,25 @@ def test_batch_rows_by_parts(monkeypatch):
     whole = mixer(x, mask, tables)[0]
     monkeypatch.setattr(native_sparse, "MOST_HEADS_OF_ROWS", 1)
     torch.testing.assert_close(mixer(x, mask, tables)[0], whole)
+
+
+def test_a_tree_is_its_paths_alone():
+    """Documents, a gap and answers that begin inside a block: outputs and gradients, in float64."""
+    packing = ki.pack_tree([-1, 0, 0, 2, 2], [19, 6, 3, 7, 2], align=4)
+    total = len(packing.positions)
+    ids = torch.where(packing.is_token & (packing.positions < 9), 0, 1)
+    mixer, x = layer("nsa").double(), torch.randn(1, total, C, dtype=torch.float64, requires_grad=True)
+    mask = ki.MaskContract(subtree_end=packing.subtree_end, doc_ids=ids)
+    positions = packing.positions[None]
+    out = mixer(x, mask, rope(positions))[0]
+    seen = ki.MaskContract(subtree_end=packing.subtree_end).dense()[0, 0]
+    upstream = torch.randn_like(out) * packing.is_token[None, :, None]
+    found = torch.autograd.grad(out, x, upstream, retain_graph=True)[0]
+    expected_grad = torch.zeros_like(x)
+    for t in packing.is_token.nonzero().flatten().tolist():
+        path = seen[t].nonzero().flatten()
+        alone = mixer(x[:, path], ki.MaskContract(doc_ids=ids[path]), rope(positions[:, path]))[0]
+        torch.testing.assert_close(out[:, t], alone[:, -1])
+        (g,) = torch.autograd.grad(alone[:, -1], x, upstream[:, t])
+        expected_grad += g
+    torch.testing.assert_close(found, expected_grad)

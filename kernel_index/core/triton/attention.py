@@ -180,6 +180,15 @@ def softmax_output(acc, row_max, row_sum, m_empty):
 
 
 @jit
+def with_sink(acc, row_max, row_sum, sink):
+    """The state of a softmax with one key more, of logit ``sink`` [BM] in units of log2 and without a value."""
+    new_max = tl.maximum(row_max, sink)
+    shift = finite_max(new_max)
+    alpha = tl.exp2(row_max - shift)
+    return acc * alpha[:, None], new_max, row_sum * alpha + tl.exp2(sink - shift)
+
+
+@jit
 def score_grad(z, p, dp, delta, CAPPED: tl.constexpr):
     """dz = p · (dp − delta), times the slope 1 − z² of the softcap's tanh.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernel_index.core import checks
 from kernel_index.core.rules import host_readable
+from kernel_index.core.transfers import to_device
 from kernel_index.masks.attention_validity_prefix import contract
 
 ValidityMode = Literal["none", "token_prefix", "slot_prefix"]
@@ -122,8 +123,9 @@ class AttentionValidity:
 
     def to(self, device: torch.device | str) -> "AttentionValidity":
         """The same counts on another device; ``self`` if they are on it already."""
-        token_prefix = None if self.token_prefix is None else self.token_prefix.to(device)
-        slot_counts = None if self.slot_counts is None else self.slot_counts.to(device)
+        there = torch.device(device)
+        token_prefix = None if self.token_prefix is None else to_device(self.token_prefix, there)
+        slot_counts = None if self.slot_counts is None else to_device(self.slot_counts, there)
         if token_prefix is self.token_prefix and slot_counts is self.slot_counts:
             return self
         return AttentionValidity(self.mode, token_prefix, slot_counts, self.base_block_tokens, self.reason)

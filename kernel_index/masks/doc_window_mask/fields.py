@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, rules
+from kernel_index.core.transfers import to_device
 from kernel_index.masks.attention_validity_prefix.validity import AttentionValidity, same_values
 from kernel_index.masks.doc_window_mask import contract
 from kernel_index.masks.doc_window_mask.intervals import Sizes
@@ -86,6 +87,7 @@ class MaskFields:
         >>> ki.MaskContract.from_position_ids(torch.tensor([[0, 1, 2, 0, 1]])).doc_ids.tolist()
         [[0, 0, 0, 1, 1]]
         """
+        checks.is_integer_tensor("position_ids", position_ids)
         check_rows("position_ids", position_ids)
         restarts = position_ids[..., 1:] <= position_ids[..., :-1]
         ids = torch.nn.functional.pad(restarts.to(torch.int32).cumsum(-1, dtype=torch.int32), (1, 0))
@@ -240,8 +242,12 @@ class MaskFields:
         return (self.doc_ids, *counts, *others, self.subtree_end, self.positions, *(self.cu_seqlens or ()))
 
     def to(self, device: torch.device | str) -> Self:
-        """The same contract with its tensors on another device."""
-        return self._changed(lambda tensors: tensors.to(device))
+        """The same contract with its tensors on another device; a copy to a GPU waits for nothing there."""
+
+        def moved(x: Any) -> Any:
+            return to_device(x, torch.device(device)) if isinstance(x, Tensor) else x.to(device)
+
+        return self._changed(moved)
 
     def pin_memory(self) -> Self:
         """The same contract with its tensors in pinned memory; a DataLoader with ``pin_memory=True`` calls it."""

@@ -22,7 +22,7 @@ from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals
 from kernel_index.masks.doc_window_mask.packed import PackedMask
 from kernel_index.masks.prefix_tree.bounds import Tree, tree_bounds
 from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
-from kernel_index.masks.prefix_tree.runs import Level, levels_of, parents_in_row
+from kernel_index.masks.prefix_tree.runs import Level, Stretch, levels_of, parents_in_row, stretches_of
 from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, ranges_of, tiles_of
 
 
@@ -290,6 +290,14 @@ class MaskContract(PackedMask):
         sizes = self.sizes(batch_size, seq_len, seq_len, device)
         return self.remember("parents", sizes, lambda: (parents_in_row(self.subtree_end, sizes),))[0]
 
+    def stretches(self, sizes: Sizes) -> tuple[list[Stretch], ...]:
+        """The runs of each row in which each token continues the one before it; reads values."""
+
+        def build() -> tuple[list[Stretch], ...]:
+            return tuple(stretches_of((self.on_the_host() or self).subtree_end, sizes.keys))
+
+        return self.remember("stretches", (sizes.keys,), build)
+
     def tree_levels(
         self,
         batch_size: int | None = None,
@@ -304,11 +312,7 @@ class MaskContract(PackedMask):
         sizes = self.sizes(batch_size, seq_len, seq_len, device)
 
         def build() -> tuple[Level, ...]:
-            known = self.on_the_host() or self
-            on_its_device = sizes._replace(
-                device=sizes.device if known.subtree_end is None else known.subtree_end.device
-            )
-            return levels_of(known.subtree_end, parents_in_row(known.subtree_end, on_its_device), sizes)
+            return levels_of(self.stretches(sizes), sizes)
 
         return self.remember("levels", sizes, build)
 

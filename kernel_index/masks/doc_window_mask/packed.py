@@ -4,6 +4,7 @@ Packed sequences are the one form whose sizes the host has to know.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import rules
+from kernel_index.core.transfers import copied
 from kernel_index.masks.doc_window_mask import lowerings
 from kernel_index.masks.doc_window_mask.cu_seqlens import documents_of_lengths, ids_of_lengths, position_in_keys
 from kernel_index.masks.doc_window_mask.fields import MaskFields, as_rows
@@ -141,6 +143,14 @@ class PackedMask(MaskFields):
         kept = kept_value(self._kept, TWIN, (), self.sources())
         return None if kept is None else kept[0]
 
+    def with_window(self, left: int | None, right: int | None = None) -> Self:
+        """The same contract with another window; what the host knows of its trees stays known."""
+        found = dataclasses.replace(self, window=(left, right))
+        known = kept_value(self._kept, TWIN, (), self.sources())
+        if known is not None:
+            keep(found._kept, TWIN, (), found.sources(), (known[0].with_window(left, right),))
+        return found
+
     def lengths_are_known(self, sizes: Sizes) -> bool:
         """Whether ``varlen`` waits for nobody although there are documents or a valid prefix."""
         return self._known(sizes) is not None
@@ -181,4 +191,4 @@ class PackedMask(MaskFields):
 
 def _copied(tensors: Any) -> Any:
     """A loader may fill its buffers again.  A deep copy of a tensor would be one of all that its view lies in."""
-    return tensors.clone() if isinstance(tensors, Tensor) else copy.deepcopy(tensors)
+    return copied(tensors) if isinstance(tensors, Tensor) else copy.deepcopy(tensors)

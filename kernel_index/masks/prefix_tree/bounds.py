@@ -89,8 +89,8 @@ def _check_increase(along: Tensor, parent: Tensor, gaps: Tensor, readable: bool)
     """Raise where positions that may be read do not increase along a path."""
     if not readable or not rules.host_readable(along) or along.shape[1] == 0:
         return
-    before = along.gather(1, parent.clamp(min=0).expand(along.shape[0], -1))
-    wrong = (parent >= 0) & ~gaps & (along <= before)
+    along, parent = torch.broadcast_tensors(along, parent)
+    wrong = (parent >= 0) & ~gaps & (along <= along.gather(1, parent.clamp(min=0)))
     if bool(wrong.any()):
         token = int(wrong.nonzero()[0, 1])
         raise ValueError(f"positions must increase along each path, got {int(along[wrong][0])} at token {token}")

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from kernel_index.core import checks
+from kernel_index.core.transfers import values_of
 
 TREE_HAS_NO_INTERVALS = "in a prefix tree the keys of a query are not one interval"
 
@@ -65,23 +66,24 @@ def check_nested(subtree_end: Tensor) -> None:
 
     A run is a maximal stretch of tokens with one ``subtree_end``.  Costs O(S) for the tokens and a step for each run.
     """
-    rows = torch.atleast_2d(subtree_end).to(torch.int64)
-    index = torch.arange(rows.shape[1])
-    if bool(((rows < index) | (rows > rows.shape[1])).any()):
-        row, token = ((rows < index) | (rows > rows.shape[1])).nonzero()[0].tolist()
+    rows = np.atleast_2d(values_of(subtree_end))
+    index = np.arange(rows.shape[1])
+    outside = (rows < index) | (rows > rows.shape[1])
+    if outside.any():
+        row, token = np.argwhere(outside)[0].tolist()
+        at = token if subtree_end.ndim == 1 else f"{row}, {token}"
         raise ValueError(
-            f"subtree_end[{token}] must be from {token} (a gap) to {rows.shape[1]}, got {int(rows[row, token])}"
+            f"subtree_end[{at}] must be from {token} (a gap) to {rows.shape[1]}, got {int(rows[row, token])}"
         )
-    changes = torch.ones_like(rows, dtype=torch.bool)
-    changes[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    tokens = changes & (rows > index)
-    for row in range(rows.shape[0]):
-        starts = tokens[row].nonzero().flatten()
-        _check_row(starts.tolist(), rows[row, starts].tolist())
+    changes = rows > index
+    changes[:, 1:] &= rows[:, 1:] != rows[:, :-1]
+    for i, (row, change) in enumerate(zip(rows, changes, strict=True)):
+        starts = change.nonzero()[0]
+        _check_row(starts.tolist(), row[starts].tolist(), "" if subtree_end.ndim == 1 else f"of row {i} ")
 
 
-def _check_row(starts: list[int], ends: list[int]) -> None:
-    """``starts`` of the runs of a row, ascending, and the ends of their subtrees."""
+def _check_row(starts: list[int], ends: list[int], of_row: str) -> None:
+    """``starts`` of the runs of a row, ascending, and the ends of their subtrees; ``of_row`` names it."""
     around = list[tuple[int, int, int]]()
     for run, (start, end) in enumerate(zip(starts, ends, strict=True)):
         while around and around[-1][2] <= start:
@@ -89,7 +91,7 @@ def _check_row(starts: list[int], ends: list[int]) -> None:
         if around and around[-1][2] < end:
             outer, first, last = around[-1]
             raise ValueError(
-                f"subtree_end must nest: run {run} at {start} must end by {last}, where the subtree of run {outer} at "
-                f"{first} ends, got {end}"
+                f"subtree_end must nest: run {run} {of_row}at {start} must end by {last}, where the subtree of run "
+                f"{outer} at {first} ends, got {end}"
             )
         around.append((run, start, end))

@@ -8,16 +8,18 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernel_index.core import rules
 from kernel_index.core.dispatch import Ineligible
 from kernel_index.core.rows import taken
+from kernel_index.core.transfers import to_device, values_of
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
 from kernel_index.masks.doc_window_mask.intervals import Sizes, segments
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.masks.prefix_tree.bounds import parents_of
+from kernel_index.masks.prefix_tree.runs import Stretch, along
 
 NEEDS_VALUES = "the branches of a prefix tree are read on the host, which a trace, a transform or a mode forbids"
 NEEDS_SQUARE = "a prefix tree is routed only where T = S and query 0 is at key 0"
@@ -25,10 +27,23 @@ NEEDS_STEPS = "a window in a routed prefix tree needs positions that grow by 1 a
 
 
 class Branch(NamedTuple):
-    """int64 indices of the row: ``queries`` [n], and the path that ends with them, ``keys`` [m]."""
+    """``path``: stretches of tokens of a row, from its root; the last one holds the queries, all of them the keys."""
 
-    queries: Tensor
-    keys: Tensor
+    path: tuple[range, ...]
+
+    @property
+    def queries(self) -> range:
+        return self.path[-1]
+
+    @property
+    def length(self) -> int:
+        """Keys of the path."""
+        return sum(map(len, self.path))
+
+    @property
+    def keys(self) -> Tensor:
+        """The tokens of the path, int64 [length], on the host."""
+        return torch.cat([torch.arange(part.start, part.stop) for part in self.path])
 
 
 def branches_of(mask: MaskContract, sizes: Sizes) -> tuple[tuple[Branch, ...], ...]:
@@ -37,36 +52,18 @@ def branches_of(mask: MaskContract, sizes: Sizes) -> tuple[tuple[Branch, ...], .
     That waits for a device, once for each contract, unless the contract was made on the host and moved with ``to``.
     """
 
-    def build() -> tuple[tuple[Branch, ...], ...]:
-        known = mask.on_the_host() or mask
-        if known.subtree_end is None:
-            everything = torch.arange(sizes.keys)
-            return ((Branch(everything, everything),),)
-        ends = torch.atleast_2d(known.subtree_end.detach().to("cpu", torch.int64))
-        return tuple(_branches(end, parent) for end, parent in zip(ends, parents_of(ends, True), strict=True))
-
-    return mask.remember("branches", sizes, build)
+    return mask.remember("branches", sizes, lambda: tuple(map(_branches, mask.stretches(sizes))))
 
 
-def _branches(subtree_end: Tensor, parent: Tensor) -> tuple[Branch, ...]:
-    index = torch.arange(subtree_end.shape[0])
-    tokens = subtree_end > index
-    starts = (tokens & ((parent != index - 1) | (index == 0))).nonzero().flatten().tolist()
+def _branches(stretches: list[Stretch]) -> tuple[Branch, ...]:
     found = list[Branch]()
-    paths = list[tuple[int, Tensor]]()  # the open branches, outermost first: where each begins, and its path
-    for start, limit in zip(starts, [*starts, len(index)][1:], strict=True):
-        queries = index[start:limit][tokens[start:limit]]
-        above, before = int(parent[start]), index[:0]
-        while paths and paths[-1][0] > above:
-            paths.pop()
-        if above >= 0:
-            path = paths[-1][1]
-            before = path[: int(torch.searchsorted(path, above, right=True))]
-        paths.append((start, torch.cat([before, queries])))
-        found.append(Branch(queries, paths[-1][1]))
-    if not found:  # a row of gaps: one branch without a token
-        found.append(Branch(index[:0], index[:0]))
-    return tuple(found)
+    for stretch in stretches:
+        before: tuple[range, ...] = ()
+        if stretch.parent >= 0:
+            *before, last = found[stretch.parent].path
+            before = (*before, range(last.start, stretch.above + 1))
+        found.append(Branch((*before, stretch.tokens)))
+    return tuple(found or [Branch((range(0),))])  # a row of gaps: one branch without a token
 
 
 def check_branches(op: str, mask: MaskContract, sizes: Sizes) -> None:
@@ -89,17 +86,21 @@ def _why_not(mask: MaskContract, sizes: Sizes) -> str | None:
 
 
 def _steps(mask: MaskContract, sizes: Sizes) -> bool:
-    assert mask.positions is not None
-    known = mask.on_the_host() or mask
-    assert known.positions is not None
-    along = torch.atleast_2d(known.positions.detach().cpu())
-    rows = branches_of(mask, sizes)
-    return all(
-        bool((row[branch.keys].diff() == 1).all())
-        for i in range(max(len(along), len(rows)))
-        for row in [along[i % len(along)]]
-        for branch in rows[i % len(rows)]
-    )
+    """Whether positions grow by 1 along each path."""
+
+    def build() -> tuple[bool]:
+        known = mask.on_the_host() or mask
+        assert known.positions is not None
+        along, rows = np.atleast_2d(values_of(known.positions)), mask.stretches(sizes)
+        pairs = ((along[i % len(along)], rows[i % len(rows)]) for i in range(max(len(along), len(rows))))
+        return (all(_step(row, stretch) for row, stretches in pairs for stretch in stretches),)
+
+    return mask.remember("steps", sizes, build)[0]
+
+
+def _step(positions: np.ndarray, stretch: Stretch) -> bool:
+    own = positions[stretch.tokens.start : stretch.tokens.stop]
+    return bool((np.diff(own) == 1).all()) and (stretch.above < 0 or own[0] - positions[stretch.above] == 1)
 
 
 def along_paths(
@@ -123,7 +124,7 @@ def along_paths(
         sizes: the mask's.
         by_query: tensors [B, T, …].
         by_key: tensors [B, S, …].
-        time_dims: of each result, the dimension of the queries.
+        time_dims: of each result, the dimension of the queries; 1 after the last one.
         in_gaps: of each result, what a gap has; zeros after the last one.
 
     Returns:
@@ -140,8 +141,10 @@ def along_paths(
         _as_tuple(run(*(_taken(x, g.queries) for x in by_query), *(_taken(x, g.keys) for x in by_key), g.mask))
         for g in groups
     ]
-    fillers = in_gaps + (0.0,) * (len(time_dims) - len(in_gaps))
-    return tuple(map(functools.partial(_in_order, place), zip(*found, strict=True), time_dims, fillers))
+    results = list(zip(*found, strict=True))
+    dims = time_dims + (1,) * (len(results) - len(time_dims))
+    fillers = in_gaps + (0.0,) * (len(results) - len(in_gaps))
+    return tuple(map(functools.partial(_in_order, place), results, dims, fillers))
 
 
 class Group(NamedTuple):
@@ -164,21 +167,18 @@ def _grouped(mask: MaskContract, sizes: Sizes) -> tuple[tuple[Group, ...], Tenso
     """The groups, and for each token [B, T] its place among the queries of all of them; a gap is after the last."""
     branches = branches_of(mask, sizes)
     members = [(b, branch) for b in range(sizes.batch) for branch in branches[b % len(branches)]]
-    if any(len(branch.queries) for _, branch in members):
-        members = [member for member in members if len(member[1].queries)]  # without the rows of gaps
+    members = [member for member in members if member[1].queries] or members  # without the rows of gaps
     of_keys = mask.key_validity is not None and mask.key_validity.tokens is not None
     groups, last = list[Group](), 0
-    place = torch.full((sizes.batch * sizes.queries,), -1)
+    place = torch.full((sizes.batch, sizes.queries), -1)
     for of_group in _alike(members, 1 if of_keys else MOST_PADDED):
         group = _group(mask, sizes, of_group)
         width = group.queries.shape[1]
         for b, branch in of_group:
-            at = last + torch.arange(len(branch.queries))
-            place[b * sizes.queries + branch.queries] = at
+            place[b, branch.queries.start : branch.queries.stop] = torch.arange(last, last + len(branch.queries))
             last += width
         groups.append(group)
-    place = torch.where(place < 0, last, place).view(sizes.batch, sizes.queries)
-    return tuple(groups), place.to(sizes.device)
+    return tuple(groups), to_device(torch.where(place < 0, last, place), sizes.device)
 
 
 def _alike(members: list[tuple[int, Branch]], most: int) -> list[list[tuple[int, Branch]]]:
@@ -186,8 +186,8 @@ def _alike(members: list[tuple[int, Branch]], most: int) -> list[list[tuple[int,
     found = list[list[tuple[int, Branch]]]()
 
     def order(member: tuple[int, Branch]) -> tuple[int, int]:
-        queries, keys = map(len, member[1])
-        return keys - queries, -queries
+        queries = len(member[1].queries)
+        return member[1].length - queries, -queries
 
     for member in sorted(members, key=order):
         begin, length = order(member)
@@ -200,20 +200,14 @@ def _alike(members: list[tuple[int, Branch]], most: int) -> list[list[tuple[int,
 
 
 def _group(mask: MaskContract, sizes: Sizes, members: list[tuple[int, Branch]]) -> Group:
-    rows = torch.tensor([b for b, _ in members])[:, None]
-    queries, keys = (_padded(x) for x in zip(*(branch for _, branch in members), strict=True))
-    lengths = torch.tensor([len(branch.keys) for _, branch in members])[:, None]
-    is_token = None if bool((lengths == keys.shape[1]).all()) else torch.arange(keys.shape[1]) < lengths
-    device, at_queries, at_keys = sizes.device, rows * sizes.queries + queries, rows * sizes.keys + keys
-    real = None if is_token is None else is_token.to(device)
-    of_paths = _mask_of_paths(mask, sizes, rows.to(device), queries.to(device), keys.to(device), real)
-    return Group(at_queries.to(device), at_keys.to(device), of_paths)
-
-
-def _padded(parts: tuple[Tensor, ...]) -> Tensor:
-    """Rows of one length [G, n]; the last of each is repeated."""
-    longest = max(map(len, parts))
-    return torch.stack([x[torch.arange(longest).clamp(max=max(len(x) - 1, 0))] if len(x) else x for x in parts])
+    lengths, device = [branch.length for _, branch in members], sizes.device
+    longest = max(lengths)
+    rows, length = to_device(torch.tensor([[b for b, _ in members], lengths]), device)[..., None]
+    queries = along([(branch.queries,) for _, branch in members], max(len(b.queries) for _, b in members), device)
+    keys = along([branch.path for _, branch in members], longest, device)
+    is_token = None if min(lengths) == longest else torch.arange(longest, device=device) < length
+    of_paths = _mask_of_paths(mask, sizes, rows, queries, keys, is_token)
+    return Group(rows * sizes.queries + queries, rows * sizes.keys + keys, of_paths)
 
 
 def _taken(x: Tensor, at: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from kernel_index.core.triton.attention import (
     softmax_output,
     store_rows,
     weighted_sum,
+    with_sink,
     within,
 )
 from kernel_index.core.triton.jit import Prepared, jit, place_of
@@ -110,15 +111,6 @@ def _walk(
 
 
 @jit
-def _with_sink(acc, row_max, row_sum, sink):
-    """The state with one key more, of logit ``sink`` [BM] and without a value."""
-    new_max = tl.maximum(row_max, sink)
-    shift = finite_max(new_max)
-    alpha = tl.exp2(row_max - shift)
-    return acc * alpha[:, None], new_max, row_sum * alpha + tl.exp2(sink - shift)
-
-
-@jit
 def _split_kernel(
     q_ptr, k_ptr, v_ptr, new_k_ptr, new_v_ptr, length_ptr, table_ptr, sink_ptr, out_ptr, state_ptr,
     q_b, q_t, q_h, s_page, s_slot, s_h, new_b, new_t, new_h, table_b,
@@ -174,7 +166,7 @@ def _split_kernel(
         m_empty = row_sum == 0  # NaN stays
         if SINK:
             sink = tl.load(sink_ptr + head, mask=m_m, other=0.0).to(tl.float32) * _LOG2E
-            acc, row_max, row_sum = _with_sink(acc, row_max, row_sum, sink)
+            acc, row_max, row_sum = with_sink(acc, row_max, row_sum, sink)
         out, _ = softmax_output(acc, row_max, row_sum, m_empty)
         store_rows(out_ptr, ((b * QUERIES + query) * KV * G + head) * D, m_m, out, D, BLOCK_D, UPCAST)
     else:

@@ -199,6 +199,7 @@ def moba_decode(
     route_per: str = "query_head",
     scale: float | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     layer: int = 0,
     backend: MobaBackend | None = "auto",
 ) -> Tensor:
@@ -223,11 +224,12 @@ def moba_decode(
         route_per: ``"query_head"`` or ``"kv_group"``.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
+        sink: [H], learnable sink logits, one more term ``exp(sink[h])`` of the denominator; None for no such term.
         layer: which layer of a cache that is given whole.
         backend: as in ``moba_attention``.
 
     Returns:
-        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k and v; earlier cache content is a constant.
+        [B, Lq, H, D], contiguous, q's dtype.  Differentiable in q, k, v and sink; earlier cache content is a constant.
 
     Raises:
         TypeError: the cache is of another type, or a tensor is of the wrong type.
@@ -244,7 +246,7 @@ def moba_decode(
     tensor([[[[1.6667]]]])
     """
     view = layer_of(cache, layer)
-    call = contract.check_decode(q, view, k, v, block_size, topk, window_size, route_per, scale, softcap)
+    call = contract.check_decode(q, view, k, v, block_size, topk, window_size, route_per, scale, softcap, sink)
     choice = pick("moba_decode", DECODE_BACKENDS, None, backend, call)
     if isinstance(cache, KVCache):
         cache.layer(layer)  # counts as this layer's call in the step, once nothing can refuse it any more

@@ -75,6 +75,7 @@ def oracle(
     route_per: str = "query_head",
     scale: float | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Query by query and head by head: who is seen, which blocks score best, one softmax over what both leave."""
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
@@ -101,7 +102,8 @@ def oracle(
                 kept = [s for s in seen if s // block_size in blocks]
                 z = k_SD[kept] @ q[b, t, h] * (width**-0.5 if scale is None else scale)
                 z = softcap * (z / softcap).tanh() if softcap else z
-                rows.append(z.softmax(0) @ v_SD[kept])
+                logits = z if sink is None else torch.cat([z, sink[h : h + 1].to(z.dtype)])
+                rows.append(logits.softmax(0)[: len(kept)] @ v_SD[kept])
     nothing = (q.sum() + k.sum() + v.sum()) * 0.0  # so that an empty call has a gradient too
     return torch.stack(rows).view(*q.shape[:3], -1) if rows else nothing.expand(*q.shape[:3], v.shape[3])
 
@@ -149,6 +151,8 @@ DECODE_CASES = (
         m, (14, 5), 2, page=6, topk=2, route_per="kv_group")),
     Case("window", "a window that cuts a block, small pages, a softcap", lambda m: decode_call(
         m, (19,), 1, page=2, window_size=(9, 0), softcap=2.0, scale=0.7, route_per="kv_group")),
+    Case("sink", "a sink for each head; the first query of a row sees nothing cached", lambda m: decode_call(
+        m, (14, 0), 2, sink=m.normal(4))),
 )  # fmt: skip
 
 
@@ -198,7 +202,7 @@ SUITES = (
     ),
     Suite(
         op="moba_decode", function=decode_on_copies, backends=DECODE_BACKENDS, cases=DECODE_CASES,
-        differentiable=("q", "k", "v"), oracle=decode_oracle,
+        differentiable=("q", "k", "v", "sink"), oracle=decode_oracle,
         sized=lambda m, n: decode_call(m, (n, n - 2), 2),
         scales=SCALES, rounding=("triton", "native", "cpu"), without_gradient=("native", "cpu", "triton"),
         real=real_decode,

@@ -103,6 +103,7 @@ class MobaDecodeCall(NamedTuple):
     groups: int
     scale: float
     softcap: float
+    sink: Tensor | None
 
 
 def check_decode(
@@ -116,6 +117,7 @@ def check_decode(
     route_per: str,
     scale: float | None,
     softcap: float,
+    sink: Tensor | None = None,
 ) -> MobaDecodeCall:
     if isinstance(cache, CacheLayer):
         q, k, v = cast_to_cache(cache["k_cache"], q, k, v)
@@ -123,10 +125,11 @@ def check_decode(
     if k is None and cache.new_tokens:
         raise ValueError(f"k must be of the {cache.new_tokens} new tokens of this step, got 0")
     arguments.check_scoring(scale, softcap)
+    arguments.check_sink(sink, q)
     _check_router(q, block_size, topk, route_per)
     window, groups = normalize_window(window_size), groups_of(q.shape[2], cache["k_cache"].shape[2], route_per)
     factor = arguments.scale_of(q, scale)
-    return MobaDecodeCall(q, cache, k, v, block_size, topk, window, groups, factor, softcap)
+    return MobaDecodeCall(q, cache, k, v, block_size, topk, window, groups, factor, softcap, sink)
 
 
 def groups_of(heads: int, kv_heads: int, route_per: str) -> int:
@@ -146,7 +149,7 @@ def decode_cpu_why_not(call: MobaDecodeCall) -> str | None:
         return rules.NEEDS_CPU
     if not rules.host_readable(call.q):
         return "inside a transform or a dispatch mode"
-    if rules.wants_gradient(call.q, call.k, call.v):
+    if rules.wants_gradient(call.q, call.k, call.v, call.sink):
         return rules.NO_BACKWARD
     return None
 
@@ -160,7 +163,9 @@ def decode_native_why_not(call: MobaDecodeCall) -> str | None:
 def decode_triton_why_not(call: MobaDecodeCall) -> str | None:
     if (rule := decode_reference_why_not(call)) is not None:
         return rule
-    return triton_decode_why_not(call.q, call.k, call.v, call.cache["k_cache"], call.cache["v_cache"])
+    if rules.wants_gradient(call.sink):
+        return rules.NO_BACKWARD
+    return triton_decode_why_not(call.q, call.k, call.v, call.cache["k_cache"], call.cache["v_cache"], call.sink)
 
 
 def decode_triton_not_worth(call: MobaDecodeCall) -> str | None:

@@ -37,6 +37,9 @@ def _fill(out: Tensor, call: MobaDecodeCall, tokens: SelectedTokens) -> None:
     q_BKXHD = q.unflatten(2, shape).transpose(1, 2).flatten(2, 3)
     out_BKTGHD = out.view(batch, queries, *shape, width).transpose(1, 2)
     selections, keys = index.shape[2:]
+    sinks = call.sink
+    if sinks is not None:
+        sinks = sinks.view(shape).repeat(1, queries, 1)[..., None]  # [K, Lq · G/K, H', 1]
     step = max(1, ELEMENTS_AT_ONCE // (keys * width))
     scratch = cache.scratch(2 * min(step, selections) * keys * width).view(2, -1, width)
     for b in range(batch):
@@ -48,17 +51,22 @@ def _fill(out: Tensor, call: MobaDecodeCall, tokens: SelectedTokens) -> None:
                     torch.index_select(source, 0, rows, out=into[: rows.shape[0]])
                     for source, into in zip((flat_k, flat_v), scratch, strict=True)
                 )
-                outs.append(_attend(call, q_BKXHD[b, h, x : x + step], k_MD, v_MD, allowed[b, h, x : x + step, None]))
+                own = None if sinks is None else sinks[h, x : x + step]
+                seen = allowed[b, h, x : x + step, None]
+                outs.append(_attend(call, q_BKXHD[b, h, x : x + step], k_MD, v_MD, seen, own))
             joined = outs[0] if len(outs) == 1 else torch.cat(outs)
             out_BKTGHD[b, h] = joined.view(out_BKTGHD.shape[2:])
 
 
-def _attend(call: MobaDecodeCall, q: Tensor, k_MD: Tensor, v_MD: Tensor, allowed: Tensor) -> Tensor:
-    """q [X, H', D], the keys of all X one after the other, allowed [X, 1, m]."""
+def _attend(
+    call: MobaDecodeCall, q: Tensor, k_MD: Tensor, v_MD: Tensor, allowed: Tensor, sink: Tensor | None
+) -> Tensor:
+    """q [X, H', D], the keys of all X one after the other, allowed [X, 1, m], sink [X, H', 1]."""
     keys, values = (x.view(q.shape[0], -1, q.shape[-1]) for x in (k_MD, v_MD))
-    if call.softcap:
+    if call.softcap or sink is not None:
         dtype = torch.promote_types(q.dtype, torch.float32)
-        return attend_gathered(q.to(dtype) * call.scale, keys.to(dtype), values.to(dtype), allowed, call.softcap)
+        sink, scaled = None if sink is None else sink.to(dtype), q.to(dtype) * call.scale
+        return attend_gathered(scaled, keys.to(dtype), values.to(dtype), allowed, call.softcap, sink)
     return scaled_dot_product_attention(
         q[:, None], keys[:, None], values[:, None], attn_mask=allowed[:, None], scale=call.scale
     )

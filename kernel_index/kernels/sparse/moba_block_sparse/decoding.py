@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
+from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseOutput, block_sparse_attention
 from kernel_index.kernels.sparse.moba_block_sparse import torch_op
 from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaDecodeCall
 from kernel_index.kernels.sparse.selected_decode.api import attend_blocks
@@ -70,7 +70,8 @@ def decode_triton(call: MobaDecodeCall) -> Tensor:
     torch_op.write(call, means)
     selected = select(call).selected
     blocks = torch.where(selected.valid, selected.indices, -1)
-    return attend_blocks(call.q, call.cache, blocks, call.groups, left, call.block_size, call.scale, call.softcap)
+    scoring = call.scale, call.softcap, call.sink
+    return attend_blocks(call.q, call.cache, blocks, call.groups, left, call.block_size, *scoring)
 
 
 def attend_prompt(call: MobaDecodeCall, selected: TopBlocks) -> Tensor:
@@ -90,5 +91,11 @@ def attend_prompt(call: MobaDecodeCall, selected: TopBlocks) -> Tensor:
             scale=call.scale,
             softcap=call.softcap,
         )
-        outs.append(result.out)
+        outs.append(result.out if call.sink is None else _with_sink(result, call.sink))
     return torch.cat(outs)
+
+
+def _with_sink(found: BlockSparseOutput, sink: Tensor) -> Tensor:
+    """A logit more in the denominator: exp(lse) / (exp(lse) + exp(sink)) of what was without it."""
+    share = torch.sigmoid(found.lse - sink.to(found.lse.dtype)[:, None])  # [B, H, T]
+    return (found.out * share.transpose(1, 2)[..., None]).to(found.out.dtype)

@@ -19,7 +19,8 @@ void select(const Step& c, const Blocks& blocks, const float* means, const float
 }
 
 template <typename T>
-void decode(const Step& c, const Blocks& blocks, const T* q, const T* k, const T* v, const float* means, T* out) {
+void decode(const Step& c, const Blocks& blocks, const T* q, const T* k, const T* v, const float* means, const float* sink,
+            T* out) {
   const int64_t heads = c.heads(), splits = (blocks.topk * blocks.size + SPLIT - 1) / SPLIT;
 #pragma omp parallel num_threads(c.threads)
   {
@@ -48,7 +49,7 @@ void decode(const Step& c, const Blocks& blocks, const T* q, const T* k, const T
       }
       for (int64_t x = 0, n = offsets.size(); x < n; x += SPLIT)
         attention.attend(k, v, &offsets[x], std::min(SPLIT, n - x), partials, 0, x / SPLIT);
-      for (int64_t i = 0; i < heads; ++i) partials.finish(i, out + (row + i) * c.D);
+      for (int64_t i = 0; i < heads; ++i) partials.finish(i, out + (row + i) * c.D, sink[g * heads + i]);
     }
   }
 }
@@ -57,9 +58,9 @@ void decode(const Step& c, const Blocks& blocks, const T* q, const T* k, const T
 
 #define EXPORT(NAME, T)                                                                                               \
   void moba_decode_##NAME(const int64_t* n, float scale, float softcap, const int32_t* lengths, const int32_t* table, \
-                          const T* q, const T* k, const T* v, const float* means, T* out) {                           \
+                          const T* q, const T* k, const T* v, const float* means, const float* sink, T* out) {        \
     const Step c{n[0], n[1], n[2], n[3], n[4], n[5], n[8], n[9], n[12], n[14], {scale, softcap}, lengths, table};     \
-    decode<T>(c, {n[6], n[7], n[10], n[11], n[13]}, q, k, v, means, out);                                             \
+    decode<T>(c, {n[6], n[7], n[10], n[11], n[13]}, q, k, v, means, sink, out);                                             \
   }
 
 extern "C" {

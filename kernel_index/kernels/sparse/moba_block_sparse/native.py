@@ -35,6 +35,7 @@ def decode_native(call: MobaDecodeCall) -> Tensor:
     out = torch.empty_like(q)
     table = lengths if table is None else table.contiguous()
     function = f"moba_decode_{native.suffix(q.dtype)}"
-    tensors = (lengths, table, q, k_cache, v_cache, means, out)
+    sink = q.new_full((heads,), -torch.inf, dtype=torch.float32) if call.sink is None else native.floats(call.sink)
+    tensors = (lengths, table, q, k_cache, v_cache, means, sink, out)
     native.call(SOURCE, function, sizes, (call.scale, call.softcap), *tensors)
     return out

@@ -11,4 +11,4 @@ def decode_reference(call: MobaDecodeCall) -> Tensor:
     routed = route(call)
     blocks, left = routed.selected.indices, call.window[0]
     tokens = selected_tokens(blocks, call.block_size, routed.position, left, call.cache)
-    return attend_selected(call.q, call.cache, call.k, call.v, tokens, call.scale, call.softcap)
+    return attend_selected(call.q, call.cache, call.k, call.v, tokens, call.scale, call.softcap, call.sink)

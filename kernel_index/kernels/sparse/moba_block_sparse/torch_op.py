@@ -35,12 +35,13 @@ _append_op = ops.register(
 
 
 def _allocate(
-    q, k_cache, v_cache, means, k, v, lengths, table, new, left, block_size, topk, groups, scale, softcap
+    q, k_cache, v_cache, means, k, v, lengths, table, new, left, block_size, topk, groups, scale, softcap, sink=None
 ):  # fmt: skip
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _step(q, k_cache, v_cache, means, k, v, lengths, table, new, left, block_size, topk, groups, scale, softcap):
+def _step(q, k_cache, v_cache, means, k, v, lengths, table, new, left, block_size, topk, groups, scale, softcap,
+          sink=None):  # fmt: skip
     from kernel_index.kernels.sparse.moba_block_sparse import triton
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -50,13 +51,13 @@ def _step(q, k_cache, v_cache, means, k, v, lengths, table, new, left, block_siz
             _append(k_cache, v_cache, means, k, v, lengths, table, block_size)
         if out.numel() == 0:
             return out
-        return triton.step(q, k_cache, v_cache, means, seen, block_size, topk, groups, scale, softcap, out)
+        return triton.step(q, k_cache, v_cache, means, seen, block_size, topk, groups, scale, softcap, sink, out)
 
 
 _step_op = ops.register(
     "moba_step(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) means, Tensor? k, Tensor? v, "
     "Tensor lengths, Tensor? table, int new, int left, int block_size, int topk, int groups, float scale, "
-    "float softcap) -> Tensor",
+    "float softcap, Tensor? sink=None) -> Tensor",
     _step,
     _allocate,
 )
@@ -75,6 +76,6 @@ def step(call: MobaDecodeCall, means: Tensor) -> Tensor:
     cache, left = call.cache, call.window[0]
     args = (call.q, cache["k_cache"], cache["v_cache"], means, call.k, call.v)
     args = (*args, cache["cache_seqlens"], cache["block_table"], cache.new_tokens, -1 if left is None else left)
-    more = (call.block_size, call.topk, call.groups, float(call.scale), float(call.softcap))
+    more = (call.block_size, call.topk, call.groups, float(call.scale), float(call.softcap), call.sink)
     with torch.no_grad():
         return ops.run(_step_op, _step, *args, *more)

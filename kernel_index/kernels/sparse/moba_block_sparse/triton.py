@@ -366,6 +366,7 @@ def step(
     groups: int,
     scale: float,
     softcap: float,
+    sink: Tensor | None,
     out: Tensor,
 ) -> Tensor:
     """Fill ``out`` [B, Lq, H, D] by attention over the blocks that each query selects, once all keys are written.
@@ -376,4 +377,4 @@ def step(
     launch = launch_for(q, k_cache, seen, groups, g.topk, block_size)
     work = q.new_empty(max(g.memory, g.at + launch.states), dtype=torch.float32)
     select(q, means, seen, g, work)
-    return attend_into(out, q, k_cache, v_cache, work, seen, launch, g.topk, scale, softcap, (work, g.at))
+    return attend_into(out, q, k_cache, v_cache, work, seen, launch, g.topk, scale, softcap, (work, g.at), sink)

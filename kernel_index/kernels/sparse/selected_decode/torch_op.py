@@ -13,11 +13,11 @@ from kernel_index.kvcache.cache import CacheLayer
 from kernel_index.kvcache.selected import Visible
 
 
-def _allocate(q, k_cache, v_cache, selected, lengths, table, new, left, groups, block_size, scale, softcap):
+def _allocate(q, k_cache, v_cache, selected, lengths, table, new, left, groups, block_size, scale, softcap, sink=None):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def _launch(q, k_cache, v_cache, selected, lengths, table, new, left, groups, block_size, scale, softcap):
+def _launch(q, k_cache, v_cache, selected, lengths, table, new, left, groups, block_size, scale, softcap, sink=None):
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, selected, seen = launch.dense_heads(q), selected.contiguous(), Visible(lengths, table, new, left)
     if out.numel() == 0 or selected.numel() == 0 or k_cache.numel() == 0:
@@ -25,13 +25,13 @@ def _launch(q, k_cache, v_cache, selected, lengths, table, new, left, groups, bl
     count = selected.shape[3]
     chosen = launch_for(q, k_cache, seen, groups, count, block_size)
     with launch.on_device(q):
-        return attend_into(out, q, k_cache, v_cache, selected, seen, chosen, count, scale, softcap)
+        return attend_into(out, q, k_cache, v_cache, selected, seen, chosen, count, scale, softcap, None, sink)
 
 
 # Captured graphs hold this name, which is older than ``selected_decode``.
 _decode_op = ops.register(
     "moba_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor picks, Tensor lengths, Tensor? table, int new, "
-    "int left, int groups, int block_size, float scale, float softcap) -> Tensor",
+    "int left, int groups, int block_size, float scale, float softcap, Tensor? sink=None) -> Tensor",
     _launch,
     _allocate,
 )
@@ -60,6 +60,7 @@ def attend_blocks(
     block_size: int,
     scale: float,
     softcap: float,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention over a written cache, for kernels that have routed.
 
@@ -67,7 +68,7 @@ def attend_blocks(
     that divides H.  A query attends to the tokens of its blocks that are not after it, and at most ``left`` before it.
     """
     args = (q, cache["k_cache"], cache["v_cache"], blocks, cache["cache_seqlens"], cache["block_table"])
-    more = (cache.new_tokens, -1 if left is None else left, groups, block_size, float(scale), float(softcap))
+    more = (cache.new_tokens, -1 if left is None else left, groups, block_size, float(scale), float(softcap), sink)
     return ops.run(_decode_op, _launch, *args, *more)
 
 

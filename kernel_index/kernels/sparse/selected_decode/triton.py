@@ -24,9 +24,11 @@ from kernel_index.core.triton.attention import (
     softmax_output,
     store_rows,
     weighted_sum,
+    with_sink,
 )
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import (
+    LOG2E,
     ceil_div,
     dot_block,
     interpreting,
@@ -35,6 +37,8 @@ from kernel_index.core.triton.launch import (
     score_factors,
 )
 from kernel_index.kvcache.selected import Visible
+
+_LOG2E = tl.constexpr(LOG2E)
 
 
 @jit
@@ -75,12 +79,12 @@ def _any_tile(
 
 @jit
 def _selected_kernel(
-    q_ptr, k_ptr, v_ptr, selected_ptr, length_ptr, table_ptr, state_ptr,
+    q_ptr, k_ptr, v_ptr, selected_ptr, length_ptr, table_ptr, sink_ptr, state_ptr,
     q_b, q_t, q_h, table_b, AT, QUERIES, NEW, LEFT, SELECTED, PER_SPLIT, inner, outer,
     GROUPS: tl.constexpr, KV: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, PAGED: tl.constexpr,
     ALIGNED: tl.constexpr, SHARED: tl.constexpr, HAS_LEFT: tl.constexpr, DIRECT: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    CAPPED: tl.constexpr, SINK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The softmax state of one query's J heads of one group over PER_SPLIT tiles of its SELECTED blocks.
 
@@ -130,7 +134,11 @@ def _selected_kernel(
     if tl.load(p_selected) == OUTGROWN:
         acc, row_sum = acc + float("nan"), row_sum + float("nan")
     if DIRECT:
-        out, _ = softmax_output(acc, row_max, row_sum, row_sum == 0)  # NaN stays
+        m_empty = row_sum == 0
+        if SINK:
+            b_sink = tl.load(sink_ptr + group * J + o_m, mask=o_m < J, other=0.0).to(tl.float32) * _LOG2E
+            acc, row_max, row_sum = with_sink(acc, row_max, row_sum, b_sink)
+        out, _ = softmax_output(acc, row_max, row_sum, m_empty)  # NaN stays
         store_rows(state_ptr, (pair * J + o_m) * D, o_m < J, out, D, BLOCK_D, UPCAST)
     else:
         rows = tl.num_programs(0).to(tl.int64) * J
@@ -143,8 +151,9 @@ def _selected_kernel(
 
 @jit
 def _merge_kernel(
-    state_ptr, out_ptr, AT, SPLITS, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, UPCAST: tl.constexpr
-):
+    state_ptr, sink_ptr, out_ptr, AT, SPLITS, HEADS, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+    SINK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One row of the output from the states of its SPLITS ≤ N splits."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     o_split = tl.arange(0, N)  # [N]
@@ -154,8 +163,15 @@ def _merge_kernel(
     b_max = tl.load(p_max + o_state, mask=m_split, other=float("-inf"))  # [N]
     b_sum = tl.load(p_max + SPLITS * rows + o_state, mask=m_split, other=0.0)  # [N]
     b_acc = load_rows(state_ptr + AT, o_state * D, m_split, D, BLOCK_D)  # [N, BLOCK_D]
-    w = tl.exp2(b_max - finite_max(tl.max(b_max, 0)))
+    row_max = tl.max(b_max, 0)
+    if SINK:
+        sink = tl.load(sink_ptr + row % HEADS).to(tl.float32) * _LOG2E
+        row_max = tl.maximum(row_max, sink)
+    shift = finite_max(row_max)
+    w = tl.exp2(b_max - shift)
     row_sum = tl.sum(b_sum * w, 0)
+    if SINK:
+        row_sum += tl.exp2(sink - shift)
     out = tl.sum(b_acc * w[:, None], 0) / tl.where(row_sum != 0, row_sum, 1.0)  # NaN stays
     o_d = tl.arange(0, BLOCK_D)
     tl.store(out_ptr + row * D + o_d, narrow(out, out_ptr.dtype.element_ty, UPCAST), mask=o_d < D)
@@ -262,6 +278,7 @@ def decode(
     scale: float,
     softcap: float,
     memory: tuple[Tensor, int] | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Fill ``out`` [B, Lq, H, D]; each of the G groups of a query has ``count`` selected blocks, −1 for none.
 
@@ -274,13 +291,17 @@ def decode(
         memory = (q.new_empty(launch.states, dtype=torch.float32), 0)
     states, at = (out, 0) if splits == 1 else memory
     inner, outer = score_factors(scale, softcap)
+    given_sink = lengths if sink is None else sink
     _selected_kernel[(batch * queries * groups, splits)](
-        q, k_cache, v_cache, selected, lengths, lengths if table is None else table, states,
+        q, k_cache, v_cache, selected, lengths, lengths if table is None else table, given_sink, states,
         *q.stride()[:3], 0 if table is None else table.stride(0), at, queries, seen.new, seen.left, count,
         launch.plan.per_split, inner, outer,
         SHARED=selected.ndim == 4 and selected.shape[2] < groups, HAS_LEFT=seen.left >= 0, CAPPED=softcap > 0,
+        SINK=sink is not None,
         **launch.kernel,
     )  # fmt: skip
     if splits > 1:
-        _merge_kernel[(batch * queries * heads,)](states, out, at, splits, **launch.merge)
+        _merge_kernel[(batch * queries * heads,)](
+            states, given_sink, out, at, splits, heads, SINK=sink is not None, **launch.merge
+        )
     return out
