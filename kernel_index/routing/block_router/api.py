@@ -13,7 +13,6 @@ from kernel_index.routing.block_router.chunked import route_chunked
 from kernel_index.routing.block_router.documents import ROUTING
 from kernel_index.routing.block_router.native import SOURCE, route_native
 from kernel_index.routing.block_router.reference import route_reference
-from kernel_index.routing.block_router.torch_op import route_triton
 from kernel_index.routing.legal_blocks import TopBlocks
 
 RouterBackend = Literal["auto", "triton", "native", "chunked", "reference"]
@@ -22,7 +21,7 @@ BACKENDS = (
     Backend(
         "triton",
         contract.triton_why_not,
-        route_triton,
+        documents_on_device.route,
         contract.triton_not_worth,
         contract.details,
         documents_on_device.ROUTING,

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from kernel_index.core import ops
 from kernel_index.core.device_products import PRODUCT, multiply_rows
-from kernel_index.core.numerics import Recipe
+from kernel_index.core.numerics import Recipe, is_invariant
 from kernel_index.core.triton import launch
 from kernel_index.masks.doc_window_mask.intervals import Sizes, segments
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.contract import RouterCall
 from kernel_index.routing.block_router.documents import route_rows
-from kernel_index.routing.block_router.torch_op import triton_top_blocks
+from kernel_index.routing.block_router.torch_op import route_triton, triton_top_blocks
 from kernel_index.routing.legal_blocks import LegalBlocks, TopBlocks
 
 ROUTING = Recipe(
@@ -71,6 +71,10 @@ def _allocate_means(k: Tensor, first: Tensor, block_size: int) -> Tensor:
 _means_op = ops.register(
     "block_means_in_order(Tensor k, Tensor first, int block_size) -> Tensor", _launch_means, _allocate_means
 )
+
+
+def route(call: RouterCall) -> TopBlocks:
+    return route_on_device(call) if is_invariant() else route_triton(call)
 
 
 def route_on_device(call: RouterCall, hierarchy: tuple[int, int] | None = None) -> TopBlocks:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
 from kernel_index.routing.block_router.contract import RouterCall
 from kernel_index.routing.block_router.scores import means_and_legal
@@ -32,10 +31,6 @@ _route_op = ops.register(
 
 
 def route_triton(call: RouterCall) -> TopBlocks:
-    if is_invariant():
-        from kernel_index.routing.block_router.documents_on_device import route_on_device
-
-        return route_on_device(call)
     means, legal = means_and_legal(call)
     return triton_top_blocks(call.q, means, legal, call.selected, call.groups)
 
