@@ -1,7 +1,8 @@
 """Attention whose rows do not depend on the other rows, on a GPU: the registered ops of ``core/triton/documents.py``.
 
 Query t sees the keys ``start[t] ≤ s < end[t]`` of a document that begins at key ``origin[t]``, as in
-``core/document_attention.py``.  One kernel serves training and decoding, which reads pages where they lie.
+``core/document_attention.py``.  One kernel serves training and decoding, which reads pages where they lie, and
+attention to selected blocks or tokens: a query's selection is a bit for each block of its document.
 """
 
 import math
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernel_index.core import ops, rules
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
@@ -24,10 +26,11 @@ ATTENTION = Recipe(
 
 
 class Scoring(NamedTuple):
-    """``scale`` is not 0."""
+    """``scale`` is above 0.  ``block``: keys of a block, where blocks of keys are selected; else 0."""
 
     scale: float
     softcap: float
+    block: int = 0
 
 
 class Cache(NamedTuple):
@@ -43,6 +46,22 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *others: Tenso
     if scale is not None and scale <= 0:
         return "its invariant form needs a positive scale"
     return rules.triton_why_not(q, k, v, *others)
+
+
+def mask_why_not(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, sizes: Any, scale: float | None, sink: Tensor | None = None
+) -> str | None:
+    """For ``attend_to_mask``."""
+    if rules.wants_gradient(q, k, v, sink) and not mask.is_tree and not _ends_with_queries(q, k, mask, sizes):
+        return "the gradient of its invariant form needs the queries of the last keys, and of all keys of documents"
+    return why_not(q, k, v, scale, sink)
+
+
+def _ends_with_queries(q: Tensor, k: Tensor, mask: Any, sizes: Any) -> bool:
+    """Whether the queries are those of the last keys; documents need one for every key."""
+    if sizes.offset is None or q.shape[1] + sizes.offset != k.shape[1]:
+        return False
+    return sizes.offset == 0 or mask.document_rows(sizes.keys) is None
 
 
 def _config(kernel: str, q: Tensor, v: Tensor, rows: int) -> launch.Config:
@@ -64,8 +83,27 @@ def _launch_of(kernel: str, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, *
     group = q.shape[2] // k.shape[2]
     config = _config(kernel, q, v, q.shape[1] * group)
     tile, step = ("BN", "BM") if kernel == "keys" else ("BM", "BN")
-    sizes = {tile: config.tile, step: config.step, "G": group}
-    return launch.attention_launch(config, q, v, *scoring, **sizes, **constants)
+    sizes = {tile: config.tile, step: config.step, "G": group, "SELECT": scoring.block}
+    return launch.attention_launch(config, q, v, scoring.scale, scoring.softcap, **sizes, **constants)
+
+
+def _launch_bits(selected: Tensor, words: int) -> Tensor:
+    from kernel_index.core.triton.selection_bits import set_bits
+
+    return set_bits(selected.contiguous(), _allocate_bits(selected, words).zero_())
+
+
+def _allocate_bits(selected: Tensor, words: int) -> Tensor:
+    return selected.new_empty((*selected.shape[:3], words), dtype=torch.int32)
+
+
+_bits_op = ops.register("selection_bits(Tensor selected, SymInt words) -> Tensor", _launch_bits, _allocate_bits)
+"""A bit for each block, int32 [B, T, G, words], of the selected ones [B, T, G, n], −1 for none."""
+
+
+def _of_bits(bits: Tensor | None) -> tuple[int, int]:
+    """Groups and words."""
+    return (1, 1) if bits is None else (bits.shape[2], bits.shape[3])
 
 
 def _bounds(*bounds: Tensor) -> tuple[Tensor, ...]:
@@ -74,7 +112,7 @@ def _bounds(*bounds: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.int32).expand(rows, -1).contiguous() for x in bounds)
 
 
-def _launch(q, k, v, sink, start, end, origin, table, page, scale, softcap):
+def _launch(q, k, v, sink, start, end, origin, table, bits, page, scale, softcap, block):
     from kernel_index.core.triton.documents import documents_kernel
 
     out, lse = _allocate(q, k, v)
@@ -83,15 +121,15 @@ def _launch(q, k, v, sink, start, end, origin, table, page, scale, softcap):
         return out, lse
     (q, sink), (k, v) = launch.dense((q, sink)), map(launch.dense_heads, (k, v))
     made = _launch_of(
-        "forward", q, k, v, Scoring(scale, softcap), HAS_SINK=sink is not None, PAGE=0 if table is None else page
+        "forward", q, k, v, Scoring(scale, softcap, block), HAS_SINK=sink is not None, PAGE=0 if table is None else page
     )
     bounds = _bounds(start, end, origin)
     grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         documents_kernel[grid](
-            q, k, v, sink, *bounds, table, out, lse, *launch.strides(k, v), launch.row_stride(bounds[0]),
-            *((0, 0) if table is None else table.stride()), queries, heads // group, made.inner, made.outer,
-            **made.constants,
+            q, k, v, sink, *bounds, table, bits, out, lse, *launch.strides(k, v), launch.row_stride(bounds[0]),
+            *((0, 0) if table is None else table.stride()), *_of_bits(bits), queries, heads // group, made.inner,
+            made.outer, **made.constants,
         )  # fmt: skip
     return out, lse
 
@@ -101,7 +139,7 @@ def _allocate(q, k, v, *_):
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, scale, softcap):
+def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, scale, softcap, block):
     from kernel_index.core.triton.documents_backward import queries_kernel
 
     d_q, delta = _allocate_queries(d_out, d_lse, q)
@@ -109,13 +147,13 @@ def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, scale, 
     if d_q.numel() == 0:
         return d_q, delta
     d_out, d_lse, q, k, v = launch.dense((d_out, d_lse, q, k, v))
-    made = _launch_of("queries", q, k, v, Scoring(scale, softcap), HAS_D_LSE=d_lse is not None)
+    made = _launch_of("queries", q, k, v, Scoring(scale, softcap, block), HAS_D_LSE=d_lse is not None)
     bounds = _bounds(start, end, origin)
     grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         queries_kernel[grid](
-            d_out, d_lse, q, k, v, out, lse, *bounds, d_q, delta, *launch.strides(k, v),
-            launch.row_stride(bounds[0]), queries, heads // group, made.scale, made.inner, made.outer,
+            d_out, d_lse, q, k, v, out, lse, *bounds, bits, d_q, delta, *launch.strides(k, v),
+            launch.row_stride(bounds[0]), *_of_bits(bits), queries, heads // group, made.scale, made.inner, made.outer,
             **made.constants,
         )  # fmt: skip
     return d_q, delta
@@ -125,7 +163,7 @@ def _allocate_queries(d_out, d_lse, q, *_):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, scale, softcap):
+def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, softcap, block):
     from kernel_index.core.triton.documents_backward import keys_kernel
 
     d_k, d_v = _allocate_keys(d_out, q, k, v)
@@ -133,13 +171,13 @@ def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, scale, softcap)
     if d_k.numel() == 0 and d_v.numel() == 0:
         return d_k, d_v
     d_out, q, k, v = launch.dense((d_out, q, k, v))
-    made = _launch_of("keys", q, k, v, Scoring(scale, softcap), H=heads)
+    made = _launch_of("keys", q, k, v, Scoring(scale, softcap, block), H=heads)
     bounds = _bounds(start, end, origin)
     grid = (launch.ceil_div(tokens, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         keys_kernel[grid](
-            d_out, q, k, v, lse, delta, *bounds, d_k, d_v, *launch.strides(k, v), launch.row_stride(bounds[0]),
-            tokens, heads // group, made.scale, made.inner, made.outer, **made.constants,
+            d_out, q, k, v, lse, delta, *bounds, bits, d_k, d_v, *launch.strides(k, v), launch.row_stride(bounds[0]),
+            *_of_bits(bits), tokens, heads // group, made.scale, made.inner, made.outer, **made.constants,
         )  # fmt: skip
     return d_k, d_v
 
@@ -150,38 +188,42 @@ def _allocate_keys(d_out, q, k, v, *_):
 
 _forward_op = ops.register(
     "device_documents(Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor start, Tensor end, Tensor origin, "
-    "Tensor? table, int page, float scale, float softcap) -> (Tensor, Tensor)",
+    "Tensor? table, Tensor? bits, int page, float scale, float softcap, int block) -> (Tensor, Tensor)",
     _launch,
     _allocate,
 )
 _queries_op = ops.register(
     "device_documents_backward_queries(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor lse, Tensor start, Tensor end, Tensor origin, float scale, float softcap) -> (Tensor, Tensor)",
+    "Tensor lse, Tensor start, Tensor end, Tensor origin, Tensor? bits, float scale, float softcap, int block) "
+    "-> (Tensor, Tensor)",
     _launch_queries,
     _allocate_queries,
 )
 _keys_op = ops.register(
     "device_documents_backward_keys(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
-    "Tensor start, Tensor end, Tensor origin, float scale, float softcap) -> (Tensor, Tensor)",
+    "Tensor start, Tensor end, Tensor origin, Tensor? bits, float scale, float softcap, int block) "
+    "-> (Tensor, Tensor)",
     _launch_keys,
     _allocate_keys,
 )
 
 
 def _forward(scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *sight: Tensor) -> Forward:
-    """``sight``: bounds of the queries and, for a gradient, those of the keys."""
-    out, lse = _forward_op(q, k, v, sink, *sight[:3], None, 0, *scoring)
+    """``sight``: bounds of the queries; the bits, where blocks are selected; and the bounds of keys, for a gradient."""
+    bits = sight[3] if scoring.block else None
+    out, lse = _forward_op(q, k, v, sink, *sight[:3], None, bits, 0, *scoring)
     return Forward(out, (lse * math.log(2)).transpose(1, 2).contiguous(), (lse, *sight))
 
 
 def _backward(scoring: Scoring, given: Backward) -> Gradients:
     d_out, d_lse, q, k, v, sink, out = given[:7]
-    lse, start, end, origin, *of_keys = given.saved
+    lse, start, end, origin, *rest = given.saved
+    bits, of_keys = (rest[0], rest[1:]) if scoring.block else (None, rest)
     d_lse = None if d_lse is None else d_lse.transpose(1, 2).to(torch.float32)
-    d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, lse, start, end, origin, *scoring)
+    d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, *scoring)
     d_k = d_v = d_sink = None
     if given.needs[1] or given.needs[2]:
-        d_k, d_v = _keys_op(d_out, q, k, v, lse, delta, *of_keys, origin, *scoring)
+        d_k, d_v = _keys_op(d_out, q, k, v, lse, delta, *of_keys, origin, bits, *scoring)
     if sink is not None and given.needs[3]:
         weight = torch.exp2(sink.to(torch.float32) / math.log(2) - lse).masked_fill(lse.isneginf(), 0.0)
         d_sink = sink_gradient(given, *(x.transpose(1, 2) for x in (weight, delta)))
@@ -192,14 +234,42 @@ PASSES = Passes("the invariant form of attention on a GPU", _forward, _backward)
 
 
 def attend_to_documents(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bounds: Bounds, of_keys: tuple[Tensor, ...], scoring: Scoring
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bounds: Bounds, of_keys: tuple[Tensor, ...], scoring: Scoring,
+    selected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(out, lse)`` with their gradients.
 
     ``of_keys``: which queries see each key, int32 [rows, S], where a gradient is wanted; there is then a query for each
-    key, from the first on.
+    key, from the first on.  ``selected`` [B, T, G, n]: as of ``document_attention.attend_to_documents``.
     """
-    return attend(PASSES, scoring, q, k, v, sink, *bounds, *of_keys)
+    if selected is None:
+        return attend(PASSES, scoring, q, k, v, sink, *bounds, *of_keys)
+    words = launch.ceil_div(launch.ceil_div(k.shape[1], scoring.block), 32)
+    with torch.no_grad():
+        bits = _bits_op(selected.to(torch.int32), max(1, words))
+    return attend(PASSES, scoring, q, k, v, sink, *bounds, bits, *of_keys)
+
+
+def attend_to_mask(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Any, sizes: Any, scoring: Scoring,
+    selected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with the bounds of a mask contract; selected blocks count from the start of each document.
+
+    For a gradient the keys before the first query get queries, too, which see nothing.
+    """
+    start, end = mask.row_intervals(sizes)
+    bounds = Bounds(start, end, mask.row_origins(sizes))
+    if not rules.wants_gradient(q, k, v, sink):
+        return attend_to_documents(q, k, v, sink, bounds, (), scoring, selected)
+    before, of_keys = k.shape[1] - q.shape[1], mask.row_kernel_intervals(sizes)[2:]
+    if before:
+        q, of_keys = pad(q, (0, 0, 0, 0, before, 0)), [x + before for x in of_keys]
+        start, end, origin = (pad(x, (before, 0)) for x in bounds)
+        bounds = Bounds(start, end, origin)  # of one document, which begins at key 0
+        selected = None if selected is None else pad(selected, (0, 0, 0, 0, before, 0), value=-1)
+    out, lse = attend_to_documents(q, k, v, sink, bounds, tuple(of_keys), scoring, selected)
+    return out[:, before:], lse[:, :, before:]
 
 
 def attend_to_cache(
@@ -208,4 +278,4 @@ def attend_to_cache(
 ) -> Tensor:  # fmt: skip
     """``out`` of queries over a cache, by pages where there is a table; without gradients."""
     page = 0 if table is None else k_cache.shape[1]
-    return _forward_op(q, k_cache, v_cache, sink, *bounds, table, page, *scoring)[0]
+    return _forward_op(q, k_cache, v_cache, sink, *bounds, table, None, page, *scoring)[0]

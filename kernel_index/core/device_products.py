@@ -25,13 +25,16 @@ def why_not(*tensors: Tensor | None) -> str | None:
     return rules.triton_why_not(*tensors)
 
 
-def _multiply(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, add: bool = False) -> Tensor:
+def _multiply(
+    a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, add: bool = False, in_parts: bool = False
+) -> Tensor:
     from kernel_index.core.triton.products import multiply
 
-    return multiply(a, b, bias, y, add=add)
+    return multiply(a, b, bias, y, add=add, in_parts=in_parts)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def launch_rows(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``product`` inside of another op."""
     x, weight, bias = dense((x, weight, bias))
     return _multiply(x, weight.T, bias, _allocate(x, weight, bias, dtype))
 
@@ -49,7 +52,7 @@ def _allocate_d_input(d_y: Tensor, weight: Tensor) -> Tensor:
 
 
 def _launch_d_weight(d_y: Tensor, x: Tensor) -> Tensor:
-    return _multiply(d_y.contiguous().T, x.contiguous(), None, _allocate_d_weight(d_y, x))
+    return _multiply(d_y.contiguous().T, x.contiguous(), None, _allocate_d_weight(d_y, x), in_parts=True)
 
 
 def _allocate_d_weight(d_y: Tensor, x: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ def _allocate_d_weight(d_y: Tensor, x: Tensor) -> Tensor:
 
 
 product = ops.register(
-    "device_product(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", _launch, _allocate
+    "device_product(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor", launch_rows, _allocate
 )
 """x [M, R] · weightᵀ [R, N] + bias [N], in ``dtype``."""
 
@@ -69,7 +72,12 @@ product_d_input = ops.register(
 product_d_weight = ops.register(
     "device_product_d_weight(Tensor d_y, Tensor x) -> Tensor", _launch_d_weight, _allocate_d_weight
 )
-"""d_yᵀ [N, M] · x [M, R]: a sum over tokens, in the order of their rows."""
+"""d_yᵀ [N, M] · x [M, R]: a sum over tokens, in an order that the sizes decide."""
+
+
+def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``product`` without its op: for what reads the device itself."""
+    return ops.run_launcher(launch_rows, x, weight, bias, dtype)
 
 
 def write_product(y: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
@@ -83,7 +91,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 TRITON = Products(
-    lambda *args: ops.run(product, _launch, *args),
+    lambda *args: ops.run(product, launch_rows, *args),
     lambda *args: ops.run(product_d_input, _launch_d_input, *args),
     lambda *args: ops.run(product_d_weight, _launch_d_weight, *args),
 )

@@ -114,25 +114,43 @@ def in_block(*ops: str, backend: str) -> Iterator[None]:
 
 def forced_here() -> Blocks:
     """The ``force`` blocks in force in this thread, for an ``autograd.Function`` to keep for its backward."""
+    return _PLACES[_place()]
+
+
+_PLACES: dict[int, Blocks] = {0: ()}
+"""What the number in a thread's state stands for, while a block is open.
+
+A number, since the PyTorch of some GPU machines (2.11) was seen to lose the last reference to a tuple that is there.
+"""
+
+_FREE = list(range(255, 0, -1))  # numbers that Python keeps for ever
+
+
+def _place() -> int:
     if not _EVER_FORCED or not torch._C._is_key_in_tls(_KEY):
-        return ()
+        return 0
     return torch._C._get_obj_in_tls(_KEY)
 
 
 @contextlib.contextmanager
 def resumed(blocks: Blocks) -> Iterator[None]:
     """Inside the ``with``, the blocks that ``forced_here`` returned elsewhere: for what a backward pass recomputes."""
-    before = _THREAD.forced, forced_here()
-    if blocks == before[1]:
+    before, place = _THREAD.forced, _place()
+    if blocks == _PLACES[place]:
         yield
         return
+    own = _FREE.pop() if _FREE else max(_PLACES) + 1
     _THREAD.forced = tuple((block.ops, block.backend) for block in blocks)
-    torch._C._stash_obj_in_tls(_KEY, blocks)
+    _PLACES[own] = blocks
+    torch._C._stash_obj_in_tls(_KEY, own)
     try:
         yield
     finally:
-        _THREAD.forced = before[0]
-        torch._C._stash_obj_in_tls(_KEY, before[1])
+        _THREAD.forced = before
+        torch._C._stash_obj_in_tls(_KEY, place)
+        del _PLACES[own]
+        if own < 256:
+            _FREE.append(own)
 
 
 def forced_for(op: str, *, inside: bool = False) -> tuple[str, str] | None:

@@ -62,6 +62,24 @@ def _launch_column_sum(x: Tensor) -> Tensor:
     return y
 
 
+def _launch_pair_sums(x: Tensor, z: Tensor) -> Tensor:
+    x, z = x.contiguous(), z.contiguous()
+    y = x.new_empty(*x.shape[:-1], z.shape[-2])
+    assert x.dtype == z.dtype == y.dtype == torch.float32
+    if y.numel():
+        sizes = (y.shape[:-2].numel(), x.shape[-2], z.shape[-2], x.shape[-1])
+        native.call(SOURCE, "pair_sums", (*sizes, native.threads_for(y.numel() * x.shape[-1])), (), x, z, y)
+    return y
+
+
+pair_sums = ops.NativeOp(
+    "stable_pair_sums(Tensor x, Tensor z) -> Tensor",
+    _launch_pair_sums,
+    lambda x, z: x.new_empty(*x.shape[:-1], z.shape[-2]),
+)
+"""``Σ_c x[…, i, c] · z[…, j, c]`` of float32, [..., I, J], each a sum of a row."""
+
+
 def _call(function: str, sizes: tuple[int, ...], x: Tensor, y: Tensor) -> None:
     assert x.dtype == y.dtype
     if y.numel():

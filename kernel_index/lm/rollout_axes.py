@@ -19,7 +19,7 @@ from kernel_index.lm.data import IGNORED, START, Batch
 from kernel_index.lm.model import LanguageModel
 from kernel_index.lm.trees import TokenTree, TreeBatch
 
-AT_ONCE = 8
+AT_ONCE = 32
 """Sequences that are decoded together."""
 
 

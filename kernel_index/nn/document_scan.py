@@ -14,6 +14,8 @@ import kernel_index as ki
 from kernel_index.core import stable
 from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.core.products import batch_product
+from kernel_index.core.rows import taken
+from kernel_index.nn import device_scan
 from kernel_index.nn.residual import Branch, invariant_norm
 
 if TYPE_CHECKING:
@@ -31,8 +33,12 @@ def mixed_by_documents(
         if ids is not None:
             needs_ordinary_numerics("nn.Mamba2", "documents inside a prefix tree have no invariant form")
         y = _along_paths(layer, inputs, step, paths_of(mask.tree_levels(rows, tokens)))
+    elif device_scan.has_kernels(x_BTC):
+        y = _mixed_on_device(layer, inputs, step, mask, ids, cache)
     else:
         y = _mixed(layer, inputs, step, ids, cache)
+    if device_scan.has_kernels(x_BTC):
+        return layer.out(ki.gated_rms_norm(y.flatten(2), gate, layer.norm).to(x_BTC.dtype)), None
     y = y.flatten(2) * silu(gate.float())
     normed = invariant_norm(y, layer.norm, 1e-6)
     return layer.out(normed.to(x_BTC.dtype)), None
@@ -40,6 +46,8 @@ def mixed_by_documents(
 
 def no_tokens(layer: "Mamba2", like: Tensor) -> "Open":
     """What a state keeps before any token, for the rows of ``like``."""
+    if device_scan.has_kernels(like):
+        return device_scan.no_tokens(layer, like)
     kept = ((layer.heads, layer.head_dim), (layer.heads,), (layer.groups, layer.state))
     tokens = (like.new_zeros(len(like), layer.chunk, *shape) for shape in kept)
     return *tokens, like.new_zeros(len(like), dtype=torch.int64)
@@ -48,12 +56,27 @@ def no_tokens(layer: "Mamba2", like: Tensor) -> "Open":
 def _along_paths(layer: "Mamba2", inputs: Tensor, step: Tensor, paths: "Paths") -> Tensor:
     """Each path of a tree as a document, of which its last run is kept."""
     rows, tokens = inputs.shape[:2]
-    inputs, step = (t.flatten(0, 1).index_select(0, paths.index)[None] for t in (inputs, step))
+    inputs, step = (taken(t.flatten(0, 1), paths.index)[None] for t in (inputs, step))
     number = torch.arange(len(paths.lengths), device=inputs.device)
     ids = number.repeat_interleave(torch.tensor(paths.lengths, device=inputs.device))[None]
-    y = _mixed(layer, inputs, step, ids, None)[0]
+    on_device = device_scan.has_kernels(inputs)
+    mix = device_scan.mixed(layer, inputs, step, None, ids) if on_device else _mixed(layer, inputs, step, ids, None)
+    y = mix[0]
     gaps = y.new_zeros(rows * tokens, *y.shape[1:])
     return gaps.index_copy(0, paths.index[paths.own], y[paths.own]).unflatten(0, (rows, tokens))
+
+
+def _mixed_on_device(
+    layer: "Mamba2", inputs: Tensor, step: Tensor, mask: "ki.MaskContract | None", ids: Tensor | None,
+    cache: "MixerState | None",
+) -> Tensor:  # fmt: skip
+    if cache is None:
+        return device_scan.mixed(layer, inputs, step, mask, ids)
+    y = device_scan.continued(layer, inputs, step, cache)
+    joined = torch.cat([cache.conv.to(inputs.dtype), inputs], 1)
+    with torch.inference_mode(False):
+        cache.conv = _latest(joined, cache.counts, layer.width - 1).detach().to(cache.conv.dtype, copy=True)
+    return y
 
 
 def _mixed(layer: "Mamba2", inputs: Tensor, step: Tensor, ids: Tensor | None, cache: "MixerState | None") -> Tensor:

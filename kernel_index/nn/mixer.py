@@ -1,6 +1,10 @@
 """The base class of the mixers."""
 
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 import kernel_index as ki
 
@@ -19,3 +23,26 @@ class Mixer(nn.Module):
     def contract(self, mask: "ki.MaskContract") -> "ki.MaskContract":
         """The batch's mask narrowed to this layer's window.  Layers with equal windows should share the result."""
         return mask if self.window is None else mask.with_window(self.window, 0)
+
+
+def rows_by_length(lengths: Sequence[int]) -> dict[int, list[int]]:
+    """The rows of each length: they can be one call where rows do not depend on each other."""
+    found: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        found.setdefault(length, []).append(row)
+    return found
+
+
+def prefixes(layer: Any, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Keys and values [rows, n, K, D] of rows that have one length."""
+    k, v = zip(*(layer.prefix(row) for row in rows), strict=True)
+    return torch.cat(k), torch.cat(v)
+
+
+def in_order(found: list[Tensor], groups: dict[int, list[int]]) -> Tensor:
+    """The results for the groups as rows of one tensor."""
+    if len(found) == 1:
+        return found[0]
+    places = [row for rows in groups.values() for row in rows]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return torch.cat(found)[order]

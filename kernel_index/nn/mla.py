@@ -9,7 +9,7 @@ import kernel_index as ki
 from kernel_index.core import checks
 from kernel_index.core.numerics import is_invariant
 from kernel_index.nn.linear import Linear
-from kernel_index.nn.mixer import Mixer
+from kernel_index.nn.mixer import Mixer, in_order, prefixes, rows_by_length
 from kernel_index.nn.residual import Branch, invariant_norm
 
 
@@ -98,16 +98,16 @@ class MLA(Mixer):
         return nn.functional.rms_norm(self.down(x_BTC), self.norm.shape, self.norm, self.eps)
 
     def _expanded(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: Any) -> Tensor:
-        """The training form over the cached latents, row by row: the same products, so the same bits."""
+        """The training form over the cached latents: the same products, so the same bits."""
         row_BT1W = torch.cat([self._latent(x_BTC).unsqueeze(2), k_rope], -1).to(cache["k_cache"].dtype)
         cache.write(row_BT1W, row_BT1W)
-        q_BTHD, outs = torch.cat([q_rope, q_BTHN], -1), []
-        for b, total in enumerate(cache.lengths_after):
-            row_1S1W = cache.prefix(b)[0].to(q_BTHD.dtype)
-            latent_1SL, rope_1S1R = row_1S1W[:, :, 0, : self.latent], row_1S1W[..., self.latent :]
+        q_BTHD, groups, outs = torch.cat([q_rope, q_BTHN], -1), rows_by_length(cache.lengths_after), []
+        for total, rows in groups.items():
+            row_RS1W = prefixes(cache, rows)[0].to(q_BTHD.dtype)
+            latent_RSL, rope_RS1R = row_RS1W[:, :, 0, : self.latent], row_RS1W[..., self.latent :]
             mask = ki.MaskContract(q_offset=total - x_BTC.shape[1])
-            outs.append(self._attend(q_BTHD[b : b + 1], self.up(latent_1SL), rope_1S1R, mask))
-        return torch.cat(outs)
+            outs.append(self._attend(q_BTHD[rows], self.up(latent_RSL), rope_RS1R, mask))
+        return in_order(outs, groups)
 
     def _absorbed(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: dict[str, Any]) -> Tensor:
         """``q·(U_k·c) = (U_kᵀ·q)·c`` and ``Σ p·(U_v·c) = U_v·(Σ p·c)``: one KV head, the row ``[c, k_rope]``."""

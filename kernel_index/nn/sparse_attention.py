@@ -10,7 +10,7 @@ from kernel_index.core import checks
 from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
 from kernel_index.core.rules import wants_gradient
 from kernel_index.nn.linear import Linear
-from kernel_index.nn.mixer import Mixer
+from kernel_index.nn.mixer import Mixer, in_order, prefixes, rows_by_length
 from kernel_index.nn.native_sparse import attend_to_branches, attend_to_cached_branches
 from kernel_index.nn.residual import Branch
 
@@ -166,20 +166,21 @@ class SparseAttention(Mixer):
 
     def _decode_by_rows(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
         """The training form over each row's cached tokens: the same calls, so the same bits."""
-        layer, index_keys, outs = cache.attention if self.index is not None else cache, None, []
+        layer, index_keys = cache.attention if self.index is not None else cache, None
         layer.write(k, v)
         if self.index is not None:
             self.index.remember(x, cache.index)
-        for b, total in enumerate(layer.lengths_after):
-            one, (keys, values) = slice(b, b + 1), layer.prefix(b)
+        groups, outs = rows_by_length(layer.lengths_after), []
+        for total, rows in groups.items():
+            keys, values = prefixes(layer, rows)
             if self.index is not None:
-                index_keys = cache.index.prefix(b)[0].squeeze(2)
+                index_keys = prefixes(cache.index, rows)[0].squeeze(2)
             mask = ki.MaskContract(window=(self.window, 0), q_offset=total - x.shape[1])
             if wants_gradient(k, v):  # the cache holds constants
                 before = total - x.shape[1]
-                keys, values = (torch.cat([old[:, :before], new[one]], 1) for old, new in ((keys, k), (values, v)))
-            outs.append(self._attend(x[one], q[one], keys, values, mask, index_keys))
-        return torch.cat(outs)
+                keys, values = (torch.cat([old[:, :before], new[rows]], 1) for old, new in ((keys, k), (values, v)))
+            outs.append(self._attend(x[rows], q[rows], keys, values, mask, index_keys))
+        return in_order(outs, groups)
 
     def _decode(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
         if is_invariant():

@@ -56,6 +56,22 @@ void row_sum(const int64_t* n, const float* x, float* y) {
   }
 }
 
+// x [rows, I, C] and z [rows, J, C] to y [rows, I, J]: the sums of their products over C, as row_sum adds them.
+void pair_sums(const int64_t* n, const float* x, const float* z, float* y) {
+  const int64_t rows = n[0], I = n[1], J = n[2], C = n[3];
+#pragma omp parallel for num_threads(n[4])
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < I; ++i)
+      for (int64_t j = 0; j < J; ++j) {
+        Vec sums[4];
+        for (int64_t c = 0; c < C; c += LANES) {
+          Vec& sum = sums[c / LANES % 4];
+          sum = sum + load(x + (r * I + i) * C + c, C - c) * load(z + (r * J + j) * C + c, C - c);
+        }
+        y[(r * I + i) * J + j] = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      }
+}
+
 // x [rows, C] to y [C]: sums over ROWS rows, added up in their order.
 void column_sum(const int64_t* n, const float* x, float* y) {
   const int64_t rows = n[0], C = n[1];

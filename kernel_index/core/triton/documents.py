@@ -57,6 +57,27 @@ def segments_of(m_doc, m_row, start, end, o, BLOCK: tl.constexpr):
 
 
 @jit
+def selection_of(bits_ptr, b, o_t, o_h, T, H, GROUPS, words):
+    """Pointers to the bits of queries ``o_t`` and heads ``o_h``, of an int32 tensor [B, T, GROUPS, words]."""
+    return bits_ptr + ((b * T + o_t) * GROUPS + o_h // (H // GROUPS)) * words
+
+
+@jit
+def is_selected(p_bits, first, m, SELECT: tl.constexpr, N: tl.constexpr):
+    """Whether rows [M] selected each of N keys from the ``first`` of their document on: bool [M, N], where ``m``."""
+    if SELECT % N == 0:  # the keys are of one block, since ``first`` is a multiple of N
+        block = first // SELECT
+        m_row = tl.max(m.to(tl.int32), 1) == 1
+        m_own = (tl.load(p_bits + block // 32, mask=m_row, other=0) >> (block % 32)) & 1  # [M]
+        m = m & (m_own != 0)[:, None]
+    else:
+        o_block = (first + tl.arange(0, N)) // SELECT  # [N]
+        b_word = tl.load(p_bits[:, None] + (o_block // 32)[None, :], mask=m, other=0)  # [M, N]
+        m = m & (((b_word >> (o_block % 32)[None, :]) & 1) != 0)
+    return m
+
+
+@jit
 def add_weighted(acc, w, b_x, m_seen, CAREFUL: tl.constexpr, UPCAST: tl.constexpr):
     """acc + w·x in one accumulator [BM, BLOCK_D]: see ``weighted_sum`` of ``attention.py``."""
     if CAREFUL:
@@ -86,14 +107,17 @@ def load_keys(
 
 @jit
 def _forward_step(
-    acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, first, high, start, end,
-    inner, outer, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    PAGE: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits, o, first, high,
+    start, end, inner, outer, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BN: tl.constexpr, PAGE: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     b_k = load_keys(p_k, first, k_t, k_b, b, table_ptr, table_b, table_s, high, BN, D, BLOCK_D, PAGE)
     z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
     o_k = first + tl.arange(0, BN)  # [BN]
     m_seen = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
+    if SELECT > 0:
+        m_seen = is_selected(p_bits, first - o, m_seen, SELECT, BN)
     if MASKED:
         z = tl.where(m_seen, z, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(z, 1) * outer)  # a product that nothing is added to
@@ -107,11 +131,11 @@ def _forward_step(
 
 @jit
 def _forward_walk(
-    b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, first, count, origin_ptr, m_row, start, end,
-    origin, inner, outer,
+    b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits, first, count, origin_ptr, m_row, start,
+    end, origin, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     o_i = tl.arange(0, BM)
     acc = tl.zeros((BM, BLOCK_DV), tl.float32)
@@ -122,26 +146,26 @@ def _forward_walk(
         o, m_doc, r = document_of(r, first, count, origin_ptr, o_i, origin, G)
         begin, full, tail, stop, high = segments_of(m_doc, m_row, start, end, o, BN)
         own_start, own_end = tl.where(m_doc, start, 0), tl.where(m_doc, end, 0)  # [BM]
-        if CAREFUL:
+        if CAREFUL or SELECT > 0:
             full, tail = stop, stop
         for j in tl.range(begin, full, num_stages=1 if CAREFUL else None):
             acc, row_max, row_sum = _forward_step(
-                acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, o + j * BN,
-                high, own_start, own_end, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, PAGE, CAPPED, UPCAST, True,
-                CAREFUL,
+                acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits, o,
+                o + j * BN, high, own_start, own_end, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, PAGE, SELECT, CAPPED,
+                UPCAST, True, CAREFUL,
             )  # fmt: skip
-        if not CAREFUL:
+        if not CAREFUL and SELECT == 0:
             for j in tl.range(full, tail):
                 acc, row_max, row_sum = _forward_step(
-                    acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s,
-                    o + j * BN, high, own_start, own_end, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, PAGE, CAPPED,
-                    UPCAST, False, False,
+                    acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits,
+                    o, o + j * BN, high, own_start, own_end, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, PAGE, SELECT,
+                    CAPPED, UPCAST, False, False,
                 )  # fmt: skip
             for j in tl.range(tail, stop):
                 acc, row_max, row_sum = _forward_step(
-                    acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s,
-                    o + j * BN, high, own_start, own_end, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, PAGE, CAPPED,
-                    UPCAST, True, False,
+                    acc, row_max, row_sum, b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits,
+                    o, o + j * BN, high, own_start, own_end, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, PAGE, SELECT,
+                    CAPPED, UPCAST, True, False,
                 )  # fmt: skip
     return acc, row_max, row_sum
 
@@ -161,11 +185,11 @@ def rows_of_tile(program, T, start_ptr, end_ptr, origin_ptr, BM: tl.constexpr, G
 
 @jit
 def documents_kernel(
-    q_ptr, k_ptr, v_ptr, sink_ptr, start_ptr, end_ptr, origin_ptr, table_ptr, out_ptr, lse_ptr,
-    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, table_b, table_s, T, K, inner, outer,
+    q_ptr, k_ptr, v_ptr, sink_ptr, start_ptr, end_ptr, origin_ptr, table_ptr, bits_ptr, out_ptr, lse_ptr,
+    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, table_b, table_s, GROUPS, words, T, K, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, CAPPED: tl.constexpr, HAS_SINK: tl.constexpr,
-    UPCAST: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr,
+    HAS_SINK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one KV head's group.  q and out are dense; ``PAGE`` 0 is a cache, or a batch, by rows."""
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
@@ -182,16 +206,19 @@ def documents_kernel(
     if PAGE == 0:
         p_k += b * k_b
         p_v += b * v_b
+    p_bits = selection_of(bits_ptr, b, o_t, kv_head * G + o_g, T, K * G, GROUPS, words) if SELECT > 0 else bits_ptr
     acc, row_max, row_sum = _forward_walk(
-        b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, first, count, origin_ptr, m_row, start, end,
-        origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, PAGE, CAPPED, UPCAST, False,
+        b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits, first, count, origin_ptr, m_row,
+        start, end, origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, PAGE, SELECT, CAPPED, UPCAST, False,
     )  # fmt: skip
     if has_nan(acc):
         acc, row_max, row_sum = _forward_walk(
-            b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, first, count, origin_ptr, m_row, start,
-            end, origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, PAGE, CAPPED, UPCAST, True,
+            b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits, first, count, origin_ptr, m_row,
+            start, end, origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, PAGE, SELECT, CAPPED, UPCAST, True,
         )  # fmt: skip
     m_empty = start >= end  # [BM]
+    if SELECT > 0:
+        m_empty |= row_max == float("-inf")
     if HAS_SINK:  # the sink logit is part of the denominator of every query that has a key
         sink = tl.load(sink_ptr + kv_head * G + o_g).to(tl.float32) * LOG2E  # [BM]
         new_max = tl.where(m_empty, 0.0, tl.maximum(row_max, sink))

@@ -18,21 +18,30 @@ from kernel_index.core.triton.attention import (
     store_tile,
     within,
 )
-from kernel_index.core.triton.documents import add_weighted, document_of, rows_of_tile, segments_of
+from kernel_index.core.triton.documents import (
+    add_weighted,
+    document_of,
+    is_selected,
+    rows_of_tile,
+    segments_of,
+    selection_of,
+)
 from kernel_index.core.triton.jit import jit
 
 
 @jit
 def _queries_step(
-    dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, high, start, end, inner, outer,
+    dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, o, first, high, start, end, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    SELECT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     b_k = load_tile(p_k, first, k_t, high, BN, D, BLOCK_D)  # [BN, BLOCK_D]
     z = scores(b_q, b_k, inner, CAPPED, UPCAST)  # [BM, BN]
     p = tl.exp2(tl.fma(z, outer, -lse[:, None]))
     o_k = first + tl.arange(0, BN)  # [BN]
     m_seen = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
+    if SELECT > 0:
+        m_seen = is_selected(p_bits, first - o, m_seen, SELECT, BN)
     b_v = load_tile(p_v, first, v_t, high, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     dz = score_grad(z, p, dot(b_do, tl.trans(b_v), UPCAST), delta[:, None], CAPPED)  # [BM, BN]
     if MASKED:
@@ -42,9 +51,10 @@ def _queries_step(
 
 @jit
 def _queries_walk(
-    b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, count, origin_ptr, m_row, start, end, origin, inner, outer,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+    b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, first, count, origin_ptr, m_row, start, end, origin, inner,
+    outer, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     o_i = tl.arange(0, BM)
     dq = tl.zeros((BM, BLOCK_D), tl.float32)
@@ -53,33 +63,34 @@ def _queries_walk(
         o, m_doc, r = document_of(r, first, count, origin_ptr, o_i, origin, G)
         begin, full, tail, stop, high = segments_of(m_doc, m_row, start, end, o, BN)
         own_start, own_end = tl.where(m_doc, start, 0), tl.where(m_doc, end, 0)  # [BM]
-        if CAREFUL:
+        if CAREFUL or SELECT > 0:
             full, tail = stop, stop
         for j in tl.range(begin, full, num_stages=1 if CAREFUL else None):
             dq = _queries_step(
-                dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, o + j * BN, high, own_start, own_end, inner, outer,
-                D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True, CAREFUL,
+                dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, o, o + j * BN, high, own_start, own_end,
+                inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, SELECT, CAPPED, UPCAST, True, CAREFUL,
             )  # fmt: skip
-        if not CAREFUL:
+        if not CAREFUL and SELECT == 0:
             for j in tl.range(full, tail):
                 dq = _queries_step(
-                    dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, o + j * BN, high, own_start, own_end, inner, outer,
-                    D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, False, False,
+                    dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, o, o + j * BN, high, own_start,
+                    own_end, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, SELECT, CAPPED, UPCAST, False, False,
                 )  # fmt: skip
             for j in tl.range(tail, stop):
                 dq = _queries_step(
-                    dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, o + j * BN, high, own_start, own_end, inner, outer,
-                    D, DV, BLOCK_D, BLOCK_DV, BN, CAPPED, UPCAST, True, False,
+                    dq, b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, o, o + j * BN, high, own_start,
+                    own_end, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BN, SELECT, CAPPED, UPCAST, True, False,
                 )  # fmt: skip
     return dq
 
 
 @jit
 def queries_kernel(
-    d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, origin_ptr, dq_ptr, delta_ptr,
-    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, T, K, scale, inner, outer,
+    d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, origin_ptr, bits_ptr, dq_ptr,
+    delta_ptr, k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, GROUPS, words, T, K, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of rows, and its ``delta`` for the keys' kernel."""
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
@@ -102,23 +113,25 @@ def queries_kernel(
     lse = lse_of_grad(tl.load(lse_ptr + o_row, mask=m_row, other=0.0), m_some)  # [BM]
     b_q = load_rows(q_ptr, o_row * D, m_row, D, BLOCK_D)  # [BM, BLOCK_D]
     p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
+    p_bits = selection_of(bits_ptr, b, o_t, kv_head * G + o_g, T, K * G, GROUPS, words) if SELECT > 0 else bits_ptr
     dq = _queries_walk(
-        b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, count, origin_ptr, m_row, start, end, origin, inner, outer,
-        D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, CAPPED, UPCAST, False,
+        b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, first, count, origin_ptr, m_row, start, end, origin, inner,
+        outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, SELECT, CAPPED, UPCAST, False,
     )  # fmt: skip
     if has_nan(dq):
         dq = _queries_walk(
-            b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, first, count, origin_ptr, m_row, start, end, origin, inner,
-            outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, CAPPED, UPCAST, True,
+            b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, first, count, origin_ptr, m_row, start, end, origin,
+            inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, SELECT, CAPPED, UPCAST, True,
         )  # fmt: skip
     store_rows(dq_ptr, o_row * D, m_row, dq * scale, D, BLOCK_D, UPCAST)
 
 
 @jit
 def _keys_step(
-    dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, first, high, start, end, inner, outer,
+    dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, p_bits, bits_t, o_block, first, high, start, end, inner, outer,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    BM: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr, MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """Scores are transposed, [BN, BM], so that dK and dV are products without a transposed operand."""
     o_q = first + tl.arange(0, BM)  # [BM]
@@ -128,6 +141,9 @@ def _keys_step(
     z = scores(b_k, b_q, inner, CAPPED, UPCAST)  # [BN, BM]
     p = tl.exp2(tl.fma(z, outer, -b_lse[None, :]))
     m_seen = within(o_q[None, :], start[:, None], end[:, None])  # [BN, BM]
+    if SELECT > 0:
+        p_words = p_bits + (o_q.to(tl.int64) * bits_t)[None, :] + (o_block // 32)[:, None]
+        m_seen &= ((tl.load(p_words, mask=m_seen, other=0) >> (o_block % 32)[:, None]) & 1) != 0
     if MASKED:
         p = tl.where(m_seen, p, 0.0)
     b_do = load_tile(p_do, first, H * DV, high, BM, DV, BLOCK_DV)  # [BM, BLOCK_DV]
@@ -140,12 +156,16 @@ def _keys_step(
 
 @jit
 def _keys_walk(
-    b_k, b_v, p_q, p_do, p_lse, p_delta, first, count, origin_ptr, m_row, start, end, origin, inner, outer,
+    b_k, b_v, p_q, p_do, p_lse, p_delta, bits_ptr, bits_t, words, head, heads, first, count, origin_ptr, m_row, start,
+    end, origin, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, H: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, H: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Over the queries of the G heads of a group; pointers are to its first head."""
+    """Over the queries of the G heads of a group, whose first is ``head``; other pointers are to it.
+
+    ``bits_ptr`` is to the row's selections, which ``heads`` heads share.
+    """
     o_i = tl.arange(0, BN)
     dk = tl.zeros((BN, BLOCK_D), tl.float32)
     dv = tl.zeros((BN, BLOCK_DV), tl.float32)
@@ -154,35 +174,40 @@ def _keys_walk(
         o, m_doc, r = document_of(r, first, count, origin_ptr, o_i, origin, 1)
         begin, full, tail, stop, high = segments_of(m_doc, m_row, start, end, o, BM)
         own_start, own_end = tl.where(m_doc, start, 0), tl.where(m_doc, end, 0)  # [BN]
-        if CAREFUL:
+        if CAREFUL or SELECT > 0:
             full, tail = stop, stop
+        o_block = (first + o_i - o) // SELECT if SELECT > 0 else o_i  # [BN]
         for g in range(0, G):
+            p_bits = bits_ptr + (head + g) // heads * words if SELECT > 0 else bits_ptr
             g_q, g_do, g_lse, g_delta = p_q + g * D, p_do + g * DV, p_lse + g, p_delta + g
             for j in tl.range(begin, full, num_stages=1 if CAREFUL else None):
                 dk, dv = _keys_step(
-                    dk, dv, b_k, b_v, g_q, g_do, g_lse, g_delta, o + j * BM, high, own_start, own_end, inner, outer,
-                    H, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True, CAREFUL,
+                    dk, dv, b_k, b_v, g_q, g_do, g_lse, g_delta, p_bits, bits_t, o_block, o + j * BM, high, own_start,
+                    own_end, inner, outer, H, D, DV, BLOCK_D, BLOCK_DV, BM, SELECT, CAPPED, UPCAST, True, CAREFUL,
                 )  # fmt: skip
-            if not CAREFUL:
+            if not CAREFUL and SELECT == 0:
                 for j in tl.range(full, tail):
                     dk, dv = _keys_step(
-                        dk, dv, b_k, b_v, g_q, g_do, g_lse, g_delta, o + j * BM, high, own_start, own_end, inner,
-                        outer, H, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, False, False,
+                        dk, dv, b_k, b_v, g_q, g_do, g_lse, g_delta, p_bits, bits_t, o_block, o + j * BM, high,
+                        own_start, own_end, inner, outer, H, D, DV, BLOCK_D, BLOCK_DV, BM, SELECT, CAPPED, UPCAST,
+                        False, False,
                     )  # fmt: skip
                 for j in tl.range(tail, stop):
                     dk, dv = _keys_step(
-                        dk, dv, b_k, b_v, g_q, g_do, g_lse, g_delta, o + j * BM, high, own_start, own_end, inner,
-                        outer, H, D, DV, BLOCK_D, BLOCK_DV, BM, CAPPED, UPCAST, True, False,
+                        dk, dv, b_k, b_v, g_q, g_do, g_lse, g_delta, p_bits, bits_t, o_block, o + j * BM, high,
+                        own_start, own_end, inner, outer, H, D, DV, BLOCK_D, BLOCK_DV, BM, SELECT, CAPPED, UPCAST,
+                        True, False,
                     )  # fmt: skip
     return dk, dv
 
 
 @jit
 def keys_kernel(
-    d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, origin_ptr, dk_ptr, dv_ptr,
-    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, T, K, scale, inner, outer,
+    d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, start_ptr, end_ptr, origin_ptr, bits_ptr, dk_ptr, dv_ptr,
+    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, GROUPS, words, T, K, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, H: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, H: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one KV head; ``start`` and ``end`` bound the queries that see each key."""
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
@@ -196,14 +221,17 @@ def keys_kernel(
     b_v = load_tile(v_ptr + b * v_b + kv_head * v_h, first, v_t, T, BN, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     head = b * T * H + kv_head * G  # the first of the group, of the row's first query, in 64 bits
     p_q, p_do, p_lse, p_delta = q_ptr + head * D, d_out_ptr + head * DV, lse_ptr + head, delta_ptr + head
+    bits_t = GROUPS * words
+    p_bits = bits_ptr + b * T * bits_t if SELECT > 0 else bits_ptr
     dk, dv = _keys_walk(
-        b_k, b_v, p_q, p_do, p_lse, p_delta, first, count, origin_ptr, m_row, start, end, origin, inner, outer,
-        D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, H, CAPPED, UPCAST, False,
+        b_k, b_v, p_q, p_do, p_lse, p_delta, p_bits, bits_t, words, kv_head * G, H // GROUPS, first, count, origin_ptr,
+        m_row, start, end, origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, H, SELECT, CAPPED, UPCAST, False,
     )  # fmt: skip
     if has_nan(dk) | has_nan(dv):
         dk, dv = _keys_walk(
-            b_k, b_v, p_q, p_do, p_lse, p_delta, first, count, origin_ptr, m_row, start, end, origin, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, H, CAPPED, UPCAST, True,
+            b_k, b_v, p_q, p_do, p_lse, p_delta, p_bits, bits_t, words, kv_head * G, H // GROUPS, first, count,
+            origin_ptr, m_row, start, end, origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, H, SELECT,
+            CAPPED, UPCAST, True,
         )  # fmt: skip
     store_tile(dk_ptr + (b * T * K + kv_head) * D, first, K * D, dk * scale, T, BN, D, BLOCK_D, UPCAST)
     store_tile(dv_ptr + (b * T * K + kv_head) * DV, first, K * DV, dv, T, BN, DV, BLOCK_DV, UPCAST)

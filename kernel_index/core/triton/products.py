@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.target import target_of, triton_version
 from kernel_index.core.triton.attention import narrow
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, interpreting, on_device
@@ -94,16 +95,30 @@ def _product_kernel(
     tl.store(p_y, narrow(acc, y_ptr.dtype.element_ty, UPCAST), mask=m_m[:, None] & m_n[None, :])
 
 
+def has_hopper_form(x: Tensor) -> bool:
+    return x.shape[0] > FEW and target_of(x.device).arch == 90 and triton_version() >= (3, 6)
+
+
 def multiply(
-    a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, tiles: Tiles | None = None, *, add: bool = False
-) -> Tensor:
+    a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, tiles: Tiles | None = None, *, add: bool = False,
+    in_parts: bool = False,
+) -> Tensor:  # fmt: skip
     """``y`` [M, N], contiguous, becomes a [M, K] · b [K, N] + bias [N], of any strides.
 
-    With ``add`` the product is added to y, which is float32: the accumulator goes on from there.
+    With ``add`` the product is added to y, which is float32: the accumulator goes on from there.  ``in_parts``: the sum
+    may be made in parts, whose number the sizes decide.
     """
     (M, K), N = a.shape, b.shape[1]
     if y.numel() == 0:
         return y
+    if tiles is None and has_hopper_form(a):
+        from kernel_index.core.triton import hopper_products
+
+        parts = hopper_products.parts_of(a, b) if in_parts else 1
+        if parts > 1 and hopper_products.operands_why_not(a, b, y) is None:
+            return hopper_products.multiply_in_parts(a, b, y, parts)
+        if hopper_products.why_not(a, b, y) is None:
+            return hopper_products.multiply(a, b, bias, y, add=add)
     tiles = tiles or tiles_of(M, N, a.dtype, add)
     with on_device(a):
         _product_kernel[(ceil_div(M, tiles.rows) * ceil_div(N, tiles.columns),)](

@@ -27,6 +27,8 @@ MOVING = """
 ROUNDED = "abs amax amin clamp clamp_min div div_ max maximum min minimum mul mul_ neg reciprocal relu rsub sqrt"
 SUMS = ("add", "add_", "sub")
 """Exact without a factor ``alpha``: a product and a sum may be contracted or not."""
+ALIKE_ON_A_GPU = ("cos", "sin")
+"""There PyTorch computes every element by one kernel."""
 
 EXACT = frozenset((*MOVING.split(), *ROUNDED.split(), *SUMS))
 
@@ -100,4 +102,6 @@ def is_exact(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> bool:
     name = func.overloadpacket.__name__
     if name == "pow":
         return args[1] == 2
+    if name in ALIKE_ON_A_GPU:
+        return args[0].is_cuda
     return name in EXACT and (name not in SUMS or kwargs.get("alpha", 1) == 1)

@@ -97,9 +97,14 @@ def angles_forward(base: type) -> Callable[..., Any]:
 
 
 class _OneFunction(TorchFunctionMode):
-    """Cosine and sine of a CPU by one vector function; on a GPU PyTorch's own do not depend on an element's place."""
+    """Cosine and sine of a CPU by one vector function; on a GPU PyTorch's own do not depend on an element's place.
+
+    An angle is one product, of a frequency and a place, which models write as matrices with one summed element.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS and args[0].ndim > 1 and args[0].shape[-1] == args[1].shape[-2] == 1:
+            return args[0] * args[1]
         ours = ANGLES.get(func)
         if ours is None or not args[0].is_cpu:
             return func(*args, **(kwargs or {}))
@@ -109,6 +114,9 @@ class _OneFunction(TorchFunctionMode):
 ANGLES: dict[Any, Any] = {
     torch.cos: stable.cos, Tensor.cos: stable.cos, torch.sin: stable.sin, Tensor.sin: stable.sin
 }  # fmt: skip
+
+
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def forward_in_mode(base: type) -> Callable[..., Any]:

@@ -8,18 +8,24 @@ from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.block_router import contract
+from kernel_index.routing.block_router import contract, documents_on_device
 from kernel_index.routing.block_router.chunked import route_chunked
 from kernel_index.routing.block_router.documents import ROUTING
 from kernel_index.routing.block_router.native import SOURCE, route_native
 from kernel_index.routing.block_router.reference import route_reference
-from kernel_index.routing.block_router.torch_op import route_triton
 from kernel_index.routing.legal_blocks import TopBlocks
 
 RouterBackend = Literal["auto", "triton", "native", "chunked", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, route_triton, contract.triton_not_worth, contract.details),
+    Backend(
+        "triton",
+        contract.triton_why_not,
+        documents_on_device.route,
+        contract.triton_not_worth,
+        contract.details,
+        documents_on_device.ROUTING,
+    ),
     Backend(
         "native",
         contract.native_why_not,

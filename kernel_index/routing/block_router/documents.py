@@ -4,7 +4,7 @@ So a query selects what it selects in any batch, packing or cache.  The op reads
 trace does not see it; it is made of products, sums and sorts whose bits do not depend on other queries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +39,15 @@ class _Document(NamedTuple):
     keys: slice
 
 
-def _launch(
-    q: Tensor, k: Tensor, start: Tensor, end: Tensor, origin: Tensor, position: Tensor, *options: int
+Product = Callable[[Tensor, Tensor, None, torch.dtype], Tensor]
+
+
+def _launch(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    return _route(product.launch, q, k, *rest)
+
+
+def _route(
+    multiply: Product, q: Tensor, k: Tensor, start: Tensor, end: Tensor, origin: Tensor, position: Tensor, *options: int
 ) -> Tensor:
     found, chosen = _allocate(q, k, start, end, origin, position, *options).fill_(-1), _Options(*options)
     wide = q.float()
@@ -51,7 +58,7 @@ def _launch(
             first = (row[0][d.queries] - d.keys.start) // chosen.block_size
             current = (row[3][d.queries] - d.keys.start) // chosen.block_size
             legal = first, torch.where(row[0][d.queries] < row[1][d.queries], current, -1)
-            scores = _scores(queries[b, d.queries], k[b, d.keys].float(), chosen.block_size)
+            scores = _scores(multiply, queries[b, d.queries], k[b, d.keys].float(), chosen.block_size)
             found[b, d.queries] = _best(scores, *legal, chosen)
     return found
 
@@ -73,14 +80,14 @@ def _documents(start: Tensor, end: Tensor, origin: Tensor) -> Iterator[_Document
             yield _Document(slice(begin, stop), slice(int(origin[begin]), last))
 
 
-def _scores(q_TGD: Tensor, k_SKD: Tensor, block_size: int) -> Tensor:
+def _scores(multiply: Product, q_TGD: Tensor, k_SKD: Tensor, block_size: int) -> Tensor:
     """Of each block of a document, float32 [T, G, blocks]; a last block that is not whole is never scored."""
     whole, blocks = len(k_SKD) // block_size, -(-len(k_SKD) // block_size)
     means_NKD = stable.sum_of(k_SKD[: whole * block_size].unflatten(0, (whole, block_size)), 1) / block_size
     kv_heads, groups = k_SKD.shape[1], q_TGD.shape[1]
     scores = q_TGD.new_full((len(q_TGD), groups, blocks), -torch.inf)
     for g in range(groups):
-        scores[:, g, :whole] = product.launch(q_TGD[:, g], means_NKD[:, g * kv_heads // groups], None, torch.float32)
+        scores[:, g, :whole] = multiply(q_TGD[:, g], means_NKD[:, g * kv_heads // groups], None, torch.float32)
     return scores
 
 
@@ -116,10 +123,19 @@ _op = ops.NativeOp(
 
 def route_documents(call: RouterCall, hierarchy: tuple[int, int] = (0, 0)) -> TopBlocks:
     """The blocks of each query, counted from its document's start."""
+    return _routed(_op, call, hierarchy)
+
+
+def route_rows(call: RouterCall, multiply: Product, hierarchy: tuple[int, int]) -> TopBlocks:
+    """The same with another product, which a trace does not see."""
+    return _routed(lambda *args: _route(multiply, *args), call, hierarchy)
+
+
+def _routed(route: Callable[..., Tensor], call: RouterCall, hierarchy: tuple[int, int]) -> TopBlocks:
     with torch.no_grad():
         sizes, mask = call.sizes, call.mask
         position = mask.positions_of_queries(sizes).expand(sizes.rows, -1)
         sight = (*mask.row_intervals(sizes), mask.row_origins(sizes), position)
         options = (call.block_size, call.selected, call.groups, *hierarchy)
-        indices = _op(call.q.detach(), call.k.detach(), *sight, *options)
+        indices = route(call.q.detach(), call.k.detach(), *sight, *options)
         return TopBlocks(indices, indices >= 0)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernel_index.core import native
+from kernel_index.core import device_products, native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.numerics import Recipe
 from kernel_index.core.products import PRODUCT
@@ -23,6 +23,10 @@ from kernel_index.routing.lightning_indexer.torch_op import (
 )
 
 INDEX = Recipe(f"index 1: float32 scores of each head by {PRODUCT.text}, heads added in order, a stable sort")
+INDEX_ON_A_GPU = Recipe(
+    f"index on a GPU 1: float32 scores of each head by {device_products.PRODUCT.text}, heads added in order, the best "
+    "of them, of equal ones the first"
+)
 
 IndexerBackend = Literal["auto", "triton", "native", "chunked", "reference"]
 
@@ -33,6 +37,7 @@ BACKENDS = (
         lightning_indexer_triton,
         contract.triton_not_worth,
         contract.triton_details,
+        INDEX_ON_A_GPU,
     ),
     Backend(
         "native",

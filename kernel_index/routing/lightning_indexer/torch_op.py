@@ -40,6 +40,20 @@ _rows_topk_op = ops.register(
 )
 
 
+def _launch_rows_topk(q, k, weights, start, end, topk):
+    from kernel_index.core.device_products import launch_rows
+
+    return rows_topk(q, k, weights, start, end, topk, launch_rows)
+
+
+_device_rows_topk_op = ops.register(
+    "lightning_topk_device_rows(Tensor q, Tensor k, Tensor weights, Tensor start, Tensor end, SymInt topk) "
+    "-> (Tensor, Tensor)",
+    _launch_rows_topk,
+    chunked.allocate_topk,
+)
+
+
 def _launch_topk(q, k, weights, start, end, topk):
     from kernel_index.routing.lightning_indexer import triton
 
@@ -111,7 +125,8 @@ def lightning_indexer_native(call: IndexerCall) -> TokenSelection:
 
 
 def lightning_indexer_triton(call: IndexerCall) -> TokenSelection:
-    indices, scores = _triton_topk_op(*_detached(call), *call.intervals(), call.topk)
+    topk_op = _device_rows_topk_op if is_invariant() else _triton_topk_op
+    indices, scores = topk_op(*_detached(call), *call.intervals(), call.topk)
     return _selection(call, indices, scores, _triton_backward_op)
 
 

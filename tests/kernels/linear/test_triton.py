@@ -1,11 +1,17 @@
 """``ki.linear`` in Triton, interpreted: a row's bits depend on that row alone, in both directions."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 import kernel_index as ki
+from kernel_index.core.triton.hopper_products import parts_of
 from kernel_index.core.triton.products import DECODING, FLOAT32, LARGE, SQUARE, tiles_of
 from tests.interpreter import rows_alone
 
@@ -76,3 +82,50 @@ def test_a_tile_has_sixty_four_rows_at_least(monkeypatch):
     monkeypatch.setattr("kernel_index.core.triton.products.interpreting", lambda: False)
     assert {tiles_of(m, n, torch.float32) for m in (1, 5000) for n in (16, 9000)} == {FLOAT32}
     assert [tiles_of(m, 4096, torch.bfloat16) for m in (1, 64, 65, 8192)] == [DECODING, DECODING, SQUARE, LARGE]
+
+
+COMPILE = """
+import contextlib
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from kernel_index.core.triton import hopper_products as hopper
+from kernel_index.proofs import aot
+
+found = []
+JITFunction.run = lambda kernel, *args, grid, warmup, **options: found.append(aot._launch(kernel, args, options))
+hopper.on_device, hopper.processors = lambda x: contextlib.nullcontext(), lambda x: 132
+
+
+def like(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+x, weight, d_y = like(4096, 2048), like(8192, 2048), like(4096, 8192)
+with aot.pretend(aot.TARGETS["sm90"]):
+    hopper.multiply(x, weight.T, like(8192), like(4096, 8192))
+    hopper.multiply(d_y, weight, None, like(4096, 2048, dtype=torch.float32), add=True)
+    hopper.multiply(d_y.T, x, None, like(8192, 2048))
+for launch in found:
+    done = aot.compile_for("linear", launch, "sm90")
+    print(done.kernel, done.error or "compiled", done.spilled)
+"""
+
+
+@pytest.mark.thorough
+def test_the_product_of_many_rows_compiles_for_hopper():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["_product_kernel", "compiled", "0"] * 3
+
+
+@pytest.mark.parametrize(("features", "width", "tokens"), [(512, 512, 32768), (128, 128, 105_600), (2192, 512, 3000)])
+def test_no_part_of_a_sum_is_empty(features, width, tokens):
+    a, b = torch.empty(features, tokens, device="meta"), torch.empty(tokens, width, device="meta")
+    parts, steps = parts_of(a, b), -(-tokens // 64)
+    assert (parts - 1) * -(-steps // parts) < steps

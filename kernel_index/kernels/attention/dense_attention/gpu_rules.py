@@ -69,7 +69,7 @@ def _may_run(rival: str, call: AttentionCall) -> bool:
 
 def triton_why_not(call: AttentionCall) -> str | None:
     if is_invariant():
-        return _documents_why_not(call)
+        return device_documents.mask_why_not(call.q, call.k, call.v, call.mask, call.sizes, call.scale, call.sink)
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return rules.NEEDS_NARROW_HEADS
     if call.q.dtype not in (torch.float32, *rules.HALF):
@@ -77,15 +77,6 @@ def triton_why_not(call: AttentionCall) -> str | None:
     if call.q.shape[0] * call.q.shape[2] > rules.MOST_HEADS_OF_ROWS:
         return rules.NEEDS_FEW_HEADS_OF_ROWS
     return rules.triton_why_not(call.q, call.k, call.v, call.sink)
-
-
-def _documents_why_not(call: AttentionCall) -> str | None:
-    if call.mask.is_tree:
-        return "in a tree it has no invariant form"
-    wants = rules.wants_gradient(call.q, call.k, call.v, call.sink)
-    if wants and (call.q.shape[1] != call.k.shape[1] or call.sizes.offset != 0):
-        return "the gradient of its invariant form needs a query for each key, from the first on"
-    return device_documents.why_not(call.q, call.k, call.v, call.scale, call.sink)
 
 
 def triton_not_worth(call: AttentionCall) -> str | None:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from kernel_index.core import device_documents, ops, rules
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
-from kernel_index.core.document_attention import Bounds
 from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse
 from kernel_index.kernels.attention.dense_attention.geometry import paths_of, tile_lists
-from kernel_index.masks.attention_arguments import scale_of
+from kernel_index.masks.attention_arguments import scale_of, sizes_of
+from kernel_index.masks.doc_window_mask.mask import MaskContract
+from kernel_index.masks.prefix_tree.paths import along_paths
 
 
 def _allocate(q, k, v, sink, k_start, k_end, scale, softcap, q_end=None, tiles=None):
@@ -128,12 +129,17 @@ def attention_triton(call: AttentionCall) -> OutAndLse:
 
 
 def _attend_to_documents(call: AttentionCall) -> OutAndLse:
-    mask, sizes = call.mask, call.sizes
-    bounds = Bounds(*mask.row_intervals(sizes), mask.row_origins(sizes))
-    wants = rules.wants_gradient(call.q, call.k, call.v, call.sink)
-    of_keys = tuple(mask.row_kernel_intervals(sizes)[2:]) if wants else ()
+    """A branch of a prefix tree is attended to as the end of a document, its path."""
     scoring = device_documents.Scoring(scale_of(call.q, call.scale), call.softcap)
-    return device_documents.attend_to_documents(call.q, call.k, call.v, call.sink, bounds, of_keys, scoring)
+
+    def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> OutAndLse:
+        return device_documents.attend_to_mask(q, k, v, call.sink, mask, sizes_of(q, k, mask), scoring)
+
+    if not call.mask.is_tree:
+        return attend_branch(call.q, call.k, call.v, call.mask)
+    by_key = call.k, call.v
+    found = along_paths("attention", attend_branch, call.mask, call.sizes, (call.q,), by_key, (1, 2), (0.0, -math.inf))
+    return found[0], found[1]
 
 
 def _tiles_of_each_kernel(call: AttentionCall) -> tuple[Tensor, ...]:

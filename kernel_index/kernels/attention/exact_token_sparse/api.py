@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernel_index.core import numerics
+from kernel_index.core import device_documents, numerics
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.document_attention import ATTENTION
 from kernel_index.core.numerics import is_invariant
@@ -70,7 +70,13 @@ ExactTokenBackend = Literal["auto", "triton", "cpu", "fa4", "flex", "varlen", "n
 
 BACKENDS = _with_telemetry(
     (
-        Backend("triton", contract.triton_why_not, exact_token_triton, contract.triton_not_worth),
+        Backend(
+            "triton",
+            contract.triton_why_not,
+            exact_token_triton,
+            contract.triton_not_worth,
+            invariant=device_documents.ATTENTION,
+        ),
         Backend("native", contract.native_why_not, exact_token_native, numerics.not_worth, invariant=ATTENTION),
         Backend("cpu", contract.cpu_why_not, exact_token_cpu),
         Backend("reference", always, exact_token_reference),

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, document_attention, rules
+from kernel_index.core import checks, device_documents, document_attention, rules
 from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import Sight, sight_of_blocks
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.target import target_of
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
@@ -139,6 +140,11 @@ def runtime_mode(backend: str) -> str:
 
 
 def triton_why_not(call: ExactTokenCall) -> str | None:
+    if is_invariant():
+        if not call.mask.causal:
+            return "in a tree the places of a path's tokens are not those of the path alone"
+        sizes = sizes_of(call.q, call.k, call.mask)
+        return device_documents.mask_why_not(call.q, call.k, call.v, call.mask, sizes, call.scale)
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return rules.NEEDS_NARROW_HEADS
     if call.q.shape[2] > 64 * call.k.shape[2]:

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import device_documents, ops
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton.launch import dense_heads
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall, Scoring
 from kernel_index.kernels.attention.exact_token_sparse.geometry import TOGETHER, launch_of, padded_group
 from kernel_index.kernels.attention.exact_token_sparse.selection_order import sort_selected
+from kernel_index.masks.attention_arguments import sizes_of
 from kernel_index.routing.token_unions import chunks_of_queries, unions_of
 
 MOST_SORTED = 4096
@@ -133,4 +135,11 @@ PASSES = Passes("the triton backend of exact_token_attention", _forward, _backwa
 
 
 def exact_token_triton(call: ExactTokenCall) -> Tensor:
+    if is_invariant():
+        assert call.indices is not None
+        sizes = sizes_of(call.q, call.k, call.mask)
+        own = call.indices if call.valid is None else torch.where(call.valid, call.indices, -1)
+        own = torch.where(own < 0, -1, own - call.mask.row_origins(sizes)[:, :, None, None])
+        own, scoring = own.expand(-1, -1, call.k.shape[2], -1), device_documents.Scoring(*call.scoring, 1)
+        return device_documents.attend_to_mask(call.q, call.k, call.v, None, call.mask, sizes, scoring, own)[0]
     return attend(PASSES, call.scoring, call.q, call.k, call.v, None, *call.selection)[0]

@@ -4,11 +4,16 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, inductor, rules
+from kernel_index.core.numerics import is_invariant
 
 triton_why_not = rules.triton_why_not
 triton_not_worth = rules.triton_not_worth
-inductor_why_not = inductor.why_not
 inductor_not_worth = inductor.not_worth
+
+
+def inductor_why_not(x: torch.Tensor) -> str | None:
+    """Under invariant numerics its bits are those of ``reference``, so that speed may decide between them."""
+    return inductor.why_not(x) or (inductor_not_worth(x) if is_invariant() else None)
 
 
 def kept_bytes(x: Tensor) -> tuple[tuple[str, int], ...]:

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from kernel_index.core import native
+from kernel_index.core import device_documents, native
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.document_attention import ATTENTION
 from kernel_index.kernels.sparse.block_sparse_attention import contract
@@ -20,7 +20,13 @@ from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
 BlockSparseBackend = Literal["auto", "triton", "native", "cpu", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, block_sparse_triton, contract.triton_not_worth),
+    Backend(
+        "triton",
+        contract.triton_why_not,
+        block_sparse_triton,
+        contract.triton_not_worth,
+        invariant=device_documents.ATTENTION,
+    ),
     Backend(
         "native",
         contract.native_why_not,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, document_attention, native, rules
+from kernel_index.core import checks, device_documents, document_attention, native, rules
 from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.excluded import Sight, sight_of_blocks
 from kernel_index.core.numerics import is_invariant
@@ -98,6 +98,8 @@ def _check_maps(selected: Tensor, query_tile_size: int, maps: Any) -> None:
 
 
 def triton_why_not(call: BlockSparseCall) -> str | None:
+    if is_invariant():
+        return device_documents.mask_why_not(call.q, call.k, call.v, call.mask, call.sizes, call.scale)
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return rules.NEEDS_NARROW_HEADS
     if call.q.dtype not in (torch.float32, *rules.HALF):

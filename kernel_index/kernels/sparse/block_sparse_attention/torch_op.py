@@ -6,13 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import device_documents, ops
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
 from kernel_index.kernels.sparse.block_sparse_attention import lists, torch_op_lists, torch_op_mixed
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut, cut_of, launch_of
 from kernel_index.kernels.sparse.block_sparse_attention.plan import KeyPlan, Plan, allocate_plan, forward_plan, key_plan
+from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals
 
 
@@ -144,6 +146,10 @@ PASSES = Passes("the triton backend of block_sparse_attention", _forward, _backw
 def block_sparse_triton(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     """``call.maps`` are of another tile size than the kernels' and are not used."""
     q, k, v, selected, selected_valid, block_size = call[:6]
+    if is_invariant():
+        own = selected if selected_valid is None else torch.where(selected_valid, selected, -1)
+        scoring = device_documents.Scoring(scale_of(q, call.scale), call.softcap, block_size)
+        return device_documents.attend_to_mask(q, k, v, None, call.mask, call.sizes, scoring, own)
     if selected.shape[3] == 0:
         selected, selected_valid = selected.new_full((*selected.shape[:3], 1), -1), None
     cut = cut_of(q.shape[2] // selected.shape[2], q.element_size(), call.query_tile_size)

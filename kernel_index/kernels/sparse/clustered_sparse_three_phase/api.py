@@ -18,6 +18,7 @@ from kernel_index.kernels.sparse.clustered_sparse_three_phase.contract import Cl
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.prefix_tree.paths import along_paths
+from kernel_index.routing.block_router import documents_on_device
 from kernel_index.routing.block_router.api import RouterBackend
 from kernel_index.routing.block_router.documents import ROUTING
 from kernel_index.routing.block_router.native import SOURCE as BY_BLOCK
@@ -61,6 +62,7 @@ ROUTERS = (
         routers.route_triton,
         contract.triton_router_not_worth,
         contract.router_details,
+        documents_on_device.ROUTING,
     ),
     Backend(
         "native",

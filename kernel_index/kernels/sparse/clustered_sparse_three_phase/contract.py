@@ -115,6 +115,8 @@ HOLDS_SCORES = "fused_scoring=False holds the scores of all blocks"
 
 
 def triton_router_why_not(call: ClusteredRouteCall) -> str | None:
+    if is_invariant():
+        return exhaustive.triton_why_not(call.exhaustive)
     if call.by_groups:
         return "searches every block: with a hierarchy groups of blocks are searched first"
     if not call.config.fused_scoring:

@@ -9,6 +9,7 @@ from kernel_index.kernels.sparse.clustered_sparse_three_phase.scoring_chunks imp
 from kernel_index.masks.attention_arguments import sizes_of
 from kernel_index.routing.block_router.api import BACKENDS as EXHAUSTIVE
 from kernel_index.routing.block_router.documents import route_documents
+from kernel_index.routing.block_router.documents_on_device import route_on_device
 from kernel_index.routing.block_router.scores import means_and_legal
 from kernel_index.routing.hierarchical_block_expansion.api import BACKENDS as HIERARCHICAL
 from kernel_index.routing.hierarchical_block_expansion.contract import check as check_hierarchy
@@ -19,6 +20,8 @@ _HIERARCHICAL = {backend.name: backend.run for backend in HIERARCHICAL}
 
 
 def route_triton(call: ClusteredRouteCall) -> TopBlocks:
+    if is_invariant():
+        return route_on_device(call.exhaustive, call.config.hierarchy)
     return _EXHAUSTIVE["triton"](call.exhaustive)
 
 

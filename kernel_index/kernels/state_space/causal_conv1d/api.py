@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.stable import ON_A_GPU
 from kernel_index.kernels.state_space.causal_conv1d import contract
 from kernel_index.kernels.state_space.causal_conv1d.contract import ConvActivation
 from kernel_index.kernels.state_space.causal_conv1d.reference import causal_conv1d_reference
@@ -13,7 +14,7 @@ from kernel_index.kernels.state_space.causal_conv1d.torch_op import causal_conv1
 CausalConv1dBackend = Literal["auto", "triton", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, causal_conv1d_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, causal_conv1d_triton, contract.triton_not_worth, invariant=ON_A_GPU),
     Backend("reference", always, causal_conv1d_reference),
 )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.stable import ON_A_GPU
 from kernel_index.kernels.state_space.gated_rms_norm import contract
 from kernel_index.kernels.state_space.gated_rms_norm.reference import gated_rms_norm_reference
 from kernel_index.kernels.state_space.gated_rms_norm.torch_op import gated_rms_norm_triton
@@ -13,7 +14,7 @@ from kernel_index.kernels.state_space.gated_rms_norm.torch_op import gated_rms_n
 GatedRMSNormBackend = Literal["auto", "triton", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, gated_rms_norm_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, gated_rms_norm_triton, contract.triton_not_worth, invariant=ON_A_GPU),
     Backend("reference", always, gated_rms_norm_reference),
 )
 

@@ -5,14 +5,21 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
+from kernel_index.core.numerics import Recipe
 from kernel_index.kernels.state_space.ssd_scan import contract
 from kernel_index.kernels.state_space.ssd_scan.reference import ssd_scan_reference
 from kernel_index.kernels.state_space.ssd_scan.torch_op import ssd_scan_triton
 
+SCAN = Recipe(
+    "scan on a GPU 1: chunks of a size that the dtype decides, from the row's start; decays as float64 sums of their "
+    "own terms; products of tensor cores in the dtype of x, one float32 accumulator each; states in float32 from chunk "
+    "to chunk; one rounding"
+)
+
 SSDScanBackend = Literal["auto", "triton", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, ssd_scan_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, ssd_scan_triton, contract.triton_not_worth, invariant=SCAN),
     Backend("reference", always, ssd_scan_reference),
 )
 
@@ -59,6 +66,9 @@ def ssd_scan(
 
     Where ``segments`` changes, h starts from zero.  A token has no effect on another segment or on earlier tokens, not
     even as NaN or infinity.  A step of 0 (with ``dt_softplus``: a dt of −inf) leaves the state as it is.
+
+    Under ``numerics("invariant")`` a row's bits are its own.  Those of a segment are, too, where it begins at a
+    multiple of 64 tokens; ``nn.Mamba2`` puts documents there.
 
     Args:
         x: [B, T, H, P], any floating dtype; T, H and P are at least 1.

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.target import Target, target_of
 from kernel_index.core.triton.launch import (
     SMALLEST_DOT,
@@ -37,11 +38,12 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, b: Tensor) -> "Sizes":
-        """Short rows take a chunk no longer than they are."""
+        """Short rows take a chunk no longer than they are, but under invariant numerics."""
         longest = longest_chunk(target_of(x.device), x.element_size())
         B, T, H, P = x.shape
         G, N = b.shape[2:]
-        return cls(B, T, H, P, G, N, min(longest, max(SMALLEST_DOT, next_power_of_2(T))))
+        shortest = longest if is_invariant() else SMALLEST_DOT
+        return cls(B, T, H, P, G, N, min(longest, max(shortest, next_power_of_2(T))))
 
 
 def longest_chunk(target: Target, element_bytes: int) -> int:
@@ -55,9 +57,15 @@ def longest_chunk(target: Target, element_bytes: int) -> int:
 
 
 def walk_config(sizes: Sizes, like: Tensor) -> Config:
-    """``tile`` rows and ``step`` columns of the state that a program keeps: the most that still occupy the device."""
+    """``tile`` rows and ``step`` columns of the state that a program keeps: the most that still occupy the device.
+
+    Under invariant numerics the number of rows has no part in it, nor in the heads of a program: other tiles may be
+    multiplied by other instructions, and heads of one program are summed before those of another.
+    """
     rows, columns = min(dot_block(sizes.P), 64), min(dot_block(sizes.N), 128)
-    while sizes.B * sizes.H * ceil_div(sizes.P, rows) * ceil_div(sizes.N, columns) < processors(like):
+    while not is_invariant() and sizes.B * sizes.H * ceil_div(sizes.P, rows) * ceil_div(sizes.N, columns) < processors(
+        like
+    ):
         if columns > 32 and columns >= rows:
             columns //= 2
         elif rows > 32:
@@ -82,7 +90,11 @@ def chunks_config(sizes: Sizes, like: Tensor, kernel: Kernel) -> Config:
     """
     group = sizes.heads_of_group
     heads = min(MOST_HEADS[kernel], group)
-    while heads > 1 and sizes.B * sizes.chunks * sizes.G * ceil_div(group, heads) < 2 * processors(like):
+    while (
+        not is_invariant()
+        and heads > 1
+        and sizes.B * sizes.chunks * sizes.G * ceil_div(group, heads) < 2 * processors(like)
+    ):
         heads = ceil_div(heads, 2)
     narrow, hip = like.element_size() == 2, target_of(like.device).kind == "hip"
     state = dot_block(sizes.P) * dot_block(sizes.N)

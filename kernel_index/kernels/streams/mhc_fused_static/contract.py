@@ -89,6 +89,8 @@ def _shape_why_not(call: Call) -> str | None:
 
 
 def triton_why_not(call: Call) -> str | None:
+    if is_invariant():
+        return _shape_why_not(call) or rules.triton_why_not(*call)
     return _form_why_not(call) or rules.triton_why_not(*call)
 
 

@@ -3,6 +3,7 @@
 It saves hidden and branch_out for backward only if a coefficient needs a gradient.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -90,13 +91,38 @@ _rows_op = ops.NativeOp(
 
 
 def _native_backward(upstream, saved, like, wanted):
-    """The formula of the compiled pass, its sums in a fixed order."""
-    arguments: Any = (*upstream, *saved, like, wanted)
-    d_hidden, d_branch, products = inductor.gradients(*arguments, f=stable)
-    if products is None:
-        return d_hidden, d_branch, None
-    sums = stable.column_sum(products.transpose(0, 1))
-    return d_hidden, d_branch, inductor.add_up(sums, saved.h_post, saved.h_res)
+    """What ``inductor.gradients`` says, by the kernel of the forward pass and sums in a fixed order."""
+    d_merged, d_read = (None if d is None else d.to(torch.float32) for d in upstream)
+    hidden, branch_out, h_post, h_res, h_pre = saved
+    through = [] if d_merged is None else [d_merged]
+    if d_read is not None:
+        through.append(h_pre[:, None, :, None] * d_read[:, :, None])
+    d_new = functools.reduce(torch.add, through)  # of the merged streams
+    merging, d_hidden, d_branch, sums = h_post is not None and h_res is not None, None, None, None
+    if wanted[0]:
+        back = d_new
+        if merging:
+            nothing = torch.zeros_like(d_new[:, :, 0])
+            back = native.mix(d_new, nothing, torch.zeros_like(h_post), h_res.transpose(1, 2), None)[0]
+        d_hidden = back.to(like[0])
+    if wanted[1] and merging:
+        d_branch = native.mix(d_new, None, None, None, h_post)[0].to(like[1])
+    if wanted[2] and hidden is not None:
+        sums = stable.column_sum(_products(d_new, d_read, hidden, branch_out if merging else None).transpose(0, 1))
+        sums = inductor.add_up(sums, h_post, h_res)
+    return d_hidden, d_branch, sums
+
+
+def _products(d_new: Tensor, d_read: Tensor | None, hidden: Tensor, branch_out: Tensor | None) -> Tensor:
+    """Of each token, as ``inductor.gradients`` has them."""
+    x, dy = hidden.to(torch.float32), None if d_read is None else d_read[:, :, None]
+    read = x.new_zeros(x.shape[:3]) if dy is None else stable.pair_sums(dy, x)[:, :, 0]
+    if branch_out is None:
+        return read
+    out = branch_out.to(torch.float32)[:, :, None]
+    branch = x.new_zeros(*x.shape[:2], 1) if dy is None else stable.pair_sums(dy, out)[:, :, 0]
+    post, res = stable.pair_sums(d_new, out).flatten(2), stable.pair_sums(d_new, x).flatten(2)
+    return torch.cat([post, res, read, branch], -1)
 
 
 _PASSES = {
@@ -185,4 +211,7 @@ def mix_inductor(call: Call) -> tuple[Tensor, ...]:
 
 
 def mix_triton(call: Call) -> tuple[Tensor, ...]:
+    if is_invariant():  # which takes coefficients of any dtype
+        h_post, h_res, h_pre = (None if c is None else c.to(torch.float32) for c in call[2:])
+        call = call._replace(h_post=h_post, h_res=h_res, h_pre=h_pre)
     return ops.apply(_Mix, *call, "triton")

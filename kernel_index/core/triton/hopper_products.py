@@ -1,0 +1,233 @@
+"""Products of many rows on Hopper, in Gluon: the sums of ``products.py`` by tiles that the copy engine brings.
+
+A program walks over tiles of the result.  Two consumers have 64 rows of it each, and a producer, one warp, keeps a ring
+of STAGES pairs of operand tiles full.  An element is one accumulator over the summed dimension in rising order, by the
+instruction that ``products.py`` has, so it has the same bits.  A finished tile leaves by the copy engine, too, while
+the next one is multiplied.
+
+A weight's gradient has few elements, each a sum over all tokens.  It is summed in parts of the tokens, which are added
+up in order: how many, its sizes decide.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, barriers
+from kernel_index.core.triton.launch import ceil_div, on_device, processors
+from kernel_index.core.triton.sums import sum_parts
+
+DEPTH, GROUP = 64, 8
+TILE_ROWS = 2 * ROWS
+
+
+def _columns_and_stages(y: Tensor) -> tuple[int, int]:
+    """What shared memory holds: a tile of the result is in it, too."""
+    return (128, 4) if y.dtype == torch.float32 else (256, 3)
+
+
+@gluon.jit
+def _place(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
+    """See ``products.py``."""
+    in_group = GROUP * column_tiles
+    first = tile // in_group * GROUP
+    rows = gl.minimum(row_tiles - first, GROUP)
+    return first + tile % in_group % rows, tile % in_group // rows
+
+
+@gluon.jit
+def _produce(given, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, GROUP: gl.constexpr):
+    a_desc, b_desc, buffers, row_tiles, column_tiles, steps, parts = given
+    a_ring, b_ring, _, full, empty = buffers
+    STAGES: gl.constexpr = b_ring.shape[0]
+    A_ROWS: gl.constexpr = a_ring.shape[2] if A_TURNED else a_ring.shape[1]
+    DEPTH: gl.constexpr = a_ring.shape[1] if A_TURNED else a_ring.shape[2]
+    COLUMNS: gl.constexpr = b_ring.shape[2] if B_TURNED else b_ring.shape[1]
+    at = 0
+    per = gl.cdiv(steps, parts)
+    for number in range(gl.program_id(0), row_tiles * column_tiles * parts, gl.num_programs(0)):
+        part, tile = number // (row_tiles * column_tiles), number % (row_tiles * column_tiles)
+        row, column = _place(tile, row_tiles, column_tiles, GROUP)
+        for i in range(part * per, gl.minimum((part + 1) * per, steps)):
+            slot = at % STAGES
+            mbarrier.wait(empty.index(slot), ((at // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(slot), 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+            for half in gl.static_range(2):
+                first = (2 * row + half) * A_ROWS
+                target = a_ring.index(2 * slot + half)
+                if A_TURNED:
+                    tma.async_copy_global_to_shared(a_desc, [i * DEPTH, first], full.index(slot), target)
+                else:
+                    tma.async_copy_global_to_shared(a_desc, [first, i * DEPTH], full.index(slot), target)
+            b_tile = b_ring.index(slot)
+            if B_TURNED:
+                tma.async_copy_global_to_shared(b_desc, [i * DEPTH, column * COLUMNS], full.index(slot), b_tile)
+            else:
+                tma.async_copy_global_to_shared(b_desc, [column * COLUMNS, i * DEPTH], full.index(slot), b_tile)
+            at += 1
+
+
+@gluon.jit
+def _consume(
+    given, CONSUMER: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ADD: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    y_desc, y_ptr, bias_ptr, buffers, M, N, row_tiles, column_tiles, steps, parts = given
+    a_ring, b_ring, y_ring, full, empty = buffers
+    STAGES: gl.constexpr = b_ring.shape[0]
+    ROWS: gl.constexpr = y_ring.shape[1]
+    COLUMNS: gl.constexpr = y_ring.shape[2]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
+    )
+    y_tile = y_ring.index(CONSUMER)
+    at = 0
+    per = gl.cdiv(steps, parts)
+    for number in range(gl.program_id(0), row_tiles * column_tiles * parts, gl.num_programs(0)):
+        part, tile = number // (row_tiles * column_tiles), number % (row_tiles * column_tiles)
+        row, column = _place(tile, row_tiles, column_tiles, GROUP)
+        begin, stop = part * per, gl.minimum((part + 1) * per, steps)
+        acc = gl.full([ROWS, COLUMNS], 0.0, gl.float32, layout=LAYOUT)
+        if ADD:
+            tma.store_wait(0)
+            o_m = (2 * row + CONSUMER) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+            o_n = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+            p_y = y_ptr + o_m.to(gl.int64)[:, None] * N + o_n[None, :]
+            acc = gl.load(p_y, mask=(o_m < M)[:, None] & (o_n < N)[None, :], other=0.0)
+        for i in range(begin, stop):
+            slot = at % STAGES
+            mbarrier.wait(full.index(slot), (at // STAGES) & 1)
+            a, b = a_ring.index(2 * slot + CONSUMER), b_ring.index(slot)
+            if A_TURNED:
+                a = a.permute([1, 0])
+            if not B_TURNED:
+                b = b.permute([1, 0])
+            started = warpgroup_mma(a, b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, [started])
+            if i > begin:  # the product before this one has read its tiles
+                mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
+            at += 1
+        acc = warpgroup_mma_wait(0, [acc])
+        mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
+        if HAS_BIAS:
+            o_n = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+            acc += gl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(gl.float32)[None, :]
+        tma.store_wait(0)
+        y_tile.store(acc.to(y_ring.dtype))
+        fence_async_shared()
+        first = (2 * (part * row_tiles + row) + CONSUMER) * ROWS
+        tma.async_copy_shared_to_global(y_desc, [first, column * COLUMNS], y_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _tiles(desc, COUNT: gl.constexpr):
+    """Shared memory for COUNT tiles of a descriptor."""
+    ROWS: gl.constexpr = desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = desc.block_type.shape[1]
+    return gl.allocate_shared_memory(desc.dtype, [COUNT, ROWS, COLUMNS], desc.layout)
+
+
+@gluon.jit
+def _product_kernel(
+    a_desc, b_desc, y_desc, y_ptr, bias_ptr, M, N, row_tiles, column_tiles, steps, parts,
+    STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr, ADD: gl.constexpr,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    """y [M, N] = a·b + bias, or y += with ``ADD``; or the rows of each of ``parts``, one after the other.
+
+    a is [M, K] as it lies, or [K, M] with ``A_TURNED``; b is [N, K], or [K, N].
+    """
+    a_ring, b_ring, y_ring = _tiles(a_desc, 2 * STAGES), _tiles(b_desc, STAGES), _tiles(y_desc, 2)
+    buffers = (a_ring, b_ring, y_ring, barriers(STAGES, 1), barriers(STAGES, 2))
+    fence_async_shared()
+    consumed = (y_desc, y_ptr, bias_ptr, buffers, M, N, row_tiles, column_tiles, steps, parts)
+    gl.warp_specialize(
+        [
+            (_consume, (consumed, 0, A_TURNED, B_TURNED, HAS_BIAS, ADD, GROUP)),
+            (_consume, (consumed, 1, A_TURNED, B_TURNED, HAS_BIAS, ADD, GROUP)),
+            (_produce, ((a_desc, b_desc, buffers, row_tiles, column_tiles, steps, parts), A_TURNED, B_TURNED, GROUP)),
+        ],
+        TWO[0],
+        TWO[1],
+    )
+
+
+def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def operands_why_not(a: Tensor, b: Tensor, y: Tensor) -> str | None:
+    """Operands that the copy engine takes as they lie, or lie turned."""
+    if a.dtype not in (torch.bfloat16, torch.float16) or y.dtype not in (a.dtype, torch.float32):
+        return "takes float16 and bfloat16"
+    for x in (a if a.stride(1) == 1 else a.T, b.T if b.stride(0) == 1 else b, y):
+        if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+            return "needs rows that begin at multiples of 16 bytes"
+    return "has nothing to add up" if a.shape[1] == 0 else None
+
+
+def why_not(a: Tensor, b: Tensor, y: Tensor) -> str | None:
+    """And tiles enough for the processors."""
+    if (rule := operands_why_not(a, b, y)) is not None:
+        return rule
+    tiles = ceil_div(y.shape[0], TILE_ROWS) * ceil_div(y.shape[1], _columns_and_stages(y)[0])
+    return "has too few tiles for the processors" if 2 * tiles < processors(y) else None
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, *, add: bool = False) -> Tensor:
+    """``y`` [M, N], contiguous, becomes a [M, K] · b [K, N] + bias [N]; ``why_not`` must have nothing against it.
+
+    With ``add`` the product is added to y, which is float32.
+    """
+    return _launch(a, b, bias, y, 1, add)
+
+
+FILLED = 128
+"""Tiles that keep a GPU busy."""
+
+LEAST = 16
+"""Steps of a part."""
+
+
+def parts_of(a: Tensor, b: Tensor) -> int:
+    """How many parts the sum of a weight's gradient is divided into."""
+    tiles = ceil_div(a.shape[0], TILE_ROWS) * ceil_div(b.shape[1], 128)
+    steps = ceil_div(a.shape[1], DEPTH)
+    wanted = max(1, min(FILLED // tiles, steps // LEAST))
+    return ceil_div(steps, ceil_div(steps, wanted))  # none of them is empty
+
+
+def multiply_in_parts(a: Tensor, b: Tensor, y: Tensor, parts: int) -> Tensor:
+    """``y`` [M, N] becomes a [M, K] · b [K, N], summed in parts of K that are added up in order."""
+    (M, N), rows = y.shape, ceil_div(y.shape[0], TILE_ROWS) * TILE_ROWS
+    sums = y.new_empty(parts, rows, N, dtype=torch.float32)
+    _launch(a, b, None, sums.view(-1, N), parts, False)
+    used = sums.view(parts, -1)[:, : M * N]
+    sum_parts(used if rows == M else used.contiguous(), y.view(-1))
+    return y
+
+
+def _launch(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, parts: int, add: bool) -> Tensor:
+    (M, K), N, (columns, stages) = a.shape, b.shape[1], _columns_and_stages(y)
+    a_turned, b_turned = a.stride(1) != 1, b.stride(0) != 1
+    a_desc = _described(a.T, [DEPTH, ROWS]) if a_turned else _described(a, [ROWS, DEPTH])
+    b_desc = _described(b, [DEPTH, columns]) if b_turned else _described(b.T, [columns, DEPTH])
+    tiles = ceil_div(M, TILE_ROWS), ceil_div(N, columns)
+    with on_device(a):
+        _product_kernel[(min(tiles[0] * tiles[1] * parts, processors(y)),)](
+            a_desc, b_desc, _described(y, [ROWS, columns]), y, bias, M, N, *tiles, ceil_div(K, DEPTH), parts,
+            STAGES=stages, A_TURNED=a_turned, B_TURNED=b_turned, HAS_BIAS=bias is not None, ADD=add, GROUP=GROUP,
+            num_warps=4,
+        )  # fmt: skip
+    return y
