@@ -178,3 +178,14 @@ def test_the_loss_of_a_batch_is_that_of_ordinary_numerics_within_rounding():
         results.append((loss, *torch.autograd.grad(loss, leaves)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_tree_without_a_token_has_a_result():
+    """No batch row, or gaps alone: nothing is attended to, and nothing raises."""
+    gaps, tree = ki.MaskContract(subtree_end=torch.arange(4)), ki.MaskContract(subtree_end=torch.tensor([4, 4, 3, 4]))
+    mixer = ki.nn.Mamba2(8, 2, 4, state=4)
+    with ki.numerics("invariant"):
+        none = torch.randn(0, 4, 2, 8)
+        assert ki.attention(none, none, none, tree).shape == none.shape
+        assert mixer(torch.randn(0, 4, 8), tree)[0].shape == (0, 4, 8)
+        assert mixer(torch.randn(1, 4, 8), gaps)[0].tolist() == torch.zeros(1, 4, 8).tolist()

@@ -114,7 +114,7 @@ def in_block(*ops: str, backend: str) -> Iterator[None]:
 
 def forced_here() -> Blocks:
     """The ``force`` blocks in force in this thread, for an ``autograd.Function`` to keep for its backward."""
-    return _PLACES[_place()]
+    return _PLACES.get(_place(), ())  # a thread that outlives its block has none
 
 
 _PLACES: dict[int, Blocks] = {0: ()}
@@ -136,7 +136,7 @@ def _place() -> int:
 def resumed(blocks: Blocks) -> Iterator[None]:
     """Inside the ``with``, the blocks that ``forced_here`` returned elsewhere: for what a backward pass recomputes."""
     before, place = _THREAD.forced, _place()
-    if blocks == _PLACES[place]:
+    if blocks == forced_here():
         yield
         return
     own = _FREE.pop() if _FREE else max(_PLACES) + 1

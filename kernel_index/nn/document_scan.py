@@ -56,6 +56,8 @@ def no_tokens(layer: "Mamba2", like: Tensor) -> "Open":
 def _along_paths(layer: "Mamba2", inputs: Tensor, step: Tensor, paths: "Paths") -> Tensor:
     """Each path of a tree as a document, of which its last run is kept."""
     rows, tokens = inputs.shape[:2]
+    if not paths.lengths:  # no token at all
+        return (inputs[..., :1] * 0).expand(rows, tokens, layer.heads * layer.head_dim).unflatten(-1, (layer.heads, -1))
     inputs, step = (taken(t.flatten(0, 1), paths.index)[None] for t in (inputs, step))
     number = torch.arange(len(paths.lengths), device=inputs.device)
     ids = number.repeat_interleave(torch.tensor(paths.lengths, device=inputs.device))[None]
@@ -273,4 +275,5 @@ def paths_of(levels: Sequence[Any]) -> Paths:
             before = paths[parent] if parent >= 0 else index[:0]
             paths.append(torch.cat((before, index[is_token])))
             own.append(torch.arange(len(paths[-1]), device=index.device) >= len(before))
-    return Paths(torch.cat(paths), torch.cat(own), [len(path) for path in paths])
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Paths(torch.cat(paths or [nothing]), torch.cat(own or [nothing.bool()]), [len(path) for path in paths])

@@ -135,10 +135,10 @@ def native_why_not(call: AttentionCall) -> str | None:
 
 
 def _documents_why_not(call: AttentionCall) -> str | None:
-    if call.mask.is_tree:
+    if call.mask.is_tree and not call.is_empty:
         if torch.compiler.is_compiling():
             return "torch.compile is tracing: the paths of a tree are read on the host"
-        if call.sizes.offset != 0 or call.q.shape[1] != call.k.shape[1] or call.is_empty:
+        if call.sizes.offset != 0 or call.q.shape[1] != call.k.shape[1]:
             return "in a tree its invariant form needs a query for each key, from the first on"
         if not rules.host_readable(call.mask.subtree_end, call.mask.positions):
             return "in a tree its invariant form needs plain tensors of the contract: it reads the paths"

@@ -20,7 +20,7 @@ from kernel_index.core.excluded import guarded, guarded_backward
 from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, sight_of
 from kernel_index.kernels.attention.dense_attention.tree_paths import attend_to_paths
-from kernel_index.masks.attention_arguments import scale_of
+from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE, scale_of
 from kernel_index.masks.doc_window_mask.intervals import RowBounds
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -76,9 +76,10 @@ def attention_native(call: AttentionCall) -> OutAndLse:
     scoring = scale_of(call.q, call.scale), call.softcap
     if is_invariant():
         documents = Scoring(*scoring)
-        if call.mask.is_tree:
+        if call.mask.is_tree and not call.is_empty:
             return attend_to_paths(call, documents)
-        bounds = Bounds(*call.mask.row_intervals(call.sizes), call.mask.row_origins(call.sizes))
+        mask = EVERYTHING_BEFORE if call.is_empty else call.mask  # of nothing any mask leaves the same
+        bounds = Bounds(*mask.row_intervals(call.sizes), mask.row_origins(call.sizes))
         return attend_to_documents(call.q, call.k, call.v, call.sink, bounds, documents)
     plan = _Plan(call.mask.row_bounds(call.sizes).each(torch.Tensor.contiguous), scoring)
     return attend(PASSES, plan, call.q, call.k, call.v, call.sink)
