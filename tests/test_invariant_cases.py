@@ -51,4 +51,5 @@ def test_some_of_each_function_run():
         with ki.numerics("invariant"), torch.no_grad():
             explanation = ki.explain(suite.function, **case.build(Maker(torch.float32)))
         ran |= {suite.op} if explanation.would_run else set()
-    assert {suite.op for suite, _ in (p.values for p in CASES)} - ran == set()
+    on_a_gpu_alone = {s.op for s in suites() if {b.name for b in s.backends if b.invariant} == {"triton"}}
+    assert {suite.op for suite, _ in (p.values for p in CASES)} - on_a_gpu_alone == ran

@@ -59,7 +59,7 @@ def mask_why_not(
 
 def _ends_with_queries(q: Tensor, k: Tensor, mask: Any, sizes: Any) -> bool:
     """Whether the queries are those of the last keys; documents need one for every key."""
-    if sizes.offset is None or q.shape[1] + sizes.offset != k.shape[1]:
+    if sizes.offset is None or sizes.offset < 0 or q.shape[1] + sizes.offset != k.shape[1]:
         return False
     return sizes.offset == 0 or mask.document_rows(sizes.keys) is None
 
