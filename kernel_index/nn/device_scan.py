@@ -32,7 +32,7 @@ def has_kernels(x: Tensor) -> bool:
 class Layout(NamedTuple):
     """Where tokens stand among padded rows.
 
-    ``tokens`` [B, length]: the number in B·T of what stands there, −1 for padding; ``places`` [B, T], the reverse; and
+    ``tokens`` [B, length]: the token of each place, counted in B·T, −1 for padding; ``places`` [B, T], the reverse; and
     ``segments`` [B, length], the number of the document.
     """
 

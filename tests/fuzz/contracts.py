@@ -118,7 +118,7 @@ def check_positions(kwargs: dict[str, Any], found: tuple[ki.MaskContract, Tensor
 
 
 def paths(rng: random.Random) -> dict[str, Any]:
-    """Sums of what stands on each token's path."""
+    """Sums over the tokens of each path."""
     x = floats(rng, B, T)
     return {
         "run": lambda q, k, mask: k.cumsum(1)[:, k.shape[1] - q.shape[1] :],

@@ -90,7 +90,7 @@ def _scores_kernel(
 
 @jit
 def _ranks(p_row, o_n, start, end, ROW):
-    """Of the keys from start to end, and NONE; what lies beyond them may never have been stored."""
+    """Scores of the keys from start to end, else NONE: others may never have been stored."""
     return tl.where(within(o_n, start, end), tl.load(p_row + o_n, mask=o_n < ROW, other=NONE), NONE)
 
 
