@@ -113,17 +113,20 @@ bounds, strides, scoring = (empty(2, 4096, dtype=torch.int32),) * 3, launch.stri
 def show(kernel, made, *args):
     found = aot.compile_for("documents", aot._launch(kernel, args, made.constants), "sm90")
     print(found.error or "compiled")
-for queries, page in ((4096, 0), (1, 16)):
+bits = empty(2, 4096, 8, 3, dtype=torch.int32)
+chosen = scoring._replace(block=64)
+for queries, page, scoring, bits in ((4096, 0, scoring, None), (1, 16, scoring, None), (4096, 0, chosen, bits)):
     made = of._launch_of("forward", q[:, :queries], k, k, scoring, HAS_SINK=False, PAGE=page)
     table, steps = (bounds[0], (4096, 1)) if page else (None, (0, 0))
-    show(documents.documents_kernel, made, q, k, k, None, *bounds, table, out, lse, *strides, 4096, *steps, queries, 8,
-         made.inner, made.outer)
-made = of._launch_of("queries", q, k, k, scoring, HAS_D_LSE=False)
-show(documents_backward.queries_kernel, made, q, None, q, k, k, out, lse, *bounds, q, lse, *strides, 4096, 4096, 8,
-     made.scale, made.inner, made.outer)
-made = of._launch_of("keys", q, k, k, scoring, H=32)
-show(documents_backward.keys_kernel, made, q, q, k, k, lse, lse, *bounds, k, k, *strides, 4096, 4096, 8, made.scale,
-     made.inner, made.outer)
+    show(documents.documents_kernel, made, q, k, k, None, *bounds, table, bits, out, lse, *strides, 4096, *steps,
+         *of._of_bits(bits), queries, 8, made.inner, made.outer)
+for bits, scoring in ((None, scoring._replace(block=0)), (bits, chosen)):
+    made = of._launch_of("queries", q, k, k, scoring, HAS_D_LSE=False)
+    show(documents_backward.queries_kernel, made, q, None, q, k, k, out, lse, *bounds, bits, q, lse, *strides, 4096,
+         *of._of_bits(bits), 4096, 8, made.scale, made.inner, made.outer)
+    made = of._launch_of("keys", q, k, k, scoring, H=32)
+    show(documents_backward.keys_kernel, made, q, q, k, k, lse, lse, *bounds, bits, k, k, *strides, 4096,
+         *of._of_bits(bits), 4096, 8, made.scale, made.inner, made.outer)
 """
 
 
@@ -132,4 +135,4 @@ def test_attention_by_documents_compiles():
     """No suite calls it in the mode that it is for; an interpreter would not see what a compiler refuses."""
     done = not_interpreted("-c", DOCUMENTS)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["compiled"] * 4
+    assert done.stdout.split() == ["compiled"] * 7
