@@ -10,6 +10,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.kernels.sparse.moba_block_sparse import contract, decoding
+from kernel_index.kernels.sparse.selected_decode import triton as selected
 from kernel_index.kvcache.selected import Visible
 from kernel_index.kvcache.slots import slots
 
@@ -278,3 +279,21 @@ def test_a_capacity_that_has_too_many_scores(monkeypatch):
         new = {"k": k[:, 39:], "v": v[:, 39:]}
         outs.append(ki.moba_decode(q[:, 39:], cache, **new, block_size=4, topk=3, backend="triton"))
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("processors", [1, 64], ids=["one split", "merged splits"])
+def test_a_sink_is_one_term_of_the_denominator(monkeypatch, processors):
+    """Whether one program holds all blocks of a query or the states of several are merged."""
+    plans, launch_of = [], selected.launch_of
+    monkeypatch.setattr(selected, "processors", lambda q: processors)
+    monkeypatch.setattr(selected, "launch_of", lambda *sizes: plans.append(launch_of(*sizes)) or plans[-1])
+    sink, outs = torch.tensor([-1.0, 2.0], device=DEVICE), {}
+    for backend in ("triton", "reference"):
+        cache, begin = new_cache("contiguous", 300)
+        begin(300)
+        q, k, v = qkv(300)
+        outs[backend] = ki.moba_decode(
+            q[:, -2:], cache, k=k, v=v, block_size=8, topk=30, sink=sink, route_per="kv_group", backend=backend
+        )
+    assert (plans[0].plan.splits > 1) == (processors > 1)
+    torch.testing.assert_close(outs["triton"], outs["reference"])
