@@ -114,13 +114,14 @@ def in_block(*ops: str, backend: str) -> Iterator[None]:
 
 def forced_here() -> Blocks:
     """The ``force`` blocks in force in this thread, for an ``autograd.Function`` to keep for its backward."""
-    return _PLACES.get(_place(), ())  # a thread that outlives its block has none
+    return _PLACES.get(_place(), ())  # () in a thread that outlives its block
 
 
 _PLACES: dict[int, Blocks] = {0: ()}
 """What the number in a thread's state stands for, while a block is open.
 
-A number, since the PyTorch of some GPU machines (2.11) was seen to lose the last reference to a tuple that is there.
+A number, since with PyTorch 2.11 a tuple that was there was found to be another object: as if its last reference had
+been lost.  Numbers of closed blocks are given again.
 """
 
 _FREE = list(range(255, 0, -1))  # numbers that Python keeps for ever
