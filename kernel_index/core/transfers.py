@@ -1,7 +1,7 @@
 """Tables of integers that the host makes: copied there, and to a device.
 
-NumPy copies, with one thread: PyTorch wakes all of them from 32,768 elements on, which cost 4 ms a table (1 MiB) on a host
-that had other work.
+NumPy copies, with one thread: PyTorch wakes all of them from 32,768 elements on, which cost 4 ms a table of 1 MiB on a
+host that had other work.
 """
 
 import numpy as np

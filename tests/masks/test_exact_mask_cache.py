@@ -35,6 +35,7 @@ DIFFERENT = [
     {"has_subtree_end": True},
     {"has_positions": True},
     {"has_cu_seqlens": True},
+    {"has_cu_seqlens": True, "has_two_cu_seqlens": True},
     {"block_sizes": 64},
     {"block_sizes": (64, 128)},
     {"dtype": torch.bfloat16},
@@ -46,6 +47,19 @@ DIFFERENT = [
 def test_what_changes_a_kernel_changes_the_key():
     keys = [ki.exact_mask_key(fields) for fields in DIFFERENT]
     assert len(set(keys)) == len(DIFFERENT)
+
+
+def test_one_list_of_lengths_is_not_two():
+    lengths = torch.tensor([0, 2, 5])
+    one, two = (ki.MaskContract.from_cu_seqlens(lengths, keys) for keys in (None, lengths))
+    assert ki.exact_mask_key(one) != ki.exact_mask_key(two)
+    assert ki.exact_mask_key(two).rebuild(cu_seqlens=(lengths, lengths)).cu_seqlens[1] is lengths
+    with pytest.raises(ValueError, match="cu_seqlens must have two lists, as the key says, got one"):
+        ki.exact_mask_key(two).rebuild(cu_seqlens=(lengths, None))
+    with pytest.raises(ValueError, match="has_two_cu_seqlens must be False without"):
+        ki.exact_mask_key({"has_two_cu_seqlens": True})
+    with pytest.raises(ValueError, match="has_two_cu_seqlens must be False for the lists"):
+        ki.exact_mask_key({"cu_seqlens": (lengths, None), "has_two_cu_seqlens": True})
 
 
 def test_absent_zero_and_present_are_three_states():

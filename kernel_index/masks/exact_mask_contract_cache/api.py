@@ -67,6 +67,7 @@ def exact_mask_key(
         has_valid_counts=has_counts,
         slot_tokens=rules.slot_tokens(fields, has_counts),
         **kinds,
+        has_two_cu_seqlens=rules.two_lists(fields, kinds["has_cu_seqlens"]),
         block_sizes=rules.block_sizes(fields.get("block_sizes")),
         dtype=rules.dtype_name(fields.get("dtype")),
         backend=name,

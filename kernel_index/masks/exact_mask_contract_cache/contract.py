@@ -29,6 +29,7 @@ FIELDS = (
     *("causal", "window", "local_window", "block_sizes", "base_block_tokens", "dtype", "backend"),
     *RUNTIME,
     *PRESENCE.values(),
+    "has_two_cu_seqlens",
     *COUNTS,
 )
 
@@ -75,6 +76,23 @@ def presence(fields: Mapping[str, Any], name: str) -> bool:
     if value is not None and stated != exists:
         raise ValueError(f"{flag} must be {exists} for the {name} that is given, got {stated}")
     return stated
+
+
+def are_two(cu_seqlens: Any) -> bool:
+    """Whether queries and keys have lists of their own: then no one offset holds for a batch."""
+    return cu_seqlens is not None and cu_seqlens[1] is not None
+
+
+def two_lists(fields: Mapping[str, Any], has_lists: bool) -> bool:
+    """``has_two_cu_seqlens``, by the lists where they are given."""
+    stated, given = fields.get("has_two_cu_seqlens"), fields.get("cu_seqlens")
+    if stated is not None:
+        checks.is_bool("has_two_cu_seqlens", stated)
+    if given is not None and stated not in (None, are_two(given)):
+        raise ValueError(f"has_two_cu_seqlens must be {are_two(given)} for the lists that are given, got {stated}")
+    if stated and not has_lists:
+        raise ValueError("has_two_cu_seqlens must be False without cu_seqlens, got True")
+    return are_two(given) if stated is None else stated
 
 
 def mode_of(validity: Any) -> ValidityMode:

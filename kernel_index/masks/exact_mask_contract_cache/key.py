@@ -12,7 +12,7 @@ from kernel_index.masks.doc_window_mask.contract import Window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.masks.exact_mask_contract_cache import contract
 
-LAYOUT = 3
+LAYOUT = 4
 """Increased when a field of the key changes its meaning."""
 
 PACKAGES = {"triton": "triton", "fa4": "flash-attn-4", "pallas": "jax"}
@@ -45,6 +45,7 @@ class ExactMaskKey(NamedTuple):
     has_subtree_end: bool
     has_positions: bool
     has_cu_seqlens: bool
+    has_two_cu_seqlens: bool
     block_sizes: tuple[int, int] | None
     dtype: str | None
     backend: str
@@ -73,6 +74,9 @@ class ExactMaskKey(NamedTuple):
         }  # fmt: skip
         for name, value in plain.items():
             contract.check_same(name, getattr(self, contract.PRESENCE[name]), value)
+        if contract.are_two(cu_seqlens) != self.has_two_cu_seqlens:
+            wanted, got = ("two lists", "one") if self.has_two_cu_seqlens else ("one list", "two")
+            raise ValueError(f"cu_seqlens must have {wanted}, as the key says, got {got}")
         has_counts = validity is not None and contract.mode_of(validity) != "none"
         contract.check_same("validity", self.has_valid_counts, validity if has_counts else None)
         has_keys = key_validity is not None and contract.mode_of(key_validity) != "none"
