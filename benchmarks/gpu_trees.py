@@ -58,6 +58,7 @@ def attention_steps(trees: int) -> dict[str, Step]:
             shared, lambda *x: ki.attention(*x, ki.MaskContract(subtree_end=ends), backend="triton")
         ),
         "rows": lambda: step(apart, lambda *x: ki.attention(*x, ki.MaskContract())),
+        "rows, triton": lambda: step(apart, lambda *x: ki.attention(*x, ki.MaskContract(), backend="triton")),
         "rows, flash-attn-4": lambda: step(apart, peer),
     }
 

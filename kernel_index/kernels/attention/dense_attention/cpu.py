@@ -6,6 +6,7 @@ keys, a gradient of the log-sum-exp) runs by the README's formula, on rectangles
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from kernel_index.core.attention_function import Backward, Forward, Gradients, P
 from kernel_index.core.excluded import guarded, guarded_backward
 from kernel_index.core.triton.launch import dense_heads
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, sight_of
-from kernel_index.kernels.attention.dense_attention.rectangles import Rectangle, allowed_within, rectangles_of
+from kernel_index.kernels.attention.dense_attention.rectangles import Rectangle, allowed_within, rectangles_of, tree_pieces
 from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.masks.doc_window_mask.intervals import RowBounds
 
@@ -24,27 +25,32 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class _Plan(NamedTuple):
-    """``rectangles`` for PyTorch's kernel, where it takes the call, and for the formula."""
+    """``rectangles`` for PyTorch's kernel, where it takes the call, and for the formula.
+
+    ``in_pieces``: those for the kernel are the pieces of a tree, of which several have the same queries.
+    """
 
     bounds: RowBounds
     for_kernel: tuple[Rectangle, ...] | None
-    for_formula: tuple[Rectangle, ...]
+    for_formula: Callable[[], tuple[Rectangle, ...]]
+    in_pieces: bool
     scale: float
     softcap: float
 
 
 def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Forward:
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    out = (_wide(q) if plan.in_pieces else q).new_zeros(*q.shape[:3], v.shape[3])
     lse = _wide(q).new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
     bounds = plan.bounds
     q, k, v = map(dense_heads, (q, k, v))
-    for rectangle in plan.for_formula if plan.for_kernel is None else plan.for_kernel:
+    for rectangle in plan.for_formula() if plan.for_kernel is None else plan.for_kernel:
         b, t, s = rectangle[:3]
         tiles = q[b, t], k[b, s], v[b, s]
         if plan.for_kernel is not None:
             causal, bias = rectangle.kind == "causal", _bias(rectangle, bounds, q)
             found = _flash(*_heads_first(*tiles), 0.0, causal, **bias, scale=plan.scale)
-            out[b, t], lse[b, :, t] = found[0].transpose(1, 2), found[1]
+            part = found[0].transpose(1, 2), found[1]
+            out[b, t], lse[b, :, t] = _merged(out[b, t], lse[b, :, t], *part) if plan.in_pieces else part
         else:
             out[b, t], lse[b, :, t] = _attend(*tiles, _allowed(rectangle, bounds), plan.scale, plan.softcap)
     lse.masked_fill_((bounds.start == bounds.end)[:, None], -torch.inf)
@@ -52,7 +58,17 @@ def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) 
         with_sink = torch.logaddexp(lse, sink.to(lse.dtype)[:, None]).masked_fill(lse.isneginf(), -torch.inf)
         alpha = torch.exp(lse - with_sink).nan_to_num(0.0)  # −inf − (−inf): no key
         out, lse = (out * alpha.transpose(1, 2)[..., None]).to(q.dtype), with_sink
+    out = out.to(q.dtype)
     return Forward(out, lse, (lse,))
+
+
+def _merged(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two sets of keys from attention to each; −∞ is the log-sum-exp of no key."""
+    both = torch.logaddexp(lse, part_lse)
+    share, part_share = (
+        torch.exp(x - both).nan_to_num(0.0).transpose(1, 2)[..., None] for x in (lse, part_lse)
+    )  # −inf − (−inf): no key in either
+    return out * share + part * part_share, both
 
 
 def _backward(plan: _Plan, given: Backward) -> Gradients:
@@ -66,9 +82,9 @@ def _run_backward(plan: _Plan, given: Backward) -> Gradients:
     # Empty rows, and rows that overflow: lse = +inf makes exp(z − lse) = 0, so they contribute no gradient, whatever
     # the kernel's scores are.
     lse = given.saved[0].masked_fill(~given.saved[0].isfinite(), torch.inf)
-    rectangles = plan.for_kernel if plan.for_kernel is not None and by_kernel else plan.for_formula
+    rectangles = plan.for_kernel if plan.for_kernel is not None and by_kernel else plan.for_formula()
     wide = not _share_no_key(rectangles)  # sums over several rectangles are in float32
-    d_q, d_k, d_v = (_zeros(x, w) for x, w in ((q, False), (k, wide), (v, wide)))
+    d_q, d_k, d_v = (_zeros(x, w) for x, w in ((q, plan.in_pieces), (k, wide), (v, wide)))
     delta = delta_of(given) if given.sink is not None or not by_kernel else lse.new_zeros(())
     for rectangle in rectangles:
         b, t, s = rectangle[:3]
@@ -81,13 +97,13 @@ def _run_backward(plan: _Plan, given: Backward) -> Gradients:
         else:
             allowed = _allowed(rectangle, plan.bounds)
             found = _gradients(d_out[b, t], *tiles, lse[b, :, t], delta[b, :, t], allowed, plan.scale, plan.softcap)
-        d_q[b, t] = found[0]
+        d_q[b, t] += found[0]
         d_k[b, s] += found[1]
         d_v[b, s] += found[2]
     d_sink = None
     if given.sink is not None and given.needs[3]:
         d_sink = sink_gradient(given, torch.exp(given.sink.to(lse.dtype)[:, None] - lse), delta)
-    return Gradients(d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sink)
+    return Gradients(d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_sink)
 
 
 PASSES = Passes("the cpu backend of attention", _forward, _backward)
@@ -184,10 +200,12 @@ def _gradients(
 def attention_cpu(call: AttentionCall) -> OutAndLse:
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
     by_kernel = call.softcap == 0 and q.shape[3] == v.shape[3]
+    pieces = tree_pieces(call.mask, sizes) if by_kernel else None
     plan = _Plan(
         call.mask.row_bounds(sizes),
-        rectangles_of(call.mask, sizes, whole=True) if by_kernel else None,
-        rectangles_of(call.mask, sizes, whole=False),
+        pieces or (rectangles_of(call.mask, sizes, whole=True) if by_kernel else None),
+        functools.partial(rectangles_of, call.mask, sizes, whole=False),
+        pieces is not None,
         scale_of(q, call.scale),
         call.softcap,
     )

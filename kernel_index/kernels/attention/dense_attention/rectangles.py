@@ -14,9 +14,12 @@ QUERIES = 256
 SMALL = 128 * 128
 """Neighbours are joined while their rectangle has at most this many scores: one call costs tens of microseconds."""
 
+RUN = 64
+"""A tree is cut into the pieces of its runs where they have as many tokens on the average: each piece is a call."""
+
 
 class Rectangle(NamedTuple):
-    """Queries ``q`` of the rows ``batch`` against the keys ``k``; no other rectangle has the same query.
+    """Queries ``q`` of the rows ``batch`` against the keys ``k``; only one of ``tree_pieces`` shares queries with others.
 
     ``k`` is a slice, or in a tree the ascending indices of keys.  ``kind``: ``full`` where every pair is allowed,
     ``causal`` for the lower triangle of a square, else ``masked``.
@@ -56,6 +59,50 @@ def rectangles_of(mask: MaskContract, sizes: Sizes, *, whole: bool) -> tuple[Rec
         return tuple(found)
 
     return mask.remember("pieces_whole" if whole else "rectangles", sizes, build)
+
+
+def tree_pieces(mask: MaskContract, sizes: Sizes) -> tuple[Rectangle, ...] | None:
+    """A tree as squares and rectangles without a mask; None where a path is cut, or its runs are short.
+
+    A run is a square of its own tokens, and a rectangle for all that comes after it in its subtree.  So a query stands
+    in one piece for each run of its path, whose results are merged by their log-sum-exp.
+    """
+
+    def build() -> tuple[Rectangle, ...] | None:
+        bounds = mask.row_bounds(sizes)
+        if bounds.q_end is None or sizes.queries != sizes.keys:
+            return None
+        found: list[Rectangle] = []
+        for row in range(sizes.rows):
+            of_row = _pieces_of_runs(bounds.start[row], bounds.end[row], bounds.q_end[row])
+            if of_row is None:
+                return None
+            batch = slice(0, sizes.batch) if sizes.rows == 1 else slice(row, row + 1)
+            found += [piece._replace(batch=batch) for piece in of_row]
+        return tuple(found)
+
+    return mask.remember("pieces of a tree", sizes, build)
+
+
+def _pieces_of_runs(start: Tensor, end: Tensor, q_end: Tensor) -> list[Rectangle] | None:
+    index = torch.arange(start.shape[0])
+    real = q_end > index
+    first = real.clone()  # of a run, whose keys are seen by the same queries
+    first[1:] &= (q_end[1:] != q_end[:-1]) | ~real[:-1]
+    runs = first.nonzero().flatten()
+    if len(runs) * RUN > int(real.sum()) or not torch.equal(end[real], index[real] + 1):
+        return None
+    found: list[Rectangle] = []
+    for run, until in zip(runs.tolist(), q_end[runs].tolist(), strict=True):
+        others = (q_end[run:until] != until).nonzero()
+        stop = run + int(others[0]) if len(others) else until
+        if bool((start[run:until] > run).any() | (end[stop:until] < stop).any()):
+            return None
+        keys = slice(run, stop)
+        found.append(Rectangle(slice(0), keys, keys, "causal"))
+        if until > stop:
+            found.append(Rectangle(slice(0), slice(stop, until), keys, "full"))
+    return found
 
 
 def _row_rectangles(start: Tensor, end: Tensor, whole: bool) -> list[Rectangle]:
