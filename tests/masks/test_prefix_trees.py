@@ -12,11 +12,10 @@ import kernel_index as ki
 from kernel_index.kernels.attention.dense_attention import rectangles
 from kernel_index.masks.doc_window_mask.cases import dense_oracle, tree_fields
 from kernel_index.masks.prefix_tree.tiles import lists_of
-from tests.masks.trees import batch_of, forests, paths_of, places_of
+from tests.masks.trees import ALIGN, forests, paths_of, places_of, tree_calls
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True)
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
-ALIGN = st.sampled_from([1, 1, 2, 3, 8])
 BACKENDS = ["reference", "cpu", pytest.param("native", marks=pytest.mark.native), "triton"]
 
 
@@ -112,27 +111,6 @@ def test_fields_that_do_not_fit_are_refused(fields, message):
         ki.MaskContract(**fields)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-@st.composite
-def tree_calls(draw) -> tuple[ki.MaskContract, int, int, int]:
-    """A contract of trees in some rows, with the B, T and S that it is for."""
-    packings = [ki.pack_tree(*draw(forests()), align=draw(ALIGN)) for _ in range(draw(st.integers(1, 2)))]
-    fields = batch_of(packings)
-    keys = fields["subtree_end"].shape[1]
-    queries = draw(st.one_of(st.just(keys), st.integers(1, keys)))
-    if len(packings) == 1 and draw(st.booleans()):
-        fields = {name: x[0] for name, x in fields.items()}
-    left = draw(st.one_of(st.none(), st.integers(0, 6)))
-    if draw(st.booleans()):  # a window counts indices
-        del fields["positions"]
-    if draw(st.booleans()):  # documents that begin where trees do, or that cut them
-        ids = draw(st.lists(st.integers(-1, 1), min_size=keys, max_size=keys))
-        fields["doc_ids"] = torch.tensor(ids).sort().values
-    if draw(st.booleans()) and len(packings) == 2:
-        counts = draw(st.lists(st.integers(0, keys), min_size=2, max_size=2))
-        fields["validity"] = ki.attention_validity(valid_token_counts=counts)
-    return ki.MaskContract(window=(left, 0), **fields), len(packings), queries, keys
 
 
 @MANY

@@ -6,6 +6,9 @@ from hypothesis import strategies as st
 import kernel_index as ki
 
 
+ALIGN = st.sampled_from([1, 1, 2, 3, 8])
+
+
 @st.composite
 def forests(draw, most_runs: int = 7, longest: int = 4) -> tuple[list[int], list[int]]:
     """Parents and lengths of runs: chains, stars, deep and ragged trees, several trees in a row."""
@@ -44,3 +47,24 @@ def batch_of(packings: list[ki.TreePacking]) -> dict[str, torch.Tensor]:
         ends[row, : len(packing.subtree_end)] = packing.subtree_end
         along[row, : len(packing.positions)] = packing.positions
     return {"subtree_end": ends, "positions": along}
+
+
+@st.composite
+def tree_calls(draw) -> tuple[ki.MaskContract, int, int, int]:
+    """A contract of trees in some rows, with the B, T and S that it is for."""
+    packings = [ki.pack_tree(*draw(forests()), align=draw(ALIGN)) for _ in range(draw(st.integers(1, 2)))]
+    fields = batch_of(packings)
+    keys = fields["subtree_end"].shape[1]
+    queries = draw(st.one_of(st.just(keys), st.integers(1, keys)))
+    if len(packings) == 1 and draw(st.booleans()):
+        fields = {name: x[0] for name, x in fields.items()}
+    left = draw(st.one_of(st.none(), st.integers(0, 6)))
+    if draw(st.booleans()):  # a window counts indices
+        del fields["positions"]
+    if draw(st.booleans()):  # documents that begin where trees do, or that cut them
+        ids = draw(st.lists(st.integers(-1, 1), min_size=keys, max_size=keys))
+        fields["doc_ids"] = torch.tensor(ids).sort().values
+    if draw(st.booleans()) and len(packings) == 2:
+        counts = draw(st.lists(st.integers(0, keys), min_size=2, max_size=2))
+        fields["validity"] = ki.attention_validity(valid_token_counts=counts)
+    return ki.MaskContract(window=(left, 0), **fields), len(packings), queries, keys

@@ -200,12 +200,12 @@ def _gradients(
 def attention_cpu(call: AttentionCall) -> OutAndLse:
     q, k, v, sizes = call.q, call.k, call.v, call.sizes
     by_kernel = call.softcap == 0 and q.shape[3] == v.shape[3]
-    pieces = tree_pieces(call.mask, sizes) if by_kernel else None
+    pieces = tree_pieces(call.mask, sizes) if by_kernel else ()
     plan = _Plan(
         call.mask.row_bounds(sizes),
         pieces or (rectangles_of(call.mask, sizes, whole=True) if by_kernel else None),
         functools.partial(rectangles_of, call.mask, sizes, whole=False),
-        pieces is not None,
+        bool(pieces),
         scale_of(q, call.scale),
         call.softcap,
     )

@@ -61,27 +61,27 @@ def rectangles_of(mask: MaskContract, sizes: Sizes, *, whole: bool) -> tuple[Rec
     return mask.remember("pieces_whole" if whole else "rectangles", sizes, build)
 
 
-def tree_pieces(mask: MaskContract, sizes: Sizes) -> tuple[Rectangle, ...] | None:
-    """A tree as squares and rectangles without a mask; None where a path is cut, or its runs are short.
+def tree_pieces(mask: MaskContract, sizes: Sizes) -> tuple[Rectangle, ...]:
+    """A tree as squares and rectangles without a mask; none where a path is cut, or its runs are short.
 
     A run is a square of its own tokens, and a rectangle for all that comes after it in its subtree.  So a query stands
     in one piece for each run of its path, whose results are merged by their log-sum-exp.
     """
 
-    def build() -> tuple[Rectangle, ...] | None:
+    def build() -> tuple[Rectangle, ...]:
         bounds = mask.row_bounds(sizes)
         if bounds.q_end is None or sizes.queries != sizes.keys:
-            return None
+            return ()
         found: list[Rectangle] = []
         for row in range(sizes.rows):
             of_row = _pieces_of_runs(bounds.start[row], bounds.end[row], bounds.q_end[row])
             if of_row is None:
-                return None
+                return ()
             batch = slice(0, sizes.batch) if sizes.rows == 1 else slice(row, row + 1)
             found += [piece._replace(batch=batch) for piece in of_row]
         return tuple(found)
 
-    return mask.remember("pieces of a tree", sizes, build)
+    return mask.remember("pieces of a tree", sizes, build) if mask.is_tree else ()
 
 
 def _pieces_of_runs(start: Tensor, end: Tensor, q_end: Tensor) -> list[Rectangle] | None:
