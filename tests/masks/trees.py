@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 import kernel_index as ki
 
-
 ALIGN = st.sampled_from([1, 1, 2, 3, 8])
 
 

@@ -16,7 +16,12 @@ from kernel_index.core.attention_function import Backward, Forward, Gradients, P
 from kernel_index.core.excluded import guarded, guarded_backward
 from kernel_index.core.triton.launch import dense_heads
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall, OutAndLse, sight_of
-from kernel_index.kernels.attention.dense_attention.rectangles import Rectangle, allowed_within, rectangles_of, tree_pieces
+from kernel_index.kernels.attention.dense_attention.rectangles import (
+    Rectangle,
+    allowed_within,
+    rectangles_of,
+    tree_pieces,
+)
 from kernel_index.masks.attention_arguments import scale_of
 from kernel_index.masks.doc_window_mask.intervals import RowBounds
 

@@ -19,7 +19,7 @@ RUN = 64
 
 
 class Rectangle(NamedTuple):
-    """Queries ``q`` of the rows ``batch`` against the keys ``k``; only one of ``tree_pieces`` shares queries with others.
+    """Queries ``q`` of the rows ``batch`` against the keys ``k``; only ``tree_pieces`` share queries with each other.
 
     ``k`` is a slice, or in a tree the ascending indices of keys.  ``kind``: ``full`` where every pair is allowed,
     ``causal`` for the lower triangle of a square, else ``masked``.
