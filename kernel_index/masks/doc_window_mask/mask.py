@@ -139,8 +139,8 @@ class MaskContract(PackedMask):
             return RowBounds(*self.row_intervals(sizes), None)
 
         def build() -> RowBounds:
-            if self._sees_whole_paths(sizes):
-                return bounds_of_whole_paths(as_rows(self.subtree_end), sizes.rows)
+            if (ends := self._whole_paths(sizes)) is not None:
+                return bounds_of_whole_paths(ends, sizes.rows)
             queries = torch.arange(sizes.queries, device=sizes.device)
             whole = self.cu_seqlens is None and self.doc_ids is None
             tree = Tree(as_rows(self.subtree_end), as_rows(self.positions), self.window[0], whole)
@@ -149,14 +149,13 @@ class MaskContract(PackedMask):
 
         return self.remember("row_bounds", sizes, build)
 
-    def _sees_whole_paths(self, sizes: Sizes) -> bool:
-        """Whether a tree whose values may not be read is all that the contract says, and has a query for each key."""
-        plain = self.window[0] is None and all(
-            x is None for x in (self.doc_ids, self.cu_seqlens, self.validity, self.key_validity)
-        )
-        ends = self.subtree_end
-        alone = plain and sizes.offset == 0 and sizes.queries == sizes.keys
-        return alone and ends is not None and not rules.host_readable(ends)
+    def _whole_paths(self, sizes: Sizes) -> Tensor | None:
+        """The subtrees, [B or 1, S], where they are all that the contract says of a query for each key; never read."""
+        others = self.window[0], self.doc_ids, self.cu_seqlens, self.validity, self.key_validity
+        ends, alone = as_rows(self.subtree_end), all(x is None for x in others)
+        if ends is None or not alone or sizes.offset != 0 or sizes.queries != sizes.keys:
+            return None
+        return None if rules.host_readable(ends) else ends
 
     def dense(
         self,
