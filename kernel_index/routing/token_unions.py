@@ -32,12 +32,18 @@ class Rounds(NamedTuple):
     ``owners`` int32: the list that holds each run of ``BLOCK`` entries, −1 behind the last one.  ``lists`` int32: how
     many lists begin before each round.  ``numbers`` int64 [rounds, 2]: i for kernels, which a number of the host would
     make compile again.
+
+    A kernel keeps the entries of a round as rows, those of a token together in the order of their lists: ``slots``
+    int32 is the row of each entry, and ``starts`` int32 [rounds, lists / tiles, tokens + 1] the first row of each
+    token of a selection, up to that of the next one.  Neither says anything of what a round lacks.
     """
 
     part: int
     owners: Tensor
     lists: Tensor
     numbers: Tensor
+    slots: Tensor
+    starts: Tensor
 
 
 class TokenUnions(NamedTuple):
@@ -63,6 +69,8 @@ class TokenUnions(NamedTuple):
 
     def rounds(self, bytes_of_entry: int) -> Rounds:
         """Rounds of at most ``ROUND_BYTES``, and those of one list; a round's entries are ``part + most``."""
+        from kernel_index.routing import triton_union_sums
+
         total, device = self.tokens.shape[0], self.begin.device
         part = min(total, max(1, ROUND_BYTES // (bytes_of_entry * BLOCK)) * BLOCK)
         at = torch.arange(0, total, BLOCK, device=device)
@@ -71,7 +79,11 @@ class TokenUnions(NamedTuple):
         number = torch.arange(-(-total // part) + 1, device=device)
         lists = torch.searchsorted(self.begin, number * part).to(torch.int32)
         numbers = number[:-1, None].expand(-1, 2).contiguous()
-        return Rounds(part, torch.where(inside, owner, -1).to(torch.int32), lists, numbers)
+        slots = torch.empty(total, dtype=torch.int32, device=device)
+        size = (len(numbers), len(self.begin) // self.tiles, self.present.shape[1] * GRAIN + 1)
+        starts = torch.empty(size, dtype=torch.int32, device=device)
+        triton_union_sums.place(self, lists, part, (slots, starts))
+        return Rounds(part, torch.where(inside, owner, -1).to(torch.int32), lists, numbers, slots, starts)
 
 
 def chunks_of_queries(batch: int, shared: int, queries: int, keys: int) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernel_index.core.triton import launch
-from kernel_index.routing import token_unions
+from kernel_index.routing import token_unions, triton_union_sums
 from kernel_index.routing.token_unions import BLOCK, GRAIN, TILE, chunks_of_queries, unions_of
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
@@ -69,6 +69,55 @@ def test_every_list_is_in_one_round(size, monkeypatch):
     for at, owner in zip(range(0, len(u.tokens), BLOCK), rounds.owners.tolist(), strict=True):
         inside = ((u.begin <= at) & (at < u.begin + u.sizes)).nonzero().flatten().tolist()
         assert inside == ([owner] if owner >= 0 else [])
+
+
+@pytest.mark.parametrize("size", [1, 5 * BLOCK, 1 << 40])
+@pytest.mark.parametrize("first", [0, 64])
+def test_rows_of_a_token_lie_together_in_the_order_of_their_lists(first, size, monkeypatch):
+    monkeypatch.setattr(token_unions, "ROUND_BYTES", size)
+    indices = selection()
+    indices[0, :, 0] = -1  # a selection without a token, and some that a round has in part
+    u = unions_of(indices, S, first, T - first)
+    rounds = u.rounds(1)
+    for number, places in enumerate(rounds.starts):
+        low, high = rounds.lists[number : number + 2].tolist()
+        taken = torch.zeros(rounds.part + u.most, dtype=torch.bool)
+        for selected in range(low // u.tiles, (high - 1) // u.tiles + 1 if low < high else 0):
+            lists = range(max(low, selected * u.tiles), min(high, (selected + 1) * u.tiles))
+            rows: dict[int, list[int]] = {}
+            for i in lists:
+                begin = int(u.begin[i])
+                for e in range(begin, begin + int(u.sizes[i])):
+                    rows.setdefault(int(u.tokens[e]), []).append(int(rounds.slots[e]))
+            for token in range(S):
+                here = rows.get(token, [])
+                assert here == list(range(*places[selected, token : token + 2].tolist()))
+                assert not taken[here].any()
+                taken[here] = True
+
+
+@pytest.mark.parametrize(("values", "unroll"), [(8, 1), (1024, 2)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_of_all_rounds(shared, values, unroll, monkeypatch):
+    """Against float64, with sums that were begun before; the same bits twice."""
+    monkeypatch.setattr(token_unions, "ROUND_BYTES", 5 * BLOCK)
+    monkeypatch.setattr(triton_union_sums, "SUMS", triton_union_sums.SUMS._replace(values=values, unroll=unroll))
+    u, kv_heads, width = unions_of(selection(), S, 0, T), 3 if shared else P, 5
+    rounds, kept = u.rounds(1), kv_heads if shared else 1
+    before = torch.randn(B * P if shared else B, S, kv_heads, width)
+    sums, again, expected = before.clone(), before.clone(), before.double()
+    for number in rounds.numbers:
+        low, high = rounds.lists[int(number[0]) :][:2].tolist()
+        rows = torch.full((rounds.part + u.most, kept, width), torch.nan)
+        for i in range(low, high):
+            b, head = (i // u.tiles, slice(None)) if shared else divmod(i // u.tiles, P)
+            for e in range(int(u.begin[i]), int(u.begin[i] + u.sizes[i])):
+                rows[rounds.slots[e]] = row = torch.randn(kept, width)
+                expected[b, u.tokens[e], head] += row.double() if shared else row[0].double()
+        for some in (sums, again):
+            triton_union_sums.add_rows(some, rows, u, rounds, number, shared)
+    torch.testing.assert_close(sums.double(), expected, rtol=0, atol=64 * 2**-24 * float(expected.abs().max()))
+    assert torch.equal(sums, again)
 
 
 def test_chunks_are_whole_tiles(monkeypatch):

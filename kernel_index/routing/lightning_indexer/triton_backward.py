@@ -99,8 +99,8 @@ def _keys_walk(
 
 @jit
 def _keys_kernel(
-    q_ptr, k_ptr, w_ptr, moved_ptr, tokens_ptr, words_ptr, begin_ptr, sizes_ptr, owners_ptr, round_ptr, rows_ptr,
-    q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, J, FIRST, STOP, TILES, TOTAL, PART,
+    q_ptr, k_ptr, w_ptr, moved_ptr, tokens_ptr, words_ptr, begin_ptr, sizes_ptr, owners_ptr, slots_ptr, round_ptr,
+    rows_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, J, FIRST, STOP, TILES, TOTAL, PART,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BJ: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,8 @@ def _keys_kernel(
             b_k, b_word, p_q, p_w, p_moved, q_t, q_j, w_t, w_j, first, STOP, J, m_k,
             D, BLOCK_D, BJ, BM, BN, TILE, UPCAST, True,
         )  # fmt: skip
-    store_rows(rows_ptr, (at + o_n) * D, m_k, dk, D, BLOCK_D, UPCAST)
+    b_slot = tl.load(slots_ptr + entry + o_n, mask=m_k, other=0).to(tl.int64)  # [BN]
+    store_rows(rows_ptr, b_slot * D, m_k, dk, D, BLOCK_D, UPCAST)
 
 
 def backward(
@@ -186,7 +187,7 @@ def _launch_keys(
     step = 16 if interpreting() else 64
     with on_device(q):
         _keys_kernel[(ceil_div(rows.shape[0], 64), 1)](
-            *tensors, u.tokens, u.words, u.begin, u.sizes, rounds.owners, number, rows, *strides, q.shape[2], u.first,
-            u.first + u.queries, u.tiles, u.tokens.shape[0], rounds.part, BJ=heads, BM=max(step, heads), BN=64,
-            TILE=TILE, BLOCK=BLOCK, num_warps=4, num_stages=2, **common,
+            *tensors, u.tokens, u.words, u.begin, u.sizes, rounds.owners, rounds.slots, number, rows, *strides,
+            q.shape[2], u.first, u.first + u.queries, u.tiles, u.tokens.shape[0], rounds.part, BJ=heads,
+            BM=max(step, heads), BN=64, TILE=TILE, BLOCK=BLOCK, num_warps=4, num_stages=2, **common,
         )  # fmt: skip

@@ -53,8 +53,8 @@ def _keys_walk(
 @jit
 def _keys_kernel(
     d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tokens_ptr, words_ptr, begin_ptr, sizes_ptr, owners_ptr,
-    lists_ptr, round_ptr, rows_ptr, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, FIRST, STOP,
-    TILES, PART, scale, inner, outer,
+    lists_ptr, slots_ptr, round_ptr, rows_ptr, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    T, K, G, FIRST, STOP, TILES, PART, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr,
     CAPPED: tl.constexpr, UPCAST: tl.constexpr,
@@ -75,23 +75,23 @@ def _keys_kernel(
         begin, size = tl.load(begin_ptr + owner), tl.load(sizes_ptr + owner)
         if (begin // PART == number) & (entry - begin < size):
             _keys_tile(
-                d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tokens_ptr, words_ptr, rows_ptr,
+                d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tokens_ptr, words_ptr, slots_ptr, rows_ptr,
                 do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, FIRST, STOP, TILES,
-                scale, inner, outer, owner, entry, size - (entry - begin), tl.cast(i, tl.int64) * BN,
+                scale, inner, outer, owner, entry, size - (entry - begin),
                 D, DV, BLOCK_D, BLOCK_DV, BG, BM, BN, TILE, SHARED, CAPPED, UPCAST,
             )  # fmt: skip
 
 
 @jit
 def _keys_tile(
-    d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tokens_ptr, words_ptr, rows_ptr,
+    d_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, tokens_ptr, words_ptr, slots_ptr, rows_ptr,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, FIRST, STOP, TILES,
-    scale, inner, outer, owner, entry, left, row,
+    scale, inner, outer, owner, entry, left,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """BN entries of a list, of which ``left`` are left, to rows from number ``row`` on."""
+    """BN entries of a list, of which ``left`` are left, each to its row."""
     selection = owner // TILES
     b = (selection if SHARED else selection // K).to(tl.int64)
     kv_head = tl.program_id(1) if SHARED else selection % K
@@ -112,7 +112,8 @@ def _keys_tile(
             b_k, b_v, b_word, p_q, p_do, p_lse, p_delta, q_t, q_h, do_t, do_h, first, STOP, kv_head, G, H, inner,
             outer, D, DV, BLOCK_D, BLOCK_DV, BG, BM, BN, TILE, CAPPED, UPCAST, True,
         )  # fmt: skip
-    o_row = ((row + o_n) * tl.num_programs(1) + tl.program_id(1)) * (D + DV)
+    b_slot = tl.load(slots_ptr + entry + o_n, mask=m_k, other=0).to(tl.int64)  # [BN]
+    o_row = (b_slot * tl.num_programs(1) + tl.program_id(1)) * (D + DV)
     store_rows(rows_ptr, o_row, m_k, dk * scale, D, BLOCK_D, UPCAST)
     store_rows(rows_ptr + D, o_row, m_k, dv, DV, BLOCK_DV, UPCAST)
 
@@ -143,8 +144,8 @@ def _launch_keys(
     (_, T, H, _), K = q.shape, k.shape[2]
     with on_device(q):
         _keys_kernel[(min(processors(q), ceil_div(rows.shape[0], launch.config.tile)), rows.shape[1])](
-            d_out, q, k, v, lse, delta, u.tokens, u.words, u.begin, u.sizes, rounds.owners, rounds.lists, number, rows,
-            *strides(d_out, q, k, v), T, K, H // K, u.first, u.first + u.queries, u.tiles, rounds.part,
-            launch.scale, launch.inner, launch.outer, BG=group, BM=max(launch.config.step, group),
-            BN=launch.config.tile, TILE=TILE, BLOCK=BLOCK, **launch.constants,
+            d_out, q, k, v, lse, delta, u.tokens, u.words, u.begin, u.sizes, rounds.owners, rounds.lists,
+            rounds.slots, number, rows, *strides(d_out, q, k, v), T, K, H // K, u.first, u.first + u.queries, u.tiles,
+            rounds.part, launch.scale, launch.inner, launch.outer, BG=group,
+            BM=max(launch.config.step, group), BN=launch.config.tile, TILE=TILE, BLOCK=BLOCK, **launch.constants,
         )  # fmt: skip
