@@ -1,12 +1,8 @@
-"""The indexer's selection on a GPU: the scores of a chunk of queries, then the best keys of each of its rows.
+"""The indexer's scores on a GPU, a chunk of queries at a time, and the maxima that bound the best of each row.
 
-Heads are rows ``head · BQ + query`` of one product, so that their sum stays within a thread.  Scores are stored as
-integers of the same order.  The maxima of more than ``topk`` parts of a row bound its best scores from below; what
-reaches the bound is collected, hardly more than ``topk``, and the best of it is found in registers.
-
-Where more reach it than the space for them holds, four rounds over the row count how many have each value of the next
-eight bits, and leave the score at which ``topk`` are reached; a last one takes those above it, and of those equal to it
-the first.
+Heads are rows ``head · BQ + query`` of one product, so that their sum stays within a thread.  Every MANYth key of a row
+is of one part.  A program takes BN parts, so that it sees all of their keys and their maxima stay in its registers;
+``triton_select.py`` finds the best keys with them.
 """
 
 from typing import NamedTuple
@@ -19,12 +15,9 @@ from kernel_index.core.target import Target, target_of
 from kernel_index.core.triton.attention import load_rows, load_tile, within
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
-from kernel_index.routing.triton_topk import LOW, NONE, rank_of, reached
-
-NOTHING = tl.constexpr(-(2**63))
-
-STAGES = tl.constexpr(4)
-"""Tiles of a row that are on their way at once."""
+from kernel_index.routing.lightning_indexer import triton_select
+from kernel_index.routing.lightning_indexer.triton_select import Scored, parts_of
+from kernel_index.routing.triton_topk import rank_of
 
 SCORES_BYTES = 1 << 29
 """Of the scores of a chunk of queries, and of what is collected of them."""
@@ -54,177 +47,88 @@ def _weigh(
 
 
 @jit
-def _scores_kernel(
-    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, ranks_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
-    FIRST, STOP, S, J, SPAN, ROW,
+def _sees(start, end, m_t):
+    """First key and end of what some query sees, and of what each of them does."""
+    low, high = tl.max(tl.where(m_t, start, 0), 0), tl.min(tl.where(m_t, end, 2**31 - 1), 0)
+    return tl.min(start, 0), tl.max(end, 0), low, high
+
+
+@jit
+def _score_tile(
+    q_ptr, w_ptr, p_k, p_scores, b_q, b_w, q_t, q_j, k_s, w_t, w_j, t, m_t, first, STOP, S, J,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The ranks of the scores of BQ queries for those of SPAN keys that one of them may see."""
+    """Store the scores [BQ, BN] of the keys from ``first`` on, and return them; rows of JG heads are loaded already."""
+    b_k = load_tile(p_k, first, k_s, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
+    score = _weigh(b_q, b_w, b_k, BQ, JG, BN, PRECISION, UPCAST)
+    for i in range(1, HEAD_STEPS):
+        b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, i * JG, J, D, BLOCK_D, BQ, JG)
+        score += _weigh(b_q, b_w, b_k, BQ, JG, BN, PRECISION, UPCAST)
+    o_n = first + tl.arange(0, BN)
+    tl.store(p_scores[:, None] + o_n[None, :], score, mask=m_t[:, None])  # a row ends at a whole tile
+    return score
+
+
+@jit
+def _tiles(key, part, MANY: tl.constexpr):
+    """How many of the tiles that begin at key ``part`` of each MANY begin before ``key``."""
+    return tl.cdiv(tl.maximum(key - part, 0), MANY)
+
+
+@jit
+def _scores_kernel(
+    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, scores_ptr, maxima_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
+    FIRST, STOP, S, J, ROW,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
+    BN: tl.constexpr, MANY: tl.constexpr, SPAN: tl.constexpr, MAXIMA: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The scores of BQ queries for BN parts of the keys that one of them may see, within SPAN keys of the row.
+
+    And the rank of the largest that a query sees of each part, if MAXIMA.
+    """
     b = tl.program_id(2).to(tl.int64)
     t = FIRST + tl.program_id(0) * BQ
     o_t = t + tl.arange(0, BQ)  # [BQ]
     m_t = o_t < STOP
     start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=2**31 - 1)  # [BQ]
     end = tl.load(end_ptr + b * bound_b + o_t, mask=m_t, other=0)  # [BQ]
-    low = tl.maximum(tl.min(start, 0), tl.program_id(1) * SPAN)
-    high = tl.minimum(tl.max(end, 0), tl.minimum((tl.program_id(1) + 1) * SPAN, S))
-    low = low // BN * BN
+    some, any_end, every, every_end = _sees(start, end, m_t)
+    columns = tl.minimum(tl.cdiv(ROW, BN), MANY // BN)
+    part, span = tl.program_id(1) % columns * BN, tl.program_id(1) // columns
+    low, high = tl.maximum(some, span * SPAN), tl.minimum(tl.minimum(any_end, (span + 1) * SPAN), S)
+    if low >= high:
+        return
     q_ptr += b * q_b
     w_ptr += b * w_b
-    if HEAD_STEPS == 1:
-        b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
-    p_ranks = ranks_ptr + (b * (STOP - FIRST) + (o_t - FIRST)).to(tl.int64) * ROW  # [BQ]
-    for first in range(low, high, BN):
-        b_k = load_tile(k_ptr + b * k_b, first, k_s, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
-        score = tl.zeros((BQ, BN), tl.float32)
-        if HEAD_STEPS == 1:
-            score = _weigh(b_q, b_w, b_k, BQ, JG, BN, PRECISION, UPCAST)
-        else:
-            for i in range(0, HEAD_STEPS):
-                b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, i * JG, J, D, BLOCK_D, BQ, JG)
-                score += _weigh(b_q, b_w, b_k, BQ, JG, BN, PRECISION, UPCAST)
-        o_n = first + tl.arange(0, BN)
-        tl.store(p_ranks[:, None] + o_n[None, :], rank_of(score), mask=m_t[:, None] & (o_n < S)[None, :])
-
-
-@jit
-def _ranks(p_row, o_n, start, end, ROW):
-    """Scores of the keys from start to end, else NONE: others may never have been stored."""
-    return tl.where(within(o_n, start, end), tl.load(p_row + o_n, mask=o_n < ROW, other=NONE), NONE)
-
-
-@jit
-def _bound(p_row, start, end, need, ROW, MANY: tl.constexpr):
-    """A rank, int64, that ``need`` keys reach and hardly more do: in ``need`` of MANY parts of the row there is one."""
-    best = tl.full((MANY,), NONE, tl.int32)
-    for first in tl.range(start // MANY * MANY, end, MANY, num_stages=STAGES):
-        best = tl.maximum(best, _ranks(p_row, first + tl.arange(0, MANY), start, end, ROW))
-    bound, _ = reached(best, need, tl.cast(NONE + 1, tl.int64))
-    return bound
-
-
-@jit
-def _collect(p_row, p_found, start, end, bound, ROW, MANY: tl.constexpr, BN: tl.constexpr):
-    """Store the first MANY keys of those that reach the bound; return how many there are."""
-    count = start * 0
-    for first in tl.range(start // BN * BN, end, BN, num_stages=STAGES):
-        o_n = first + tl.arange(0, BN)
-        rank = _ranks(p_row, o_n, start, end, ROW)
-        m_found = rank >= bound.to(tl.int32)
-        slot = count + tl.cumsum(m_found.to(tl.int32), 0) - 1
-        tl.store(p_found + slot, (rank.to(tl.int64) << 31) + (o_n ^ LOW), mask=m_found & (slot < MANY))
-        count += tl.sum(m_found.to(tl.int32), 0)
-    return count
-
-
-@jit
-def _row(start_ptr, end_ptr, bound_b, FIRST, QUERIES):
-    """Number of the row of a program, and the keys that its query may see."""
-    local, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = tl.load(start_ptr + b * bound_b + FIRST + local)
-    end = tl.load(end_ptr + b * bound_b + FIRST + local)
-    return b * QUERIES + local, start, end
-
-
-@jit
-def _select_kernel(
-    ranks_ptr, start_ptr, end_ptr, keys_ptr, found_ptr, done_ptr, bound_b, FIRST, QUERIES, TOPK, ROW,
-    BN: tl.constexpr, MANY: tl.constexpr,
-):  # fmt: skip
-    """The keys of the best TOPK scores of a query that may see more, int64 in the order of their indices.
-
-    ``done``: whether they are stored, which they are not where more than MANY keys reach the bound.
-    """
-    row, start, end = _row(start_ptr, end_ptr, bound_b, FIRST, QUERIES)
-    p_row, p_keys, p_found = ranks_ptr + row * ROW, keys_ptr + row * TOPK, found_ptr + row * MANY
-    is_done = start * 0
-    if end - start > TOPK:
-        bound = _bound(p_row, start, end, TOPK, ROW, MANY)
-        count = _collect(p_row, p_found, start, end, bound, ROW, MANY, BN)
-        if count <= MANY:
-            tl.debug_barrier()  # other threads of the program have stored some of them
-            o_found = tl.arange(0, MANY)
-            keys = tl.load(p_found + o_found, mask=o_found < count, other=NOTHING)
-            least, _ = reached(keys, TOPK, bound << 31)
-            m_take = keys >= least
-            tl.store(p_keys + tl.cumsum(m_take.to(tl.int32), 0) - 1, keys, mask=m_take)
-            is_done += 1
-    tl.store(done_ptr + row, is_done)
-
-
-@jit
-def _round(p_row, start, end, prefix, need, ROW, SHIFT: tl.constexpr, BN: tl.constexpr):
-    """Eight bits more of ``prefix``, the bits that are known of the rank at which ``need`` keys are reached.
-
-    And how many keys with these bits are still wanted.
-    """
-    counts = tl.zeros((256,), tl.int32)
-    for first in range(start, end, BN):
-        o_n = first + tl.arange(0, BN)
-        m_n = o_n < end
-        rank = _ranks(p_row, o_n, start, end, ROW)
-        if SHIFT == 24:
-            digit = (rank >> 24) + 128  # the sign comes first
-        else:
-            digit = (rank >> SHIFT) & 255
-            m_n = m_n & ((rank >> (SHIFT + 8)) == prefix)
-        counts += tl.histogram(tl.where(m_n, digit, 0), 256, mask=m_n)
-    above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # [256]: keys of larger digits
-    found = tl.sum((above >= need).to(tl.int32), 0)
-    need -= tl.sum(tl.where(tl.arange(0, 256) == found, above, 0), 0)
-    if SHIFT == 24:
-        prefix = found - 128
-    else:
-        prefix = (prefix << 8) | found
-    return prefix, need
-
-
-@jit
-def _rounds_kernel(
-    ranks_ptr, start_ptr, end_ptr, keys_ptr, done_ptr, bound_b, FIRST, QUERIES, TOPK, ROW, BN: tl.constexpr
-):
-    """The keys of the best TOPK scores of a query, if they are not stored yet; then ``NOTHING``."""
-    row, start, end = _row(start_ptr, end_ptr, bound_b, FIRST, QUERIES)
-    if tl.load(done_ptr + row) != 0:
-        return
-    p_row, p_keys = ranks_ptr + row * ROW, keys_ptr + row * TOPK
-    need = tl.minimum(end - start, TOPK)
-    threshold, equal = need * 0 + NONE, need
-    if end - start > need:
-        threshold, equal = _round(p_row, start, end, threshold, equal, ROW, 24, BN)
-        threshold, equal = _round(p_row, start, end, threshold, equal, ROW, 16, BN)
-        threshold, equal = _round(p_row, start, end, threshold, equal, ROW, 8, BN)
-        threshold, equal = _round(p_row, start, end, threshold, equal, ROW, 0, BN)
-    taken, seen = need * 0, need * 0
-    for first in range(start, end, BN):
-        o_n = first + tl.arange(0, BN)
-        m_n = o_n < end
-        rank = _ranks(p_row, o_n, start, end, ROW)
-        m_equal = m_n & (rank == threshold)
-        m_take = (m_n & (rank > threshold)) | (m_equal & (seen + tl.cumsum(m_equal.to(tl.int32), 0) <= equal))
-        slot = taken + tl.cumsum(m_take.to(tl.int32), 0) - 1
-        tl.store(p_keys + slot, (rank.to(tl.int64) << 31) + (o_n ^ LOW), mask=m_take)
-        seen += tl.sum(m_equal.to(tl.int32), 0)
-        taken += tl.sum(m_take.to(tl.int32), 0)
-    for first in range(taken, TOPK, BN):
-        o_n = first + tl.arange(0, BN)
-        tl.store(p_keys + o_n, tl.full((BN,), NOTHING, tl.int64), mask=o_n < TOPK)
-
-
-@jit
-def _unpack_kernel(keys_ptr, indices_ptr, scores_ptr, FIRST, QUERIES, T, TOPK, BN: tl.constexpr):
-    """Index and score of each key of one query; −1 and −∞ where there is none."""
-    b, local = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    p_keys, row = keys_ptr + (b * QUERIES + local) * TOPK, (b * T + FIRST + local) * TOPK
-    for first in range(0, TOPK, BN):
-        o_n = first + tl.arange(0, BN)
-        m_n = o_n < TOPK
-        key = tl.load(p_keys + o_n, mask=m_n, other=NOTHING)
-        rank = (key >> 31).to(tl.int32)
-        score = (rank ^ ((rank >> 31) & LOW)).to(tl.float32, bitcast=True)
-        tl.store(indices_ptr + row + o_n, tl.where(key > NOTHING, (key & LOW) ^ LOW, -1), mask=m_n)
-        tl.store(scores_ptr + row + o_n, tl.where(key > NOTHING, score, float("-inf")), mask=m_n)
+    b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
+    row = b * (STOP - FIRST) + (o_t - FIRST)  # [BQ]
+    p_k, p_scores = k_ptr + b * k_b, scores_ptr + row * ROW
+    best = tl.full((BQ, BN), float("-inf"), tl.float32)
+    begin, stop = _tiles(low - BN + 1, part, MANY), _tiles(high, part, MANY)
+    whole = tl.minimum(tl.maximum(_tiles(every, part, MANY), begin), stop)
+    whole_stop = tl.minimum(tl.maximum(_tiles(every_end - BN + 1, part, MANY), whole), stop)
+    for i in range(whole, whole_stop):
+        score = _score_tile(
+            q_ptr, w_ptr, p_k, p_scores, b_q, b_w, q_t, q_j, k_s, w_t, w_j, t, m_t, i * MANY + part, STOP, S, J,
+            D, BLOCK_D, BQ, JG, HEAD_STEPS, BN, PRECISION, UPCAST,
+        )  # fmt: skip
+        if MAXIMA:
+            best = tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
+    for j in tl.range(0, whole - begin + stop - whole_stop, num_stages=1):
+        first = tl.where(begin + j < whole, begin + j, whole_stop - whole + begin + j) * MANY + part
+        score = _score_tile(
+            q_ptr, w_ptr, p_k, p_scores, b_q, b_w, q_t, q_j, k_s, w_t, w_j, t, m_t, first, STOP, S, J,
+            D, BLOCK_D, BQ, JG, HEAD_STEPS, BN, PRECISION, UPCAST,
+        )  # fmt: skip
+        if MAXIMA:
+            m_seen = within((first + tl.arange(0, BN))[None, :], start[:, None], end[:, None])
+            best = tl.maximum(best, tl.where(m_seen, score, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
+    if MAXIMA:
+        rows = tl.num_programs(2).to(tl.int64) * (STOP - FIRST)
+        p_maxima = maxima_ptr + (span * rows + row) * MANY + part
+        tl.store(p_maxima[:, None] + tl.arange(0, BN)[None, :], rank_of(best), mask=m_t[:, None])
 
 
 class Config(NamedTuple):
@@ -254,59 +158,19 @@ def pick_config(width: int, heads: int, element_bytes: int, target: Target) -> C
     return Config(128, 128, 1, 8, 2, "ieee") if roomy else Config(64, 64, 1, 4, 2, "ieee")
 
 
-SPAN = 4096
-"""Keys of a program."""
-
-
-def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, ranks: Tensor, first: int) -> None:
-    """Fill what is visible of ``ranks`` int32 [B, T', S'] for the queries from ``first`` on."""
-    (B, _, J, D), S, queries = q.shape, k.shape[1], ranks.shape[1]
-    c = pick_config(D, J, q.element_size(), target_of(q.device))
+def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, scored: Scored, first: int) -> None:
+    """Fill what is visible of ``scored`` for the queries from ``first`` on."""
+    (B, _, J, D), S, queries = q.shape, k.shape[1], scored.scores.shape[1]
+    c, (scores, maxima, many) = pick_config(D, J, q.element_size(), target_of(q.device)), scored
+    row, span = scores.shape[2], many * triton_select.SPANS
+    columns = min(ceil_div(row, c.keys), many // c.keys)
     with on_device(q):
-        _scores_kernel[(ceil_div(queries, c.queries), ceil_div(S, SPAN), B)](
-            q, k, w, start, end, ranks, *q.stride()[:3], *k.stride()[:2], *w.stride(),
-            0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, SPAN, ranks.shape[2],
+        _scores_kernel[(ceil_div(queries, c.queries), columns * ceil_div(S, span), B)](
+            q, k, w, start, end, scores, maxima, *q.stride()[:3], *k.stride()[:2], *w.stride(),
+            0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, row,
             D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
-            PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps, num_stages=c.num_stages,
-        )  # fmt: skip
-
-
-FEWEST = 1024
-"""Parts of a row at least, and keys that may be collected of it."""
-
-MOST = 8192
-"""Of them at most, which are values in the registers of a program; a larger ``topk`` goes by rounds."""
-
-
-def parts_of(topk: int) -> int:
-    """Twice the next power of 2: of scores at random, 1.4 times ``topk`` are then expected to reach the bound."""
-    parts = max(FEWEST, 2 * next_power_of_2(topk))
-    return parts if parts <= MOST else 0
-
-
-def select(ranks: Tensor, start: Tensor, end: Tensor, keys: Tensor, first: int) -> None:
-    """Fill ``keys`` int64 [B, T', topk]."""
-    B, queries, topk = keys.shape
-    many, grid = parts_of(topk), (queries, B)
-    done = torch.zeros(B, queries, dtype=torch.int32, device=keys.device)
-    row = (0 if start.shape[0] == 1 else start.shape[1], first, queries, topk, ranks.shape[2])
-    registers = {"maxnreg": 80} if target_of(keys.device).arch == 90 and many <= 4096 else {}  # three programs at once
-    with on_device(keys):
-        if many:
-            found = torch.empty(B, queries, many, dtype=torch.int64, device=keys.device)
-            _select_kernel[grid](
-                ranks, start, end, keys, found, done, *row, BN=2048, MANY=many, num_warps=8 if many <= 4096 else 16,
-                **registers,
-            )  # fmt: skip
-        _rounds_kernel[grid](ranks, start, end, keys, done, *row, BN=2048, num_warps=8)
-
-
-def unpack(keys: Tensor, outputs: tuple[Tensor, Tensor], first: int) -> None:
-    """Fill the rows of ``outputs``, indices int64 and scores float32 [B, T, topk], from keys [B, T', topk]."""
-    (B, queries, topk), T = keys.shape, outputs[0].shape[1]
-    with on_device(keys):
-        _unpack_kernel[(queries, B)](
-            keys, *outputs, first, queries, T, topk, BN=min(1024, max(16, next_power_of_2(topk))), num_warps=4
+            MANY=many, SPAN=span, MAXIMA=maxima.numel() > 0, PRECISION=c.precision, UPCAST=interpreting(),
+            num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
 
 
@@ -314,15 +178,18 @@ def best(
     q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, topk: int, outputs: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Fill ``outputs`` with the tokens of each query's best scores and these scores, best first; then −1 and −∞."""
-    (B, T), S = q.shape[:2], k.shape[1]
-    row = ceil_div(S, 32) * 32
-    step = max(1, SCORES_BYTES // max(1, B * (4 * row + 8 * parts_of(topk))) // 128) * 128
+    (B, T), S, parts = q.shape[:2], k.shape[1], parts_of(topk)
+    row = ceil_div(S, 128) * 128  # whole tiles of every size
+    spans = ceil_div(max(1, S), max(1, parts * triton_select.SPANS))
+    step = max(1, SCORES_BYTES // max(1, B * (4 * row + (8 + 4 * spans) * parts)) // 128) * 128
     for first in range(0, T if B else 0, step):
         queries = min(step, T - first)
-        ranks = torch.empty(B, queries, row, dtype=torch.int32, device=q.device)
+        scores = torch.empty(B, queries, row, dtype=torch.float32, device=q.device)
+        maxima = torch.empty(spans, B, queries, parts, dtype=torch.int32, device=q.device)
+        scored = Scored(scores, maxima, parts or triton_select.MOST)
         if S:
-            score(q, k, w, start, end, ranks, first)
-        chunk = torch.empty(B, queries, topk, dtype=torch.int64, device=q.device)
-        select(ranks, start, end, chunk, first)
-        unpack(chunk.sort(-1, descending=True).values, outputs, first)
+            score(q, k, w, start, end, scored, first)
+        keys = torch.empty(B, queries, topk, dtype=torch.int64, device=q.device)
+        triton_select.select(scored, start, end, keys, first)
+        triton_select.sort(keys, outputs, first)
     return outputs
