@@ -71,17 +71,19 @@ def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
     scores[0, 3, ::7], scores[0, 4, 5:9], scores[0, 4, 1] = torch.nan, -torch.inf, torch.inf
     start = torch.tensor([[0, 5, 0, 0, 0, 0, 17, 90, 40, 3, 0, 30]], dtype=torch.int32)
     end = torch.tensor([[96, 11, 6, 96, 96, 0, 96, 96, 48, 70, 7, 96]], dtype=torch.int32)
-    keys, at = torch.empty(1, 12, 6, dtype=torch.int64), torch.arange(96)
+    ranks, tokens, at = torch.empty(1, 12, 6).int(), torch.empty(1, 12, 6).int(), torch.arange(96)
     seen = (at >= start[..., None]) & (at < end[..., None])
     monkeypatch.setattr(triton_select, "SPANS", 2)  # of 32 keys: two for each of 16 parts
     parts_seen = rank_of(scores.masked_fill(~seen, -torch.inf)).int().view(1, 12, 3, 2, 16)
     maxima = parts_seen.amax(3).permute(2, 0, 1, 3).contiguous()
     if parts == "topk too large":
         maxima = maxima[..., :0]
-    triton_select.select(triton_select.Scored(scores, maxima, 16), start, end, keys, 0)
+    triton_select.select(triton_select.Scored(scores, maxima, 16), start, end, (ranks, tokens), 0)
     every = pack(rank_of(scores), at)
     expected = torch.where(seen, every, NOTHING).sort(-1, descending=True).values[..., :6]
+    keys = torch.where(tokens >= 0, pack(ranks.long(), tokens.long()), NOTHING)
     assert torch.equal(keys.sort(-1, descending=True).values, expected)
+    assert torch.equal(tokens.masked_fill(tokens < 0, 96).sort(-1).values, tokens.masked_fill(tokens < 0, 96))
 
 
 @pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")

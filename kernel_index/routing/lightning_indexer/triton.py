@@ -189,7 +189,8 @@ def best(
         scored = Scored(scores, maxima, parts or triton_select.MOST)
         if S:
             score(q, k, w, start, end, scored, first)
-        keys = torch.empty(B, queries, topk, dtype=torch.int64, device=q.device)
-        triton_select.select(scored, start, end, keys, first)
-        triton_select.sort(keys, outputs, first)
+        ranks = torch.empty(B, queries, topk, dtype=torch.int32, device=q.device)
+        picked = ranks, torch.empty_like(ranks)
+        triton_select.select(scored, start, end, picked, first)
+        triton_select.sort(picked, outputs, first)
     return outputs
