@@ -112,8 +112,8 @@ class Sums(NamedTuple):
     programs: int
 
 
-SUMS = Sums(1024, 1, 1, 32)
-"""A warp alone waits for a token's first row and for its own rows, while 31 others wait for theirs."""
+SUMS = Sums(1024, 1, 2, 16)
+"""A program waits for a token's first row, then for its rows, while 15 others of its multiprocessor wait for theirs."""
 
 
 def add_rows(

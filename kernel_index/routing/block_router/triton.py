@@ -164,7 +164,7 @@ def pick_config(exact: bool, target: Target) -> Config:
     if interpreting():
         return Config(16, 16, 4, 1, {})
     if target.arch == 90:
-        return Config(128, 64, 8, 3, MANY_PROGRAMS) if exact else Config(64, 64, 4, 2, MANY_PROGRAMS)
+        return Config(128, 64, 8, 3 if exact else 2, MANY_PROGRAMS)
     if target.arch == 100:
         return Config(128, 64, 8, 3, {}) if exact else Config(64, 32, 4, 2, {})
     return Config(64, 32, 4, 2, MANY_PROGRAMS if target.kind == "cuda" else {})

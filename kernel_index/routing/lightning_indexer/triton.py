@@ -14,7 +14,7 @@ from torch import Tensor
 from kernel_index.core.target import Target, target_of
 from kernel_index.core.triton.attention import load_rows, load_tile, within
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
+from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device, processors
 from kernel_index.routing.lightning_indexer import triton_select
 from kernel_index.routing.lightning_indexer.triton_select import Scored, parts_of
 from kernel_index.routing.triton_topk import rank_of
@@ -77,34 +77,13 @@ def _tiles(key, part, MANY: tl.constexpr):
 
 
 @jit
-def _scores_kernel(
-    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, scores_ptr, maxima_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
-    FIRST, STOP, S, J, ROW,
+def _score_parts(
+    q_ptr, w_ptr, p_k, p_scores, p_maxima, b_q, b_w, start, end, every, every_end, low, high, part,
+    q_t, q_j, k_s, w_t, w_j, t, m_t, STOP, S, J,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
-    BN: tl.constexpr, MANY: tl.constexpr, SPAN: tl.constexpr, MAXIMA: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    BN: tl.constexpr, MANY: tl.constexpr, MAXIMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The scores of BQ queries for BN parts of the keys that one of them may see, within SPAN keys of the row.
-
-    And the rank of the largest that a query sees of each part, if MAXIMA.
-    """
-    b = tl.program_id(2).to(tl.int64)
-    t = FIRST + tl.program_id(0) * BQ
-    o_t = t + tl.arange(0, BQ)  # [BQ]
-    m_t = o_t < STOP
-    start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=2**31 - 1)  # [BQ]
-    end = tl.load(end_ptr + b * bound_b + o_t, mask=m_t, other=0)  # [BQ]
-    some, any_end, every, every_end = _sees(start, end, m_t)
-    columns = tl.minimum(tl.cdiv(ROW, BN), MANY // BN)
-    part, span = tl.program_id(1) % columns * BN, tl.program_id(1) // columns
-    low, high = tl.maximum(some, span * SPAN), tl.minimum(tl.minimum(any_end, (span + 1) * SPAN), S)
-    if low >= high:
-        return
-    q_ptr += b * q_b
-    w_ptr += b * w_b
-    b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
-    row = b * (STOP - FIRST) + (o_t - FIRST)  # [BQ]
-    p_k, p_scores = k_ptr + b * k_b, scores_ptr + row * ROW
+    """BN parts from ``part`` on, of the keys from ``low`` to ``high``: first what every query sees, then the rest."""
     best = tl.full((BQ, BN), float("-inf"), tl.float32)
     begin, stop = _tiles(low - BN + 1, part, MANY), _tiles(high, part, MANY)
     whole = tl.minimum(tl.maximum(_tiles(every, part, MANY), begin), stop)
@@ -126,13 +105,57 @@ def _scores_kernel(
             m_seen = within((first + tl.arange(0, BN))[None, :], start[:, None], end[:, None])
             best = tl.maximum(best, tl.where(m_seen, score, float("-inf")), propagate_nan=tl.PropagateNan.ALL)
     if MAXIMA:
-        rows = tl.num_programs(2).to(tl.int64) * (STOP - FIRST)
-        p_maxima = maxima_ptr + (span * rows + row) * MANY + part
-        tl.store(p_maxima[:, None] + tl.arange(0, BN)[None, :], rank_of(best), mask=m_t[:, None])
+        tl.store(p_maxima[:, None] + (part + tl.arange(0, BN))[None, :], rank_of(best), mask=m_t[:, None])
+
+
+@jit
+def _scores_kernel(
+    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, scores_ptr, maxima_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
+    FIRST, STOP, S, J, ROW, BATCH, SPANS,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
+    BN: tl.constexpr, MANY: tl.constexpr, SPAN: tl.constexpr, MAXIMA: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The scores of BQ queries for BN parts of the keys that one of them may see, within SPAN keys of the row.
+
+    And the rank of the largest that a query sees of each part, if MAXIMA.  Few programs divide all of these, so that
+    one loads the queries of a tile for many parts.
+    """
+    columns = tl.minimum(tl.cdiv(ROW, BN), MANY // BN)
+    tiles, each = tl.cdiv(STOP - FIRST, BQ), columns * SPANS
+    here, items = tl.program_id(0).to(tl.int64), (BATCH * tiles * each).to(tl.int64)
+    at, at_end = (
+        (here * items // tl.num_programs(0)).to(tl.int32),
+        ((here + 1) * items // tl.num_programs(0)).to(tl.int32),
+    )
+    for tile in range(at // each, tl.cdiv(at_end, each)):
+        b, t = (tile // tiles).to(tl.int64), FIRST + tile % tiles * BQ
+        o_t = t + tl.arange(0, BQ)  # [BQ]
+        m_t = o_t < STOP
+        start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=2**31 - 1)  # [BQ]
+        end = tl.load(end_ptr + b * bound_b + o_t, mask=m_t, other=0)  # [BQ]
+        p_q, p_w = q_ptr + b * q_b, w_ptr + b * w_b
+        b_q, b_w = _head_rows(p_q, p_w, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
+        some, any_end, every, every_end = _sees(start, end, m_t)
+        row = b * (STOP - FIRST) + (o_t - FIRST)  # [BQ]
+        rows = (BATCH * (STOP - FIRST)).to(tl.int64)
+        for i in range(tl.maximum(at, tile * each) - tile * each, tl.minimum(at_end, tile * each + each) - tile * each):
+            span = i // columns
+            low, high = tl.maximum(some, span * SPAN), tl.minimum(tl.minimum(any_end, (span + 1) * SPAN), S)
+            if low < high:
+                _score_parts(
+                    p_q, p_w, k_ptr + b * k_b, scores_ptr + row * ROW, maxima_ptr + (span * rows + row) * MANY,
+                    b_q, b_w, start, end, every, every_end, low, high, i % columns * BN,
+                    q_t, q_j, k_s, w_t, w_j, t, m_t, STOP, S, J,
+                    D, BLOCK_D, BQ, JG, HEAD_STEPS, BN, MANY, MAXIMA, PRECISION, UPCAST,
+                )  # fmt: skip
 
 
 class Config(NamedTuple):
-    """Queries and keys of a product, heads at once, warps, stages, precision of float32 products."""
+    """Queries and keys of a product, heads at once, warps, stages, precision of float32 products.
+
+    ``programs``: how many a multiprocessor runs at once; ``registers``: of a thread at most, for that.
+    """
 
     queries: int
     keys: int
@@ -140,6 +163,8 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     precision: str
+    programs: int = 2
+    registers: int | None = None
 
 
 def pick_config(width: int, heads: int, element_bytes: int, target: Target) -> Config:
@@ -163,14 +188,15 @@ def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, scored: S
     (B, _, J, D), S, queries = q.shape, k.shape[1], scored.scores.shape[1]
     c, (scores, maxima, many) = pick_config(D, J, q.element_size(), target_of(q.device)), scored
     row, span = scores.shape[2], many * triton_select.SPANS
-    columns = min(ceil_div(row, c.keys), many // c.keys)
+    spans = ceil_div(S, span)
+    items = ceil_div(queries, c.queries) * B * spans * min(ceil_div(row, c.keys), many // c.keys)
     with on_device(q):
-        _scores_kernel[(ceil_div(queries, c.queries), columns * ceil_div(S, span), B)](
+        _scores_kernel[(min(items, processors(q) * c.programs),)](
             q, k, w, start, end, scores, maxima, *q.stride()[:3], *k.stride()[:2], *w.stride(),
-            0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, row,
+            0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, row, B, spans,
             D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
             MANY=many, SPAN=span, MAXIMA=maxima.numel() > 0, PRECISION=c.precision, UPCAST=interpreting(),
-            num_warps=c.num_warps, num_stages=c.num_stages,
+            num_warps=c.num_warps, num_stages=c.num_stages, **({} if c.registers is None else {"maxnreg": c.registers}),
         )  # fmt: skip
 
 
