@@ -61,9 +61,11 @@ def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch)
 @pytest.mark.parametrize("parts", ["collected", "too many are equal", "topk too large"])
 def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
     """Rows that are hardly longer than ``topk`` and long ones, in both ways that the kernel finds them."""
-    from kernel_index.routing.lightning_indexer import triton_select
+    from kernel_index.routing.lightning_indexer import triton
     from kernel_index.routing.topk_keys import NOTHING, pack, rank_of
 
+    monkeypatch.setattr(triton, "FEWEST", 16)
+    monkeypatch.setattr(triton, "MOST", 8 if parts == "topk too large" else 16)
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(1, 12, 96, generator=generator)
     if parts == "too many are equal":
@@ -71,35 +73,16 @@ def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
     scores[0, 3, ::7], scores[0, 4, 5:9], scores[0, 4, 1] = torch.nan, -torch.inf, torch.inf
     start = torch.tensor([[0, 5, 0, 0, 0, 0, 17, 90, 40, 3, 0, 30]], dtype=torch.int32)
     end = torch.tensor([[96, 11, 6, 96, 96, 0, 96, 96, 48, 70, 7, 96]], dtype=torch.int32)
-    ranks, tokens, at = torch.empty(1, 12, 6).int(), torch.empty(1, 12, 6).int(), torch.arange(96)
-    seen = (at >= start[..., None]) & (at < end[..., None])
-    monkeypatch.setattr(triton_select, "SPANS", 2)  # of 32 keys: two for each of 16 parts
-    parts_seen = rank_of(scores.masked_fill(~seen, -torch.inf)).int().view(1, 12, 3, 2, 16)
-    maxima = parts_seen.amax(3).permute(2, 0, 1, 3).contiguous()
-    if parts == "topk too large":
-        maxima = maxima[..., :0]
-    triton_select.select(triton_select.Scored(scores, maxima, 16), start, end, (ranks, tokens), 0)
+    ranks, tokens = torch.empty(1, 12, 6).int(), torch.empty(1, 12, 6).int()
+    triton.select(rank_of(scores).int(), start, end, (ranks, tokens), 0)
+    at = torch.arange(96)
     every = pack(rank_of(scores), at)
+    seen = (at >= start[..., None]) & (at < end[..., None])
     expected = torch.where(seen, every, NOTHING).sort(-1, descending=True).values[..., :6]
     keys = torch.where(tokens >= 0, pack(ranks.long(), tokens.long()), NOTHING)
     assert torch.equal(keys.sort(-1, descending=True).values, expected)
-    assert torch.equal(tokens.masked_fill(tokens < 0, 96).sort(-1).values, tokens.masked_fill(tokens < 0, 96))
-
-
-@pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize(("fewest", "spans"), [(16, 2), (32, 1), (64, 16)])
-def test_parts_of_several_spans(fewest, spans, mask, monkeypatch):
-    """Nothing of a row that another program had to find is missing, in chunks of queries that are no whole tiles."""
-    from kernel_index.routing.lightning_indexer import triton, triton_select
-
-    monkeypatch.setattr(triton_select, "FEWEST", fewest)
-    monkeypatch.setattr(triton_select, "SPANS", spans)
-    monkeypatch.setattr(triton, "SCORES_BYTES", 1)
-    q, k, w = (x + y / 2 for x, y in zip(whole_numbers(100, seed=1), whole_numbers(100, seed=2), strict=True))
-    picked = ki.lightning_indexer(q, k, w, topk=7, mask=mask, backend="triton")
-    expected, _ = by_python(q, k, w, 7, mask)
-    assert torch.equal(picked.indices, expected)
+    last = tokens.masked_fill(tokens < 0, 96)
+    assert torch.equal(last.sort(-1).values, last)
 
 
 class Largest(TorchDispatchMode):
