@@ -169,11 +169,17 @@ def _lists_kernel(
 
 @jit
 def _merge_queries_kernel(
-    partial_ptr, written_ptr, dq_ptr, first_segment, T, G, N, CHUNK, CHUNKS,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    partial_ptr, written_ptr, dq_ptr, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds the partials of dQ of a row that were written, in the order of its selected blocks."""
-    o_entry, o_g, o_row, m_m = merged_rows(first_segment, T, G, N, CHUNK, CHUNKS, GROUP, ROWS)  # [ROWS]
+    o_entry, o_g, o_row, m_m = merged_rows(
+        sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
+    )  # [ROWS]
+    if TILE > 0:
+        if tl.max(m_m.to(tl.int32), 0) == 0:
+            return
     dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for j in range(0, N):
         m_written = tl.load(written_ptr + o_entry + j, mask=m_m, other=0) != 0  # [ROWS]
@@ -193,6 +199,12 @@ def _merge_keys_kernel(
     segment = first_segment + o_launch
     b, g, _chunk = segment_place(segment, CHUNKS, G)
     kv_head = g // (G // K)
+    some = block * 0
+    for n in range(0, TOGETHER):
+        p_parts = parts_ptr + (segment + n).to(tl.int64) * (BLOCKS + 1) + block
+        some += tl.load(p_parts + 1) - tl.load(p_parts)
+    if some == 0:
+        return
     o_n = tl.arange(0, BN)  # [BN]
     m_n = (o_n < BLOCK) & (block * BLOCK + o_n < S)
     o_k = (b * S + block * BLOCK + o_n) * K + kv_head
@@ -233,10 +245,12 @@ def backward(
     bounds: tuple[Tensor, Tensor],
     launch: AttentionLaunch,
     outputs: tuple[Tensor | None, Tensor, Tensor],
+    of_tiles: tuple[Tensor | None, int] = (None, 0),
 ) -> None:
     """Fill dQ, and add to dK and dV of float32; some segments at a time, so that partials are few.
 
-    ``of_rows``: the gradient of the output, the log-sum-exp, base 2, and ``delta``; without dQ, those two alone.
+    ``of_rows``: the gradient of the output, the log-sum-exp, base 2, and ``delta``; without dQ, dK and dV alone;
+    ``of_tiles``: see ``triton_lists.forward``.
     """
     (B, T, H, D), (S, K), (dq, dk, dv) = q.shape, k.shape[1:3], outputs
     if B * T * H == 0:
@@ -250,7 +264,8 @@ def backward(
     dq_partials = q.new_empty((at_once, cut.entries, cut.group, D)) if with_dq else None
     written = q.new_empty((at_once, cut.entries), dtype=torch.int8) if with_dq else None
     dk_partials, dv_partials = (dk.new_empty((at_once, items, c["BN"], width)) for width in (D, DV))
-    filled, place = (dq_partials, written, dk_partials, dv_partials), (T, cut.groups, cut.count, cut.chunk, cut.chunks)
+    filled, (sizes, tile) = (dq_partials, written, dk_partials, dv_partials), of_tiles
+    place = (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, tile)))
     hopper = HOPPER and c["BLOCK"] == 64 and for_hopper(plan, launch, q, k, v, of_rows[0])
     with on_device(q):
         bad = unfit_blocks(k, v, blocks, c) if hopper else None
@@ -271,7 +286,7 @@ def backward(
                 )  # fmt: skip
             if with_dq:
                 _merge_queries_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
-                    dq_partials, written, dq, first, *place, **queries
+                    dq_partials, written, dq, sizes, first, *place, TILE=tile, **queries
                 )
             together = min(segments, cut.per_kv_head(K))
             if blocks:
