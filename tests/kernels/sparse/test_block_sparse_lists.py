@@ -38,7 +38,9 @@ def by_both(monkeypatch):
 
 
 @interpreted
-@pytest.mark.thorough_if(when=lambda name, small: small or not name.startswith(("T > S", "blocks", "two heads together, b")))
+@pytest.mark.thorough_if(
+    when=lambda name, small: small or not name.startswith(("T > S", "blocks", "two heads together, b"))
+)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("small", [False, True])
 def test_values_and_gradients(name, small, by_lists, monkeypatch):

@@ -81,6 +81,20 @@ BOTH_EVERYWHERE = False
 """For tests."""
 
 
+def hopper_unions(cut: Cut, q: Tensor, v: Tensor, block_size: int) -> bool:
+    """Whether tiles that go by unions are taken two at a time, by the kernels of ``triton_hopper_unions.py``."""
+    target = target_of(q.device)
+    if target.kind != "cuda" or target.arch != 90 or q.element_size() != 2 or triton_version() < (3, 6):
+        return False
+    fits = cut.heads == cut.group and cut.rows == STEP and block_size in (16, 32, 64)
+    return fits and all(x.shape[3] in (64, 128) for x in (q, v))
+
+
+def tile_of(cut: Cut, q: Tensor, v: Tensor, block_size: int) -> int:
+    """Queries that have one union."""
+    return cut.queries * (2 if hopper_unions(cut, q, v, block_size) else 1)
+
+
 def split(selected: Tensor, selected_valid: Tensor | None, block_size: int) -> tuple[Tensor, Tensor | None, int]:
     """The same selection in blocks of at most ``STEP`` keys."""
     ways = max(1, block_size // STEP)

@@ -40,16 +40,24 @@ def _allocate(q, k, v, blocks, members, sizes, order, begins, k_start, k_end, bl
 def _launch(q, k, v, blocks, members, sizes, order, begins, k_start, k_end, block_size, cut, scale, softcap):
     from kernel_index.kernels.sparse.block_sparse_attention import triton, triton_lists
 
-    outputs = _allocate(
-        q, k, v, blocks, members, sizes, order, begins, k_start, k_end, block_size, cut, scale, softcap
-    )
+    outputs = _allocate(q, k, v, blocks, members, sizes, order, begins, k_start, k_end, block_size, cut, scale, softcap)
     q, k, v = map(dense_heads, (q, k, v))
     cut, bounds, list_size = Cut(*cut), (k_start, k_end), min(block_size, lists.STEP)
-    how = geometry.launch_of("forward", q, k, v, block_size, cut, scale, softcap)
-    triton.forward(q, k, v, Plan(blocks, members, sizes, blocks), bounds, how, outputs)
-    how = lists.launch_of("forward", q, k, v, list_size, cut.group, scale, softcap)
+    of_unions, how = Plan(blocks, members, sizes, blocks), _how("forward", q, k, v, list_size, cut, scale, softcap)
+    if lists.hopper_unions(cut, q, v, block_size):
+        from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_unions
+
+        triton_hopper_unions.forward(q, k, v, of_unions, bounds, how, outputs)
+    else:
+        tiles = geometry.launch_of("forward", q, k, v, block_size, cut, scale, softcap)
+        triton.forward(q, k, v, of_unions, bounds, tiles, outputs)
     by_lists, _ = _list_plans("forward", q, k, v, (order, begins), list_size, cut)
-    return triton_lists.forward(q, k, v, by_lists, bounds, how, outputs, (sizes, cut.queries))
+    of_tiles = sizes, lists.tile_of(cut, q, v, block_size)
+    return triton_lists.forward(q, k, v, by_lists, bounds, how, outputs, of_tiles)
+
+
+def _how(kernel, q, k, v, list_size, cut, scale, softcap):
+    return lists.launch_of(kernel, q, k, v, list_size, cut.group, scale, softcap)
 
 
 def _list_plans(kernel, q, k, v, found, list_size, cut):
@@ -79,12 +87,21 @@ def _launch_backward(
     d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
     cut, bounds, list_size = Cut(*cut), (k_start, k_end), min(block_size, lists.STEP)
-    how = geometry.launch_of("queries", q, k, v, block_size, cut, scale, softcap)
-    plan, outputs = Plan(blocks, members, sizes, blocks), (d_q, torch.empty_like(log2_sum))
-    _, delta = triton_backward.backward_queries(d_out, d_lse, q, k, v, out, log2_sum, plan, bounds, how, outputs)
-    how = lists.launch_of("backward", q, k, v, list_size, cut.group, scale, softcap)
+    of_unions, how = Plan(blocks, members, sizes, blocks), _how("backward", q, k, v, list_size, cut, scale, softcap)
+    if lists.hopper_unions(cut, q, v, block_size):
+        from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_unions
+
+        delta = triton_lists_backward.delta_of(d_out, d_lse, out, how)
+        triton_hopper_unions.backward_queries((d_out, log2_sum, delta), q, k, v, of_unions, bounds, how, d_q)
+    else:
+        tiles, delta = (
+            geometry.launch_of("queries", q, k, v, block_size, cut, scale, softcap),
+            torch.empty_like(log2_sum),
+        )
+        saved = q, k, v, out, log2_sum
+        triton_backward.backward_queries(d_out, d_lse, *saved, of_unions, bounds, tiles, (d_q, delta))
     by_lists, by_unions = _list_plans("backward", q, k, v, (order, begins), list_size, cut)
-    of_rows, of_tiles = (d_out, log2_sum, delta), (sizes, cut.queries)
+    of_rows, of_tiles = (d_out, log2_sum, delta), (sizes, lists.tile_of(cut, q, v, block_size))
     triton_lists_backward.backward(of_rows, q, k, v, by_lists, bounds, how, (d_q, d_k, d_v), of_tiles)
     triton_lists_backward.backward(of_rows, q, k, v, by_unions, bounds, how, (None, d_k, d_v))
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
@@ -143,5 +160,6 @@ def attend_by_both(
     """``statics``: block size, cut, scale and softcap."""
     block_size, cut, scale, softcap = statics
     with torch.no_grad():
-        plan = _plan_op(*selection, block_size, k.shape[1], cut.queries, lists.row_bytes(q, v, cut.group))
+        tile = lists.tile_of(cut, q, v, block_size)
+        plan = _plan_op(*selection, block_size, k.shape[1], tile, lists.row_bytes(q, v, cut.group))
     return attend(PASSES, _Statics(block_size, list(cut), scale, softcap), q, k, v, None, *plan, *bounds)

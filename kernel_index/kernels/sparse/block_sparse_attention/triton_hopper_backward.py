@@ -39,7 +39,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists impo
 SLOTS = gl.constexpr(2)
 """Of P, and of dZ, between two roles."""
 
-THREE, TWO = gl.constexpr(((4, 4, 4, 1), (152, 96, 64, 24))), gl.constexpr(((4, 4, 1), (192, 72, 24)))
+THREE, TWO = gl.constexpr(((4, 4, 4, 1), (152, 88, 64, 24))), gl.constexpr(((4, 4, 1), (192, 72, 24)))
 """Warps and registers of the roles behind the first: keys, queries, gather, schedule; and without queries."""
 
 
@@ -113,16 +113,22 @@ def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
 
 
 @gluon.jit
-def _is_masked(order_ptr, first, stop, p_start, p_end, first_key, BN: gl.constexpr, ENTRIES: gl.constexpr,
-               SHIFT: gl.constexpr):  # fmt: skip
-    """Whether a row of the tile of entries from ``first`` on may not see a key: bounds never decrease."""
+def _ends(order_ptr, first, stop, ENTRIES: gl.constexpr):
+    """The first and the last entry of the tile that begins at ``first``; 0 where there is none."""
     some = first < stop
     last = gl.minimum(first + ENTRIES, stop) - 1
-    low = gl.load(order_ptr + first, mask=some, other=0)
-    high = gl.load(order_ptr + last, mask=some, other=0)
+    return gl.load(order_ptr + first, mask=some, other=0), gl.load(order_ptr + last, mask=some, other=0)
+
+
+@gluon.jit
+def _inner_bounds(p_start, p_end, low, high, first_key, SHIFT: gl.constexpr):
+    """From where on and up to where all rows from the entry ``low`` to ``high`` see keys: bounds never decrease.
+
+    Nowhere where one of the two is no entry.
+    """
     start = gl.load(p_start + (gl.maximum(high, 0) >> SHIFT))
     end = gl.load(p_end + (gl.maximum(low, 0) >> SHIFT))
-    return (low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN)
+    return gl.where((low < 0) | (high < 0), first_key + 1, start), end
 
 
 @gluon.jit
@@ -212,18 +218,21 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
         first_key = block * BN
         count = gl.cdiv(stop - first, ENTRIES)
         dv = gl.full([BN, DV], 0.0, gl.float32, layout=V_LAYOUT)
-        masked = _is_masked(order_ptr, first, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
+        # Loads that depend on each other are a tile apart: entries of the tile after the next, bounds of the next.
+        low, high = _ends(order_ptr, first, stop, ENTRIES)
+        start, end = _inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
+        low, high = _ends(order_ptr, first + ENTRIES, stop, ENTRIES)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         k_tile = k_ring.index(at)
         if bad % 2 == 1:
             p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS).to(gl.int64) * k_h + first_key.to(gl.int64) * k_t
             cleaned(k_tile, p_k, k_t, S - first_key, flags, Q_WIDE)
         for i in range(count):
+            masked = (start > first_key) | (end < first_key + BN)
+            start, end = _inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
+            low, high = _ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
             slot = _await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
             s_started = product_nt(k_tile, q_ring.index(slot), zero)
-            next_masked = _is_masked(
-                order_ptr, first + (i + 1) * ENTRIES, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT
-            )
             lse = lse_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
             s = warpgroup_mma_wait(0, [s_started])
             z = softcapped(s, inner, CAPPED)
@@ -232,9 +241,7 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
                 p += flags.load(gl.SliceLayout(1, S_LAYOUT))[:, None]
             if masked:
                 p += ((lse + delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))) * 0.0)[None, :]
-                p = _seen(
-                    p, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT
-                )
+                p = _seen(p, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT)
             b_p = gl.convert_layout(p.to(do_ring.dtype), gl.DotOperandLayout(0, V_LAYOUT, k_width=2))
             dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
             if CAPPED:
@@ -245,7 +252,6 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
             mbarrier.arrive(p_full.index(at_p), count=1)
             dv = warpgroup_mma_wait(0, [dv_started])
             mbarrier.arrive(empty.index(slot), count=1)
-            masked = next_masked
         mbarrier.arrive(kv_empty.index(at), count=1)
         gl.store(dv_ptr + (segment * M + part).to(gl.int64) * BN * DV + _offsets(BN, DV, V_LAYOUT), dv)
         tile += count
@@ -290,15 +296,18 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
         first_key = block * BN
         count = gl.cdiv(stop - first, ENTRIES)
         dk = gl.full([BN, D], 0.0, gl.float32, layout=K_LAYOUT)
-        masked = _is_masked(order_ptr, first, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
+        # Loads that depend on each other are a tile apart: entries of the tile after the next, bounds of the next.
+        low, high = _ends(order_ptr, first, stop, ENTRIES)
+        start, end = _inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
+        low, high = _ends(order_ptr, first + ENTRIES, stop, ENTRIES)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         v_tile = v_ring.index(at)
         for i in range(count):
+            masked = (start > first_key) | (end < first_key + BN)
+            start, end = _inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
+            low, high = _ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
             slot = _await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
             dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-            next_masked = _is_masked(
-                order_ptr, first + (i + 1) * ENTRIES, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT
-            )
             delta = delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
             dp = warpgroup_mma_wait(0, [dp_started])
             at_p, phase = (tile + i) % SLOTS, ((tile + i) // SLOTS) & 1
@@ -307,9 +316,7 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
             mbarrier.arrive(p_empty.index(at_p), count=1)
             dz = p * (dp - delta[None, :])
             if masked:  # 0 times a dp of NaN is not 0
-                dz = _seen(
-                    dz, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT
-                )
+                dz = _seen(dz, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT)
             b_dz = dz.to(q_ring.dtype)
             w_dz = gl.convert_layout(b_dz, gl.DotOperandLayout(0, K_LAYOUT, k_width=2))
             dk_started = warpgroup_mma(w_dz, q_ring.index(slot), dk, is_async=True)
@@ -320,7 +327,6 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
                 mbarrier.arrive(dz_full.index(at_p), count=1)
             dk = warpgroup_mma_wait(0, [dk_started])
             mbarrier.arrive(empty.index(slot), count=1)
-            masked = next_masked
         mbarrier.arrive(kv_empty.index(at), count=1)
         gl.store(dk_ptr + (segment * M + part).to(gl.int64) * BN * D + _offsets(BN, D, K_LAYOUT), dk * scale)
         tile += count

@@ -93,10 +93,10 @@ def _numbers(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @jit
 def _bucket_kernel(
-    selected_ptr, valid_ptr, sizes_ptr, bucket_ptr, ENTRIES, T, G, N, BLOCKS, CHUNK, CHUNKS, SEGMENTS, TILES,
+    selected_ptr, valid_ptr, sizes_ptr, bucket_ptr, FIRST, ENTRIES, T, G, N, BLOCKS, CHUNK, CHUNKS, SEGMENTS, TILES,
     TILE: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The list of each entry: those of a segment are BLOCKS + 1, and the last one is of what is not selected.
+    """The list of each entry, counted from FIRST: a segment has BLOCKS + 1, the last one of what is not selected.
 
     TILE: entries of tiles that go by unions are in segments of their own, behind all others.
     """
@@ -109,7 +109,7 @@ def _bucket_kernel(
     if TILE > 0:
         b_size = tl.load(sizes_ptr + (b * G + g) * TILES + t // TILE, mask=m_e, other=0)  # [BLOCK]
         segment += tl.where(b_size >= 0, SEGMENTS, 0)
-    bucket = b_block + segment * (BLOCKS + 1)
+    bucket = FIRST + b_block + segment * (BLOCKS + 1)
     tl.store(bucket_ptr + o_e, bucket.to(bucket_ptr.dtype.element_ty), mask=m_e)
 
 
@@ -156,7 +156,11 @@ def _parts_kernel(begins_ptr, items_ptr, parts_ptr, BLOCKS, M, PART, BLOCK: tl.c
 
 
 def inverted(
-    selected: Tensor, selected_valid: Tensor | None, num_blocks: int, entry_bytes: int, of_tiles: tuple[Tensor, int] | None
+    selected: Tensor,
+    selected_valid: Tensor | None,
+    num_blocks: int,
+    entry_bytes: int,
+    of_tiles: tuple[Tensor, int] | None,
 ) -> tuple[Tensor, Tensor]:
     """The ``order`` of a ``ListPlan``, and where each list of each segment begins in it, int64.
 
@@ -170,19 +174,18 @@ def inverted(
     ways, wide = 1 if of_tiles is None else 2, entries + STEP >= 2**31
     number = begins.numel() - 1
     # A sort of 16 bits takes half the time of one of 32.
-    bucket = order.new_empty(entries, dtype=torch.int16 if number < 2**15 else torch.int32)
+    first, dtype = (-(2**15), torch.int16) if number < 2**16 else (0, torch.int32)
+    bucket = order.new_empty(entries, dtype=dtype)
     sizes, tile = of_tiles or (None, 0)
     with on_device(selected):
         if entries:
             _bucket_kernel[grid](
-                selected, selected_valid, sizes, bucket, entries, queries, groups, count, num_blocks, chunk,
+                selected, selected_valid, sizes, bucket, first, entries, queries, groups, count, num_blocks, chunk,
                 ceil_div(queries, chunk), number // (num_blocks + 1) // ways, 0 if sizes is None else sizes.shape[2],
                 TILE=tile, HAS_VALID=selected_valid is not None, BLOCK=STEP, WIDE=wide,
             )  # fmt: skip
         bucket, index = bucket.sort(stable=True)
-        torch.searchsorted(
-            bucket, torch.arange(number + 1, dtype=torch.int32, device=bucket.device).to(bucket.dtype), out=begins
-        )
+        torch.searchsorted(bucket, torch.arange(first, first + number + 1, device=bucket.device).to(dtype), out=begins)
         if entries:
             _order_kernel[grid](
                 bucket, index, order, entries, queries, groups, count, SHIFT=shift_of(count), BLOCK=STEP, WIDE=wide
@@ -190,9 +193,7 @@ def inverted(
     return found
 
 
-def with_parts(
-    found: tuple[Tensor, Tensor], which: tuple[int, int], num_blocks: int, most: int, part: int
-) -> ListPlan:
+def with_parts(found: tuple[Tensor, Tensor], which: tuple[int, int], num_blocks: int, most: int, part: int) -> ListPlan:
     """The plan of the segments ``which``, first and how many: ``most`` entries in one, ``part`` in a part of a list."""
     (order, begins), (first, segments) = found, which
     plan = lists.allocate_parts(order, segments, num_blocks, most, part)
