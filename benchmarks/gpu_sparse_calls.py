@@ -138,7 +138,7 @@ class Inputs:
         return found | {"fla NSA attend": attend, "fla NSA, compressed and selected": whole, "fla MoBA": moba}
 
     def _xunhao_lai(self, given: Any) -> Prepared:
-        """github.com/XunhaoLai/native-sparse-attention-triton: blocks [KV head, token, n] ascend, −1 stands at the end."""
+        """github.com/XunhaoLai/native-sparse-attention-triton: blocks [KV head, token, n] ascend, −1 at the end."""
         from native_sparse_attention.ops.triton.topk_sparse_attention import TopkSparseAttention
 
         (q, k, v), cell, nothing = self.leaves, self.cell, torch.iinfo(torch.int32).max

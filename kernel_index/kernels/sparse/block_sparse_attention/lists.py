@@ -168,7 +168,7 @@ class ListPlan(NamedTuple):
 
 
 def shape_of(selected: Tensor, entry_bytes: int) -> Segments:
-    """How a selection is cut, whose entries have partial results of ``entry_bytes``; the heads of a group count as one."""
+    """How a selection is cut whose entries have partials of ``entry_bytes``; the heads of a group count as one."""
     batch, queries, groups, count = selected.shape
     return Segments(batch, groups, 1, queries, count, chunk_of(queries, count, entry_bytes))
 

@@ -19,7 +19,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan, alloca
 
 
 def _plan(selected, selected_valid, block_size, keys, tile, row_bytes):
-    """A ``Plan`` without ``pairs``, and the order and begins of lists: of tiles that go by lists, then of the others."""
+    """A ``Plan`` without ``pairs``; the order and begins of lists: of tiles that go by lists, then of the others."""
     from kernel_index.kernels.sparse.block_sparse_attention import triton_plan
 
     of_unions = triton_plan.unions_plan(selected, selected_valid, -(-keys // block_size), tile)

@@ -6,15 +6,14 @@ Each product is computed once, by the warpgroup whose role it is, and a tile of 
     keys       dP = V·dOᵀ, dZ = P·(dP − delta), dK += dZ·Q; gives dZ to the next
     queries    dQ = dZᵀ·K, stored as the partial result of the tile's entries
 
-So no warpgroup holds more than one sum, and stores of dQ stand in nobody's way.  Scores are transposed: the weights that
-dV and dK need stay in registers.  Where dQ is made otherwise the third role is left out.
+So no warpgroup holds more than one sum, and stores of dQ stand in nobody's way.  Scores are transposed: the weights
+that dV and dK need stay in registers.  Where dQ is made otherwise the third role is left out.
 """
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -22,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernel_index.core.triton.hopper import barriers, product_nt, ring, softcapped, tiles_of, within
+from kernel_index.core.triton.hopper import barriers, product_nt, ring, softcapped, tiles_of
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, Segments, shift_of
@@ -35,6 +34,15 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists impo
     read_number,
     schedule,
 )
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import (
+    await_rows,
+    ends,
+    gather_rows,
+    inner_bounds,
+    offsets,
+    seen,
+    wide,
+)
 
 SLOTS = gl.constexpr(2)
 """Of P, and of dZ, between two roles."""
@@ -44,151 +52,11 @@ THREE, TWO = gl.constexpr(((4, 4, 4, 1), (152, 88, 64, 24))), gl.constexpr(((4, 
 
 
 @gluon.jit
-def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
-    (
-        kv, rows, q_ptr, do_ptr, lse_ptr, delta_ptr, order_ptr, q_b, q_t, q_h, do_b, do_t, do_h, first_segment, CHUNKS,
-        T, G, GROUP,
-    ) = given  # fmt: skip
-    _k_ring, _v_ring, plan, plan_full, plan_empty, _kv_full, _kv_empty = kv
-    q_ring, do_ring, lse_ring, delta_ring, full, empty = rows
-    STAGES: gl.constexpr = q_ring.shape[0]
-    ROWS: gl.constexpr = q_ring.shape[1]
-    D: gl.constexpr = q_ring.shape[2]
-    DV: gl.constexpr = do_ring.shape[2]
-    ENTRIES: gl.constexpr = ROWS // HEADS
-    Q_WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    DO_WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    o_q = gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_WIDE))
-    o_do = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DO_WIDE))
-    o_flat = gl.arange(0, ROWS, layout=FLAT)
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, Q_WIDE))
-    o_dv = gl.arange(0, DV, layout=gl.SliceLayout(0, DO_WIDE))
-    turn = 0
-    tile = 0
-    mbarrier.wait(plan_full.index(0), 0)
-    segment = read_number(plan, 0, FLAT)
-    while segment >= 0:
-        at = turn % PLANS
-        start, stop = read_number(plan, at * NUMBERS + 2, FLAT), read_number(plan, at * NUMBERS + 3, FLAT)
-        mbarrier.arrive(plan_empty.index(at), count=1)
-        group = (first_segment + segment) // CHUNKS
-        b, first_head = (group // G).to(gl.int64), group % G * GROUP
-        p_q = q_ptr + b * q_b + first_head.to(gl.int64) * q_h
-        p_do = do_ptr + b * do_b + first_head.to(gl.int64) * do_h
-        H = G * GROUP
-        o_first = b * T * H + first_head
-        b_q = gl.load(order_ptr + start + o_q // HEADS, mask=start + o_q // HEADS < stop, other=-1)
-        b_flat = gl.load(order_ptr + start + o_flat // HEADS, mask=start + o_flat // HEADS < stop, other=-1)
-        count = gl.cdiv(stop - start, ENTRIES)
-        for i in range(count):
-            first = start + (i + 1) * ENTRIES
-            next_q = gl.load(order_ptr + first + o_q // HEADS, mask=first + o_q // HEADS < stop, other=-1)
-            next_flat = gl.load(order_ptr + first + o_flat // HEADS, mask=first + o_flat // HEADS < stop, other=-1)
-            slot = (tile + i) % STAGES
-            m_q, m_flat = b_q >= 0, b_flat >= 0
-            token = gl.where(m_q, b_q, 0) >> SHIFT
-            p_rows = p_q + (token.to(gl.int64) * q_t + o_q % HEADS * q_h)
-            m_do = gl.convert_layout(m_q, gl.SliceLayout(1, DO_WIDE))
-            token_do = gl.convert_layout(token, gl.SliceLayout(1, DO_WIDE))
-            p_do_rows = p_do + (token_do.to(gl.int64) * do_t + o_do % HEADS * do_h)
-            o_row = o_first + (gl.where(m_flat, b_flat, 0) >> SHIFT).to(gl.int64) * H + o_flat % HEADS
-            mbarrier.wait(empty.index(slot), (((tile + i) // STAGES) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(
-                q_ring.index(slot), p_rows[:, None] + o_d[None, :], mask=m_q[:, None]
-            )
-            async_copy.async_copy_global_to_shared(
-                do_ring.index(slot), p_do_rows[:, None] + o_dv[None, :], mask=m_do[:, None]
-            )
-            async_copy.async_copy_global_to_shared(lse_ring.index(slot), lse_ptr + o_row, mask=m_flat)
-            async_copy.async_copy_global_to_shared(delta_ring.index(slot), delta_ptr + o_row, mask=m_flat)
-            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-            b_q = next_q
-            b_flat = next_flat
-        tile += count
-        turn += 1
-        at = turn % PLANS
-        mbarrier.wait(plan_full.index(at), (turn // PLANS) & 1)
-        segment = read_number(plan, at * NUMBERS, FLAT)
-
-
-@gluon.jit
-def _ends(order_ptr, first, stop, ENTRIES: gl.constexpr):
-    """The first and the last entry of the tile that begins at ``first``; 0 where there is none."""
-    some = first < stop
-    last = gl.minimum(first + ENTRIES, stop) - 1
-    return gl.load(order_ptr + first, mask=some, other=0), gl.load(order_ptr + last, mask=some, other=0)
-
-
-@gluon.jit
-def _inner_bounds(p_start, p_end, low, high, first_key, SHIFT: gl.constexpr):
-    """From where on and up to where all rows from the entry ``low`` to ``high`` see keys: bounds never decrease.
-
-    Nowhere where one of the two is no entry.
-    """
-    start = gl.load(p_start + (gl.maximum(high, 0) >> SHIFT))
-    end = gl.load(p_end + (gl.maximum(low, 0) >> SHIFT))
-    return gl.where((low < 0) | (high < 0), first_key + 1, start), end
-
-
-@gluon.jit
-def _seen(x, order_ptr, first, stop, p_start, p_end, first_key, HEADS: gl.constexpr, SHIFT: gl.constexpr,
-          S_LAYOUT: gl.constexpr):  # fmt: skip
-    """x [BN, ROWS], 0 where the row does not see the key."""
-    o_entry = first + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, S_LAYOUT)) // HEADS
-    b_entry = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
-    m_m = b_entry >= 0
-    token = gl.where(m_m, b_entry, 0) >> SHIFT
-    start = gl.load(p_start + token, mask=m_m, other=0)
-    end = gl.load(p_end + token, mask=m_m, other=0)
-    o_k = first_key + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
-    return gl.where(within(o_k[:, None], start[None, :], end[None, :]), x, 0.0)
-
-
-@gluon.jit
-def _clean_rows(tile, lse_tile, delta_tile, LAYOUT: gl.constexpr):
-    """Sets to 0 the rows of a tile whose log-sum-exp or ``delta`` is not finite: so it is where a value of them is not.
-
-    Their weights become NaN.  Two roles do so, and write the same.
-    """
-    flag = (lse_tile.load(gl.SliceLayout(1, LAYOUT)) + delta_tile.load(gl.SliceLayout(1, LAYOUT))) * 0.0
-    if gl.max((flag != 0.0).to(gl.int32), 0) == 1:
-        tile.store(gl.where((flag == 0.0)[:, None], tile.load(LAYOUT), 0.0).to(tile.dtype))
-
-
-@gluon.jit
-def _await_rows(rows, tile, masked, Q_WIDE: gl.constexpr, DO_WIDE: gl.constexpr):
-    """Until the rows of a tile are there; clean ones, where some may not be seen."""
-    q_ring, do_ring, lse_ring, delta_ring, full, _empty = rows
-    STAGES: gl.constexpr = q_ring.shape[0]
-    slot = tile % STAGES
-    mbarrier.wait(full.index(slot), (tile // STAGES) & 1)
-    if masked:
-        _clean_rows(q_ring.index(slot), lse_ring.index(slot), delta_ring.index(slot), Q_WIDE)
-        _clean_rows(do_ring.index(slot), lse_ring.index(slot), delta_ring.index(slot), DO_WIDE)
-    fence_async_shared()
-    return slot
-
-
-@gluon.jit
-def _offsets(N: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """Of a dense matrix [N, D]."""
-    o_n, o_d = gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT)), gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
-    return o_n[:, None] * D + o_d[None, :]
-
-
-@gluon.constexpr_function
-def _wide(D):
-    """Of rows of D columns: 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-
-
-@gluon.jit
 def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constexpr):
     """The first role: P, which goes to the next, and dV."""
     (
         kv, rows, passed, flags, k_ptr, order_ptr, start_ptr, end_ptr, _dq_ptr, _written_ptr, _dk_ptr, dv_ptr, k_b,
-        k_t, k_h, window_b, first_segment, S, G, GROUPS, N, M, GROUP, CHUNK, CHUNKS, _scale, inner, outer,
+        k_t, k_h, window_b, first_segment, S, G, GROUPS, _N, M, _GROUP, _CHUNK, CHUNKS, _scale, inner, outer,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
     q_ring, do_ring, lse_ring, delta_ring, _full, empty = rows
@@ -199,8 +67,8 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
     DV: gl.constexpr = v_ring.shape[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     V_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
-    Q_WIDE: gl.constexpr = _wide(k_ring.shape[2])
-    DO_WIDE: gl.constexpr = _wide(DV)
+    Q_WIDE: gl.constexpr = wide(k_ring.shape[2])
+    DO_WIDE: gl.constexpr = wide(DV)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     zero = gl.full([BN, ROWS], 0.0, gl.float32, layout=S_LAYOUT)
     turn = 0
@@ -219,9 +87,9 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
         count = gl.cdiv(stop - first, ENTRIES)
         dv = gl.full([BN, DV], 0.0, gl.float32, layout=V_LAYOUT)
         # Loads that depend on each other are a tile apart: entries of the tile after the next, bounds of the next.
-        low, high = _ends(order_ptr, first, stop, ENTRIES)
-        start, end = _inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
-        low, high = _ends(order_ptr, first + ENTRIES, stop, ENTRIES)
+        low, high = ends(order_ptr, first, stop, ENTRIES)
+        start, end = inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
+        low, high = ends(order_ptr, first + ENTRIES, stop, ENTRIES)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         k_tile = k_ring.index(at)
         if bad % 2 == 1:
@@ -229,9 +97,9 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
             cleaned(k_tile, p_k, k_t, S - first_key, flags, Q_WIDE)
         for i in range(count):
             masked = (start > first_key) | (end < first_key + BN)
-            start, end = _inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
-            low, high = _ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
-            slot = _await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
+            start, end = inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
+            low, high = ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
+            slot = await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
             s_started = product_nt(k_tile, q_ring.index(slot), zero)
             lse = lse_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
             s = warpgroup_mma_wait(0, [s_started])
@@ -241,7 +109,7 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
                 p += flags.load(gl.SliceLayout(1, S_LAYOUT))[:, None]
             if masked:
                 p += ((lse + delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))) * 0.0)[None, :]
-                p = _seen(p, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT)
+                p = seen(p, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT)
             b_p = gl.convert_layout(p.to(do_ring.dtype), gl.DotOperandLayout(0, V_LAYOUT, k_width=2))
             dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
             if CAPPED:
@@ -253,7 +121,7 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
             dv = warpgroup_mma_wait(0, [dv_started])
             mbarrier.arrive(empty.index(slot), count=1)
         mbarrier.arrive(kv_empty.index(at), count=1)
-        gl.store(dv_ptr + (segment * M + part).to(gl.int64) * BN * DV + _offsets(BN, DV, V_LAYOUT), dv)
+        gl.store(dv_ptr + (segment * M + part).to(gl.int64) * BN * DV + offsets(BN, DV, V_LAYOUT), dv)
         tile += count
         turn += 1
         at = turn % PLANS
@@ -266,10 +134,10 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
     """The second role: dZ, which goes to the next, and dK."""
     (
         kv, rows, passed, _flags, _k_ptr, order_ptr, start_ptr, end_ptr, _dq_ptr, _written_ptr, dk_ptr, _dv_ptr, _k_b,
-        _k_t, _k_h, window_b, first_segment, S, G, GROUPS, N, M, GROUP, CHUNK, CHUNKS, scale, _inner, _outer,
+        _k_t, _k_h, window_b, first_segment, _S, G, _GROUPS, _N, M, _GROUP, _CHUNK, CHUNKS, scale, _inner, _outer,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
-    q_ring, do_ring, lse_ring, delta_ring, _full, empty = rows
+    q_ring, do_ring, _lse_ring, delta_ring, _full, empty = rows
     p_ring, p_full, p_empty, dz_ring, dz_full, dz_empty = passed
     ROWS: gl.constexpr = q_ring.shape[1]
     ENTRIES: gl.constexpr = ROWS // HEADS
@@ -277,8 +145,8 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
     D: gl.constexpr = k_ring.shape[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    Q_WIDE: gl.constexpr = _wide(D)
-    DO_WIDE: gl.constexpr = _wide(v_ring.shape[2])
+    Q_WIDE: gl.constexpr = wide(D)
+    DO_WIDE: gl.constexpr = wide(v_ring.shape[2])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     zero = gl.full([BN, ROWS], 0.0, gl.float32, layout=S_LAYOUT)
     turn = 0
@@ -297,16 +165,16 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
         count = gl.cdiv(stop - first, ENTRIES)
         dk = gl.full([BN, D], 0.0, gl.float32, layout=K_LAYOUT)
         # Loads that depend on each other are a tile apart: entries of the tile after the next, bounds of the next.
-        low, high = _ends(order_ptr, first, stop, ENTRIES)
-        start, end = _inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
-        low, high = _ends(order_ptr, first + ENTRIES, stop, ENTRIES)
+        low, high = ends(order_ptr, first, stop, ENTRIES)
+        start, end = inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
+        low, high = ends(order_ptr, first + ENTRIES, stop, ENTRIES)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         v_tile = v_ring.index(at)
         for i in range(count):
             masked = (start > first_key) | (end < first_key + BN)
-            start, end = _inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
-            low, high = _ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
-            slot = _await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
+            start, end = inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
+            low, high = ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
+            slot = await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
             dp_started = product_nt(v_tile, do_ring.index(slot), zero)
             delta = delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
             dp = warpgroup_mma_wait(0, [dp_started])
@@ -316,7 +184,7 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
             mbarrier.arrive(p_empty.index(at_p), count=1)
             dz = p * (dp - delta[None, :])
             if masked:  # 0 times a dp of NaN is not 0
-                dz = _seen(dz, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT)
+                dz = seen(dz, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT)
             b_dz = dz.to(q_ring.dtype)
             w_dz = gl.convert_layout(b_dz, gl.DotOperandLayout(0, K_LAYOUT, k_width=2))
             dk_started = warpgroup_mma(w_dz, q_ring.index(slot), dk, is_async=True)
@@ -328,7 +196,7 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
             dk = warpgroup_mma_wait(0, [dk_started])
             mbarrier.arrive(empty.index(slot), count=1)
         mbarrier.arrive(kv_empty.index(at), count=1)
-        gl.store(dk_ptr + (segment * M + part).to(gl.int64) * BN * D + _offsets(BN, D, K_LAYOUT), dk * scale)
+        gl.store(dk_ptr + (segment * M + part).to(gl.int64) * BN * D + offsets(BN, D, K_LAYOUT), dk * scale)
         tile += count
         turn += 1
         at = turn % PLANS
@@ -341,17 +209,17 @@ def _queries(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
     """The third role: partial results of dQ."""
     (
         kv, rows, passed, _flags, _k_ptr, order_ptr, _start_ptr, _end_ptr, dq_ptr, written_ptr, _dk_ptr, _dv_ptr, _k_b,
-        _k_t, _k_h, _window_b, first_segment, S, G, GROUPS, N, M, GROUP, CHUNK, CHUNKS, scale, _inner, _outer,
+        _k_t, _k_h, _window_b, first_segment, _S, _G, _GROUPS, N, _M, GROUP, CHUNK, CHUNKS, scale, _inner, _outer,
     ) = given  # fmt: skip
-    k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
-    q_ring, do_ring, lse_ring, delta_ring, _full, _empty = rows
+    k_ring, _v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
+    q_ring, _do_ring, _lse_ring, _delta_ring, _full, _empty = rows
     _p_ring, _p_full, _p_empty, dz_ring, dz_full, dz_empty = passed
     ROWS: gl.constexpr = q_ring.shape[1]
     ENTRIES: gl.constexpr = ROWS // HEADS
     D: gl.constexpr = k_ring.shape[2]
     HALF: gl.constexpr = D // 2
     H_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
-    WIDE: gl.constexpr = _wide(HALF)
+    WIDE: gl.constexpr = wide(HALF)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     nothing = gl.full([ROWS, HALF], 0.0, gl.float32, layout=H_LAYOUT)
     o_wide = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
@@ -462,7 +330,7 @@ def _lists_kernel(
                 (_weights, (consumed, GROUP, SHIFT, CAPPED)),
                 (_keys, (consumed, GROUP, SHIFT, True)),
                 (_queries, (consumed, GROUP, SHIFT)),
-                (_gather, (gathered, GROUP, SHIFT)),
+                (gather_rows, (gathered, GROUP, SHIFT)),
                 (schedule, (scheduled,)),
             ],
             THREE[0],
@@ -473,7 +341,7 @@ def _lists_kernel(
             [
                 (_weights, (consumed, GROUP, SHIFT, CAPPED)),
                 (_keys, (consumed, GROUP, SHIFT, False)),
-                (_gather, (gathered, GROUP, SHIFT)),
+                (gather_rows, (gathered, GROUP, SHIFT)),
                 (schedule, (scheduled,)),
             ],
             TWO[0],

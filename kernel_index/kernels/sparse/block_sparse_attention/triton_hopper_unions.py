@@ -17,10 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernel_index.core.triton.hopper import (
-    DTYPES,
     ROWS,
     TWO,
     barriers,
@@ -36,6 +34,7 @@ from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import cleaned, read_number
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import row_ring, rows_of
 from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import unfit_blocks
 
 CONSUMERS = gl.constexpr(2)
@@ -43,22 +42,6 @@ CONSUMERS = gl.constexpr(2)
 INFO = gl.constexpr(4)
 """Of a block of a union: its number, the queries of the first and of the second consumer that selected it as bits, and
 what of it is not finite: 1 keys, 2 values."""
-
-
-def rows_of(x: Tensor, queries: int, heads: int) -> TensorDescriptor:
-    """Tiles of ``queries`` tokens × ``heads`` heads of x [B, T, H, D]; behind the last token are zeros."""
-    block = [1, queries, heads, x.shape[3]]
-    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape, x.stride(), strict=True)]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
-
-
-@gluon.jit
-def _rows(desc, COUNT: gl.constexpr):
-    """Shared memory for COUNT tiles of rows, each [64, columns]."""
-    COLUMNS: gl.constexpr = desc.block_type.shape[3]
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, COLUMNS], desc.dtype)
-    return gl.allocate_shared_memory(desc.dtype, [COUNT, 64, COLUMNS], LAYOUT)
 
 
 @gluon.jit
@@ -161,7 +144,7 @@ def _store_rows(p_out, value, b, o_q, o_h, T, H, LAYOUT: gl.constexpr):
 @gluon.jit
 def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: gl.constexpr):
     (
-        row_rings, buffers, flag_ring, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, _delta_ptr, v_b, v_t, v_h,
+        row_rings, buffers, flag_ring, _k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, _delta_ptr, v_b, v_t, v_h,
         window_b, TILES, T, S, H, G, GROUPS, GROUP, total, QUERIES, _scale, inner, outer,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, info, plan_full, plan_empty, q_full, q_empty, kv_full, kv_empty = buffers
@@ -192,7 +175,7 @@ def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         acc = gl.full([64, DV], 0.0, gl.float32, layout=O_LAYOUT)
         mbarrier.wait(q_full.index(0), turn & 1)
         q_tile = row_rings[0].index(CONSUMER)
-        for i in range(size):
+        for _i in range(size):
             slot = at % STAGES
             mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
             bits = read_number(info, slot * INFO + 1 + CONSUMER, ONE)
@@ -236,7 +219,7 @@ def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
 @gluon.jit
 def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: gl.constexpr):
     (
-        row_rings, buffers, flag_ring, k_ptr, v_ptr, start_ptr, end_ptr, dq_ptr, lse_ptr, delta_ptr, k_b, k_t, k_h,
+        row_rings, buffers, flag_ring, k_ptr, _v_ptr, start_ptr, end_ptr, dq_ptr, lse_ptr, delta_ptr, k_b, k_t, k_h,
         window_b, TILES, T, S, H, G, GROUPS, GROUP, total, QUERIES, scale, inner, outer,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, info, plan_full, plan_empty, q_full, q_empty, kv_full, kv_empty = buffers
@@ -269,7 +252,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         dq = gl.full([64, D], 0.0, gl.float32, layout=Q_LAYOUT)
         mbarrier.wait(q_full.index(0), turn & 1)
         q_tile, do_tile = row_rings[0].index(CONSUMER), row_rings[1].index(CONSUMER)
-        for i in range(size):
+        for _i in range(size):
             slot = at % STAGES
             mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
             bits = read_number(info, slot * INFO + 1 + CONSUMER, ONE)
@@ -312,16 +295,18 @@ def _by_unions_kernel(
     total, QUERIES, scale, inner, outer,
     HEADS: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr, FORWARD: gl.constexpr,
 ):  # fmt: skip
-    """``total`` tiles of all groups, TILES of each; QUERIES of a consumer.  FORWARD: the output and log-sum-exp, else dQ;
-    ``x_b, x_t, x_h`` are the strides of what is summed: values forward, keys backward."""
+    """``total`` tiles of all groups, TILES of each; QUERIES of a consumer.
+
+    FORWARD: the output and the log-sum-exp; else dQ.  ``x_b, x_t, x_h``: strides of what is summed, values or keys.
+    """
     ONES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BN: gl.constexpr = k_desc.block_type.shape[1]
     if FORWARD:
         row_descs = (q_desc,)
-        row_rings = (_rows(q_desc, CONSUMERS),)
+        row_rings = (row_ring(q_desc, CONSUMERS),)
     else:
         row_descs = (q_desc, do_desc)
-        row_rings = (_rows(q_desc, CONSUMERS), _rows(do_desc, CONSUMERS))
+        row_rings = (row_ring(q_desc, CONSUMERS), row_ring(do_desc, CONSUMERS))
     buffers = (
         ring(k_desc, STAGES),
         ring(v_desc, STAGES),

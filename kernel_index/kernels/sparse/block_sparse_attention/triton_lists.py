@@ -171,9 +171,8 @@ def _merge_kernel(
     o_entry, o_g, o_row, m_m = merged_rows(
         sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
     )  # [ROWS]
-    if TILE > 0:
-        if tl.max(m_m.to(tl.int32), 0) == 0:
-            return
+    if TILE > 0 and tl.max(m_m.to(tl.int32), 0) == 0:
+        return
     o_partial = o_entry * GROUP + o_g
     o_n = tl.arange(0, BLOCK_N)
     m_n = m_m[:, None] & (o_n < N)[None, :]  # [ROWS, BLOCK_N]

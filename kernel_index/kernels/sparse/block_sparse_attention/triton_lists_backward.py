@@ -177,9 +177,8 @@ def _merge_queries_kernel(
     o_entry, o_g, o_row, m_m = merged_rows(
         sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
     )  # [ROWS]
-    if TILE > 0:
-        if tl.max(m_m.to(tl.int32), 0) == 0:
-            return
+    if TILE > 0 and tl.max(m_m.to(tl.int32), 0) == 0:
+        return
     dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for j in range(0, N):
         m_written = tl.load(written_ptr + o_entry + j, mask=m_m, other=0) != 0  # [ROWS]
