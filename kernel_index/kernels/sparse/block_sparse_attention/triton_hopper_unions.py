@@ -87,24 +87,30 @@ def _produce(given):
             p_blocks = blocks_ptr + (group * TILES + tile).to(gl.int64) * UNION
             p_members = members_ptr + (group * TILES + tile).to(gl.int64) * UNION
             p_bad = bad_ptr + (b * (G // GROUPS) + kv_head) * BLOCKS
-            block = gl.load(p_blocks, mask=size > 0, other=0)
-            members = gl.load(p_members, mask=size > 0, other=0)
+            # Loads that depend on each other are a block apart.
+            block, members = gl.load(p_blocks, mask=size > 0, other=0), gl.load(p_members, mask=size > 0, other=0)
+            bad = gl.load(p_bad + block)
+            next_block = gl.load(p_blocks + 1, mask=size > 1, other=0)
+            next_members = gl.load(p_members + 1, mask=size > 1, other=0)
             for i in range(size):
-                next_block = gl.load(p_blocks + i + 1, mask=i + 1 < size, other=0)
-                next_members = gl.load(p_members + i + 1, mask=i + 1 < size, other=0)
-                bad = gl.load(p_bad + block).to(gl.int32)
+                next_bad = gl.load(p_bad + next_block)
+                after_block = gl.load(p_blocks + i + 2, mask=i + 2 < size, other=0)
+                after_members = gl.load(p_members + i + 2, mask=i + 2 < size, other=0)
                 slot = at % STAGES
                 mbarrier.wait(kv_empty.index(slot), ((at // STAGES) & 1) ^ 1)
                 _put(info, slot * INFO, block)
                 _put(info, slot * INFO + 1, ((members << (64 - QUERIES)) >> (64 - QUERIES)).to(gl.int32))
                 _put(info, slot * INFO + 2, (members >> QUERIES).to(gl.int32))
-                _put(info, slot * INFO + 3, bad)
+                _put(info, slot * INFO + 3, bad.to(gl.int32))
                 mbarrier.arrive(kv_full.index(slot), count=1)
                 mbarrier.expect(kv_full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
                 copy_tile(k_desc, b, block * BLOCK, kv_head, kv_full.index(slot), k_ring.index(slot))
                 copy_tile(v_desc, b, block * BLOCK, kv_head, kv_full.index(slot), v_ring.index(slot))
                 block = next_block
                 members = next_members
+                bad = next_bad
+                next_block = after_block
+                next_members = after_members
                 at += 1
             turn += 1
         number = after
