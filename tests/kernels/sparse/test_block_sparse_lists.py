@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.core.target import Target, pretend
+from kernel_index.core.target import Target, has_package, pretend
 from kernel_index.core.triton import launch
 from kernel_index.kernels.sparse.block_sparse_attention import lists, plan, triton_plan
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
-from kernel_index.kernels.sparse.block_sparse_attention.geometry import cut_of
+from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut, cut_of
 from kernel_index.proofs.errors import floor, relative_error
 from kernel_index.proofs.traffic import counted
 from tests.kernels.sparse.test_block_sparse_triton import DOCUMENTS, contenders, draw, with_gradients
@@ -146,6 +146,18 @@ def test_segments_are_cut_evenly(monkeypatch):
     assert lists.segments_at_once(1000, two_heads, 2) == 1
     assert lists.segments_at_once(1, two_heads._replace(batch=2), 2) == 24
     assert lists.segments_at_once(30, two_heads._replace(chunk=16), 12) == 2  # of the four chunks of a head
+
+
+@pytest.mark.skipif(not has_package("triton"), reason="needs Triton")
+def test_two_consumers_share_a_union_on_hopper():
+    q, k, cut = *(torch.empty(1, 8, 8, n, dtype=torch.bfloat16, device="meta") for n in (128, 64)), Cut(8, 8, 8)
+    with pretend(Target("cuda", 90)):
+        assert lists.tile_of(cut, q, k, 64) == 16
+        assert {lists.tile_of(cut, q, k, 128), lists.tile_of(cut, q.float(), k, 64)} == {8}
+        assert lists.tile_of(Cut(8, 8, 7), q, k, 64) == 8  # heads that are no power of two
+        assert lists.tile_of(cut, q, k[..., :48], 64) == 8
+    with pretend(Target("cuda", 100)):
+        assert lists.tile_of(cut, q, k, 64) == 8
 
 
 def test_both_ways_are_taken_on_hopper():
