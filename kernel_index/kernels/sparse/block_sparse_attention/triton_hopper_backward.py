@@ -36,9 +36,8 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists impo
 )
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import (
     await_rows,
-    ends,
     gather_rows,
-    inner_bounds,
+    is_masked,
     offsets,
     seen,
     wide,
@@ -47,7 +46,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows impor
 SLOTS = gl.constexpr(2)
 """Of P, and of dZ, between two roles."""
 
-THREE, TWO = gl.constexpr(((4, 4, 4, 1), (152, 88, 64, 24))), gl.constexpr(((4, 4, 1), (192, 72, 24)))
+THREE, TWO = gl.constexpr(((4, 4, 4, 1), (152, 96, 64, 24))), gl.constexpr(((4, 4, 1), (192, 72, 24)))
 """Warps and registers of the roles behind the first: keys, queries, gather, schedule; and without queries."""
 
 
@@ -86,21 +85,17 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
         first_key = block * BN
         count = gl.cdiv(stop - first, ENTRIES)
         dv = gl.full([BN, DV], 0.0, gl.float32, layout=V_LAYOUT)
-        # Loads that depend on each other are a tile apart: entries of the tile after the next, bounds of the next.
-        low, high = ends(order_ptr, first, stop, ENTRIES)
-        start, end = inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
-        low, high = ends(order_ptr, first + ENTRIES, stop, ENTRIES)
+        masked = is_masked(order_ptr, first, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         k_tile = k_ring.index(at)
         if bad % 2 == 1:
             p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS).to(gl.int64) * k_h + first_key.to(gl.int64) * k_t
             cleaned(k_tile, p_k, k_t, S - first_key, flags, Q_WIDE)
         for i in range(count):
-            masked = (start > first_key) | (end < first_key + BN)
-            start, end = inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
-            low, high = ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
             slot = await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
             s_started = product_nt(k_tile, q_ring.index(slot), zero)
+            following = first + (i + 1) * ENTRIES
+            next_masked = is_masked(order_ptr, following, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
             lse = lse_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
             s = warpgroup_mma_wait(0, [s_started])
             z = softcapped(s, inner, CAPPED)
@@ -120,6 +115,7 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
             mbarrier.arrive(p_full.index(at_p), count=1)
             dv = warpgroup_mma_wait(0, [dv_started])
             mbarrier.arrive(empty.index(slot), count=1)
+            masked = next_masked
         mbarrier.arrive(kv_empty.index(at), count=1)
         gl.store(dv_ptr + (segment * M + part).to(gl.int64) * BN * DV + offsets(BN, DV, V_LAYOUT), dv)
         tile += count
@@ -164,18 +160,14 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
         first_key = block * BN
         count = gl.cdiv(stop - first, ENTRIES)
         dk = gl.full([BN, D], 0.0, gl.float32, layout=K_LAYOUT)
-        # Loads that depend on each other are a tile apart: entries of the tile after the next, bounds of the next.
-        low, high = ends(order_ptr, first, stop, ENTRIES)
-        start, end = inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
-        low, high = ends(order_ptr, first + ENTRIES, stop, ENTRIES)
+        masked = is_masked(order_ptr, first, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         v_tile = v_ring.index(at)
         for i in range(count):
-            masked = (start > first_key) | (end < first_key + BN)
-            start, end = inner_bounds(p_start, p_end, low, high, first_key, SHIFT)
-            low, high = ends(order_ptr, first + (i + 2) * ENTRIES, stop, ENTRIES)
             slot = await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
             dp_started = product_nt(v_tile, do_ring.index(slot), zero)
+            following = first + (i + 1) * ENTRIES
+            next_masked = is_masked(order_ptr, following, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
             delta = delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
             dp = warpgroup_mma_wait(0, [dp_started])
             at_p, phase = (tile + i) % SLOTS, ((tile + i) // SLOTS) & 1
@@ -195,6 +187,7 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
                 mbarrier.arrive(dz_full.index(at_p), count=1)
             dk = warpgroup_mma_wait(0, [dk_started])
             mbarrier.arrive(empty.index(slot), count=1)
+            masked = next_masked
         mbarrier.arrive(kv_empty.index(at), count=1)
         gl.store(dk_ptr + (segment * M + part).to(gl.int64) * BN * D + offsets(BN, D, K_LAYOUT), dk * scale)
         tile += count

@@ -101,22 +101,17 @@ def gather_rows(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
 
 
 @gluon.jit
-def ends(order_ptr, first, stop, ENTRIES: gl.constexpr):
-    """The first and the last entry of the tile that begins at ``first``; 0 where there is none."""
+def is_masked(
+    order_ptr, first, stop, p_start, p_end, first_key, BN: gl.constexpr, ENTRIES: gl.constexpr, SHIFT: gl.constexpr
+):
+    """Whether a row of the tile of entries from ``first`` on may not see a key: bounds never decrease."""
     some = first < stop
     last = gl.minimum(first + ENTRIES, stop) - 1
-    return gl.load(order_ptr + first, mask=some, other=0), gl.load(order_ptr + last, mask=some, other=0)
-
-
-@gluon.jit
-def inner_bounds(p_start, p_end, low, high, first_key, SHIFT: gl.constexpr):
-    """From where on and up to where all rows from the entry ``low`` to ``high`` see keys: bounds never decrease.
-
-    Nowhere where one of the two is no entry.
-    """
+    low = gl.load(order_ptr + first, mask=some, other=0)
+    high = gl.load(order_ptr + last, mask=some, other=0)
     start = gl.load(p_start + (gl.maximum(high, 0) >> SHIFT))
     end = gl.load(p_end + (gl.maximum(low, 0) >> SHIFT))
-    return gl.where((low < 0) | (high < 0), first_key + 1, start), end
+    return (low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN)
 
 
 @gluon.jit
