@@ -102,10 +102,11 @@ class Inputs:
         return self._dense() | {OURS + name: made for name, made in ours.items()} | self._peers(route)
 
     def _peers(self, route: Callable[[], Any]) -> dict[str, Callable[[], Prepared]]:
-        """flash-linear-attention's, which takes 16 heads and more for a KV head."""
+        """XunhaoLai's NSA, and flash-linear-attention's, which takes 16 heads and more for a KV head."""
         (q, k, v), cell = self.leaves, self.cell
+        found = {"XunhaoLai NSA attend": lambda: self._xunhao_lai(route())}
         if cell.heads // cell.kv_heads < 16:
-            return {}
+            return found
         gate = torch.ones(q.shape[:3], device=q.device, dtype=q.dtype)
         sizes: dict[str, Any] = {"block_counts": cell.count, "block_size": cell.block}
 
@@ -134,7 +135,22 @@ class Inputs:
 
             return Prepared(call)
 
-        return {"fla NSA attend": attend, "fla NSA, compressed and selected": whole, "fla MoBA": moba}
+        return found | {"fla NSA attend": attend, "fla NSA, compressed and selected": whole, "fla MoBA": moba}
+
+    def _xunhao_lai(self, given: Any) -> Prepared:
+        """github.com/XunhaoLai/native-sparse-attention-triton: blocks [KV head, token, n] ascend, −1 at the end."""
+        from native_sparse_attention.ops.triton.topk_sparse_attention import TopkSparseAttention
+
+        (q, k, v), cell, nothing = self.leaves, self.cell, torch.iinfo(torch.int32).max
+        blocks = torch.where(given.valid, given.indices, nothing).int()[0].sort(-1).values
+        blocks = torch.where(blocks == nothing, -1, blocks).transpose(0, 1).contiguous()
+        starts = torch.tensor([0, cell.tokens], device=q.device, dtype=torch.int32)
+
+        def call() -> Tensor:
+            lengths = starts, starts, cell.tokens, cell.tokens
+            return TopkSparseAttention.apply(q[0], k[0], v[0], blocks, cell.block, *lengths, None)[None]
+
+        return Prepared(call, lambda: self._seen(given))
 
     def _dense(self) -> dict[str, Callable[[], Prepared]]:
         if self.cell.shared:

@@ -152,7 +152,8 @@ def test_the_dry_run_of_sparse_attention_gives_every_row(tmp_path):
         assert is_selection or row["error"] < 3e-2, row
         assert name.startswith("dense") or row["by"] == "triton"
     assert {r["contender"] for r in content["break_even"]} == {f"kernel_index {n}" for n in (*ours, "exact_token")}
-    assert content["left_out"] == {"dense FA4": "No module named 'flash_attn'"}
+    missing = {"dense FA4": "flash_attn", "XunhaoLai NSA attend": "native_sparse_attention"}
+    assert content["left_out"] == {name: f"No module named '{module}'" for name, module in missing.items()}
     assert "left out: dense FA4" in said
 
 

@@ -10,7 +10,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.core.target import has_package
-from kernel_index.kernels.sparse.block_sparse_attention import lists
+from kernel_index.kernels.sparse.block_sparse_attention import lists, plan
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.proofs.errors import relative_error
 
@@ -28,8 +28,8 @@ MASKS = {
 
 @pytest.fixture
 def segments(monkeypatch):
-    """Several segments and parts of lists, with gradients too."""
-    monkeypatch.setattr(lists, "GRADIENT_WASTE", 0)
+    """Several segments and parts of lists."""
+    monkeypatch.setattr(lists, "BOTH_EVERYWHERE", True)
     monkeypatch.setattr(lists, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(lists, "FEWEST", 128)
     monkeypatch.setattr(lists, "PART_ROWS", {"forward": 512, "backward": 512})
@@ -56,6 +56,7 @@ def results(tensors, upstream, backend, dtype, **call):
 
 
 @on_hopper
+@pytest.mark.parametrize("waste", [0, 2.2, 99])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
@@ -69,8 +70,10 @@ def results(tensors, upstream, backend, dtype, **call):
         (8, 1, 1, 128, 128),
     ],
 )
-def test_values_and_gradients(heads, kv_heads, groups, width, block, mask, softcap, segments, monkeypatch):
+def test_values_and_gradients(heads, kv_heads, groups, width, block, mask, softcap, waste, segments, monkeypatch):
+    """0: all tiles that select something go by lists; 99: all tiles of a group go by unions."""
     monkeypatch.setattr(lists, "use_lists", lambda cut, *_: cut.group == 1)
+    monkeypatch.setattr(plan, "WASTE", waste)
     tensors, selected, upstream = draw(heads, kv_heads, groups, width, block)
     call = {"selected": selected, "block_size": block, "mask": MASKS[mask].to("cuda"), "softcap": softcap}
     got, again = (results(tensors, upstream, "triton", torch.bfloat16, **call) for _ in range(2))
@@ -87,8 +90,10 @@ def test_values_and_gradients(heads, kv_heads, groups, width, block, mask, softc
 
 
 @on_hopper
+@pytest.mark.parametrize("waste", [0, 2.2, 99])
 @pytest.mark.parametrize("what", ["q", "k", "v", "upstream"])
-def test_what_a_mask_excludes_changes_no_bit(what, segments):
+def test_what_a_mask_excludes_changes_no_bit(what, waste, segments, monkeypatch):
+    monkeypatch.setattr(plan, "WASTE", waste)
     tensors, selected, upstream = draw(32, 4, 4, 128, 64)
     call = {"selected": selected, "block_size": 64, "mask": MASKS["documents"].to("cuda")}
     before = results(tensors, upstream, "triton", torch.bfloat16, **call)
@@ -128,6 +133,7 @@ def test_it_compiles_without_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert {(row[0], row[1]) for row in rows} == {("_partials_kernel", "compiled")}
+    names = "_partials_kernel", "_lists_kernel", "_by_unions_kernel"
+    assert {(row[0], row[1]) for row in rows} == {(name, "compiled") for name in names}
     # What is spilled is of the path of NaN, and descriptors of tiles that stay.
     assert all(int(row[2]) <= 1024 for row in rows), rows

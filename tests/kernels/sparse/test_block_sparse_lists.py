@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.core.target import Target, pretend
+from kernel_index.core.target import Target, has_package, pretend
 from kernel_index.core.triton import launch
-from kernel_index.kernels.sparse.block_sparse_attention import lists, plan
+from kernel_index.kernels.sparse.block_sparse_attention import lists, plan, triton_plan
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
-from kernel_index.kernels.sparse.block_sparse_attention.geometry import cut_of
+from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut, cut_of
 from kernel_index.proofs.errors import floor, relative_error
 from kernel_index.proofs.traffic import counted
 from tests.kernels.sparse.test_block_sparse_triton import DOCUMENTS, contenders, draw, with_gradients
@@ -22,6 +22,7 @@ CALLS = {
     "T > S, softcap, a short last block": ((1, 21, 9, 2, 2, 1, 8, 8, 2, 4), {"softcap": 2.0}),
     "two heads together, documents": ((2, 21, 21, 4, 2, 2, 8, 5, 4, 8), {"mask": DOCUMENTS}),
     "three heads together, softcap": ((1, 21, 30, 6, 2, 1, 8, 8, 3, 4), {"softcap": 2.0}),
+    "two heads together, blocks cut in two": ((1, 140, 300, 4, 2, 2, 8, 8, 1, 128), {}),
     "blocks cut in two": ((1, 140, 300, 2, 2, 1, 8, 8, 1, 128), {"mask": ki.MaskContract(causal=False)}),
 }
 
@@ -37,7 +38,9 @@ def by_both(monkeypatch):
 
 
 @interpreted
-@pytest.mark.thorough_if(when=lambda name, small: small or not name.startswith(("T > S", "blocks")))
+@pytest.mark.thorough_if(
+    when=lambda name, small: small or not name.startswith(("T > S", "blocks", "two heads together, b"))
+)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("small", [False, True])
 def test_values_and_gradients(name, small, by_lists, monkeypatch):
@@ -49,12 +52,19 @@ def test_values_and_gradients(name, small, by_lists, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("shared", [1, 2, 99])
-@pytest.mark.parametrize("name", ["two heads together, documents", "three heads together, softcap"])
-def test_blocks_that_a_tile_shares_beside_lists_of_the_others(name, shared, by_both, monkeypatch):
-    """1: all go by unions; 99: all go by lists."""
-    monkeypatch.setattr(plan, "SHARED", shared)
+@pytest.mark.parametrize("waste", [0, 3.5, 99])
+@pytest.mark.parametrize(
+    "name", ["two heads together, documents", "three heads together, softcap", "two heads together, blocks cut in two"]
+)
+def test_tiles_by_unions_beside_tiles_by_lists(name, waste, by_both, monkeypatch):
+    """0: all that select something go by lists; 99: all go by unions."""
+    monkeypatch.setattr(plan, "WASTE", waste)
+    sizes = []
+    unions = triton_plan.unions_plan
+    monkeypatch.setattr(triton_plan, "unions_plan", lambda *a: sizes.append(unions(*a)[2]) or unions(*a))
     compare(name)
+    went = [bool((size < 0).any()) for size in sizes], [bool((size > 0).any()) for size in sizes]
+    assert went == ([waste < 99] * len(sizes), [waste > 0] * len(sizes))
 
 
 def compare(name):
@@ -138,6 +148,18 @@ def test_segments_are_cut_evenly(monkeypatch):
     assert lists.segments_at_once(30, two_heads._replace(chunk=16), 12) == 2  # of the four chunks of a head
 
 
+@pytest.mark.skipif(not has_package("triton"), reason="needs Triton")
+def test_two_consumers_share_a_union_on_hopper():
+    q, k, cut = *(torch.empty(1, 8, 8, n, dtype=torch.bfloat16, device="meta") for n in (128, 64)), Cut(8, 8, 8)
+    with pretend(Target("cuda", 90)):
+        assert lists.tile_of(cut, q, k, 64) == 16
+        assert {lists.tile_of(cut, q, k, 128), lists.tile_of(cut, q.float(), k, 64)} == {8}
+        assert lists.tile_of(Cut(8, 8, 7), q, k, 64) == 8  # heads that are no power of two
+        assert lists.tile_of(cut, q, k[..., :48], 64) == 8
+    with pretend(Target("cuda", 100)):
+        assert lists.tile_of(cut, q, k, 64) == 8
+
+
 def test_both_ways_are_taken_on_hopper():
     q, k = (torch.empty(1, n, heads, 128, dtype=torch.bfloat16, device="meta") for n, heads in ((8, 8), (512, 1)))
     selected = torch.empty(1, 8, 1, 2, dtype=torch.int64, device="meta")
@@ -150,8 +172,7 @@ def test_both_ways_are_taken_on_hopper():
         assert lists.use_both(together, call, 64)
         assert not lists.use_both(cut_of(1, 2, 64), call, 64)
         assert lists.use_both(together, with_gradient, 64)
-        assert lists.use_both(together, call._replace(selected=three), 64)
-        assert not lists.use_both(together, with_gradient._replace(selected=three), 64)  # a union has at most 8 of 3
-        assert not lists.use_both(cut_of(32, 2, 64), with_gradient, 64)  # tiles of two queries
+        assert not lists.use_both(together, call._replace(selected=three), 64)  # a union has at most 8 of 3
+        assert not lists.use_both(cut_of(32, 2, 64), call, 64)  # tiles of two queries
     with pretend(Target("cuda", 100)):
         assert not lists.use_both(together, call, 64)

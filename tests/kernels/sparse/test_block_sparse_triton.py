@@ -202,32 +202,35 @@ def test_the_plan_is_what_counting_gives(tile, seed):
 
 
 @interpreted
-@pytest.mark.parametrize("shared", [1, 2, 3])
+@pytest.mark.parametrize("waste", [0, 2, 99])
 @pytest.mark.parametrize("seed", range(2))
-def test_the_shared_blocks_are_what_counting_gives(shared, seed, monkeypatch):
+@pytest.mark.parametrize("picks", [1, 5])
+def test_unions_and_their_rule_are_what_counting_gives(picks, waste, seed, monkeypatch):
     from kernel_index.kernels.sparse.block_sparse_attention import triton_plan
 
-    monkeypatch.setattr(plan, "SHARED", shared)
+    monkeypatch.setattr(plan, "WASTE", waste)
     generator = torch.Generator().manual_seed(seed)
-    batch, queries, groups, picks, blocks, tile = 2, 22, 2, 5, 7, 4
+    batch, queries, groups, blocks, tile = 2, 22, 2, 7, 4
     selected = torch.randint(-2, blocks + 2, (batch, queries, groups, picks), generator=generator).to(torch.int16)
+    selected[:, 4:8, :, 0] = 3  # a tile that shares more
     valid = torch.rand(selected.shape, generator=generator) < 0.8
-    union, members, sizes, others = triton_plan.shared_plan(selected, valid, blocks, tile)
+    valid[:, 8:12] = False  # a tile that selects nothing
+    union, members, sizes = triton_plan.unions_plan(selected, valid, blocks, tile)
+    ways = set()
     for b in range(batch):
         for g in range(groups):
             rows = zip(selected[b, :, g].tolist(), valid[b, :, g].tolist(), strict=True)
-            own = [[p if kept and 0 <= p < blocks else -1 for p, kept in zip(*row, strict=True)] for row in rows]
+            own = [{p for p, kept in zip(*row, strict=True) if kept and 0 <= p < blocks} for row in rows]
             for i in range(sizes.shape[2]):
                 together = own[i * tile : (i + 1) * tile]
-                counts = {j: sum(j in mine for mine in together) for mine in together for j in mine if j >= 0}
-                expected = sorted(j for j, count in counts.items() if count >= shared)
-                length = int(sizes[b, g, i])
-                assert union[b, g, i, :length].tolist() == expected
+                expected = sorted(set.union(*together))
+                by_union = len(expected) * tile <= waste * sum(map(len, together))
+                assert int(sizes[b, g, i]) == (len(expected) if by_union else -1)
+                assert union[b, g, i, : len(expected)].tolist() == expected
                 bits = [sum(1 << q for q, mine in enumerate(together) if j in mine) for j in expected]
-                assert members[b, g, i, :length].tolist() == bits
-                for q, mine in enumerate(together):
-                    alone = [j >= 0 and counts[j] < shared and j not in mine[:n] for n, j in enumerate(mine)]
-                    assert others[b, i * tile + q, g].tolist() == alone
+                assert members[b, g, i, : len(expected)].tolist() == bits
+                ways.add(by_union)
+    assert ways == ({True} if waste == 99 else {True, False})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import rules
 from kernel_index.core.target import Target, target_of, triton_version
 from kernel_index.core.triton.launch import (
     INTERPRETED_CONFIG,
@@ -21,6 +20,7 @@ from kernel_index.core.triton.launch import (
     interpreting,
     next_power_of_2,
 )
+from kernel_index.kernels.sparse.block_sparse_attention import plan
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut
 
@@ -41,9 +41,6 @@ FEWEST = 1024
 WASTE = 8
 """Lists are used from this ratio on: products of a tile's union over products of its selected blocks, at most."""
 
-
-GRADIENT_WASTE = 4
-"""The same for groups with gradients on Hopper: lists took as long as unions that multiply four times would."""
 
 WIDEST = 256
 """Bytes of a head at most: the sums of dK and dV of a wider one do not fit into registers."""
@@ -66,10 +63,9 @@ def use_lists(cut: Cut, head_bytes: int, block_size: int, blocks: int, count: in
 
 
 def use_both(cut: Cut, call: BlockSparseCall, block_size: int) -> bool:
-    """For heads that share a selection: blocks that neighbours share by unions, the others by lists.
+    """For heads that share a selection: tiles whose queries select much alike by unions, the others by lists.
 
-    On Hopper alone, where both ways were timed.  The backward pass goes by lists alone, so with gradients not where a
-    union cannot waste much.
+    On Hopper alone, where both ways were timed, and where a union may waste more than the tiles that go by unions.
     """
     q, v, target = call.q, call.v, target_of(call.q.device)
     if cut.group < 2 or not takes_lists(cut, head_bytes_of(q, v), block_size):
@@ -78,12 +74,25 @@ def use_both(cut: Cut, call: BlockSparseCall, block_size: int) -> bool:
         return True
     if target.kind != "cuda" or target.arch != 90 or q.element_size() != 2 or cut.group & (cut.group - 1):
         return False
-    most = min(cut.queries, call.blocks // max(1, call.selected.shape[3]))
-    return most >= GRADIENT_WASTE or not rules.wants_gradient(q, call.k, v)
+    return min(cut.queries, call.blocks // max(1, call.selected.shape[3])) > plan.WASTE
 
 
 BOTH_EVERYWHERE = False
 """For tests."""
+
+
+def hopper_unions(cut: Cut, q: Tensor, v: Tensor, block_size: int) -> bool:
+    """Whether tiles that go by unions are taken two at a time, by the kernels of ``triton_hopper_unions.py``."""
+    target = target_of(q.device)
+    if target.kind != "cuda" or target.arch != 90 or q.element_size() != 2 or triton_version() < (3, 6):
+        return False
+    fits = cut.heads == cut.group and cut.rows == STEP and block_size in (16, 32, 64)
+    return fits and all(x.shape[3] in (64, 128) for x in (q, v))
+
+
+def tile_of(cut: Cut, q: Tensor, v: Tensor, block_size: int) -> int:
+    """Queries that have one union."""
+    return cut.queries * (2 if hopper_unions(cut, q, v, block_size) else 1)
 
 
 def split(selected: Tensor, selected_valid: Tensor | None, block_size: int) -> tuple[Tensor, Tensor | None, int]:
@@ -110,7 +119,7 @@ class Segments(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return ceil_div(self.queries, self.chunk)
+        return ceil_div(self.queries, max(1, self.chunk))
 
     @property
     def segments(self) -> int:
@@ -158,21 +167,30 @@ class ListPlan(NamedTuple):
     parts: Tensor
 
 
+def shape_of(selected: Tensor, entry_bytes: int) -> Segments:
+    """How a selection is cut whose entries have partials of ``entry_bytes``; the heads of a group count as one."""
+    batch, queries, groups, count = selected.shape
+    return Segments(batch, groups, 1, queries, count, chunk_of(queries, count, entry_bytes))
+
+
+def allocate_inverted(selected: Tensor, num_blocks: int, entry_bytes: int, twice: bool) -> tuple[Tensor, Tensor]:
+    lists = shape_of(selected, entry_bytes).segments * (2 if twice else 1) * (num_blocks + 1)
+    order = selected.new_empty(selected.numel(), dtype=_index_dtype(selected))
+    return order, order.new_empty(lists + 1, dtype=torch.int64)
+
+
+def allocate_parts(order: Tensor, segments: int, num_blocks: int, most: int, part: int) -> ListPlan:
+    """``most``: entries of a segment."""
+    items = order.new_empty((segments, num_blocks + most // part, 4), dtype=torch.int64)
+    return ListPlan(order, items, order.new_empty((segments, num_blocks + 1), dtype=torch.int32))
+
+
 def allocate_list_plan(
     selected: Tensor, selected_valid: Tensor | None, num_blocks: int, entry_bytes: int, part: int
 ) -> ListPlan:
-    batch, queries, groups, count = selected.shape
-    chunk = chunk_of(queries, count, entry_bytes)
-    lists = batch * groups * ceil_div(queries, max(1, chunk))
-    return ListPlan(
-        selected.new_empty(selected.numel(), dtype=_index_dtype(selected)),
-        selected.new_empty((lists, _items(selected, num_blocks, chunk, part), 4), dtype=torch.int64),
-        selected.new_empty((lists, num_blocks + 1), dtype=torch.int32),
-    )
-
-
-def _items(selected: Tensor, num_blocks: int, chunk: int, part: int) -> int:
-    return num_blocks + min(chunk, selected.shape[1]) * selected.shape[3] // part
+    cut = shape_of(selected, entry_bytes)
+    order, _ = allocate_inverted(selected, num_blocks, entry_bytes, False)
+    return allocate_parts(order, cut.segments, num_blocks, cut.entries, part)
 
 
 def part_of(kernel: str, group: int) -> int:
@@ -225,7 +243,7 @@ def launch_of(
     )
 
 
-def for_hopper(plan: ListPlan, launch: AttentionLaunch, *operands: Tensor) -> bool:
+def for_hopper(of: ListPlan, launch: AttentionLaunch, *operands: Tensor) -> bool:
     """Whether the kernel of ``triton_hopper_lists.py`` takes the call: made for sm_90, and for what its copies reach.
 
     ``operands``: q and others of its dtype.
@@ -236,7 +254,7 @@ def for_hopper(plan: ListPlan, launch: AttentionLaunch, *operands: Tensor) -> bo
     from kernel_index.core.triton.hopper import has_tiles
 
     fits = c["GROUP"] == c["HEADS"] <= STEP and c["BLOCK"] in (16, 32, 64)
-    fits = fits and plan.order.dtype == torch.int32 and plan.order.numel() < 2**31
+    fits = fits and of.order.dtype == torch.int32 and of.order.numel() < 2**31
     return fits and all(x.element_size() == 2 and x.shape[3] in (64, 128) and has_tiles(x) for x in operands)
 
 

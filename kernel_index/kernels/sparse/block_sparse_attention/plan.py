@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernel_index.core.triton.launch import ceil_div
 
-SHARED = 3
-"""Where lists are an alternative, blocks that so many queries of a tile selected are read for the whole tile."""
+WASTE = 3
+"""Where lists are an alternative, a tile goes by its union up to so many products for one that is wanted."""
 
 
 class Plan(NamedTuple):

@@ -49,7 +49,8 @@ def _launch_backward(
     d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
     how = launch_of("backward", q, k, v, block_size, group, scale, softcap)
     plan, bounds = ListPlan(order, items, parts), (k_start, k_end)
-    triton_lists_backward.backward(d_out, d_lse, q, k, v, out, log2_sum, plan, bounds, how, (d_q, d_k, d_v))
+    of_rows = d_out, log2_sum, triton_lists_backward.delta_of(d_out, d_lse, out, how)
+    triton_lists_backward.backward(of_rows, q, k, v, plan, bounds, how, (d_q, d_k, d_v))
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
 
 

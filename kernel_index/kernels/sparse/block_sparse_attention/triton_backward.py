@@ -111,6 +111,8 @@ def _queries_kernel(
     blocks_ptr += union * UNION
     members_ptr += union * UNION
     size = tl.load(sizes_ptr + union)
+    if size < 0:  # lists take this tile
+        return
     begin, full_begin, full_stop, stop = union_visits(blocks_ptr, start_ptr, end_ptr, size, first, T, QUERIES, BLOCK)
 
     b_q = load_rows(q_ptr + b * q_b, o_q.to(tl.int64) * q_t + o_h * q_h, m_m, D, BLOCK_D)  # [BM, BLOCK_D]

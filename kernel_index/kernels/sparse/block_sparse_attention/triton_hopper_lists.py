@@ -224,7 +224,12 @@ def _consume(
         count = gl.cdiv(stop - first, ENTRIES)
         i_first = (CONSUMER + CONSUMERS - tile % CONSUMERS) % CONSUMERS
         o_entry = first + i_first * ENTRIES + o_m // HEADS
+        # Loads that depend on each other are a tile apart: entries of the tile after the next, bounds of the next.
         entry = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
+        start = gl.load(p_start + (gl.maximum(entry, 0) >> SHIFT))
+        end = gl.load(p_end + (gl.maximum(entry, 0) >> SHIFT))
+        o_entry += CONSUMERS * ENTRIES
+        following = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
         o_entry_wide = first + i_first * ENTRIES + o_wide // HEADS
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         k_tile, v_tile = k_ring.index(at), v_ring.index(at)
@@ -235,19 +240,19 @@ def _consume(
             slot = (tile + i) % STAGES
             m_m = entry >= 0
             token = gl.where(m_m, entry, 0) >> SHIFT
-            start = gl.load(p_start + token, mask=m_m, other=0)
-            end = gl.load(p_end + token, mask=m_m, other=0)
+            next_start = gl.load(p_start + (gl.maximum(following, 0) >> SHIFT))
+            next_end = gl.load(p_end + (gl.maximum(following, 0) >> SHIFT))
             wide = gl.load(order_ptr + o_entry_wide, mask=o_entry_wide < stop, other=-1)
             o_entry += CONSUMERS * ENTRIES
             o_entry_wide += CONSUMERS * ENTRIES
-            following = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
+            after = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
             mbarrier.wait(q_full.index(slot), ((tile + i) // STAGES) & 1)
             fence_async_shared()
             s_started = product_nt(q_ring.index(slot), k_tile, zero)
             s = warpgroup_mma_wait(0, [s_started])
             mbarrier.arrive(q_empty.index(slot), count=1)
             z = softcapped(s, inner, CAPPED)
-            m_seen = within(o_k[None, :], start[:, None], end[:, None])
+            m_seen = m_m[:, None] & within(o_k[None, :], start[:, None], end[:, None])
             z = gl.where(m_seen, z * outer, float("-inf"))
             row_max = gl.max(z, 1)
             p = gl.exp2(z - gl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
@@ -273,6 +278,9 @@ def _consume(
             out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), WIDE)
             gl.store(p_out[:, None] + o_column[None, :], out, mask=m_wide[:, None])
             entry = following
+            following = after
+            start = next_start
+            end = next_end
         mbarrier.arrive(kv_empty.index(at), count=1)
         tile += count
         turn += 1

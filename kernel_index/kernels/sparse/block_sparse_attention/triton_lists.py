@@ -144,48 +144,43 @@ def _partials_kernel(
 
 
 @jit
-def merged_rows(first_segment, T, G, N, CHUNK, CHUNKS, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def merged_rows(
+    sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
+):
     """ROWS rows of a segment, a row being one head of one query: the query's first entry in the launch, the head in the
-    group, the row in a tensor [B, T, H], and which of them exist."""
+    group, the row in a tensor [B, T, H], and which of them are merged: those that exist, and where there are TILES
+    tiles of TILE queries for each group, whose tile does not go by its union."""
     o_launch = tl.program_id(1)
     b, g, chunk = segment_place(first_segment + o_launch, CHUNKS, G)
     o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     o_q, o_g = o_m // GROUP, o_m % GROUP
     token = chunk * CHUNK + o_q
     m_m = (o_q < CHUNK) & (token < T)
+    if TILE > 0:
+        m_m = m_m & (tl.load(sizes_ptr + (b * G + g) * TILES + token // TILE, mask=m_m, other=0) < 0)
     return (o_launch.to(tl.int64) * CHUNK + o_q) * N, o_g, ((b * T + token) * G + g) * GROUP + o_g, m_m
 
 
 @jit
 def _merge_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, first_segment, T, G, N, CHUNK, CHUNKS,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BEGUN: tl.constexpr, UPCAST: tl.constexpr,
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The N partials of a row, weighted by exp2(lse − row_max); all log-sum-exps are read first.
-
-    BEGUN: the outputs hold what other blocks gave, and stay as they are for rows without a partial.
-    """
-    o_entry, o_g, o_row, m_m = merged_rows(first_segment, T, G, N, CHUNK, CHUNKS, GROUP, ROWS)  # [ROWS]
+    """The N partials of a row, weighted by exp2(lse − row_max); all log-sum-exps are read first."""
+    o_entry, o_g, o_row, m_m = merged_rows(
+        sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
+    )  # [ROWS]
+    if TILE > 0 and tl.max(m_m.to(tl.int32), 0) == 0:
+        return
     o_partial = o_entry * GROUP + o_g
     o_n = tl.arange(0, BLOCK_N)
     m_n = m_m[:, None] & (o_n < N)[None, :]  # [ROWS, BLOCK_N]
     b_lses = tl.load(partial_lse_ptr + o_partial[:, None] + o_n[None, :] * GROUP, mask=m_n, other=float("-inf"))
     row_max = tl.max(b_lses, 1)  # [ROWS]
-    if BEGUN:
-        m_m = m_m & (tl.max((b_lses != float("-inf")).to(tl.int32), 1) == 1)
-        if tl.max(m_m.to(tl.int32), 0) == 0:
-            return
-        b_lse = tl.load(lse_ptr + o_row, mask=m_m, other=float("-inf"))  # [ROWS]
-        row_max = tl.maximum(row_max, b_lse)
     shift = finite_max(row_max)
     row_sum = tl.sum(tl.exp2(b_lses - shift[:, None]), 1)
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-    if BEGUN:
-        weight = tl.exp2(b_lse - shift)  # [ROWS]
-        b_out = load_rows(out_ptr, o_row * DV, m_m, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
-        row_sum += weight
-        acc += weight[:, None] * b_out.to(tl.float32)
     for j in range(0, N):
         b_lse = tl.load(partial_lse_ptr + o_partial + j * GROUP, mask=m_m, other=float("-inf"))  # [ROWS]
         b_out = load_rows(partial_ptr, (o_partial + j * GROUP) * DV, b_lse > float("-inf"), DV, BLOCK_DV)
@@ -225,11 +220,11 @@ def forward(
     bounds: tuple[Tensor, Tensor],
     launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor],
-    begun: bool = False,
+    of_tiles: tuple[Tensor | None, int] = (None, 0),
 ) -> tuple[Tensor, Tensor]:
     """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H]; some segments at a time: partials are few.
 
-    ``begun``: they hold what blocks gave that are in no list.
+    ``of_tiles``: the sizes of unions, whose tiles are left out, and the queries of a tile.
     """
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
     if B * T * H == 0:
@@ -240,7 +235,7 @@ def forward(
     partials = q.new_empty((at_once, cut.entries, cut.group, width))
     partial_lse = outputs[1].new_empty((at_once, cut.entries, cut.group))
     merged = {name: launch.constants[name] for name in ("DV", "BLOCK_DV", "GROUP", "UPCAST")}
-    place = (T, cut.groups, cut.count, cut.chunk, cut.chunks)
+    (sizes, tile), place = of_tiles, (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, of_tiles[1])))
     hopper = for_hopper(plan, launch, q, k, v)
     with on_device(q):
         bad = unfit_blocks(k, v, plan.parts.shape[1] - 1, launch.constants) if hopper else None
@@ -258,7 +253,7 @@ def forward(
                     cut.chunks, launch.inner, launch.outer, SHIFT=shift_of(cut.count), **launch.constants,
                 )  # fmt: skip
             _merge_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
-                partials, partial_lse, *outputs, first, *place, BLOCK_N=next_power_of_2(cut.count), ROWS=ROWS,
-                BEGUN=begun, **merged,
+                partials, partial_lse, *outputs, sizes, first, *place, BLOCK_N=next_power_of_2(cut.count), ROWS=ROWS,
+                TILE=tile, **merged,
             )  # fmt: skip
     return outputs

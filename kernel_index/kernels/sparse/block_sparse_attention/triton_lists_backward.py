@@ -24,6 +24,7 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, row_stride, strides
 from kernel_index.kernels.sparse.block_sparse_attention.lists import (
     ListPlan,
+    for_hopper,
     parts_of,
     segments_at_once,
     segments_of,
@@ -35,6 +36,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import (
     load_part,
     merged_rows,
     segment_place,
+    unfit_blocks,
 )
 
 
@@ -61,7 +63,7 @@ def _lists_step(
     last_key, first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, CAPPED: tl.constexpr,
-    UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+    UPCAST: tl.constexpr, WITH_DQ: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """BM rows of a list.  Scores are transposed, [BN, BM]: dK and dV are products without a transposed operand."""
     o_g = tl.arange(0, BM) % HEADS  # [BM]
@@ -83,15 +85,16 @@ def _lists_step(
     dv += weighted_sum(p, b_do, m_seen, CAREFUL, UPCAST)
     dz = score_grad(z, p, dot(b_v, tl.trans(b_do), UPCAST), b_delta[None, :], CAPPED)  # [BN, BM]
     dk += weighted_sum(dz, b_q, m_seen, CAREFUL, UPCAST)
-    if CAREFUL:
-        m_sees = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
-        dq = weighted_sum(tl.trans(dz), b_k, m_sees, True, UPCAST)
-    else:
-        dq = dot(tl.trans(narrow(dz, b_q.dtype, UPCAST)), b_k, UPCAST)  # [BM, BLOCK_D]
-    o_entry = first_partial + (token - first_query).to(tl.int64) * N + o_nth
-    o_partial = o_entry * GROUP + o_g
-    store_rows(dq_ptr, o_partial * D, m_m, dq * scale, D, BLOCK_D, UPCAST)
-    tl.store(written_ptr + o_entry, tl.full((BM,), 1, tl.int8), mask=m_m)
+    if WITH_DQ:
+        if CAREFUL:
+            m_sees = within(o_k[None, :], start[:, None], end[:, None])  # [BM, BN]
+            dq = weighted_sum(tl.trans(dz), b_k, m_sees, True, UPCAST)
+        else:
+            dq = dot(tl.trans(narrow(dz, b_q.dtype, UPCAST)), b_k, UPCAST)  # [BM, BLOCK_D]
+        o_entry = first_partial + (token - first_query).to(tl.int64) * N + o_nth
+        o_partial = o_entry * GROUP + o_g
+        store_rows(dq_ptr, o_partial * D, m_m, dq * scale, D, BLOCK_D, UPCAST)
+        tl.store(written_ptr + o_entry, tl.full((BM,), 1, tl.int8), mask=m_m)
     return dk, dv
 
 
@@ -101,7 +104,7 @@ def _lists_walk(
     first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, CAPPED: tl.constexpr,
-    UPCAST: tl.constexpr, CAREFUL: tl.constexpr,
+    UPCAST: tl.constexpr, WITH_DQ: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     STAGES: tl.constexpr = 1 if CAREFUL else None
     dk = tl.zeros((BN, BLOCK_D), tl.float32)
@@ -110,7 +113,7 @@ def _lists_walk(
         dk, dv = _lists_step(
             dk, dv, b_k, b_v, p_q, p_do, lse_ptr, delta_ptr, p_order, p_start, p_end, dq_ptr, written_ptr, i, stop,
             o_k, last_key, first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BM, GROUP, HEADS, SHIFT, CAPPED, UPCAST, CAREFUL,
+            D, DV, BLOCK_D, BLOCK_DV, BM, GROUP, HEADS, SHIFT, CAPPED, UPCAST, WITH_DQ, CAREFUL,
         )  # fmt: skip
     return dk, dv
 
@@ -122,9 +125,9 @@ def _lists_kernel(
     G, GROUPS, N, M, CHUNK, CHUNKS, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, WITH_DQ: tl.constexpr,
 ):  # fmt: skip
-    """The partials of dQ, dK and dV that one part of a segment's lists gives."""
+    """The partials of dQ, dK and dV that one part of a segment's lists gives; those of dQ where they are asked for."""
     o_launch = tl.program_id(1)
     segment = first_segment + o_launch
     b, g, chunk = segment_place(segment, CHUNKS, G)
@@ -149,14 +152,14 @@ def _lists_kernel(
         dk, dv = _lists_walk(
             b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr, first,
             stop, o_k, last_key, first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner, outer,
-            D, DV, BLOCK_D, BLOCK_DV, BM, BN, GROUP, HEADS, SHIFT, CAPPED, UPCAST, False,
+            D, DV, BLOCK_D, BLOCK_DV, BM, BN, GROUP, HEADS, SHIFT, CAPPED, UPCAST, WITH_DQ, False,
         )  # fmt: skip
         # Keys that are not finite spoil partials of dQ alone, which are not looked at here.
         if has_nan(dk) | has_nan(dv) | has_nan(b_k.to(tl.float32) * 0.0):
             dk, dv = _lists_walk(
                 b_k, b_v, q_ptr, d_out_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr,
                 first, stop, o_k, last_key, first_partial, first_query, q_t, q_h, do_t, do_h, H, N, scale, inner,
-                outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, GROUP, HEADS, SHIFT, CAPPED, UPCAST, True,
+                outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, GROUP, HEADS, SHIFT, CAPPED, UPCAST, WITH_DQ, True,
             )  # fmt: skip
         o_n = (o_launch.to(tl.int64) * M + tl.program_id(0)) * BN + tl.arange(0, BN)  # [BN]
         m_all = tl.full((BN,), 1, tl.int1)
@@ -166,11 +169,16 @@ def _lists_kernel(
 
 @jit
 def _merge_queries_kernel(
-    partial_ptr, written_ptr, dq_ptr, first_segment, T, G, N, CHUNK, CHUNKS,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    partial_ptr, written_ptr, dq_ptr, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds the partials of dQ of a row that were written, in the order of its selected blocks."""
-    o_entry, o_g, o_row, m_m = merged_rows(first_segment, T, G, N, CHUNK, CHUNKS, GROUP, ROWS)  # [ROWS]
+    o_entry, o_g, o_row, m_m = merged_rows(
+        sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
+    )  # [ROWS]
+    if TILE > 0 and tl.max(m_m.to(tl.int32), 0) == 0:
+        return
     dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for j in range(0, N):
         m_written = tl.load(written_ptr + o_entry + j, mask=m_m, other=0) != 0  # [ROWS]
@@ -190,6 +198,12 @@ def _merge_keys_kernel(
     segment = first_segment + o_launch
     b, g, _chunk = segment_place(segment, CHUNKS, G)
     kv_head = g // (G // K)
+    some = block * 0
+    for n in range(0, TOGETHER):
+        p_parts = parts_ptr + (segment + n).to(tl.int64) * (BLOCKS + 1) + block
+        some += tl.load(p_parts + 1) - tl.load(p_parts)
+    if some == 0:
+        return
     o_n = tl.arange(0, BN)  # [BN]
     m_n = (o_n < BLOCK) & (block * BLOCK + o_n < S)
     o_k = (b * S + block * BLOCK + o_n) * K + kv_head
@@ -205,62 +219,77 @@ def _merge_keys_kernel(
     store_rows(dv_ptr, o_k * DV, m_n, dv, DV, BLOCK_DV, UPCAST)
 
 
-def _delta(d_out: Tensor, d_lse: Tensor | None, out: Tensor, widths: dict[str, int]) -> Tensor:
+def delta_of(d_out: Tensor, d_lse: Tensor | None, out: Tensor, launch: AttentionLaunch) -> Tensor:
     """[B, T, H]: what is subtracted from the gradient of a probability."""
-    B, T, H, _ = out.shape
+    (B, T, H, _), c = out.shape, launch.constants
     delta = torch.empty((B, T, H), dtype=torch.float32, device=out.device)
-    _delta_kernel[(ceil_div(B * T * H, ROWS),)](
-        out, d_out, d_lse, delta, *strides(d_out, d_out if d_lse is None else d_lse), B * T, T, H,
-        HAS_D_LSE=d_lse is not None, ROWS=ROWS, **widths,
-    )  # fmt: skip
+    if B * T * H:
+        with on_device(out):
+            _delta_kernel[(ceil_div(B * T * H, ROWS),)](
+                out, d_out, d_lse, delta, *strides(d_out, d_out if d_lse is None else d_lse), B * T, T, H,
+                HAS_D_LSE=d_lse is not None, ROWS=ROWS, DV=c["DV"], BLOCK_DV=c["BLOCK_DV"],
+            )  # fmt: skip
     return delta
 
 
+HOPPER = True
+
+
 def backward(
-    d_out: Tensor,
-    d_lse: Tensor | None,
+    of_rows: tuple[Tensor, Tensor, Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     plan: ListPlan,
     bounds: tuple[Tensor, Tensor],
     launch: AttentionLaunch,
-    outputs: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill dQ, and dK and dV of float32, which begin as zeros; some segments at a time, so that partials are few."""
-    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    dq, dk, dv = outputs
+    outputs: tuple[Tensor | None, Tensor, Tensor],
+    of_tiles: tuple[Tensor | None, int] = (None, 0),
+) -> None:
+    """Fill dQ, and add to dK and dV of float32; some segments at a time, so that partials are few.
+
+    ``of_rows``: the gradient of the output, the log-sum-exp, base 2, and ``delta``; without dQ, dK and dV alone;
+    ``of_tiles``: see ``triton_lists.forward``.
+    """
+    (B, T, H, D), (S, K), (dq, dk, dv) = q.shape, k.shape[1:3], outputs
     if B * T * H == 0:
-        return outputs
+        return
     c, DV, cut = launch.constants, v.shape[3], segments_of(q, v, plan.order.numel(), launch.constants["GROUP"])
-    items, blocks = plan.items.shape[1], plan.parts.shape[1] - 1
+    items, blocks, with_dq = plan.items.shape[1], plan.parts.shape[1] - 1, dq is not None
     queries = {name: c[name] for name in ("D", "BLOCK_D", "GROUP", "UPCAST")} | {"ROWS": ROWS}
     keys = {name: c[name] for name in ("D", "DV", "BLOCK_D", "BLOCK_DV", "BN", "BLOCK", "UPCAST")}
-    of_segment = cut.entries * cut.group * D * q.element_size() + items * c["BN"] * (D + DV) * 4
-    at_once = segments_at_once(of_segment, cut, K)
-    dq_partials = q.new_empty((at_once, cut.entries, cut.group, D))
-    written = q.new_empty((at_once, cut.entries), dtype=torch.int8)
-    dk_partials, dv_partials = dk.new_empty((at_once, items, c["BN"], D)), dk.new_empty((at_once, items, c["BN"], DV))
-    place = (T, cut.groups, cut.count, cut.chunk, cut.chunks)
+    of_queries = cut.entries * cut.group * D * q.element_size() if with_dq else 0
+    at_once = segments_at_once(of_queries + items * c["BN"] * (D + DV) * 4, cut, K)
+    dq_partials = q.new_empty((at_once, cut.entries, cut.group, D)) if with_dq else None
+    written = q.new_empty((at_once, cut.entries), dtype=torch.int8) if with_dq else None
+    dk_partials, dv_partials = (dk.new_empty((at_once, items, c["BN"], width)) for width in (D, DV))
+    filled, (sizes, tile) = (dq_partials, written, dk_partials, dv_partials), of_tiles
+    place = (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, tile)))
+    hopper = HOPPER and c["BLOCK"] == 64 and for_hopper(plan, launch, q, k, v, of_rows[0])
     with on_device(q):
-        delta = _delta(d_out, d_lse, out, {name: c[name] for name in ("DV", "BLOCK_DV")})
+        bad = unfit_blocks(k, v, blocks, c) if hopper else None
         for first, segments in parts_of(cut.segments, at_once):
-            written.zero_()
-            filled = dq_partials, written, dk_partials, dv_partials
-            _lists_kernel[(items, segments)](
-                d_out, q, k, v, lse, delta, plan.order, plan.items, *bounds, *filled, *strides(d_out, q, k, v),
-                row_stride(bounds[0]), first, T, S, cut.groups, cut.groups // K, cut.count, items, cut.chunk,
-                cut.chunks, launch.scale, launch.inner, launch.outer, SHIFT=shift_of(cut.count), **c,
-            )  # fmt: skip
-            _merge_queries_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
-                dq_partials, written, dq, first, *place, **queries
-            )
+            if written is not None:
+                written.zero_()
+            if bad is not None:
+                from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_backward
+
+                part = (first, segments)
+                triton_hopper_backward.lists(of_rows, q, k, v, plan, bounds, cut, part, bad, launch, filled)
+            else:
+                _lists_kernel[(items, segments)](
+                    of_rows[0], q, k, v, *of_rows[1:], plan.order, plan.items, *bounds, *filled,
+                    *strides(of_rows[0], q, k, v), row_stride(bounds[0]), first, T, S, cut.groups, cut.groups // K,
+                    cut.count, items, cut.chunk, cut.chunks, launch.scale, launch.inner, launch.outer,
+                    SHIFT=shift_of(cut.count), WITH_DQ=with_dq, **c,
+                )  # fmt: skip
+            if with_dq:
+                _merge_queries_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
+                    dq_partials, written, dq, sizes, first, *place, TILE=tile, **queries
+                )
             together = min(segments, cut.per_kv_head(K))
             if blocks:
                 _merge_keys_kernel[(blocks, segments // together)](
                     dk_partials, dv_partials, plan.parts, dk, dv, first, S, K, cut.groups, cut.chunks, blocks, items,
                     together, **keys, num_warps=8,
                 )  # fmt: skip
-    return outputs

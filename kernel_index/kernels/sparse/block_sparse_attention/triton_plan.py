@@ -6,13 +6,8 @@ from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dense, next_power_of_2, on_device
-from kernel_index.kernels.sparse.block_sparse_attention import plan
-from kernel_index.kernels.sparse.block_sparse_attention.lists import (
-    ListPlan,
-    allocate_list_plan,
-    chunk_of,
-    shift_of,
-)
+from kernel_index.kernels.sparse.block_sparse_attention import lists, plan
+from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, chunk_of, shift_of
 from kernel_index.kernels.sparse.block_sparse_attention.plan import allocate_plan
 
 NOTHING = tl.constexpr(0x7FFFFFFF)
@@ -30,11 +25,11 @@ def _entries(selected_ptr, valid_ptr, o_entry, m_e, BLOCKS, HAS_VALID: tl.conste
 
 
 @jit
-def _shared_kernel(
-    selected_ptr, valid_ptr, blocks_ptr, members_ptr, sizes_ptr, others_ptr, T, G, N, TILES, BLOCKS, SHARED,
+def _unions_kernel(
+    selected_ptr, valid_ptr, pairs_ptr, blocks_ptr, members_ptr, sizes_ptr, T, G, N, TILES, BLOCKS, WASTE,
     QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
-    """A program has the entries of one tile, QUERIES × BLOCK_N of them, and compares each with all."""
+    """A program sorts the entries of one tile, QUERIES × BLOCK_N of them.  What neighbours hold goes through memory."""
     tile, group = tl.program_id(0), tl.program_id(1)
     b, g = (group // G).to(tl.int64), group % G
     o_e = tl.arange(0, QUERIES * BLOCK_N)  # [E]
@@ -43,60 +38,49 @@ def _shared_kernel(
     m_e = (first + o_q < T) & (o_n < N)
     o_entry = ((b * T + first + o_q) * G + g) * N + o_n
     b_block = _entries(selected_ptr, valid_ptr, o_entry, m_e, BLOCKS, HAS_VALID)  # [E]
-
-    members = tl.zeros((QUERIES * BLOCK_N,), tl.int64)
-    count = tl.zeros((QUERIES * BLOCK_N,), tl.int32)
-    m_first = b_block != NOTHING  # of the tile's entries with this block
-    m_once = b_block != NOTHING  # not a block that the query selects again
-    o_other = tl.arange(0, BLOCK_N)
-    for q in range(0, QUERIES):
-        o_others = ((b * T + first + q) * G + g) * N + o_other
-        m_others = (o_other < N) & (first + q < T)
-        b_others = _entries(selected_ptr, valid_ptr, o_others, m_others, BLOCKS, HAS_VALID)  # [BLOCK_N]
-        m_equal = b_block[:, None] == b_others[None, :]  # [E, BLOCK_N]
-        m_same = tl.max(m_equal.to(tl.int32), 1)  # [E]
-        m_again = tl.max((m_equal & (o_other[None, :] < o_n[:, None])).to(tl.int32), 1)
-        members += m_same.to(tl.int64) << q
-        count += m_same
-        m_once = m_once & ((o_q != q) | (m_again == 0))
-        m_first = m_first & ((o_q <= q) | (m_same == 0))
-    m_shared = (b_block != NOTHING) & (count >= SHARED)
-    tl.store(others_ptr + o_entry, m_once & (count < SHARED), mask=m_e)
-
-    # The slot of a block is how many smaller ones the tile shares.  What is compared lies where the slots will be.
-    m_first = m_first & m_once & m_shared
+    b_pair = tl.sort(tl.where(b_block == NOTHING, NOTHING, b_block * QUERIES + o_q))  # [E]: by block, then by query
     union = (group.to(tl.int64) * TILES + tile) * (QUERIES * N)
-    tl.store(blocks_ptr + union + o_q * N + o_n, tl.where(m_first, b_block, NOTHING), mask=o_n < N)
+    m_slot = o_e < QUERIES * N  # what is invalid stands at the end
+    tl.store(pairs_ptr + union + o_e, b_pair, mask=m_slot)
     tl.debug_barrier()
-    slot = tl.zeros((QUERIES * BLOCK_N,), tl.int32)
-    for q in range(0, QUERIES):
-        b_others = tl.load(blocks_ptr + union + q * N + o_other, mask=o_other < N, other=NOTHING)  # [BLOCK_N]
-        slot += tl.sum((b_others[None, :] < b_block[:, None]).to(tl.int32), 1)
+    b_before = tl.load(pairs_ptr + union + o_e - 1, mask=m_slot & (o_e > 0), other=-QUERIES)  # [E]
+    m_selected = b_pair != NOTHING
+    m_once = m_selected & (b_pair != b_before)  # not a block that the query selects again
+    m_new = m_selected & (b_pair // QUERIES != b_before // QUERIES)
+    slot = tl.cumsum(m_new.to(tl.int32), 0) - 1  # [E]
+    # The members of a block are the sum of its entries' bits: a difference of prefix sums, which may wrap round.
+    bit = tl.where(m_once, tl.full((QUERIES * BLOCK_N,), 1, tl.int64) << (b_pair % QUERIES), 0)  # [E]
+    before = tl.cumsum(bit, 0) - bit
+    tl.store(blocks_ptr + union + slot, b_pair // QUERIES, mask=m_new)
+    tl.store(members_ptr + union + slot, before, mask=m_new)
     tl.debug_barrier()
-    tl.store(blocks_ptr + union + slot, b_block, mask=m_first)
-    tl.store(members_ptr + union + slot, members, mask=m_first)
-    tl.store(sizes_ptr + group * TILES + tile, tl.sum(m_first.to(tl.int32), 0))
+    size, entries = tl.sum(m_new.to(tl.int32), 0), tl.sum(m_once.to(tl.int32), 0)
+    m_first = o_e < size
+    low = tl.load(members_ptr + union + o_e, mask=m_first, other=0)  # [E]
+    high = tl.load(members_ptr + union + o_e + 1, mask=o_e + 1 < size, other=0)
+    high = tl.where(o_e + 1 == size, tl.sum(bit, 0), high)
+    tl.debug_barrier()
+    tl.store(members_ptr + union + o_e, high - low, mask=m_first)
+    tl.store(sizes_ptr + group * TILES + tile, tl.where(size * QUERIES <= WASTE * entries, size, -1))
 
 
-def shared_plan(
+def unions_plan(
     selected: Tensor, selected_valid: Tensor | None, num_blocks: int, tile: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``Plan`` without ``pairs``, of blocks that ``SHARED`` queries of a tile selected, and which entries are others.
-
-    The latter is bool, of ``selected``'s shape.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Plan`` without ``pairs``; the size is −1 where lists take the tile: see ``plan.WASTE``."""
     batch, queries, groups, count = selected.shape
-    found, others = allocate_plan(selected, tile), torch.empty_like(selected, dtype=torch.bool)
+    found = allocate_plan(selected, tile)
     selected, selected_valid = dense((selected, selected_valid))
     tiles = found.sizes.shape[2]
     if tiles * batch * groups:
+        entries = tile * next_power_of_2(count)
         with on_device(selected):
-            _shared_kernel[(tiles, batch * groups)](
-                selected, selected_valid, found.blocks, found.members, found.sizes, others, queries, groups, count,
-                tiles, num_blocks, plan.SHARED,
-                QUERIES=tile, BLOCK_N=next_power_of_2(count), HAS_VALID=selected_valid is not None, num_warps=4,
+            _unions_kernel[(tiles, batch * groups)](
+                selected, selected_valid, found.pairs, found.blocks, found.members, found.sizes, queries, groups, count,
+                tiles, num_blocks, plan.WASTE, QUERIES=tile, BLOCK_N=next_power_of_2(count),
+                HAS_VALID=selected_valid is not None, num_warps=1 if entries <= 128 else 4,
             )  # fmt: skip
-    return found.blocks, found.members, found.sizes, others
+    return found.blocks, found.members, found.sizes
 
 
 @jit
@@ -109,17 +93,24 @@ def _numbers(BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @jit
 def _bucket_kernel(
-    selected_ptr, valid_ptr, bucket_ptr, ENTRIES, T, G, N, BLOCKS, CHUNK, CHUNKS,
-    HAS_VALID: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    selected_ptr, valid_ptr, sizes_ptr, bucket_ptr, FIRST, ENTRIES, T, G, N, BLOCKS, CHUNK, CHUNKS, SEGMENTS, TILES,
+    TILE: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The list of each entry: those of a segment are BLOCKS + 1, and the last one is of what is not selected."""
+    """The list of each entry, counted from FIRST: a segment has BLOCKS + 1, the last one of what is not selected.
+
+    TILE: entries of tiles that go by unions are in segments of their own, behind all others.
+    """
     o_e = _numbers(BLOCK, WIDE)  # [BLOCK]
     m_e = o_e < ENTRIES
     b_block = tl.minimum(_entries(selected_ptr, valid_ptr, o_e, m_e, BLOCKS, HAS_VALID), BLOCKS)
     o_query = o_e // N
     b, t, g = o_query // G // T, o_query // G % T, o_query % G
     segment = ((b * G + g) * CHUNKS + t // CHUNK).to(tl.int32)
-    tl.store(bucket_ptr + o_e, b_block + segment * (BLOCKS + 1), mask=m_e)
+    if TILE > 0:
+        b_size = tl.load(sizes_ptr + (b * G + g) * TILES + t // TILE, mask=m_e, other=0)  # [BLOCK]
+        segment += tl.where(b_size >= 0, SEGMENTS, 0)
+    bucket = FIRST + b_block + segment * (BLOCKS + 1)
+    tl.store(bucket_ptr + o_e, bucket.to(bucket_ptr.dtype.element_ty), mask=m_e)
 
 
 @jit
@@ -164,36 +155,65 @@ def _parts_kernel(begins_ptr, items_ptr, parts_ptr, BLOCKS, M, PART, BLOCK: tl.c
     tl.store(parts_ptr + BLOCKS, before.to(tl.int32))
 
 
+def inverted(
+    selected: Tensor,
+    selected_valid: Tensor | None,
+    num_blocks: int,
+    entry_bytes: int,
+    of_tiles: tuple[Tensor, int] | None,
+) -> tuple[Tensor, Tensor]:
+    """The ``order`` of a ``ListPlan``, and where each list of each segment begins in it, int64.
+
+    ``of_tiles``: sizes of unions and the queries of a tile, where there are twice as many segments.
+    """
+    (_, queries, groups, count), entries = selected.shape, selected.numel()
+    found = lists.allocate_inverted(selected, num_blocks, entry_bytes, of_tiles is not None)
+    order, begins = found
+    selected, selected_valid = dense((selected, selected_valid))
+    chunk, grid = chunk_of(queries, count, entry_bytes), (ceil_div(entries, STEP),)
+    ways, wide = 1 if of_tiles is None else 2, entries + STEP >= 2**31
+    number = begins.numel() - 1
+    # A sort of 16 bits takes half the time of one of 32.
+    first, dtype = (-(2**15), torch.int16) if number < 2**16 else (0, torch.int32)
+    bucket = order.new_empty(entries, dtype=dtype)
+    sizes, tile = of_tiles or (None, 0)
+    with on_device(selected):
+        if entries:
+            _bucket_kernel[grid](
+                selected, selected_valid, sizes, bucket, first, entries, queries, groups, count, num_blocks, chunk,
+                ceil_div(queries, chunk), number // (num_blocks + 1) // ways, 0 if sizes is None else sizes.shape[2],
+                TILE=tile, HAS_VALID=selected_valid is not None, BLOCK=STEP, WIDE=wide,
+            )  # fmt: skip
+        bucket, index = bucket.sort(stable=True)
+        torch.searchsorted(bucket, torch.arange(first, first + number + 1, device=bucket.device).to(dtype), out=begins)
+        if entries:
+            _order_kernel[grid](
+                bucket, index, order, entries, queries, groups, count, SHIFT=shift_of(count), BLOCK=STEP, WIDE=wide
+            )
+    return found
+
+
+def with_parts(found: tuple[Tensor, Tensor], which: tuple[int, int], num_blocks: int, most: int, part: int) -> ListPlan:
+    """The plan of the segments ``which``, first and how many: ``most`` entries in one, ``part`` in a part of a list."""
+    (order, begins), (first, segments) = found, which
+    plan = lists.allocate_parts(order, segments, num_blocks, most, part)
+    plan.items.zero_()  # those that remain are empty
+    if segments:
+        with on_device(order):
+            _parts_kernel[(segments,)](
+                begins[first * (num_blocks + 1) :], plan.items, plan.parts, num_blocks, plan.items.shape[1], part,
+                BLOCK=1024, num_warps=4,
+            )  # fmt: skip
+    return plan
+
+
 def list_plan(
     selected: Tensor, selected_valid: Tensor | None, num_blocks: int, entry_bytes: int, part: int
 ) -> ListPlan:
     """``part``: entries of a part at most."""
-    found = allocate_list_plan(selected, selected_valid, num_blocks, entry_bytes, part)
-    found.items.zero_()  # those that remain are empty
-    selected, selected_valid = dense((selected, selected_valid))
-    (_, queries, groups, count), entries = selected.shape, selected.numel()
-    chunk = chunk_of(queries, count, entry_bytes)
-    lists, grid = found.items.shape[0] * (num_blocks + 1), (ceil_div(entries, STEP),)
-    wide = entries + STEP >= 2**31
-    bucket = torch.empty(entries, dtype=torch.int32, device=selected.device)
-    with on_device(selected):
-        if entries:
-            _bucket_kernel[grid](
-                selected, selected_valid, bucket, entries, queries, groups, count, num_blocks, chunk,
-                ceil_div(queries, chunk), HAS_VALID=selected_valid is not None, BLOCK=STEP, WIDE=wide,
-            )  # fmt: skip
-        bucket, index = bucket.sort(stable=True)
-        begins = torch.searchsorted(bucket, torch.arange(lists + 1, dtype=torch.int32, device=bucket.device))
-        if entries:
-            _order_kernel[grid](
-                bucket, index, found.order, entries, queries, groups, count, SHIFT=shift_of(count), BLOCK=STEP,
-                WIDE=wide,
-            )  # fmt: skip
-        if found.items.shape[0]:
-            _parts_kernel[(found.items.shape[0],)](
-                begins, found.items, found.parts, num_blocks, found.items.shape[1], part, BLOCK=1024, num_warps=4
-            )
-    return found
+    found = inverted(selected, selected_valid, num_blocks, entry_bytes, None)
+    cut = lists.shape_of(selected, entry_bytes)
+    return with_parts(found, (0, cut.segments), num_blocks, cut.entries, part)
 
 
 STEP = 1024

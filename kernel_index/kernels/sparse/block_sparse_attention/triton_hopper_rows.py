@@ -1,0 +1,166 @@
+"""Rows on Hopper: one head of one query.  Tiles of them that lie together come by TMA, for unions; those of the entries
+of lists are gathered, awaited and masked here, for ``triton_hopper_backward.py``.
+
+The bounds of what queries see never decrease.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernel_index.core.triton.hopper import DTYPES, within
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import NUMBERS, PLANS, read_number
+
+
+def rows_of(x: Tensor, queries: int, heads: int) -> TensorDescriptor:
+    """Tiles of ``queries`` tokens × ``heads`` heads of x [B, T, H, D]; behind the last token are zeros."""
+    block = [1, queries, heads, x.shape[3]]
+    strides = [stride if size > 1 else x.shape[3] for size, stride in zip(x.shape, x.stride(), strict=True)]
+    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], block, layout)
+
+
+@gluon.jit
+def row_ring(desc, COUNT: gl.constexpr):
+    """Shared memory for COUNT tiles of rows, each [64, columns]."""
+    COLUMNS: gl.constexpr = desc.block_type.shape[3]
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, COLUMNS], desc.dtype)
+    return gl.allocate_shared_memory(desc.dtype, [COUNT, 64, COLUMNS], LAYOUT)
+
+
+@gluon.jit
+def gather_rows(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
+    (
+        kv, rows, q_ptr, do_ptr, lse_ptr, delta_ptr, order_ptr, q_b, q_t, q_h, do_b, do_t, do_h, first_segment, CHUNKS,
+        T, G, GROUP,
+    ) = given  # fmt: skip
+    _k_ring, _v_ring, plan, plan_full, plan_empty, _kv_full, _kv_empty = kv
+    q_ring, do_ring, lse_ring, delta_ring, full, empty = rows
+    STAGES: gl.constexpr = q_ring.shape[0]
+    ROWS: gl.constexpr = q_ring.shape[1]
+    D: gl.constexpr = q_ring.shape[2]
+    DV: gl.constexpr = do_ring.shape[2]
+    ENTRIES: gl.constexpr = ROWS // HEADS
+    Q_WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    DO_WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    o_q = gl.arange(0, ROWS, layout=gl.SliceLayout(1, Q_WIDE))
+    o_do = gl.arange(0, ROWS, layout=gl.SliceLayout(1, DO_WIDE))
+    o_flat = gl.arange(0, ROWS, layout=FLAT)
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, Q_WIDE))
+    o_dv = gl.arange(0, DV, layout=gl.SliceLayout(0, DO_WIDE))
+    turn = 0
+    tile = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    segment = read_number(plan, 0, FLAT)
+    while segment >= 0:
+        at = turn % PLANS
+        start, stop = read_number(plan, at * NUMBERS + 2, FLAT), read_number(plan, at * NUMBERS + 3, FLAT)
+        mbarrier.arrive(plan_empty.index(at), count=1)
+        group = (first_segment + segment) // CHUNKS
+        b, first_head = (group // G).to(gl.int64), group % G * GROUP
+        p_q = q_ptr + b * q_b + first_head.to(gl.int64) * q_h
+        p_do = do_ptr + b * do_b + first_head.to(gl.int64) * do_h
+        H = G * GROUP
+        o_first = b * T * H + first_head
+        b_q = gl.load(order_ptr + start + o_q // HEADS, mask=start + o_q // HEADS < stop, other=-1)
+        b_flat = gl.load(order_ptr + start + o_flat // HEADS, mask=start + o_flat // HEADS < stop, other=-1)
+        count = gl.cdiv(stop - start, ENTRIES)
+        for i in range(count):
+            first = start + (i + 1) * ENTRIES
+            next_q = gl.load(order_ptr + first + o_q // HEADS, mask=first + o_q // HEADS < stop, other=-1)
+            next_flat = gl.load(order_ptr + first + o_flat // HEADS, mask=first + o_flat // HEADS < stop, other=-1)
+            slot = (tile + i) % STAGES
+            m_q, m_flat = b_q >= 0, b_flat >= 0
+            token = gl.where(m_q, b_q, 0) >> SHIFT
+            p_rows = p_q + (token.to(gl.int64) * q_t + o_q % HEADS * q_h)
+            m_do = gl.convert_layout(m_q, gl.SliceLayout(1, DO_WIDE))
+            token_do = gl.convert_layout(token, gl.SliceLayout(1, DO_WIDE))
+            p_do_rows = p_do + (token_do.to(gl.int64) * do_t + o_do % HEADS * do_h)
+            o_row = o_first + (gl.where(m_flat, b_flat, 0) >> SHIFT).to(gl.int64) * H + o_flat % HEADS
+            mbarrier.wait(empty.index(slot), (((tile + i) // STAGES) & 1) ^ 1)
+            async_copy.async_copy_global_to_shared(
+                q_ring.index(slot), p_rows[:, None] + o_d[None, :], mask=m_q[:, None]
+            )
+            async_copy.async_copy_global_to_shared(
+                do_ring.index(slot), p_do_rows[:, None] + o_dv[None, :], mask=m_do[:, None]
+            )
+            async_copy.async_copy_global_to_shared(lse_ring.index(slot), lse_ptr + o_row, mask=m_flat)
+            async_copy.async_copy_global_to_shared(delta_ring.index(slot), delta_ptr + o_row, mask=m_flat)
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            b_q = next_q
+            b_flat = next_flat
+        tile += count
+        turn += 1
+        at = turn % PLANS
+        mbarrier.wait(plan_full.index(at), (turn // PLANS) & 1)
+        segment = read_number(plan, at * NUMBERS, FLAT)
+
+
+@gluon.jit
+def is_masked(
+    order_ptr, first, stop, p_start, p_end, first_key, BN: gl.constexpr, ENTRIES: gl.constexpr, SHIFT: gl.constexpr
+):
+    """Whether a row of the tile of entries from ``first`` on may not see a key: bounds never decrease."""
+    some = first < stop
+    last = gl.minimum(first + ENTRIES, stop) - 1
+    low = gl.load(order_ptr + first, mask=some, other=0)
+    high = gl.load(order_ptr + last, mask=some, other=0)
+    start = gl.load(p_start + (gl.maximum(high, 0) >> SHIFT))
+    end = gl.load(p_end + (gl.maximum(low, 0) >> SHIFT))
+    return (low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN)
+
+
+@gluon.jit
+def seen(x, order_ptr, first, stop, p_start, p_end, first_key, HEADS: gl.constexpr, SHIFT: gl.constexpr,
+          S_LAYOUT: gl.constexpr):  # fmt: skip
+    """x [BN, ROWS], 0 where the row does not see the key."""
+    o_entry = first + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, S_LAYOUT)) // HEADS
+    b_entry = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
+    m_m = b_entry >= 0
+    token = gl.where(m_m, b_entry, 0) >> SHIFT
+    start = gl.load(p_start + token, mask=m_m, other=0)
+    end = gl.load(p_end + token, mask=m_m, other=0)
+    o_k = first_key + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
+    return gl.where(within(o_k[:, None], start[None, :], end[None, :]), x, 0.0)
+
+
+@gluon.jit
+def _clean_rows(tile, lse_tile, delta_tile, LAYOUT: gl.constexpr):
+    """Sets to 0 the rows of a tile whose log-sum-exp or ``delta`` is not finite: so it is where a value of them is not.
+
+    Their weights become NaN.  Two roles do so, and write the same.
+    """
+    flag = (lse_tile.load(gl.SliceLayout(1, LAYOUT)) + delta_tile.load(gl.SliceLayout(1, LAYOUT))) * 0.0
+    if gl.max((flag != 0.0).to(gl.int32), 0) == 1:
+        tile.store(gl.where((flag == 0.0)[:, None], tile.load(LAYOUT), 0.0).to(tile.dtype))
+
+
+@gluon.jit
+def await_rows(rows, tile, masked, Q_WIDE: gl.constexpr, DO_WIDE: gl.constexpr):
+    """Until the rows of a tile are there; clean ones, where some may not be seen."""
+    q_ring, do_ring, lse_ring, delta_ring, full, _empty = rows
+    STAGES: gl.constexpr = q_ring.shape[0]
+    slot = tile % STAGES
+    mbarrier.wait(full.index(slot), (tile // STAGES) & 1)
+    if masked:
+        _clean_rows(q_ring.index(slot), lse_ring.index(slot), delta_ring.index(slot), Q_WIDE)
+        _clean_rows(do_ring.index(slot), lse_ring.index(slot), delta_ring.index(slot), DO_WIDE)
+    fence_async_shared()
+    return slot
+
+
+@gluon.jit
+def offsets(N: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of a dense matrix [N, D]."""
+    o_n, o_d = gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT)), gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    return o_n[:, None] * D + o_d[None, :]
+
+
+@gluon.constexpr_function
+def wide(D):
+    """Of rows of D columns: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])

@@ -1,0 +1,397 @@
+"""The kernels of ``triton.py`` and ``triton_backward.py`` that go by unions, on Hopper: warps with roles.
+
+A program takes a tile of queries, of which each of its two consumers, a warpgroup, has one half: 64 rows, a row being
+one query with one head of the group.  One warp copies the blocks of the tile's union, once for both.  A consumer leaves
+out blocks that none of its own queries selected, so nobody multiplies for the other; what one waits for, the other
+hides.  Names and units are those of ``core/triton/attention.py``.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernel_index.core.triton.hopper import (
+    ROWS,
+    TWO,
+    barriers,
+    copy_tile,
+    has_tiles,
+    product_nt,
+    ring,
+    softcapped,
+    tiles_of,
+    within,
+)
+from kernel_index.core.triton.jit import ENABLE_FP_FUSION
+from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, row_stride
+from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import cleaned, read_number
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import row_ring, rows_of
+from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import unfit_blocks
+
+CONSUMERS = gl.constexpr(2)
+
+INFO = gl.constexpr(4)
+"""Of a block of a union: its number, the queries of the first and of the second consumer that selected it as bits, and
+what of it is not finite: 1 keys, 2 values."""
+
+
+@gluon.jit
+def _put(info, i, value):
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    info.index(i).store(gl.full([1], 0, gl.int32, layout=ONE) + value)
+
+
+@gluon.jit
+def _produce(given):
+    (
+        row_descs, k_desc, v_desc, row_rings, buffers, blocks_ptr, members_ptr, sizes_ptr, bad_ptr, counter_ptr, TILES,
+        UNION, G, GROUPS, GROUP, BLOCKS, total, QUERIES,
+    ) = given  # fmt: skip
+    k_ring, v_ring, plan, info, plan_full, plan_empty, q_full, q_empty, kv_full, kv_empty = buffers
+    STAGES: gl.constexpr = k_ring.shape[0]
+    BLOCK: gl.constexpr = k_ring.shape[1]
+    number = gl.program_id(0)
+    turn = 0
+    at = 0
+    while number < total:
+        after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+        group, tile = number // TILES, TILES - 1 - number % TILES  # the long unions of a causal mask begin first
+        size = gl.load(sizes_ptr + group * TILES + tile)
+        if size >= 0:  # else lists take the tile
+            b, g = group // G, group % G
+            kv_head = g // GROUPS
+            mbarrier.wait(plan_empty.index(0), (turn & 1) ^ 1)
+            _put(plan, 0, number)
+            _put(plan, 1, size)
+            mbarrier.arrive(plan_full.index(0), count=1)
+            mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
+            for r in gl.static_range(len(row_descs)):
+                mbarrier.expect(q_full.index(0), CONSUMERS * row_descs[r].block_type.nbytes)
+                for i in gl.static_range(CONSUMERS):
+                    target = (
+                        row_rings[r]
+                        .index(i)
+                        ._reinterpret(row_descs[r].dtype, row_descs[r].block_type.shape, row_descs[r].layout)
+                    )
+                    first = (tile * CONSUMERS + i) * QUERIES
+                    tma.async_copy_global_to_shared(row_descs[r], [b, first, g * GROUP, 0], q_full.index(0), target)
+            p_blocks = blocks_ptr + (group * TILES + tile).to(gl.int64) * UNION
+            p_members = members_ptr + (group * TILES + tile).to(gl.int64) * UNION
+            p_bad = bad_ptr + (b * (G // GROUPS) + kv_head) * BLOCKS
+            # Loads that depend on each other are a block apart.
+            block, members = gl.load(p_blocks, mask=size > 0, other=0), gl.load(p_members, mask=size > 0, other=0)
+            bad = gl.load(p_bad + block)
+            next_block = gl.load(p_blocks + 1, mask=size > 1, other=0)
+            next_members = gl.load(p_members + 1, mask=size > 1, other=0)
+            for i in range(size):
+                next_bad = gl.load(p_bad + next_block)
+                after_block = gl.load(p_blocks + i + 2, mask=i + 2 < size, other=0)
+                after_members = gl.load(p_members + i + 2, mask=i + 2 < size, other=0)
+                slot = at % STAGES
+                mbarrier.wait(kv_empty.index(slot), ((at // STAGES) & 1) ^ 1)
+                _put(info, slot * INFO, block)
+                _put(info, slot * INFO + 1, ((members << (64 - QUERIES)) >> (64 - QUERIES)).to(gl.int32))
+                _put(info, slot * INFO + 2, (members >> QUERIES).to(gl.int32))
+                _put(info, slot * INFO + 3, bad.to(gl.int32))
+                mbarrier.arrive(kv_full.index(slot), count=1)
+                mbarrier.expect(kv_full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+                copy_tile(k_desc, b, block * BLOCK, kv_head, kv_full.index(slot), k_ring.index(slot))
+                copy_tile(v_desc, b, block * BLOCK, kv_head, kv_full.index(slot), v_ring.index(slot))
+                block = next_block
+                members = next_members
+                bad = next_bad
+                next_block = after_block
+                next_members = after_members
+                at += 1
+            turn += 1
+        number = after
+    mbarrier.wait(plan_empty.index(0), (turn & 1) ^ 1)
+    _put(plan, 0, total)
+    _put(plan, 1, 0)
+    mbarrier.arrive(plan_full.index(0), count=1)
+
+
+@gluon.jit
+def _row_place(number, TILES, G, GROUP, QUERIES, HEADS: gl.constexpr, CONSUMER: gl.constexpr, LAYOUT: gl.constexpr):
+    """Batch row, group, the first query of a consumer, and of its rows [64] the query and the head."""
+    group, tile = number // TILES, TILES - 1 - number % TILES
+    b, g = group // G, group % G
+    first = (tile * CONSUMERS + CONSUMER) * QUERIES
+    o_m = gl.arange(0, 64, layout=LAYOUT)
+    return b, g, first, first + o_m // HEADS, g * GROUP + o_m % HEADS
+
+
+@gluon.jit
+def _inner_bounds(p_start, p_end, first, T, QUERIES):
+    """From where on and up to where all queries of a consumer see keys: bounds never decrease."""
+    last = gl.maximum(gl.minimum(first + QUERIES, T) - 1, 0)
+    return gl.load(p_start + last), gl.load(p_end + gl.minimum(first, T - 1))
+
+
+@gluon.jit
+def _store_rows(p_out, value, b, o_q, o_h, T, H, LAYOUT: gl.constexpr):
+    """64 rows of a dense tensor [B, T, H, columns], in stores of 16 bytes."""
+    COLUMNS: gl.constexpr = value.shape[1]
+    value = gl.convert_layout(value.to(p_out.dtype.element_ty), LAYOUT)
+    o_column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    o_row = (b.to(gl.int64) * T + o_q) * H + o_h
+    gl.store(p_out + o_row[:, None] * COLUMNS + o_column[None, :], value, mask=(o_q < T)[:, None])
+
+
+@gluon.jit
+def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: gl.constexpr):
+    (
+        row_rings, buffers, flag_ring, _k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, _delta_ptr, v_b, v_t, v_h,
+        window_b, TILES, T, S, H, G, GROUPS, GROUP, total, QUERIES, _scale, inner, outer,
+    ) = given  # fmt: skip
+    k_ring, v_ring, plan, info, plan_full, plan_empty, q_full, q_empty, kv_full, kv_empty = buffers
+    STAGES: gl.constexpr = k_ring.shape[0]
+    BN: gl.constexpr = k_ring.shape[1]
+    DV: gl.constexpr = v_ring.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    zero = gl.full([64, BN], 0.0, gl.float32, layout=S_LAYOUT)
+    o_local = gl.arange(0, 64, layout=ROW) // HEADS
+    turn = 0
+    at = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    number = read_number(plan, 0, ONE)
+    while number < total:
+        size = read_number(plan, 1, ONE)
+        mbarrier.arrive(plan_empty.index(0), count=1)
+        b, g, first, o_q, o_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, ROW)
+        p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
+        start = gl.load(p_start + o_q, mask=o_q < T, other=0)
+        end = gl.load(p_end + o_q, mask=o_q < T, other=0)
+        low, high = _inner_bounds(p_start, p_end, first, T, QUERIES)
+        row_max = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+        row_sum = gl.full([64], 0.0, gl.float32, layout=ROW)
+        acc = gl.full([64, DV], 0.0, gl.float32, layout=O_LAYOUT)
+        mbarrier.wait(q_full.index(0), turn & 1)
+        q_tile = row_rings[0].index(CONSUMER)
+        for _i in range(size):
+            slot = at % STAGES
+            mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
+            bits = read_number(info, slot * INFO + 1 + CONSUMER, ONE)
+            if bits != 0:
+                first_key, bad = read_number(info, slot * INFO, ONE) * BN, read_number(info, slot * INFO + 3, ONE)
+                s = warpgroup_mma_wait(0, [product_nt(q_tile, k_ring.index(slot), zero)])
+                z = softcapped(s, inner, CAPPED) * outer
+                z = gl.where((((bits >> o_local) & 1) != 0)[:, None], z, float("-inf"))
+                if (first_key < low) | (first_key + BN > high) | (bad != 0):
+                    o_k = first_key + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
+                    z = gl.where(within(o_k[None, :], start[:, None], end[:, None]), z, float("-inf"))
+                new_max = gl.maximum(row_max, gl.max(z, 1))
+                shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+                p = gl.exp2(z - shift[:, None])
+                alpha = gl.exp2(row_max - shift)
+                if bad >= 2:  # rows that see a value that is not finite become NaN
+                    p_v = v_ptr + b.to(gl.int64) * v_b + (g // GROUPS) * v_h + first_key.to(gl.int64) * v_t
+                    cleaned(v_ring.index(slot), p_v, v_t, S - first_key, flag_ring.index(CONSUMER), WIDE)
+                    flag = flag_ring.index(CONSUMER).load(gl.SliceLayout(0, S_LAYOUT))
+                    p = gl.where(z == float("-inf"), 0.0, p + flag[None, :])
+                row_max = new_max
+                row_sum = row_sum * alpha + gl.sum(p, 1)
+                acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+                b_p = gl.convert_layout(p.to(v_ring.dtype), gl.DotOperandLayout(0, O_LAYOUT, k_width=2))
+                acc = warpgroup_mma_wait(0, [warpgroup_mma(b_p, v_ring.index(slot), acc, is_async=True)])
+            mbarrier.arrive(kv_empty.index(slot), count=1)
+            at += 1
+        mbarrier.arrive(q_empty.index(0), count=1)
+        m_empty = row_sum == 0.0
+        row_sum = gl.where(m_empty, 1.0, row_sum)
+        lse = gl.where(m_empty, float("-inf"), row_max + gl.log2(row_sum))
+        gl.store(lse_ptr + (b.to(gl.int64) * T + o_q) * H + o_h, lse, mask=o_q < T)
+        out = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        _, _, _, w_q, w_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
+        _store_rows(out_ptr, out, b, w_q, w_h, T, H, WIDE)
+        turn += 1
+        mbarrier.wait(plan_full.index(0), turn & 1)
+        number = read_number(plan, 0, ONE)
+
+
+@gluon.jit
+def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: gl.constexpr):
+    (
+        row_rings, buffers, flag_ring, k_ptr, _v_ptr, start_ptr, end_ptr, dq_ptr, lse_ptr, delta_ptr, k_b, k_t, k_h,
+        window_b, TILES, T, S, H, G, GROUPS, GROUP, total, QUERIES, scale, inner, outer,
+    ) = given  # fmt: skip
+    k_ring, v_ring, plan, info, plan_full, plan_empty, q_full, q_empty, kv_full, kv_empty = buffers
+    STAGES: gl.constexpr = k_ring.shape[0]
+    BN: gl.constexpr = k_ring.shape[1]
+    D: gl.constexpr = k_ring.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    zero = gl.full([64, BN], 0.0, gl.float32, layout=S_LAYOUT)
+    o_local = gl.arange(0, 64, layout=ROW) // HEADS
+    turn = 0
+    at = 0
+    mbarrier.wait(plan_full.index(0), 0)
+    number = read_number(plan, 0, ONE)
+    while number < total:
+        size = read_number(plan, 1, ONE)
+        mbarrier.arrive(plan_empty.index(0), count=1)
+        b, g, first, o_q, o_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, ROW)
+        p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
+        start = gl.load(p_start + o_q, mask=o_q < T, other=0)
+        end = gl.load(p_end + o_q, mask=o_q < T, other=0)
+        low, high = _inner_bounds(p_start, p_end, first, T, QUERIES)
+        o_row = (b.to(gl.int64) * T + o_q) * H + o_h
+        lse = gl.load(lse_ptr + o_row, mask=o_q < T, other=float("inf"))
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)  # no gradient where there is no key
+        delta = gl.load(delta_ptr + o_row, mask=o_q < T, other=0.0)
+        dq = gl.full([64, D], 0.0, gl.float32, layout=Q_LAYOUT)
+        mbarrier.wait(q_full.index(0), turn & 1)
+        q_tile, do_tile = row_rings[0].index(CONSUMER), row_rings[1].index(CONSUMER)
+        for _i in range(size):
+            slot = at % STAGES
+            mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
+            bits = read_number(info, slot * INFO + 1 + CONSUMER, ONE)
+            if bits != 0:
+                first_key, bad = read_number(info, slot * INFO, ONE) * BN, read_number(info, slot * INFO + 3, ONE)
+                if bad % 2 == 1:
+                    p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS) * k_h + first_key.to(gl.int64) * k_t
+                    cleaned(k_ring.index(slot), p_k, k_t, S - first_key, flag_ring.index(CONSUMER), WIDE)
+                s_started = product_nt(q_tile, k_ring.index(slot), zero)
+                dp_started = product_nt(do_tile, v_ring.index(slot), zero)
+                s = warpgroup_mma_wait(1, [s_started])
+                z = softcapped(s, inner, CAPPED)
+                p = gl.exp2(z * outer - lse[:, None])
+                if CAPPED:
+                    p = p * (1.0 - z * z)
+                dp = warpgroup_mma_wait(0, [dp_started])
+                dz = p * (dp - delta[:, None])
+                if bad % 2 == 1:  # rows that see a key that is not finite become NaN
+                    dz += flag_ring.index(CONSUMER).load(gl.SliceLayout(0, S_LAYOUT))[None, :]
+                dz = gl.where((((bits >> o_local) & 1) != 0)[:, None], dz, 0.0)
+                if (first_key < low) | (first_key + BN > high) | (bad != 0):
+                    o_k = first_key + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
+                    dz = gl.where(within(o_k[None, :], start[:, None], end[:, None]), dz, 0.0)
+                b_dz = gl.convert_layout(dz.to(k_ring.dtype), gl.DotOperandLayout(0, Q_LAYOUT, k_width=2))
+                dq = warpgroup_mma_wait(0, [warpgroup_mma(b_dz, k_ring.index(slot), dq, is_async=True)])
+            mbarrier.arrive(kv_empty.index(slot), count=1)
+            at += 1
+        mbarrier.arrive(q_empty.index(0), count=1)
+        _, _, _, w_q, w_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
+        _store_rows(dq_ptr, dq * scale, b, w_q, w_h, T, H, WIDE)
+        turn += 1
+        mbarrier.wait(plan_full.index(0), turn & 1)
+        number = read_number(plan, 0, ONE)
+
+
+@gluon.jit
+def _by_unions_kernel(
+    q_desc, do_desc, k_desc, v_desc, k_ptr, v_ptr, blocks_ptr, members_ptr, sizes_ptr, bad_ptr, start_ptr, end_ptr,
+    out_ptr, lse_ptr, delta_ptr, counter_ptr, x_b, x_t, x_h, window_b, TILES, UNION, T, S, H, G, GROUPS, GROUP, BLOCKS,
+    total, QUERIES, scale, inner, outer,
+    HEADS: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr, FORWARD: gl.constexpr,
+):  # fmt: skip
+    """``total`` tiles of all groups, TILES of each; QUERIES of a consumer.
+
+    FORWARD: the output and the log-sum-exp; else dQ.  ``x_b, x_t, x_h``: strides of what is summed, values or keys.
+    """
+    ONES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    BN: gl.constexpr = k_desc.block_type.shape[1]
+    if FORWARD:
+        row_descs = (q_desc,)
+        row_rings = (row_ring(q_desc, CONSUMERS),)
+    else:
+        row_descs = (q_desc, do_desc)
+        row_rings = (row_ring(q_desc, CONSUMERS), row_ring(do_desc, CONSUMERS))
+    buffers = (
+        ring(k_desc, STAGES),
+        ring(v_desc, STAGES),
+        gl.allocate_shared_memory(gl.int32, [2, 1], ONES),
+        gl.allocate_shared_memory(gl.int32, [STAGES * INFO, 1], ONES),
+        barriers(1, 1),
+        barriers(1, CONSUMERS),
+        barriers(1, 1 if FORWARD else 2),
+        barriers(1, CONSUMERS),
+        barriers(STAGES, 2),
+        barriers(STAGES, CONSUMERS),
+    )
+    flag_ring = gl.allocate_shared_memory(gl.float32, [CONSUMERS, BN], ONES)
+    fence_async_shared()
+    consumed = (
+        row_rings, buffers, flag_ring, k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, delta_ptr, x_b, x_t, x_h,
+        window_b, TILES, T, S, H, G, GROUPS, GROUP, total, QUERIES, scale, inner, outer,
+    )  # fmt: skip
+    produced = (
+        row_descs, k_desc, v_desc, row_rings, buffers, blocks_ptr, members_ptr, sizes_ptr, bad_ptr, counter_ptr, TILES,
+        UNION, G, GROUPS, GROUP, BLOCKS, total, QUERIES,
+    )  # fmt: skip
+    if FORWARD:
+        gl.warp_specialize(
+            [
+                (_consume_forward, (consumed, 0, HEADS, CAPPED)),
+                (_consume_forward, (consumed, 1, HEADS, CAPPED)),
+                (_produce, (produced,)),
+            ],
+            TWO[0],
+            TWO[1],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_queries, (consumed, 0, HEADS, CAPPED)),
+                (_consume_queries, (consumed, 1, HEADS, CAPPED)),
+                (_produce, (produced,)),
+            ],
+            TWO[0],
+            TWO[1],
+        )
+
+
+STAGES = {True: 5, False: 4}
+"""Slots of the ring of blocks, forward and backward."""
+
+
+def _launch(q, d_out, k, v, plan, bounds, launch, out, of_rows):
+    c, (B, T, H, _), (S, K) = launch.constants, q.shape, k.shape[1:3]
+    (G, tiles, union), forward = plan.blocks.shape[1:], d_out is None
+    total, queries, blocks = B * G * tiles, ROWS // c["HEADS"], ceil_div(S, c["BLOCK"])
+    if total == 0:
+        return
+    q, k, v = (x if has_tiles(x) else x.contiguous() for x in (q, k, v))
+    d_out = d_out if forward or has_tiles(d_out) else d_out.contiguous()
+    summed = v if forward else k
+    with on_device(k):
+        counter, bad = torch.zeros(1, dtype=torch.int32, device=k.device), unfit_blocks(k, v, blocks, c)
+        _by_unions_kernel[(min(total, processors(k)),)](
+            rows_of(q, queries, c["HEADS"]), None if forward else rows_of(d_out, queries, c["HEADS"]),
+            tiles_of(k, c["BLOCK"]), tiles_of(v, c["BLOCK"]), k, v, plan.blocks, plan.members, plan.sizes, bad, *bounds,
+            out, *of_rows, counter, *summed.stride()[:3], row_stride(bounds[0]), tiles, union, T, S, H, G, G // K,
+            c["GROUP"], blocks, total, queries, launch.scale, launch.inner, launch.outer, c["HEADS"], STAGES[forward],
+            c["CAPPED"], forward, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+        )  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, bounds: tuple[Tensor, Tensor], launch: AttentionLaunch,
+    outputs: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H] of tiles that go by unions."""
+    _launch(q, None, k, v, plan, bounds, launch, outputs[0], (outputs[1], None))
+
+
+def backward_queries(
+    of_rows: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, plan: Plan,
+    bounds: tuple[Tensor, Tensor], launch: AttentionLaunch, d_q: Tensor,
+) -> None:  # fmt: skip
+    """Fill dQ of tiles that go by unions.  ``of_rows``: the gradient of the output, the log-sum-exp and ``delta``."""
+    _launch(q, of_rows[0], k, v, plan, bounds, launch, d_q, of_rows[1:])
