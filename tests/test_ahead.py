@@ -1,0 +1,117 @@
+"""Kernels that other processes compile while torch.compile traces: the right ones, once, and nothing is started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+
+PRETENDED = """
+import concurrent.futures, logging, pickle
+from types import SimpleNamespace
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import kernel_index as ki
+from kernel_index.core import ahead
+from kernel_index.core.target import pretend
+from kernel_index.core.triton import jit
+from kernel_index.kernels.experts.fused_relu_squared import triton as kernels
+from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_lists
+from kernel_index.proofs.aot import TARGETS
+
+# It cannot load a kernel: whatever launches one fails.
+place = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device=0: 0)
+place.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+driver.set_active(place)
+pool = concurrent.futures.ThreadPoolExecutor(1)
+ahead._workers = lambda: pool
+compiled, found, said = [], [], []
+def listen(*, src, cache_hit, **_):
+    (found if cache_hit else compiled).append(src.name)
+triton.knobs.compilation.listener = listen
+logging.getLogger("kernel_index").setLevel(logging.DEBUG)
+logging.getLogger("kernel_index").addHandler(type("Seen", (logging.Handler,), {"emit": lambda _, r: said.append(r)})())
+
+def squares(x):
+    return ki.fused_relu_squared(x, backend="triton")
+
+def x(rows=64, dtype=torch.bfloat16):
+    return torch.empty(rows, 512, dtype=dtype, device="meta", requires_grad=True)
+
+def traced(given):
+    torch._dynamo.reset()
+    with pretend(TARGETS["sm90"]):
+        return torch.compile(squares, fullgraph=True, backend="aot_eager", dynamic=False)(given)
+
+def finished():
+    for futures in ahead._PENDING.values():
+        concurrent.futures.wait(futures)
+
+HOW = {"BLOCK": kernels.BLOCK, "num_warps": kernels.NUM_WARPS, "enable_fp_fusion": jit.ENABLE_FP_FUSION}
+BOTH = ["_relu_squared_backward_kernel", "_relu_squared_kernel"]
+"""
+
+QUESTIONS = {
+    "a trace has forward and backward compiled, once": """
+traced(x())
+finished()
+assert sorted(compiled) == BOTH, compiled
+traced(x())
+finished()
+assert len(compiled) == 2 and not found, (compiled, found)
+""",
+    "a launch of the same kind finds what was compiled, and a later trace does not launch it": """
+traced(x())
+given = torch.empty_like(x())
+kernels._relu_squared_kernel.run(given, given, given.numel(), grid=(16,), warmup=True, **HOW)
+assert found == ["_relu_squared_kernel"] and sorted(compiled) == BOTH, (found, compiled)
+traced(x(128))
+finished()
+assert len(compiled) == 2
+""",
+    "another kind is compiled where it is launched": """
+traced(x())
+given = torch.empty_like(x(dtype=torch.float32))
+kernels._relu_squared_kernel.run(given, given, given.numel(), grid=(16,), warmup=True, **HOW)
+finished()
+assert not found and len(compiled) == 3, (found, compiled)
+""",
+    "a worker that fails leaves the kernel to its launch": """
+def fail(*_):
+    raise RuntimeError("no compiler here")
+jit.compile_variant = fail
+traced(x())
+given = torch.empty_like(x())
+kernels._relu_squared_kernel.run(given, given, given.numel(), grid=(16,), warmup=True, **HOW)
+assert compiled == ["_relu_squared_kernel"], compiled
+""",
+    "fake tensors without a compiler compile nothing": """
+with pretend(TARGETS["sm90"]), FakeTensorMode():
+    torch.ops.kernel_index.relu_squared(torch.empty(64, 512, device="meta"))
+assert not compiled and not ahead._PENDING
+""",
+    "a kernel is pickled by name, of Triton and of Gluon": """
+for kernel in (kernels._relu_squared_kernel, triton_hopper_lists._partials_kernel):
+    assert pickle.loads(pickle.dumps(kernel)) is kernel
+""",
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+def test_ahead(question, tmp_path):
+    """In a process of its own: here Triton's functions are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", PRETENDED + question + "assert not said, said[0].getMessage()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
