@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ logger = logging.getLogger("kernel_index")
 
 PATIENCE = 120.0
 """Seconds after which a launch no longer waits for another process and compiles its kernel itself."""
+
+EXPECTED = (RuntimeError, TypeError, ValueError, AssertionError, ImportError, AttributeError, LookupError, PickleError)
+"""What a launcher raises that cannot run without values, and what cannot be sent to another process."""
 
 
 class _Learning(threading.local):
@@ -70,7 +74,7 @@ def _learn(launch: Callable[..., Any], args: tuple[Any, ...], known: set[Any]) -
     try:
         with _disable_current_modes(), torch.no_grad(), pretend(target_of(place)):
             launch(*map(_stand_in, args))
-    except Exception as error:  # whatever is wrong with this call, the launch itself says it
+    except EXPECTED as error:  # the launch itself will say it
         logger.debug("kernels of %s are not compiled ahead: %s", launch.__qualname__, error)
     finally:
         _LEARNING.now = False
