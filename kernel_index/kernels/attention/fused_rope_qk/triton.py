@@ -279,7 +279,7 @@ def norm_rotate(
     return outputs
 
 
-PROGRAMS = 3
+NORM_PROGRAMS = 3
 """Programs of the backward pass for each processor: a program has few heads in flight."""
 
 
@@ -298,7 +298,7 @@ def norm_backward(
             if d_weight is not None:
                 d_weight.zero_()
         return
-    count = min(batch * tokens, PROGRAMS * processors(like), 512)
+    count = min(batch * tokens, NORM_PROGRAMS * processors(like), 512)
     parts = [None if d is None else like.new_empty((count, head_size), dtype=torch.float32) for d in weights]
     q_heads, k_heads = (1 if g is None else g.shape[2] for g in (gq, gk))
     with on_device(like):

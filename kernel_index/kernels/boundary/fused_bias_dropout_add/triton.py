@@ -28,8 +28,11 @@ GROUP = 64
 FEW_ROWS, FEW_AT_ONCE, FEW_COLUMNS = 256, 128, 16
 """Rows up to which a program sums whole columns by itself, so many at once: no second launch.
 
-Not with a mask: what it takes to make it keeps more processors busy than there are such programs.
+With a mask its columns are one group, and it needs rows of whole groups.
 """
+
+FEW_ELEMENTS = 512
+"""Of it for each warp."""
 
 MOST_RUNS = 512
 """Rows of the partial sums."""
@@ -195,13 +198,13 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
     if rows == 0 or width == 0:
         return dx, dbias.zero_()
     dropped = mask[0] is not None
-    if rows <= FEW_ROWS and not dropped:
-        at_once = min(FEW_AT_ONCE, next_power_of_2(rows))
+    if rows <= FEW_ROWS and (not dropped or width % GROUP == 0):
+        at_once, few = min(FEW_AT_ONCE, next_power_of_2(rows)), GROUP if dropped else FEW_COLUMNS
         with on_device(g):
-            _column_kernel[(1, ceil_div(width, FEW_COLUMNS))](
+            _column_kernel[(1, ceil_div(width, few))](
                 g, dx, dbias, *mask, rows, width, rows,
-                DX=dx is not None, DROP=False, WHOLE_GROUPS=False, ROWS=at_once, COLUMNS=FEW_COLUMNS,
-                STAGES=1, DEPENDENT=False, num_warps=max(1, at_once * FEW_COLUMNS // 512),
+                DX=dx is not None, DROP=dropped, WHOLE_GROUPS=dropped, ROWS=at_once, COLUMNS=few,
+                STAGES=1, DEPENDENT=False, num_warps=max(1, at_once * few // FEW_ELEMENTS),
             )  # fmt: skip
         return dx, dbias
     tile_columns, tile_rows, _ = _tile(width, dropped)
