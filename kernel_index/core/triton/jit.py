@@ -4,7 +4,6 @@ Triton's own default differs between versions and can be changed by an environme
 """
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
-from triton.compiler.compiler import make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -27,41 +25,18 @@ MOST_KNOWN = 4096
 
 
 class Ahead(JITFunction):
-    """A kernel that other processes may compile while ``torch.compile`` traces its op: ``core/ahead.py``."""
+    """A kernel that threads may compile while ``torch.compile`` traces its op: ``core/ahead.py``."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
         return super().run(*args, grid=grid, warmup=warmup or ahead.is_learning(), **constants)
 
-    def _do_compile(self, key: Any, signature: Any, device: Any, constexprs: Any, *rest: Any) -> Any:
-        if not ahead.is_learning():
-            ahead.wait_for(self)
-            return super()._do_compile(key, signature, device, constexprs, *rest)
-        options, attributes, _ = rest
-        source, target = (self.ASTSource, self, signature, constexprs, attributes), self.device_caches[device][2]
-        if not _is_cached(source[0](*source[1:]), target, options):
-            ahead.submit(self, compile_variant, source, target, options.__dict__)
-        return None
-
-    def __reduce__(self) -> str:
-        return self.__qualname__  # pickled as a function is, by name
-
-
-def _is_cached(source: Any, target: Any, options: Any) -> bool:
-    """Whether Triton's cache has it; False where this version of Triton cannot be asked."""
-    try:
-        from triton._C.libtriton import get_cache_invalidating_env_vars
-        from triton.runtime.cache import get_cache_key, get_cache_manager
-    except ImportError:
-        return False
-    key = get_cache_key(source, make_backend(target), options, get_cache_invalidating_env_vars())
-    place = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
-    return bool(place.get_group(f"{source.name[:150]}.json"))
-
-
-def compile_variant(source: tuple[Any, ...], target: Any, options: dict[str, Any]) -> None:
-    """Compile into Triton's cache: in another process."""
-    kind, *of = source
-    triton.compile(kind(*of), target=target, options=options)
+    def _do_compile(self, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
+        compiled = functools.partial(super()._do_compile, key, signature, device, *rest)
+        if ahead.is_learning():
+            ahead.submit(self, key, compiled)
+            return None
+        ahead.wait_for(self)
+        return self.device_caches[device][0].get(key) or compiled()
 
 
 class Kernel(Ahead):
