@@ -8,11 +8,15 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.core.target import has_package
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.dense_attention.contract import AttentionCall
 from kernel_index.kernels.attention.dense_attention.torch_op_fa4 import attention_fa4_traced
 
-pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
+interpreted = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or not has_package("flash_attn"), reason="needs a CUDA device and flash-attn-4"
+)
 
 
 def of_package(q, k, v, softmax_scale, softcap, causal, window_size):
@@ -54,6 +58,7 @@ def outcome(function, leaves, with_lse):
     return [out, lse, *torch.autograd.grad(loss, leaves)]
 
 
+@interpreted
 @pytest.mark.parametrize("with_lse", [False, True], ids=["out", "out and lse"])
 @pytest.mark.parametrize(
     "options", [{}, {"window": (5, 0)}, {"softcap": 3.0}, {"scale": 0.3}], ids=["causal", "window", "softcap", "scale"]
@@ -75,6 +80,7 @@ def test_the_graph_computes_attention(package, options, with_lse):
         torch.testing.assert_close(actual, wanted)
 
 
+@interpreted
 def test_what_is_not_finite_is_seen_by_those_that_see_it(package):
     bad = 13
 
@@ -88,3 +94,25 @@ def test_what_is_not_finite_is_seen_by_those_that_see_it(package):
     assert out[1].isfinite().all()
     assert out[0, :, :2].isfinite().all()
     assert lse[0, 2:, bad:].isnan().all()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("bad", [None, 700])
+@pytest.mark.parametrize("window", [None, (100, 0)])
+def test_a_graph_has_the_values_of_eager_code(window, bad):
+    generator, mask = torch.Generator("cuda").manual_seed(3), ki.MaskContract(causal=True, window=window)
+    draw = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    q, k, v = (torch.randn(2, 1000, heads, 64, **draw) for heads in (8, 2, 2))
+    if bad is not None:
+        v[0, bad, 1, 3] = math.nan
+
+    def run(q, k, v):
+        return ki.attention_with_lse(q, k, v, mask, backend="fa4")
+
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True)):
+        out, lse = function(*(leaves := [x.clone().requires_grad_() for x in (q, k, v)]))
+        found.append([out, lse, *torch.autograd.grad((out.float() * out.detach().nan_to_num()).sum(), leaves)])
+    for i, (eager, graph) in enumerate(zip(*found, strict=True)):
+        exact = {"rtol": 0.0, "atol": 0.0} if i < 2 else {}  # sums of gradients come in any order
+        torch.testing.assert_close(graph, eager, equal_nan=True, **exact)
