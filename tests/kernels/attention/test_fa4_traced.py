@@ -114,5 +114,6 @@ def test_a_graph_has_the_values_of_eager_code(window, bad):
         out, lse = function(*(leaves := [x.clone().requires_grad_() for x in (q, k, v)]))
         found.append([out, lse, *torch.autograd.grad((out.float() * out.detach().nan_to_num()).sum(), leaves)])
     for i, (eager, graph) in enumerate(zip(*found, strict=True)):
-        exact = {"rtol": 0.0, "atol": 0.0} if i < 2 else {}  # sums of gradients come in any order
-        torch.testing.assert_close(graph, eager, equal_nan=True, **exact)
+        # Sums of gradients come in any order: their last bit in bfloat16 may differ.
+        near = {"rtol": 0.0, "atol": 0.0} if i < 2 else {"rtol": 2.0**-7, "atol": 1e-4}
+        torch.testing.assert_close(graph, eager, equal_nan=True, **near)
