@@ -24,7 +24,7 @@ class Band(NamedTuple):
     right: int | None
 
 
-def _allocate(q, k, v, start, end, scale, softcap, causal, left, right):
+def _allocate(q, k, v, *_):
     B, T, H, _ = q.shape
     S, K = k.shape[1:3]
     out, lse = q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
@@ -32,35 +32,26 @@ def _allocate(q, k, v, start, end, scale, softcap, causal, left, right):
     return out, lse, k.new_empty(k.shape), v.new_empty(v.shape), *keys
 
 
-def _launch(q, k, v, start, end, scale, softcap, causal, left, right):
-    from flash_attn.cute import flash_attn_func
-
+def _launch(q, k, v, start, end, *band):
     from kernel_index.core.triton.excluded import finite_keys, mark_rows
+    from kernel_index.kernels.attention.dense_attention.fa4 import forward_pass
 
     k, v, keys = finite_keys(dense_heads(k), dense_heads(v), copy_k=True)
-    with torch.no_grad():
-        out, lse = flash_attn_func(
-            q.contiguous(), k, v, softmax_scale=scale, softcap=softcap, causal=causal, window_size=(left, right),
-            return_lse=True, deterministic=torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
+    out, lse = forward_pass(q.contiguous(), k, v, *band)
     mark_rows(out, lse, keys, start, end)
     return out, lse, k, v, *keys
 
 
-def _allocate_backward(d_out, d_lse, q, k, v, out, lse, bad, some, start, end, scale, softcap, causal, left, right):
+def _allocate_backward(d_out, d_lse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _launch_backward(d_out, d_lse, q, k, v, out, lse, bad, some, start, end, scale, softcap, causal, left, right):
-    from flash_attn.cute.interface import _flash_attn_bwd
-
+def _launch_backward(d_out, d_lse, q, k, v, out, lse, bad, some, start, end, *band):
     from kernel_index.core.triton.excluded import BadKeys, mark_rows
+    from kernel_index.kernels.attention.dense_attention.fa4 import backward_pass
 
-    d_q, d_k, d_v = _flash_attn_bwd(
-        q.contiguous(), k, v, out, d_out.contiguous(), lse, scale, causal, softcap,
-        window_size_left=left, window_size_right=right, dlse=None if d_lse is None else d_lse.contiguous(),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )[:3]  # fmt: skip
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    d_q, d_k, d_v = backward_pass(d_out.contiguous(), d_lse, q.contiguous(), k, v, out, lse, *band)
     mark_rows(d_q, None, BadKeys(bad, some), start, end)
     return d_q, d_k, d_v
 
