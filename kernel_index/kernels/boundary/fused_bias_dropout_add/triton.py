@@ -13,8 +13,11 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.sums import dependent, sum_parts
 
-BLOCK, PLAIN_BLOCK = 4096, 2048
-"""Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H200."""
+BLOCK, PLAIN_BLOCK, FEW_BLOCK = 4096, 2048, 1024
+"""Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H200.
+
+FEW_BLOCK with a mask, where there would be less than two programs for each processor.
+"""
 
 COLUMNS, ROWS, RUNS = 2048, 2, 2
 """The tile of the pass that sums over rows, and its programs for each processor: the fastest tried on an H100."""
@@ -28,11 +31,9 @@ GROUP = 64
 FEW_ROWS, FEW_AT_ONCE, FEW_COLUMNS = 256, 128, 16
 """Rows up to which a program sums whole columns by itself, so many at once: no second launch.
 
-With a mask its columns are one group, and it needs rows of whole groups.
+Not with a mask: what it takes to make it keeps more processors busy than there are such programs.  With the 64 columns
+of a group for each, 128 rows of 4096 took 5.3 us for 5.2, of 1024 4.6 for 4.3.
 """
-
-FEW_ELEMENTS = 512
-"""Of it for each warp."""
 
 MOST_RUNS = 512
 """Rows of the partial sums."""
@@ -169,7 +170,8 @@ def _column_kernel(
 def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, out: Tensor) -> Tensor:
     if out.numel():
         width = x.shape[-1] if x.ndim else 1
-        block = PLAIN_BLOCK if mask[0] is None else BLOCK
+        few = out.numel() < 2 * processors(out) * BLOCK
+        block = PLAIN_BLOCK if mask[0] is None else FEW_BLOCK if few else BLOCK
         with on_device(x):
             _flat_kernel[(ceil_div(out.numel(), block),)](
                 x, residual, bias, out, *mask, out.numel(), width,
@@ -198,13 +200,13 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
     if rows == 0 or width == 0:
         return dx, dbias.zero_()
     dropped = mask[0] is not None
-    if rows <= FEW_ROWS and (not dropped or width % GROUP == 0):
-        at_once, few = min(FEW_AT_ONCE, next_power_of_2(rows)), GROUP if dropped else FEW_COLUMNS
+    if rows <= FEW_ROWS and not dropped:
+        at_once = min(FEW_AT_ONCE, next_power_of_2(rows))
         with on_device(g):
-            _column_kernel[(1, ceil_div(width, few))](
+            _column_kernel[(1, ceil_div(width, FEW_COLUMNS))](
                 g, dx, dbias, *mask, rows, width, rows,
-                DX=dx is not None, DROP=dropped, WHOLE_GROUPS=dropped, ROWS=at_once, COLUMNS=few,
-                STAGES=1, DEPENDENT=False, num_warps=max(1, at_once * few // FEW_ELEMENTS),
+                DX=dx is not None, DROP=False, WHOLE_GROUPS=False, ROWS=at_once, COLUMNS=FEW_COLUMNS,
+                STAGES=1, DEPENDENT=False, num_warps=max(1, at_once * FEW_COLUMNS // 512),
             )  # fmt: skip
         return dx, dbias
     tile_columns, tile_rows, _ = _tile(width, dropped)
