@@ -1,6 +1,6 @@
 """While ``torch.compile`` traces an op, threads compile the Triton kernels that it will launch.
 
-Triton compiles a kernel at its first launch, one after another: 80 kernels and 45 s of the 70 that the first step of
+Triton compiles a kernel at its first launch, one after another: 70 kernels and 45 s of the 70 that the first step of
 the preset ``small`` took.  A trace knows an op's arguments long before.  So the op's launcher runs once on tensors of
 the meta device, as in ``prove aot``; each of its launches ends where Triton would compile, and threads do that.  Three
 quarters of the work are passes of LLVM and ``ptxas``, which do not hold Python's lock.  The first launch of a kernel
