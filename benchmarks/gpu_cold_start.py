@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+import triton
 import typer
 
 from benchmarks.gpu_language_model import model_and_batch
@@ -21,12 +22,24 @@ LONGEST = 14
 """Lines of PyTorch's account that are printed."""
 
 
+def kernels_compiled_here() -> list[float]:
+    """The seconds of each kernel that Triton compiles in this process from now on; -1 of one that its cache has."""
+    seconds: list[float] = []
+
+    def listen(*, times: Any, cache_hit: bool, **_: Any) -> None:
+        seconds.append(-1.0 if cache_hit else times.total / 1e6)
+
+    triton.knobs.compilation.listener = listen
+    return seconds
+
+
 def first_steps(how: str, name: str = "small", rows: int = 16, steps: int = 3) -> None:
     """Seconds of the first steps of a compiled model, then PyTorch's account of compiling."""
     model, batch = model_and_batch(name, rows, recompute=False)
     compiled = torch.compile(model, fullgraph=True) if how == "whole" else model
     if how == "blocks":
         model.compile_blocks()
+    kernels = kernels_compiled_here()
     for step in range(steps):
         start = time.perf_counter()
         with torch.autocast("cuda", torch.bfloat16):
@@ -35,6 +48,9 @@ def first_steps(how: str, name: str = "small", rows: int = 16, steps: int = 3) -
         model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         console.print(f"{name}, {how}, step {step + 1}: {time.perf_counter() - start:.2f} s", highlight=False)
+    here = [took for took in kernels if took >= 0]
+    found = len(kernels) - len(here)
+    console.print(f"  {sum(here):7.2f} s in {len(here)} kernels of Triton, {found} more in its cache", highlight=False)
     spent = torch._dynamo.utils.compilation_time_metrics
     for phase, seconds in sorted(spent.items(), key=lambda item: -sum(item[1]))[:LONGEST]:
         console.print(f"  {sum(seconds):7.2f} s in {len(seconds)}: {phase}", highlight=False)

@@ -48,7 +48,9 @@ def check_python(name: str, source: str) -> Iterator[tuple[int, str]]:
         yield 1, f"{lines} lines, at most {FILE_LINES} in a file"
     if Path(name).name == "utils.py":
         yield 1, "name the file after what it holds, not utils.py"
-    for node, owner in _walk(ast.parse(source)):
+    tree = ast.parse(source)
+    yield from _check_constants(tree)
+    for node, owner in _walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _check_function(node)
         elif isinstance(node, ast.ExceptHandler) and _is_broad(node.type) and not _reraises(node, (name, owner)):
@@ -86,9 +88,19 @@ def _walk(tree: ast.AST, owner: str = "") -> Iterator[tuple[ast.AST, str]]:
         yield from _walk(node, inside)
 
 
+def _check_constants(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """A function reads the last value of a module's constant, also one that stands above."""
+    seen = set()
+    for node in tree.body:
+        targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else [])
+        names = {_named(t) for target in targets for t in getattr(target, "elts", [target]) if isinstance(t, ast.Name)}
+        yield from ((node.lineno, f"{name} has a second value") for name in sorted(names & seen) if name.isupper())
+        seen |= names
+
+
 def _check_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[int, str]]:
     lines = node.end_lineno - node.lineno + 1 - _docstring_lines(node)
-    on_device = any(_named(d) == "jit" for d in node.decorator_list)
+    on_device = any(_named(d) in ("jit", "HopperKernel") for d in node.decorator_list)
     limit, kind = (KERNEL_LINES, "a device kernel") if on_device else (FUNCTION_LINES, "a function")
     if lines > limit:
         yield node.lineno, f"{node.name} has {lines} lines, at most {limit} in {kind}"

@@ -67,6 +67,12 @@ def test_broad_handlers(handler):
     assert found(f"try:\n    x = 1\n{handler}\n    raise\n") == ["names no exception: catch what can be expected here"]
 
 
+def test_constants_have_one_value():
+    assert found("A, B = 1, 2\nC: int = 3\nA = 4\n") == ["A has a second value"]
+    assert found("x = 1\nx = 2\nA = 1\ndef f():\n    A = 2\n") == []
+    assert found("A = {}\nA['x'] = 1\nA.y = 2\n") == []
+
+
 def test_narrow_handlers():
     assert found("try:\n    x = 1\nexcept (ValueError, OSError):\n    pass\n") == []
     assert found("with contextlib.suppress(ValueError):\n    x = 1\n") == []

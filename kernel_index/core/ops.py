@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernel_index.core import rules
+from kernel_index.core import ahead, rules
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.triton.launch import interpreting
 
@@ -64,7 +64,7 @@ def register(
     torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
     for key in keys:  # ROCm's key is CUDA
         torch.library.impl(qualified, key, launch if key == "CUDA" else _one_at_a_time(launch))
-    torch.library.register_fake(qualified, fake)
+    torch.library.register_fake(qualified, fake if keys == ("CPU",) else ahead.learning_from(launch, fake))
     return getattr(torch.ops.kernel_index, name).default
 
 

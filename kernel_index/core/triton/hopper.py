@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernel_index.core.triton.jit import Ahead
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -26,6 +29,10 @@ TWO, THREE = gl.constexpr(((4, 1), (240, 24))), gl.constexpr(((4, 4, 1), (160, 1
 65536 registers in all."""
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+class HopperKernel(Ahead, GluonJITFunction):
+    """The decorator of a kernel, as ``jit`` is of one in Triton; its launches name ``ENABLE_FP_FUSION`` themselves."""
 
 
 def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:

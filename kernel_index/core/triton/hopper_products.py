@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, barriers
+from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, HopperKernel, barriers
 from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.sums import sum_parts
 
@@ -137,7 +137,7 @@ def _tiles(desc, COUNT: gl.constexpr):
     return gl.allocate_shared_memory(desc.dtype, [COUNT, ROWS, COLUMNS], desc.layout)
 
 
-@gluon.jit
+@HopperKernel
 def _product_kernel(
     a_desc, b_desc, y_desc, y_ptr, bias_ptr, M, N, row_tiles, column_tiles, steps, parts,
     STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr, ADD: gl.constexpr,

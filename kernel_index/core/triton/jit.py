@@ -14,6 +14,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from kernel_index.core import ahead
 from kernel_index.core.triton.launch import interpreting
 
 ENABLE_FP_FUSION = True
@@ -23,7 +24,22 @@ MOST_KNOWN = 4096
 """Launches that a kernel remembers; then it begins anew."""
 
 
-class Kernel(JITFunction):
+class Ahead(JITFunction):
+    """A kernel that threads may compile while ``torch.compile`` traces its op: ``core/ahead.py``."""
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+        return super().run(*args, grid=grid, warmup=warmup or ahead.is_learning(), **constants)
+
+    def _do_compile(self, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
+        compiled = functools.partial(super()._do_compile, key, signature, device, *rest)
+        if ahead.is_learning():
+            ahead.submit(self, key, compiled)
+            return None
+        ahead.wait_for(self)
+        return self.device_caches[device][0].get(key) or compiled()
+
+
+class Kernel(Ahead):
     """Triton's function with ``enable_fp_fusion`` in every launch, and a short way for a launch like an earlier one.
 
     Triton looks at every argument of a launch before it finds the compiled kernel: 41 us for 29 of them on the host of

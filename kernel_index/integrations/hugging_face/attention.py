@@ -212,7 +212,9 @@ def attention_forward(
     }  # fmt: skip
     given = {n: v for n, v in named.items() if v is not None}
     if plain_causal.is_plain(attention_mask):
-        return own_attention(module, query, key, value, None, given)
+        if not plain_causal.is_faster_here(query):
+            return own_attention(module, query, key, value, None, given)
+        attention_mask = None
     why = why_not_call(module, query, key, value, attention_mask, given)
     if why is not None:
         if is_invariant():

@@ -1,8 +1,8 @@
 """Under ``torch.compile``: a causal call without padding and without positions needs no mask.
 
 While it is traced, Transformers makes a dense mask, since it cannot look whether positions begin anew inside a row.
-Where the caller gives no positions, the model counts them itself and they do not: PyTorch's attention is then asked
-for a causal one, as it is outside of a trace.
+Where the caller gives no positions, the model counts them itself and they do not.  Then ours runs where it is faster
+than PyTorch's, and PyTorch's is asked for a causal attention elsewhere.
 """
 
 import inspect
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernel_index.core import rules
+from kernel_index.core.target import Target, has_package, target_of
 from kernel_index.integrations.hugging_face.change import Recipe, replace_forward
 from kernel_index.integrations.hugging_face.implementation import own_implementation
 
@@ -25,6 +27,13 @@ ABSENT = ("attention_mask", "position_ids", "past_key_values")
 
 def is_plain(mask: Any) -> bool:
     return isinstance(mask, Tensor) and tuple(mask.shape) == SHAPE
+
+
+def is_faster_here(query: Tensor) -> bool:
+    """Whether ``ki.attention`` runs by flash-attn-4, in a graph too, and faster than PyTorch's: query [B, H, T, D]."""
+    if target_of(query.device) != Target("cuda", 90) or not has_package("flash_attn"):
+        return False
+    return query.dtype in rules.HALF and query.shape[3] in (64, 128)
 
 
 def replace(model: nn.Module) -> list[Callable[[], None]]:

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernel_index.core import device_documents, native
@@ -15,12 +16,15 @@ from kernel_index.kernels.attention.dense_attention.native import SOURCE, attent
 from kernel_index.kernels.attention.dense_attention.reference import attention_reference
 from kernel_index.kernels.attention.dense_attention.sdpa import attention_sdpa
 from kernel_index.kernels.attention.dense_attention.torch_op import attention_triton
+from kernel_index.kernels.attention.dense_attention.torch_op_fa4 import attention_fa4_traced
 from kernel_index.kernels.attention.dense_attention.varlen import attention_varlen
 from kernel_index.masks.attention_arguments import EVERYTHING_BEFORE
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
 def _attention_fa4(call: AttentionCall) -> OutAndLse:
+    if torch.compiler.is_compiling():
+        return attention_fa4_traced(call)
     from kernel_index.kernels.attention.dense_attention.fa4 import attention_fa4
 
     return attention_fa4(call)

@@ -141,6 +141,32 @@ def _packed(call: AttentionCall, options: dict[str, Any]) -> OutAndLse:
     return out, lse.transpose(1, 2).contiguous()
 
 
+def forward_pass(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, causal: bool, left: int | None, right: int | None
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of a mask without a tensor, for an op in a graph, which has a backward pass of its own."""
+    from flash_attn.cute import flash_attn_func
+
+    with torch.no_grad():
+        return flash_attn_func(
+            q, k, v, softmax_scale=scale, softcap=softcap, causal=causal, window_size=(left, right), return_lse=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+
+
+def backward_pass(
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    scale: float, softcap: float, causal: bool, left: int | None, right: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Its gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    return _flash_attn_bwd(
+        q, k, v, out, d_out, lse, scale, causal, softcap, window_size_left=left, window_size_right=right, dlse=d_lse,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )[:3]  # fmt: skip
+
+
 _WAYS = {"band": _band, "lengths": _lengths, "lists": _lists, "packed": _packed}
 
 

@@ -135,6 +135,12 @@ def _trace_rule(call: AttentionCall) -> str | None:
     return "needs at least one query and one key" if call.is_empty else None
 
 
+def _is_one_op(call: AttentionCall, form: str) -> bool:
+    """Whether flash-attn-4 is an op in a graph: torch_op_fa4.py."""
+    plain = form == "band" and call.sink is None and not call.may_have_padding and not call.is_empty
+    return plain and torch.compiler.is_compiling() and not rules.inside_functorch()
+
+
 def _packing_rule(call: AttentionCall) -> str | None:
     """What every kernel with cumulative lengths asks of the call."""
     return _trace_rule(call) or call.mask.row_varlen_why_not(call.sizes)
@@ -210,9 +216,9 @@ def fa4_why_not(call: AttentionCall) -> str | None:
         return "flash-attn-4 has no sink on this architecture"
     if not support.takes_head_size(call.q.shape[3]) or call.q.shape[3] != call.v.shape[3]:
         return "flash-attn-4 does not take these head sizes on this architecture"
-    if (rule := _trace_rule(call)) is not None:
-        return rule
     form = fa4_form(call)
+    if (rule := None if _is_one_op(call, form) else _trace_rule(call)) is not None:
+        return rule
     if rules.wants_gradient(call.q, call.k, call.v, call.sink):
         if not _gradients_were_compared(call, form):
             return NOT_COMPARED

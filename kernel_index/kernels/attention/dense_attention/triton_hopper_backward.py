@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernel_index.core.triton.hopper import (
     ROWS,
     TWO,
+    HopperKernel,
     barriers,
     copy_tile,
     product_nt,
@@ -165,7 +166,7 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
     store_tile(p_dq, first, dq_t, dq * scale, T, D)
 
 
-@gluon.jit
+@HopperKernel
 def _queries_kernel(
     q_desc, do_desc, k_desc, v_desc, d_out_ptr, d_lse_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, dq_ptr, delta_ptr,
     do_b, do_t, do_h, window_b, lse_h, T, H, G, scale, inner, outer,
@@ -304,7 +305,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
     store_tile(p_dv, first, dv_t, dv, S, DV)
 
 
-@gluon.jit
+@HopperKernel
 def _keys_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, start_ptr, end_ptr, dk_ptr, dv_ptr, window_b, S, H, G, scale,
     inner, outer, STAGES: gl.constexpr, CAPPED: gl.constexpr,

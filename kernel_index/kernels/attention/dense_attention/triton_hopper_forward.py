@@ -20,6 +20,7 @@ from kernel_index.core.triton.hopper import (
     ROWS,
     THREE,
     TWO,
+    HopperKernel,
     barriers,
     copy_tile,
     product_nt,
@@ -216,7 +217,7 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_SINK: gl.c
         number = _number(plan, 0, ONE)
 
 
-@gluon.jit
+@HopperKernel
 def _forward_kernel(
     q_desc, k_desc, v_desc, sink_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, counter_ptr, window_b, lse_h, T, H, G,
     heads, near, total, inner, outer,

@@ -12,10 +12,10 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.sums import sum_parts
 
-TILE = 512
-"""Channel pairs that a program rotates at once: it loops over the heads beyond that."""
+TILE, FEW_TILE = 512, 256
+"""Channel pairs that a program rotates at once: it loops over the heads beyond that.  FEW_TILE with few tokens."""
 
-PROGRAMS = 16
+PROGRAMS = 64
 """For each processor, that few tokens are divided into by their heads."""
 
 
@@ -77,10 +77,10 @@ def _rope_kernel(
                       head_size, half, rest, STEP, NEXT, K_HEADS, REST)  # fmt: skip
 
 
-def pick_config(q_heads: int, k_heads: int, half: int) -> dict:
+def pick_config(q_heads: int, k_heads: int, half: int, tile: int = TILE) -> dict:
     """Four pairs for each thread."""
     pairs = next_power_of_2(half)
-    most = max(1, TILE // pairs)
+    most = max(1, tile // pairs)
     q_block, k_block = (min(next_power_of_2(n), most) for n in (q_heads, k_heads))
     warps = min(4, max(1, max(q_block, k_block) * pairs // 128))
     return {"Q_HEADS": q_block, "K_HEADS": k_block, "PAIRS": pairs, "num_warps": warps}
@@ -110,8 +110,9 @@ def rotate(
     q_heads, k_heads = (0 if t is None else t.shape[2] for t in (q, k))
     half = cos.shape[-1]
     rest = head_size - 2 * half
-    config = pick_config(q_heads, k_heads, half)
-    of_q, of_k = sharing(q_heads, k_heads, config, PROGRAMS * processors(like) // (batch * tokens))
+    most = PROGRAMS * processors(like) // (batch * tokens)
+    config = pick_config(q_heads, k_heads, half, FEW_TILE if most > 1 else TILE)
+    of_q, of_k = sharing(q_heads, k_heads, config, most)
     with on_device(like):
         _rope_kernel[(batch * tokens, max(1, of_q + of_k))](
             q, k, cos, sin, *outputs, tokens, q_heads, k_heads, head_size, half, -1.0 if inverse else 1.0, of_q,
@@ -279,7 +280,7 @@ def norm_rotate(
     return outputs
 
 
-PROGRAMS = 3
+NORM_PROGRAMS = 3
 """Programs of the backward pass for each processor: a program has few heads in flight."""
 
 
@@ -298,7 +299,7 @@ def norm_backward(
             if d_weight is not None:
                 d_weight.zero_()
         return
-    count = min(batch * tokens, PROGRAMS * processors(like), 512)
+    count = min(batch * tokens, NORM_PROGRAMS * processors(like), 512)
     parts = [None if d is None else like.new_empty((count, head_size), dtype=torch.float32) for d in weights]
     q_heads, k_heads = (1 if g is None else g.shape[2] for g in (gq, gk))
     with on_device(like):

@@ -5,6 +5,8 @@ others which part it is; four warps gather the queries of the list, 16 bytes a c
 its tiles of 64 rows in turn.  A row is one head of an entry, and no tile depends on another one.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -18,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernel_index.core.triton.hopper import (
+    HopperKernel,
     barriers,
     copy_tile,
     product_nt,
@@ -289,7 +292,7 @@ def _consume(
         segment = read_number(plan, at * NUMBERS, ONE)
 
 
-@gluon.jit(do_not_specialize=["first_segment"])  # else one kernel more for each launch
+@functools.partial(HopperKernel, do_not_specialize=["first_segment"])  # else one kernel more for each launch
 def _partials_kernel(
     k_desc, v_desc, q_ptr, v_ptr, order_ptr, items_ptr, parts_ptr, bad_ptr, start_ptr, end_ptr, out_ptr, lse_ptr,
     counter_ptr, q_b, q_t, q_h, v_b, v_t, v_h, window_b, first_segment, SEGMENTS, S, G, GROUPS, N, M, BLOCKS, CHUNK,
