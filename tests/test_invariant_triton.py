@@ -8,14 +8,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 import kernel_index as ki
 from kernel_index.core.force import PUBLIC
 from kernel_index.core.testing import Maker, suites
+from kernel_index.integrations.hugging_face.exact_ops import is_exact
 from kernel_index.lm import rollout_check
 from kernel_index.proofs.errors import in_float64, relative_error, run
 from tests.interpreter import rows_alone
 from tests.lm.test_rollout_check import drawn_model
-from tests.test_invariant_ops import CALLS, drawn
+from tests.test_invariant_ops import CALLS, drawn, targets_of, weight_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's order of a sum")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -79,6 +82,30 @@ def test_a_row_does_not_depend_on_place_or_rows(call, dtype):
     for rows in (slice(69, 70), order):
         for found, expected in zip(gradient(rows), together, strict=True):
             assert torch.equal(found, expected[rows]), rows
+
+
+ELSEWHERE = ("cos", "sin", "exp", "log", "log1p", "sigmoid", "tanh", "pow", "arange", "linspace")
+"""A GPU computes every element of these by one kernel; arange counts; the last makes weights."""
+
+CALLS_OF_A_BATCH = {name: run for name, run in CALLS.items() if name != "tables"} | {
+    "mean of losses": lambda x, dtype: ki.fused_linear_cross_entropy(x, weight_of(dtype), targets_of(x), z_loss=1e-3),
+    "linear": lambda x, dtype: ki.linear(x, weight_of(dtype)),
+}
+
+
+class _NothingInexact(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        assert func.overloadpacket.__name__ in ELSEWHERE or is_exact(func, args, kwargs or {}, found), func
+        return found
+
+
+@pytest.mark.parametrize("call", CALLS_OF_A_BATCH)
+def test_no_operator_of_pytorch_is_inexact(call):
+    """Between our kernels, as ``apply`` asks of a model: it would refuse the model for what we run."""
+    x = drawn(torch.bfloat16)
+    with ki.numerics("invariant"), _NothingInexact():
+        CALLS_OF_A_BATCH[call](x, torch.bfloat16)
 
 
 MASKS = {
