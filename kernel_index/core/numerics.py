@@ -8,6 +8,7 @@ See docs/decisions/0024-invariant-numerics.md.
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Iterator
 from typing import Literal
 
@@ -63,8 +64,38 @@ def numerics(mode: Mode) -> Iterator[None]:
     12
     """
     check_mode("mode", mode)
-    with force.in_block(force.NUMERICS, backend=mode):
+    outermost = mode == "invariant" and not is_invariant()
+    with force.in_block(force.NUMERICS, backend=mode), rounding_as_written() if outermost else contextlib.nullcontext():
         yield
+
+
+INDUCTOR = "torch._inductor.config"
+
+
+@contextlib.contextmanager
+def rounding_as_written() -> Iterator[None]:
+    """Code that Inductor compiles here rounds as it is written.
+
+    By itself Inductor keeps float32 between fused operators on bfloat16, and contracts products and sums on a GPU.
+    """
+    config = sys.modules.get(INDUCTOR)
+    before = config is not None and config.emulate_precision_casts
+    if config is not None:
+        config.emulate_precision_casts = True
+    try:
+        yield
+    finally:
+        if (config := sys.modules.get(INDUCTOR)) is not None:
+            config.emulate_precision_casts = before
+
+
+def have_inductor_round(recipe: str) -> None:
+    """The same from within a trace, in whose block Inductor may have been loaded; Dynamo runs it as it is."""
+    if recipe and (config := sys.modules.get(INDUCTOR)) is not None:
+        config.emulate_precision_casts = True
+
+
+have_inductor_round._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_mode(name: str, mode: object) -> None:

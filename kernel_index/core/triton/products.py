@@ -115,7 +115,7 @@ def multiply(
         from kernel_index.core.triton import hopper_products
 
         parts = hopper_products.parts_of(a, b) if in_parts else 1
-        if parts > 1 and hopper_products.operands_why_not(a, b, y) is None:
+        if parts > 1 and hopper_products.operands_why_not(a, b) is None:
             return hopper_products.multiply_in_parts(a, b, y, parts)
         if hopper_products.why_not(a, b, y) is None:
             return hopper_products.multiply(a, b, bias, y, add=add)
