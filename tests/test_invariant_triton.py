@@ -228,6 +228,17 @@ def test_sums_of_rows():
     assert torch.equal(torch.cat([device_row_sum(x[i : i + 1]) for i in range(40)]), together)
 
 
+def test_parts_are_added_in_order():
+    from kernel_index.core.triton.sums import sum_in_order
+
+    parts = torch.randn(7, 2500)
+    expected = parts[0]
+    for part in parts[1:]:
+        expected = expected + part
+    assert torch.equal(sum_in_order(parts, torch.empty(2500)), expected)
+    assert torch.equal(sum_in_order(parts, torch.empty(2500).bfloat16()), expected.bfloat16())
+
+
 def test_an_address_that_is_not_aligned_is_copied_in_this_mode_alone():
     from kernel_index.core.triton.launch import dense
 

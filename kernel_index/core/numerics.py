@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from kernel_index.core import force
 
@@ -69,7 +69,9 @@ def numerics(mode: Mode) -> Iterator[None]:
         yield
 
 
-INDUCTOR = "torch._inductor.config"
+def _inductor() -> Any:
+    """Its settings, if something has loaded it."""
+    return sys.modules.get("torch._inductor.config")
 
 
 @contextlib.contextmanager
@@ -78,21 +80,19 @@ def rounding_as_written() -> Iterator[None]:
 
     By itself Inductor keeps float32 between fused operators on bfloat16, and contracts products and sums on a GPU.
     """
-    config = sys.modules.get(INDUCTOR)
-    before = config is not None and config.emulate_precision_casts
-    if config is not None:
-        config.emulate_precision_casts = True
+    before = _inductor() is not None and _inductor().emulate_precision_casts
+    have_inductor_round("here")
     try:
         yield
     finally:
-        if (config := sys.modules.get(INDUCTOR)) is not None:
-            config.emulate_precision_casts = before
+        if _inductor() is not None:
+            _inductor().emulate_precision_casts = before
 
 
 def have_inductor_round(recipe: str) -> None:
     """The same from within a trace, in whose block Inductor may have been loaded; Dynamo runs it as it is."""
-    if recipe and (config := sys.modules.get(INDUCTOR)) is not None:
-        config.emulate_precision_casts = True
+    if recipe and _inductor() is not None:
+        _inductor().emulate_precision_casts = True
 
 
 have_inductor_round._dynamo_marked_constant = True  # type: ignore[attr-defined]

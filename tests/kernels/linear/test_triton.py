@@ -126,7 +126,9 @@ def test_the_product_of_many_rows_compiles_for_hopper():
     assert done.stdout.split() == [word for name in kernels for word in (name, "compiled", "0")]
 
 
-@pytest.mark.parametrize(("features", "width", "tokens"), [(512, 512, 32768), (128, 128, 105_600), (24, 2048, 32768), (2192, 512, 3000)])
+@pytest.mark.parametrize(
+    ("features", "width", "tokens"), [(512, 512, 32768), (128, 128, 105_600), (24, 2048, 32768), (2192, 512, 3000)]
+)
 def test_no_part_of_a_sum_is_empty(features, width, tokens):
     a, b = torch.empty(features, tokens, device="meta"), torch.empty(tokens, width, device="meta")
     parts, steps = parts_of(a, b), -(-tokens // 64)
