@@ -219,6 +219,38 @@ def test_a_row_of_an_expert_does_not_depend_on_its_load(dtype):
     assert torch.equal(row, together[0][80:81])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_of_experts_does_not_depend_on_the_others(dtype):
+    """Its experts, their weights and its sum; and the gradient of x: among others, in another order, or alone."""
+    torch.manual_seed(0)
+    x, g = torch.randn(75, 24).to(dtype), torch.randn(75, 24).to(dtype)
+    router, bias, weight = torch.randn(5, 24).to(dtype), torch.randn(5), torch.randn(5, 24, 24).to(dtype)
+
+    def layer(rows):
+        leaf = x[rows].clone().requires_grad_()
+        with ki.numerics("invariant"), ki.receipts() as log:
+            routing = ki.expert_route(leaf, router, bias, 2)
+            plan = ki.expert_plan(routing.experts, 5)
+            done = ki.grouped_product(ki.expert_dispatch(leaf, plan.slots), weight, plan.offsets)
+            y = ki.expert_combine(done, routing.weights, plan.slots, base=leaf)
+        assert {r.ran for r in log} == {"triton"}
+        assert all(r.numerics for r in log)
+        return routing.experts, routing.weights.detach(), y.detach(), *torch.autograd.grad(y, leaf, g[rows])
+
+    together = layer(torch.arange(75))
+    for rows in (torch.randperm(75), torch.tensor([70]), torch.arange(33, 60)):
+        for found, expected in zip(layer(rows), together, strict=True):
+            assert torch.equal(found, expected[rows])
+
+
+def test_rows_that_are_moved():
+    from kernel_index.core.device_rows import rows_at
+
+    x, index = torch.randn(9, 5, 7), torch.tensor([[3, -1, 0], [8, 8, -1]])
+    expected = torch.where((index < 0)[..., None, None], 0.0, x[index.clamp(min=0)])
+    assert torch.equal(rows_at(x, index), expected)
+
+
 def test_sums_of_rows():
     from kernel_index.core.stable import device_row_sum
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
-from kernel_index.core import ops
+from kernel_index.core import device_rows, ops
 from kernel_index.core.force import forced_for
 from kernel_index.core.triton.launch import ceil_div, interpreting
 
@@ -77,6 +77,8 @@ class _Moved(torch.autograd.Function):
 
 def _rows_at(x: Tensor, index: Tensor) -> Tensor:
     """[..., …] for ``index`` [...]."""
+    if x.is_cuda:
+        return device_rows.rows_at(x, index)
     found = x.index_select(0, index.clamp(min=0).flatten()).unflatten(0, index.shape)
     return found.masked_fill_((index < 0).view(*index.shape, *[1] * (x.ndim - 1)), 0)
 

@@ -10,10 +10,13 @@ sums a second kernel adds up in order.  How many parts there are, the sizes deci
 have nothing to do against the traffic of the parts.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -24,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, barriers
+from kernel_index.core.triton.jit import ShortWay
 from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.sums import sum_in_order
 
@@ -141,7 +145,11 @@ def _tiles(desc, COUNT: gl.constexpr):
     return gl.allocate_shared_memory(desc.dtype, [COUNT, ROWS, COLUMNS], desc.layout)
 
 
-@gluon.jit
+class _Kernel(ShortWay, GluonJITFunction):
+    """Of Gluon."""
+
+
+@_Kernel
 def _product_kernel(
     a_desc, b_desc, y_desc, y_ptr, bias_ptr, M, N, row_tiles, column_tiles, steps, parts,
     STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr, ADD: gl.constexpr,
@@ -170,9 +178,13 @@ def _product_kernel(
     )
 
 
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
+
+
 def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(*block, x.dtype))
 
 
 def operands_why_not(a: Tensor, b: Tensor, *results: Tensor) -> str | None:
