@@ -230,7 +230,11 @@ def _part_columns(N: int) -> int:
 
 def parts_of(a: Tensor, b: Tensor) -> int:
     """How many parts the sum of a weight's gradient is divided into."""
-    (M, K), N = a.shape, b.shape[1]
+    return _parts_of(*a.shape, b.shape[1])
+
+
+@functools.cache
+def _parts_of(M: int, K: int, N: int) -> int:
     columns, steps = _part_columns(N), ceil_div(K, DEPTH)
     tiles = ceil_div(M, TILE_ROWS) * ceil_div(N, columns)
 
