@@ -96,13 +96,15 @@ def mixed(layer: "Mamba2", inputs: Tensor, step: Tensor, mask: "ki.MaskContract 
     if ids is not None:
         numbers = torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).to(torch.int32).cumsum(-1), (1, 0))
     before = inputs.new_zeros(rows, layer.width - 1, inputs.shape[-1])
-    convolved = _convolved(layer, inputs, numbers, before).flatten(0, 1)
+    convolved = _convolved(layer, inputs, numbers, before)
+    state = torch.zeros(rows, layer.heads, layer.head_dim, layer.state, dtype=torch.float32, device=where)
+    if layout.tokens.shape[1] == tokens:  # every document fills its chunks: a padded row would be longer
+        return _scanned(layer, convolved, step, layout.segments, state).y
     back = layout.places.flatten()
-    moved = ops.apply(_Moved, convolved, layout.tokens, back)
+    moved = ops.apply(_Moved, convolved.flatten(0, 1), layout.tokens, back)
     steps = ops.apply(_Moved, step.flatten(0, 1), layout.tokens, back).masked_fill(
         (layout.tokens < 0)[..., None], -torch.inf
     )
-    state = torch.zeros(rows, layer.heads, layer.head_dim, layer.state, dtype=torch.float32, device=where)
     y = _scanned(layer, moved, steps, layout.segments, state).y
     return ops.apply(_Moved, y.flatten(0, 1), layout.places, layout.tokens.flatten())
 
