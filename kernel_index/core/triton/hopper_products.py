@@ -37,7 +37,9 @@ TILE_ROWS = 2 * ROWS
 
 def _columns_and_stages(y: Tensor) -> tuple[int, int]:
     """What shared memory holds: a tile of the result is in it, too."""
-    return (128, 4) if y.dtype == torch.float32 else (256, 3)
+    if y.dtype == torch.float32:
+        return 128, 4
+    return (256, 3) if y.shape[1] > 128 else (128, 5)
 
 
 @gluon.jit

@@ -49,7 +49,8 @@ def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-BLOCK = 1024
+WIDE = 1 << 17
+"""Elements from which on blocks of 1024 are enough for all processors."""
 
 
 @jit
@@ -68,10 +69,10 @@ def _sum_in_order_kernel(
 def sum_in_order(parts: Tensor, out: Tensor) -> Tensor:
     """The same for few rows of great width, such as a weight's, added up by rising row."""
     count, width = parts.shape
-    early = dependent(parts)
+    early, block = dependent(parts), 1024 if parts.shape[1] >= WIDE else 256
     with on_device(parts):
-        _sum_in_order_kernel[(ceil_div(width, BLOCK),)](
-            parts, out, width, COUNT=count, BLOCK=BLOCK, DEPENDENT=early, num_warps=4,
+        _sum_in_order_kernel[(ceil_div(width, block),)](
+            parts, out, width, COUNT=count, BLOCK=block, DEPENDENT=early, num_warps=4,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out
