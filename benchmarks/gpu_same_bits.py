@@ -1,4 +1,4 @@
-"""Do training and rollout of a Llama of 1.2 B parameters have the same bits on a GPU, and what does a step cost?
+"""Do training and rollout of a Llama of 1.5 B parameters have the same bits on a GPU, and what does a step cost?
 
 ``python -m benchmarks.gpu_same_bits``: the model of ``gpu_dense`` in bfloat16 with random weights, under
 ``ki.transformers.apply(model, numerics="invariant")``.  The base is the training forward over rows of packed documents:
