@@ -8,14 +8,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 import kernel_index as ki
 from kernel_index.core.force import PUBLIC
 from kernel_index.core.testing import Maker, suites
+from kernel_index.integrations.hugging_face.exact_ops import is_exact
 from kernel_index.lm import rollout_check
 from kernel_index.proofs.errors import in_float64, relative_error, run
 from tests.interpreter import rows_alone
 from tests.lm.test_rollout_check import drawn_model
-from tests.test_invariant_ops import CALLS, drawn
+from tests.test_invariant_ops import CALLS, drawn, targets_of, weight_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's order of a sum")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -79,6 +82,30 @@ def test_a_row_does_not_depend_on_place_or_rows(call, dtype):
     for rows in (slice(69, 70), order):
         for found, expected in zip(gradient(rows), together, strict=True):
             assert torch.equal(found, expected[rows]), rows
+
+
+ELSEWHERE = ("cos", "sin", "exp", "log", "log1p", "sigmoid", "tanh", "pow", "arange", "linspace")
+"""A GPU computes every element of these by one kernel; arange counts; the last makes weights."""
+
+CALLS_OF_A_BATCH = {name: run for name, run in CALLS.items() if name != "tables"} | {
+    "mean of losses": lambda x, dtype: ki.fused_linear_cross_entropy(x, weight_of(dtype), targets_of(x), z_loss=1e-3),
+    "linear": lambda x, dtype: ki.linear(x, weight_of(dtype)),
+}
+
+
+class _NothingInexact(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        assert func.overloadpacket.__name__ in ELSEWHERE or is_exact(func, args, kwargs or {}, found), func
+        return found
+
+
+@pytest.mark.parametrize("call", CALLS_OF_A_BATCH)
+def test_no_operator_of_pytorch_is_inexact(call):
+    """Between our kernels, as ``apply`` asks of a model: it would refuse the model for what we run."""
+    x = drawn(torch.bfloat16)
+    with ki.numerics("invariant"), _NothingInexact():
+        CALLS_OF_A_BATCH[call](x, torch.bfloat16)
 
 
 MASKS = {
@@ -192,6 +219,38 @@ def test_a_row_of_an_expert_does_not_depend_on_its_load(dtype):
     assert torch.equal(row, together[0][80:81])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_of_experts_does_not_depend_on_the_others(dtype):
+    """Its experts, their weights and its sum; and the gradient of x: among others, in another order, or alone."""
+    torch.manual_seed(0)
+    x, g = torch.randn(75, 24).to(dtype), torch.randn(75, 24).to(dtype)
+    router, bias, weight = torch.randn(5, 24).to(dtype), torch.randn(5), torch.randn(5, 24, 24).to(dtype)
+
+    def layer(rows):
+        leaf = x[rows].clone().requires_grad_()
+        with ki.numerics("invariant"), ki.receipts() as log:
+            routing = ki.expert_route(leaf, router, bias, 2)
+            plan = ki.expert_plan(routing.experts, 5)
+            done = ki.grouped_product(ki.expert_dispatch(leaf, plan.slots), weight, plan.offsets)
+            y = ki.expert_combine(done, routing.weights, plan.slots, base=leaf)
+        assert {r.ran for r in log} == {"triton"}
+        assert all(r.numerics for r in log)
+        return routing.experts, routing.weights.detach(), y.detach(), *torch.autograd.grad(y, leaf, g[rows])
+
+    together = layer(torch.arange(75))
+    for rows in (torch.randperm(75), torch.tensor([70]), torch.arange(33, 60)):
+        for found, expected in zip(layer(rows), together, strict=True):
+            assert torch.equal(found, expected[rows])
+
+
+def test_rows_that_are_moved():
+    from kernel_index.core.device_rows import rows_at
+
+    x, index = torch.randn(9, 5, 7), torch.tensor([[3, -1, 0], [8, 8, -1]])
+    expected = torch.where((index < 0)[..., None, None], 0.0, x[index.clamp(min=0)])
+    assert torch.equal(rows_at(x, index), expected)
+
+
 def test_sums_of_rows():
     from kernel_index.core.stable import device_row_sum
 
@@ -199,6 +258,16 @@ def test_sums_of_rows():
     together = device_row_sum(x)
     torch.testing.assert_close(together.double(), x.double().sum(-1), rtol=0, atol=1e-3)
     assert torch.equal(torch.cat([device_row_sum(x[i : i + 1]) for i in range(40)]), together)
+
+
+def test_parts_are_added_in_order():
+    from kernel_index.core.triton.sums import sum_in_order
+
+    parts = torch.randn(7, 2500)
+    expected = parts[0]
+    for part in parts[1:]:
+        expected = expected + part
+    assert torch.equal(sum_in_order(parts, torch.empty(2500)), expected)
 
 
 def test_an_address_that_is_not_aligned_is_copied_in_this_mode_alone():

@@ -156,6 +156,24 @@ def test_chunks_of_a_scan_count_from_the_document():
 
 
 @pytest.mark.thorough
+def test_documents_that_fill_their_chunks_are_not_moved(monkeypatch):
+    from kernel_index.nn import device_scan
+
+    layer, x = mixer(), torch.randn(1, 192, 16)
+    mask = ki.MaskContract(doc_ids=torch.tensor([[0] * 64 + [1] * 128]))
+    with ki.numerics("invariant"):
+        alone = layer(x[:, 64:], ki.MaskContract())[0]
+        with monkeypatch.context() as m:
+            m.setattr(device_scan, "_rows_at", None)
+            whole = layer(x, mask)[0]
+        among = layer(
+            torch.cat((x[:, :9], x[:, 64:]), 1), ki.MaskContract(doc_ids=torch.tensor([[0] * 9 + [1] * 128]))
+        )[0]
+    assert torch.equal(whole[:, 64:], alone)
+    assert torch.equal(among[:, 9:], alone)
+
+
+@pytest.mark.thorough
 def test_rows_of_a_decoding_step_have_lengths_of_their_own():
     layer, x = mixer(), torch.randn(2, 12, 16)
     with ki.numerics("invariant"), torch.no_grad():

@@ -1,9 +1,11 @@
 """``ki.numerics``: where it is in force, and what it makes of a choice."""
 
+import contextlib
 import threading
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
@@ -101,3 +103,27 @@ def test_compiled_code_is_traced_once_for_each_mode():
             with ki.numerics("invariant"):
                 compiled(torch.ones(3))
     assert [r.ran for r in log] == ["fast", "slow"]
+
+
+def chain(x, y, z):
+    """Several roundings to bfloat16 that Inductor would leave out, around a call of ours."""
+    return ki.fused_relu_squared((x + y) * z - x / (y.abs() + 1)) * z + x
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_inductor_rounds_as_the_code_is_written(inside):
+    """And only in this mode: what it changes in Inductor ends with the block."""
+    inputs = [torch.randn(1000).bfloat16() for _ in range(3)]
+
+    def in_block(*args):
+        with ki.numerics("invariant"):
+            return chain(*args)
+
+    outer = contextlib.nullcontext() if inside else ki.numerics("invariant")
+    before = inductor_config.emulate_precision_casts
+    with outer:
+        assert torch.equal(torch.compile(in_block if inside else chain)(*inputs), in_block(*inputs))
+    assert inside or inductor_config.emulate_precision_casts == before
+    torch._dynamo.reset()
+    inductor_config.emulate_precision_casts = False
+    assert not torch.equal(torch.compile(chain)(*inputs), chain(*inputs))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
-from kernel_index.core import ops
+from kernel_index.core import device_rows, ops
 from kernel_index.core.force import forced_for
 from kernel_index.core.triton.launch import ceil_div, interpreting
 
@@ -77,6 +77,8 @@ class _Moved(torch.autograd.Function):
 
 def _rows_at(x: Tensor, index: Tensor) -> Tensor:
     """[..., …] for ``index`` [...]."""
+    if x.is_cuda:
+        return device_rows.rows_at(x, index)
     found = x.index_select(0, index.clamp(min=0).flatten()).unflatten(0, index.shape)
     return found.masked_fill_((index < 0).view(*index.shape, *[1] * (x.ndim - 1)), 0)
 
@@ -94,13 +96,15 @@ def mixed(layer: "Mamba2", inputs: Tensor, step: Tensor, mask: "ki.MaskContract 
     if ids is not None:
         numbers = torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).to(torch.int32).cumsum(-1), (1, 0))
     before = inputs.new_zeros(rows, layer.width - 1, inputs.shape[-1])
-    convolved = _convolved(layer, inputs, numbers, before).flatten(0, 1)
+    convolved = _convolved(layer, inputs, numbers, before)
+    state = torch.zeros(rows, layer.heads, layer.head_dim, layer.state, dtype=torch.float32, device=where)
+    if layout.tokens.shape[1] == tokens:  # every document fills its chunks: a padded row would be longer
+        return _scanned(layer, convolved, step, layout.segments, state).y
     back = layout.places.flatten()
-    moved = ops.apply(_Moved, convolved, layout.tokens, back)
+    moved = ops.apply(_Moved, convolved.flatten(0, 1), layout.tokens, back)
     steps = ops.apply(_Moved, step.flatten(0, 1), layout.tokens, back).masked_fill(
         (layout.tokens < 0)[..., None], -torch.inf
     )
-    state = torch.zeros(rows, layer.heads, layer.head_dim, layer.state, dtype=torch.float32, device=where)
     y = _scanned(layer, moved, steps, layout.segments, state).y
     return ops.apply(_Moved, y.flatten(0, 1), layout.places, layout.tokens.flatten())
 

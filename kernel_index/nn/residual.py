@@ -12,7 +12,9 @@ Branch = tuple[Tensor, Tensor | None]
 
 
 def invariant_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in x's dtype, for ``numerics("invariant")``: the boundary's kernel, with nothing to add."""
+    """RMSNorm in x's dtype, for ``numerics("invariant")``: on a CPU by the boundary's kernel, with nothing to add."""
+    if x.is_cuda:
+        return ki.gated_rms_norm(x, None, weight, eps=eps, dtype=x.dtype)
     return ki.fused_residual_add_rms_norm(x, torch.zeros_like(x), weight, eps=eps).normed
 
 
@@ -48,7 +50,7 @@ class ResidualRMSNorm(nn.Module):
         return stream, self._norm(stream, out.dtype)
 
     def _norm(self, stream: Tensor, dtype: torch.dtype) -> Tensor:
-        if is_invariant():
+        if is_invariant() and not stream.is_cuda:
             return invariant_norm(stream, self.weight, self.eps).to(dtype)
         return ki.gated_rms_norm(stream, None, self.weight, eps=self.eps, dtype=dtype)
 

@@ -108,6 +108,15 @@ def test_compilation_changes_nothing(form, compiler):
 
 
 @pytest.mark.native
+@pytest.mark.compiled
+@pytest.mark.thorough
+def test_inductor_rounds_a_model_of_bfloat16_as_it_is_written():
+    """The mean of the streams is a chain of roundings, which Inductor by itself would leave out."""
+    model = FORMS["A, hyper-connections"](dtype=torch.bfloat16)
+    assert rollout_check.check(model, 100, axes=[COMPILE], compiler="inductor")[COMPILE].is_exact
+
+
+@pytest.mark.native
 def test_the_check_sees_what_ordinary_numerics_do():
     found = rollout_check.check(drawn_model(), 300, axes=["cached decoding", "batch size"], mode="ordinary")
     assert found["cached decoding"].differing > 0

@@ -5,9 +5,12 @@ of STAGES pairs of operand tiles full.  An element is one accumulator over the s
 instruction that ``products.py`` has, so it has the same bits.  A finished tile leaves by the copy engine, too, while
 the next one is multiplied.
 
-A weight's gradient has few elements, each a sum over all tokens.  It is summed in parts of the tokens, which are added
-up in order: how many, its sizes decide.
+A weight's gradient has few elements, each a sum over all tokens.  It is summed in parts of the tokens, whose float32
+sums a second kernel adds up in order.  How many parts there are, the sizes decide: ``parts_of`` weighs programs that
+have nothing to do against the traffic of the parts.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -23,8 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, HopperKernel, barriers
+from kernel_index.core.triton.jit import ShortWay
 from kernel_index.core.triton.launch import ceil_div, on_device, processors
-from kernel_index.core.triton.sums import sum_parts
+from kernel_index.core.triton.sums import sum_in_order
 
 DEPTH, GROUP = 64, 8
 TILE_ROWS = 2 * ROWS
@@ -32,7 +36,9 @@ TILE_ROWS = 2 * ROWS
 
 def _columns_and_stages(y: Tensor) -> tuple[int, int]:
     """What shared memory holds: a tile of the result is in it, too."""
-    return (128, 4) if y.dtype == torch.float32 else (256, 3)
+    if y.dtype == torch.float32:
+        return 128, 4
+    return (256, 3) if y.shape[1] > 128 else (128, 5)
 
 
 @gluon.jit
@@ -79,30 +85,30 @@ def _produce(given, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, GROUP: gl.co
 @gluon.jit
 def _consume(
     given, CONSUMER: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    ADD: gl.constexpr, GROUP: gl.constexpr,
+    ADD: gl.constexpr, PARTIAL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     y_desc, y_ptr, bias_ptr, buffers, M, N, row_tiles, column_tiles, steps, parts = given
     a_ring, b_ring, y_ring, full, empty = buffers
     STAGES: gl.constexpr = b_ring.shape[0]
-    ROWS: gl.constexpr = y_ring.shape[1]
-    COLUMNS: gl.constexpr = y_ring.shape[2]
+    ROWS: gl.constexpr = a_ring.shape[2] if A_TURNED else a_ring.shape[1]
+    COLUMNS: gl.constexpr = b_ring.shape[2] if B_TURNED else b_ring.shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
     )
-    y_tile = y_ring.index(CONSUMER)
     at = 0
     per = gl.cdiv(steps, parts)
     for number in range(gl.program_id(0), row_tiles * column_tiles * parts, gl.num_programs(0)):
         part, tile = number // (row_tiles * column_tiles), number % (row_tiles * column_tiles)
         row, column = _place(tile, row_tiles, column_tiles, GROUP)
         begin, stop = part * per, gl.minimum((part + 1) * per, steps)
+        o_m = (2 * row + CONSUMER) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        o_n = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+        m_y = (o_m < M)[:, None] & (o_n < N)[None, :]
+        p_y = y_ptr + (part.to(gl.int64) * M + o_m)[:, None] * N + o_n[None, :]
         acc = gl.full([ROWS, COLUMNS], 0.0, gl.float32, layout=LAYOUT)
         if ADD:
             tma.store_wait(0)
-            o_m = (2 * row + CONSUMER) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-            o_n = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-            p_y = y_ptr + o_m.to(gl.int64)[:, None] * N + o_n[None, :]
-            acc = gl.load(p_y, mask=(o_m < M)[:, None] & (o_n < N)[None, :], other=0.0)
+            acc = gl.load(p_y, mask=m_y, other=0.0)
         for i in range(begin, stop):
             slot = at % STAGES
             mbarrier.wait(full.index(slot), (at // STAGES) & 1)
@@ -119,14 +125,17 @@ def _consume(
         acc = warpgroup_mma_wait(0, [acc])
         mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
         if HAS_BIAS:
-            o_n = column * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
             acc += gl.load(bias_ptr + o_n, mask=o_n < N, other=0.0).to(gl.float32)[None, :]
+        if PARTIAL:  # its tile would take the place of a stage
+            gl.store(p_y, acc, mask=m_y)
+        else:
+            y_tile = y_ring.index(CONSUMER)
+            tma.store_wait(0)
+            y_tile.store(acc.to(y_ring.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(y_desc, [(2 * row + CONSUMER) * ROWS, column * COLUMNS], y_tile)
+    if not PARTIAL:
         tma.store_wait(0)
-        y_tile.store(acc.to(y_ring.dtype))
-        fence_async_shared()
-        first = (2 * (part * row_tiles + row) + CONSUMER) * ROWS
-        tma.async_copy_shared_to_global(y_desc, [first, column * COLUMNS], y_tile)
-    tma.store_wait(0)
 
 
 @gluon.jit
@@ -137,24 +146,32 @@ def _tiles(desc, COUNT: gl.constexpr):
     return gl.allocate_shared_memory(desc.dtype, [COUNT, ROWS, COLUMNS], desc.layout)
 
 
-@HopperKernel
+class _Kernel(ShortWay, HopperKernel):
+    """Of Gluon, with the short way."""
+
+
+@_Kernel
 def _product_kernel(
     a_desc, b_desc, y_desc, y_ptr, bias_ptr, M, N, row_tiles, column_tiles, steps, parts,
     STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr, ADD: gl.constexpr,
-    GROUP: gl.constexpr,
+    PARTIAL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = a·b + bias, or y += with ``ADD``; or the rows of each of ``parts``, one after the other.
+    """y [M, N] = a·b + bias, or y += with ``ADD``; with ``PARTIAL`` [parts, M, N], the sums of each part.
 
     a is [M, K] as it lies, or [K, M] with ``A_TURNED``; b is [N, K], or [K, N].
     """
-    a_ring, b_ring, y_ring = _tiles(a_desc, 2 * STAGES), _tiles(b_desc, STAGES), _tiles(y_desc, 2)
+    a_ring, b_ring = _tiles(a_desc, 2 * STAGES), _tiles(b_desc, STAGES)
+    if PARTIAL:
+        y_ring = a_ring  # not used
+    else:
+        y_ring = _tiles(y_desc, 2)
     buffers = (a_ring, b_ring, y_ring, barriers(STAGES, 1), barriers(STAGES, 2))
     fence_async_shared()
     consumed = (y_desc, y_ptr, bias_ptr, buffers, M, N, row_tiles, column_tiles, steps, parts)
     gl.warp_specialize(
         [
-            (_consume, (consumed, 0, A_TURNED, B_TURNED, HAS_BIAS, ADD, GROUP)),
-            (_consume, (consumed, 1, A_TURNED, B_TURNED, HAS_BIAS, ADD, GROUP)),
+            (_consume, (consumed, 0, A_TURNED, B_TURNED, HAS_BIAS, ADD, PARTIAL, GROUP)),
+            (_consume, (consumed, 1, A_TURNED, B_TURNED, HAS_BIAS, ADD, PARTIAL, GROUP)),
             (_produce, ((a_desc, b_desc, buffers, row_tiles, column_tiles, steps, parts), A_TURNED, B_TURNED, GROUP)),
         ],
         TWO[0],
@@ -162,16 +179,20 @@ def _product_kernel(
     )
 
 
+@functools.cache
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], DTYPES[dtype])
+
+
 def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(*block, x.dtype))
 
 
-def operands_why_not(a: Tensor, b: Tensor, y: Tensor) -> str | None:
-    """Operands that the copy engine takes as they lie, or lie turned."""
-    if a.dtype not in (torch.bfloat16, torch.float16) or y.dtype not in (a.dtype, torch.float32):
+def operands_why_not(a: Tensor, b: Tensor, *results: Tensor) -> str | None:
+    """Operands that the copy engine takes as they lie, or lie turned; and results that it writes."""
+    if a.dtype not in (torch.bfloat16, torch.float16) or any(y.dtype not in (a.dtype, torch.float32) for y in results):
         return "takes float16 and bfloat16"
-    for x in (a if a.stride(1) == 1 else a.T, b.T if b.stride(0) == 1 else b, y):
+    for x in (a if a.stride(1) == 1 else a.T, b.T if b.stride(0) == 1 else b, *results):
         if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
             return "needs rows that begin at multiples of 16 bytes"
     return "has nothing to add up" if a.shape[1] == 0 else None
@@ -193,41 +214,59 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, *, add: bool 
     return _launch(a, b, bias, y, 1, add)
 
 
-FILLED = 128
-"""Tiles that keep a GPU busy."""
+PROGRAMS = 132
+"""Of a launch at most.  Not the processors that a GPU has, since the number of parts decides bits."""
 
-LEAST = 16
-"""Steps of a part."""
+MOST = 64
+"""Parts."""
+
+EDGE, SECOND, TRAFFIC = 4, 5, 2.3e-6
+"""In the time of one step of a 128 × 256 tile, 0.7 µs: to begin and end a tile; to launch the second kernel; and to
+write and read an element of a part, at 5 TB/s."""
+
+
+def _part_columns(N: int) -> int:
+    return 256 if N > 128 else 128
 
 
 def parts_of(a: Tensor, b: Tensor) -> int:
     """How many parts the sum of a weight's gradient is divided into."""
-    tiles = ceil_div(a.shape[0], TILE_ROWS) * ceil_div(b.shape[1], 128)
-    steps = ceil_div(a.shape[1], DEPTH)
-    wanted = max(1, min(FILLED // tiles, steps // LEAST))
+    return _parts_of(*a.shape, b.shape[1])
+
+
+@functools.cache
+def _parts_of(M: int, K: int, N: int) -> int:
+    columns, steps = _part_columns(N), ceil_div(K, DEPTH)
+    tiles = ceil_div(M, TILE_ROWS) * ceil_div(N, columns)
+
+    def cost(parts: int) -> float:
+        rounds = ceil_div(tiles * parts, PROGRAMS) * (ceil_div(steps, parts) + EDGE) * columns / 256
+        return rounds + (SECOND + parts * M * N * TRAFFIC if parts > 1 else 0)
+
+    wanted = min(range(1, min(MOST, steps) + 1), key=cost)
     return ceil_div(steps, ceil_div(steps, wanted))  # none of them is empty
 
 
 def multiply_in_parts(a: Tensor, b: Tensor, y: Tensor, parts: int) -> Tensor:
     """``y`` [M, N] becomes a [M, K] · b [K, N], summed in parts of K that are added up in order."""
-    (M, N), rows = y.shape, ceil_div(y.shape[0], TILE_ROWS) * TILE_ROWS
-    sums = y.new_empty(parts, rows, N, dtype=torch.float32)
-    _launch(a, b, None, sums.view(-1, N), parts, False)
-    used = sums.view(parts, -1)[:, : M * N]
-    sum_parts(used if rows == M else used.contiguous(), y.view(-1))
+    sums = y.new_empty(parts, *y.shape, dtype=torch.float32)
+    _launch(a, b, None, sums, parts, False)
+    sum_in_order(sums.view(parts, -1), y.view(-1))
     return y
 
 
 def _launch(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, parts: int, add: bool) -> Tensor:
-    (M, K), N, (columns, stages) = a.shape, b.shape[1], _columns_and_stages(y)
+    (M, K), N, partial = a.shape, b.shape[1], parts > 1
+    columns, stages = (_part_columns(N), 4) if partial else _columns_and_stages(y)
     a_turned, b_turned = a.stride(1) != 1, b.stride(0) != 1
     a_desc = _described(a.T, [DEPTH, ROWS]) if a_turned else _described(a, [ROWS, DEPTH])
     b_desc = _described(b, [DEPTH, columns]) if b_turned else _described(b.T, [columns, DEPTH])
+    y_desc = None if partial else _described(y, [ROWS, columns])
     tiles = ceil_div(M, TILE_ROWS), ceil_div(N, columns)
     with on_device(a):
         _product_kernel[(min(tiles[0] * tiles[1] * parts, processors(y)),)](
-            a_desc, b_desc, _described(y, [ROWS, columns]), y, bias, M, N, *tiles, ceil_div(K, DEPTH), parts,
-            STAGES=stages, A_TURNED=a_turned, B_TURNED=b_turned, HAS_BIAS=bias is not None, ADD=add, GROUP=GROUP,
-            num_warps=4,
+            a_desc, b_desc, y_desc, y, bias, M, N, *tiles, ceil_div(K, DEPTH), parts,
+            STAGES=stages, A_TURNED=a_turned, B_TURNED=b_turned, HAS_BIAS=bias is not None, ADD=add, PARTIAL=partial,
+            GROUP=GROUP, num_warps=4,
         )  # fmt: skip
     return y

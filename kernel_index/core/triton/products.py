@@ -95,8 +95,8 @@ def _product_kernel(
     tl.store(p_y, narrow(acc, y_ptr.dtype.element_ty, UPCAST), mask=m_m[:, None] & m_n[None, :])
 
 
-def has_hopper_form(x: Tensor) -> bool:
-    return x.shape[0] > FEW and target_of(x.device).arch == 90 and triton_version() >= (3, 6)
+def is_hopper(x: Tensor) -> bool:
+    return target_of(x.device).arch == 90 and triton_version() >= (3, 6)
 
 
 def multiply(
@@ -111,13 +111,13 @@ def multiply(
     (M, K), N = a.shape, b.shape[1]
     if y.numel() == 0:
         return y
-    if tiles is None and has_hopper_form(a):
+    if tiles is None and (in_parts or M > FEW) and is_hopper(a):
         from kernel_index.core.triton import hopper_products
 
         parts = hopper_products.parts_of(a, b) if in_parts else 1
-        if parts > 1 and hopper_products.operands_why_not(a, b, y) is None:
+        if parts > 1 and hopper_products.operands_why_not(a, b) is None:
             return hopper_products.multiply_in_parts(a, b, y, parts)
-        if hopper_products.why_not(a, b, y) is None:
+        if M > FEW and hopper_products.why_not(a, b, y) is None:
             return hopper_products.multiply(a, b, bias, y, add=add)
     tiles = tiles or tiles_of(M, N, a.dtype, add)
     with on_device(a):

@@ -47,3 +47,32 @@ def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
             num_warps=4, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out
+
+
+WIDE = 1 << 17
+"""Elements from which on blocks of 1024 are enough for all processors."""
+
+
+@jit
+def _sum_in_order_kernel(
+    parts_ptr, out_ptr, width, COUNT: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    o_d = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    total = tl.load(parts_ptr + o_d, mask=o_d < width, other=0.0)
+    for i in tl.static_range(1, COUNT):
+        total += tl.load(parts_ptr + tl.cast(width, tl.int64) * i + o_d, mask=o_d < width, other=0.0)
+    tl.store(out_ptr + o_d, total.to(out_ptr.dtype.element_ty), mask=o_d < width)
+
+
+def sum_in_order(parts: Tensor, out: Tensor) -> Tensor:
+    """The same for few rows of great width, such as a weight's, added up by rising row."""
+    count, width = parts.shape
+    early, block = dependent(parts), 1024 if parts.shape[1] >= WIDE else 256
+    with on_device(parts):
+        _sum_in_order_kernel[(ceil_div(width, block),)](
+            parts, out, width, COUNT=count, BLOCK=block, DEPENDENT=early, num_warps=4,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+    return out

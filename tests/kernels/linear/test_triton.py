@@ -107,6 +107,7 @@ with aot.pretend(aot.TARGETS["sm90"]):
     hopper.multiply(x, weight.T, like(8192), like(4096, 8192))
     hopper.multiply(d_y, weight, None, like(4096, 2048, dtype=torch.float32), add=True)
     hopper.multiply(d_y.T, x, None, like(8192, 2048))
+    hopper.multiply_in_parts(d_y.T, x, like(8192, 2048), 3)
 for launch in found:
     done = aot.compile_for("linear", launch, "sm90")
     print(done.kernel, done.error or "compiled", done.spilled)
@@ -121,10 +122,13 @@ def test_the_product_of_many_rows_compiles_for_hopper():
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["_product_kernel", "compiled", "0"] * 3
+    kernels = ["_product_kernel"] * 4 + ["_sum_in_order_kernel"]
+    assert done.stdout.split() == [word for name in kernels for word in (name, "compiled", "0")]
 
 
-@pytest.mark.parametrize(("features", "width", "tokens"), [(512, 512, 32768), (128, 128, 105_600), (2192, 512, 3000)])
+@pytest.mark.parametrize(
+    ("features", "width", "tokens"), [(512, 512, 32768), (128, 128, 105_600), (24, 2048, 32768), (2192, 512, 3000)]
+)
 def test_no_part_of_a_sum_is_empty(features, width, tokens):
     a, b = torch.empty(features, tokens, device="meta"), torch.empty(tokens, width, device="meta")
     parts, steps = parts_of(a, b), -(-tokens // 64)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, always, choose
-from kernel_index.core.stable import EXACT
+from kernel_index.core.stable import EXACT, ON_A_GPU
 from kernel_index.kernels.experts.expert_dispatch import contract
 from kernel_index.kernels.experts.expert_dispatch.reference import (
     combine_reference,
@@ -17,17 +17,19 @@ from kernel_index.kernels.experts.expert_dispatch.torch_op import combine_triton
 DispatchBackend = Literal["auto", "triton", "reference"]
 
 PLAN_BACKENDS = (
-    Backend("triton", contract.triton_plan_why_not, plan_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_plan_why_not, plan_triton, contract.triton_not_worth, invariant=EXACT),
     Backend("reference", always, plan_reference, invariant=EXACT),
 )
 
 DISPATCH_BACKENDS = (
-    Backend("triton", contract.triton_dispatch_why_not, dispatch_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_dispatch_why_not, dispatch_triton, contract.triton_not_worth, invariant=ON_A_GPU),
     Backend("reference", always, dispatch_reference, invariant=EXACT),
 )
 
 COMBINE_BACKENDS = (
-    Backend("triton", contract.triton_combine_why_not, combine_triton, contract.triton_combine_not_worth),
+    Backend(
+        "triton", contract.triton_combine_why_not, combine_triton, contract.triton_combine_not_worth, invariant=ON_A_GPU
+    ),
     Backend("reference", always, combine_reference, invariant=EXACT),
 )
 

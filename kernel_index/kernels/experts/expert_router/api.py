@@ -16,9 +16,13 @@ from kernel_index.kernels.experts.expert_router.torch_op import route_triton
 RouterBackend = Literal["auto", "triton", "reference"]
 
 ROUTE = Recipe(f"router 1: float32 scores by {PRODUCT.text}; {ELEMENTWISE.text}")
+ON_DEVICE = Recipe(
+    "router on a GPU 1: products as exact as float32 in blocks of 64 channels by rising index, in tiles of a size that "
+    "the experts decide; scores, selection and weights of a token by one program"
+)
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, route_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, route_triton, contract.triton_not_worth, invariant=ON_DEVICE),
     Backend("reference", always, route_reference, invariant=ROUTE),
 )
 

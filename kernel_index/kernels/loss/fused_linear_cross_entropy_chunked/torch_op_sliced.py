@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import ops
+from kernel_index.core import ops, stable
 from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import slices
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import (
@@ -132,7 +132,8 @@ class _Sliced(torch.autograd.Function):
             losses, *saved = _losses_op(hidden, weight, targets, bias, *c)
         ctx.save_for_backward(hidden, weight, bias, targets, rows, factor, *saved)
         ctx.needs, ctx.constants = needs, c
-        return outputs(losses, saved[0] + saved[1], rows, factor, c.z_loss, reduced)
+        functions = stable.ON_DEVICE if c.invariant else stable.PYTORCH
+        return outputs(losses, saved[0] + saved[1], rows, factor, c.z_loss, reduced, functions)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None, g_z: Tensor | None) -> tuple[Tensor | None, ...]:

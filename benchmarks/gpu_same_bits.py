@@ -1,0 +1,258 @@
+"""Do training and rollout of a Llama of 1.5 B parameters have the same bits on a GPU, and what does a step cost?
+
+``python -m benchmarks.gpu_same_bits``: the model of ``gpu_dense`` in bfloat16 with random weights, under
+``ki.transformers.apply(model, numerics="invariant")``.  The base is the training forward over rows of packed documents:
+a log-probability in float32 for each token and its last hidden state, which are compared bit by bit with another
+packing, with batches that are padded on the left, with a cache that is filled in chunks, and with ``generate``.  Then
+training steps of 4 rows of 4096 tokens in turn, invariant and ordinary, and whether two of them have equal gradients.
+"""
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from torch import Tensor
+
+import kernel_index as ki
+from benchmarks.gpu_dense import DENSE, TINY, llama
+from benchmarks.harness import console
+
+
+class Sizes(NamedTuple):
+    """Tokens of all documents, of the longest, of a packed row, of a padded batch; and what ``generate`` draws."""
+
+    tokens: int
+    longest: int
+    row: int
+    batch: int
+    prompts: int
+    drawn: int
+
+
+LARGE = Sizes(1_000_000, 4096, 16_384, 32_768, 64, 160)
+SMALL = Sizes(300, 60, 100, 100, 3, 5)
+
+Rows = list[list[int]]
+
+
+class Model:
+    """The patched model and its documents."""
+
+    def __init__(self, model: Any, sizes: Sizes, seed: int = 0):
+        draw = torch.Generator().manual_seed(seed)
+        words, device = model.config.vocab_size, model.device
+        self.model, self.documents = model, []
+        while sum(map(len, self.documents)) < sizes.tokens:
+            length = int(torch.randint(2, sizes.longest + 1, (), generator=draw))
+            self.documents.append(torch.randint(3, words, (length,), generator=draw).to(device))
+
+    def log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Of tokens, float32: what training takes; −100 for none."""
+        with ki.numerics("invariant"):
+            return ki.token_log_probs(hidden, self.model.lm_head.weight, targets)
+
+    def packed(self, rows: Rows) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number, hidden states and log-probabilities of each document, from rows that hold several."""
+        for row in rows:
+            documents = [self.documents[i] for i in row]
+            places = torch.cat([torch.arange(len(d), device=d.device) for d in documents])[None]
+            hidden = self.model.model(torch.cat(documents)[None], position_ids=places, use_cache=False)[0][0]
+            log_probs = self.log_probs(hidden, torch.cat([following(d) for d in documents]))
+            sizes = [len(d) for d in documents]
+            yield from zip(row, hidden.split(sizes), log_probs.split(sizes), strict=True)
+
+    def padded(self, batches: Rows) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The same from batches that are padded on the left."""
+        for batch in batches:
+            documents = [self.documents[i] for i in batch]
+            ids, real = left_padded(documents)
+            places = (real.cumsum(-1) - 1).clamp(min=0)
+            hidden = self.model.model(ids, attention_mask=real, position_ids=places, use_cache=False)[0]
+            targets, _ = left_padded([following(d) for d in documents], -100)
+            log_probs = self.log_probs(hidden, targets)
+            for i, h, p in zip(batch, hidden, log_probs, strict=True):
+                yield i, h[-len(self.documents[i]) :], p[-len(self.documents[i]) :]
+
+    def cached(self, numbers: list[int], chunk: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The same, one document after another, from a cache that grows by chunks."""
+        from transformers import DynamicCache
+
+        for i in numbers:
+            cache = DynamicCache()
+            parts = [
+                self.model.model(part[None], past_key_values=cache, use_cache=True)[0][0]
+                for part in self.documents[i].split(chunk)
+            ]
+            hidden = torch.cat(parts)
+            yield i, hidden, self.log_probs(hidden, following(self.documents[i]))
+
+
+def following(document: Tensor) -> Tensor:
+    return torch.nn.functional.pad(document[1:], (0, 1), value=-100)
+
+
+def left_padded(documents: list[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, documents))
+    ids = [torch.nn.functional.pad(d, (longest - len(d), 0), value=value) for d in documents]
+    real = [torch.nn.functional.pad(torch.ones_like(d), (longest - len(d), 0)) for d in documents]
+    return torch.stack(ids), torch.stack(real)
+
+
+def filled(lengths: list[int], room: int, order: list[int], widest: bool = False) -> Rows:
+    """Numbers in this order, as many in a row as have room: by their sum, or by their number times the longest."""
+    rows: Rows = [[]]
+    for i in order:
+        row = [*rows[-1], i]
+        size = len(row) * max(lengths[j] for j in row) if widest else sum(lengths[j] for j in row)
+        if rows[-1] and size > room:
+            rows.append([])
+        rows[-1].append(i)
+    return rows
+
+
+class Compared:
+    """What an axis found, printed as it goes."""
+
+    def __init__(self, base: dict[int, tuple[Tensor, Tensor]]):
+        self.base, self.exact = base, True
+
+    def show(self, axis: str, found: Iterator[tuple[int, Tensor, Tensor]]) -> None:
+        start, tokens, differing, largest = time.perf_counter(), 0, 0, 0.0
+        for i, hidden, log_probs in found:
+            wanted, expected = self.base[i]
+            same = (hidden == wanted).all(-1) & (log_probs == expected)
+            tokens, differing = tokens + len(same), differing + int((~same).sum())
+            largest = max(largest, float((log_probs - expected).abs().max()))
+        self.tell(axis, tokens, differing, largest, time.perf_counter() - start)
+
+    def tell(self, axis: str, tokens: int, differing: int, largest: float, seconds: float) -> None:
+        self.exact &= tokens > 0 and differing == 0
+        said = "all bits equal" if differing == 0 else f"{differing:,} DIFFER, by up to {largest:.3g}"
+        console.print(f"{axis}: {tokens:,} tokens: {said} ({seconds:.1f} s)", highlight=False)
+
+
+@torch.no_grad()
+def compare(model: Any, sizes: Sizes) -> bool:
+    """All axes; whether all bits are equal."""
+    made, start = Model(model, sizes), time.perf_counter()
+    lengths = [len(d) for d in made.documents]
+    numbers = list(range(len(lengths)))
+    base = {i: (h.clone(), p) for i, h, p in made.packed(filled(lengths, sizes.row, numbers))}
+    tokens = sum(lengths)
+    console.print(f"base: {tokens:,} tokens in {time.perf_counter() - start:.1f} s", highlight=False)
+    compared = Compared(base)
+    generated(made, compared, sizes)
+    compared.show("a cache in chunks of 1000", made.cached(numbers[: sizes.prompts], 1000))
+    compared.show("a cache in chunks of 37", made.cached(numbers[:3], 37))
+    shuffled = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(2)).tolist()
+    compared.show("another packing and order", made.packed(filled(lengths, sizes.row * 2, shuffled)))
+    compared.show("padded batches", made.padded(filled(lengths, sizes.batch, shuffled, widest=True)))
+    return compared.exact
+
+
+def generated(made: Model, compared: Compared, sizes: Sizes) -> None:
+    """Tokens that ``generate`` draws, and their logits in a training forward of the packed answers."""
+    start, model = time.perf_counter(), made.model
+    prompts = [d[: max(1, len(d) // 3)] for d in made.documents[: sizes.prompts]]
+    ids, real = left_padded(prompts)
+    torch.manual_seed(1)
+    drawn = model.generate(
+        input_ids=ids, attention_mask=real, max_new_tokens=sizes.drawn, do_sample=True, eos_token_id=-1,
+        pad_token_id=0, return_dict_in_generate=True, output_logits=True, use_cache=True,
+    )  # fmt: skip
+    took = time.perf_counter() - start
+    answers = drawn.sequences[:, ids.shape[1] :]
+    differing, largest = 0, 0.0
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        other = made.documents[row][:50]  # in front of it in the row, so that the answer lies elsewhere
+        document = torch.cat((prompt, answer))
+        places = torch.cat([torch.arange(len(d), device=d.device) for d in (other, document)])[None]
+        hidden = model.model(torch.cat((other, document))[None], position_ids=places, use_cache=False)[0][0]
+        first = len(other) + len(prompt) - 1
+        logits = model.lm_head(hidden[first:-1]).float()
+        rollout = torch.stack([step[row] for step in drawn.logits])
+        differing += int((logits != rollout).any(-1).sum())
+        of = [x.log_softmax(-1).gather(-1, answer[:, None]) for x in (logits, rollout)]
+        largest = max(largest, float((of[0] - of[1]).abs().max()))
+    compared.tell("generate, all logits", answers.numel(), differing, largest, took)
+
+
+# Time
+
+
+def step(model: Any, ids: Tensor) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
+
+
+def timed(models: dict[str, Any], ids: Tensor, rounds: int) -> None:
+    """Steps in turn, so that all of them see the same state of the machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn, (name, model) in itertools.product(range(-2, rounds), models.items()):
+        wait(ids)
+        start = time.perf_counter()
+        step(model, ids)
+        wait(ids)
+        if turn >= 0:
+            seconds[name].append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    taken = {name: statistics.median(of) for name, of in seconds.items()}
+    invariant = taken["invariant"]
+    for name, of in taken.items():
+        ratio = "" if name == "invariant" else f", invariant ÷ it {invariant / of:.3f}"
+        span = f"{1e3 * min(seconds[name]):.1f} to {1e3 * max(seconds[name]):.1f}"
+        console.print(f"a step of {name}: {1e3 * of:.1f} ms ({span}){ratio}", highlight=False)
+
+
+def wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def repeated(model: Any, ids: Tensor) -> bool:
+    """Whether two steps have the same loss and gradients."""
+    found = []
+    for _ in range(2):
+        loss = step(model, ids)
+        found.append([loss, *(p.grad.clone() for p in model.parameters())])
+    same = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    console.print(f"two steps have the same loss and gradients: {same}", highlight=False)
+    return same
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Steps of each model that are timed; the median counts.")] = 7,
+    tokens: Annotated[int, typer.Option(help="Tokens that are compared.")] = LARGE.tokens,
+    dry_run: Annotated[bool, typer.Option(help="A tiny model on the CPU; times mean nothing.")] = False,
+) -> None:
+    """Compare the bits of a patched Llama along its axes, then time its training step."""
+    config, device, sizes = (TINY, "cpu", SMALL) if dry_run else (DENSE, "cuda", LARGE._replace(tokens=tokens))
+    if not dry_run:
+        torch.cuda.set_stream(torch.cuda.Stream())
+        console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}", highlight=False)
+    model = llama(config, device, torch.bfloat16).eval()
+    ki.transformers.apply(model, numerics="invariant")
+    exact = compare(model, sizes)
+    gc.collect()
+    model.train()
+    ids = torch.randint(3, config.vocab, (4, min(4096, config.context)), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(device)
+    exact &= repeated(model, ids)
+    models = {"invariant": model}
+    for name in ("apply", "Transformers"):
+        models[name] = llama(config, device, torch.bfloat16).train()
+        if name == "apply":
+            ki.transformers.apply(models[name])
+    timed(models, ids, rounds)
+    raise typer.Exit(0 if exact else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
