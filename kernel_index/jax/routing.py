@@ -43,6 +43,10 @@ def check_routable(mask: MaskContract) -> None:
         raise ValueError(f"{name} must be None: a router selects blocks of one interval of keys, got a prefix tree")
     if mask.prefix is not None:
         raise ValueError("prefix must be None: a router takes past blocks and the current one, got a prefix")
+    if mask.key_validity is not None:
+        raise ValueError(
+            "key_validity must be None where blocks are selected: validity counts queries and keys, got one"
+        )
     if isinstance(mask.q_offset, jax.Array) and mask.q_offset.ndim > 0:
         raise ValueError(
             f"q_offset must be one number for all rows where blocks are selected, got shape {mask.q_offset.shape}"

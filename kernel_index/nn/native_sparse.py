@@ -35,6 +35,13 @@ class Branches(NamedTuple):
         return sum(x * gates_BTHN[..., i : i + 1] for i, x in enumerate(self))  # type: ignore[return-value]
 
 
+def gates_of_seeing(gates_BTHN: Tensor, mask: "ki.MaskContract", keys: int) -> Tensor:
+    """The gates, and 0 for queries that see nothing: those of padding may be NaN, and their result is exactly 0."""
+    sizes = mask.sizes(gates_BTHN.shape[0], gates_BTHN.shape[1], keys, gates_BTHN.device)
+    start, end, _ = mask.row_bounds(sizes)
+    return torch.where((start < end)[..., None, None], gates_BTHN, 0.0)
+
+
 def check_mask(mask: "ki.MaskContract") -> None:
     """Raise for what is no window of whole documents."""
     left = mask.window[0]
@@ -45,7 +52,7 @@ def check_mask(mask: "ki.MaskContract") -> None:
 def attend_to_branches(
     q: Tensor, k: Tensor, v: Tensor, mask: "ki.MaskContract", *, block: int, topk: int, window: int
 ) -> Branches:
-    """The branches of queries [B, T, H, D], the last of which are the last tokens of [B, S, K, D].
+    """The branches of queries [B, T, H, D], which are tokens of [B, S, K, D]: the last ones, or those from ``q_offset``.
 
     Of a tree, each path of it: ``ki.along_paths``.
     """
@@ -57,20 +64,27 @@ def attend_to_branches(
 
         return Branches(*ki.along_paths(attend, mask, (q,), (k, v)))
     (batch, queries), total = q.shape[:2], k.shape[1]
+    first = first_position(mask, queries, total)
     start, end = mask.intervals(batch, queries, total, device=q.device)
-    low = start.new_zeros(1, total)
-    if mask.q_offset is None:  # else a cache, whose tokens are one document
-        own = mask.intervals(batch, total, total, device=q.device)
-        low = torch.where(own.start < own.end, own.start, -1)
-    compressed = compress(k, v, low, block)
-    position = torch.arange(total - queries, total, device=q.device)
+    own = dataclasses.replace(mask, q_offset=None).intervals(batch, total, total, device=q.device)
+    compressed = compress(k, v, torch.where(own.start < own.end, own.start, -1), block)
+    position = torch.arange(first, first + queries, device=q.device)
     sees = (start < end) & (start // block < position // block)
-    out, lse = attend_to_compressed(q, compressed, sees, block, total - queries)
+    out, lse = attend_to_compressed(q, compressed, sees, block, first)
     found = ki.importance_route(q, compressed.keys, lse, block_size=block, topk=topk, mask=mask, kv_len=total)
     selected = ki.block_sparse_attention(
         q, k, v, found.indices, selected_valid=found.valid, block_size=block, mask=mask
     ).out
     return Branches(out, selected, ki.attention(q, k, v, dataclasses.replace(mask, window=(window - 1, 0))))
+
+
+def first_position(mask: "ki.MaskContract", queries: int, total: int) -> int:
+    """The place of query 0 among ``total`` keys."""
+    first = total - queries if mask.q_offset is None else mask.q_offset
+    if isinstance(first, Tensor) or not 0 <= first <= total - queries:
+        what = "one number for each row" if isinstance(first, Tensor) else first
+        raise ValueError(f"mask.q_offset must be one number from 0 to {total - queries}, got {what}")
+    return first
 
 
 def compress(k: Tensor, v: Tensor, low: Tensor, block: int) -> Compressed:
@@ -106,7 +120,7 @@ def attend_to_compressed(
     q = pad(q, (0, 0, 0, 0, lead, groups * block - lead - queries)).view(batch, groups, block, kv_heads, per, width)
     q = q.transpose(2, 3).reshape(batch, groups, kv_heads * block * per, width)
     out, lse = _attend_by_rows(q, compressed, first // block - 1)
-    out = out.view(batch, groups, kv_heads, block, per, -1).transpose(2, 3).reshape(batch, groups * block, heads, -1)
+    out = out.view(batch, groups, kv_heads, block, per, out.shape[3]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     lse = lse.view(batch, kv_heads, block, per, groups).permute(0, 1, 3, 4, 2).reshape(batch, heads, groups * block)
     at = slice(lead, lead + queries)
     return torch.where(sees[..., None, None], out[:, at], 0.0), torch.where(sees[:, None], lse[:, :, at], -torch.inf)

@@ -11,7 +11,7 @@ from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
 from kernel_index.core.rules import wants_gradient
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer, in_order, prefixes, rows_by_length
-from kernel_index.nn.native_sparse import attend_to_branches, attend_to_cached_branches
+from kernel_index.nn.native_sparse import attend_to_branches, attend_to_cached_branches, gates_of_seeing
 from kernel_index.nn.residual import Branch
 
 SparseKind = Literal["exact_token", "moba", "clustered", "nsa"]
@@ -148,7 +148,7 @@ class SparseAttention(Mixer):
                 "nn.SparseAttention", "the branches of native sparse attention have no invariant form"
             )
             branches = attend_to_branches(q, k, v, mask, block=self.block, topk=self.topk, window=self.tokens)
-            return branches.joined(self._gates(x, q))
+            return branches.joined(gates_of_seeing(self._gates(x, q), mask, k.shape[1]))
         if self.kind == "moba":
             return ki.moba_attention(q, k, v, block_size=self.block, topk=self.topk, mask=mask)
         config = ki.ClusteredSparseConfig(

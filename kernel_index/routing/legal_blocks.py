@@ -47,6 +47,11 @@ def check_causal(mask: MaskContract) -> None:
         raise ValueError("q_offset must be one number for all rows where blocks are routed, got one for each row")
     if mask.cu_seqlens is not None and mask.cu_seqlens[1] is not None:
         raise ValueError("cu_seqlens must be one list where blocks are routed, got two")
+    if mask.key_validity is not None:
+        raise ValueError(
+            "key_validity must be left out where blocks are routed: a query behind the keys has no current block; "
+            "validity counts queries and keys, got counts of keys alone"
+        )
 
 
 def legal_blocks(mask: MaskContract, sizes: Sizes, block_size: int) -> LegalBlocks:

@@ -109,6 +109,48 @@ def test_what_a_mask_excludes_has_no_influence_though_it_is_nan():
         assert torch.equal(a, b)
 
 
+def test_queries_at_an_offset_keep_the_documents_of_their_keys():
+    """An offset says where the queries stand, and nothing about documents: so a cache of one row may hold several."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, T, heads, D).double() for heads in (H, K, K))
+    documents = (torch.arange(T) >= 10).long()
+
+    def branches(q, **fields):
+        mask = ki.MaskContract(doc_ids=documents, **fields)
+        return native_sparse.attend_to_branches(q, k, v, mask, block=BLOCK, topk=3, window=5)
+
+    whole = branches(q)
+    for first, count in ((0, T), (T - 5, 5), (4, 17)):
+        for part, expected in zip(branches(q[:, first : first + count], q_offset=first), whole, strict=True):
+            torch.testing.assert_close(part, expected[:, first : first + count], rtol=1e-12, atol=1e-12)
+    for offset in (-1, T - 4, torch.tensor([0, 0])):
+        with pytest.raises(ValueError, match="q_offset must be one number"):
+            branches(q[:, :5], q_offset=offset)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"validity": ki.attention_validity(valid_token_counts=[T, 9])},
+        {"doc_ids": torch.where(torch.arange(T) < 9, 0, -1)},
+    ],
+    ids=["validity", "doc_ids"],
+)
+def test_padding_that_is_nan_gives_zeros(fields):
+    mixer, mask = layer("nsa"), ki.MaskContract(**fields)
+    sees = mask.dense(2, T, T)[:, 0].any(-1)
+    leaf = torch.where(sees[..., None], stream(), torch.nan).requires_grad_()
+    out = run(mixer, leaf, mask)
+    assert torch.equal(out[~sees], torch.zeros_like(out[~sees]))
+    assert out[sees].isfinite().all()
+    (grad,) = torch.autograd.grad(out.sum(), leaf)
+    assert grad[sees].isfinite().all()
+
+
+def test_a_batch_of_no_rows_has_no_rows():
+    assert run(layer("nsa"), stream()[:0], ki.MaskContract()).shape == (0, T, C)
+
+
 def test_a_long_prompt_and_its_steps_read_means_that_the_cache_keeps():
     from kernel_index.lm.cache import ModelCache
 

@@ -73,7 +73,7 @@ def oracle(
     mask, dtype = mask or MaskContract(), torch.promote_types(q.dtype, torch.float32)
     allowed = dense_oracle(mask, batch, queries, keys)
     document = dense_oracle(MaskContract(doc_ids=mask.doc_ids), batch, keys, keys)
-    offset = mask.sizes(batch, queries, keys).one_offset
+    offset = mask.sizes(batch, queries, keys, q.device).one_offset
     out = torch.full((batch, queries, groups, topk), -torch.inf, dtype=dtype)
     has_current = torch.zeros(batch, queries, groups)
 

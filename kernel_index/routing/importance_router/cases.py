@@ -62,7 +62,7 @@ def oracle(
     (batch, queries, heads, width), kv_heads = q.shape, block_keys.shape[2]
     mask = mask or MaskContract()
     allowed = dense_oracle(mask, batch, queries, kv_len)
-    offset = mask.sizes(batch, queries, kv_len).one_offset
+    offset = mask.sizes(batch, queries, kv_len, q.device).one_offset
     chosen = torch.zeros(batch, queries, kv_heads, block_keys.shape[1] + 1)
 
     def importance(b: int, t: int, g: int, j: int) -> float:

@@ -88,7 +88,7 @@ def oracle(
     mask, group = mask or MaskContract(), heads // kv_heads
     allowed = mask.dense(batch, queries, keys, device=q.device)[:, 0]
     docs = None if mask.doc_ids is None else mask.doc_ids.tolist()
-    offset = mask.sizes(batch, queries, keys).one_offset
+    offset = mask.sizes(batch, queries, keys, q.device).one_offset
     rows = []
     for b in range(batch):
         for t in range(queries):

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from kernel_index.core import checks, rules
+from kernel_index.kernels.state_space.segments import check_segments
 
 ConvActivation = Literal["silu"]
 ACTIVATIONS = (*get_args(ConvActivation), None)
@@ -42,10 +43,7 @@ def check(x: Any, weight: Any, bias: Any, activation: Any, segments: Any, state:
             checks.has_shape(name, value, shape, legend)
     checks.one_of("activation", activation, ACTIVATIONS)
     if segments is not None:
-        checks.is_integer_tensor("segments", segments)
-        checks.on_device("segments", segments, x, "x")
-        if segments.ndim != 2 or segments.shape[0] not in (1, B) or segments.shape[1] != T:
-            raise ValueError(f"segments must be [B or 1, T] = [{B} or 1, {T}], got shape {tuple(segments.shape)}")
+        check_segments(segments, x)
     return Call(x, weight, bias, segments, state, activation)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernel_index.core import checks, rules
 from kernel_index.core.autocast import cast_like_sdpa
+from kernel_index.kernels.state_space.segments import check_segments
 
 WIDEST = 128
 """Most rows and columns of a state whose tile fits into a program of the Triton kernels."""
@@ -44,10 +45,7 @@ def check(
             _check_tensor(name, value, x, (H,), "[H]")
     checks.is_bool("dt_softplus", dt_softplus)
     if segments is not None:
-        checks.is_integer_tensor("segments", segments)
-        checks.on_device("segments", segments, x, "x")
-        if segments.ndim != 2 or segments.shape[0] not in (1, B) or segments.shape[1] != T:
-            raise ValueError(f"segments must be [B or 1, T] = [{B} or 1, {T}], got shape {tuple(segments.shape)}")
+        check_segments(segments, x)
     if state is not None:
         _check_tensor("state", state, x, (B, H, P, b.shape[3]), "[B, H, P, N]")
     checks.is_int("chunk", chunk, minimum=1)
