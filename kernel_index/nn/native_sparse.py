@@ -52,7 +52,7 @@ def check_mask(mask: "ki.MaskContract") -> None:
 def attend_to_branches(
     q: Tensor, k: Tensor, v: Tensor, mask: "ki.MaskContract", *, block: int, topk: int, window: int
 ) -> Branches:
-    """The branches of queries [B, T, H, D], which are tokens of [B, S, K, D]: the last ones, or those from ``q_offset``.
+    """The branches of queries [B, T, H, D], tokens of [B, S, K, D]: the last of them, or those from ``q_offset`` on.
 
     Of a tree, each path of it: ``ki.along_paths``.
     """

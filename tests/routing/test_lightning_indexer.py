@@ -85,6 +85,17 @@ def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
     assert torch.equal(last.sort(-1).values, last)
 
 
+@pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
+def test_a_row_of_several_programs(monkeypatch):
+    from kernel_index.routing.lightning_indexer import triton
+
+    monkeypatch.setattr(triton, "SPAN", 16)
+    q, k, w = whole_numbers(48)
+    mask = ki.MaskContract(window=(29, 0))
+    picked = ki.lightning_indexer(q, k, w, topk=7, mask=mask, backend="triton")
+    assert torch.equal(picked.indices, by_python(q, k, w, 7, mask)[0])
+
+
 class Largest(TorchDispatchMode):
     elements = 0
 

@@ -262,8 +262,8 @@ def pick_config(width: int, heads: int, element_bytes: int, target: Target) -> C
     return Config(128, 128, 1, 8, 2, "ieee") if roomy else Config(64, 64, 1, 4, 2, "ieee")
 
 
-SPAN = 4096
-"""Keys of a program."""
+SPAN = 1024
+"""Keys of a program: with more of them the last programs of a chunk work alone."""
 
 
 def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, ranks: Tensor, first: int) -> None:

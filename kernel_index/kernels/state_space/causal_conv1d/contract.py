@@ -29,7 +29,7 @@ def check(x: Any, weight: Any, bias: Any, activation: Any, segments: Any, state:
     checks.has_rank("x", x, 3, "[B, T, C]")
     if x.shape[1] == 0:
         raise ValueError(f"x must be [B, T, C] with at least one token, got shape {tuple(x.shape)}")
-    B, T, C = x.shape
+    B, _, C = x.shape
     checks.is_floating("weight", weight)
     checks.on_device("weight", weight, x, "x")
     if weight.ndim != 2 or weight.shape[0] != C or weight.shape[1] == 0:
