@@ -55,7 +55,8 @@ def traced(given):
 
 def finished():
     for futures in ahead._PENDING.values():
-        concurrent.futures.wait(futures.values())
+        for future in futures.values():
+            future.result()
 
 # In the order of the decorator: Triton tells kernels apart by it.
 HOW = {"enable_fp_fusion": jit.ENABLE_FP_FUSION, "BLOCK": kernels.BLOCK, "num_warps": kernels.NUM_WARPS}
@@ -94,6 +95,7 @@ assert len(compiled) == 2 and not found, (compiled, found)
 """,
     "another kind is compiled where it is launched": """
 traced(x())
+finished()
 given = torch.empty_like(x(dtype=torch.float32))
 kernels._relu_squared_kernel.run(given, given, given.numel(), grid=(16,), warmup=True, **HOW)
 finished()

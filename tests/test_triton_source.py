@@ -58,3 +58,28 @@ def test_sizes_are_cast_by_a_function(path):
     calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
     methods = [c.func for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "to"]
     assert [m.value.id for m in methods if isinstance(m.value, ast.Name) and m.value.id.isupper()] == []
+
+
+OURS = {"jit", "HopperKernel", "_Kernel"}
+"""Decorators whose launches start nothing while ``torch.compile`` traces: ``core/ahead.py``."""
+
+
+def started(tree: ast.Module) -> set[str]:
+    """Kernels of a module, by their names or because it launches them, that have another decorator."""
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    calls = [n.func.value for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+    launched = {c.id for c in calls if isinstance(c, ast.Name)}
+    kernels = [f for f in functions if f.name in launched or f.name.endswith("_kernel")]
+    return {f.name for f in kernels if not OURS & {n for d in f.decorator_list for n in _names(d)}}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}:{path.stem}")
+def test_a_launch_can_be_learned_from(path):
+    assert started(ast.parse(path.read_text())) == set()
+
+
+def test_a_launch_that_cannot_is_found():
+    """It was started on tensors without memory, where a graph was only traced."""
+    source = "@gluon.jit\ndef _kernel(x):\n    pass\ndef run(x):\n    _kernel[(1,)](x)\n"
+    assert started(ast.parse(source)) == {"_kernel"}
+    assert started(ast.parse(source.replace("@gluon.jit", "@functools.partial(HopperKernel, noinline=True)"))) == set()

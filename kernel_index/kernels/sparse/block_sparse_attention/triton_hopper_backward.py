@@ -10,6 +10,8 @@ So no warpgroup holds more than one sum, and stores of dQ stand in nobody's way.
 that dV and dK need stay in registers.  Where dQ is made otherwise the third role is left out.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernel_index.core.triton.hopper import barriers, product_nt, ring, softcapped, tiles_of
+from kernel_index.core.triton.hopper import HopperKernel, barriers, product_nt, ring, softcapped, tiles_of
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, Segments, shift_of
@@ -261,7 +263,7 @@ def _queries(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
         segment = read_number(plan, at * NUMBERS, ONE)
 
 
-@gluon.jit(do_not_specialize=["first_segment"])  # else one kernel more for each launch
+@functools.partial(HopperKernel, do_not_specialize=["first_segment"])  # else one kernel more for each launch
 def _lists_kernel(
     k_desc, v_desc, q_ptr, do_ptr, k_ptr, lse_ptr, delta_ptr, order_ptr, items_ptr, parts_ptr, bad_ptr, start_ptr,
     end_ptr, dq_ptr, written_ptr, dk_ptr, dv_ptr, counter_ptr, q_b, q_t, q_h, do_b, do_t, do_h, k_b, k_t,

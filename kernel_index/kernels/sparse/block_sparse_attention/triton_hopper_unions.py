@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernel_index.core.triton.hopper import (
     ROWS,
     TWO,
+    HopperKernel,
     barriers,
     copy_tile,
     has_tiles,
@@ -294,7 +295,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         number = read_number(plan, 0, ONE)
 
 
-@gluon.jit
+@HopperKernel
 def _by_unions_kernel(
     q_desc, do_desc, k_desc, v_desc, k_ptr, v_ptr, blocks_ptr, members_ptr, sizes_ptr, bad_ptr, start_ptr, end_ptr,
     out_ptr, lse_ptr, delta_ptr, counter_ptr, x_b, x_t, x_h, window_b, TILES, UNION, T, S, H, G, GROUPS, GROUP, BLOCKS,
