@@ -78,11 +78,14 @@ class CapturedStep:
         self.gradients, self.parameters, self.recorder = gradients, list(parameters), recorder
         self.calls: Counter[Any] = Counter()
         self.recorded: dict[Any, _Recorded] = {}
+        self.prepared = False
+        """Whether the latest call ran as it is or was recorded, and so took longer than those to come."""
 
     def __call__(self, batch: Batch, share: Tensor, key: object = None) -> Step:
         """``key``: whatever else decides what is launched.  Raises ``RecordingError``."""
         kind = key, *(tuple(t.shape) for t in batch)
         self.calls[kind] += 1
+        self.prepared = kind not in self.recorded
         if self.calls[kind] <= WARM:
             return self.recorder.warm(lambda: run_step(self.gradients, batch, share))
         earlier = [p.grad for p in self.parameters]

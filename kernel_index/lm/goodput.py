@@ -1,6 +1,7 @@
 """How a run's time is divided into phases."""
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Goodput:
-    """Seconds by phase.  The first step of a process also compiles: its time beyond the median of the later steps
-    counts as ``compile``.  ``earlier`` holds the seconds of a resumed run before this process.
+    """Seconds by phase.  The first step of a process also compiles, and so do others that say so (``prepares``): their
+    time beyond the median of the other steps counts as ``compile``.  ``earlier`` holds the seconds of a resumed run
+    before this process.
 
     >>> clock = iter([0.0, 10.0, 10.0, 11.0, 11.0, 12.0]).__next__
     >>> goodput = Goodput(clock)
@@ -26,8 +28,13 @@ class Goodput:
     def __init__(self, clock=time.perf_counter):
         self.clock = clock
         self.steps: list[float] = []
+        self.preparing = [True]  # of each step begun so far, and of the next one
         self.others: dict[Phase, float] = dict.fromkeys(PHASES[1:], 0.0)
         self.earlier = dict.fromkeys(PHASES, 0.0)
+
+    def prepares(self) -> None:
+        """The step that runs now also compiles or records kernels."""
+        self.preparing[-1] = True
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -38,13 +45,16 @@ class Goodput:
             seconds = self.clock() - start
             if name == "step":
                 self.steps.append(seconds)
+                self.preparing.append(False)
             else:
                 self.others[name] += seconds
 
     def seconds(self) -> dict[Phase, float]:
-        """By phase.  While there is only one step, all of its time counts as a step."""
-        later = self.steps[1:]
-        extra = max(0.0, self.steps[0] - statistics.median(later)) if later else 0.0
+        """By phase.  While every step has prepared something, all of their time counts as steps."""
+        steps = list(zip(self.steps, self.preparing, strict=False))
+        others = [seconds for seconds, prepares in steps if not prepares]
+        usual = statistics.median(others) if others else math.inf
+        extra = sum(max(0.0, seconds - usual) for seconds, prepares in steps if prepares)
         own: dict[Phase, float] = {"step": sum(self.steps) - extra, **self.others, "compile": extra}
         return {name: value + self.earlier[name] for name, value in own.items()}
 

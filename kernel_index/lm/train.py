@@ -195,6 +195,7 @@ class Trainer:
         with self.goodput.phase("step"):
             self.model.attend_densely(self.step < c.sparse_from_step)
             if self.step == c.sparse_from_step > 0:
+                self.goodput.prepares()
                 self.captured = self._captured()  # the graph of the dense steps, and its memory, are not used again
             rate = self.learning_rate(self.step)
             for group in self.optimizer.param_groups:
@@ -247,7 +248,10 @@ class Trainer:
     def _micro_batch(self, batch: Batch, share: Tensor) -> Step:
         if self.captured is not None:
             try:
-                return self.captured(batch, share, self.step < self.config.sparse_from_step)
+                found = self.captured(batch, share, self.step < self.config.sparse_from_step)
+                if self.captured.prepared:
+                    self.goodput.prepares()
+                return found
             except RecordingError as error:
                 warnings.warn(f"{error}; every kernel is launched by itself", stacklevel=2)
                 self.captured = None

@@ -11,6 +11,7 @@ import kernel_index as ki
 from kernel_index.lm.captured import WARM, CapturedStep, GraphRecorder, Step, run_step
 from kernel_index.lm.data import Batch
 from kernel_index.lm.distributed import Group
+from kernel_index.lm.goodput import Goodput
 from kernel_index.lm.train import RunConfig, Trainer
 from tests.lm.runs import config as run_config
 from tests.lm.runs import losses
@@ -238,3 +239,16 @@ def test_a_model_on_a_gpu_has_the_same_bits(deterministic):
             assert result.receipts
         found.append([*losses, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_steps_that_are_warmed_or_recorded_count_as_compiling(weight):
+    """Seconds of steps 10, 5, 3, 1, 1, 1: the first two run as they are, the third records, the others are replayed."""
+    seconds = iter([0.0, 10.0, 10.0, 15.0, 15.0, 18.0, 18.0, 19.0, 19.0, 20.0, 20.0, 21.0])
+    goodput, captured = Goodput(seconds.__next__), CapturedStep(gradients_of(weight), [weight], Again([weight]))
+    for _ in range(6):
+        with goodput.phase("step"):
+            captured(batch_of(5, 0), torch.tensor(1.0))
+            if captured.prepared:
+                goodput.prepares()
+    assert goodput.seconds()["step"] == 6
+    assert goodput.seconds()["compile"] == 15
