@@ -90,8 +90,8 @@ ROWS = Products(
 class Plan(NamedTuple):
     """How a call's logits are held: ``held`` tokens of them, in memory of ``room`` elements for each class.
 
-    ``width`` columns: the classes, and some rows of padding.  ``step``: classes of a slice.  ``limit``: the tokens whose
-    logits the forward pass may form at once beside the held ones, where the caller said it.
+    ``width`` columns: the classes, and some rows of padding.  ``step``: classes of a slice.  ``limit``: of how many
+    tokens the forward pass may form logits at once beside the held ones, where the caller said it.
     """
 
     width: int
@@ -122,7 +122,7 @@ def plan_of(
     ``chunk_size``: tokens whose logits may exist at once, beside those that the memory of the weight's gradient holds.
     ``invariant``: nothing is held, since a row's logits are float32 for its results and not for its gradient.
     """
-    (tokens, channels), size = hidden.shape, hidden.element_size()
+    tokens, size = hidden.shape[0], hidden.element_size()
     width = min(weight.shape[0], ceil_div(vocab, PADDED) * PADDED)
     if invariant:
         return Plan(width, classes_per_slice(hidden, width, chunk_size), invariant=True)
