@@ -100,7 +100,7 @@ def _check_constants(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def _check_function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[tuple[int, str]]:
     lines = node.end_lineno - node.lineno + 1 - _docstring_lines(node)
-    on_device = any(_named(d) in ("jit", "HopperKernel") for d in node.decorator_list)
+    on_device = any(_named(n) in ("jit", "HopperKernel") for d in node.decorator_list for n in ast.walk(d))
     limit, kind = (KERNEL_LINES, "a device kernel") if on_device else (FUNCTION_LINES, "a function")
     if lines > limit:
         yield node.lineno, f"{node.name} has {lines} lines, at most {limit} in {kind}"
