@@ -22,11 +22,13 @@ SDPA_TOKENS = 65_536
 
 
 class Prepared(NamedTuple):
-    """A call; what the last queries see, bool [last, G, T], where it can be told; whether it has a backward pass."""
+    """A call; what the last queries see, bool [last, G, T], where it can be told; whether it has a backward pass; and
+    whether it waits for the device, so that no graph can hold it."""
 
     call: Callable[[], Any]
     seen: Callable[[], Tensor] | None = None
     trains: bool = True
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Inputs:
             lengths = starts, starts, cell.tokens, cell.tokens
             return TopkSparseAttention.apply(q[0], k[0], v[0], blocks, cell.block, *lengths, None)[None]
 
-        return Prepared(call, lambda: self._seen(given))
+        return Prepared(call, lambda: self._seen(given), waits=True)
 
     def _dense(self) -> dict[str, Callable[[], Prepared]]:
         if self.cell.shared:

@@ -11,6 +11,7 @@ import typer
 from benchmarks import gpu_session, gpu_sparse
 from benchmarks.gpu_sparse_calls import Cell, Inputs
 from kernel_index.index.entry import ROOT
+from kernel_index.proofs.tune import timing
 
 
 def dry(module: str, out, *options: str):
@@ -155,6 +156,13 @@ def test_the_dry_run_of_sparse_attention_gives_every_row(tmp_path):
     missing = {"dense FA4": "flash_attn", "XunhaoLai NSA attend": "native_sparse_attention"}
     assert content["left_out"] == {name: f"No module named '{module}'" for name, module in missing.items()}
     assert "left out: dense FA4" in said
+
+
+def test_a_capture_that_fails_breaks_no_process():
+    """The text of every CUDA error ends in advice about device-side assertions."""
+    advice = " Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+    assert not timing.is_broken(RuntimeError("operation failed due to a previous error during capture" + advice))
+    assert timing.is_broken(RuntimeError("CUDA error: device-side assert triggered" + advice))
 
 
 def test_break_even_lies_between_two_measured_lengths():

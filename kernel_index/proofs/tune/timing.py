@@ -15,7 +15,7 @@ CACHE = 60e6
 SLOW = 0.2
 """Seconds from which on a call is timed twice by events: its launches do not matter."""
 
-BROKEN = ("illegal memory", "device-side assert", "unspecified launch", "misaligned address")
+BROKEN = ("illegal memory", "device-side assert triggered", "unspecified launch", "misaligned address")
 """Parts of the errors after which nothing runs any more in a process."""
 
 
