@@ -117,9 +117,10 @@ def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def _named(node: ast.AST) -> str:
-    """The last part of a dotted name, or of what a call calls."""
+    """The last part of a dotted name, or of what a call calls, ``partial`` included."""
     if isinstance(node, ast.Call):
-        return _named(node.func)
+        name = _named(node.func)
+        return _named(node.args[0]) if name == "partial" and node.args else name
     if isinstance(node, ast.Attribute):
         return node.attr
     return node.id if isinstance(node, ast.Name) else ""
