@@ -100,9 +100,10 @@ def fused_linear_cross_entropy(
         loss = (1 − s)·(lse − z_target) + s·(lse − mean_v z_v) + z_loss·lse²        s = label_smoothing
 
     Softmax, log-sum-exp and every sum over tokens are float32 at least.  The two matrix products run in the inputs'
-    dtype; on a CPU a bfloat16 product is rounded to bfloat16 before the softmax reads it.  ``mean`` and ``sum`` form
-    the gradients in the forward (three products per chunk) and only scale them in backward, out of place; ``none``
-    forms each chunk's logits again in backward (four products).  A second derivative raises.
+    dtype; on a CPU a bfloat16 product is rounded to bfloat16 before the softmax reads it.  On a CPU ``mean`` and
+    ``sum`` form the gradients in the forward pass (three products for each chunk) and only scale them in backward, out
+    of place; ``none`` forms the logits again there (four products).  For a GPU see ``chunk_size``.  A second derivative
+    raises.
 
     Args:
         hidden: [..., C], floating.
