@@ -22,10 +22,6 @@ TABLE_BYTES = 1 << 27
 """Of the table of a chunk of queries."""
 
 
-ROUND_BYTES = 1 << 30
-"""Of what kernels keep for the entries of the lists of one round."""
-
-
 class Rounds(NamedTuple):
     """Lists taken some at a time: in round i those that begin among the ``part`` entries from ``i · part`` on.
 
@@ -66,24 +62,6 @@ class TokenUnions(NamedTuple):
     sizes: Tensor
     before: Tensor
     present: Tensor
-
-    def rounds(self, bytes_of_entry: int) -> Rounds:
-        """Rounds of at most ``ROUND_BYTES``, and those of one list; a round's entries are ``part + most``."""
-        from kernel_index.routing import triton_union_sums
-
-        total, device = self.tokens.shape[0], self.begin.device
-        part = min(total, max(1, ROUND_BYTES // (bytes_of_entry * BLOCK)) * BLOCK)
-        at = torch.arange(0, total, BLOCK, device=device)
-        owner = torch.searchsorted(self.begin, at, right=True) - 1  # an empty list begins where the next one does
-        inside = at < (self.begin + self.sizes)[owner]
-        number = torch.arange(-(-total // part) + 1, device=device)
-        lists = torch.searchsorted(self.begin, number * part).to(torch.int32)
-        numbers = number[:-1, None].expand(-1, 2).contiguous()
-        slots = torch.empty(total, dtype=torch.int32, device=device)
-        size = (len(numbers), len(self.begin) // self.tiles, self.present.shape[1] * GRAIN + 1)
-        starts = torch.empty(size, dtype=torch.int32, device=device)
-        triton_union_sums.place(self, lists, part, (slots, starts))
-        return Rounds(part, torch.where(inside, owner, -1).to(torch.int32), lists, numbers, slots, starts)
 
 
 def chunks_of_queries(batch: int, shared: int, queries: int, keys: int) -> Iterator[tuple[int, int]]:

@@ -7,13 +7,17 @@ the other, without a search, and have the same bits every time.
 
 from typing import NamedTuple
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
-from kernel_index.routing.token_unions import GRAIN, Rounds, TokenUnions
+from kernel_index.routing.token_unions import BLOCK, GRAIN, Rounds, TokenUnions
 from kernel_index.routing.triton_token_unions import bits_below
+
+ROUND_BYTES = 1 << 30
+"""Of what kernels keep for the entries of the lists of one round."""
 
 
 @jit
@@ -71,6 +75,23 @@ def place(unions: TokenUnions, lists: Tensor, part: int, places: tuple[Tensor, T
             u.begin, u.before, u.present, lists, *places, part, u.tiles, selections, runs,
             LISTS=8, ROWS=rows, GRAIN=GRAIN, num_warps=4,
         )  # fmt: skip
+
+
+def rounds_of(unions: TokenUnions, bytes_of_entry: int) -> Rounds:
+    """Rounds of at most ``ROUND_BYTES``, and those of one list; a round's entries are ``part + most``."""
+    total, device = unions.tokens.shape[0], unions.begin.device
+    part = min(total, max(1, ROUND_BYTES // (bytes_of_entry * BLOCK)) * BLOCK)
+    at = torch.arange(0, total, BLOCK, device=device)
+    owner = torch.searchsorted(unions.begin, at, right=True) - 1  # an empty list begins where the next one does
+    inside = at < (unions.begin + unions.sizes)[owner]
+    number = torch.arange(-(-total // part) + 1, device=device)
+    lists = torch.searchsorted(unions.begin, number * part).to(torch.int32)
+    numbers = number[:-1, None].expand(-1, 2).contiguous()
+    slots = torch.empty(total, dtype=torch.int32, device=device)
+    size = (len(numbers), len(unions.begin) // unions.tiles, unions.present.shape[1] * GRAIN + 1)
+    starts = torch.empty(size, dtype=torch.int32, device=device)
+    place(unions, lists, part, (slots, starts))
+    return Rounds(part, torch.where(inside, owner, -1).to(torch.int32), lists, numbers, slots, starts)
 
 
 @jit

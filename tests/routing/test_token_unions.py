@@ -52,11 +52,11 @@ def test_lists_are_those_of_sets(first, queries):
 
 @pytest.mark.parametrize("size", [1, 5 * BLOCK, 1 << 40])
 def test_every_list_is_in_one_round(size, monkeypatch):
-    monkeypatch.setattr(token_unions, "ROUND_BYTES", size)
+    monkeypatch.setattr(triton_union_sums, "ROUND_BYTES", size)
     indices = selection()
     indices[:, TILE : 2 * TILE] = -1  # empty lists in between
     u = unions_of(indices, S, 0, T)
-    rounds = u.rounds(1)
+    rounds = triton_union_sums.rounds_of(u, 1)
     owned = torch.full((len(u.begin),), -1)
     for i, number in enumerate(rounds.numbers[:, 0].tolist()):
         assert number == i
@@ -74,11 +74,11 @@ def test_every_list_is_in_one_round(size, monkeypatch):
 @pytest.mark.parametrize("size", [1, 5 * BLOCK, 1 << 40])
 @pytest.mark.parametrize("first", [0, 64])
 def test_rows_of_a_token_lie_together_in_the_order_of_their_lists(first, size, monkeypatch):
-    monkeypatch.setattr(token_unions, "ROUND_BYTES", size)
+    monkeypatch.setattr(triton_union_sums, "ROUND_BYTES", size)
     indices = selection()
     indices[0, :, 0] = -1  # a selection without a token, and some that a round has in part
     u = unions_of(indices, S, first, T - first)
-    rounds = u.rounds(1)
+    rounds = triton_union_sums.rounds_of(u, 1)
     for number, places in enumerate(rounds.starts):
         low, high = rounds.lists[number : number + 2].tolist()
         taken = torch.zeros(rounds.part + u.most, dtype=torch.bool)
@@ -100,10 +100,10 @@ def test_rows_of_a_token_lie_together_in_the_order_of_their_lists(first, size, m
 @pytest.mark.parametrize("shared", [False, True])
 def test_sums_of_all_rounds(shared, values, unroll, monkeypatch):
     """Against float64, with sums that were begun before; the same bits twice."""
-    monkeypatch.setattr(token_unions, "ROUND_BYTES", 5 * BLOCK)
+    monkeypatch.setattr(triton_union_sums, "ROUND_BYTES", 5 * BLOCK)
     monkeypatch.setattr(triton_union_sums, "SUMS", triton_union_sums.SUMS._replace(values=values, unroll=unroll))
     u, kv_heads, width = unions_of(selection(), S, 0, T), 3 if shared else P, 5
-    rounds, kept = u.rounds(1), kv_heads if shared else 1
+    rounds, kept = triton_union_sums.rounds_of(u, 1), kv_heads if shared else 1
     before = torch.randn(B * P if shared else B, S, kv_heads, width)
     sums, again, expected = before.clone(), before.clone(), before.double()
     for number in rounds.numbers:

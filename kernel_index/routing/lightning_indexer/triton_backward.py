@@ -14,7 +14,7 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
 from kernel_index.routing.token_unions import BLOCK, GRAIN, TILE, Rounds, TokenUnions, chunks_of_queries, unions_of
 from kernel_index.routing.triton_token_unions import bits_below
-from kernel_index.routing.triton_union_sums import add_rows
+from kernel_index.routing.triton_union_sums import add_rows, rounds_of
 
 
 @jit
@@ -156,7 +156,7 @@ def backward(
     sums = torch.zeros(B, S, 1, D, dtype=torch.float32, device=q.device)
     for first, queries in chunks_of_queries(B, 1, T, S) if B * S * N else ():
         u = unions_of(indices[:, :, None], S, first, queries)
-        rounds = u.rounds((D + TILE) * 4)
+        rounds = rounds_of(u, (D + TILE) * 4)
         entries = rounds.part + u.most
         rows = torch.empty(entries, 1, D, dtype=torch.float32, device=q.device)
         moved = torch.empty(entries, TILE, dtype=torch.float32, device=q.device)

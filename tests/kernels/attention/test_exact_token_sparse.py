@@ -6,7 +6,7 @@ import torch
 import kernel_index as ki
 from kernel_index.core.triton import launch
 from kernel_index.kernels.attention.exact_token_sparse import cpu, torch_op
-from kernel_index.routing import token_unions
+from kernel_index.routing import token_unions, triton_union_sums
 
 SCHEMA = {
     *("path", "reason", "indexer", "seq_len", "requested_backend", "actual_backend", "runtime_mode"),
@@ -231,7 +231,7 @@ def test_tiles_that_go_together_and_queries_that_go_alone_agree(together, small,
         pytest.skip("runs in Triton's interpreter, on a CPU")
     monkeypatch.setattr(torch_op, "TOGETHER", together)
     if small:
-        monkeypatch.setattr(token_unions, "ROUND_BYTES", 1)
+        monkeypatch.setattr(triton_union_sums, "ROUND_BYTES", 1)
         monkeypatch.setattr(token_unions, "TABLE_BYTES", 1)
     n = 140  # two tiles of queries and a part of one
     q, k, v = (x.requires_grad_() for x in qkv(n, n, heads, groups, 8))

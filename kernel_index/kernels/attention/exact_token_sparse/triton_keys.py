@@ -12,7 +12,7 @@ from kernel_index.core.triton.attention import dot, has_nan, load_rows, score_gr
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, strides
 from kernel_index.routing.token_unions import BLOCK, TILE, Rounds, TokenUnions, chunks_of_queries, unions_of
-from kernel_index.routing.triton_union_sums import add_rows
+from kernel_index.routing.triton_union_sums import add_rows, rounds_of
 
 
 @jit
@@ -128,7 +128,7 @@ def backward_keys(
     kept = K if shared else 1
     for first, queries in chunks_of_queries(B, selected.shape[2], T, S) if B * S * selected.numel() else ():
         u = unions_of(selected, S, first, queries)
-        rounds = u.rounds(kept * (D + DV) * 4)
+        rounds = rounds_of(u, kept * (D + DV) * 4)
         rows = torch.empty(rounds.part + u.most, kept, D + DV, dtype=torch.float32, device=q.device)
         for number in rounds.numbers:
             _launch_keys((d_out, q, k, v, lse, delta), u, rounds, number, rows, launch, group)
