@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 import kernel_index as ki
 from kernel_index.kernels.attention.dense_attention import rectangles
 from kernel_index.masks.doc_window_mask.cases import dense_oracle, tree_fields
-from kernel_index.masks.prefix_tree.bounds import bounds_of_whole_paths
 from kernel_index.masks.prefix_tree.tiles import lists_of
-from tests.masks.trees import ALIGN, batch_of, forests, paths_of, places_of, tree_calls
+from tests.masks.trees import ALIGN, forests, paths_of, places_of, tree_calls
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True)
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -146,19 +145,6 @@ def test_every_lowering_is_the_rule(call, q_block, kv_block):
 
 
 @MANY
-@given(st.lists(forests(), min_size=1, max_size=2), ALIGN)
-def test_bounds_of_whole_paths_are_the_rule(trees, align):
-    """The few operations of a device, where values are not read, against the rule itself."""
-    fields = batch_of([ki.pack_tree(*tree, align=align) for tree in trees])
-    rows, keys = fields["subtree_end"].shape
-    found = bounds_of_whole_paths(fields["subtree_end"], rows).all_allowed(slice(None), keys)
-    mask = ki.MaskContract(**fields)
-    assert torch.equal(found, dense_oracle(mask, rows, keys, keys))
-    unread = torch.func.vmap(lambda ends: ki.MaskContract(subtree_end=ends).dense(1, keys)[0, 0])(fields["subtree_end"])
-    assert torch.equal(unread, found), "inside vmap values are not read"
-
-
-@MANY
 @given(st.integers(1, 3), st.integers(0, 6), st.integers(0, 6), st.integers(0, 2**40))
 def test_lists_hold_the_chosen_columns(rows, n, m, seed):
     chosen = torch.rand(rows, n, m, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -218,11 +204,6 @@ def test_a_tree_is_an_argument_of_a_compiled_function():
         for a, e in zip(sides, mask.kernel_intervals(), strict=True):
             assert torch.equal(a, e)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    mask = ki.MaskContract(subtree_end=tree_fields(13)["subtree_end"])
-    _, dense, sides = torch.compile(lower, fullgraph=True, dynamic=True, backend="aot_eager")(torch.ones(2, 13), mask)
-    assert torch.equal(dense, mask.dense())
-    for a, e in zip(sides, mask.kernel_intervals(), strict=True):
-        assert torch.equal(a, e)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks, rules
+from kernel_index.core import checks
 from kernel_index.masks.doc_window_mask import contract, lowerings
 from kernel_index.masks.doc_window_mask.fields import as_rows
 from kernel_index.masks.doc_window_mask.intervals import (
@@ -20,7 +20,7 @@ from kernel_index.masks.doc_window_mask.intervals import (
 )
 from kernel_index.masks.doc_window_mask.lowerings import KernelIntervals
 from kernel_index.masks.doc_window_mask.packed import PackedMask
-from kernel_index.masks.prefix_tree.bounds import Tree, bounds_of_whole_paths, tree_bounds
+from kernel_index.masks.prefix_tree.bounds import Tree, tree_bounds
 from kernel_index.masks.prefix_tree.contract import TREE_HAS_NO_INTERVALS
 from kernel_index.masks.prefix_tree.runs import Level, Stretch, levels_of, parents_in_row, stretches_of
 from kernel_index.masks.prefix_tree.tiles import Tiles, cover_of, ranges_of, tiles_of
@@ -139,8 +139,6 @@ class MaskContract(PackedMask):
             return RowBounds(*self.row_intervals(sizes), None)
 
         def build() -> RowBounds:
-            if (ends := self._whole_paths(sizes)) is not None:
-                return bounds_of_whole_paths(ends, sizes.rows)
             queries = torch.arange(sizes.queries, device=sizes.device)
             whole = self.cu_seqlens is None and self.doc_ids is None
             tree = Tree(as_rows(self.subtree_end), as_rows(self.positions), self.window[0], whole)
@@ -148,14 +146,6 @@ class MaskContract(PackedMask):
             return tree_bounds(bounds, self._position(queries, sizes), tree, sizes.keys, clipped)
 
         return self.remember("row_bounds", sizes, build)
-
-    def _whole_paths(self, sizes: Sizes) -> Tensor | None:
-        """The subtrees, [B or 1, S], where they are all that the contract says of a query for each key; never read."""
-        others = self.window[0], self.doc_ids, self.cu_seqlens, self.validity, self.key_validity
-        ends, alone = as_rows(self.subtree_end), all(x is None for x in others)
-        if ends is None or not alone or sizes.offset != 0 or sizes.queries != sizes.keys:
-            return None
-        return None if rules.host_readable(ends) else ends
 
     def dense(
         self,
@@ -245,7 +235,7 @@ class MaskContract(PackedMask):
             if q_end is None:
                 bounds = Intervals(start.contiguous(), end.contiguous())
                 return KernelIntervals(*bounds, *lowerings.transposed(bounds, sizes.keys))
-            first_query = 0 if sizes.offset == 0 else self.positions_of_queries(sizes)[:, :1].to(torch.int32)
+            first_query = self.positions_of_queries(sizes)[:, :1].to(torch.int32)
             q_start = torch.arange(sizes.keys, device=sizes.device, dtype=torch.int32) - first_query
             q_start = q_start.clamp(0, sizes.queries).expand(q_end.shape).contiguous()
             return KernelIntervals(start, end, q_start, q_end)

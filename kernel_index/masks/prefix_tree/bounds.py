@@ -77,20 +77,6 @@ def tree_bounds(bounds: Intervals, position: Tensor, tree: Tree, keys: int, clip
     return RowBounds(*(x.to(torch.int32).contiguous() for x in (start, end, q_end.expand(rows, -1))))
 
 
-def bounds_of_whole_paths(subtree_end: Tensor, rows: int) -> RowBounds:
-    """``tree_bounds`` where a token sees all of its path, in few operations; values are not read.
-
-    For [rows or 1, S] tokens of which each is a query.  A gap, whose key no query sees, sees the path above it: there
-    is one if a subtree that began before the gap goes on.
-    """
-    until = subtree_end.to(torch.int32)
-    index = torch.arange(until.shape[1], dtype=torch.int32, device=until.device)
-    latest = until.cummax(1).values if until.shape[1] else until
-    end = (index + 1) * (latest > index)
-    q_end = until.clamp(0, until.shape[1])
-    return RowBounds(*(x.expand(rows, -1).contiguous() for x in (torch.zeros_like(end), end, q_end)))
-
-
 def _in_order(start: Tensor, end: Tensor) -> Intervals:
     """The same intervals, with empty ones where both bounds never decrease: at the end of those before."""
     some = start < end

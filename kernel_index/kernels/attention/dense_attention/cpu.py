@@ -102,7 +102,7 @@ def _run_backward(plan: _Plan, given: Backward) -> Gradients:
         else:
             allowed = _allowed(rectangle, plan.bounds)
             found = _gradients(d_out[b, t], *tiles, lse[b, :, t], delta[b, :, t], allowed, plan.scale, plan.softcap)
-        d_q[b, t] += found[0]
+        d_q[b, t] = d_q[b, t] + found[0] if plan.in_pieces else found[0]
         d_k[b, s] += found[1]
         d_v[b, s] += found[2]
     d_sink = None
