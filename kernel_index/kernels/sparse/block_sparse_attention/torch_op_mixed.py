@@ -1,8 +1,8 @@
 """The registered ops of calls in which tiles of queries go by their unions or by lists, each as it selects.
 
-Which way a tile goes the plan finds on the device: nobody waits.  Kernels of one way leave the other's tiles out, so
-each costs a launch where it has none.  Backward, tiles that go by unions take dQ from their union, and dK and dV from
-lists of their own: of these nothing is wasted.
+The plan decides on the device for each tile, so the host does not wait.  Kernels of one way skip the tiles of the
+other; a way without tiles still costs its launches.  Backward, tiles that go by unions take dQ from their union, and dK
+and dV from lists of their own, which compute nothing that was not selected.
 """
 
 from typing import NamedTuple

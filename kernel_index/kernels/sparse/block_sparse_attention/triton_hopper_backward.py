@@ -6,8 +6,8 @@ Each product is computed once, by the warpgroup whose role it is, and a tile of 
     keys       dP = V·dOᵀ, dZ = P·(dP − delta), dK += dZ·Q; gives dZ to the next
     queries    dQ = dZᵀ·K, stored as the partial result of the tile's entries
 
-So no warpgroup holds more than one sum, and stores of dQ stand in nobody's way.  Scores are transposed: the weights
-that dV and dK need stay in registers.  Where dQ is made otherwise the third role is left out.
+Each warpgroup holds one sum, and only the third waits for stores of dQ.  Scores are transposed, so the weights that dV
+and dK need stay in registers.  Where another kernel makes dQ, there is no third role.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """The kernels of ``triton.py`` and ``triton_backward.py`` that go by unions, on Hopper: warps with roles.
 
 A program takes a tile of queries, of which each of its two consumers, a warpgroup, has one half: 64 rows, a row being
-one query with one head of the group.  One warp copies the blocks of the tile's union, once for both.  A consumer leaves
-out blocks that none of its own queries selected, so nobody multiplies for the other; what one waits for, the other
-hides.  Names and units are those of ``core/triton/attention.py``.
+one query with one head of the group.  One warp copies the blocks of the tile's union, once for both.  A consumer skips
+blocks that none of its own queries selected.  While one waits for a copy, the other multiplies.  Names and units are
+those of ``core/triton/attention.py``.
 """
 
 import torch
