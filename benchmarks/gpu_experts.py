@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch._dynamo
@@ -114,7 +114,7 @@ def name_of(cell: Cell, part: str) -> str:
     return f"{cell.name} {cell.activation} {part}"
 
 
-def measure_cell(session: Session, cell: Cell) -> None:
+def measure_cell(session: Session, cell: Cell, names: str) -> None:
     done = {row["case"] for row in session.rows()}
     device = "cpu" if session.dry else "cuda"
     inputs = Inputs(cell, device)
@@ -122,35 +122,41 @@ def measure_cell(session: Session, cell: Cell) -> None:
         case = name_of(cell, part.name)
         if not session.wants(case, case in done):
             continue
-        found = session.measured(case, part.calls, Measure(session, part))
-        session.add({"case": case, "flops": part.flops, "contenders": found, "ratio": ratios(found)})
-        show([session.rows()[-1]] if session.rows() else [])
+        given = {name: make for name, make in part.calls.items() if not names or name in names.split(";")}
+        found = session.measured(case, given, Measure(session, part))
+        row = {"case": case, "flops": part.flops, "contenders": found, "ratio": ratios(found)}
+        session.add(row)
+        show(row)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        lines = []
-        for name, of in row["contenders"].items():
-            times = [f"{of[d]['us']:.0f}, {of[d]['clock']:.0f}" for d in DIRECTIONS]
-            rates = [f"{n * row['flops'] / of[d]['us'] / 1e6:.0f}" for n, d in zip((1, 3), DIRECTIONS, strict=True)]
-            rates = rates if row["flops"] else ["", ""]
-            lines.append([name, times[0], rates[0], times[1], rates[1], f"{of['memory']:.0f}", f"{of['error']:.0e}"])
-        head = ("", "forward, µs, clock", "TFLOP/s", "both", "TFLOP/s", "MiB", "apart")
-        print_table(console, head, lines, row["case"])
-        said = "; ".join(f"{name} {ratio[0]:.2f} of {ratio[1]}" for name, ratio in row["ratio"].items())
-        console.print(f"ours: {said or 'alone'}", highlight=False)
+def show(row: dict[str, Any]) -> None:
+    lines = []
+    for name, of in row["contenders"].items():
+        line = [name]
+        for direction, products in zip(DIRECTIONS, (1, 3), strict=True):
+            us = of[direction]["us"]
+            line.append(f"{us:.0f}, {of[direction]['clock']:.0f}")
+            line.append(f"{products * row['flops'] / us / 1e6:.0f}" if row["flops"] else "")
+        lines.append([*line, f"{of['memory']:.0f}", f"{of['error']:.0e}"])
+    head = ("", "forward, µs, clock", "TFLOP/s", "both", "TFLOP/s", "MiB", "apart")
+    print_table(console, head, lines, row["case"])
+    said = "; ".join(f"{name} {ratio[0]:.2f} of {ratio[1]}" for name, ratio in row["ratio"].items())
+    console.print(f"ours ÷ the best other: {said or 'alone'}", highlight=False)
 
 
 def main(
-    out: Out, only: Only = "", seconds: Seconds = 540.0, dry_run: DryRun = False, warm: Warm = ""
+    out: Out,
+    only: Only = "",
+    seconds: Seconds = 540.0,
+    dry_run: DryRun = False,
+    warm: Warm = "",
+    names: Annotated[str, typer.Option(help="Only contenders of these names, separated by semicolons.")] = "",
 ) -> None:
     """Time a mixture of experts beside its peers."""
     session = Session("experts", Path(out), only, seconds, dry_run, warm)
-    if not dry_run:
-        torch.backends.cuda.matmul.allow_tf32 = False
     for cell in TINY if dry_run else CELLS:
         if any(part in name_of(cell, name) for part in session.only for name in PARTS):
-            measure_cell(session, cell)
+            measure_cell(session, cell, names)
     session.content["left_out"] = session.left_out
     session.save()
 
