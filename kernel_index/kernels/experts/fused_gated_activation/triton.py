@@ -14,7 +14,7 @@ ELEMENTS_OF_A_WARP = 256
 
 
 @jit
-def _value_and_slope(x, KIND: tl.constexpr):
+def value_and_slope(x, KIND: tl.constexpr):
     """act(x) and act'(x) for float32 x; what a caller does not use is not computed."""
     if KIND == "silu":
         s = tl.sigmoid(x)
@@ -47,7 +47,7 @@ def _gated_kernel(
     m_d = o_d < width
     x = tl.load(gate_ptr + row * s_gate + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
     up = tl.load(up_ptr + row * s_up + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
-    value, _ = _value_and_slope(x, KIND)
+    value, _ = value_and_slope(x, KIND)
     tl.store(y_ptr + row * width + o_d, (value * up).to(y_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -63,7 +63,7 @@ def _gated_backward_kernel(
     x = tl.load(gate_ptr + row * s_gate + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
     up = tl.load(up_ptr + row * s_up + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
     g = tl.load(g_ptr + row * s_g + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
-    value, slope = _value_and_slope(x, KIND)
+    value, slope = value_and_slope(x, KIND)
     d_gate = g * up * slope
     if KIND == "relu" or KIND == "relu2":
         d_gate = tl.where(x <= 0, 0.0, d_gate)  # 0 times an infinite gradient would be NaN
