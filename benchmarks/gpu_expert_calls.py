@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from benchmarks.gpu_session import LeftOut
-from kernel_index.nn.mlp import Activation, swiglu
+from kernel_index.nn.mlp import Activation
 
 Call = Callable[[], Tensor]
 Peers = dict[str, Callable[[], Call]]
@@ -217,19 +216,14 @@ def layer(inputs: Inputs) -> Part:
     x, up, down, cell = inputs.x, inputs.up, inputs.down, inputs.cell
     experts, weights = inputs.experts, inputs.weights
 
-    def ours(recompute: bool) -> Tensor:
-        slots, offsets = ki.expert_plan(experts, cell.experts)
-        h = ki.grouped_product(ki.expert_dispatch(x, slots), up, offsets)
-        last = partial(_second_half, cell.activation)
-        if recompute:
-            out = checkpoint(last, h, down, offsets, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out = last(h, down, offsets)
-        return ki.expert_combine(out, weights, slots)
+    def ours(backend: str) -> Tensor:
+        plan = ki.expert_plan(experts, cell.experts)
+        return ki.expert_mlp(x, up, down, weights, *plan, activation=cell.activation, backend=backend)
 
+    by = "triton" if x.is_cuda else "auto"
     calls: Peers = {
-        "kernel_index": ready(lambda: ours(True)),
-        "kernel_index, activation kept": ready(lambda: ours(False)),
+        "kernel_index": ready(lambda: ours(by)),
+        "kernel_index, by parts": ready(lambda: ours("parts")),
         "PyTorch grouped_mm": ready(lambda: plain_layer(inputs)),
         "torch.compile": lambda: compiled(inputs),
         "Liger-Kernel": lambda: liger_layer(inputs),
@@ -237,11 +231,6 @@ def layer(inputs: Inputs) -> Part:
         "Megatron": megatron,
     }
     return Part("layer", [x, up, down, weights], calls, cell.flops)
-
-
-def _second_half(activation: Activation, h: Tensor, down: Tensor, offsets: Tensor) -> Tensor:
-    active = ki.fused_relu_squared(h) if activation == "relu2" else swiglu(h)
-    return ki.grouped_product(active, down, offsets)
 
 
 def plain_layer(inputs: Inputs) -> Tensor:
@@ -303,5 +292,3 @@ def megatron() -> Call:
     import transformer_engine.pytorch  # noqa: F401
 
     raise LeftOut("Transformer Engine is installed, but the call is not written")
-
-

@@ -12,7 +12,6 @@ activation and sums 2.8 ms, of which SonicMoE has about 0.8.
 import gc
 import statistics
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,4 +1,4 @@
-"""The experts of a layer behind their router: rows, both products, the activation between them, and the weighted sum."""
+"""The experts of a layer behind their router: rows, both products with the activation between, the weighted sum."""
 
 from typing import Literal
 

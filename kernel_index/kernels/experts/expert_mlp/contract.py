@@ -24,9 +24,7 @@ class Call(NamedTuple):
     activation: ExpertActivation
 
 
-def check(
-    x: Any, up: Any, down: Any, weights: Any, slots: Any, offsets: Any, base: Any, activation: Any
-) -> Call:
+def check(x: Any, up: Any, down: Any, weights: Any, slots: Any, offsets: Any, base: Any, activation: Any) -> Call:
     checks.one_of("activation", activation, get_args(ExpertActivation))
     checks.is_floating("x", x)
     checks.has_rank("x", x, 2, "[N, C]")

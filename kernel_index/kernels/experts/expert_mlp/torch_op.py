@@ -171,13 +171,11 @@ class _Output(torch.autograd.Function):
             call: Any = Call(h, h, down, weights, slots, offsets, None, ctx.activation)
             made = _with_history(output_reference(call, h), saved[:3], needs, g)
             return None, *made, None, None, d_base, None
-        found = _output_backward_op(g, *saved, needs) if any(needs) else saved
+        found = _output_backward_op(g, *saved, needs) if any(needs) else (None,) * 3
         return None, *(d if need else None for d, need in zip(found, needs, strict=True)), None, None, d_base, None
 
 
-def _with_history(
-    y: Tensor, inputs: tuple[Tensor, ...], needs: list[bool], g: Tensor
-) -> tuple[Tensor | None, ...]:
+def _with_history(y: Tensor, inputs: tuple[Tensor, ...], needs: list[bool], g: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     made = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
     return tuple(next(made) if need else None for need in needs)
