@@ -11,11 +11,20 @@ from kernel_index.kernels.experts.expert_mlp.api import BACKENDS, expert_mlp
 
 
 def call(
-    m: Maker, tokens: int, choices: int, width: int, hidden: int, experts: int, *, gated: bool = False, **more: Any
+    m: Maker,
+    tokens: int,
+    choices: int,
+    width: int,
+    hidden: int,
+    experts: int,
+    *,
+    gated: bool = False,
+    among: tuple[int, int] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Weights of the size that a layer begins with, so that the sums stay in range at any scale of x."""
     wide = torch.promote_types(m.dtype, torch.float32)
-    selected = torch.randint(0, experts, (tokens, choices), generator=m.generator)
+    selected = torch.randint(*(among or (0, experts)), (tokens, choices), generator=m.generator)
     slots, offsets = plan_reference(selected, experts)
     return {
         "x": m.normal(tokens, width),
@@ -56,7 +65,7 @@ CASES = (
     Case("swiglu", "gate and up in one matrix", lambda m: call(m, 17, 3, 24, 16, 4, gated=True)),
     Case("base", "a shared expert's output is added", lambda m: call(
         m, 9, 2, 16, 8, 3, gated=True) | {"base": m.normal(9, 16)}),
-    Case("idle", "experts without a token", lambda m: call(m, 3, 1, 8, 16, 7)),
+    Case("idle", "experts without a token", lambda m: call(m, 19, 2, 8, 16, 7, among=(2, 5))),
     Case("one", "one expert for every token: a feed-forward layer", lambda m: call(m, 11, 1, 16, 8, 1)),
     Case("none", "no token", lambda m: call(m, 0, 2, 16, 8, 4, gated=True)),
     Case("odd", "widths that PyTorch's grouped kernels do not take", lambda m: call(m, 6, 2, 7, 5, 3)),
