@@ -21,7 +21,6 @@ import typer
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import gpu_session
 from benchmarks.gpu_expert_calls import CELLS, TINY, Call, Cell, Inputs, Part, parts
 from benchmarks.gpu_session import DryRun, LeftOut, Only, Out, Seconds, Session, Warm
 from benchmarks.harness import console
@@ -164,5 +163,4 @@ PARTS = ("router", "dispatch", "product", "combine", "layer")
 
 
 if __name__ == "__main__":
-    gpu_session.PEERS += ("liger-kernel", "quack-kernels", "sonic-moe")
     typer.run(main)

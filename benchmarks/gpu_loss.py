@@ -22,7 +22,6 @@ import typer
 from torch import Tensor
 
 import kernel_index as ki
-from benchmarks import gpu_session
 from benchmarks.gpu_experts import memory_mib
 from benchmarks.gpu_session import DryRun, LeftOut, Only, Out, Seconds, Session, Warm
 from benchmarks.harness import console
@@ -198,5 +197,4 @@ def main(
 
 
 if __name__ == "__main__":
-    gpu_session.PEERS += ("liger-kernel", "quack-kernels")
     typer.run(main)
