@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.testing import Case, Maker, Suite, size_of
-from kernel_index.kernels.experts.expert_dispatch.reference import plan_reference
+from kernel_index.kernels.experts.expert_dispatch.api import expert_plan
 from kernel_index.kernels.experts.expert_mlp.api import BACKENDS, expert_mlp
 
 
@@ -25,7 +25,7 @@ def call(
     """Weights of the size that a layer begins with, so that the sums stay in range at any scale of x."""
     wide = torch.promote_types(m.dtype, torch.float32)
     selected = torch.randint(*(among or (0, experts)), (tokens, choices), generator=m.generator)
-    slots, offsets = plan_reference(selected, experts)
+    slots, offsets = expert_plan(selected, experts, backend="reference")
     return {
         "x": m.normal(tokens, width),
         "up": m.normal(experts, 2 * hidden if gated else hidden, width, scale=width**-0.5),

@@ -5,8 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from kernel_index.core import checks, rules
-from kernel_index.kernels.experts.expert_dispatch.contract import MOST_ROWS, check_combine
-from kernel_index.kernels.experts.grouped_product import contract as grouped
+from kernel_index.kernels.experts import order
 
 ExpertActivation = Literal["relu2", "swiglu"]
 
@@ -40,26 +39,29 @@ def check(x: Any, up: Any, down: Any, weights: Any, slots: Any, offsets: Any, ba
     width = hidden if activation == "relu2" else 2 * hidden
     legend = "[E, F, C]" if activation == "relu2" else "[E, 2·F, C]"
     checks.has_shape("up", up, (experts, width, x.shape[1]), f"{legend} with the E, C and F of down,")
-    _check_order(x, weights, slots, offsets, base, down)
+    _check_order(x, weights, slots, offsets, base, experts)
     return Call(x, up, down, weights, slots, offsets, base, activation)
 
 
-def _check_order(x: Tensor, weights: Any, slots: Any, offsets: Any, base: Any, down: Tensor) -> None:
-    checks.is_tensor("slots", slots)
-    checks.has_rank("slots", slots, 2, "[N, k]")
+def _check_order(x: Tensor, weights: Any, slots: Any, offsets: Any, base: Any, groups: int) -> None:
+    order.check_slots(slots, x, "x")
     if slots.shape[0] != x.shape[0]:
         raise ValueError(f"slots must be [N, k] with the {x.shape[0]} rows of x, got shape {tuple(slots.shape)}")
-    rows = x.new_empty(1, 1).expand(slots.numel(), x.shape[1])  # the rows that the slots number, without memory
-    check_combine(rows, weights, slots, base)
-    grouped.check(rows, down.transpose(1, 2), offsets)
+    order.check_offsets(offsets, groups, slots.numel(), x)
+    checks.is_floating("weights", weights)
+    checks.has_shape("weights", weights, tuple(slots.shape), "of the shape of slots,")
+    checks.on_device("weights", weights, x, "x")
+    if base is not None:
+        checks.is_floating("base", base)
+        checks.has_shape("base", base, tuple(x.shape), "[N, C] =")
+        checks.has_dtype("base", base, x.dtype, "like x")
+        checks.on_device("base", base, x, "x")
 
 
 def triton_why_not(call: Call) -> str | None:
-    if call.slots.numel() > MOST_ROWS:
+    if call.slots.numel() > order.MOST_ROWS:
         return "needs at most 2**31 - 1 pairs of a token and an expert"
-    rule = grouped.grouped_mm_why_not(call.x, call.up, call.offsets)
-    rule = rule or grouped.grouped_mm_why_not(call.x, call.down, call.offsets)
-    return rule or rules.triton_why_not(*call[:-1])
+    return order.grouped_mm_why_not(call.x, call.up, call.down) or rules.triton_why_not(*call[:-1])
 
 
 def triton_not_worth(call: Call) -> str | None:

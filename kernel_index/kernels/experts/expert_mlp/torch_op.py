@@ -13,119 +13,68 @@ from kernel_index.core import ops
 from kernel_index.core.triton import launch
 from kernel_index.kernels.experts.expert_mlp.contract import Call
 from kernel_index.kernels.experts.expert_mlp.reference import hidden_reference, output_reference
-from kernel_index.kernels.experts.grouped_product.torch_op import grouped
+
+
+def _op(name: str) -> Any:
+    """A registered op of another function of this family."""
+    return getattr(torch.ops.kernel_index, name).default
+
+
+def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    return _op("grouped_product")(a, b, offsets)
 
 
 def _rows(x: Tensor, slots: Tensor) -> Tensor:
-    from kernel_index.kernels.experts.expert_dispatch import triton
-
-    rows = x.new_empty((slots.numel(), x.shape[1]))
-    triton.dispatch(x, slots, rows)
-    return rows
+    return _op("expert_dispatch")(x, slots)
 
 
 def _active(h: Tensor, activation: str) -> Tensor:
-    if activation == "relu2":
-        from kernel_index.kernels.experts.fused_relu_squared import triton
-
-        return triton.forward(h, torch.empty_like(h))
-    from kernel_index.kernels.experts.fused_gated_activation import triton as gated
-
-    gate, up = h.chunk(2, -1)
-    return gated.forward(gate, up, "silu", h.new_empty(gate.shape))
+    return _op("relu_squared")(h) if activation == "relu2" else _op("gated_activation")(*h.chunk(2, -1), "silu")
 
 
-def _allocate_hidden(x, up, slots, offsets):
-    return x.new_empty((slots.numel(), up.shape[1]))
+def _allocate_between(h, d_active, weights, slots):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, d_active, weights))
 
 
-def _launch_hidden(x, up, slots, offsets):
-    x, up, slots, offsets = launch.dense((x, up, slots, offsets))
+def _launch_between(h, d_active, weights, slots):
+    from kernel_index.kernels.experts.expert_mlp import triton
+
+    found = _allocate_between(h, d_active, weights, slots)
+    triton.between(*launch.dense((h, d_active, weights, slots)), found)
+    return found
+
+
+_between_op = ops.register(
+    "expert_activation_backward(Tensor h, Tensor d_active, Tensor weights, Tensor slots) -> (Tensor, Tensor, Tensor)",
+    _launch_between,
+    _allocate_between,
+)
+
+
+def _hidden(x: Tensor, up: Tensor, slots: Tensor, offsets: Tensor) -> Tensor:
     return grouped(_rows(x, slots), up.transpose(1, 2), offsets)
 
 
-def _allocate_hidden_backward(d_h, x, up, slots, offsets, needs):
-    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip((x, up), needs, strict=True))
+def _hidden_backward(d_h: Tensor, x: Tensor, up: Tensor, slots: Tensor, offsets: Tensor, needs: Any) -> list[Any]:
+    d_x = _op("expert_combine")(grouped(d_h, up, offsets), None, slots, None) if needs[0] else None
+    return [d_x, grouped(d_h.T, _rows(x, slots), offsets) if needs[1] else None]
 
 
-def _launch_hidden_backward(d_h, x, up, slots, offsets, needs):
-    from kernel_index.kernels.experts.expert_dispatch import triton
-
-    d_x, d_up = _allocate_hidden_backward(d_h, x, up, slots, offsets, needs)
-    d_h, x, up, slots, offsets = launch.dense((d_h, x, up, slots, offsets))
-    if needs[0]:
-        triton.combine(grouped(d_h, up, offsets), None, slots, None, d_x)
-    if needs[1]:
-        d_up = grouped(d_h.T, _rows(x, slots), offsets)
-    return d_x, d_up
-
-
-def _allocate_output(h, down, weights, slots, offsets, base, activation):
-    return h.new_empty((slots.shape[0], down.shape[1]))
-
-
-def _launch_output(h, down, weights, slots, offsets, base, activation):
-    from kernel_index.kernels.experts.expert_dispatch import triton
-
-    out = _allocate_output(h, down, weights, slots, offsets, base, activation)
-    h, down, weights, slots, offsets, base = launch.dense((h, down, weights, slots, offsets, base))
-    rows = grouped(_active(h, activation), down.transpose(1, 2), offsets)
-    triton.combine(rows, weights, slots, base, out)
-    return out
-
-
-def _allocate_output_backward(g, h, down, weights, slots, offsets, needs):
-    dense = torch.contiguous_format
-    shapes = (h, down, weights)
-    return tuple(
-        torch.empty_like(t, memory_format=dense) if need or i == 2 else t.new_empty((0,))
-        for i, (t, need) in enumerate(zip(shapes, needs, strict=True))
-    )
-
-
-def _launch_output_backward(g, h, down, weights, slots, offsets, needs):
+def _output_backward(
+    g: Tensor, h: Tensor, down: Tensor, weights: Tensor, slots: Tensor, offsets: Tensor, needs: Any
+) -> list[Any]:
     """The rows of g have no weights in them: the product's results get those, and give the weights' gradient."""
-    from kernel_index.kernels.experts.expert_mlp import triton
-
-    _, d_down, d_weights = _allocate_output_backward(g, h, down, weights, slots, offsets, needs)
-    g, h, down, weights, slots, offsets = launch.dense((g, h, down, weights, slots, offsets))
     g_rows = _rows(g, slots)
-    d_active = grouped(g_rows, down, offsets)
-    d_h, active = torch.empty_like(h), torch.empty_like(d_active)
-    triton.between(h, d_active, weights, slots, (d_h, active, d_weights))
-    if needs[1]:
-        d_down = grouped(g_rows.T, active, offsets)
-    return d_h if needs[0] else h.new_empty((0,)), d_down, d_weights
-
-
-_hidden_op = ops.register(
-    "expert_hidden(Tensor x, Tensor up, Tensor slots, Tensor offsets) -> Tensor", _launch_hidden, _allocate_hidden
-)
-_hidden_backward_op = ops.register(
-    "expert_hidden_backward(Tensor d_h, Tensor x, Tensor up, Tensor slots, Tensor offsets, bool[] needs) "
-    "-> (Tensor, Tensor)",
-    _launch_hidden_backward,
-    _allocate_hidden_backward,
-)
-_output_op = ops.register(
-    "expert_output(Tensor h, Tensor down, Tensor weights, Tensor slots, Tensor offsets, Tensor? base, str activation) "
-    "-> Tensor",
-    _launch_output,
-    _allocate_output,
-)
-_output_backward_op = ops.register(
-    "expert_output_backward(Tensor g, Tensor h, Tensor down, Tensor weights, Tensor slots, Tensor offsets, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor)",
-    _launch_output_backward,
-    _allocate_output_backward,
-)
+    d_h, active, d_weights = _between_op(h, grouped(g_rows, down, offsets), weights, slots)
+    d_down = grouped(g_rows.T, active, offsets) if needs[1] else None
+    return [d_h if needs[0] else None, d_down, d_weights if needs[2] else None]
 
 
 class _Hidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, slots: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(x, up, slots, offsets)
-        return _hidden_op(x, up, slots, offsets)
+        return _hidden(x, up, slots, offsets)
 
     @staticmethod
     def backward(ctx: Any, d_h: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,8 +82,7 @@ class _Hidden(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():  # create_graph: plain PyTorch, so that any further derivative exists too
             return *_with_history(hidden_reference(x, up, slots, offsets), (x, up), needs, d_h), None, None
-        found = _hidden_backward_op(d_h, x, up, slots, offsets, needs)
-        return *(d if need else None for d, need in zip(found, needs, strict=True)), None, None
+        return *_hidden_backward(d_h.contiguous(), x, up, slots, offsets, needs), None, None
 
 
 class _Kept(torch.autograd.Function):
@@ -160,7 +108,8 @@ class _Output(torch.autograd.Function):
         ctx.nodes, ctx.activation = nodes, activation
         if not nodes:
             ctx.save_for_backward(h, down, weights, slots, offsets)
-        return _output_op(h, down, weights, slots, offsets, base, activation)
+        rows = grouped(_active(h, activation), down.transpose(1, 2), offsets)
+        return _op("expert_combine")(rows, weights, slots, base)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,8 +120,8 @@ class _Output(torch.autograd.Function):
             call: Any = Call(h, h, down, weights, slots, offsets, None, ctx.activation)
             made = _with_history(output_reference(call, h), saved[:3], needs, g)
             return None, *made, None, None, d_base, None
-        found = _output_backward_op(g, *saved, needs) if any(needs) else (None,) * 3
-        return None, *(d if need else None for d, need in zip(found, needs, strict=True)), None, None, d_base, None
+        found = _output_backward(g, *saved, needs) if any(needs) else (None,) * 3
+        return None, *found, None, None, d_base, None
 
 
 def _with_history(y: Tensor, inputs: tuple[Tensor, ...], needs: list[bool], g: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,6 +132,7 @@ def _with_history(y: Tensor, inputs: tuple[Tensor, ...], needs: list[bool], g: T
 
 def expert_mlp_triton(call: Call) -> Tensor:
     x, up, down, weights, slots, offsets, base, activation = call
+    up, down, offsets = launch.dense((up, down, offsets))
     h = ops.apply(_Hidden, x, up, slots, offsets)
     nodes: list[Any] = []
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in (h, down, weights))

@@ -3,10 +3,10 @@
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.activations import value_and_slope
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import next_power_of_2, on_device
 from kernel_index.core.triton.row import load_row, store_row
-from kernel_index.kernels.experts.fused_gated_activation.triton import value_and_slope
 
 WIDEST = 1024
 """Elements of a row that a program has at once."""

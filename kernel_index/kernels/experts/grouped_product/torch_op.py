@@ -12,7 +12,7 @@ from torch.nn.functional import grouped_mm
 from kernel_index.core import ops
 
 
-def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+def _launch(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     if a.numel() == 0:  # no rows: PyTorch's kernels check the strides of an empty tensor, which mean nothing
         return _allocate(a, b, offsets).zero_()
     return grouped_mm(a, b, offs=offsets)
@@ -24,7 +24,7 @@ def _allocate(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return a.new_empty((*groups, a.shape[0], b.shape[-1]))
 
 
-_op = ops.register("grouped_product(Tensor a, Tensor b, Tensor offsets) -> Tensor", grouped, _allocate)
+_op = ops.register("grouped_product(Tensor a, Tensor b, Tensor offsets) -> Tensor", _launch, _allocate)
 
 
 class _Kept(torch.autograd.Function):
