@@ -44,9 +44,10 @@ def check(x: Any, up: Any, down: Any, weights: Any, slots: Any, offsets: Any, ba
 
 
 def _check_order(x: Tensor, weights: Any, slots: Any, offsets: Any, base: Any, groups: int) -> None:
-    order.check_slots(slots, x, "x")
-    if slots.shape[0] != x.shape[0]:
+    checks.is_tensor("slots", slots)
+    if slots.ndim == 2 and slots.shape[0] != x.shape[0]:
         raise ValueError(f"slots must be [N, k] with the {x.shape[0]} rows of x, got shape {tuple(slots.shape)}")
+    order.check_slots(slots, x, "x")
     order.check_offsets(offsets, groups, slots.numel(), x)
     checks.is_floating("weights", weights)
     checks.has_shape("weights", weights, tuple(slots.shape), "of the shape of slots,")

@@ -1,40 +1,18 @@
-"""The public functions of the parts, each of which chooses by itself; the activation is not kept for backward."""
-
-from typing import Any
+"""The parts, each of which chooses by itself; the activation is not kept for backward."""
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernel_index.kernels.experts.expert_dispatch.api import expert_combine, expert_dispatch
+from kernel_index.kernels.experts.expert_dispatch.api import expert_combine
+from kernel_index.kernels.experts.expert_mlp import composed
 from kernel_index.kernels.experts.expert_mlp.contract import Call
-from kernel_index.kernels.experts.fused_gated_activation.api import fused_gated_activation
-from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
-from kernel_index.kernels.experts.grouped_product.api import grouped_product
 
 
 def expert_mlp_parts(call: Call) -> Tensor:
-    h_SF = hidden(call.x, call.up, call.slots, call.offsets, "auto")
+    h_SF = composed.hidden(call.x, call.up, call.slots, call.offsets, "auto")
     if torch.is_grad_enabled():
-        rows = checkpoint(_rows, call, h_SF, "auto", use_reentrant=False, preserve_rng_state=False)
+        rows = checkpoint(composed.rows, call, h_SF, "auto", use_reentrant=False, preserve_rng_state=False)
     else:
-        rows = _rows(call, h_SF, "auto")
+        rows = composed.rows(call, h_SF, "auto")
     return expert_combine(rows, call.weights, call.slots, call.base)
-
-
-def hidden(x: Tensor, up: Tensor, slots: Tensor, offsets: Tensor, by: Any) -> Tensor:
-    """The results of the first product, in the order of the experts."""
-    return grouped_product(expert_dispatch(x, slots, backend=by), up, offsets, backend=by)
-
-
-def output(call: Call, h_SF: Tensor, by: Any) -> Tensor:
-    """What becomes of them."""
-    return expert_combine(_rows(call, h_SF, by), call.weights, call.slots, call.base, backend=by)
-
-
-def _rows(call: Call, h_SF: Tensor, by: Any) -> Tensor:
-    if call.activation == "relu2":
-        active = fused_relu_squared(h_SF, backend=by)
-    else:
-        active = fused_gated_activation(*h_SF.chunk(2, -1), backend=by)
-    return grouped_product(active, call.down, call.offsets, backend=by)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from kernel_index.kernels.experts.expert_mlp.composed import hidden, output
 from kernel_index.kernels.experts.expert_mlp.contract import Call
-from kernel_index.kernels.experts.expert_mlp.parts import hidden, output
 
 
 def expert_mlp_reference(call: Call) -> Tensor:
