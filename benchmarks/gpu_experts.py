@@ -90,7 +90,9 @@ class Measure:
         for name, step in zip(DIRECTIONS, (forward, both), strict=True):
             step()
             row[name] = {"us": round(kernels_us(step), 1), "clock": round(clock_us(step), 1)}
-        return row | {"memory": round(memory_mib(both), 0)}
+        row["memory"] = round(memory_mib(both), 0)
+        console.print(f"{part.name}: {row}", highlight=False)  # others may take minutes to compile
+        return row
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -135,8 +135,9 @@ def test_expert_route(late):
     call = (x, weight, None, experts, weights, parts, scores, ROWS, WIDTH, 16, 1e-20)
     seen = late(router._forward_kernel, ROWS // 16 - 1, *call, TOPK=2, CHOICES=2, BIAS=False, **shape)
     holds(seen, x, (ROWS - 16) * WIDTH, ROWS * WIDTH - 1)
-    index, call = (ROWS // 16 - 1, 0), (weights, x, weight, scores, experts, d_x, parts, ROWS, WIDTH, 16, ROWS // 16)
-    seen = late(router._backward_kernel, index, *call, 1e-20, TOPK=2, UPCAST=True, **shape)
+    index, call = (ROWS // 16 - 1, 0), (scores, x, weight, d_x, parts, ROWS, WIDTH, 16, ROWS // 16)
+    shape.pop("SOFTMAX")
+    seen = late(router._backward_kernel, index, *call, UPCAST=True, **shape)
     for tensor in (x, d_x):
         touches(seen, tensor, LAST * WIDTH, LAST * WIDTH + router.BLOCK - 1)
 
