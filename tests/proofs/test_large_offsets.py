@@ -175,6 +175,7 @@ def test_dropout(late):
     seen = late(
         dropout._flat_kernel, index, x, residual, bias, out, seed, 2**31, 2.0, size, WIDTH,
         RESIDUAL=True, BIAS=True, DROP=True, WHOLE_BLOCKS=WIDTH % dropout.BLOCK == 0, BLOCK=dropout.BLOCK,
+        INVERTED=False,
     )  # fmt: skip
     for tensor in (x, residual, out):
         holds(seen, tensor, index * dropout.BLOCK, size - 1)
@@ -182,7 +183,8 @@ def test_dropout(late):
     runs = ROWS // dropout.ROWS
     seen = late(
         dropout._column_kernel, runs - 1, x, out, parts, seed, 2**31, 2.0, ROWS, WIDTH, dropout.ROWS, DX=True,
-        DROP=True, WHOLE_GROUPS=True, ROWS=dropout.ROWS, COLUMNS=dropout.COLUMNS, STAGES=1, DEPENDENT=False,
+        DROP=True, INVERTED=True, WHOLE_GROUPS=True, ROWS=dropout.ROWS, COLUMNS=dropout.COLUMNS, STAGES=1,
+        DEPENDENT=False,
     )  # fmt: skip
     for tensor in (x, out):
         holds(seen, tensor, LAST * WIDTH, LAST * WIDTH + dropout.COLUMNS - 1)

@@ -98,9 +98,16 @@ def _keep_elements(e, seed, threshold):
 
 
 @jit
+def _seed(seed_ptr, INVERTED: tl.constexpr):
+    seed = tl.load(seed_ptr)
+    return ~seed if INVERTED else seed
+
+
+@jit
 def _flat_kernel(
     x_ptr, residual_ptr, bias_ptr, out_ptr, seed_ptr, threshold, factor, size, width,
     RESIDUAL: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    INVERTED: tl.constexpr,
 ):  # fmt: skip
     """out = residual + dropout(x + bias), each of residual, bias and dropout optional, over flat memory."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -117,7 +124,8 @@ def _flat_kernel(
         r = tl.load(residual_ptr + start + o_x, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK]
     if DROP:
         o_group = start // 64 + tl.arange(0, BLOCK // 64)  # [BLOCK / 64]
-        m_keep = _keep_groups(o_group, tl.load(seed_ptr), tl.full((), threshold, tl.int64), BLOCK // 64)  # [BLOCK]
+        seed = _seed(seed_ptr, INVERTED)
+        m_keep = _keep_groups(o_group, seed, tl.full((), threshold, tl.int64), BLOCK // 64)  # [BLOCK]
         dropped = r if RESIDUAL else 0.0  # not r + 0: a dropped −0 stays −0
         y = y * factor
         y = tl.where(m_keep, r + y if RESIDUAL else y, dropped)
@@ -130,7 +138,7 @@ def _flat_kernel(
 def _column_kernel(
     g_ptr, dx_ptr, parts_ptr, seed_ptr, threshold, factor, rows, width, rows_per_program,
     DX: tl.constexpr, DROP: tl.constexpr, WHOLE_GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr, DEPENDENT: tl.constexpr, INVERTED: tl.constexpr,
 ):  # fmt: skip
     """dx, and for each run of rows the sum of dx over them."""
     if DEPENDENT:
@@ -141,7 +149,7 @@ def _column_kernel(
     first_column = tl.program_id(1) * COLUMNS
     o_d = first_column + tl.arange(0, COLUMNS)[None, :]  # [1, COLUMNS]
     if DROP:
-        seed = tl.load(seed_ptr)
+        seed = _seed(seed_ptr, INVERTED)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
         o_n = tl.arange(0, ROWS).to(tl.int64)[:, None] + start  # [ROWS, 1]
@@ -167,7 +175,9 @@ def _column_kernel(
     tl.store(parts_ptr + run * width + o_part, total, mask=o_part < width)
 
 
-def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, out: Tensor) -> Tensor:
+def flat(
+    x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, out: Tensor, *, inverted: bool = False
+) -> Tensor:
     if out.numel():
         width = x.shape[-1] if x.ndim else 1
         few = out.numel() < 2 * processors(out) * BLOCK
@@ -176,7 +186,7 @@ def flat(x: Tensor, residual: Tensor | None, bias: Tensor | None, mask: Mask, ou
             _flat_kernel[(ceil_div(out.numel(), block),)](
                 x, residual, bias, out, *mask, out.numel(), width,
                 RESIDUAL=residual is not None, BIAS=bias is not None, DROP=mask[0] is not None,
-                WHOLE_BLOCKS=width % block == 0, BLOCK=block, num_warps=8,
+                WHOLE_BLOCKS=width % block == 0, BLOCK=block, INVERTED=inverted, num_warps=8,
             )  # fmt: skip
     return out
 
@@ -194,7 +204,9 @@ def runs_of(rows: int, width: int, like: Tensor, dropped: bool = True) -> int:
     return max(1, min(ceil_div(rows, at_once), MOST_RUNS, ceil_div(each * processors(like), ceil_div(width, columns))))
 
 
-def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Tensor | None, Tensor]:
+def columns(
+    g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor, *, inverted: bool = False
+) -> tuple[Tensor | None, Tensor]:
     """g ``[rows, width]``; fills dx, if wanted, and dbias, which is summed in float32 and stored in its dtype."""
     rows, width = g.shape
     if rows == 0 or width == 0:
@@ -206,7 +218,7 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
             _column_kernel[(1, ceil_div(width, FEW_COLUMNS))](
                 g, dx, dbias, *mask, rows, width, rows,
                 DX=dx is not None, DROP=False, WHOLE_GROUPS=False, ROWS=at_once, COLUMNS=FEW_COLUMNS,
-                STAGES=1, DEPENDENT=False, num_warps=max(1, at_once * FEW_COLUMNS // 512),
+                STAGES=1, DEPENDENT=False, INVERTED=False, num_warps=max(1, at_once * FEW_COLUMNS // 512),
             )  # fmt: skip
         return dx, dbias
     tile_columns, tile_rows, _ = _tile(width, dropped)
@@ -217,6 +229,7 @@ def columns(g: Tensor, mask: Mask, dx: Tensor | None, dbias: Tensor) -> tuple[Te
         _column_kernel[(runs, ceil_div(width, tile_columns))](
             g, dx, parts, *mask, rows, width, each,
             DX=dx is not None, DROP=dropped, WHOLE_GROUPS=width % 64 == 0,
-            ROWS=tile_rows, COLUMNS=tile_columns, STAGES=STAGES, DEPENDENT=dependent(g), num_warps=4,
+            ROWS=tile_rows, COLUMNS=tile_columns, STAGES=STAGES, DEPENDENT=dependent(g), INVERTED=inverted,
+            num_warps=4,
         )  # fmt: skip
     return dx, sum_parts(parts, dbias)
