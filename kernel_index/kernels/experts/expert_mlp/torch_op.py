@@ -40,7 +40,8 @@ def _launch_between(h, d_active, weights, slots):
     from kernel_index.kernels.experts.expert_mlp import triton
 
     found = _allocate_between(h, d_active, weights, slots)
-    triton.between(*launch.dense((h, d_active, weights, slots)), found)
+    h, d_active, weights, slots = launch.dense((h, d_active, weights, slots))
+    triton.between(h, d_active, weights, slots, found)
     return found
 
 
@@ -113,14 +114,15 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        saved = (ctx.nodes[0] if ctx.nodes else ctx).saved_tensors
+        h, down, weights, slots, offsets = (ctx.nodes[0] if ctx.nodes else ctx).saved_tensors
         needs, d_base = list(ctx.needs_input_grad[1:4]), g if ctx.needs_input_grad[6] else None
         if torch.is_grad_enabled():
-            h, down, weights, slots, offsets = saved
             call: Any = Call(h, h, down, weights, slots, offsets, None, ctx.activation)
-            made = _with_history(output_reference(call, h), saved[:3], needs, g)
-            return None, *made, None, None, d_base, None
-        found = _output_backward(g, *saved, needs) if any(needs) else (None,) * 3
+            found = _with_history(output_reference(call, h), (h, down, weights), needs, g)
+        elif any(needs):
+            found = _output_backward(g, h, down, weights, slots, offsets, needs)
+        else:
+            found = (None,) * 3
         return None, *found, None, None, d_base, None
 
 
