@@ -32,8 +32,9 @@ def _active(h: Tensor, activation: str) -> Tensor:
     return _op("relu_squared")(h) if activation == "relu2" else _op("gated_activation")(*h.chunk(2, -1), "silu")
 
 
-def _allocate_between(h, d_active, weights, slots):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, d_active, weights))
+def _allocate_between(h: Tensor, d_active: Tensor, weights: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, d_active, weights)]
+    return found[0], found[1], found[2]
 
 
 def _launch_between(h, d_active, weights, slots):
