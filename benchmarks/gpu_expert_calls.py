@@ -3,7 +3,9 @@
 Every call takes the same leaves and computes the same function, so that one upstream gradient fits all of a part.
 """
 
+import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -201,6 +203,22 @@ def quack_product(tuned: bool) -> Callable[..., Tensor]:
     return Product.apply
 
 
+@functools.cache
+def keys_of_quack() -> None:
+    """quack 0.6.5 has no key for the context variables of nvidia-cutlass-dsl 4.8, of which its epilogues depend.
+
+    Here they are keys by their names; the values are those of the process that compiles.
+    """
+    from quack.gemm_runtime import identity
+
+    known = identity.semantic_value_key
+
+    def key(value: Any, seen: Any) -> Any:
+        return ("context", value.name) if isinstance(value, ContextVar) else known(value, seen)
+
+    identity.semantic_value_key = key
+
+
 def combine(inputs: Inputs) -> Part:
     weights, slots, rows = inputs.weights, inputs.plan.slots, inputs.rows(inputs.cell.channels)
 
@@ -274,6 +292,7 @@ def sonic_layer(inputs: Inputs) -> Call:
     from sonicmoe import functional
     from sonicmoe.enums import ActivationType
 
+    keys_of_quack()
     for module in (functional.forward, functional.backward):
         for name in ("gemm", "gemm_gated", "gemm_dgated"):
             if (found := getattr(module, name, None)) is not None and not isinstance(found, partial):
