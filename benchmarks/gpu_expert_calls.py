@@ -5,7 +5,6 @@ Every call takes the same leaves and computes the same function, so that one ups
 
 import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -205,16 +204,19 @@ def quack_product(tuned: bool) -> Callable[..., Tensor]:
 
 @functools.cache
 def keys_of_quack() -> None:
-    """quack 0.6.5 has no key for the context variables of nvidia-cutlass-dsl 4.8, of which its epilogues depend.
+    """quack 0.6.5 has no key for some values of nvidia-cutlass-dsl 4.8 that its epilogues depend on: their names do.
 
-    Here they are keys by their names; the values are those of the process that compiles.
+    Keys are for a cache of compiled kernels; a process that compiles its own needs no more.
     """
     from quack.gemm_runtime import identity
 
     known = identity.semantic_value_key
 
     def key(value: Any, seen: Any) -> Any:
-        return ("context", value.name) if isinstance(value, ContextVar) else known(value, seen)
+        try:
+            return known(value, seen)
+        except TypeError:
+            return type(value).__qualname__, getattr(value, "__qualname__", getattr(value, "name", ""))
 
     identity.semantic_value_key = key
 

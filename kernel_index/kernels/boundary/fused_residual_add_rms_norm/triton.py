@@ -153,6 +153,37 @@ def _backward_kernel(
 
 
 @jit
+def _row_backward(
+    d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, d_residual_ptr, d_delta_ptr, row, width, offset,
+    HAS_NEW: tl.constexpr, SCALE: tl.constexpr, RESIDUAL: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    base = row.to(tl.int64) * width
+    o_d = tl.arange(0, BLOCK)  # [BLOCK]
+    m_d = o_d < width
+    x, dy = load_row(new_ptr + base, o_d, m_d), load_row(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
+    w, rstd = load_row(weight_ptr, o_d, m_d) + offset, tl.load(rstd_ptr + row)
+    dx = _norm_grad(x, dy, w, rstd, tl.sum(dy * w * (x * rstd), 0) / width)
+    if HAS_NEW:
+        dx += load_row(d_new_ptr + base, o_d, m_d)
+    if RESIDUAL:
+        store_row(d_residual_ptr + base, o_d, dx, m_d)
+    if DELTA:
+        store_row(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
+
+
+@jit
+def _columns_backward(
+    d_normed_ptr, new_ptr, rstd_ptr, d_weight_ptr, block, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    o_r = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    o_d = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    o_rd, m_rd = o_r * width + o_d[None, :], (o_r < rows) & (o_d < width)[None, :]  # [ROWS, COLUMNS]
+    rstd = tl.load(rstd_ptr + o_r, mask=o_r < rows, other=0.0)  # [ROWS, 1]
+    products = load_row(d_normed_ptr, o_rd, m_rd) * (load_row(new_ptr, o_rd, m_rd) * rstd)
+    store_row(d_weight_ptr, o_d, tl.sum(products, 0), o_d < width)
+
+
+@jit
 def _few_backward_kernel(
     d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, d_residual_ptr, d_delta_ptr, d_weight_ptr,
     rows, width, offset,
@@ -162,26 +193,13 @@ def _few_backward_kernel(
     """The same for few rows: a program for each of them, then one for each block of columns of the weight."""
     program = tl.program_id(0)
     if program < rows:
-        base = program.to(tl.int64) * width
-        o_d = tl.arange(0, BLOCK)  # [BLOCK]
-        m_d = o_d < width
-        x, dy = load_row(new_ptr + base, o_d, m_d), load_row(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
-        w, rstd = load_row(weight_ptr, o_d, m_d) + offset, tl.load(rstd_ptr + program)
-        dx = _norm_grad(x, dy, w, rstd, tl.sum(dy * w * (x * rstd), 0) / width)
-        if HAS_NEW:
-            dx += load_row(d_new_ptr + base, o_d, m_d)
-        if RESIDUAL:
-            store_row(d_residual_ptr + base, o_d, dx, m_d)
-        if DELTA:
-            store_row(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
+        _row_backward(
+            d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, d_residual_ptr, d_delta_ptr, program,
+            width, offset, HAS_NEW, SCALE, RESIDUAL, DELTA, BLOCK,
+        )  # fmt: skip
     else:
-        o_r = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-        o_d = (program - rows) * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [1, COLUMNS]
-        m_x = (o_r < rows) & (o_d < width)
-        x, dy = load_row(new_ptr, o_r * width + o_d, m_x), load_row(d_normed_ptr, o_r * width + o_d, m_x)
-        rstd = tl.load(rstd_ptr + o_r, mask=o_r < rows, other=0.0)
-        o_d = (program - rows) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-        store_row(d_weight_ptr, o_d, tl.sum(dy * (x * rstd), 0), o_d < width)
+        block = program - rows
+        _columns_backward(d_normed_ptr, new_ptr, rstd_ptr, d_weight_ptr, block, rows, width, ROWS, COLUMNS)
 
 
 @jit
