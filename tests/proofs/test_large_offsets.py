@@ -105,7 +105,7 @@ def test_gated_activation(late, rows):
     holds(seen, y, first, last)
     for tensor in (gate, up):
         holds(seen, tensor, read - gated.BLOCK + 1, read)
-    index, strides = size // gated.BLOCK - 1, (stride, stride, 0 if rows == 1 else width)
+    index, strides = size // gated.BLOCK - 1, (stride, stride, *(2 * [0 if rows == 1 else width]))
     seen = late(gated._gated_backward_kernel, index, gate, up, g, y, z, None, width, blocks, *strides, **shape)
     for tensor in (g, y, z):
         holds(seen, tensor, first, last)
