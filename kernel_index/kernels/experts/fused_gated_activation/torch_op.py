@@ -51,7 +51,8 @@ def _launch_both(both: Tensor, g: Tensor, kind: str) -> Tensor:
     from kernel_index.kernels.experts.fused_gated_activation import triton
 
     d_both = _allocate(both)
-    triton.backward(*both.chunk(2, -1), g, kind, (*d_both.chunk(2, -1), None))
+    gate, up = both.chunk(2, -1)
+    triton.backward(gate, up, g, kind, (*d_both.chunk(2, -1), None))
     return d_both
 
 
@@ -98,13 +99,15 @@ class _Both(torch.autograd.Function):
     def forward(ctx: Any, both: Tensor, kind: str) -> Tensor:
         ctx.save_for_backward(both)
         ctx.kind = kind
-        return PASSES["triton"].forward(*both.chunk(2, -1), kind)
+        gate, up = both.chunk(2, -1)
+        return PASSES["triton"].forward(gate, up, kind)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (both,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: plain PyTorch, so that any further derivative exists too
-            return torch.cat(inductor.gradients(*both.chunk(2, -1), g, ctx.kind), -1), None
+            gate, up = both.chunk(2, -1)
+            return torch.cat(inductor.gradients(gate, up, g, ctx.kind), -1), None
         return _both_op(both, g, ctx.kind), None
 
 
