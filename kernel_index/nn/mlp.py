@@ -67,7 +67,8 @@ def _check_sizes(dim: int, hidden: int) -> None:
 
 def swiglu(h_F: Tensor) -> Tensor:
     """``silu(gate) · value`` over the two halves of the last dimension."""
-    return ki.fused_gated_activation(h_F, None)
+    gate, value = h_F.chunk(2, -1)
+    return ki.fused_gated_activation(gate, value)
 
 
 MLPS: dict[Activation, type[SquaredReLUMLP] | type[SwiGLUMLP]] = {"relu2": SquaredReLUMLP, "swiglu": SwiGLUMLP}

@@ -105,7 +105,7 @@ def test_gated_activation(late, rows):
     holds(seen, y, first, last)
     for tensor in (gate, up):
         holds(seen, tensor, read - gated.BLOCK + 1, read)
-    index, strides = size // gated.BLOCK - 1, (stride, stride, *(2 * [0 if rows == 1 else width]))
+    index, strides = size // gated.BLOCK - 1, (stride, stride, 0 if rows == 1 else width)
     seen = late(gated._gated_backward_kernel, index, gate, up, g, y, z, None, width, blocks, *strides, **shape)
     for tensor in (g, y, z):
         holds(seen, tensor, first, last)
@@ -133,7 +133,7 @@ def test_expert_route(late):
     (experts,) = tensors(1, torch.int64)
     shape = {"SOFTMAX": False, "PRECISION": "ieee", "TILE": 16, "EXPERTS": 16, "BLOCK": router.BLOCK}
     call = (x, weight, None, experts, weights, parts, scores, ROWS, WIDTH, 16, 1e-20)
-    seen = late(router._forward_kernel, ROWS // 16 - 1, *call, TOPK=2, CHOICES=2, BIAS=False, UPCAST=True, **shape)
+    seen = late(router._forward_kernel, ROWS // 16 - 1, *call, TOPK=2, CHOICES=2, BIAS=False, **shape)
     holds(seen, x, (ROWS - 16) * WIDTH, ROWS * WIDTH - 1)
     index, call = (ROWS // 16 - 1, 0), (scores, x, weight, d_x, parts, ROWS, WIDTH, 16, ROWS // 16)
     shape.pop("SOFTMAX")

@@ -124,39 +124,3 @@ def test_refusals(message):
     with pytest.raises(error) as raised:
         ki.fused_gated_activation(**call)
     assert str(raised.value) == message
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(5, 66), (2, 3, 16), (1, 10), (8,)], ids=str)
-def test_gate_and_up_in_one_tensor(backend, shape):
-    """The same bits, and one gradient."""
-    both = torch.randn(shape, requires_grad=True)
-    g = torch.randn(*shape[:-1], shape[-1] // 2)
-    y = ki.fused_gated_activation(both, None, kind="gelu", backend=backend)
-    (d,) = torch.autograd.grad(y, both, g)
-    gate, up = both.detach().chunk(2, -1)
-    assert torch.equal(y, ki.fused_gated_activation(gate, up, kind="gelu", backend=backend))
-    assert torch.equal(d, torch.cat(gradients(gate, up, g, "gelu", backend), -1))
-
-
-def test_two_gradients_are_not_copied_into_one():
-    both = torch.randn(4, 16, requires_grad=True)
-    y = ki.fused_gated_activation(both, None, backend="triton")
-    names = [type(y.grad_fn).__name__, *(type(f).__name__ for f, _ in y.grad_fn.next_functions)]
-    assert names == ["_BothBackward", "AccumulateGrad"], "no SplitBackward"
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_one_tensor_twice_differentiated(backend):
-    both = torch.randn(3, 8, dtype=torch.float32, requires_grad=True)
-    found = []
-    for by in (backend, "reference"):
-        y = ki.fused_gated_activation(both, None, backend=by)
-        (d,) = torch.autograd.grad(y.square().sum(), both, create_graph=True)
-        found.append(torch.autograd.grad(d.square().sum(), both)[0])
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-
-
-def test_an_odd_width_has_no_halves():
-    with pytest.raises(ValueError, match=r"gate must be \[\.\.\., 2·F\] where up is None, got shape \(2, 3\)"):
-        ki.fused_gated_activation(torch.ones(2, 3), None)

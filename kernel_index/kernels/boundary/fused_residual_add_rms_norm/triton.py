@@ -27,12 +27,6 @@ STEP = 4096
 STAGES = 3
 """Steps in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
 
-FEW, FEW_COLUMNS = 128, 16
-"""Rows up to which the weight's gradient is summed by programs of the same launch, so many columns each.
-
-They read two arguments again, from the L2 cache, where partial sums would be as large as half of all traffic.
-"""
-
 NARROW = 1024
 """Elements of a row up to which a whole step has half the warps, and one more is in flight."""
 
@@ -153,56 +147,6 @@ def _backward_kernel(
 
 
 @jit
-def _row_backward(
-    d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, d_residual_ptr, d_delta_ptr, row, width, offset,
-    HAS_NEW: tl.constexpr, SCALE: tl.constexpr, RESIDUAL: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    base = row.to(tl.int64) * width
-    o_d = tl.arange(0, BLOCK)  # [BLOCK]
-    m_d = o_d < width
-    x, dy = load_row(new_ptr + base, o_d, m_d), load_row(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
-    w, rstd = load_row(weight_ptr, o_d, m_d) + offset, tl.load(rstd_ptr + row)
-    dx = _norm_grad(x, dy, w, rstd, tl.sum(dy * w * (x * rstd), 0) / width)
-    if HAS_NEW:
-        dx += load_row(d_new_ptr + base, o_d, m_d)
-    if RESIDUAL:
-        store_row(d_residual_ptr + base, o_d, dx, m_d)
-    if DELTA:
-        store_row(d_delta_ptr + base, o_d, _scaled(dx, scale_ptr, o_d, m_d, SCALE), m_d)
-
-
-@jit
-def _columns_backward(
-    d_normed_ptr, new_ptr, rstd_ptr, d_weight_ptr, block, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    o_r = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    o_d = block * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    o_rd, m_rd = o_r * width + o_d[None, :], (o_r < rows) & (o_d < width)[None, :]  # [ROWS, COLUMNS]
-    rstd = tl.load(rstd_ptr + o_r, mask=o_r < rows, other=0.0)  # [ROWS, 1]
-    products = load_row(d_normed_ptr, o_rd, m_rd) * (load_row(new_ptr, o_rd, m_rd) * rstd)
-    store_row(d_weight_ptr, o_d, tl.sum(products, 0), o_d < width)
-
-
-@jit
-def _few_backward_kernel(
-    d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, d_residual_ptr, d_delta_ptr, d_weight_ptr,
-    rows, width, offset,
-    HAS_NEW: tl.constexpr, SCALE: tl.constexpr, RESIDUAL: tl.constexpr, DELTA: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The same for few rows: a program for each of them, then one for each block of columns of the weight."""
-    program = tl.program_id(0)
-    if program < rows:
-        _row_backward(
-            d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, d_residual_ptr, d_delta_ptr, program,
-            width, offset, HAS_NEW, SCALE, RESIDUAL, DELTA, BLOCK,
-        )  # fmt: skip
-    else:
-        block = program - rows
-        _columns_backward(d_normed_ptr, new_ptr, rstd_ptr, d_weight_ptr, block, rows, width, ROWS, COLUMNS)
-
-
-@jit
 def _add_to_partial(p_partial, o_d, value, is_first, m_d):
     """Adds to this program's row of the partial sums, which no other program touches; begins it with the first row."""
     b_part = tl.load(p_partial + o_d, mask=m_d & (is_first == 0), other=0.0)
@@ -301,11 +245,8 @@ def backward(
             if d_parameter is not None:
                 d_parameter.zero_()
         return outputs
-    whole = is_whole(width, d_new, d_normed, new_residual, delta)
-    if whole and rows <= FEW and d_normed is not None and d_weight is not None and d_scale is None:
-        _backward_of_few(d_new, d_normed, new_residual, rstd, weight, scale, offset, outputs)
-        return outputs
     most = processors(new_residual)  # programs, and rows of the partial sums: one for each processor
+    whole = is_whole(width, d_new, d_normed, new_residual, delta)
     config = pick_backward_config(width, ceil_div(rows, most), whole)
     kernel, held = (_backward_kernel, config["ROWS"]) if whole else (_backward_wide_kernel, 1)
     steps = ceil_div(rows, held)
@@ -325,24 +266,3 @@ def backward(
         if d_parameter is not None and part is not None:
             sum_parts(part, d_parameter.view(part.shape[1]))
     return outputs
-
-
-def _backward_of_few(
-    d_new: Tensor | None,
-    d_normed: Tensor,
-    new_residual: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    offset: float,
-    outputs: tuple[Tensor | None, ...],
-) -> None:
-    (rows, width), (d_residual, d_delta, d_weight, _) = new_residual.shape, outputs
-    warps = min(16, max(1, next_power_of_2(width) // 512))
-    with on_device(new_residual):
-        _few_backward_kernel[(rows + ceil_div(width, FEW_COLUMNS),)](
-            d_new, d_normed, new_residual, rstd, weight, scale, d_residual, d_delta, d_weight, rows, width, offset,
-            HAS_NEW=d_new is not None, SCALE=_kind_of_scale(scale), RESIDUAL=d_residual is not None,
-            DELTA=d_delta is not None, ROWS=next_power_of_2(rows), COLUMNS=FEW_COLUMNS,
-            BLOCK=next_power_of_2(width), num_warps=warps,
-        )  # fmt: skip

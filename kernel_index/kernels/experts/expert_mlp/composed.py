@@ -25,5 +25,5 @@ def rows(call: Call, h_SF: Tensor, by: Any) -> Tensor:
     if call.activation == "relu2":
         active = fused_relu_squared(h_SF, backend=by)
     else:
-        active = fused_gated_activation(h_SF, None, backend=by)
+        active = fused_gated_activation(*h_SF.chunk(2, -1), backend=by)
     return grouped_product(active, call.down, call.offsets, backend=by)

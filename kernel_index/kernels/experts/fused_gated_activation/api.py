@@ -16,7 +16,6 @@ from kernel_index.kernels.experts.fused_gated_activation.torch_op import (
     gated_activation_inductor,
     gated_activation_native,
     gated_activation_triton,
-    gated_both_triton,
     gated_linear_triton,
 )
 
@@ -52,7 +51,7 @@ BACKENDS = (
 
 def fused_gated_activation(
     gate: Tensor,
-    up: Tensor | None,
+    up: Tensor,
     *,
     kind: GatedKind = "silu",
     linear: tuple[Tensor, Tensor | None] | None = None,
@@ -75,8 +74,7 @@ def fused_gated_activation(
     Args:
         gate: any shape, any floating dtype.  Gate and up may be the two halves of one projection's last dimension, as
             ``chunk(2, -1)`` returns them: the Triton kernel reads them where they are.
-        up: gate's shape and dtype; or None where gate has both, [..., 2·F], gate first.  The Triton kernel then writes
-            their gradients into one tensor, too.
+        up: gate's shape and dtype.
         kind: the activation, as above.
         linear: weight [O, F] and bias [O] or None of the linear layer behind, F being the last dimension of gate: its
             result is returned then.  The Triton kernel does not keep y for the gradient of weight: the pass that makes
@@ -84,7 +82,7 @@ def fused_gated_activation(
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
-        A new contiguous tensor of gate's shape and dtype, or [..., F] where gate has both; with ``linear``, [..., O].
+        A new contiguous tensor of gate's shape and dtype; with ``linear``, [..., O].
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or the dtypes of gate and up differ.
@@ -97,20 +95,11 @@ def fused_gated_activation(
     >>> ki.fused_gated_activation(torch.tensor([-1.0, 0.0, 1.0]), torch.full((3,), 2.0))
     tensor([-0.5379,  0.0000,  1.4621])
     """
-    both = gate if up is None else None
-    call = contract.check(*(contract.halves(gate) if up is None else (gate, up)), kind)
+    call = contract.check(gate, up, kind)
     if linear is None:
-        choice = choose("fused_gated_activation", BACKENDS, backend, call)
-        return choice.run(call) if both is None else _with_both(choice, call, both)
+        return choose("fused_gated_activation", BACKENDS, backend, call).run(call)
     weight, bias = contract.check_linear(call, linear)
     return _with_linear(choose("fused_gated_activation", BACKENDS, backend, call), call, weight, bias)
-
-
-def _with_both(choice: Choice, call: contract.Call, both: Tensor) -> Tensor:
-    if choice.backend.name != "triton" or not rules.wants_gradient(both):
-        return choice.run(call)
-    run = lambda call: gated_both_triton(both, call.kind)  # noqa: E731
-    return replace(choice, backend=replace(choice.backend, run=run)).run(call)
 
 
 def _with_linear(choice: Choice, call: contract.Call, weight: Tensor, bias: Tensor | None) -> Tensor:

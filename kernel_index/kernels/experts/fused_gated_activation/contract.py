@@ -21,15 +21,6 @@ class Call(NamedTuple):
     kind: str
 
 
-def halves(both: Any) -> tuple[Tensor, Tensor]:
-    """Gate and up of a tensor that has one after the other."""
-    checks.is_floating("gate", both)
-    if both.ndim == 0 or both.shape[-1] % 2:
-        raise ValueError(f"gate must be [..., 2·F] where up is None, got shape {tuple(both.shape)}")
-    gate, up = both.chunk(2, -1)
-    return gate, up
-
-
 def check(gate: Any, up: Any, kind: Any) -> Call:
     checks.is_floating("gate", gate)
     checks.is_floating("up", up)

@@ -46,20 +46,6 @@ _all_op = ops.register(
     _allocate_all,
 )
 
-
-def _launch_both(both: Tensor, g: Tensor, kind: str) -> Tensor:
-    from kernel_index.kernels.experts.fused_gated_activation import triton
-
-    d_both = _allocate(both)
-    gate, up = both.chunk(2, -1)
-    triton.backward(gate, up, g, kind, (*d_both.chunk(2, -1), None))
-    return d_both
-
-
-_both_op = ops.register(
-    "gated_activation_both_backward(Tensor both, Tensor g, str kind) -> Tensor", _launch_both, _allocate
-)
-
 PASSES = {
     "triton": ops.Passes(
         ops.register("gated_activation(Tensor gate, Tensor up, str kind) -> Tensor", _launch_forward, _allocate),
@@ -92,25 +78,6 @@ class _GatedActivation(torch.autograd.Function):
         return *PASSES[ctx.backend].backward(gate, up, g, ctx.kind), None, None
 
 
-class _Both(torch.autograd.Function):
-    """Gate and up in one tensor, and their gradients too: two of their own would be copied into it."""
-
-    @staticmethod
-    def forward(ctx: Any, both: Tensor, kind: str) -> Tensor:
-        ctx.save_for_backward(both)
-        ctx.kind = kind
-        gate, up = both.chunk(2, -1)
-        return PASSES["triton"].forward(gate, up, kind)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (both,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: plain PyTorch, so that any further derivative exists too
-            gate, up = both.chunk(2, -1)
-            return torch.cat(inductor.gradients(gate, up, g, ctx.kind), -1), None
-        return _both_op(both, g, ctx.kind), None
-
-
 class _GatedLinear(torch.autograd.Function):
     """The activation and the linear layer behind it; what that reads is made again where the gradients are made."""
 
@@ -134,10 +101,6 @@ class _GatedLinear(torch.autograd.Function):
         d_weight = torch.mm(rows.T, y.view(-1, y.shape[-1])) if needs[2] else None
         d_bias = rows.sum(0) if needs[3] else None
         return d_gate if needs[0] else None, d_up if needs[1] else None, d_weight, d_bias, None
-
-
-def gated_both_triton(both: Tensor, kind: str) -> Tensor:
-    return ops.apply(_Both, both, kind)
 
 
 def gated_linear_triton(call: Call, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def _gated_kernel(
 
 @jit
 def _gated_backward_kernel(
-    gate_ptr, up_ptr, g_ptr, d_gate_ptr, d_up_ptr, y_ptr, width, blocks, s_gate, s_up, s_g, s_d,
+    gate_ptr, up_ptr, g_ptr, d_gate_ptr, d_up_ptr, y_ptr, width, blocks, s_gate, s_up, s_g,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``y_ptr`` None: the activation is not made again."""
@@ -44,8 +44,8 @@ def _gated_backward_kernel(
     d_gate = g * up * slope
     if KIND == "relu" or KIND == "relu2":
         d_gate = tl.where(x <= 0, 0.0, d_gate)  # 0 times an infinite gradient would be NaN
-    tl.store(d_gate_ptr + row * s_d + o_d, d_gate.to(d_gate_ptr.dtype.element_ty), mask=m_d)
-    tl.store(d_up_ptr + row * s_d + o_d, (g * value).to(d_up_ptr.dtype.element_ty), mask=m_d)
+    tl.store(d_gate_ptr + row * width + o_d, d_gate.to(d_gate_ptr.dtype.element_ty), mask=m_d)
+    tl.store(d_up_ptr + row * width + o_d, (g * value).to(d_up_ptr.dtype.element_ty), mask=m_d)
     if y_ptr is not None:
         tl.store(y_ptr + row * width + o_d, (value * up).to(y_ptr.dtype.element_ty), mask=m_d)
 
@@ -91,15 +91,11 @@ def forward(gate: Tensor, up: Tensor, kind: str, y: Tensor) -> Tensor:
 
 
 def backward(gate: Tensor, up: Tensor, g: Tensor, kind: str, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """``outputs`` are filled: the gradients of gate and up, and the activation, or None where it is not wanted.
-
-    The two gradients may be the halves of one tensor.
-    """
+    """``outputs`` are filled: the gradients of gate and up, and the activation, or None where it is not wanted."""
     if g.numel():
         inputs, strides, rows, width = _over_rows(gate, up, g)
         grid, geometry = _geometry(rows, width, kind)
-        of_outputs = 0 if rows == 1 else _row_stride(outputs[0])
-        names = dict(zip(("s_gate", "s_up", "s_g", "s_d"), (*strides, of_outputs), strict=True))
+        names = dict(zip(("s_gate", "s_up", "s_g"), strides, strict=True))
         with on_device(gate):
             _gated_backward_kernel[grid](*inputs, *outputs, width, **names, **geometry)
     return outputs
