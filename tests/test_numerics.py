@@ -146,5 +146,5 @@ def test_a_differentiable_backward_is_refused(op, inside):
 
 def test_a_product_that_has_no_recipe_is_refused():
     gate, weight = torch.randn(4, 8), torch.randn(3, 8)
-    with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match="give the result to ki.linear"):
+    with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match=r"give the result to ki\.linear"):
         ki.fused_gated_activation(gate, gate, linear=(weight, None))

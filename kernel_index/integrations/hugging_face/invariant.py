@@ -1,7 +1,8 @@
 """``apply(model, numerics="invariant")``: what a model needs beside our kernels so that a row's bits are its own.
 
 Linear layers become ``ki.linear``, angles get the cosine and sine of ``core.stable``, and every forward of the model
-runs in the mode, and every layer that a checkpoint may recompute.  Dropout in training refuses.  What is left is code of the model: ``exact_ops`` looks at it.
+runs in the mode, and so does every layer that a checkpoint may recompute.  Dropout in training refuses.  What is left
+is code of the model: ``exact_ops`` looks at it.
 """
 
 import inspect

@@ -4,7 +4,6 @@ While a call has labels, the output layer returns ``LazyLogits``; the loss funct
 to replace, takes from them the operands of the fused loss.  A call without labels, as in ``generate``, is unchanged.
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
