@@ -323,3 +323,25 @@ def test_copies_have_the_mode_and_undo_ends_it():
     with torch.no_grad(), ki.receipts() as log:
         assert torch.equal(model(input_ids=row[None]).logits, before)
     assert log == []
+
+
+@pytest.mark.parametrize(
+    ("call", "exact"),
+    [
+        (lambda: torch.arange(0, 8, dtype=torch.float32), True),
+        (lambda: torch.arange(0, 1, 0.1), False),
+        (lambda: torch.eye(3), True),
+        (lambda: torch.view_as_real(torch.ones(3, dtype=torch.complex64)), True),
+        (lambda: torch.ones(3).sub_(2), True),
+        (lambda: torch.ones(3).sub_(torch.ones(3), alpha=0.3), False),
+        (lambda: torch.ones(3).sum(), False),
+        (lambda: torch.ones(3).exp(), False),
+    ],
+)
+def test_operators_that_move_values_or_round_once_are_exact(call, exact):
+    with exact_ops._Looking({}), ki.numerics("invariant"):
+        if exact:
+            call()
+        else:
+            with pytest.raises(ki.Ineligible, match="of PyTorch has no invariant form"):
+                call()
