@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 SHAPES = {
     ("queries", 64): Shape(128, 3),
     ("queries", 128): Shape(64, 3),
-    ("keys", 64): Shape(128, 2),
+    ("keys", 64): Shape(64, 4),
     ("keys", 128): Shape(64, 2),
 }
 """Of a kernel and the wider of both head sizes.  Steps are multiples of 16, so bits do not depend on them."""
@@ -114,18 +114,12 @@ def _segments(plan, document, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _sight(plan, document, o_i, start, end):
+def _sight(plan, document, o_i, p_start, p_end):
     """Bounds of the rows of a document, and the segments between which every row sees all."""
     row, row_stop = _read(plan, document * NUMBERS + 1, 4), _read(plan, document * NUMBERS + 2, 4)
     m_doc = within(o_i, row, row_stop)
     full, tail = _read(plan, document * NUMBERS + 4, 4), _read(plan, document * NUMBERS + 5, 4)
-    return gl.where(m_doc, start, 0), gl.where(m_doc, end, 0), full, tail
-
-
-@gluon.jit
-def _slope(z, CAPPED: gl.constexpr):
-    """Of the softcap's tanh."""
-    return 1.0 - z * z if CAPPED else 1.0
+    return gl.load(p_start + o_i, mask=m_doc, other=0), gl.load(p_end + o_i, mask=m_doc, other=0), full, tail
 
 
 @gluon.jit
@@ -170,8 +164,36 @@ def _produce_queries(given):
 
 
 @gluon.jit
-def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
-    """Scores are transposed, [ROWS, BM]: what is multiplied with d_out and q stays in registers."""
+def _weights(s, sight, number, numbers, inner, outer, BM: gl.constexpr, CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """p [ROWS, BM] of the queries with a number, and the slope of their logits."""
+    o, begin, count, start, end, full, tail = sight
+    z = softcapped(s, inner, CAPPED)
+    p = gl.exp2(gl.fma(z, outer, -numbers.reshape([BM]).load(gl.SliceLayout(0, S_LAYOUT))[None, :]))
+    j = begin + number % count
+    masked = (j < full) | (j >= tail)
+    if masked:
+        p = _selected(p, o + j * BM, start, end, BM, S_LAYOUT)
+    return p, 1.0 - z * z if CAPPED else 1.0
+
+
+@gluon.jit
+def _score_grad(p, slope, dp, sight, number, numbers, BM: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """dz [ROWS, BM] = p · (dp − delta) · slope."""
+    o, begin, count, start, end, full, tail = sight
+    dz = p * (dp - numbers.reshape([BM]).load(gl.SliceLayout(0, S_LAYOUT))[None, :]) * slope
+    j = begin + number % count
+    masked = (j < full) | (j >= tail)
+    if masked:  # 0 times a delta of NaN is not 0
+        dz = _selected(dz, o + j * BM, start, end, BM, S_LAYOUT)
+    return dz
+
+
+@gluon.jit
+def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr):
+    """Scores are transposed, [ROWS, BM]: what is multiplied with d_out and q stays in registers.
+
+    The scores of a step are multiplied before the step before it is done: then products never wait for weights.
+    """
     buffers, documents, start_ptr, end_ptr, p_dk, p_dv, dk_t, dv_t, first, T, G, scale, inner, outer = given
     k_ring, v_ring, q_ring, do_ring, lse_ring, delta_ring, plan, kv_full, q_full, q_empty = buffers
     STAGES: gl.constexpr = q_ring.shape[0]
@@ -182,45 +204,57 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     V_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
-    COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, V_LAYOUT, k_width=2)
+    DZ_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, k_width=2)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, k_width=2)
     o_i = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    start = gl.load(start_ptr + first + o_i, mask=first + o_i < T, other=0)
-    end = gl.load(end_ptr + first + o_i, mask=first + o_i < T, other=0)
     zero = gl.full([ROWS, BM], 0.0, gl.float32, layout=S_LAYOUT)
     dk = gl.full([ROWS, D], 0.0, gl.float32, layout=K_LAYOUT)
     dv = gl.full([ROWS, DV], 0.0, gl.float32, layout=V_LAYOUT)
     mbarrier.wait(kv_full.index(0), 0)
     k_tile, v_tile = k_ring.index(CONSUMER), v_ring.index(CONSUMER)
+    if RESIDENT:
+        k_tile, v_tile = k_tile.load(LEFT), v_tile.load(LEFT)
     at = 0
     for document in range(documents):
         o, begin, count = _segments(plan, document, 4)
-        own_start, own_end, full, tail = _sight(plan, document, o_i, start, end)
-        for i in range(count * G):
+        start, end, full, tail = _sight(plan, document, o_i, start_ptr + first, end_ptr + first)
+        sight = (o, begin, count, start, end, full, tail)
+        steps = count * G
+        if steps > 0:
             slot = at % STAGES
             mbarrier.wait(q_full.index(slot), (at // STAGES) & 1)
             s_started = product_nt(k_tile, q_ring.index(slot), zero)
             dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-            lse = lse_ring.index(slot).reshape([BM]).load(COLUMN)
-            z = softcapped(warpgroup_mma_wait(1, [s_started]), inner, CAPPED)
-            p = gl.exp2(gl.fma(z, outer, -lse[None, :]))
-            j = begin + i % count
-            masked = (j < full) | (j >= tail)
-            first_query = o + j * BM
-            if masked:
-                p = _selected(p, first_query, own_start, own_end, BM, S_LAYOUT)
-            b_p = gl.convert_layout(p.to(q_ring.dtype), gl.DotOperandLayout(0, V_LAYOUT, k_width=2))
+            s, dp = warpgroup_mma_wait(1, [s_started, dp_started])
+            for i in range(1, steps):
+                p, slope = _weights(s, sight, i - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
+                b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
+                dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
+                after = (at + i) % STAGES
+                mbarrier.wait(q_full.index(after), ((at + i) // STAGES) & 1)
+                s_started = product_nt(k_tile, q_ring.index(after), zero)
+                dp, dk = warpgroup_mma_wait(2, [dp, dk])
+                if i > 1:  # the products of the step before this one have read their tiles
+                    mbarrier.arrive(q_empty.index((at + i - 2) % STAGES), count=1)
+                dz = _score_grad(p, slope, dp, sight, i - 1, delta_ring.index(slot), BM, S_LAYOUT)
+                b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
+                dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
+                dp_started = product_nt(v_tile, do_ring.index(after), zero)
+                s, dv, dk, dp = warpgroup_mma_wait(2, [s_started, dv_started, dk_started, dp_started])
+                slot = after
+            p, slope = _weights(s, sight, steps - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
+            b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
             dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
-            dp = warpgroup_mma_wait(1, [dp_started])
-            delta = delta_ring.index(slot).reshape([BM]).load(COLUMN)  # not before: there is no register for it
-            dz = p * (dp - delta[None, :]) * _slope(z, CAPPED)
-            if masked:  # 0 times a delta of NaN is not 0
-                dz = _selected(dz, first_query, own_start, own_end, BM, S_LAYOUT)
-            b_dz = gl.convert_layout(dz.to(q_ring.dtype), gl.DotOperandLayout(0, K_LAYOUT, k_width=2))
+            dp, dk = warpgroup_mma_wait(1, [dp, dk])
+            if steps > 1:
+                mbarrier.arrive(q_empty.index((at + steps - 2) % STAGES), count=1)
+            dz = _score_grad(p, slope, dp, sight, steps - 1, delta_ring.index(slot), BM, S_LAYOUT)
+            b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
             dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
-            dv = warpgroup_mma_wait(1, [dv_started])
-            dk = warpgroup_mma_wait(0, [dk_started])
+            dv, dk = warpgroup_mma_wait(0, [dv_started, dk_started])
             mbarrier.arrive(q_empty.index(slot), count=1)
-            at += 1
+            at += steps
     store_tile(p_dk, first + CONSUMER * ROWS, dk_t, dk * scale, T, D)
     store_tile(p_dv, first + CONSUMER * ROWS, dv_t, dv, T, DV)
 
@@ -263,8 +297,8 @@ def _keys_kernel(
     produced = (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, documents, b, H, kv_head, G, first)
     gl.warp_specialize(
         [
-            (_consume_queries, (consumed, 0, CAPPED)),
-            (_consume_queries, (consumed, 1, CAPPED)),
+            (_consume_queries, (consumed, 0, CAPPED, D + DV <= 128)),
+            (_consume_queries, (consumed, 1, CAPPED, D + DV <= 128)),
             (_produce_queries, (produced,)),
         ],
         TWO[0],
