@@ -225,28 +225,28 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
             slot = at % STAGES
             mbarrier.wait(q_full.index(slot), (at // STAGES) & 1)
             s_started = product_nt(k_tile, q_ring.index(slot), zero)
-            dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-            s, dp = warpgroup_mma_wait(1, [s_started, dp_started])
+            s = warpgroup_mma_wait(0, [s_started])
             for i in range(1, steps):
+                dp_started = product_nt(v_tile, do_ring.index(slot), zero)
                 p, slope = _weights(s, sight, i - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
                 b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
                 dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
                 after = (at + i) % STAGES
                 mbarrier.wait(q_full.index(after), ((at + i) // STAGES) & 1)
                 s_started = product_nt(k_tile, q_ring.index(after), zero)
-                dp, dk = warpgroup_mma_wait(2, [dp, dk])
+                dp, dk = warpgroup_mma_wait(2, [dp_started, dk])
                 if i > 1:  # the products of the step before this one have read their tiles
                     mbarrier.arrive(q_empty.index((at + i - 2) % STAGES), count=1)
                 dz = _score_grad(p, slope, dp, sight, i - 1, delta_ring.index(slot), BM, S_LAYOUT)
                 b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
                 dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
-                dp_started = product_nt(v_tile, do_ring.index(after), zero)
-                s, dv, dk, dp = warpgroup_mma_wait(2, [s_started, dv_started, dk_started, dp_started])
+                s, dv, dk = warpgroup_mma_wait(1, [s_started, dv_started, dk_started])
                 slot = after
+            dp_started = product_nt(v_tile, do_ring.index(slot), zero)
             p, slope = _weights(s, sight, steps - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
             b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
             dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
-            dp, dk = warpgroup_mma_wait(1, [dp, dk])
+            dp, dk = warpgroup_mma_wait(1, [dp_started, dk])
             if steps > 1:
                 mbarrier.arrive(q_empty.index((at + steps - 2) % STAGES), count=1)
             dz = _score_grad(p, slope, dp, sight, steps - 1, delta_ring.index(slot), BM, S_LAYOUT)
@@ -297,8 +297,8 @@ def _keys_kernel(
     produced = (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, documents, b, H, kv_head, G, first)
     gl.warp_specialize(
         [
-            (_consume_queries, (consumed, 0, CAPPED, D + DV <= 128)),
-            (_consume_queries, (consumed, 1, CAPPED, D + DV <= 128)),
+            (_consume_queries, (consumed, 0, CAPPED, False)),
+            (_consume_queries, (consumed, 1, CAPPED, False)),
             (_produce_queries, (produced,)),
         ],
         TWO[0],
