@@ -44,16 +44,18 @@ NOWHERE = gl.constexpr(2**31 - 1)
 
 
 class Shape(NamedTuple):
-    """Rows of the tiles that the producer copies, and slots of its ring."""
+    """Rows of the tiles that the producer copies, slots of its ring, and whether a consumer's own tiles are in
+    registers."""
 
     step: int
     stages: int
+    resident: bool = False
 
 
 SHAPES = {
     ("queries", 64): Shape(128, 3),
     ("queries", 128): Shape(64, 3),
-    ("keys", 64): Shape(64, 4),
+    ("keys", 64): Shape(64, 4, True),
     ("keys", 128): Shape(64, 2),
 }
 """Of a kernel and the wider of both head sizes.  Steps are multiples of 16, so bits do not depend on them."""
@@ -234,21 +236,18 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
                 after = (at + i) % STAGES
                 mbarrier.wait(q_full.index(after), ((at + i) // STAGES) & 1)
                 s_started = product_nt(k_tile, q_ring.index(after), zero)
-                dp, dk = warpgroup_mma_wait(2, [dp_started, dk])
-                if i > 1:  # the products of the step before this one have read their tiles
-                    mbarrier.arrive(q_empty.index((at + i - 2) % STAGES), count=1)
+                dp = warpgroup_mma_wait(2, [dp_started])
                 dz = _score_grad(p, slope, dp, sight, i - 1, delta_ring.index(slot), BM, S_LAYOUT)
                 b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
                 dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
-                s, dv, dk = warpgroup_mma_wait(1, [s_started, dv_started, dk_started])
+                s, dv, dk = warpgroup_mma_wait(0, [s_started, dv_started, dk_started])
+                mbarrier.arrive(q_empty.index(slot), count=1)
                 slot = after
             dp_started = product_nt(v_tile, do_ring.index(slot), zero)
             p, slope = _weights(s, sight, steps - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
             b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
             dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
-            dp, dk = warpgroup_mma_wait(1, [dp_started, dk])
-            if steps > 1:
-                mbarrier.arrive(q_empty.index((at + steps - 2) % STAGES), count=1)
+            dp = warpgroup_mma_wait(1, [dp_started])
             dz = _score_grad(p, slope, dp, sight, steps - 1, delta_ring.index(slot), BM, S_LAYOUT)
             b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
             dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
@@ -262,7 +261,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
 @HopperKernel
 def _keys_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, start_ptr, end_ptr, origin_ptr, dk_ptr, dv_ptr, bounds_b, T,
-    H, G, scale, inner, outer, STAGES: gl.constexpr, CAPPED: gl.constexpr,
+    H, G, scale, inner, outer, STAGES: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one KV head; ``start`` and ``end`` bound the queries that see each key."""
     NUMBER_LAYOUT: gl.constexpr = lse_desc.layout
@@ -297,8 +296,8 @@ def _keys_kernel(
     produced = (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, documents, b, H, kv_head, G, first)
     gl.warp_specialize(
         [
-            (_consume_queries, (consumed, 0, CAPPED, False)),
-            (_consume_queries, (consumed, 1, CAPPED, False)),
+            (_consume_queries, (consumed, 0, CAPPED, RESIDENT)),
+            (_consume_queries, (consumed, 1, CAPPED, RESIDENT)),
             (_produce_queries, (produced,)),
         ],
         TWO[0],
@@ -312,12 +311,12 @@ def backward_keys(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``lse`` and ``delta``: [B, T, H] of ``device_documents.rows_like``; ``bounds``: start, end and origin."""
     (B, T, K, D), H = k.shape, q.shape[2]
-    step, stages = SHAPES["keys", max(D, v.shape[3])]
+    step, stages, resident = SHAPES["keys", max(D, v.shape[3])]
     of_rows = [rows_of(x.transpose(1, 2), step) for x in (lse, delta)]
     with on_device(q):
         _keys_kernel[(ceil_div(T, ROWS * CONSUMERS.value), B * K)](
             tiles_of(q, step), tiles_of(d_out, step), tiles_of(k, ROWS), tiles_of(v, ROWS), *of_rows, *bounds,
             *outputs, row_stride(bounds[0]), T, H, H // K, scale, *score_factors(scale, softcap), stages, softcap > 0,
-            num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+            resident, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return outputs
