@@ -16,6 +16,7 @@ from kernel_index.core import ops, rules
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
 from kernel_index.core.document_attention import Bounds
 from kernel_index.core.numerics import Recipe
+from kernel_index.core.target import target_of, triton_version
 from kernel_index.core.triton import launch
 
 ATTENTION = Recipe(
@@ -128,15 +129,32 @@ def _launch(q, k, v, sink, start, end, origin, table, bits, page, scale, softcap
     with launch.on_device(q):
         documents_kernel[grid](
             q, k, v, sink, *bounds, table, bits, out, lse, *launch.strides(k, v), launch.row_stride(bounds[0]),
-            *((0, 0) if table is None else table.stride()), *_of_bits(bits), queries, heads // group, made.inner,
-            made.outer, **made.constants,
+            lse.stride(2), *((0, 0) if table is None else table.stride()), *_of_bits(bits), queries, heads // group,
+            made.inner, made.outer, **made.constants,
         )  # fmt: skip
     return out, lse
 
 
 def _allocate(q, k, v, *_):
-    """``lse`` is of base 2 and [B, T, H]."""
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """``lse`` is of base 2."""
+    return q.new_empty((*q.shape[:3], v.shape[3])), _numbers(q)
+
+
+ROUND = 64
+"""Numbers of a head begin at multiples of it: the copy engine of Hopper reads them where they lie."""
+
+
+def _numbers(q: Tensor) -> Tensor:
+    """A float32 for each query and head: [B, T, H], of which T is the dense dimension."""
+    batch, queries, heads, _ = q.shape
+    room = launch.ceil_div(queries, ROUND) * ROUND
+    return q.new_empty(batch, heads, room, dtype=torch.float32)[..., :queries].transpose(1, 2)
+
+
+def _as_numbers(x: Tensor, q: Tensor) -> Tensor:
+    """x as it lies in ``_numbers``: a hook on saved tensors may have laid it otherwise."""
+    made = _numbers(q)
+    return x if x.stride() == made.stride() and x.data_ptr() % launch.ALIGNED == 0 else made.copy_(x)
 
 
 def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, scale, softcap, block):
@@ -147,20 +165,21 @@ def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, s
     if d_q.numel() == 0:
         return d_q, delta
     d_out, d_lse, q, k, v = launch.dense((d_out, d_lse, q, k, v))
+    lse = _as_numbers(lse, q)
     made = _launch_of("queries", q, k, v, Scoring(scale, softcap, block), HAS_D_LSE=d_lse is not None)
     bounds = _bounds(start, end, origin)
     grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         queries_kernel[grid](
             d_out, d_lse, q, k, v, out, lse, *bounds, bits, d_q, delta, *launch.strides(k, v),
-            launch.row_stride(bounds[0]), *_of_bits(bits), queries, heads // group, made.scale, made.inner, made.outer,
+            launch.row_stride(bounds[0]), lse.stride(2), *_of_bits(bits), queries, heads // group, made.scale, made.inner, made.outer,
             **made.constants,
         )  # fmt: skip
     return d_q, delta
 
 
 def _allocate_queries(d_out, d_lse, q, *_):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), _numbers(q)
 
 
 def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, softcap, block):
@@ -171,15 +190,30 @@ def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, so
     if d_k.numel() == 0 and d_v.numel() == 0:
         return d_k, d_v
     d_out, q, k, v = launch.dense((d_out, q, k, v))
-    made = _launch_of("keys", q, k, v, Scoring(scale, softcap, block), H=heads)
+    lse, delta = _as_numbers(lse, q), _as_numbers(delta, q)
     bounds = _bounds(start, end, origin)
+    again = bits is None and _has_roles(q, v)
+    if again:
+        from kernel_index.core.triton import hopper_documents
+
+        hopper_documents.backward_keys(d_out, q, k, v, lse, delta, bounds, scale, softcap, (d_k, d_v))
+    made = _launch_of("keys", q, k, v, Scoring(scale, softcap, block), H=heads, AGAIN=again)
     grid = (launch.ceil_div(tokens, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         keys_kernel[grid](
             d_out, q, k, v, lse, delta, *bounds, bits, d_k, d_v, *launch.strides(k, v), launch.row_stride(bounds[0]),
-            *_of_bits(bits), tokens, heads // group, made.scale, made.inner, made.outer, **made.constants,
+            lse.stride(2), *_of_bits(bits), tokens, heads // group, made.scale, made.inner, made.outer,
+            **made.constants,
         )  # fmt: skip
     return d_k, d_v
+
+
+def _has_roles(q: Tensor, v: Tensor) -> bool:
+    """Whether kernels whose warps have roles take these heads: on Hopper; they give the bits of the others."""
+    if q.dtype not in rules.HALF or {q.shape[3], v.shape[3]} - {64, 128}:
+        return False
+    target = target_of(q.device)
+    return target.kind == "cuda" and target.arch == 90 and triton_version() >= (3, 6)
 
 
 def _allocate_keys(d_out, q, k, v, *_):

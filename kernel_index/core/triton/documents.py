@@ -186,12 +186,13 @@ def rows_of_tile(program, T, start_ptr, end_ptr, origin_ptr, BM: tl.constexpr, G
 @jit
 def documents_kernel(
     q_ptr, k_ptr, v_ptr, sink_ptr, start_ptr, end_ptr, origin_ptr, table_ptr, bits_ptr, out_ptr, lse_ptr,
-    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, table_b, table_s, GROUPS, words, T, K, inner, outer,
+    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, lse_h, table_b, table_s, GROUPS, words, T, K, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr,
     HAS_SINK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of one KV head's group.  q and out are dense; ``PAGE`` 0 is a cache, or a batch, by rows."""
+    """One tile of rows of one KV head's group.  q and out are dense, lse is [B, H, T] with a distance of
+    ``lse_h`` between heads; ``PAGE`` 0 is a cache, or a batch, by rows."""
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
     start_ptr += b * bounds_b
     end_ptr += b * bounds_b
@@ -228,4 +229,4 @@ def documents_kernel(
         row_max = new_max
     out, lse = softmax_output(acc, row_max, row_sum, m_empty)
     store_rows(out_ptr, o_row * DV, m_row, out, DV, BLOCK_DV, UPCAST)
-    tl.store(lse_ptr + o_row, lse, mask=m_row)
+    tl.store(lse_ptr + (b * (K * G) + kv_head * G + o_g) * lse_h + o_t, lse, mask=m_row)

@@ -56,7 +56,7 @@ SHAPES = {
     ("queries", 64): Shape(128, 3),
     ("queries", 128): Shape(64, 3),
     ("keys", 64): Shape(64, 4, True),
-    ("keys", 128): Shape(64, 2),
+    ("keys", 128): Shape(32, 4),
 }
 """Of a kernel and the wider of both head sizes.  Steps are multiples of 16, so bits do not depend on them."""
 

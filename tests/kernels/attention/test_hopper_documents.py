@@ -1,0 +1,130 @@
+"""Gradients of documents by warps with roles: the bits of the kernels that they stand for; and that they compile."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernel_index as ki
+from kernel_index.core import device_documents
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of sm_90"
+)
+LENGTHS = (1, 300, 17, 129, 64, 7, 7, 500, 31)
+MASKS = {"causal": {}, "window": {"window": (100, 0)}, "both sides": {"causal": False}}
+
+
+def drawn(width, value_width, dtype, heads=(8, 2), rows=2):
+    torch.manual_seed(0)
+    tokens = sum(LENGTHS)
+    sizes = ((heads[0], width), (heads[1], width), (heads[1], value_width), (heads[0], value_width))
+    return [torch.randn(rows, tokens, *size, device="cuda").to(dtype) for size in sizes]
+
+
+def documents():
+    """Two rows of documents, the second in another order and padded."""
+    one = torch.tensor([i for i, n in enumerate(LENGTHS) for _ in range(n)])
+    other = torch.tensor([i for i, n in enumerate(LENGTHS[::-1]) for _ in range(n)])
+    other[-31:] = -1
+    return torch.stack((one, other)).cuda()
+
+
+def attended(q, k, v, upstream, mask, **options):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with ki.numerics("invariant"):
+        out, lse = ki.attention_with_lse(*leaves, mask, **options)
+    wanted = (out * upstream).sum() + lse.where(lse.isfinite(), 0).sum()
+    return out.detach(), lse.detach().transpose(1, 2), *torch.autograd.grad(wanted, leaves)
+
+
+def same(one, other):
+    return torch.equal(one.nan_to_num(1e9), other.nan_to_num(1e9)) and torch.equal(one.isnan(), other.isnan())
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(
+    ("width", "value_width", "dtype", "softcap"),
+    [(64, 64, torch.bfloat16, 0.0), (128, 128, torch.bfloat16, 0.0), (64, 64, torch.float16, 20.0),
+     (128, 64, torch.bfloat16, 0.0)],
+)  # fmt: skip
+def test_the_bits_of_documents(monkeypatch, width, value_width, dtype, softcap, kind):
+    """Those of a document alone, packed, and of Triton's kernels, whose sums they are."""
+    tensors, options = drawn(width, value_width, dtype), MASKS[kind]
+    packed = attended(*tensors, ki.MaskContract(doc_ids=documents(), **options), softcap=softcap)
+    first = 0
+    for length in LENGTHS:
+        part = slice(first, first + length)
+        alone = attended(*(x[:1, part] for x in tensors), ki.MaskContract(**options), softcap=softcap)
+        for name, one, whole in zip(("out", "lse", "dq", "dk", "dv"), alone, packed, strict=True):
+            assert torch.equal(one, whole[:1, part]), (name, first)
+        first += length
+    monkeypatch.setattr(device_documents, "_has_roles", lambda *_: False)
+    of_triton = attended(*tensors, ki.MaskContract(doc_ids=documents(), **options), softcap=softcap)
+    for name, one, other in zip(("dk", "dv"), packed[3:], of_triton[3:], strict=True):
+        assert torch.equal(one, other), name
+
+
+@on_hopper
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_gradients_are_right(width):
+    tensors = drawn(width, width, torch.bfloat16)
+    mask = ki.MaskContract(doc_ids=documents())
+    found = attended(*tensors, mask)
+    leaves = [x.double().requires_grad_() for x in tensors[:3]]
+    out, lse = ki.attention_with_lse(*leaves, mask, backend="reference")
+    wanted = (out * tensors[3]).sum() + lse.where(lse.isfinite(), 0).sum()
+    for one, exact in zip(found[2:], torch.autograd.grad(wanted, leaves), strict=True):
+        assert (one.double() - exact).norm() / exact.norm() < 2**-7
+
+
+@on_hopper
+@pytest.mark.parametrize("width", [64, 128])
+def test_what_a_row_does_not_see_may_be_anything(width):
+    q, k, v, upstream = drawn(width, width, torch.bfloat16)
+    mask = ki.MaskContract(doc_ids=documents())
+    expected = attended(q, k, v, upstream, mask)
+    bad = [x.clone() for x in (q, k, v, upstream)]
+    for x in bad:  # in a document of row 0, and in the padding of row 1
+        x[0, 320], x[1, -5] = torch.nan, torch.inf
+    found = attended(*bad, mask)
+    for name, one, other in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        assert torch.equal(one[0, :318], other[0, :318]), name
+        assert torch.equal(one[0, 447:], other[0, 447:]), name
+        assert torch.equal(one[1, :-31], other[1, :-31]), name
+    assert found[3][0, 318:321].isnan().any()
+
+
+COMPILE = """
+import torch
+from kernel_index.core.triton import hopper_documents as of
+from kernel_index.proofs import aot
+def record(kernel, grid):
+    def launch(*args, **options):
+        found = aot.compile_for("documents", aot._launch(kernel, args, options), "sm90")
+        print(found.error or "compiled", found.spilled)
+    return launch
+of._keys_kernel.__class__.__getitem__ = record
+for width, softcap in ((64, 0.0), (64, 20.0), (128, 0.0)):
+    q, k = (torch.empty(2, 4096, heads, width, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    numbers = torch.empty(2, 32, 4096, device="meta").transpose(1, 2)
+    bounds = (torch.empty(2, 4096, dtype=torch.int32, device="meta"),) * 3
+    of.backward_keys(q, q, k, k, numbers, numbers, bounds, 0.1, softcap, (k, k))
+"""
+
+
+def test_they_compile_and_keep_registers():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        said, stored = line.split()
+        assert said == "compiled"
+        assert int(stored) <= 128, "bytes that do not find a register"
+    assert len(done.stdout.splitlines()) == 3
