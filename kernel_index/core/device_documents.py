@@ -166,14 +166,22 @@ def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, s
         return d_q, delta
     d_out, d_lse, q, k, v = launch.dense((d_out, d_lse, q, k, v))
     lse = _as_numbers(lse, q)
-    made = _launch_of("queries", q, k, v, Scoring(scale, softcap, block), HAS_D_LSE=d_lse is not None)
     bounds = _bounds(start, end, origin)
+    again = bits is None and _has_roles(q, v)
+    if again:
+        from kernel_index.core.triton import hopper_queries
+
+        given = d_out, d_lse, q, k, v, out, lse, bounds, scale, softcap
+        hopper_queries.backward_queries(*given, (d_q, delta))
+    made = _launch_of(
+        "queries", q, k, v, Scoring(scale, softcap, block), HAS_D_LSE=d_lse is not None, AGAIN=again
+    )  # fmt: skip
     grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         queries_kernel[grid](
             d_out, d_lse, q, k, v, out, lse, *bounds, bits, d_q, delta, *launch.strides(k, v),
-            launch.row_stride(bounds[0]), lse.stride(2), *_of_bits(bits), queries, heads // group, made.scale, made.inner, made.outer,
-            **made.constants,
+            launch.row_stride(bounds[0]), lse.stride(2), *_of_bits(bits), queries, heads // group, made.scale,
+            made.inner, made.outer, **made.constants,
         )  # fmt: skip
     return d_q, delta
 
@@ -194,9 +202,9 @@ def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, so
     bounds = _bounds(start, end, origin)
     again = bits is None and _has_roles(q, v)
     if again:
-        from kernel_index.core.triton import hopper_documents
+        from kernel_index.core.triton import hopper_keys
 
-        hopper_documents.backward_keys(d_out, q, k, v, lse, delta, bounds, scale, softcap, (d_k, d_v))
+        hopper_keys.backward_keys(d_out, q, k, v, lse, delta, bounds, scale, softcap, (d_k, d_v))
     made = _launch_of("keys", q, k, v, Scoring(scale, softcap, block), H=heads, AGAIN=again)
     grid = (launch.ceil_div(tokens, made.config.tile), batch * heads // group)
     with launch.on_device(q):

@@ -90,9 +90,12 @@ def queries_kernel(
     delta_ptr, k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, lse_h, GROUPS, words, T, K, scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of rows, and its ``delta`` for the keys' kernel."""
+    """dQ of one tile of rows, and its ``delta`` for the keys' kernel.
+
+    ``AGAIN``: they are there, and dQ of a tile that holds a NaN is made again.
+    """
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
     start_ptr += b * bounds_b
     end_ptr += b * bounds_b
@@ -102,29 +105,37 @@ def queries_kernel(
         program, T, start_ptr, end_ptr, origin_ptr, BM, G
     )  # fmt: skip
     o_row = (b * T + o_t) * (K * G) + kv_head * G + o_g  # [BM], 64 bits
-    b_do = load_rows(d_out_ptr, o_row * DV, m_row, DV, BLOCK_DV)  # [BM, BLOCK_DV]
-    b_out = load_rows(out_ptr, o_row * DV, m_row, DV, BLOCK_DV)  # [BM, BLOCK_DV]
-    delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)  # [BM]
-    if HAS_D_LSE:
-        delta -= tl.load(d_lse_ptr + o_row, mask=m_row, other=0.0)
-    m_some = start < end  # [BM]
-    delta = tl.where(m_some, delta, 0.0)
     o_number = (b * (K * G) + kv_head * G + o_g) * lse_h + o_t  # [BM], 64 bits
-    tl.store(delta_ptr + o_number, delta, mask=m_row)
+    m_some = start < end  # [BM]
+    b_do = load_rows(d_out_ptr, o_row * DV, m_row, DV, BLOCK_DV)  # [BM, BLOCK_DV]
+    if AGAIN:
+        delta = tl.load(delta_ptr + o_number, mask=m_row, other=0.0)  # [BM]
+    else:
+        b_out = load_rows(out_ptr, o_row * DV, m_row, DV, BLOCK_DV)  # [BM, BLOCK_DV]
+        delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)  # [BM]
+        if HAS_D_LSE:
+            delta -= tl.load(d_lse_ptr + o_row, mask=m_row, other=0.0)
+        delta = tl.where(m_some, delta, 0.0)
+        tl.store(delta_ptr + o_number, delta, mask=m_row)
     lse = lse_of_grad(tl.load(lse_ptr + o_number, mask=m_row, other=0.0), m_some)  # [BM]
     b_q = load_rows(q_ptr, o_row * D, m_row, D, BLOCK_D)  # [BM, BLOCK_D]
     p_k, p_v = k_ptr + b * k_b + kv_head * k_h, v_ptr + b * v_b + kv_head * v_h
     p_bits = selection_of(bits_ptr, b, o_t, kv_head * G + o_g, T, K * G, GROUPS, words) if SELECT > 0 else bits_ptr
-    dq = _queries_walk(
-        b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, first, count, origin_ptr, m_row, start, end, origin, inner,
-        outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, SELECT, CAPPED, UPCAST, False,
-    )  # fmt: skip
-    if has_nan(dq):
+    if AGAIN:
+        dq = load_rows(dq_ptr, o_row * D, m_row, D, BLOCK_D).to(tl.float32)
+    else:
+        dq = _queries_walk(
+            b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, first, count, origin_ptr, m_row, start, end, origin,
+            inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, SELECT, CAPPED, UPCAST, False,
+        )  # fmt: skip
+    is_nan = has_nan(dq)
+    if is_nan:
         dq = _queries_walk(
             b_q, b_do, lse, delta, p_k, p_v, k_t, v_t, p_bits, first, count, origin_ptr, m_row, start, end, origin,
             inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, SELECT, CAPPED, UPCAST, True,
         )  # fmt: skip
-    store_rows(dq_ptr, o_row * D, m_row, dq * scale, D, BLOCK_D, UPCAST)
+    if is_nan or not AGAIN:
+        store_rows(dq_ptr, o_row * D, m_row, dq * scale, D, BLOCK_D, UPCAST)
 
 
 @jit
@@ -157,8 +168,8 @@ def _keys_step(
 
 @jit
 def _keys_walk(
-    b_k, b_v, p_q, p_do, p_lse, p_delta, lse_h, bits_ptr, bits_t, words, head, heads, first, count, origin_ptr, m_row, start,
-    end, origin, inner, outer,
+    b_k, b_v, p_q, p_do, p_lse, p_delta, lse_h, bits_ptr, bits_t, words, head, heads, first, count, origin_ptr, m_row,
+    start, end, origin, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, H: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr,
     UPCAST: tl.constexpr, CAREFUL: tl.constexpr,

@@ -100,19 +100,21 @@ def test_what_a_row_does_not_see_may_be_anything(width):
 
 COMPILE = """
 import torch
-from kernel_index.core.triton import hopper_documents as of
+from kernel_index.core.triton import hopper_keys, hopper_queries
+from kernel_index.core.triton.hopper import HopperKernel
 from kernel_index.proofs import aot
 def record(kernel, grid):
     def launch(*args, **options):
         found = aot.compile_for("documents", aot._launch(kernel, args, options), "sm90")
         print(found.error or "compiled", found.spilled)
     return launch
-of._keys_kernel.__class__.__getitem__ = record
+HopperKernel.__getitem__ = record
 for width, softcap in ((64, 0.0), (64, 20.0), (128, 0.0)):
     q, k = (torch.empty(2, 4096, heads, width, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
     numbers = torch.empty(2, 32, 4096, device="meta").transpose(1, 2)
     bounds = (torch.empty(2, 4096, dtype=torch.int32, device="meta"),) * 3
-    of.backward_keys(q, q, k, k, numbers, numbers, bounds, 0.1, softcap, (k, k))
+    hopper_queries.backward_queries(q, numbers, q, k, k, q, numbers, bounds, 0.1, softcap, (q, numbers))
+    hopper_keys.backward_keys(q, q, k, k, numbers, numbers, bounds, 0.1, softcap, (k, k))
 """
 
 
@@ -127,4 +129,4 @@ def test_they_compile_and_keep_registers():
         said, stored = line.split()
         assert said == "compiled"
         assert int(stored) <= 128, "bytes that do not find a register"
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 6

@@ -1,0 +1,232 @@
+"""dK and dV of documents on Hopper: see ``hopper_documents.py``."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernel_index.core.triton.hopper import (
+    ROWS,
+    TWO,
+    HopperKernel,
+    barriers,
+    copy_tile,
+    product_nt,
+    ring,
+    rows_of,
+    softcapped,
+    store_tile,
+    tiles_of,
+)
+from kernel_index.core.triton.hopper_documents import CONSUMERS, own_rows, plan_memory, plan_walk, segments, selected
+from kernel_index.core.triton.jit import ENABLE_FP_FUSION
+from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
+
+
+class Shape(NamedTuple):
+    """Rows of the tiles that the producer copies, slots of its ring, and whether a consumer's keys and values are in
+    registers."""
+
+    step: int
+    stages: int
+    resident: bool
+
+
+SHAPES = {64: Shape(64, 4, True), 128: Shape(32, 4, False)}
+"""Of the wider of both head sizes.  Steps are multiples of 16, so bits do not depend on them."""
+
+
+@gluon.jit
+def _produce_queries(given):
+    """The queries of a document for the G heads of a group, one head after the other, with ``lse`` and ``delta``."""
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, documents, b, H, kv_head, G, first = given
+    k_ring, v_ring, q_ring, do_ring, lse_ring, delta_ring, plan, kv_full, q_full, q_empty = buffers
+    STAGES: gl.constexpr = q_ring.shape[0]
+    TILES: gl.constexpr = k_ring.shape[0]
+    ROWS: gl.constexpr = k_ring.shape[1]
+    BM: gl.constexpr = q_ring.shape[1]
+    BYTES: gl.constexpr = q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes
+    mbarrier.expect(kv_full.index(0), TILES * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+    for tile in gl.static_range(TILES):
+        copy_tile(k_desc, b, first + tile * ROWS, kv_head, kv_full.index(0), k_ring.index(tile))
+        copy_tile(v_desc, b, first + tile * ROWS, kv_head, kv_full.index(0), v_ring.index(tile))
+    at = 0
+    for document in range(documents):
+        o, begin, count = segments(plan, document, 1)
+        for i in range(count * G):
+            slot = at % STAGES
+            h = kv_head * G + i // count
+            first_query = o + (begin + i % count) * BM
+            barrier = q_full.index(slot)
+            mbarrier.wait(q_empty.index(slot), ((at // STAGES) & 1) ^ 1)
+            mbarrier.expect(barrier, BYTES)
+            copy_tile(q_desc, b, first_query, h, barrier, q_ring.index(slot))
+            copy_tile(do_desc, b, first_query, h, barrier, do_ring.index(slot))
+            tma.async_copy_global_to_shared(lse_desc, [b * H + h, first_query], barrier, lse_ring.index(slot))
+            tma.async_copy_global_to_shared(delta_desc, [b * H + h, first_query], barrier, delta_ring.index(slot))
+            at += 1
+
+
+@gluon.jit
+def _weights(s, sight, number, numbers, inner, outer, BM: gl.constexpr, CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """p [ROWS, BM] of the queries with a number, and the slope of their logits."""
+    o, begin, count, start, end, full, tail = sight
+    z = softcapped(s, inner, CAPPED)
+    p = gl.exp2(gl.fma(z, outer, -numbers.reshape([BM]).load(gl.SliceLayout(0, S_LAYOUT))[None, :]))
+    j = begin + number % count
+    masked = (j < full) | (j >= tail)
+    if masked:
+        p = selected(p, o + j * BM, start, end, BM, S_LAYOUT)
+    return p, 1.0 - z * z if CAPPED else 1.0
+
+
+@gluon.jit
+def _score_grad(p, slope, dp, sight, number, numbers, BM: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """dz [ROWS, BM] = p · (dp − delta) · slope."""
+    o, begin, count, start, end, full, tail = sight
+    dz = p * (dp - numbers.reshape([BM]).load(gl.SliceLayout(0, S_LAYOUT))[None, :]) * slope
+    j = begin + number % count
+    masked = (j < full) | (j >= tail)
+    if masked:  # 0 times a delta of NaN is not 0
+        dz = selected(dz, o + j * BM, start, end, BM, S_LAYOUT)
+    return dz
+
+
+@gluon.jit
+def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr):
+    """Scores are transposed, [ROWS, BM]: what is multiplied with d_out and q stays in registers.
+
+    The scores of a step are multiplied before the step before it is done: then products never wait for weights.
+    """
+    buffers, documents, start_ptr, end_ptr, p_dk, p_dv, dk_t, dv_t, first, T, G, scale, inner, outer = given
+    k_ring, v_ring, q_ring, do_ring, lse_ring, delta_ring, plan, kv_full, q_full, q_empty = buffers
+    STAGES: gl.constexpr = q_ring.shape[0]
+    ROWS: gl.constexpr = k_ring.shape[1]
+    BM: gl.constexpr = q_ring.shape[1]
+    D: gl.constexpr = k_ring.shape[2]
+    DV: gl.constexpr = v_ring.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    V_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, V_LAYOUT, k_width=2)
+    DZ_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, k_width=2)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, k_width=2)
+    o_i = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+    zero = gl.full([ROWS, BM], 0.0, gl.float32, layout=S_LAYOUT)
+    dk = gl.full([ROWS, D], 0.0, gl.float32, layout=K_LAYOUT)
+    dv = gl.full([ROWS, DV], 0.0, gl.float32, layout=V_LAYOUT)
+    mbarrier.wait(kv_full.index(0), 0)
+    k_tile, v_tile = k_ring.index(CONSUMER), v_ring.index(CONSUMER)
+    if RESIDENT:
+        k_tile, v_tile = k_tile.load(LEFT), v_tile.load(LEFT)
+    at = 0
+    for document in range(documents):
+        o, begin, count = segments(plan, document, 4)
+        start, end, full, tail = own_rows(plan, document, o_i, start_ptr + first, end_ptr + first)
+        sight = (o, begin, count, start, end, full, tail)
+        steps = count * G
+        if steps > 0:
+            slot = at % STAGES
+            mbarrier.wait(q_full.index(slot), (at // STAGES) & 1)
+            s_started = product_nt(k_tile, q_ring.index(slot), zero)
+            s = warpgroup_mma_wait(0, [s_started])
+            for i in range(1, steps):
+                dp_started = product_nt(v_tile, do_ring.index(slot), zero)
+                p, slope = _weights(s, sight, i - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
+                b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
+                dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
+                after = (at + i) % STAGES
+                mbarrier.wait(q_full.index(after), ((at + i) // STAGES) & 1)
+                s_started = product_nt(k_tile, q_ring.index(after), zero)
+                dp = warpgroup_mma_wait(2, [dp_started])
+                dz = _score_grad(p, slope, dp, sight, i - 1, delta_ring.index(slot), BM, S_LAYOUT)
+                b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
+                dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
+                s, dv, dk = warpgroup_mma_wait(0, [s_started, dv_started, dk_started])
+                mbarrier.arrive(q_empty.index(slot), count=1)
+                slot = after
+            dp_started = product_nt(v_tile, do_ring.index(slot), zero)
+            p, slope = _weights(s, sight, steps - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
+            b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
+            dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
+            dp = warpgroup_mma_wait(1, [dp_started])
+            dz = _score_grad(p, slope, dp, sight, steps - 1, delta_ring.index(slot), BM, S_LAYOUT)
+            b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
+            dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
+            dv, dk = warpgroup_mma_wait(0, [dv_started, dk_started])
+            mbarrier.arrive(q_empty.index(slot), count=1)
+            at += steps
+    store_tile(p_dk, first + CONSUMER * ROWS, dk_t, dk * scale, T, D)
+    store_tile(p_dv, first + CONSUMER * ROWS, dv_t, dv, T, DV)
+
+
+@HopperKernel
+def _keys_kernel(
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, start_ptr, end_ptr, origin_ptr, dk_ptr, dv_ptr, bounds_b, T,
+    H, G, scale, inner, outer, STAGES: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys of one KV head; ``start`` and ``end`` bound the queries that see each key."""
+    NUMBER_LAYOUT: gl.constexpr = lse_desc.layout
+    BM: gl.constexpr = q_desc.block_type.shape[1]
+    D: gl.constexpr = k_desc.block_type.shape[3]
+    DV: gl.constexpr = v_desc.block_type.shape[3]
+    BN: gl.constexpr = CONSUMERS * k_desc.block_type.shape[1]
+    buffers = (
+        ring(k_desc, CONSUMERS),
+        ring(v_desc, CONSUMERS),
+        ring(q_desc, STAGES),
+        ring(do_desc, STAGES),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], NUMBER_LAYOUT),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], NUMBER_LAYOUT),
+        plan_memory(BN),
+        barriers(1, 1),
+        barriers(STAGES, 1),
+        barriers(STAGES, CONSUMERS),
+    )
+    fence_async_shared()
+    first = gl.program_id(0) * BN
+    K = H // G
+    b, kv_head = gl.program_id(1) // K, gl.program_id(1) % K
+    start_ptr += b * bounds_b
+    end_ptr += b * bounds_b
+    documents = plan_walk(buffers[6], start_ptr, end_ptr, origin_ptr + b * bounds_b, first, T, BN, BM)
+    o_head = b.to(gl.int64) * T * K + kv_head
+    consumed = (
+        buffers, documents, start_ptr, end_ptr, dk_ptr + o_head * D, dv_ptr + o_head * DV, K * D, K * DV, first, T, G,
+        scale, inner, outer,
+    )  # fmt: skip
+    produced = (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, documents, b, H, kv_head, G, first)
+    gl.warp_specialize(
+        [
+            (_consume_queries, (consumed, 0, CAPPED, RESIDENT)),
+            (_consume_queries, (consumed, 1, CAPPED, RESIDENT)),
+            (_produce_queries, (produced,)),
+        ],
+        TWO[0],
+        TWO[1],
+    )
+
+
+def backward_keys(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, bounds: tuple[Tensor, ...],
+    scale: float, softcap: float, outputs: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``lse`` and ``delta``: [B, T, H] of ``device_documents.rows_like``; ``bounds``: start, end and origin."""
+    (B, T, K, D), H = k.shape, q.shape[2]
+    step, stages, resident = SHAPES[max(D, v.shape[3])]
+    of_rows = [rows_of(x.transpose(1, 2), step) for x in (lse, delta)]
+    with on_device(q):
+        _keys_kernel[(ceil_div(T, ROWS * CONSUMERS.value), B * K)](
+            tiles_of(q, step), tiles_of(d_out, step), tiles_of(k, ROWS), tiles_of(v, ROWS), *of_rows, *bounds,
+            *outputs, row_stride(bounds[0]), T, H, H // K, scale, *score_factors(scale, softcap), stages, softcap > 0,
+            resident, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+        )  # fmt: skip
+    return outputs
