@@ -120,11 +120,15 @@ def _launch(q, k, v, sink, start, end, origin, table, bits, page, scale, softcap
     (batch, queries, heads, _), group = q.shape, q.shape[2] // k.shape[2]
     if out.numel() == 0:
         return out, lse
+    bounds, scoring = _bounds(start, end, origin), Scoring(scale, softcap, block)
+    again = table is None and bits is None and sink is None and queries > FEW and _has_roles(q, v)
     (q, sink), (k, v) = launch.dense((q, sink)), map(launch.dense_heads, (k, v))
-    made = _launch_of(
-        "forward", q, k, v, Scoring(scale, softcap, block), HAS_SINK=sink is not None, PAGE=0 if table is None else page
-    )
-    bounds = _bounds(start, end, origin)
+    page = 0 if table is None else page
+    made = _launch_of("forward", q, k, v, scoring, HAS_SINK=sink is not None, PAGE=page, AGAIN=again)
+    if again:
+        from kernel_index.core.triton import hopper_outputs
+
+        hopper_outputs.forward(q, k, v, bounds, made.config.step, scale, softcap, (out, lse))
     grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         documents_kernel[grid](
@@ -139,6 +143,9 @@ def _allocate(q, k, v, *_):
     """``lse`` is of base 2."""
     return q.new_empty((*q.shape[:3], v.shape[3])), _numbers(q)
 
+
+FEW = 64
+"""Queries that Triton's kernel takes: its tiles hold all heads of a group, so it reads keys of a cache once."""
 
 ROUND = 64
 """Numbers of a head begin at multiples of it: the copy engine of Hopper reads them where they lie."""

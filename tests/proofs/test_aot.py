@@ -116,7 +116,7 @@ def show(kernel, made, *args):
 bits = empty(2, 4096, 8, 3, dtype=torch.int32)
 chosen = scoring._replace(block=64)
 for queries, page, scoring, bits in ((4096, 0, scoring, None), (1, 16, scoring, None), (4096, 0, chosen, bits)):
-    made = of._launch_of("forward", q[:, :queries], k, k, scoring, HAS_SINK=False, PAGE=page)
+    made = of._launch_of("forward", q[:, :queries], k, k, scoring, HAS_SINK=False, PAGE=page, AGAIN=bits is None)
     table, steps = (bounds[0], (4096, 1)) if page else (None, (0, 0))
     show(documents.documents_kernel, made, q, k, k, None, *bounds, table, bits, out, lse, *strides, 4096, 4096, *steps,
          *of._of_bits(bits), queries, 8, made.inner, made.outer)

@@ -17,6 +17,12 @@ NUMBERS = gl.constexpr(7)
 NOWHERE = gl.constexpr(2**31 - 1)
 
 
+@gluon.constexpr_function
+def _cover(rows):
+    """The power of 2 that holds them."""
+    return 1 << (rows - 1).bit_length()
+
+
 @gluon.jit
 def _write(plan, at, value):
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -27,12 +33,12 @@ def _write(plan, at, value):
 def plan_walk(plan, start_ptr, end_ptr, origin_ptr, first, T, BLOCK: gl.constexpr, STEP: gl.constexpr):
     """How many documents a tile has rows of.  See ``document_of`` and ``segments_of`` of ``documents.py``."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    o_i = gl.arange(0, BLOCK, layout=LAYOUT)
-    m_row = first + o_i < T
+    o_i = gl.arange(0, _cover(BLOCK), layout=LAYOUT)
+    count = gl.minimum(T - first, BLOCK)
+    m_row = o_i < count
     start = gl.load(start_ptr + first + o_i, mask=m_row, other=0)
     end = gl.load(end_ptr + first + o_i, mask=m_row, other=0)
     origin = gl.load(origin_ptr + first + o_i, mask=m_row, other=-1)
-    count = gl.minimum(T - first, BLOCK)
     documents = 0
     row = 0
     while row < count:
