@@ -240,8 +240,6 @@ def hybrid(rounds: int) -> None:
         spans = ", ".join(
             f"{mode} {taken[mode]:.1f} ms ({min(of):.1f} to {max(of):.1f})" for mode, of in seconds.items()
         )
-            f"{mode} {taken[mode]:.1f} ms ({min(of):.1f} to {max(of):.1f})" for mode, of in seconds.items()
-        )
         ratio = taken["invariant"] / taken["ordinary"]
         console.print(f"a step of small, {name}: {spans}: {ratio:.3f}", highlight=False)
 
