@@ -160,8 +160,10 @@ def _numbers(q: Tensor) -> Tensor:
 
 def _as_numbers(x: Tensor, q: Tensor) -> Tensor:
     """x as it lies in ``_numbers``: a hook on saved tensors may have laid it otherwise."""
-    made = _numbers(q)
-    return x if x.stride() == made.stride() and x.data_ptr() % launch.ALIGNED == 0 else made.copy_(x)
+    room = launch.ceil_div(q.shape[1], ROUND) * ROUND
+    if x.stride() == (room * q.shape[2], 1, room) and x.data_ptr() % launch.ALIGNED == 0:
+        return x
+    return _numbers(q).copy_(x)
 
 
 def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, scale, softcap, block):

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernel_index.core.triton.hopper import (
     ROWS,
     TWO,
-    HopperKernel,
+    QuickHopperKernel,
     barriers,
     copy_tile,
     product_nt,
@@ -27,7 +27,6 @@ from kernel_index.core.triton.hopper import (
     tiles_of,
 )
 from kernel_index.core.triton.hopper_documents import CONSUMERS, own_rows, plan_memory, plan_walk, segments, selected
-from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 
 
@@ -168,7 +167,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
     store_tile(p_dv, first + CONSUMER * ROWS, dv_t, dv, T, DV)
 
 
-@HopperKernel
+@QuickHopperKernel
 def _keys_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, start_ptr, end_ptr, origin_ptr, dk_ptr, dv_ptr, bounds_b, T,
     H, G, scale, inner, outer, STAGES: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr,
@@ -227,6 +226,6 @@ def backward_keys(
         _keys_kernel[(ceil_div(T, ROWS * CONSUMERS.value), B * K)](
             tiles_of(q, step), tiles_of(d_out, step), tiles_of(k, ROWS), tiles_of(v, ROWS), *of_rows, *bounds,
             *outputs, row_stride(bounds[0]), T, H, H // K, scale, *score_factors(scale, softcap), stages, softcap > 0,
-            resident, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+            resident, num_warps=4,
         )  # fmt: skip
     return outputs

@@ -20,7 +20,7 @@ from kernel_index.core.triton.hopper import (
     ROWS,
     THREE,
     TWO,
-    HopperKernel,
+    QuickHopperKernel,
     barriers,
     copy_tile,
     has_tiles,
@@ -32,7 +32,6 @@ from kernel_index.core.triton.hopper import (
     within,
 )
 from kernel_index.core.triton.hopper_documents import own_rows, plan_memory, plan_walk, segments
-from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 
 
@@ -158,7 +157,7 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
     store_tile(p_out, first + CONSUMER * ROWS, out_t, out, T, DV)
 
 
-@HopperKernel
+@QuickHopperKernel
 def _outputs_kernel(
     q_desc, k_desc, v_desc, start_ptr, end_ptr, origin_ptr, out_ptr, lse_ptr, bounds_b, lse_h, T, H, G, inner, outer,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr,
@@ -224,6 +223,6 @@ def forward(
         _outputs_kernel[(ceil_div(T, ROWS * consumers), B * H)](
             tiles_of(q, ROWS), tiles_of(k, step), tiles_of(v, step), *bounds, *outputs, row_stride(bounds[0]),
             outputs[1].stride(2), T, H, H // K, *score_factors(scale, softcap), consumers, stages, softcap > 0,
-            num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+            num_warps=4,
         )  # fmt: skip
     return outputs

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernel_index.core.triton.hopper import (
     ROWS,
     TWO,
-    HopperKernel,
+    QuickHopperKernel,
     barriers,
     copy_tile,
     product_nt,
@@ -25,7 +25,6 @@ from kernel_index.core.triton.hopper import (
     tiles_of,
 )
 from kernel_index.core.triton.hopper_documents import CONSUMERS, own_rows, plan_memory, plan_walk, segments, selected
-from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 
 
@@ -157,7 +156,7 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
     store_tile(p_dq, first + CONSUMER * ROWS, dq_t, dq * scale, T, D)
 
 
-@HopperKernel
+@QuickHopperKernel
 def _queries_kernel(
     q_desc, do_desc, k_desc, v_desc, d_out_ptr, d_lse_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, origin_ptr, dq_ptr,
     delta_ptr, bounds_b, lse_h, T, H, G, scale, inner, outer,
@@ -216,6 +215,5 @@ def backward_queries(
             tiles_of(q, ROWS), tiles_of(d_out, ROWS), tiles_of(k, step), tiles_of(v, step), d_out, d_lse, out, lse,
             *bounds, *outputs, row_stride(bounds[0]), lse.stride(2), T, H, H // K, scale,
             *score_factors(scale, softcap), stages, softcap > 0, d_lse is not None, num_warps=4,
-            enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return outputs

@@ -103,14 +103,14 @@ def test_what_a_row_does_not_see_may_be_anything(width):
 COMPILE = """
 import torch
 from kernel_index.core.triton import hopper_keys, hopper_outputs, hopper_queries
-from kernel_index.core.triton.hopper import HopperKernel
+from kernel_index.core.triton.hopper import QuickHopperKernel
 from kernel_index.proofs import aot
 def record(kernel, grid):
     def launch(*args, **options):
         found = aot.compile_for("documents", aot._launch(kernel, args, options), "sm90")
         print(found.error or "compiled", found.spilled)
     return launch
-HopperKernel.__getitem__ = record
+QuickHopperKernel.__getitem__ = record
 for width, softcap in ((64, 0.0), (64, 20.0), (128, 0.0)):
     q, k = (torch.empty(2, 4096, heads, width, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
     numbers = torch.empty(2, 32, 4096, device="meta").transpose(1, 2)
