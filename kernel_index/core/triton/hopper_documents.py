@@ -71,26 +71,44 @@ def _read(plan, at, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def first_token(plan, document, WARPS: gl.constexpr):
+    return _read(plan, document * NUMBERS, WARPS)
+
+
+@gluon.jit
 def segments(plan, document, WARPS: gl.constexpr):
-    """The document's first token, its first segment, and how many a row visits."""
+    """The first segment of a document that rows of the tile visit, and how many they visit."""
     begin = _read(plan, document * NUMBERS + 3, WARPS)
-    return _read(plan, document * NUMBERS, WARPS), begin, _read(plan, document * NUMBERS + 6, WARPS) - begin
+    return begin, _read(plan, document * NUMBERS + 6, WARPS) - begin
 
 
 @gluon.jit
-def own_rows(plan, document, o_i, p_start, p_end):
-    """Bounds of the rows of a document, and the segments between which every row sees all."""
-    row, row_stop = _read(plan, document * NUMBERS + 1, 4), _read(plan, document * NUMBERS + 2, 4)
+def sight_of(plan, document, WARPS: gl.constexpr):
+    """A document's first token, its rows of the tile, and the segments between which every one of them sees all."""
+    at = document * NUMBERS
+    o, row, row_stop = _read(plan, at, WARPS), _read(plan, at + 1, WARPS), _read(plan, at + 2, WARPS)
+    return o, row, row_stop, _read(plan, at + 4, WARPS), _read(plan, at + 5, WARPS)
+
+
+@gluon.jit
+def is_masked(sight, j):
+    """Whether a row may not see all of the j-th segment."""
+    _o, _row, _row_stop, full, tail = sight
+    return (j < full) | (j >= tail)
+
+
+@gluon.jit
+def seen(sight, j, o_i, p_start, p_end, STEP: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Whether rows ``o_i`` of the tile see the tokens of the j-th segment: bool [ROWS, STEP].
+
+    The bounds are loaded here, since most segments need none, and a register is worth more.
+    """
+    o, row, row_stop, _full, _tail = sight
     m_doc = within(o_i, row, row_stop)
-    full, tail = _read(plan, document * NUMBERS + 4, 4), _read(plan, document * NUMBERS + 5, 4)
-    return gl.load(p_start + o_i, mask=m_doc, other=0), gl.load(p_end + o_i, mask=m_doc, other=0), full, tail
-
-
-@gluon.jit
-def selected(x, first, start, end, STEP: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """x [ROWS, STEP], 0 where the row does not see the token."""
-    o_t = first + gl.arange(0, STEP, layout=gl.SliceLayout(0, S_LAYOUT))
-    return gl.where(within(o_t[None, :], start[:, None], end[:, None]), x, 0.0)
+    start = gl.load(p_start + o_i, mask=m_doc, other=0)
+    end = gl.load(p_end + o_i, mask=m_doc, other=0)
+    o_t = o + j * STEP + gl.arange(0, STEP, layout=gl.SliceLayout(0, S_LAYOUT))
+    return within(o_t[None, :], start[:, None], end[:, None])
 
 
 @gluon.jit

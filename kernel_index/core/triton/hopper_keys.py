@@ -8,7 +8,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -21,12 +20,20 @@ from kernel_index.core.triton.hopper import (
     copy_tile,
     product_nt,
     ring,
-    rows_of,
     softcapped,
     store_tile,
     tiles_of,
 )
-from kernel_index.core.triton.hopper_documents import CONSUMERS, own_rows, plan_memory, plan_walk, segments, selected
+from kernel_index.core.triton.hopper_documents import (
+    CONSUMERS,
+    first_token,
+    is_masked,
+    plan_memory,
+    plan_walk,
+    seen,
+    segments,
+    sight_of,
+)
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 
 
@@ -37,70 +44,70 @@ class Shape(NamedTuple):
     step: int
     stages: int
     resident: bool
+    ahead: bool
 
 
-SHAPES = {64: Shape(64, 4, True), 128: Shape(32, 4, False)}
+SHAPES = {64: Shape(64, 4, True, True), 128: Shape(32, 4, False, True)}
 """Of the wider of both head sizes.  Steps are multiples of 16, so bits do not depend on them."""
 
 
 @gluon.jit
 def _produce_queries(given):
     """The queries of a document for the G heads of a group, one head after the other, with ``lse`` and ``delta``."""
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, documents, b, H, kv_head, G, first = given
+    q_desc, do_desc, k_desc, v_desc, p_lse, p_delta, lse_h, buffers, documents, b, kv_head, G, first, T = given
     k_ring, v_ring, q_ring, do_ring, lse_ring, delta_ring, plan, kv_full, q_full, q_empty = buffers
     STAGES: gl.constexpr = q_ring.shape[0]
     TILES: gl.constexpr = k_ring.shape[0]
     ROWS: gl.constexpr = k_ring.shape[1]
     BM: gl.constexpr = q_ring.shape[1]
-    BYTES: gl.constexpr = q_desc.block_type.nbytes + do_desc.block_type.nbytes + 2 * lse_desc.block_type.nbytes
+    o_i = gl.arange(0, BM, layout=gl.BlockedLayout([1], [32], [1], [0]))
     mbarrier.expect(kv_full.index(0), TILES * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for tile in gl.static_range(TILES):
         copy_tile(k_desc, b, first + tile * ROWS, kv_head, kv_full.index(0), k_ring.index(tile))
         copy_tile(v_desc, b, first + tile * ROWS, kv_head, kv_full.index(0), v_ring.index(tile))
     at = 0
     for document in range(documents):
-        o, begin, count = segments(plan, document, 1)
+        o = first_token(plan, document, 1)
+        begin, count = segments(plan, document, 1)
         for i in range(count * G):
             slot = at % STAGES
-            h = kv_head * G + i // count
+            g = i // count
             first_query = o + (begin + i % count) * BM
+            o_number = g * lse_h + first_query + o_i
+            lse = gl.load(p_lse + o_number, mask=first_query + o_i < T, other=0.0)
+            delta = gl.load(p_delta + o_number, mask=first_query + o_i < T, other=0.0)
             barrier = q_full.index(slot)
             mbarrier.wait(q_empty.index(slot), ((at // STAGES) & 1) ^ 1)
-            mbarrier.expect(barrier, BYTES)
-            copy_tile(q_desc, b, first_query, h, barrier, q_ring.index(slot))
-            copy_tile(do_desc, b, first_query, h, barrier, do_ring.index(slot))
-            tma.async_copy_global_to_shared(lse_desc, [b * H + h, first_query], barrier, lse_ring.index(slot))
-            tma.async_copy_global_to_shared(delta_desc, [b * H + h, first_query], barrier, delta_ring.index(slot))
+            mbarrier.expect(barrier, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+            copy_tile(q_desc, b, first_query, kv_head * G + g, barrier, q_ring.index(slot))
+            copy_tile(do_desc, b, first_query, kv_head * G + g, barrier, do_ring.index(slot))
+            lse_ring.index(slot).store(lse)  # the copy engine takes no rows that begin at any number
+            delta_ring.index(slot).store(delta)
+            mbarrier.arrive(barrier, count=1)
             at += 1
 
 
 @gluon.jit
-def _weights(s, sight, number, numbers, inner, outer, BM: gl.constexpr, CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """p [ROWS, BM] of the queries with a number, and the slope of their logits."""
-    o, begin, count, start, end, full, tail = sight
+def _weights(
+    s, numbers, sight, j, bounds, inner, outer, BM: gl.constexpr, CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr
+):
+    """p [ROWS, BM] of the j-th segment of queries, and the slope of their logits."""
     z = softcapped(s, inner, CAPPED)
-    p = gl.exp2(gl.fma(z, outer, -numbers.reshape([BM]).load(gl.SliceLayout(0, S_LAYOUT))[None, :]))
-    j = begin + number % count
-    masked = (j < full) | (j >= tail)
-    if masked:
-        p = selected(p, o + j * BM, start, end, BM, S_LAYOUT)
+    p = gl.exp2(gl.fma(z, outer, -numbers.load(gl.SliceLayout(0, S_LAYOUT))[None, :]))
+    if is_masked(sight, j):
+        o_i, p_start, p_end = bounds
+        p = gl.where(seen(sight, j, o_i, p_start, p_end, BM, S_LAYOUT), p, 0.0)
     return p, 1.0 - z * z if CAPPED else 1.0
 
 
 @gluon.jit
-def _score_grad(p, slope, dp, sight, number, numbers, BM: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """dz [ROWS, BM] = p · (dp − delta) · slope."""
-    o, begin, count, start, end, full, tail = sight
-    dz = p * (dp - numbers.reshape([BM]).load(gl.SliceLayout(0, S_LAYOUT))[None, :]) * slope
-    j = begin + number % count
-    masked = (j < full) | (j >= tail)
-    if masked:  # 0 times a delta of NaN is not 0
-        dz = selected(dz, o + j * BM, start, end, BM, S_LAYOUT)
-    return dz
+def _score_grad(p, slope, dp, numbers, BM: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """dz [ROWS, BM] = p · (dp − delta) · slope; NaN where a row does not see what is not finite."""
+    return p * (dp - numbers.load(gl.SliceLayout(0, S_LAYOUT))[None, :]) * slope
 
 
 @gluon.jit
-def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr):
+def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr, AHEAD: gl.constexpr):
     """Scores are transposed, [ROWS, BM]: what is multiplied with d_out and q stays in registers.
 
     The scores of a step are multiplied before the step before it is done: then products never wait for weights.
@@ -119,6 +126,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
     DZ_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, k_width=2)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, k_width=2)
     o_i = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+    bounds = (o_i, start_ptr + first, end_ptr + first)
     zero = gl.full([ROWS, BM], 0.0, gl.float32, layout=S_LAYOUT)
     dk = gl.full([ROWS, D], 0.0, gl.float32, layout=K_LAYOUT)
     dv = gl.full([ROWS, DV], 0.0, gl.float32, layout=V_LAYOUT)
@@ -128,40 +136,62 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
         k_tile, v_tile = k_tile.load(LEFT), v_tile.load(LEFT)
     at = 0
     for document in range(documents):
-        o, begin, count = segments(plan, document, 4)
-        start, end, full, tail = own_rows(plan, document, o_i, start_ptr + first, end_ptr + first)
-        sight = (o, begin, count, start, end, full, tail)
+        begin, count = segments(plan, document, 4)
+        sight = sight_of(plan, document, 4)
         steps = count * G
         if steps > 0:
             slot = at % STAGES
             mbarrier.wait(q_full.index(slot), (at // STAGES) & 1)
-            s_started = product_nt(k_tile, q_ring.index(slot), zero)
-            s = warpgroup_mma_wait(0, [s_started])
-            for i in range(1, steps):
+            if not AHEAD:
+                for i in range(steps):
+                    slot = (at + i) % STAGES
+                    if i > 0:
+                        mbarrier.wait(q_full.index(slot), ((at + i) // STAGES) & 1)
+                    s_started = product_nt(k_tile, q_ring.index(slot), zero)
+                    dp_started = product_nt(v_tile, do_ring.index(slot), zero)
+                    s = warpgroup_mma_wait(1, [s_started])
+                    j = begin + i % count
+                    p, slope = _weights(s, lse_ring.index(slot), sight, j, bounds, inner, outer, BM, CAPPED, S_LAYOUT)
+                    b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
+                    dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
+                    dp = warpgroup_mma_wait(1, [dp_started])
+                    dz = _score_grad(p, slope, dp, delta_ring.index(slot), BM, S_LAYOUT)
+                    b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
+                    dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
+                    dv = warpgroup_mma_wait(1, [dv_started])
+                    dk = warpgroup_mma_wait(0, [dk_started])
+                    mbarrier.arrive(q_empty.index(slot), count=1)
+            else:
+                s_started = product_nt(k_tile, q_ring.index(slot), zero)
+                s = warpgroup_mma_wait(0, [s_started])
+                for i in range(1, steps):
+                    dp_started = product_nt(v_tile, do_ring.index(slot), zero)
+                    j = begin + (i - 1) % count
+                    p, slope = _weights(s, lse_ring.index(slot), sight, j, bounds, inner, outer, BM, CAPPED, S_LAYOUT)
+                    b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
+                    dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
+                    after = (at + i) % STAGES
+                    mbarrier.wait(q_full.index(after), ((at + i) // STAGES) & 1)
+                    s_started = product_nt(k_tile, q_ring.index(after), zero)
+                    dp = warpgroup_mma_wait(2, [dp_started])
+                    dz = _score_grad(p, slope, dp, delta_ring.index(slot), BM, S_LAYOUT)
+                    b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
+                    dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
+                    s, dv, dk = warpgroup_mma_wait(0, [s_started, dv_started, dk_started])
+                    mbarrier.arrive(q_empty.index(slot), count=1)
+                    slot = after
                 dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-                p, slope = _weights(s, sight, i - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
+                p, slope = _weights(
+                    s, lse_ring.index(slot), sight, begin + count - 1, bounds, inner, outer, BM, CAPPED, S_LAYOUT
+                )
                 b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
                 dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
-                after = (at + i) % STAGES
-                mbarrier.wait(q_full.index(after), ((at + i) // STAGES) & 1)
-                s_started = product_nt(k_tile, q_ring.index(after), zero)
-                dp = warpgroup_mma_wait(2, [dp_started])
-                dz = _score_grad(p, slope, dp, sight, i - 1, delta_ring.index(slot), BM, S_LAYOUT)
+                dp = warpgroup_mma_wait(1, [dp_started])
+                dz = _score_grad(p, slope, dp, delta_ring.index(slot), BM, S_LAYOUT)
                 b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
                 dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
-                s, dv, dk = warpgroup_mma_wait(0, [s_started, dv_started, dk_started])
+                dv, dk = warpgroup_mma_wait(0, [dv_started, dk_started])
                 mbarrier.arrive(q_empty.index(slot), count=1)
-                slot = after
-            dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-            p, slope = _weights(s, sight, steps - 1, lse_ring.index(slot), inner, outer, BM, CAPPED, S_LAYOUT)
-            b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
-            dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
-            dp = warpgroup_mma_wait(1, [dp_started])
-            dz = _score_grad(p, slope, dp, sight, steps - 1, delta_ring.index(slot), BM, S_LAYOUT)
-            b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
-            dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
-            dv, dk = warpgroup_mma_wait(0, [dv_started, dk_started])
-            mbarrier.arrive(q_empty.index(slot), count=1)
             at += steps
     store_tile(p_dk, first + CONSUMER * ROWS, dk_t, dk * scale, T, D)
     store_tile(p_dv, first + CONSUMER * ROWS, dv_t, dv, T, DV)
@@ -169,11 +199,12 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
 
 @QuickHopperKernel
 def _keys_kernel(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, start_ptr, end_ptr, origin_ptr, dk_ptr, dv_ptr, bounds_b, T,
-    H, G, scale, inner, outer, STAGES: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr,
+    q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, start_ptr, end_ptr, origin_ptr, dk_ptr, dv_ptr, bounds_b,
+    lse_h, T, H, G, scale, inner, outer,
+    STAGES: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one KV head; ``start`` and ``end`` bound the queries that see each key."""
-    NUMBER_LAYOUT: gl.constexpr = lse_desc.layout
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BM: gl.constexpr = q_desc.block_type.shape[1]
     D: gl.constexpr = k_desc.block_type.shape[3]
     DV: gl.constexpr = v_desc.block_type.shape[3]
@@ -183,11 +214,11 @@ def _keys_kernel(
         ring(v_desc, CONSUMERS),
         ring(q_desc, STAGES),
         ring(do_desc, STAGES),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], NUMBER_LAYOUT),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], NUMBER_LAYOUT),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BM], FLAT),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BM], FLAT),
         plan_memory(BN),
         barriers(1, 1),
-        barriers(STAGES, 1),
+        barriers(STAGES, 2),
         barriers(STAGES, CONSUMERS),
     )
     fence_async_shared()
@@ -202,11 +233,15 @@ def _keys_kernel(
         buffers, documents, start_ptr, end_ptr, dk_ptr + o_head * D, dv_ptr + o_head * DV, K * D, K * DV, first, T, G,
         scale, inner, outer,
     )  # fmt: skip
-    produced = (q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, buffers, documents, b, H, kv_head, G, first)
+    o_number = (b * H + kv_head * G).to(gl.int64) * lse_h
+    produced = (
+        q_desc, do_desc, k_desc, v_desc, lse_ptr + o_number, delta_ptr + o_number, lse_h, buffers, documents, b,
+        kv_head, G, first, T,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume_queries, (consumed, 0, CAPPED, RESIDENT)),
-            (_consume_queries, (consumed, 1, CAPPED, RESIDENT)),
+            (_consume_queries, (consumed, 0, CAPPED, RESIDENT, AHEAD)),
+            (_consume_queries, (consumed, 1, CAPPED, RESIDENT, AHEAD)),
             (_produce_queries, (produced,)),
         ],
         TWO[0],
@@ -218,14 +253,13 @@ def backward_keys(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, bounds: tuple[Tensor, ...],
     scale: float, softcap: float, outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``lse`` and ``delta``: [B, T, H] of ``device_documents.rows_like``; ``bounds``: start, end and origin."""
+    """``lse`` and ``delta`` lie as those of ``device_documents``; ``bounds``: start, end and origin."""
     (B, T, K, D), H = k.shape, q.shape[2]
-    step, stages, resident = SHAPES[max(D, v.shape[3])]
-    of_rows = [rows_of(x.transpose(1, 2), step) for x in (lse, delta)]
+    step, stages, resident, ahead = SHAPES[max(D, v.shape[3])]
     with on_device(q):
         _keys_kernel[(ceil_div(T, ROWS * CONSUMERS.value), B * K)](
-            tiles_of(q, step), tiles_of(d_out, step), tiles_of(k, ROWS), tiles_of(v, ROWS), *of_rows, *bounds,
-            *outputs, row_stride(bounds[0]), T, H, H // K, scale, *score_factors(scale, softcap), stages, softcap > 0,
-            resident, num_warps=4,
+            tiles_of(q, step), tiles_of(d_out, step), tiles_of(k, ROWS), tiles_of(v, ROWS), lse, delta, *bounds,
+            *outputs, row_stride(bounds[0]), lse.stride(2), T, H, H // K, scale, *score_factors(scale, softcap),
+            stages, softcap > 0, resident, ahead, num_warps=4,
         )  # fmt: skip
     return outputs

@@ -29,9 +29,16 @@ from kernel_index.core.triton.hopper import (
     softcapped,
     store_tile,
     tiles_of,
-    within,
 )
-from kernel_index.core.triton.hopper_documents import own_rows, plan_memory, plan_walk, segments
+from kernel_index.core.triton.hopper_documents import (
+    first_token,
+    is_masked,
+    plan_memory,
+    plan_walk,
+    seen,
+    segments,
+    sight_of,
+)
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 
 
@@ -59,7 +66,8 @@ def _produce(given):
         copy_tile(q_desc, b, first + tile * ROWS, h, q_full.index(0), q_ring.index(tile))
     at = 0
     for document in range(documents):
-        o, begin, count = segments(plan, document, 1)
+        o = first_token(plan, document, 1)
+        begin, count = segments(plan, document, 1)
         for i in range(count):
             slot = at % STAGES
             phase = ((at // STAGES) & 1) ^ 1
@@ -75,15 +83,13 @@ def _produce(given):
 
 @gluon.jit
 def _online_softmax(
-    s, row_max, row_sum, sight, j, inner, outer, BN: gl.constexpr, CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr
+    s, row_max, row_sum, sight, j, bounds, inner, outer, BN: gl.constexpr, CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr
 ):
     """Of the j-th segment: see ``_forward_step`` of ``documents.py``."""
-    o, start, end, full, tail = sight
     z = softcapped(s, inner, CAPPED)
-    masked = (j < full) | (j >= tail)
-    if masked:
-        o_k = o + j * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
-        z = gl.where(within(o_k[None, :], start[:, None], end[:, None]), z, float("-inf"))
+    if is_masked(sight, j):
+        o_i, p_start, p_end = bounds
+        z = gl.where(seen(sight, j, o_i, p_start, p_end, BN, S_LAYOUT), z, float("-inf"))
     new_max = gl.maximum(row_max, gl.max(z, 1) * outer)
     shift = gl.where(new_max == float("-inf"), 0.0, new_max)
     p = gl.exp2(gl.fma(z, outer, -shift[:, None]))
@@ -105,6 +111,7 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     o_i = CONSUMER * ROWS + gl.arange(0, ROWS, layout=ROW)
+    bounds = (o_i, start_ptr + first, end_ptr + first)
     row_max = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW)
     row_sum = gl.full([ROWS], 0.0, gl.float32, layout=ROW)
     zero = gl.full([ROWS, BN], 0.0, gl.float32, layout=S_LAYOUT)
@@ -113,9 +120,8 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
     q_tile = q_ring.index(CONSUMER)
     at = 0
     for document in range(documents):
-        o, begin, count = segments(plan, document, 4)
-        start, end, full, tail = own_rows(plan, document, o_i, start_ptr + first, end_ptr + first)
-        sight = (o, start, end, full, tail)
+        begin, count = segments(plan, document, 4)
+        sight = sight_of(plan, document, 4)
         if count > 0:
             slot = at % STAGES
             mbarrier.wait(k_full.index(slot), (at // STAGES) & 1)
@@ -123,7 +129,7 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
             s = warpgroup_mma_wait(0, [s_started])
             mbarrier.arrive(k_empty.index(slot), count=1)
             p, alpha, row_max, row_sum = _online_softmax(
-                s, row_max, row_sum, sight, begin, inner, outer, BN, CAPPED, S_LAYOUT
+                s, row_max, row_sum, sight, begin, bounds, inner, outer, BN, CAPPED, S_LAYOUT
             )
             acc = acc * gl.convert_layout(alpha, OUT_ROW)[:, None]
             b_p = gl.convert_layout(p.to(v_ring.dtype), P_LAYOUT)
@@ -136,7 +142,7 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
                 s = warpgroup_mma_wait(1, [s_started])
                 mbarrier.arrive(k_empty.index(after), count=1)
                 p, alpha, row_max, row_sum = _online_softmax(
-                    s, row_max, row_sum, sight, begin + i, inner, outer, BN, CAPPED, S_LAYOUT
+                    s, row_max, row_sum, sight, begin + i, bounds, inner, outer, BN, CAPPED, S_LAYOUT
                 )
                 acc = warpgroup_mma_wait(0, [acc_started])
                 mbarrier.arrive(v_empty.index(slot), count=1)

@@ -24,7 +24,16 @@ from kernel_index.core.triton.hopper import (
     store_tile,
     tiles_of,
 )
-from kernel_index.core.triton.hopper_documents import CONSUMERS, own_rows, plan_memory, plan_walk, segments, selected
+from kernel_index.core.triton.hopper_documents import (
+    CONSUMERS,
+    first_token,
+    is_masked,
+    plan_memory,
+    plan_walk,
+    seen,
+    segments,
+    sight_of,
+)
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
 
 
@@ -53,7 +62,8 @@ def _produce_keys(given):
         copy_tile(do_desc, b, first + tile * ROWS, h, q_full.index(0), do_ring.index(tile))
     at = 0
     for document in range(documents):
-        o, begin, count = segments(plan, document, 1)
+        o = first_token(plan, document, 1)
+        begin, count = segments(plan, document, 1)
         for i in range(count):
             slot = at % STAGES
             mbarrier.wait(kv_empty.index(slot), ((at // STAGES) & 1) ^ 1)
@@ -65,19 +75,18 @@ def _produce_keys(given):
 
 @gluon.jit
 def _row_grad(
-    s, dp_started, delta, lse, sight, j, inner, outer, BN: gl.constexpr, CAPPED: gl.constexpr, PENDING: gl.constexpr,
-    S_LAYOUT: gl.constexpr,
+    s, dp_started, delta, lse, sight, j, bounds, inner, outer, BN: gl.constexpr, CAPPED: gl.constexpr,
+    PENDING: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """dz [ROWS, BN] of the j-th segment; ``dp`` is waited for as late as possible."""
-    o, start, end, full, tail = sight
     z = softcapped(s, inner, CAPPED)
     p = gl.exp2(gl.fma(z, outer, -lse[:, None]))
     slope = 1.0 - z * z if CAPPED else 1.0
     dp = warpgroup_mma_wait(PENDING, [dp_started])
     dz = p * (dp - delta[:, None]) * slope
-    masked = (j < full) | (j >= tail)
-    if masked:
-        dz = selected(dz, o + j * BN, start, end, BN, S_LAYOUT)
+    if is_masked(sight, j):
+        o_i, p_start, p_end = bounds
+        dz = gl.where(seen(sight, j, o_i, p_start, p_end, BN, S_LAYOUT), dz, 0.0)
     return dz
 
 
@@ -120,22 +129,22 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
     delta = gl.where(m_some, delta, 0.0)
     gl.store(p_delta + o_q, delta, mask=m_q)
     lse = gl.where(m_some, gl.load(p_lse + o_q, mask=m_q, other=0.0), float("inf"))
+    bounds = (o_i, start_ptr + first, end_ptr + first)
     zero = gl.full([ROWS, BN], 0.0, gl.float32, layout=S_LAYOUT)
     dq = gl.full([ROWS, D], 0.0, gl.float32, layout=Q_LAYOUT)
     mbarrier.wait(q_full.index(0), 0)  # also without keys: a program that ends gives its shared memory to the next
     q_tile, do_tile = q_ring.index(CONSUMER), do_ring.index(CONSUMER)
     at = 0
     for document in range(documents):
-        o, begin, count = segments(plan, document, 4)
-        start, end, full, tail = own_rows(plan, document, o_i, start_ptr + first, end_ptr + first)
-        sight = (o, start, end, full, tail)
+        begin, count = segments(plan, document, 4)
+        sight = sight_of(plan, document, 4)
         if count > 0:
             slot = at % STAGES
             mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
             s_started = product_nt(q_tile, k_ring.index(slot), zero)
             dp_started = product_nt(do_tile, v_ring.index(slot), zero)
             s = warpgroup_mma_wait(1, [s_started])
-            dz = _row_grad(s, dp_started, delta, lse, sight, begin, inner, outer, BN, CAPPED, 0, S_LAYOUT)
+            dz = _row_grad(s, dp_started, delta, lse, sight, begin, bounds, inner, outer, BN, CAPPED, 0, S_LAYOUT)
             b_dz = gl.convert_layout(dz.to(k_ring.dtype), DZ_LAYOUT)
             for i in range(1, count):
                 after = (at + i) % STAGES
@@ -144,7 +153,9 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
                 dp_started = product_nt(do_tile, v_ring.index(after), zero)
                 dq_started = warpgroup_mma(b_dz, k_ring.index(slot), dq, is_async=True)
                 s = warpgroup_mma_wait(2, [s_started])
-                dz = _row_grad(s, dp_started, delta, lse, sight, begin + i, inner, outer, BN, CAPPED, 1, S_LAYOUT)
+                dz = _row_grad(
+                    s, dp_started, delta, lse, sight, begin + i, bounds, inner, outer, BN, CAPPED, 1, S_LAYOUT
+                )
                 dq = warpgroup_mma_wait(0, [dq_started])
                 mbarrier.arrive(kv_empty.index(slot), count=1)
                 b_dz = gl.convert_layout(dz.to(k_ring.dtype), DZ_LAYOUT)
