@@ -100,6 +100,49 @@ def test_what_a_row_does_not_see_may_be_anything(width):
     assert found[3][0, 318:321].isnan().any()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted")
+@pytest.mark.parametrize("written", [torch.nan, 1.0])
+def test_a_tile_that_holds_a_nan_is_made_again_and_no_other(monkeypatch, written):
+    """Nothing with roles runs here: its results are NaN, then numbers, wherever it would write."""
+    pytest.importorskip("triton")
+    from kernel_index.core.triton import hopper_keys, hopper_outputs, hopper_queries
+
+    q, d_out = (torch.randn(1, 70, 4, 16) for _ in range(2))
+    k, v = (torch.randn(1, 70, 2, 16) for _ in range(2))
+    at = torch.arange(70, dtype=torch.int32)[None]
+    origin = torch.where(at < 30, 0, 30).to(torch.int32)
+    seen_by = at, torch.where(at < 30, 30, 70).to(torch.int32)
+    scoring = device_documents.Scoring(0.25, 0.0)
+
+    def found():
+        out, lse = device_documents._launch(q, k, v, None, origin, at + 1, origin, None, None, 0, *scoring)
+        given = d_out, None, q, k, v, results.get("out", out), results.get("lse", lse), origin, at + 1, origin
+        d_q, delta = device_documents._launch_queries(*given, None, *scoring)
+        lse, delta = results.get("lse", lse), results.get("delta", delta)
+        d_kv = device_documents._launch_keys(d_out, q, k, v, lse, delta, *seen_by, origin, None, *scoring)
+        return {"out": out, "lse": lse, "dq": d_q, "delta": delta, "dk": d_kv[0], "dv": d_kv[1]}
+
+    results = {}
+    results = expected = found()
+
+    def write(*given):
+        for x, name in zip(given[-1], ("out", "lse"), strict=True):
+            x.fill_(written) if name == "out" else x.copy_(expected["lse"])
+        return given[-1]
+
+    def write_queries(*given):
+        given[-1][0].fill_(written), given[-1][1].copy_(expected["delta"])
+
+    monkeypatch.setattr(hopper_outputs, "forward", write)
+    monkeypatch.setattr(hopper_queries, "backward_queries", write_queries)
+    monkeypatch.setattr(hopper_keys, "backward_keys", lambda *given: [x.fill_(written) for x in given[-1]])
+    monkeypatch.setattr(device_documents, "_has_roles", lambda *_: True)
+    again = found()
+    for name in ("out", "dq", "dk", "dv"):
+        wanted = expected[name] if written != written else torch.ones_like(expected[name])
+        assert torch.equal(again[name], wanted), name
+
+
 COMPILE = """
 import torch
 from kernel_index.core.triton import hopper_keys, hopper_outputs, hopper_queries
@@ -121,6 +164,7 @@ for width, softcap in ((64, 0.0), (64, 20.0), (128, 0.0)):
 """
 
 
+@pytest.mark.thorough
 def test_they_compile_and_keep_registers():
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
