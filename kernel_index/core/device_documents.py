@@ -121,14 +121,14 @@ def _launch(q, k, v, sink, start, end, origin, table, bits, page, scale, softcap
     if out.numel() == 0:
         return out, lse
     bounds, scoring = _bounds(start, end, origin), Scoring(scale, softcap, block)
-    again = table is None and bits is None and sink is None and queries > FEW and _has_roles(q, v)
+    again = table is None and bits is None and sink is None and queries > FEW and _has_roles(q, v, softcap)
     (q, sink), (k, v) = launch.dense((q, sink)), map(launch.dense_heads, (k, v))
     page = 0 if table is None else page
     made = _launch_of("forward", q, k, v, scoring, HAS_SINK=sink is not None, PAGE=page, AGAIN=again)
     if again:
         from kernel_index.core.triton import hopper_outputs
 
-        hopper_outputs.forward(q, k, v, bounds, made.config.step, scale, softcap, (out, lse))
+        hopper_outputs.forward(q, k, v, bounds, made.config.step, scale, (out, lse))
     grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         documents_kernel[grid](
@@ -176,11 +176,11 @@ def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, s
     d_out, d_lse, q, k, v = launch.dense((d_out, d_lse, q, k, v))
     lse = _as_numbers(lse, q)
     bounds = _bounds(start, end, origin)
-    again = bits is None and _has_roles(q, v)
+    again = bits is None and _has_roles(q, v, softcap)
     if again:
         from kernel_index.core.triton import hopper_queries
 
-        given = d_out, d_lse, q, k, v, out, lse, bounds, scale, softcap
+        given = d_out, d_lse, q, k, v, out, lse, bounds, scale
         hopper_queries.backward_queries(*given, (d_q, delta))
     made = _launch_of(
         "queries", q, k, v, Scoring(scale, softcap, block), HAS_D_LSE=d_lse is not None, AGAIN=again
@@ -209,11 +209,11 @@ def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, so
     d_out, q, k, v = launch.dense((d_out, q, k, v))
     lse, delta = _as_numbers(lse, q), _as_numbers(delta, q)
     bounds = _bounds(start, end, origin)
-    again = bits is None and _has_roles(q, v)
+    again = bits is None and _has_roles(q, v, softcap)
     if again:
         from kernel_index.core.triton import hopper_keys
 
-        hopper_keys.backward_keys(d_out, q, k, v, lse, delta, bounds, scale, softcap, (d_k, d_v))
+        hopper_keys.backward_keys(d_out, q, k, v, lse, delta, bounds, scale, (d_k, d_v))
     made = _launch_of("keys", q, k, v, Scoring(scale, softcap, block), H=heads, AGAIN=again)
     grid = (launch.ceil_div(tokens, made.config.tile), batch * heads // group)
     with launch.on_device(q):
@@ -225,9 +225,12 @@ def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, so
     return d_k, d_v
 
 
-def _has_roles(q: Tensor, v: Tensor) -> bool:
-    """Whether kernels whose warps have roles take these heads: on Hopper; they give the bits of the others."""
-    if q.dtype not in rules.HALF or {q.shape[3], v.shape[3]} - {64, 128}:
+def _has_roles(q: Tensor, v: Tensor, softcap: float) -> bool:
+    """Whether kernels whose warps have roles take these heads: on Hopper; they give the bits of the others.
+
+    A softcap is another sum of instructions there, and few queries of a cache have no form there.
+    """
+    if softcap > 0 or q.dtype not in rules.HALF or {q.shape[3], v.shape[3]} - {64, 128}:
         return False
     target = target_of(q.device)
     return target.kind == "cuda" and target.arch == 90 and triton_version() >= (3, 6)

@@ -20,7 +20,6 @@ from kernel_index.core.triton.hopper import (
     copy_tile,
     product_nt,
     ring,
-    softcapped,
     store_tile,
     tiles_of,
 )
@@ -38,16 +37,13 @@ from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, sco
 
 
 class Shape(NamedTuple):
-    """Rows of the tiles that the producer copies, slots of its ring, and whether a consumer's keys and values are in
-    registers."""
+    """Rows of the tiles that the producer copies, and slots of its ring."""
 
     step: int
     stages: int
-    resident: bool
-    ahead: bool
 
 
-SHAPES = {64: Shape(64, 4, True, True), 128: Shape(32, 4, False, True)}
+SHAPES = {64: Shape(128, 2), 128: Shape(64, 2)}
 """Of the wider of both head sizes.  Steps are multiples of 16, so bits do not depend on them."""
 
 
@@ -88,31 +84,9 @@ def _produce_queries(given):
 
 
 @gluon.jit
-def _weights(
-    s, numbers, sight, j, bounds, inner, outer, BM: gl.constexpr, CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr
-):
-    """p [ROWS, BM] of the j-th segment of queries, and the slope of their logits."""
-    z = softcapped(s, inner, CAPPED)
-    p = gl.exp2(gl.fma(z, outer, -numbers.load(gl.SliceLayout(0, S_LAYOUT))[None, :]))
-    if is_masked(sight, j):
-        o_i, p_start, p_end = bounds
-        p = gl.where(seen(sight, j, o_i, p_start, p_end, BM, S_LAYOUT), p, 0.0)
-    return p, 1.0 - z * z if CAPPED else 1.0
-
-
-@gluon.jit
-def _score_grad(p, slope, dp, numbers, BM: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """dz [ROWS, BM] = p · (dp − delta) · slope; NaN where a row does not see what is not finite."""
-    return p * (dp - numbers.load(gl.SliceLayout(0, S_LAYOUT))[None, :]) * slope
-
-
-@gluon.jit
-def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr, AHEAD: gl.constexpr):
-    """Scores are transposed, [ROWS, BM]: what is multiplied with d_out and q stays in registers.
-
-    The scores of a step are multiplied before the step before it is done: then products never wait for weights.
-    """
-    buffers, documents, start_ptr, end_ptr, p_dk, p_dv, dk_t, dv_t, first, T, G, scale, inner, outer = given
+def _consume_queries(given, CONSUMER: gl.constexpr):
+    """Scores are transposed, [ROWS, BM]: what is multiplied with d_out and q stays in registers."""
+    buffers, documents, start_ptr, end_ptr, p_dk, p_dv, dk_t, dv_t, first, T, G, scale, outer = given
     k_ring, v_ring, q_ring, do_ring, lse_ring, delta_ring, plan, kv_full, q_full, q_empty = buffers
     STAGES: gl.constexpr = q_ring.shape[0]
     ROWS: gl.constexpr = k_ring.shape[1]
@@ -122,77 +96,39 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     K_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     V_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, V_LAYOUT, k_width=2)
-    DZ_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, K_LAYOUT, k_width=2)
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, k_width=2)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     o_i = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    bounds = (o_i, start_ptr + first, end_ptr + first)
     zero = gl.full([ROWS, BM], 0.0, gl.float32, layout=S_LAYOUT)
     dk = gl.full([ROWS, D], 0.0, gl.float32, layout=K_LAYOUT)
     dv = gl.full([ROWS, DV], 0.0, gl.float32, layout=V_LAYOUT)
     mbarrier.wait(kv_full.index(0), 0)
     k_tile, v_tile = k_ring.index(CONSUMER), v_ring.index(CONSUMER)
-    if RESIDENT:
-        k_tile, v_tile = k_tile.load(LEFT), v_tile.load(LEFT)
     at = 0
     for document in range(documents):
         begin, count = segments(plan, document, 4)
         sight = sight_of(plan, document, 4)
-        steps = count * G
-        if steps > 0:
+        for i in range(count * G):
             slot = at % STAGES
             mbarrier.wait(q_full.index(slot), (at // STAGES) & 1)
-            if not AHEAD:
-                for i in range(steps):
-                    slot = (at + i) % STAGES
-                    if i > 0:
-                        mbarrier.wait(q_full.index(slot), ((at + i) // STAGES) & 1)
-                    s_started = product_nt(k_tile, q_ring.index(slot), zero)
-                    dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-                    s = warpgroup_mma_wait(1, [s_started])
-                    j = begin + i % count
-                    p, slope = _weights(s, lse_ring.index(slot), sight, j, bounds, inner, outer, BM, CAPPED, S_LAYOUT)
-                    b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
-                    dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
-                    dp = warpgroup_mma_wait(1, [dp_started])
-                    dz = _score_grad(p, slope, dp, delta_ring.index(slot), BM, S_LAYOUT)
-                    b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
-                    dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
-                    dv = warpgroup_mma_wait(1, [dv_started])
-                    dk = warpgroup_mma_wait(0, [dk_started])
-                    mbarrier.arrive(q_empty.index(slot), count=1)
-            else:
-                s_started = product_nt(k_tile, q_ring.index(slot), zero)
-                s = warpgroup_mma_wait(0, [s_started])
-                for i in range(1, steps):
-                    dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-                    j = begin + (i - 1) % count
-                    p, slope = _weights(s, lse_ring.index(slot), sight, j, bounds, inner, outer, BM, CAPPED, S_LAYOUT)
-                    b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
-                    dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
-                    after = (at + i) % STAGES
-                    mbarrier.wait(q_full.index(after), ((at + i) // STAGES) & 1)
-                    s_started = product_nt(k_tile, q_ring.index(after), zero)
-                    dp = warpgroup_mma_wait(2, [dp_started])
-                    dz = _score_grad(p, slope, dp, delta_ring.index(slot), BM, S_LAYOUT)
-                    b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
-                    dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
-                    s, dv, dk = warpgroup_mma_wait(0, [s_started, dv_started, dk_started])
-                    mbarrier.arrive(q_empty.index(slot), count=1)
-                    slot = after
-                dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-                p, slope = _weights(
-                    s, lse_ring.index(slot), sight, begin + count - 1, bounds, inner, outer, BM, CAPPED, S_LAYOUT
-                )
-                b_p = gl.convert_layout(p.to(q_ring.dtype), P_LAYOUT)
-                dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
-                dp = warpgroup_mma_wait(1, [dp_started])
-                dz = _score_grad(p, slope, dp, delta_ring.index(slot), BM, S_LAYOUT)
-                b_dz = gl.convert_layout(dz.to(q_ring.dtype), DZ_LAYOUT)
-                dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
-                dv, dk = warpgroup_mma_wait(0, [dv_started, dk_started])
-                mbarrier.arrive(q_empty.index(slot), count=1)
-            at += steps
+            s_started = product_nt(k_tile, q_ring.index(slot), zero)
+            dp_started = product_nt(v_tile, do_ring.index(slot), zero)
+            z = warpgroup_mma_wait(1, [s_started])
+            lse = lse_ring.index(slot).load(COLUMN)  # not before: there is no register for it
+            p = gl.exp2(gl.fma(z, outer, -lse[None, :]))
+            j = begin + i % count
+            if is_masked(sight, j):  # dz is 0 with p, or NaN: then it is made again
+                p = gl.where(seen(sight, j, o_i, start_ptr + first, end_ptr + first, BM, S_LAYOUT), p, 0.0)
+            b_p = gl.convert_layout(p.to(q_ring.dtype), gl.DotOperandLayout(0, V_LAYOUT, k_width=2))
+            dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
+            dp = warpgroup_mma_wait(1, [dp_started])
+            delta = delta_ring.index(slot).load(COLUMN)  # nor for this
+            dz = p * (dp - delta[None, :])
+            b_dz = gl.convert_layout(dz.to(q_ring.dtype), gl.DotOperandLayout(0, K_LAYOUT, k_width=2))
+            dk_started = warpgroup_mma(b_dz, q_ring.index(slot), dk, is_async=True)
+            dv = warpgroup_mma_wait(1, [dv_started])
+            dk = warpgroup_mma_wait(0, [dk_started])
+            mbarrier.arrive(q_empty.index(slot), count=1)
+            at += 1
     store_tile(p_dk, first + CONSUMER * ROWS, dk_t, dk * scale, T, D)
     store_tile(p_dv, first + CONSUMER * ROWS, dv_t, dv, T, DV)
 
@@ -200,8 +136,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, RESIDE
 @QuickHopperKernel
 def _keys_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_ptr, delta_ptr, start_ptr, end_ptr, origin_ptr, dk_ptr, dv_ptr, bounds_b,
-    lse_h, T, H, G, scale, inner, outer,
-    STAGES: gl.constexpr, CAPPED: gl.constexpr, RESIDENT: gl.constexpr, AHEAD: gl.constexpr,
+    lse_h, T, H, G, scale, outer, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys of one KV head; ``start`` and ``end`` bound the queries that see each key."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -231,7 +166,7 @@ def _keys_kernel(
     o_head = b.to(gl.int64) * T * K + kv_head
     consumed = (
         buffers, documents, start_ptr, end_ptr, dk_ptr + o_head * D, dv_ptr + o_head * DV, K * D, K * DV, first, T, G,
-        scale, inner, outer,
+        scale, outer,
     )  # fmt: skip
     o_number = (b * H + kv_head * G).to(gl.int64) * lse_h
     produced = (
@@ -240,8 +175,8 @@ def _keys_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume_queries, (consumed, 0, CAPPED, RESIDENT, AHEAD)),
-            (_consume_queries, (consumed, 1, CAPPED, RESIDENT, AHEAD)),
+            (_consume_queries, (consumed, 0)),
+            (_consume_queries, (consumed, 1)),
             (_produce_queries, (produced,)),
         ],
         TWO[0],
@@ -251,15 +186,15 @@ def _keys_kernel(
 
 def backward_keys(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, bounds: tuple[Tensor, ...],
-    scale: float, softcap: float, outputs: tuple[Tensor, Tensor],
+    scale: float, outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``lse`` and ``delta`` lie as those of ``device_documents``; ``bounds``: start, end and origin."""
     (B, T, K, D), H = k.shape, q.shape[2]
-    step, stages, resident, ahead = SHAPES[max(D, v.shape[3])]
+    step, stages = SHAPES[max(D, v.shape[3])]
     with on_device(q):
         _keys_kernel[(ceil_div(T, ROWS * CONSUMERS.value), B * K)](
             tiles_of(q, step), tiles_of(d_out, step), tiles_of(k, ROWS), tiles_of(v, ROWS), lse, delta, *bounds,
-            *outputs, row_stride(bounds[0]), lse.stride(2), T, H, H // K, scale, *score_factors(scale, softcap),
-            stages, softcap > 0, resident, ahead, num_warps=4,
+            *outputs, row_stride(bounds[0]), lse.stride(2), T, H, H // K, scale, score_factors(scale, 0.0)[1], stages,
+            num_warps=4,
         )  # fmt: skip
     return outputs

@@ -26,7 +26,6 @@ from kernel_index.core.triton.hopper import (
     has_tiles,
     product_nt,
     ring,
-    softcapped,
     store_tile,
     tiles_of,
 )
@@ -82,24 +81,21 @@ def _produce(given):
 
 
 @gluon.jit
-def _online_softmax(
-    s, row_max, row_sum, sight, j, bounds, inner, outer, BN: gl.constexpr, CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr
-):
+def _online_softmax(s, row_max, row_sum, sight, j, bounds, outer, BN: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Of the j-th segment: see ``_forward_step`` of ``documents.py``."""
-    z = softcapped(s, inner, CAPPED)
     if is_masked(sight, j):
         o_i, p_start, p_end = bounds
-        z = gl.where(seen(sight, j, o_i, p_start, p_end, BN, S_LAYOUT), z, float("-inf"))
-    new_max = gl.maximum(row_max, gl.max(z, 1) * outer)
+        s = gl.where(seen(sight, j, o_i, p_start, p_end, BN, S_LAYOUT), s, float("-inf"))
+    new_max = gl.maximum(row_max, gl.max(s, 1) * outer)
     shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-    p = gl.exp2(gl.fma(z, outer, -shift[:, None]))
+    p = gl.exp2(gl.fma(s, outer, -shift[:, None]))
     alpha = gl.exp2(row_max - shift)
     return p, alpha, new_max, gl.fma(row_sum, alpha, gl.sum(p, 1))
 
 
 @gluon.jit
-def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
-    buffers, documents, start_ptr, end_ptr, p_out, p_lse, out_t, first, T, inner, outer = given
+def _consume(given, CONSUMER: gl.constexpr):
+    buffers, documents, start_ptr, end_ptr, p_out, p_lse, out_t, first, T, outer = given
     q_ring, k_ring, v_ring, plan, q_full, k_full, k_empty, v_full, v_empty = buffers
     STAGES: gl.constexpr = k_ring.shape[0]
     ROWS: gl.constexpr = q_ring.shape[1]
@@ -128,9 +124,7 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
             s_started = product_nt(q_tile, k_ring.index(slot), zero)
             s = warpgroup_mma_wait(0, [s_started])
             mbarrier.arrive(k_empty.index(slot), count=1)
-            p, alpha, row_max, row_sum = _online_softmax(
-                s, row_max, row_sum, sight, begin, bounds, inner, outer, BN, CAPPED, S_LAYOUT
-            )
+            p, alpha, row_max, row_sum = _online_softmax(s, row_max, row_sum, sight, begin, bounds, outer, BN, S_LAYOUT)
             acc = acc * gl.convert_layout(alpha, OUT_ROW)[:, None]
             b_p = gl.convert_layout(p.to(v_ring.dtype), P_LAYOUT)
             for i in range(1, count):
@@ -142,7 +136,7 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
                 s = warpgroup_mma_wait(1, [s_started])
                 mbarrier.arrive(k_empty.index(after), count=1)
                 p, alpha, row_max, row_sum = _online_softmax(
-                    s, row_max, row_sum, sight, begin + i, bounds, inner, outer, BN, CAPPED, S_LAYOUT
+                    s, row_max, row_sum, sight, begin + i, bounds, outer, BN, S_LAYOUT
                 )
                 acc = warpgroup_mma_wait(0, [acc_started])
                 mbarrier.arrive(v_empty.index(slot), count=1)
@@ -165,8 +159,8 @@ def _consume(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr):
 
 @QuickHopperKernel
 def _outputs_kernel(
-    q_desc, k_desc, v_desc, start_ptr, end_ptr, origin_ptr, out_ptr, lse_ptr, bounds_b, lse_h, T, H, G, inner, outer,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr,
+    q_desc, k_desc, v_desc, start_ptr, end_ptr, origin_ptr, out_ptr, lse_ptr, bounds_b, lse_h, T, H, G, outer,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head."""
     BN: gl.constexpr = k_desc.block_type.shape[1]
@@ -191,14 +185,14 @@ def _outputs_kernel(
     documents = plan_walk(buffers[3], start_ptr, end_ptr, origin_ptr + b * bounds_b, first, T, BM, BN)
     consumed = (
         buffers, documents, start_ptr, end_ptr, out_ptr + (b.to(gl.int64) * T * H + h) * DV,
-        lse_ptr + (b * H + h).to(gl.int64) * lse_h, H * DV, first, T, inner, outer,
+        lse_ptr + (b * H + h).to(gl.int64) * lse_h, H * DV, first, T, outer,
     )  # fmt: skip
     produced = (q_desc, k_desc, v_desc, buffers, documents, b, h, h // G, first)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (consumed, 0, CAPPED)),
-                (_consume, (consumed, 1, CAPPED)),
+                (_consume, (consumed, 0)),
+                (_consume, (consumed, 1)),
                 (_produce, (produced,)),
             ],
             TWO[0],
@@ -207,9 +201,9 @@ def _outputs_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (consumed, 0, CAPPED)),
-                (_consume, (consumed, 1, CAPPED)),
-                (_consume, (consumed, 2, CAPPED)),
+                (_consume, (consumed, 0)),
+                (_consume, (consumed, 1)),
+                (_consume, (consumed, 2)),
                 (_produce, (produced,)),
             ],
             THREE[0],
@@ -218,7 +212,7 @@ def _outputs_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, ...], step: int, scale: float, softcap: float,
+    q: Tensor, k: Tensor, v: Tensor, bounds: tuple[Tensor, ...], step: int, scale: float,
     outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``outputs``: out, dense, and ``lse`` of ``device_documents``; ``step``: keys of a segment."""
@@ -228,7 +222,7 @@ def forward(
     with on_device(q):
         _outputs_kernel[(ceil_div(T, ROWS * consumers), B * H)](
             tiles_of(q, ROWS), tiles_of(k, step), tiles_of(v, step), *bounds, *outputs, row_stride(bounds[0]),
-            outputs[1].stride(2), T, H, H // K, *score_factors(scale, softcap), consumers, stages, softcap > 0,
+            outputs[1].stride(2), T, H, H // K, score_factors(scale, 0.0)[1], consumers, stages,
             num_warps=4,
         )  # fmt: skip
     return outputs

@@ -20,7 +20,6 @@ from kernel_index.core.triton.hopper import (
     copy_tile,
     product_nt,
     ring,
-    softcapped,
     store_tile,
     tiles_of,
 )
@@ -75,15 +74,13 @@ def _produce_keys(given):
 
 @gluon.jit
 def _row_grad(
-    s, dp_started, delta, lse, sight, j, bounds, inner, outer, BN: gl.constexpr, CAPPED: gl.constexpr,
+    s, dp_started, delta, lse, sight, j, bounds, outer, BN: gl.constexpr,
     PENDING: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """dz [ROWS, BN] of the j-th segment; ``dp`` is waited for as late as possible."""
-    z = softcapped(s, inner, CAPPED)
-    p = gl.exp2(gl.fma(z, outer, -lse[:, None]))
-    slope = 1.0 - z * z if CAPPED else 1.0
+    p = gl.exp2(gl.fma(s, outer, -lse[:, None]))
     dp = warpgroup_mma_wait(PENDING, [dp_started])
-    dz = p * (dp - delta[:, None]) * slope
+    dz = p * (dp - delta[:, None])
     if is_masked(sight, j):
         o_i, p_start, p_end = bounds
         dz = gl.where(seen(sight, j, o_i, p_start, p_end, BN, S_LAYOUT), dz, 0.0)
@@ -104,10 +101,10 @@ def _delta(pointers, first, T, do_t, DV: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE: gl.constexpr):
+def _consume_keys(given, CONSUMER: gl.constexpr, HAS_D_LSE: gl.constexpr):
     (
         buffers, documents, start_ptr, end_ptr, pointers, p_d_lse, p_lse, p_delta, p_dq, do_t, dq_t, first, T, H, scale,
-        inner, outer,
+        outer,
     ) = given  # fmt: skip
     q_ring, do_ring, k_ring, v_ring, plan, q_full, kv_full, kv_empty = buffers
     STAGES: gl.constexpr = k_ring.shape[0]
@@ -144,7 +141,7 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
             s_started = product_nt(q_tile, k_ring.index(slot), zero)
             dp_started = product_nt(do_tile, v_ring.index(slot), zero)
             s = warpgroup_mma_wait(1, [s_started])
-            dz = _row_grad(s, dp_started, delta, lse, sight, begin, bounds, inner, outer, BN, CAPPED, 0, S_LAYOUT)
+            dz = _row_grad(s, dp_started, delta, lse, sight, begin, bounds, outer, BN, 0, S_LAYOUT)
             b_dz = gl.convert_layout(dz.to(k_ring.dtype), DZ_LAYOUT)
             for i in range(1, count):
                 after = (at + i) % STAGES
@@ -153,9 +150,7 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
                 dp_started = product_nt(do_tile, v_ring.index(after), zero)
                 dq_started = warpgroup_mma(b_dz, k_ring.index(slot), dq, is_async=True)
                 s = warpgroup_mma_wait(2, [s_started])
-                dz = _row_grad(
-                    s, dp_started, delta, lse, sight, begin + i, bounds, inner, outer, BN, CAPPED, 1, S_LAYOUT
-                )
+                dz = _row_grad(s, dp_started, delta, lse, sight, begin + i, bounds, outer, BN, 1, S_LAYOUT)
                 dq = warpgroup_mma_wait(0, [dq_started])
                 mbarrier.arrive(kv_empty.index(slot), count=1)
                 b_dz = gl.convert_layout(dz.to(k_ring.dtype), DZ_LAYOUT)
@@ -170,8 +165,8 @@ def _consume_keys(given, CONSUMER: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE
 @QuickHopperKernel
 def _queries_kernel(
     q_desc, do_desc, k_desc, v_desc, d_out_ptr, d_lse_ptr, out_ptr, lse_ptr, start_ptr, end_ptr, origin_ptr, dq_ptr,
-    delta_ptr, bounds_b, lse_h, T, H, G, scale, inner, outer,
-    STAGES: gl.constexpr, CAPPED: gl.constexpr, HAS_D_LSE: gl.constexpr,
+    delta_ptr, bounds_b, lse_h, T, H, G, scale, outer,
+    STAGES: gl.constexpr, HAS_D_LSE: gl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries of one head, and its ``delta`` for the keys' kernel."""
     BN: gl.constexpr = k_desc.block_type.shape[1]
@@ -200,13 +195,13 @@ def _queries_kernel(
     p_d_lse = d_lse_ptr + o_head if HAS_D_LSE else delta_ptr
     consumed = (
         buffers, documents, start_ptr, end_ptr, pointers, p_d_lse, lse_ptr + o_number, delta_ptr + o_number,
-        dq_ptr + o_head * D, H * DV, H * D, first, T, H, scale, inner, outer,
+        dq_ptr + o_head * D, H * DV, H * D, first, T, H, scale, outer,
     )  # fmt: skip
     produced = (q_desc, do_desc, k_desc, v_desc, buffers, documents, b, h, h // G, first)
     gl.warp_specialize(
         [
-            (_consume_keys, (consumed, 0, CAPPED, HAS_D_LSE)),
-            (_consume_keys, (consumed, 1, CAPPED, HAS_D_LSE)),
+            (_consume_keys, (consumed, 0, HAS_D_LSE)),
+            (_consume_keys, (consumed, 1, HAS_D_LSE)),
             (_produce_keys, (produced,)),
         ],
         TWO[0],
@@ -216,7 +211,7 @@ def _queries_kernel(
 
 def backward_queries(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    bounds: tuple[Tensor, ...], scale: float, softcap: float, outputs: tuple[Tensor, Tensor],
+    bounds: tuple[Tensor, ...], scale: float, outputs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dQ and ``delta``, which lies as ``lse`` does; ``bounds``: start, end and origin of queries; all is dense."""
     (B, T, H, D), K = q.shape, k.shape[2]
@@ -225,6 +220,6 @@ def backward_queries(
         _queries_kernel[(ceil_div(T, ROWS * CONSUMERS.value), B * H)](
             tiles_of(q, ROWS), tiles_of(d_out, ROWS), tiles_of(k, step), tiles_of(v, step), d_out, d_lse, out, lse,
             *bounds, *outputs, row_stride(bounds[0]), lse.stride(2), T, H, H // K, scale,
-            *score_factors(scale, softcap), stages, softcap > 0, d_lse is not None, num_warps=4,
+            score_factors(scale, 0.0)[1], stages, d_lse is not None, num_warps=4,
         )  # fmt: skip
     return outputs

@@ -154,13 +154,13 @@ def record(kernel, grid):
         print(found.error or "compiled", found.spilled)
     return launch
 QuickHopperKernel.__getitem__ = record
-for width, softcap in ((64, 0.0), (64, 20.0), (128, 0.0)):
+for width in (64, 128):
     q, k = (torch.empty(2, 4096, heads, width, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
     numbers = torch.empty(2, 32, 4096, device="meta").transpose(1, 2)
     bounds = (torch.empty(2, 4096, dtype=torch.int32, device="meta"),) * 3
-    hopper_outputs.forward(q, k, k, bounds, 64, 0.1, softcap, (q, numbers))
-    hopper_queries.backward_queries(q, numbers, q, k, k, q, numbers, bounds, 0.1, softcap, (q, numbers))
-    hopper_keys.backward_keys(q, q, k, k, numbers, numbers, bounds, 0.1, softcap, (k, k))
+    hopper_outputs.forward(q, k, k, bounds, 64, 0.1, (q, numbers))
+    hopper_queries.backward_queries(q, numbers, q, k, k, q, numbers, bounds, 0.1, (q, numbers))
+    hopper_keys.backward_keys(q, q, k, k, numbers, numbers, bounds, 0.1, (k, k))
 """
 
 
@@ -176,4 +176,4 @@ def test_they_compile_and_keep_registers():
         said, stored = line.split()
         assert said == "compiled"
         assert int(stored) <= 128, "bytes that do not find a register"
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 6
