@@ -226,11 +226,11 @@ def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, so
 
 
 def _has_roles(q: Tensor, v: Tensor, softcap: float) -> bool:
-    """Whether kernels whose warps have roles take these heads: on Hopper; they give the bits of the others.
+    """Whether kernels whose warps have roles take these heads: on Hopper, where they give the bits of the others.
 
-    A softcap is another sum of instructions there, and few queries of a cache have no form there.
+    What has run there: bfloat16, heads of 64 and 128.  A softcap is another sum of instructions in them.
     """
-    if softcap > 0 or q.dtype not in rules.HALF or {q.shape[3], v.shape[3]} - {64, 128}:
+    if softcap > 0 or q.dtype != torch.bfloat16 or not q.shape[3] == v.shape[3] in (64, 128):
         return False
     target = target_of(q.device)
     return target.kind == "cuda" and target.arch == 90 and triton_version() >= (3, 6)

@@ -14,15 +14,16 @@ from kernel_index.core import device_documents
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of sm_90"
 )
+PLACE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (1, 300, 17, 129, 64, 7, 7, 500, 31)
 MASKS = {"causal": {}, "window": {"window": (100, 0)}, "both sides": {"causal": False}}
 
 
-def drawn(width, value_width, dtype, heads=(8, 2), rows=2):
+def drawn(width, heads=(8, 2), rows=2):
+    """q, k, v and an upstream gradient."""
     torch.manual_seed(0)
-    tokens = sum(LENGTHS)
-    sizes = ((heads[0], width), (heads[1], width), (heads[1], value_width), (heads[0], value_width))
-    return [torch.randn(rows, tokens, *size, device="cuda").to(dtype) for size in sizes]
+    groups = (heads[0], heads[1], heads[1], heads[0])
+    return [torch.randn(rows, sum(LENGTHS), n, width, device=PLACE).bfloat16() for n in groups]
 
 
 def documents():
@@ -30,7 +31,7 @@ def documents():
     one = torch.tensor([i for i, n in enumerate(LENGTHS) for _ in range(n)])
     other = torch.tensor([i for i, n in enumerate(LENGTHS[::-1]) for _ in range(n)])
     other[-31:] = -1
-    return torch.stack((one, other)).cuda()
+    return torch.stack((one, other)).to(PLACE)
 
 
 def attended(q, k, v, upstream, mask, **options):
@@ -41,30 +42,22 @@ def attended(q, k, v, upstream, mask, **options):
     return out.detach(), lse.detach().transpose(1, 2), *torch.autograd.grad(wanted, leaves)
 
 
-def same(one, other):
-    return torch.equal(one.nan_to_num(1e9), other.nan_to_num(1e9)) and torch.equal(one.isnan(), other.isnan())
-
-
 @on_hopper
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(
-    ("width", "value_width", "dtype", "softcap"),
-    [(64, 64, torch.bfloat16, 0.0), (128, 128, torch.bfloat16, 0.0), (64, 64, torch.float16, 20.0),
-     (128, 64, torch.bfloat16, 0.0)],
-)  # fmt: skip
-def test_the_bits_of_documents(monkeypatch, width, value_width, dtype, softcap, kind):
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_bits_of_documents(monkeypatch, width, kind):
     """Those of a document alone, packed, and of Triton's kernels, whose sums they are."""
-    tensors, options = drawn(width, value_width, dtype), MASKS[kind]
-    packed = attended(*tensors, ki.MaskContract(doc_ids=documents(), **options), softcap=softcap)
+    tensors, options = drawn(width), MASKS[kind]
+    packed = attended(*tensors, ki.MaskContract(doc_ids=documents(), **options))
     first = 0
     for length in LENGTHS:
         part = slice(first, first + length)
-        alone = attended(*(x[:1, part] for x in tensors), ki.MaskContract(**options), softcap=softcap)
+        alone = attended(*(x[:1, part] for x in tensors), ki.MaskContract(**options))
         for name, one, whole in zip(("out", "lse", "dq", "dk", "dv"), alone, packed, strict=True):
             assert torch.equal(one, whole[:1, part]), (name, first)
         first += length
     monkeypatch.setattr(device_documents, "_has_roles", lambda *_: False)
-    of_triton = attended(*tensors, ki.MaskContract(doc_ids=documents(), **options), softcap=softcap)
+    of_triton = attended(*tensors, ki.MaskContract(doc_ids=documents(), **options))
     chosen = operator.itemgetter(0, 1, 3, 4)  # delta's own sum has another order, and dQ follows it
     for name, one, other in zip(("out", "lse", "dk", "dv"), chosen(packed), chosen(of_triton), strict=True):
         assert torch.equal(one, other), name
@@ -73,7 +66,7 @@ def test_the_bits_of_documents(monkeypatch, width, value_width, dtype, softcap, 
 @on_hopper
 @pytest.mark.parametrize("width", [64, 128])
 def test_the_gradients_are_right(width):
-    tensors = drawn(width, width, torch.bfloat16)
+    tensors = drawn(width)
     mask = ki.MaskContract(doc_ids=documents())
     found = attended(*tensors, mask)
     leaves = [x.double().requires_grad_() for x in tensors[:3]]
@@ -86,7 +79,7 @@ def test_the_gradients_are_right(width):
 @on_hopper
 @pytest.mark.parametrize("width", [64, 128])
 def test_what_a_row_does_not_see_may_be_anything(width):
-    q, k, v, upstream = drawn(width, width, torch.bfloat16)
+    q, k, v, upstream = drawn(width)
     mask = ki.MaskContract(doc_ids=documents())
     expected = attended(q, k, v, upstream, mask)
     bad = [x.clone() for x in (q, k, v, upstream)]
