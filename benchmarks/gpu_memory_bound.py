@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.gpu_memory_bound --out FILE``: 82 calls in bfloat16, forward and backward by themselves.  Times
 are replays of CUDA graphs over sets of inputs that do not fit the L2 cache together.  ``share`` is compulsory bytes ÷
-time ÷ the bandwidth of a copy.  ``--warm i/n`` compiles every n-th cell's contenders and times nothing, so that several
-processes fill the caches of Triton and Inductor first.
+time ÷ the bandwidth of a copy.  ``--warm i/n`` runs every n-th call once and times nothing, so that several processes
+fill the caches of Triton and Inductor first.
 """
 
 from collections.abc import Callable

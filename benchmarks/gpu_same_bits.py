@@ -5,6 +5,7 @@
 a log-probability in float32 for each token and its last hidden state, which are compared bit by bit with another
 packing, with batches that are padded on the left, with a cache that is filled in chunks, and with ``generate``.  Then
 training steps of 4 rows of 4096 tokens in turn, invariant and ordinary, and whether two of them have equal gradients.
+``--hybrid`` instead times steps of the preset ``small`` in turn: 16 rows of 2048 tokens under bfloat16 autocast.
 """
 
 import gc
@@ -20,7 +21,10 @@ from torch import Tensor
 
 import kernel_index as ki
 from benchmarks.gpu_dense import DENSE, TINY, llama
+from benchmarks.gpu_language_model import model_and_batch
 from benchmarks.harness import console
+from kernel_index.core.numerics import Mode
+from kernel_index.lm.data import Batch
 
 
 class Sizes(NamedTuple):
@@ -211,6 +215,35 @@ def timed(models: dict[str, Any], ids: Tensor, rounds: int) -> None:
         console.print(f"a step of {name}: {1e3 * of:.1f} ms ({span}){ratio}", highlight=False)
 
 
+DOCUMENTS = (301, 476, 723, 548)
+"""Tokens, of a row of 2048: no multiples of a chunk of the scan, so documents are moved."""
+
+
+def hybrid(rounds: int) -> None:
+    """Steps of ``small`` with documents that fill their chunks, and with others."""
+    model, filled_ones = model_and_batch("small", 16, recompute=False)
+    draw = torch.Generator().manual_seed(1)
+    row = [torch.randint(0, model.config.vocab, (size,), generator=draw) for size in DOCUMENTS]
+    moved = Batch(*(x.cuda() for x in Batch.of_documents([row] * 16)))
+    for name, batch in (("documents of 512", filled_ones), (f"documents of {DOCUMENTS}", moved)):
+        seconds: dict[Mode, list[float]] = {"ordinary": [], "invariant": []}
+        for turn, mode in itertools.product(range(-3, rounds), seconds):
+            wait(batch.tokens)
+            start = time.perf_counter()
+            with ki.numerics(mode), torch.autocast("cuda", torch.bfloat16):
+                model(batch).backward()
+            model.zero_grad(set_to_none=True)
+            wait(batch.tokens)
+            if turn >= 0:
+                seconds[mode].append(1e3 * (time.perf_counter() - start))
+        taken = {mode: statistics.median(of) for mode, of in seconds.items()}
+        spans = ", ".join(
+            f"{mode} {taken[mode]:.1f} ms ({min(of):.1f} to {max(of):.1f})" for mode, of in seconds.items()
+        )
+        ratio = taken["invariant"] / taken["ordinary"]
+        console.print(f"a step of small, {name}: {spans}: {ratio:.3f}", highlight=False)
+
+
 def wait(x: Tensor) -> None:
     if x.is_cuda:
         torch.cuda.synchronize()
@@ -230,9 +263,14 @@ def repeated(model: Any, ids: Tensor) -> bool:
 def main(
     rounds: Annotated[int, typer.Option(help="Steps of each model that are timed; the median counts.")] = 7,
     tokens: Annotated[int, typer.Option(help="Tokens that are compared.")] = LARGE.tokens,
+    hybrid_steps: Annotated[bool, typer.Option("--hybrid", help="Time steps of small instead.")] = False,
     dry_run: Annotated[bool, typer.Option(help="A tiny model on the CPU; times mean nothing.")] = False,
 ) -> None:
     """Compare the bits of a patched Llama along its axes, then time its training step."""
+    if hybrid_steps:
+        torch.cuda.set_stream(torch.cuda.Stream())
+        hybrid(rounds)
+        return
     config, device, sizes = (TINY, "cpu", SMALL) if dry_run else (DENSE, "cuda", LARGE._replace(tokens=tokens))
     if not dry_run:
         torch.cuda.set_stream(torch.cuda.Stream())

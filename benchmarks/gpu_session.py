@@ -29,7 +29,7 @@ Rows = Annotated[Path | None, typer.Option("--out", help="A file of figures to w
 Only = Annotated[str, typer.Option(help="Only cells whose name contains one of these, separated by commas.")]
 Seconds = Annotated[float, typer.Option(help="Start no new cell after so many seconds.")]
 DryRun = Annotated[bool, typer.Option(help="Tiny sizes on the CPU through the interpreter; times mean nothing.")]
-Warm = Annotated[str, typer.Option(help="i/n: compile the contenders of every n-th cell and time nothing.")]
+Warm = Annotated[str, typer.Option(help="i/n: run every n-th call once, which compiles it, and time nothing.")]
 
 PEERS = (
     "flash-attn-4", "flashinfer-python", "flash-linear-attention", "liger-kernel", "mamba-ssm", "quack-kernels",
@@ -63,7 +63,7 @@ class Session:
         if not dry_run and not torch.cuda.is_available():
             raise typer.BadParameter("needs a CUDA device; --dry-run does without")
         self.kind, self.out, self.only, self.dry, self.warm = kind, out, only.split(","), dry_run, warm
-        self.end, self.left_out, self.cells = time.monotonic() + seconds, {}, 0
+        self.end, self.left_out, self.calls = time.monotonic() + seconds, {}, 0
         self.content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
         if dry_run:
             os.environ["TRITON_INTERPRET"] = "1"
@@ -80,17 +80,22 @@ class Session:
         console.print(self.content["machine"], f"copy {self.bandwidth / 1e12:.2f} TB/s", highlight=False)
 
     def wants(self, cell: str, done: bool) -> bool:
-        """Whether to measure a cell now: asked for, not done, in time, and this process's share while warming."""
+        """Whether to measure a cell now: asked for, not done, and in time."""
         if done or not any(part in cell for part in self.only):
             return False
-        self.cells += 1
-        if self.warm:
-            number, processes = map(int, self.warm.split("/"))
-            return self.cells % processes == number
-        if time.monotonic() > self.end:
+        if not self.warm and time.monotonic() > self.end:
             console.print(f"no time left for {cell}", highlight=False)
             return False
         return True
+
+    def is_another(self) -> bool:
+        """Whether another process of those that warm has the next call.  Where ``n`` is the number of contenders each
+        process has one of them, and compiles it at the first cell for all that follow."""
+        if not self.warm:
+            return False
+        self.calls += 1
+        number, processes = map(int, self.warm.split("/"))
+        return self.calls % processes != number
 
     def rows(self, kind: str = "") -> list[dict[str, Any]]:
         return self.content.setdefault(kind or self.kind, [])
@@ -110,7 +115,7 @@ class Session:
         found = {}
         lost = self.content.setdefault("lost", [])
         for name, prepare in contenders.items():
-            if [cell, name] in lost:
+            if [cell, name] in lost or self.is_another():
                 continue
             try:
                 found[name] = measure(prepare())

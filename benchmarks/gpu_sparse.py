@@ -212,15 +212,17 @@ def main(
     session = Session("sparse", out, only, seconds, dry_run, warm)
     for cell in TINY if dry_run else CELLS:
         identity = {"tokens": cell.tokens, "heads": cell.heads, "kv_heads": cell.kv_heads, "selection": cell.selection}
-        done = any(identity.items() <= row.items() for row in session.rows(KINDS[cell.kind]))
-        if not session.wants(cell.name, done):
-            continue
+        rows = session.rows(KINDS[cell.kind])
+        done = [row["contender"] for row in rows if identity.items() <= row.items()]
         inputs = Inputs(cell, "cpu" if dry_run else "cuda")
-        found = session.measured(cell.name, inputs.contenders(), lambda p, inputs=inputs: measure(session, inputs, p))
-        for name, row in found.items():
-            if "no train" in row:
-                session.say(f"{name}, backward", row.pop("no train"))
-            session.add(identity | {"contender": name} | row, KINDS[cell.kind])
+        for name, make in inputs.contenders().items():
+            if not session.wants(cell.name, name in done):
+                continue
+            found = session.measured(cell.name, {name: make}, lambda p, inputs=inputs: measure(session, inputs, p))
+            for row in found.values():
+                if "no train" in row:
+                    session.say(f"{name}, backward", row.pop("no train"))
+                session.add(identity | {"contender": name} | row, KINDS[cell.kind])
         del inputs
     if not dry_run and not warm:
         for name in ("clustered", "moba query_head"):

@@ -166,3 +166,11 @@ def test_what_the_machine_can_do_is_asked_while_a_trace_is_made():
     questions = (target.has_cxx_compiler, target.has_vectors, target.has_bfloat16_products)
     asked = compiled(lambda x: x + sum(1 if question() else 0 for question in questions))
     assert asked(torch.zeros(())) == sum(question() for question in questions)
+
+
+def test_versions_are_asked_without_a_warning(recwarn):
+    """PyTorch warns once of each ``functools.cache`` that it traces through, and tells of silent errors."""
+    pytest.importorskip("triton")
+    asked = compiled(lambda x: x + target.triton_version()[0])
+    assert asked(torch.zeros(())) == target.triton_version()[0]
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]

@@ -168,6 +168,24 @@ def test_recipes_are_in_every_receipt():
     assert all(len(r.numerics) == 12 for r in log)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_statistics_have_the_log_probabilities_of_the_loss(temperature, dtype):
+    """So a rollout may take them from one function and training from the other; both say the same recipe."""
+    statistics_have_the_log_probabilities_of_the_loss(temperature, dtype)
+
+
+def statistics_have_the_log_probabilities_of_the_loss(temperature, dtype):
+    x, targets = drawn(dtype), targets_of(drawn(dtype))
+    with ki.receipts() as log, ki.numerics("invariant"):
+        alone = ki.token_log_probs(x, weight_of(dtype), targets, logit_scale=1 / temperature)
+        for more in ({}, {"top_k": 5}, {"softcap": 9.0} if temperature == 1 else {}):
+            found = ki.token_stats(x, weight_of(dtype), targets, temperature=temperature, **more).log_prob
+            same = ki.token_log_probs(x, weight_of(dtype), targets, softcap=9.0) if "softcap" in more else alone
+            assert torch.equal(found, same), more
+    assert len({receipt.numerics for receipt in log}) == 1
+
+
 def test_the_loss_of_a_batch_is_that_of_ordinary_numerics_within_rounding():
     x, weight = drawn(torch.float32), weight_of(torch.float32)
     results = []

@@ -18,7 +18,13 @@ from kernel_index.lm import rollout_check
 from kernel_index.proofs.errors import in_float64, relative_error, run
 from tests.interpreter import rows_alone
 from tests.lm.test_rollout_check import drawn_model
-from tests.test_invariant_ops import CALLS, drawn, targets_of, weight_of
+from tests.test_invariant_ops import (
+    CALLS,
+    drawn,
+    statistics_have_the_log_probabilities_of_the_loss,
+    targets_of,
+    weight_of,
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's order of a sum")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -241,6 +247,11 @@ def test_a_token_of_experts_does_not_depend_on_the_others(dtype):
     for rows in (torch.randperm(75), torch.tensor([70]), torch.arange(33, 60)):
         for found, expected in zip(layer(rows), together, strict=True):
             assert torch.equal(found, expected[rows])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_statistics_have_the_log_probabilities_of_the_loss(temperature):
+    statistics_have_the_log_probabilities_of_the_loss(temperature, torch.bfloat16)
 
 
 def test_rows_that_are_moved():

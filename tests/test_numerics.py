@@ -127,3 +127,24 @@ def test_inductor_rounds_as_the_code_is_written(inside):
     torch._dynamo.reset()
     inductor_config.emulate_precision_casts = False
     assert not torch.equal(torch.compile(chain)(*inputs), chain(*inputs))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("op", ["linear", "attention"])
+def test_a_differentiable_backward_is_refused(op, inside):
+    """It is made of PyTorch's products, so its bits would be those of ordinary numerics."""
+    x = torch.randn(3, 4, 2, 8, requires_grad=True)
+    with ki.numerics("invariant"):
+        out = ki.linear(x, torch.ones(5, 8)) if op == "linear" else ki.attention(x, x, x)
+        again = ki.linear(x, torch.ones(5, 8)) if op == "linear" else ki.attention(x, x, x)
+    with ki.numerics("invariant") if inside else contextlib.nullcontext():
+        with pytest.raises(ki.Ineligible, match=r"create_graph=True has no invariant form"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+        torch.autograd.grad(again.sum(), x)
+
+
+def test_a_product_that_has_no_recipe_is_refused():
+    gate, weight = torch.randn(4, 8), torch.randn(3, 8)
+    with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match=r"give the result to ki\.linear"):
+        ki.fused_gated_activation(gate, gate, linear=(weight, None))

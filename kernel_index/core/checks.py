@@ -102,3 +102,8 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def is_autocast(device: torch.device) -> bool:
     """Whether autocast is on for a device; False for the meta device, for which PyTorch would raise."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype of a linear layer's result here: autocast's where it is on."""
+    return torch.get_autocast_dtype(weight.device.type) if is_autocast(weight.device) else weight.dtype

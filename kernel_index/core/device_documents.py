@@ -16,6 +16,7 @@ from kernel_index.core import ops, rules
 from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, sink_gradient
 from kernel_index.core.document_attention import Bounds
 from kernel_index.core.numerics import Recipe
+from kernel_index.core.target import target_of, triton_version
 from kernel_index.core.triton import launch
 
 ATTENTION = Recipe(
@@ -119,24 +120,50 @@ def _launch(q, k, v, sink, start, end, origin, table, bits, page, scale, softcap
     (batch, queries, heads, _), group = q.shape, q.shape[2] // k.shape[2]
     if out.numel() == 0:
         return out, lse
+    bounds, scoring = _bounds(start, end, origin), Scoring(scale, softcap, block)
+    again = table is None and bits is None and sink is None and queries > FEW and _has_roles(q, v, softcap)
     (q, sink), (k, v) = launch.dense((q, sink)), map(launch.dense_heads, (k, v))
-    made = _launch_of(
-        "forward", q, k, v, Scoring(scale, softcap, block), HAS_SINK=sink is not None, PAGE=0 if table is None else page
-    )
-    bounds = _bounds(start, end, origin)
+    page = 0 if table is None else page
+    made = _launch_of("forward", q, k, v, scoring, HAS_SINK=sink is not None, PAGE=page, AGAIN=again)
+    if again:
+        from kernel_index.core.triton import hopper_outputs
+
+        hopper_outputs.forward(q, k, v, bounds, made.config.step, scale, (out, lse))
     grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         documents_kernel[grid](
             q, k, v, sink, *bounds, table, bits, out, lse, *launch.strides(k, v), launch.row_stride(bounds[0]),
-            *((0, 0) if table is None else table.stride()), *_of_bits(bits), queries, heads // group, made.inner,
-            made.outer, **made.constants,
+            lse.stride(2), *((0, 0) if table is None else table.stride()), *_of_bits(bits), queries, heads // group,
+            made.inner, made.outer, **made.constants,
         )  # fmt: skip
     return out, lse
 
 
 def _allocate(q, k, v, *_):
-    """``lse`` is of base 2 and [B, T, H]."""
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """``lse`` is of base 2."""
+    return q.new_empty((*q.shape[:3], v.shape[3])), _numbers(q)
+
+
+FEW = 64
+"""Queries that Triton's kernel takes: its tiles hold all heads of a group, so it reads keys of a cache once."""
+
+ROUND = 64
+"""Numbers of a head begin at multiples of it: the copy engine of Hopper reads them where they lie."""
+
+
+def _numbers(q: Tensor) -> Tensor:
+    """A float32 for each query and head: [B, T, H], of which T is the dense dimension."""
+    batch, queries, heads, _ = q.shape
+    room = launch.ceil_div(queries, ROUND) * ROUND
+    return q.new_empty(batch, heads, room, dtype=torch.float32)[..., :queries].transpose(1, 2)
+
+
+def _as_numbers(x: Tensor, q: Tensor) -> Tensor:
+    """x as it lies in ``_numbers``: a hook on saved tensors may have laid it otherwise."""
+    room = launch.ceil_div(q.shape[1], ROUND) * ROUND
+    if x.stride() == (room * q.shape[2], 1, room) and x.data_ptr() % launch.ALIGNED == 0:
+        return x
+    return _numbers(q).copy_(x)
 
 
 def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, scale, softcap, block):
@@ -147,20 +174,29 @@ def _launch_queries(d_out, d_lse, q, k, v, out, lse, start, end, origin, bits, s
     if d_q.numel() == 0:
         return d_q, delta
     d_out, d_lse, q, k, v = launch.dense((d_out, d_lse, q, k, v))
-    made = _launch_of("queries", q, k, v, Scoring(scale, softcap, block), HAS_D_LSE=d_lse is not None)
+    lse = _as_numbers(lse, q)
     bounds = _bounds(start, end, origin)
+    again = bits is None and _has_roles(q, v, softcap)
+    if again:
+        from kernel_index.core.triton import hopper_queries
+
+        given = d_out, d_lse, q, k, v, out, lse, bounds, scale
+        hopper_queries.backward_queries(*given, (d_q, delta))
+    made = _launch_of(
+        "queries", q, k, v, Scoring(scale, softcap, block), HAS_D_LSE=d_lse is not None, AGAIN=again
+    )  # fmt: skip
     grid = (launch.ceil_div(queries * group, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         queries_kernel[grid](
             d_out, d_lse, q, k, v, out, lse, *bounds, bits, d_q, delta, *launch.strides(k, v),
-            launch.row_stride(bounds[0]), *_of_bits(bits), queries, heads // group, made.scale, made.inner, made.outer,
-            **made.constants,
+            launch.row_stride(bounds[0]), lse.stride(2), *_of_bits(bits), queries, heads // group, made.scale,
+            made.inner, made.outer, **made.constants,
         )  # fmt: skip
     return d_q, delta
 
 
 def _allocate_queries(d_out, d_lse, q, *_):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(q.shape), _numbers(q)
 
 
 def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, softcap, block):
@@ -171,15 +207,33 @@ def _launch_keys(d_out, q, k, v, lse, delta, start, end, origin, bits, scale, so
     if d_k.numel() == 0 and d_v.numel() == 0:
         return d_k, d_v
     d_out, q, k, v = launch.dense((d_out, q, k, v))
-    made = _launch_of("keys", q, k, v, Scoring(scale, softcap, block), H=heads)
+    lse, delta = _as_numbers(lse, q), _as_numbers(delta, q)
     bounds = _bounds(start, end, origin)
+    again = bits is None and _has_roles(q, v, softcap)
+    if again:
+        from kernel_index.core.triton import hopper_keys
+
+        hopper_keys.backward_keys(d_out, q, k, v, lse, delta, bounds, scale, (d_k, d_v))
+    made = _launch_of("keys", q, k, v, Scoring(scale, softcap, block), H=heads, AGAIN=again)
     grid = (launch.ceil_div(tokens, made.config.tile), batch * heads // group)
     with launch.on_device(q):
         keys_kernel[grid](
             d_out, q, k, v, lse, delta, *bounds, bits, d_k, d_v, *launch.strides(k, v), launch.row_stride(bounds[0]),
-            *_of_bits(bits), tokens, heads // group, made.scale, made.inner, made.outer, **made.constants,
+            lse.stride(2), *_of_bits(bits), tokens, heads // group, made.scale, made.inner, made.outer,
+            **made.constants,
         )  # fmt: skip
     return d_k, d_v
+
+
+def _has_roles(q: Tensor, v: Tensor, softcap: float) -> bool:
+    """Whether kernels whose warps have roles take these heads: on Hopper, where they give the bits of the others.
+
+    What has run there: bfloat16, heads of 64 and 128.  A softcap is another sum of instructions in them.
+    """
+    if softcap > 0 or q.dtype != torch.bfloat16 or not q.shape[3] == v.shape[3] in (64, 128):
+        return False
+    target = target_of(q.device)
+    return target.kind == "cuda" and target.arch == 90 and triton_version() >= (3, 6)
 
 
 def _allocate_keys(d_out, q, k, v, *_):

@@ -9,6 +9,7 @@ import torch
 
 from kernel_index.core import ahead, rules
 from kernel_index.core.locks import ThreadLock
+from kernel_index.core.numerics import Ineligible, is_invariant
 from kernel_index.core.triton.launch import interpreting
 
 
@@ -26,12 +27,27 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     two gradients as it does in eager code.
     """
     if not torch.compiler.is_compiling():
-        return function.apply(*args)
+        found = function.apply(*args)
+        return _differentiable_once(found) if is_invariant() else found
     distinct: list[Any] = []
     for arg in args:
         twice = isinstance(arg, torch.Tensor) and any(arg is other for other in distinct)
         distinct.append(arg.view_as(arg) if twice else arg)
     return function.apply(*distinct)
+
+
+def _differentiable_once(found: Any) -> Any:
+    """In invariant numerics ``create_graph=True`` is refused: such a backward is PyTorch's, in its order of sums."""
+    outputs = found if isinstance(found, tuple) else (found,)
+    node = next((out.grad_fn for out in outputs if isinstance(out, torch.Tensor) and out.grad_fn is not None), None)
+    if node is not None:  # that of all outputs
+        node.register_prehook(_refuse_create_graph)
+    return found
+
+
+def _refuse_create_graph(_: Any) -> None:
+    if torch.is_grad_enabled():
+        raise Ineligible("backward of a call in numerics('invariant'): create_graph=True has no invariant form")
 
 
 def are_seen() -> bool:

@@ -60,13 +60,17 @@ def has_package(name: str) -> bool:
 
 
 @functools.cache
-def triton_version() -> tuple[int, ...]:
-    """Major and minor, (0, 0) without it.  The module is asked: its distribution has several names."""
+def _ask_triton() -> tuple[int, ...]:
     if not has_package("triton"):
         return 0, 0
     import triton
 
     return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor, (0, 0) without it.  The module is asked: its distribution has several names."""
+    return _ask_triton()
 
 
 NO_COMPILER = "no C++ compiler (g++ or clang++) found"
@@ -165,5 +169,5 @@ def machine_why_not(backend: str) -> str | None:
 
 # See dispatch.py: Dynamo runs these as plain Python while it traces and keeps the result, but for a
 # ``functools.cache``: it traces what that wraps.
-for _constant in (target_of, has_package, has_cxx_compiler, has_vectors, has_bfloat16_products):
+for _constant in (target_of, has_package, triton_version, has_cxx_compiler, has_vectors, has_bfloat16_products):
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -157,9 +157,10 @@ class ModelCache:
             for rows in zip(*(self._states[s] for s in chosen), strict=True):
                 conv, scan = torch.cat([r.conv for r in rows]), torch.cat([r.scan for r in rows])
                 real = None if counts is None else torch.tensor(counts, device=conv.device)
-                opens = [r.open for r in rows]
-                left = tuple(map(torch.cat, zip(*opens, strict=True))) if all(opens) else ()
-                joined.append(MixerState(conv, scan, real, left))
+                like = next((r.open for r in rows if r.open), ())
+                opens = [r.open or tuple(map(torch.zeros_like, like)) for r in rows]  # a new sequence has none open
+                left = tuple(map(torch.cat, zip(*opens, strict=True)))
+                joined.append(MixerState(conv, scan, real, left, any(r.ordinary for r in rows)))
         return joined
 
     def _open(self) -> _Step:
@@ -176,7 +177,7 @@ class ModelCache:
 def _row(state: MixerState, row: int) -> MixerState:
     """A copy of one row, without a gradient."""
     conv, scan, *left = (t.detach()[row : row + 1].clone() for t in (state.conv, state.scan, *state.open))
-    return MixerState(conv, scan, open=tuple(left))
+    return MixerState(conv, scan, open=tuple(left), ordinary=state.ordinary)
 
 
 def _layers_by_kind(mixers: Sequence[nn.Module | None]) -> list[list[tuple[str, int]]]:
@@ -212,6 +213,5 @@ def _new_pool(name: str, mixer: nn.Module | None, sizes: tuple[int, int, int]) -
 
 
 def _like(weight: Tensor) -> dict[str, Any]:
-    """Device and dtype of the keys: the autocast dtype where autocast is on."""
-    on = checks.is_autocast(weight.device)
-    return {"dtype": torch.get_autocast_dtype(weight.device.type) if on else weight.dtype, "device": weight.device}
+    """Device and dtype of the keys."""
+    return {"dtype": checks.product_dtype(weight), "device": weight.device}

@@ -79,9 +79,9 @@ def axis(name: str) -> Callable[[Axis], Axis]:
 
 
 def drawn(config: ModelConfig, tokens: int, generator: torch.Generator) -> list[Tensor]:
-    """Random sequences of 2 to ``context`` tokens, each after START."""
+    """Two random sequences or more of 2 to ``context`` tokens, each after START."""
     sequences: list[Tensor] = []
-    while sum(map(len, sequences)) < tokens:
+    while sum(map(len, sequences)) < tokens or len(sequences) < 2:
         size = int(torch.randint(2, min(config.context, max(3, tokens)) + 1, (), generator=generator))
         tail = torch.randint(0, START, (size - 1,), generator=generator)
         sequences.append(torch.cat((torch.tensor([START]), tail)))

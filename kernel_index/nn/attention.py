@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import kernel_index as ki
 from kernel_index.core import checks
 from kernel_index.nn.linear import Linear
-from kernel_index.nn.mixer import Mixer
+from kernel_index.nn.mixer import Mixer, cache_dtype
 from kernel_index.nn.residual import Branch
 
 
@@ -54,7 +54,7 @@ class Attention(Mixer):
         v_BTKD = self.v(x_BTC).view(B, T, -1, self.head_dim)
         q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
         if cache is not None:
-            dtype = cache["k_cache"].dtype  # autocast may be on now and not where the cache was made, or the reverse
+            dtype = cache_dtype(cache, self.k.weight)
             new = {"k": k_BTKD.to(dtype), "v": v_BTKD.to(dtype), "window_size": (self.window, 0)}
             out_BTHD = ki.fa4_kvcache_decode(q_BTHD.to(dtype), **new, **cache).to(q_BTHD.dtype)
         elif mask is not None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core import checks
+from kernel_index.core.numerics import needs_ordinary_numerics
 
 
 class Mixer(nn.Module):
@@ -37,6 +39,20 @@ def prefixes(layer: Any, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Keys and values [rows, n, K, D] of rows that have one length."""
     k, v = zip(*(layer.prefix(row) for row in rows), strict=True)
     return torch.cat(k), torch.cat(v)
+
+
+def cache_dtype(layer: Any, weight: Tensor) -> torch.dtype:
+    """The dtype of a layer's cache: autocast may be on now and not where the cache was made, or the reverse.
+
+    In invariant numerics it must be that of the products here, to which training rounds keys and values.
+    """
+    dtype, here = layer["k_cache"].dtype, checks.product_dtype(weight)
+    if dtype != here:
+        needs_ordinary_numerics(
+            "decoding",
+            f"the cache must have the dtype of the keys here, {here}, got {dtype}: make it under this autocast",
+        )
+    return dtype
 
 
 def in_order(found: list[Tensor], groups: dict[int, list[int]]) -> Tensor:

@@ -9,7 +9,7 @@ import kernel_index as ki
 from kernel_index.core import checks
 from kernel_index.core.numerics import is_invariant
 from kernel_index.nn.linear import Linear
-from kernel_index.nn.mixer import Mixer, in_order, prefixes, rows_by_length
+from kernel_index.nn.mixer import Mixer, cache_dtype, in_order, prefixes, rows_by_length
 from kernel_index.nn.residual import Branch, invariant_norm
 
 
@@ -99,7 +99,7 @@ class MLA(Mixer):
 
     def _expanded(self, x_BTC: Tensor, q_rope: Tensor, q_BTHN: Tensor, k_rope: Tensor, cache: Any) -> Tensor:
         """The training form over the cached latents: the same products, so the same bits."""
-        row_BT1W = torch.cat([self._latent(x_BTC).unsqueeze(2), k_rope], -1).to(cache["k_cache"].dtype)
+        row_BT1W = torch.cat([self._latent(x_BTC).unsqueeze(2), k_rope], -1).to(cache_dtype(cache, self.up.weight))
         cache.write(row_BT1W, row_BT1W)
         q_BTHD, groups, outs = torch.cat([q_rope, q_BTHN], -1), rows_by_length(cache.lengths_after), []
         for total, rows in groups.items():
@@ -117,7 +117,7 @@ class MLA(Mixer):
         q_BTHL = torch.einsum("bthn,hnl->bthl", q_BTHN, k_HNL)
         scale = (row_BT1W.shape[-1] / (self.rope_dim + self.head_dim)) ** 0.5  # undoes the decode's 1/√(L + R)
         q_BTHW = torch.cat([q_BTHL, q_rope.to(q_BTHL.dtype)], -1) * scale
-        dtype = cache["k_cache"].dtype  # autocast may be on now and not where the cache was made, or the reverse
+        dtype = cache_dtype(cache, self.up.weight)
         q_BTHW, row_BT1W = q_BTHW.to(dtype), row_BT1W.to(dtype)
         out_BTHL = ki.fa4_kvcache_decode(q_BTHW, k=row_BT1W, v=row_BT1W, **cache)[..., : self.latent]
         return torch.einsum("bthl,hdl->bthd", out_BTHL.to(q_BTHL.dtype), v_HDL)

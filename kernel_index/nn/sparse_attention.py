@@ -10,7 +10,7 @@ from kernel_index.core import checks
 from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
 from kernel_index.core.rules import wants_gradient
 from kernel_index.nn.linear import Linear
-from kernel_index.nn.mixer import Mixer, in_order, prefixes, rows_by_length
+from kernel_index.nn.mixer import Mixer, cache_dtype, in_order, prefixes, rows_by_length
 from kernel_index.nn.native_sparse import attend_to_branches, attend_to_cached_branches, gates_of_seeing
 from kernel_index.nn.residual import Branch
 
@@ -109,7 +109,7 @@ class SparseAttention(Mixer):
         q_BTHD, k_BTKD = ki.fused_rope_qk(q_BTHD, k_BTKD, *rope)
         if cache is not None:
             kept = cache.attention if isinstance(cache, ExactTokenCache) else cache
-            dtype = kept["k_cache"].dtype  # autocast may be on now and not where the cache was made, or the reverse
+            dtype = cache_dtype(kept, self.k.weight)
             new = (q_BTHD.to(dtype), k_BTKD.to(dtype), v_BTKD.to(dtype))
             out_BTHD = self._decode(x_BTC, *new, cache).to(q_BTHD.dtype)
         elif mask is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index.core.numerics import is_invariant
+from kernel_index.core.numerics import Ineligible, is_invariant, needs_ordinary_numerics
 from kernel_index.nn.document_scan import mixed_by_documents, no_tokens
 from kernel_index.nn.linear import Linear
 from kernel_index.nn.mixer import Mixer
@@ -30,12 +30,14 @@ class MixerState:
     ``conv``: [B, width − 1, channels], the latest inputs of the convolution.  ``scan``: [B, H, P, N], float32 at least.
     ``counts``: int64 [B], the real tokens of each row in the step; None for all.  ``open``, under
     ``numerics("invariant")``: x, log_a and b of the tokens since ``scan``, [B, chunk, …], and how many there are [B].
+    ``ordinary``: it holds tokens of ordinary numerics, whose ``scan`` is the state at the last of them.
     """
 
     conv: Tensor
     scan: Tensor
     counts: Tensor | None = None
     open: tuple[Tensor, ...] = ()
+    ordinary: bool = False
 
 
 class Mamba2(Mixer):
@@ -91,7 +93,11 @@ class Mamba2(Mixer):
         cache: MixerState | None = None,
     ) -> Branch:
         if is_invariant():
+            if cache is not None and cache.ordinary:
+                needs_ordinary_numerics("nn.Mamba2", "the tokens of its state were not computed so: begin a new cache")
             return mixed_by_documents(self, x_BTC, mask, cache)
+        if cache is not None and cache.open:
+            raise Ineligible("nn.Mamba2: ordinary numerics cannot go on with a state of numerics('invariant')")
         gate, inputs, step = self.proj(x_BTC).split(self.sizes, -1)
         segments = segments_of(mask, x_BTC.shape[1]) if cache is None else None
         counts = None if cache is None else cache.counts
@@ -131,6 +137,7 @@ class Mamba2(Mixer):
         # Replaced, not written to: a backward pass may have saved what this step read.  Detached, like cached keys; and
         # copied, so that the prompt's memory is freed and the state stays usable outside inference mode.
         with torch.inference_mode(False):
+            cache.ordinary = True
             cache.conv, cache.scan = latest.detach().to(cache.conv.dtype, copy=True), state.detach().clone()
 
     def new_state(self, rows: int) -> MixerState:

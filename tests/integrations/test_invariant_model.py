@@ -169,6 +169,22 @@ def test_gradients_with_checkpointing_and_another_number_of_threads():
     same(with_threads(3, gradients, True), expected)
 
 
+def test_a_reentrant_checkpoint_recomputes_in_the_mode():
+    """It calls a layer in backward, outside of the model's forward."""
+    model, (row,) = patched("llama"), sequences(70)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(input_ids=row[None], labels=row[None], use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    model.train()
+    expected = gradients()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    same(gradients(), expected)
+
+
 def test_labels_change_no_logits_and_the_loss_has_a_recipe():
     model, (row,) = patched("qwen3"), sequences(50)
     with ki.receipts() as log, torch.no_grad():
@@ -253,12 +269,43 @@ def test_a_window_that_a_cache_cuts_is_refused_and_a_whole_cache_is_not():
     cut = hf.DynamicCache(config=model.config)
     with pytest.raises(ki.Ineligible, match=r"pass a DynamicCache\(\)"):
         token_by_token(model, rows[0], cut)
+    static = {"cache_implementation": "static", "max_new_tokens": 3, "disable_compile": True}  # masks made in generate
+    with pytest.raises(ki.Ineligible, match=r"pass a DynamicCache\(\)"):
+        model.generate(input_ids=rows[1][None], **static)
 
 
 @torch.no_grad()
 def token_by_token(model, row: Tensor, cache) -> None:
     for token in row:
         model(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+
+
+def test_positions_that_are_not_given_count_from_the_first_token():
+    """As ``generate`` counts them: trainers call a model with ids and a mask alone."""
+    model, rows = patched("llama"), sequences(9, 70)
+    ids, real = torch.zeros(2, 2, 70, dtype=torch.int64)
+    ids[0, 61:], ids[1], real[0, 61:], real[1] = rows[0], rows[1], 1, 1
+    with torch.no_grad():
+        for inside in (model.model, model):
+            wanted = [inside(input_ids=row[None], use_cache=False)[0][0] for row in rows]
+            found = inside(ids, real, use_cache=False)[0]
+            same([found[0, 61:], found[1]], wanted)
+        cache, parts = hf.DynamicCache(), []
+        for span in (slice(0, 66), slice(66, 70)):
+            parts.append(model(ids[:, span], real[:, : span.stop], past_key_values=cache, use_cache=True).logits)
+    expected, found = alone(model, rows), torch.cat(parts, 1)
+    same([found[0, 61:], found[1]], expected)
+
+
+def test_a_linear_layer_that_comes_later_is_refused():
+    peft = pytest.importorskip("peft")
+    model, (row,) = patched("llama"), sequences(9)
+    model.resize_token_embeddings(V + 3, mean_resizing=False)
+    with pytest.raises(ki.Ineligible, match=r"lm_head: .*was put there after apply"):
+        model(input_ids=row[None])
+    adapted = peft.get_peft_model(patched("llama"), peft.LoraConfig(target_modules=["q_proj"], r=4))
+    with pytest.raises(ki.Ineligible, match=r"q_proj.lora_A.default: .*was put there after apply"):
+        adapted(input_ids=row[None])
 
 
 def test_copies_have_the_mode_and_undo_ends_it():
@@ -276,3 +323,25 @@ def test_copies_have_the_mode_and_undo_ends_it():
     with torch.no_grad(), ki.receipts() as log:
         assert torch.equal(model(input_ids=row[None]).logits, before)
     assert log == []
+
+
+@pytest.mark.parametrize(
+    ("call", "exact"),
+    [
+        (lambda: torch.arange(0, 8, dtype=torch.float32), True),
+        (lambda: torch.arange(0, 1, 0.1), False),
+        (lambda: torch.eye(3), True),
+        (lambda: torch.view_as_real(torch.ones(3, dtype=torch.complex64)), True),
+        (lambda: torch.ones(3).sub_(2), True),
+        (lambda: torch.ones(3).sub_(torch.ones(3), alpha=0.3), False),
+        (lambda: torch.ones(3).sum(), False),
+        (lambda: torch.ones(3).exp(), False),
+    ],
+)
+def test_operators_that_move_values_or_round_once_are_exact(call, exact):
+    with exact_ops._Looking({}), ki.numerics("invariant"):
+        if exact:
+            call()
+        else:
+            with pytest.raises(ki.Ineligible, match="of PyTorch has no invariant form"):
+                call()

@@ -6,7 +6,12 @@ import itertools
 import pytest
 import torch
 
+import kernel_index as ki
+from kernel_index.lm.config import Latent, Sparse
 from tests.lm.test_generate import CONTEXT, KINDS
+from tests.lm.test_rollout_check import drawn_model
+
+CACHED = {"A": {}, "L": {"latent": Latent(16, 8)}, "S": {"sparse": Sparse(("moba",), 16, 3)}}
 
 MODES = {"gradients": torch.enable_grad, "none": torch.no_grad, "inference": torch.inference_mode}
 MIXED = {"off": contextlib.nullcontext, "on": lambda: torch.autocast("cpu", torch.bfloat16)}
@@ -84,6 +89,55 @@ def test_pages_have_the_precision_of_autocast():
         cache = KINDS["MASLSSE"].new_cache(CONTEXT)
     assert set(cache.pools) == {"attention", "latent", "sparse", "tokens", "index"}
     assert {pool.k.dtype for pool in cache.pools.values()} == {torch.bfloat16}
+
+
+def filled_outside_and_inside(model, inside_first):
+    """A step of a sequence in one mode of numerics, and what another step does in the other mode."""
+    modes = (contextlib.nullcontext, lambda: ki.numerics("invariant"))[:: -1 if inside_first else 1]
+    cache = model.new_cache(CONTEXT, page_size=4)
+    sequence = cache.allocate()
+    with torch.no_grad():
+        with modes[0]():
+            step(model, cache, sequence, prompt()[:5])
+        with modes[1](), pytest.raises(ki.Ineligible) as error:
+            step(model, cache, sequence, prompt()[5:])
+    return str(error.value)
+
+
+@pytest.mark.native
+def test_a_state_of_the_other_numerics_is_refused():
+    """In invariant numerics it is that of the last whole chunk: going on with it as if it were the last is wrong."""
+    model = KINDS["M"]
+    assert "cannot go on with a state of numerics('invariant')" in filled_outside_and_inside(model, True)
+    assert "the tokens of its state were not computed so" in filled_outside_and_inside(model, False)
+
+
+@pytest.mark.native
+def test_a_sequence_from_outside_without_a_token_joins_others_inside():
+    model = KINDS["M"]
+    cache = model.new_cache(2 * CONTEXT, page_size=4)
+    late = cache.allocate()
+    with torch.no_grad(), ki.numerics("invariant"):
+        first = cache.allocate()
+        step(model, cache, first, prompt()[:5])
+        cache.begin([first, late], 3)
+        logits = model.decode(torch.stack((prompt()[5:], prompt()[:3])), torch.tensor([5, 0]), cache)
+        cache.advance()
+        assert torch.equal(logits[0], model.next_logits(prompt()))
+        assert torch.equal(logits[1], model.next_logits(prompt()[:3]))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("kind", ["A", "L", "S"])
+def test_a_cache_of_another_autocast_is_refused_in_invariant_numerics(kind):
+    """Its pages have another precision than the keys of training."""
+    model = drawn_model(kind, **CACHED[kind])
+    for made, used in (("on", "off"), ("off", "on")):
+        with MIXED[made]():
+            cache = model.new_cache(CONTEXT, page_size=4)
+        refused = pytest.raises(ki.Ineligible, match="the cache must have the dtype of the keys here")
+        with torch.no_grad(), ki.numerics("invariant"), MIXED[used](), refused:
+            step(model, cache, cache.allocate(), prompt())
 
 
 BEGINS = {

@@ -24,7 +24,7 @@ def test_the_verifier_knows_every_axis():
 def checked(finished, tmp_path_factory):
     """A trained checkpoint, what the command says of it, and its receipt."""
     path = tmp_path_factory.mktemp("check") / "receipt.json"
-    options = ("--tokens", 60, "--compiler", "eager", "--json", path)
+    options = ("--tokens", 60, "--compiler", "aot_eager", "--json", path)
     return run("rollout-check", "--checkpoint", finished.folder, *options), path
 
 
@@ -54,9 +54,18 @@ def test_verify_accepts_it(checked):
         (lambda r: r["findings"]["A"].pop("prefix reuse"), "A, prefix reuse: was not compared"),
         (lambda r: r["findings"]["A"]["batch size"].update(refused="no form"), "batch size: refused: no form"),
         (lambda r: r["findings"]["A"]["batch size"].update(compared=0), "batch size: nothing was compared"),
-        (lambda r: r["machine"].pop("torch"), "does not tell the version of torch"),
+        (lambda r: r["machine"].pop("torch"), "does not tell torch of the machine"),
         (lambda r: r["model"].update(pattern="AM"), "M: was not checked"),
         (lambda r: r["recipes"].clear(), "does not tell the recipe of attention"),
+        (lambda r: r["recipes"].update(linear="0" * 12), "linear: '000000000000' is no recipe of this version"),
+        (lambda r: r["recipes"].pop("linear"), "does not tell the recipe of linear"),
+        (lambda r: r["model"].update(pattern="", findings={}), "names no layer of the model, got ''"),
+        (lambda r: r["model"].update(pattern=["A"]), "names no layer of the model, got ['A']"),
+        (lambda r: r["request"].update(compiler="eager"), "'eager' compiles nothing"),
+        (lambda r: r["request"].pop("device"), "does not tell device of the request"),
+        (lambda r: r["machine"].pop("isa"), "does not tell isa of the machine"),
+        (lambda r: r["findings"]["A"]["batch size"].update(compared=1), "1 values are not the log-probabilities of 60"),
+        (lambda r: r["findings"]["A"]["batch size"].update(refused=None), "batch size: refused: None"),
         (lambda r: r.pop("model"), "is not as rollout-check writes it"),
     ],
 )
@@ -68,6 +77,12 @@ def test_verify_refuses_a_changed_one(checked, tmp_path, change, problem):
     done = run("prove", "--verify", path)
     assert done.exit_code == 1
     assert problem in done.output
+
+
+def test_few_tokens_have_two_sequences(finished):
+    """So that every axis has something to compare."""
+    done = run("rollout-check", "--checkpoint", finished.folder, "--tokens", 2, "--compiler", "eager")
+    assert done.exit_code == 0, done.output
 
 
 def test_wrong_use():

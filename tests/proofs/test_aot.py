@@ -116,17 +116,17 @@ def show(kernel, made, *args):
 bits = empty(2, 4096, 8, 3, dtype=torch.int32)
 chosen = scoring._replace(block=64)
 for queries, page, scoring, bits in ((4096, 0, scoring, None), (1, 16, scoring, None), (4096, 0, chosen, bits)):
-    made = of._launch_of("forward", q[:, :queries], k, k, scoring, HAS_SINK=False, PAGE=page)
+    made = of._launch_of("forward", q[:, :queries], k, k, scoring, HAS_SINK=False, PAGE=page, AGAIN=bits is None)
     table, steps = (bounds[0], (4096, 1)) if page else (None, (0, 0))
-    show(documents.documents_kernel, made, q, k, k, None, *bounds, table, bits, out, lse, *strides, 4096, *steps,
+    show(documents.documents_kernel, made, q, k, k, None, *bounds, table, bits, out, lse, *strides, 4096, 4096, *steps,
          *of._of_bits(bits), queries, 8, made.inner, made.outer)
 for bits, scoring in ((None, scoring._replace(block=0)), (bits, chosen)):
-    made = of._launch_of("queries", q, k, k, scoring, HAS_D_LSE=False)
+    made = of._launch_of("queries", q, k, k, scoring, HAS_D_LSE=False, AGAIN=bits is None)
     show(documents_backward.queries_kernel, made, q, None, q, k, k, out, lse, *bounds, bits, q, lse, *strides, 4096,
-         *of._of_bits(bits), 4096, 8, made.scale, made.inner, made.outer)
-    made = of._launch_of("keys", q, k, k, scoring, H=32)
+         4096, *of._of_bits(bits), 4096, 8, made.scale, made.inner, made.outer)
+    made = of._launch_of("keys", q, k, k, scoring, H=32, AGAIN=bits is None)
     show(documents_backward.keys_kernel, made, q, q, k, k, lse, lse, *bounds, bits, k, k, *strides, 4096,
-         *of._of_bits(bits), 4096, 8, made.scale, made.inner, made.outer)
+         4096, *of._of_bits(bits), 4096, 8, made.scale, made.inner, made.outer)
 """
 
 

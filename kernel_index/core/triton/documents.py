@@ -186,12 +186,15 @@ def rows_of_tile(program, T, start_ptr, end_ptr, origin_ptr, BM: tl.constexpr, G
 @jit
 def documents_kernel(
     q_ptr, k_ptr, v_ptr, sink_ptr, start_ptr, end_ptr, origin_ptr, table_ptr, bits_ptr, out_ptr, lse_ptr,
-    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, table_b, table_s, GROUPS, words, T, K, inner, outer,
+    k_b, k_t, k_h, v_b, v_t, v_h, bounds_b, lse_h, table_b, table_s, GROUPS, words, T, K, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, SELECT: tl.constexpr, CAPPED: tl.constexpr,
-    HAS_SINK: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SINK: tl.constexpr, UPCAST: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of one KV head's group.  q and out are dense; ``PAGE`` 0 is a cache, or a batch, by rows."""
+    """One tile of rows of one KV head's group.  q and out are dense, lse is [B, H, T] with a distance of
+    ``lse_h`` between heads; ``PAGE`` 0 is a cache, or a batch, by rows.
+    ``AGAIN``: they are there, and a tile that holds a NaN is made again.
+    """
     b, kv_head = (tl.program_id(1) // K).to(tl.int64), (tl.program_id(1) % K).to(tl.int64)
     start_ptr += b * bounds_b
     end_ptr += b * bounds_b
@@ -207,11 +210,16 @@ def documents_kernel(
         p_k += b * k_b
         p_v += b * v_b
     p_bits = selection_of(bits_ptr, b, o_t, kv_head * G + o_g, T, K * G, GROUPS, words) if SELECT > 0 else bits_ptr
-    acc, row_max, row_sum = _forward_walk(
-        b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits, first, count, origin_ptr, m_row,
-        start, end, origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, PAGE, SELECT, CAPPED, UPCAST, False,
-    )  # fmt: skip
-    if has_nan(acc):
+    if AGAIN:
+        acc, row_max = load_rows(out_ptr, o_row * DV, m_row, DV, BLOCK_DV).to(tl.float32), tl.zeros((BM,), tl.float32)
+        row_sum = row_max
+    else:
+        acc, row_max, row_sum = _forward_walk(
+            b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits, first, count, origin_ptr, m_row,
+            start, end, origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, PAGE, SELECT, CAPPED, UPCAST, False,
+        )  # fmt: skip
+    is_nan = has_nan(acc)
+    if is_nan:
         acc, row_max, row_sum = _forward_walk(
             b_q, p_k, p_v, k_t, v_t, k_b, v_b, b, table_ptr, table_b, table_s, p_bits, first, count, origin_ptr, m_row,
             start, end, origin, inner, outer, D, DV, BLOCK_D, BLOCK_DV, BM, BN, G, PAGE, SELECT, CAPPED, UPCAST, True,
@@ -226,6 +234,7 @@ def documents_kernel(
         acc = acc * alpha[:, None]
         row_sum = tl.fma(row_sum, alpha, tl.exp2(sink - new_max))
         row_max = new_max
-    out, lse = softmax_output(acc, row_max, row_sum, m_empty)
-    store_rows(out_ptr, o_row * DV, m_row, out, DV, BLOCK_DV, UPCAST)
-    tl.store(lse_ptr + o_row, lse, mask=m_row)
+    if is_nan or not AGAIN:
+        out, lse = softmax_output(acc, row_max, row_sum, m_empty)
+        store_rows(out_ptr, o_row * DV, m_row, out, DV, BLOCK_DV, UPCAST)
+        tl.store(lse_ptr + (b * (K * G) + kv_head * G + o_g) * lse_h + o_t, lse, mask=m_row)

@@ -17,7 +17,7 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_index.core.triton.jit import Ahead
+from kernel_index.core.triton.jit import Ahead, ShortWay
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -33,6 +33,10 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32:
 
 class HopperKernel(Ahead, GluonJITFunction):
     """The decorator of a kernel, as ``jit`` is of one in Triton; its launches name ``ENABLE_FP_FUSION`` themselves."""
+
+
+class QuickHopperKernel(ShortWay, HopperKernel):
+    """With the short way to a launch, which names it."""
 
 
 def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:

@@ -25,8 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, HopperKernel, barriers
-from kernel_index.core.triton.jit import ShortWay
+from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, QuickHopperKernel, barriers
 from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.sums import sum_in_order
 
@@ -146,11 +145,7 @@ def _tiles(desc, COUNT: gl.constexpr):
     return gl.allocate_shared_memory(desc.dtype, [COUNT, ROWS, COLUMNS], desc.layout)
 
 
-class _Kernel(ShortWay, HopperKernel):
-    """Of Gluon, with the short way."""
-
-
-@_Kernel
+@QuickHopperKernel
 def _product_kernel(
     a_desc, b_desc, y_desc, y_ptr, bias_ptr, M, N, row_tiles, column_tiles, steps, parts,
     STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, HAS_BIAS: gl.constexpr, ADD: gl.constexpr,

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import rules
-from kernel_index.core.numerics import is_invariant
+from kernel_index.core.numerics import is_invariant, needs_ordinary_numerics
 from kernel_index.integrations.hugging_face import plain_causal
 from kernel_index.integrations.hugging_face.change import RAISED, Change, Plan, agree, draw
 from kernel_index.integrations.hugging_face.implementation import NAME, Implementation, own_implementation
 from kernel_index.integrations.hugging_face.invariant import name_of, refuse
 from kernel_index.integrations.hugging_face.lazy import Lazy, plain
-from kernel_index.integrations.hugging_face.masks import DENSE, LazyMask, contract_for
+from kernel_index.integrations.hugging_face.masks import DENSE, LOST_KEYS, LazyMask, contract_for
 
 KIND = "attention"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
@@ -222,6 +222,8 @@ def attention_forward(
         note(module, why)
         return own_attention(module, query, key, value, attention_mask, given)
     if isinstance(attention_mask, LazyMask):
+        if attention_mask.request["kv_offset"]:  # generate makes masks of static caches outside of the model's forward
+            needs_ordinary_numerics("attention", LOST_KEYS)
         mask = attention_mask.contract
     else:
         mask = _without_a_mask(module, query.shape[2], key.shape[2], is_causal)

@@ -20,15 +20,21 @@ from kernel_index.integrations.hugging_face.invariant import REFUSED, refuse
 
 MOVING = """
     _to_copy _unsafe_view alias as_strided cat clone constant_pad_nd copy_ detach embedding empty empty_like
-    empty_strided expand fill fill_ flip full full_like gather index index_select lift_fresh masked_fill narrow
-    new_empty new_full new_ones new_zeros ones ones_like permute repeat roll scalar_tensor select slice slice_scatter
-    split split_with_sizes squeeze stack t transpose tril triu unbind unsqueeze view where zero_ zeros zeros_like
+    empty_strided expand eye fill fill_ flip full full_like gather index index_select lift_fresh masked_fill
+    masked_fill_ narrow new_empty new_full new_ones new_zeros ones ones_like permute repeat roll scalar_tensor select
+    slice slice_scatter split split_with_sizes squeeze stack t transpose tril triu unbind unsqueeze view view_as_complex
+    view_as_real where zero_ zeros zeros_like
 """
-ROUNDED = "abs amax amin clamp clamp_min div div_ max maximum min minimum mul mul_ neg reciprocal relu rsub sqrt"
-SUMS = ("add", "add_", "sub")
+ROUNDED = """
+    abs amax amin clamp clamp_min div div_ max maximum min minimum mul mul_ neg neg_ reciprocal relu relu_ rsub sqrt
+"""
+SUMS = ("add", "add_", "sub", "sub_")
 """Exact without a factor ``alpha``: a product and a sum may be contracted or not."""
 ALIKE_ON_A_GPU = ("cos", "sin")
 """There PyTorch computes every element by one kernel."""
+
+WHOLE = 2**24
+"""Below it float32 holds every whole number; bfloat16 and float16 round larger ones once."""
 
 EXACT = frozenset((*MOVING.split(), *ROUNDED.split(), *SUMS))
 
@@ -102,6 +108,8 @@ def is_exact(func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> bool:
     name = func.overloadpacket.__name__
     if name == "pow":
         return not isinstance(args[1], Tensor) and args[1] == 2
+    if name == "arange":  # of whole numbers: others are sums whose rounding follows an element's place in a vector
+        return all(float(number).is_integer() and abs(number) < WHOLE for number in args)
     if name in ALIKE_ON_A_GPU:
         return args[0].is_cuda
     return name in EXACT and (name not in SUMS or kwargs.get("alpha", 1) == 1)

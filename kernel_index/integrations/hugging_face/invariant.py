@@ -1,10 +1,12 @@
 """``apply(model, numerics="invariant")``: what a model needs beside our kernels so that a row's bits are its own.
 
 Linear layers become ``ki.linear``, angles get the cosine and sine of ``core.stable``, and every forward of the model
-runs in the mode.  Dropout in training refuses.  What is left is code of the model: ``exact_ops`` looks at it.
+runs in the mode, and so does every layer that a checkpoint may recompute.  Dropout in training refuses.  What is left
+is code of the model: ``exact_ops`` looks at it.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ def plans(model: nn.Module, has_mode: tuple[nn.Module, ...]) -> list[Plan]:
 
 def _plan_of(name: str, module: nn.Module, has_mode: tuple[nn.Module, ...]) -> Plan | None:
     from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     if any(module is other for other in has_mode):
         return None
@@ -50,6 +53,8 @@ def _plan_of(name: str, module: nn.Module, has_mode: tuple[nn.Module, ...]) -> P
         return _plan_of_angles(name, module)
     if isinstance(module, PreTrainedModel):
         return _plan(name, module, "the mode", forward_in_mode)
+    if isinstance(module, GradientCheckpointingLayer):  # a reentrant checkpoint calls it in backward, outside of models
+        return _plan(name, module, "the mode", layer_in_mode)
     return None
 
 
@@ -120,8 +125,44 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def forward_in_mode(base: type) -> Callable[..., Any]:
+    names = names_of(base)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with ki.numerics("invariant"):
+            return base.forward(self, *args, **prepared(self, names, args, kwargs))
+
+    return forward
+
+
+def layer_in_mode(base: type) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ki.numerics("invariant"):
             return base.forward(self, *args, **kwargs)
 
     return forward
+
+
+def names_of(base: type) -> list[str]:
+    """The parameters of a forward, without self."""
+    return list(inspect.signature(base.forward).parameters)[1:]
+
+
+def prepared(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a model's forward in the mode.
+
+    Positions count from the first token of a sequence, as ``generate`` counts them, where the caller gives none and a
+    row is padded on the left.  A linear layer that was put into the model since ``apply`` is refused.
+    """
+    if torch.compiler.is_compiling():
+        return kwargs
+    if any(type(m) is nn.Linear for m in model.modules()):
+        new = next(name for name, m in model.named_modules() if type(m) is nn.Linear)
+        refuse(new, "it is a linear layer that was put there after apply: undo, and apply last")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    mask, tokens = given.get("attention_mask"), given.get("input_ids", given.get("inputs_embeds"))
+    if "position_ids" not in names or given.get("position_ids") is not None or not isinstance(mask, Tensor):
+        return kwargs
+    if not isinstance(tokens, Tensor) or mask.ndim != 2 or bool(mask[:, :1].all()):
+        return kwargs
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    return kwargs | {"position_ids": positions}

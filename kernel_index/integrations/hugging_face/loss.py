@@ -4,7 +4,6 @@ While a call has labels, the output layer returns ``LazyLogits``; the loss funct
 to replace, takes from them the operands of the fused loss.  A call without labels, as in ``generate``, is unchanged.
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 import kernel_index as ki
 from kernel_index.core.numerics import needs_ordinary_numerics
 from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, Recipe, replace_forward
+from kernel_index.integrations.hugging_face.invariant import names_of, prepared
 from kernel_index.integrations.hugging_face.lazy import is_observed
 from kernel_index.integrations.hugging_face.logits import LazyLogits, product
 
@@ -73,11 +73,13 @@ def model_forward(base: type, invariant: bool = False) -> Callable[..., Any]:
 
     A forward and not a hook: adapters call ``model.forward``, which runs no hooks.
     """
-    names = list(inspect.signature(base.forward).parameters)[1:]
+    names = names_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with ki.numerics("invariant") if invariant else contextlib.nullcontext():
+        if not invariant:
             return with_labels(self, *args, **kwargs)
+        with ki.numerics("invariant"):
+            return with_labels(self, *args, **prepared(self, names, args, kwargs))
 
     def with_labels(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

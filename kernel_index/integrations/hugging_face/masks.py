@@ -15,6 +15,9 @@ ROWS = 1024
 """Queries whose rows of the dense mask are compared at a time, so that the mask is never in memory as a whole."""
 
 
+LOST_KEYS = "a cache keeps the last keys of a window alone: pass a DynamicCache()"
+
+
 class LazyMask(Lazy):
     """A contract in the place of the dense mask that the model had before: bool or additive, [B, 1, T, S].
 
@@ -109,7 +112,7 @@ def contract_for(
     if isinstance(attention_mask, LazyMask):
         return attention_mask
     if kv_offset != 0:  # a cache without its first keys
-        needs_ordinary_numerics("attention", "a cache keeps the last keys of a window alone: pass a DynamicCache()")
+        needs_ordinary_numerics("attention", LOST_KEYS)
     own = own_implementation(config)
     request = dict(
         batch_size=batch_size,

@@ -107,3 +107,16 @@ def test_a_compiled_call_has_the_same_bits():
     compiled = torch.compile(lambda *t: ki.linear(*t), fullgraph=True, backend="aot_eager")
     with ki.numerics("invariant"):
         assert torch.equal(compiled(x, weight, bias), ki.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 0), (0,), (2, 0, 5)])
+def test_a_dimension_of_none(shape, dtype):
+    """No channels are a sum of nothing: the bias alone."""
+    x, weight, bias = torch.zeros(shape), torch.zeros(4, shape[-1]), torch.arange(4.0)
+    leaves = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+    with ki.numerics("invariant"):
+        found = ki.linear(*leaves)
+    torch.testing.assert_close(found, torch.nn.functional.linear(*leaves))
+    for t, g in zip(leaves, torch.autograd.grad(found.sum(), leaves), strict=True):
+        assert g.shape == t.shape

@@ -87,7 +87,7 @@ def fused_gated_activation(
     Raises:
         TypeError: an argument is not a floating-point tensor, or the dtypes of gate and up differ.
         ValueError: shapes or devices do not fit, or the kind is none of the above.
-        Ineligible: the named backend cannot run this call.
+        Ineligible: the named backend cannot run this call; ``linear`` in invariant numerics.
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 
@@ -99,6 +99,9 @@ def fused_gated_activation(
     if linear is None:
         return choose("fused_gated_activation", BACKENDS, backend, call).run(call)
     weight, bias = contract.check_linear(call, linear)
+    numerics.needs_ordinary_numerics(
+        "fused_gated_activation", "its linear= is a product of PyTorch: give the result to ki.linear"
+    )
     return _with_linear(choose("fused_gated_activation", BACKENDS, backend, call), call, weight, bias)
 
 

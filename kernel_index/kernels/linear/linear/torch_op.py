@@ -1,5 +1,6 @@
 """The product with independent rows and both gradients, in C++ or in Triton."""
 
+import math
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class _Linear(torch.autograd.Function):
 
 def _linear(call: Call, by: Products) -> Tensor:
     x, weight, bias = call
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would not tell a dimension from none of 0
     return ops.apply(_Linear, flat, weight, bias, by).view(*x.shape[:-1], weight.shape[0])
 
 

@@ -40,10 +40,10 @@ def _stats_sharded(call: contract.StatsCall) -> contract.TokenStats:
     return vocab_parallel.token_stats_sharded(call)
 
 
-LOSS = Recipe(f"loss 1: float32 logits by {PRODUCT.text}; their softmax by {ELEMENTWISE.text}")
+LOSS = Recipe(f"loss 2: float32 logits by {PRODUCT.text}; their softmax by {ELEMENTWISE.text}")
 
 LOSS_ON_A_GPU = Recipe(
-    f"loss on a GPU 1: float32 logits by {device_products.PRODUCT.text}; their softmax by {ON_A_GPU.text}"
+    f"loss on a GPU 2: float32 logits by {device_products.PRODUCT.text}; their softmax by {ON_A_GPU.text}"
 )
 
 LossBackend = Literal["auto", "sharded", "triton", "native", "inductor", "chunked", "reference"]
@@ -328,6 +328,7 @@ def token_stats(
     For a target that is ``ignore_index`` these three are 0, without a gradient; ``predicted`` is the argmax there too.
     Without softcap ``log_prob`` is that of ``token_log_probs`` with ``logit_scale = 1 / temperature``; with one, the
     temperature divides the capped logits here, as a sampler does, where ``logit_scale`` multiplies before the cap.
+    In invariant numerics it has the bits of ``token_log_probs``, with a softcap at temperature 1 alone.
 
     Args:
         hidden: [..., C], floating.

@@ -17,7 +17,8 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.support import
 class Constants(NamedTuple):
     """What is the same for every row: this process has ``vocab`` classes from ``first_class`` on, others the rest.
 
-    ``width`` is the most classes that a process has; ``top_k`` 0 and ``top_p`` 1 do not truncate.
+    ``width`` is the most classes that a process has; ``top_k`` 0 and ``top_p`` 1 do not truncate.  ``as_loss``: the
+    log-probability is computed as the loss computes it, whose bits it then has.
     """
 
     softcap: float
@@ -29,6 +30,7 @@ class Constants(NamedTuple):
     width: int
     group: str
     passes: str
+    as_loss: bool = False
 
     @property
     def products(self) -> Products:

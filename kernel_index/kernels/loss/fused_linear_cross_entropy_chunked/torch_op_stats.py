@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops, rules
+from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import products, stats_pass
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.chunk_pass import loss_pass
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import StatsCall, TokenStats, rows_per_chunk
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.slices import Layout
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.stats_pass import FLOATS, INTS, Constants
 
 _CONSTANTS = (
     "float softcap, float temperature, SymInt top_k, float top_p, SymInt vocab, SymInt first_class, SymInt width, "
-    "str group, str passes"
+    "str group, str passes, bool as_loss"
 )
 
 
@@ -39,6 +42,19 @@ def _statistics(hidden, weight, targets, bias, *constants):
 def _fill(z: Tensor, targets: Tensor, floats: Tensor, ints: Tensor, c: Constants) -> None:
     for out, value in zip((floats, ints), stats_pass.statistics(z, targets, c), strict=True):
         out.copy_(value)
+    if c.as_loss:
+        floats[:, 0] = 0.0 - _losses(z, targets, c)
+
+
+def _losses(z: Tensor, targets: Tensor, c: Constants) -> Tensor:
+    terms = (c.softcap, 1 / c.temperature, 0.0, 0.0)
+    if c.passes != "triton":
+        return loss_pass(z, targets, *terms, f=c.functions)[0]
+    from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import triton
+
+    found = tuple(z.new_empty(z.shape[0]) for _ in range(4))
+    triton.losses(z, targets, found, c.vocab, terms, Layout(c.vocab, c.vocab))
+    return found[0]
 
 
 def _by_equal_blocks(function: Any, z: Tensor, vectors: tuple[Tensor, ...], c: Constants) -> None:
@@ -135,5 +151,6 @@ def token_stats_rows(call: StatsCall) -> TokenStats:
 
 def _run(call: StatsCall, passes: str) -> TokenStats:
     o = call.options
-    constants = Constants(o.softcap, o.temperature, o.top_k, o.top_p, o.vocab, 0, o.vocab, "", passes)
+    as_loss = is_invariant() and (o.softcap == 0 or o.temperature == 1)  # else it is another function
+    constants = Constants(o.softcap, o.temperature, o.top_k, o.top_p, o.vocab, 0, o.vocab, "", passes, as_loss)
     return token_stats_of(call.hidden, call.weight, call.bias, call.targets, o.ignore_index, constants)
