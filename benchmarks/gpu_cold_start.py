@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +17,7 @@ import triton
 import typer
 
 from benchmarks.gpu_language_model import model_and_batch
+from benchmarks.gpu_session import Rows, add_row
 from benchmarks.harness import console
 
 LONGEST = 14
@@ -33,13 +35,13 @@ def kernels_compiled_here() -> list[float]:
     return seconds
 
 
-def first_steps(how: str, name: str = "small", rows: int = 16, steps: int = 3) -> None:
+def first_steps(how: str, out: Path | None, name: str = "small", rows: int = 16, steps: int = 3) -> None:
     """Seconds of the first steps of a compiled model, then PyTorch's account of compiling."""
     model, batch = model_and_batch(name, rows, recompute=False)
     compiled = torch.compile(model, fullgraph=True) if how == "whole" else model
     if how == "blocks":
         model.compile_blocks()
-    kernels = kernels_compiled_here()
+    kernels, seconds = kernels_compiled_here(), list[float]()
     for step in range(steps):
         start = time.perf_counter()
         with torch.autocast("cuda", torch.bfloat16):
@@ -47,7 +49,10 @@ def first_steps(how: str, name: str = "small", rows: int = 16, steps: int = 3) -
         loss.backward()
         model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
-        console.print(f"{name}, {how}, step {step + 1}: {time.perf_counter() - start:.2f} s", highlight=False)
+        seconds.append(time.perf_counter() - start)
+        console.print(f"{name}, {how}, step {step + 1}: {seconds[-1]:.2f} s", highlight=False)
+    row = {"case": f"{name}, {how}", "first_step_s": round(seconds[0], 1), "later_step_s": round(seconds[-1], 2)}
+    add_row(out, "cold_start", row)
     here = [took for took in kernels if took >= 0]
     found = len(kernels) - len(here)
     console.print(f"  {sum(here):7.2f} s in {len(here)} kernels of Triton, {found} more in its cache", highlight=False)
@@ -56,12 +61,19 @@ def first_steps(how: str, name: str = "small", rows: int = 16, steps: int = 3) -
         console.print(f"  {sum(seconds):7.2f} s in {len(seconds)}: {phase}", highlight=False)
 
 
-def main(how: Annotated[str, typer.Option(help="blocks, as the command does; whole; or eager.")] = "blocks") -> None:
+def main(
+    how: Annotated[str, typer.Option(help="blocks, as the command does; whole; or eager.")] = "blocks",
+    out: Rows = None,
+) -> None:
     """Time the first steps of ``small`` with empty caches."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
-        subprocess.run([sys.executable, "-m", __spec__.name, "inner", how], env=os.environ | caches, check=True)
+        command = [sys.executable, "-m", __spec__.name, "inner", how, *([str(out)] if out else [])]
+        subprocess.run(command, env=os.environ | caches, check=True)
 
 
 if __name__ == "__main__":
-    first_steps(sys.argv[2]) if sys.argv[1:2] == ["inner"] else typer.run(main)
+    if sys.argv[1:2] == ["inner"]:
+        first_steps(sys.argv[2], Path(sys.argv[3]) if sys.argv[3:] else None)
+    else:
+        typer.run(main)

@@ -25,6 +25,7 @@ import kernel_index as ki
 from benchmarks.gpu_ceiling import PRODUCTS
 from benchmarks.gpu_language_model import recorded_step
 from benchmarks.gpu_profile import marked, report
+from benchmarks.gpu_session import Rows, add_row
 from benchmarks.harness import console
 from benchmarks.language_model import packed
 from kernel_index.lm.config import ModelConfig
@@ -41,6 +42,7 @@ TINY = ModelConfig(
     vocab=512, padded_vocab=512, residual="plain", activation="swiglu",
 )  # fmt: skip
 ROWS = 2
+MODEL = "Llama, 1.2 B parameters, 2 rows of 8192 tokens"
 
 Step = Callable[[], Tensor]
 
@@ -118,7 +120,7 @@ def contenders(config: ModelConfig, device: str) -> Iterator[tuple[str, Callable
             yield f"{name}, {how}", lambda patch=patch, how=how: theirs(config, device, patch, how)
 
 
-def measured(step: Step, config: ModelConfig, rounds: int, device: str) -> str:
+def measured(step: Step, config: ModelConfig, rounds: int, device: str) -> dict[str, Any]:
     def wait() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
@@ -142,11 +144,15 @@ def measured(step: Step, config: ModelConfig, rounds: int, device: str) -> str:
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
     took, tokens = statistics.median(seconds), ROWS * config.context
-    mfu = 100 * flops_per_token(config) * tokens / took / PRODUCTS
-    loss_is = "" if loss is None else f", loss {float(loss):.4f}"
-    return (
-        f"{1e3 * took:.1f} ms, {tokens / took:,.0f} tokens/s, {mfu:.1f} %, {peak:.1f} GiB, first {first:.0f} s{loss_is}"
-    )
+    mfu = flops_per_token(config) * tokens / took / PRODUCTS
+    row = {"ms": round(1e3 * took, 1), "tokens_s": round(tokens / took), "mfu": round(mfu, 3), "GiB": round(peak, 1)}
+    return row | {"first_s": round(first, 1)} | ({} if loss is None else {"loss": round(float(loss), 4)})
+
+
+def said(row: dict[str, Any]) -> str:
+    loss = f", loss {row['loss']:.4f}" if "loss" in row else ""
+    speed = f"{row['ms']:.1f} ms, {row['tokens_s']:,} tokens/s, {100 * row['mfu']:.1f} %"
+    return f"{speed}, {row['GiB']:.1f} GiB, first {row['first_s']:.0f} s{loss}"
 
 
 def main(
@@ -154,6 +160,7 @@ def main(
     only: Annotated[str, typer.Option(help="Only contenders whose name contains one of these, by semicolons.")] = "",
     profile: Annotated[bool, typer.Option(help="Also where the time of a step goes.")] = False,
     dry_run: Annotated[bool, typer.Option(help="A tiny model on the CPU; times mean nothing.")] = False,
+    out: Rows = None,
 ) -> None:
     """Time training steps of a dense model of 1.2 B parameters."""
     config, device = (TINY, "cpu") if dry_run else (DENSE, "cuda")
@@ -165,7 +172,9 @@ def main(
             continue
         try:
             step, model = prepare()
-            console.print(f"{name}: {measured(step, config, rounds, device)}", highlight=False)
+            row = measured(step, config, rounds, device)
+            console.print(f"{name}: {said(row)}", highlight=False)
+            add_row(out, "models", {"model": MODEL, "contender": name} | row)
             if profile and "plain" in name and not dry_run:
                 with marked(model):
                     report(name, step)

@@ -14,12 +14,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
 from benchmarks.gpu_ceiling import PRODUCTS
+from benchmarks.gpu_session import Rows, add_row
 from benchmarks.harness import console, duration
 from benchmarks.language_model import NAMES, packed
 from kernel_index.lm.captured import CapturedStep, GraphRecorder, RecordingError
@@ -95,7 +97,7 @@ def title(name: str, rows: int, recompute: bool) -> str:
     return f"{name}, {rows} rows{', recomputation' if recompute else ''}"
 
 
-def compare(name: str, rows: int, recompute: bool, rounds: int, contender: str) -> None:
+def compare(name: str, rows: int, recompute: bool, rounds: int, contender: str, out: Path | None) -> None:
     """Time the contenders in turn; one that the memory does not hold is left out."""
     found = {who: step for who, step in steps(name, rows, recompute) if contender in who}
     seconds: dict[str, list[float]] = {}
@@ -116,8 +118,11 @@ def compare(name: str, rows: int, recompute: bool, rounds: int, contender: str) 
     for who, times in seconds.items():
         median = statistics.median(times)
         speed = f"{duration(median)}, {tokens / median:,.0f} tokens/s, {100 * flops * tokens / median / PRODUCTS:.1f} %"
-        said = f"{title(name, rows, recompute)}: {who}: {speed}, peak {peaks[who]:.1f} GiB"
-        console.print(said, highlight=False)
+        model = title(name, rows, recompute)
+        console.print(f"{model}: {who}: {speed}, peak {peaks[who]:.1f} GiB", highlight=False)
+        row = {"model": model, "contender": who, "ms": round(1e3 * median, 1), "tokens_s": round(tokens / median)}
+        row |= {"mfu": round(flops * tokens / median / PRODUCTS, 3), "GiB": round(peaks[who], 1)}
+        add_row(out, "models", row)
 
 
 def rows_that_fit(name: str = "base", most: int = 64) -> int:
@@ -145,12 +150,13 @@ def main(
     only: Annotated[str, typer.Option(help="Only sizes whose title contains this.")] = "",
     contender: Annotated[str, typer.Option(help="Only contenders whose name contains this.")] = "",
     fits: Annotated[bool, typer.Option(help="Also how many rows of base fit without recomputation.")] = False,
+    out: Rows = None,
 ) -> None:
     """Time training steps of the presets for a GPU."""
     console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     for size in SIZES:
         if only in title(*size):
-            compare(*size, rounds, contender)
+            compare(*size, rounds, contender, out)
             gc.collect()
             torch.cuda.empty_cache()
     if fits:

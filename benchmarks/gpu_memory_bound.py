@@ -17,7 +17,6 @@ import torch._functorch.config
 import typer
 from torch import Tensor
 
-from benchmarks import gpu_session
 from benchmarks.gpu_memory_calls import MAKERS, Calls
 from benchmarks.gpu_session import DryRun, Only, Out, Seconds, Session, Warm
 from benchmarks.harness import console
@@ -132,5 +131,4 @@ def main(
 
 
 if __name__ == "__main__":
-    gpu_session.PEERS += ("liger-kernel", "quack-kernels")
     typer.run(main)

@@ -25,12 +25,16 @@ from kernel_index.proofs.record import machine
 from kernel_index.proofs.tune import timing
 
 Out = Annotated[Path, typer.Option(help="The file of figures; cells that it holds are not measured again.")]
+Rows = Annotated[Path | None, typer.Option("--out", help="A file of figures to which the rows are added.")]
 Only = Annotated[str, typer.Option(help="Only cells whose name contains one of these, separated by commas.")]
 Seconds = Annotated[float, typer.Option(help="Start no new cell after so many seconds.")]
 DryRun = Annotated[bool, typer.Option(help="Tiny sizes on the CPU through the interpreter; times mean nothing.")]
 Warm = Annotated[str, typer.Option(help="i/n: run every n-th call once, which compiles it, and time nothing.")]
 
-PEERS = ("flash-attn-4", "flashinfer-python", "flash-linear-attention")
+PEERS = (
+    "flash-attn-4", "flashinfer-python", "flash-linear-attention", "liger-kernel", "mamba-ssm", "quack-kernels",
+    "sonic-moe", "transformers",
+)  # fmt: skip
 NOTES = (
     "Device times are replays of CUDA graphs over sets of inputs that do not fit the L2 cache together.",
     "host_us: until an eager call returns.  share: compulsory bytes ÷ time ÷ the bandwidth of a copy.",
@@ -165,6 +169,16 @@ def described(dry_run: bool) -> dict[str, Any]:
     except OSError:
         commit = ""
     return found | ({"commit": commit} if commit else {})
+
+
+def add_row(out: Path | None, kind: str, row: dict[str, Any]) -> None:
+    """Add a row to a file of figures, for a benchmark that prints its own lines; without a file nothing is kept."""
+    if out is None:
+        return
+    content: dict[str, Any] = {"machine": described(not torch.cuda.is_available())}
+    content |= json.loads(out.read_text()) if out.exists() else {}
+    content.setdefault(kind, []).append(row)
+    write_whole(out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def verdict(auto: float, ran: str, ours: dict[str, float], peers: dict[str, float]) -> dict[str, Any]:

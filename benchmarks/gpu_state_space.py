@@ -12,12 +12,15 @@ instructions than its bytes take time.  Convolution and norm at 60 to 90 % of th
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from torch import Tensor
 
 import kernel_index as ki
+from benchmarks.gpu_session import Rows, add_row
 from benchmarks.harness import console
 from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.kernels.state_space.causal_conv1d import cases as conv_cases
@@ -135,7 +138,7 @@ def measured(function: Function, leaves: list[Tensor], upstream: Tensor, dry: bo
     return [timing.device_us([step])[0] for step in (forward, both)]
 
 
-def compare(cell: Cell, suites_by_op: dict[str, Suite], bandwidth: float, device: str) -> None:
+def compare(cell: Cell, suites_by_op: dict[str, Suite], bandwidth: float, device: str, out: Path | None = None) -> None:
     for op, kwargs, peers in calls(cell, device):
         suite = suites_by_op[op]
         names = [n for n in suite.differentiable if isinstance(kwargs.get(n), Tensor)]
@@ -156,6 +159,8 @@ def compare(cell: Cell, suites_by_op: dict[str, Suite], bandwidth: float, device
             shares = " and ".join(f"{limit / took:.2f}" for limit, took in zip(limits, times, strict=True))
             said = f"  {name}: {times[0]:.0f} and {times[1]:.0f} µs, {shares} of the copy's speed{apart}"
             console.print(said, highlight=False)
+            row = {"case": str(cell), "contender": name, "us": round(times[0], 1), "both_us": round(times[1], 1)}
+            add_row(out, op, row)
         gc.collect()
 
 
@@ -175,7 +180,7 @@ def mixer_step(backend: str, cell: Cell) -> Callable[[], object]:
     return step
 
 
-def main(rounds: int = 5, device: str = "cuda") -> None:
+def main(rounds: int = 5, device: str = "cuda", out: Rows = None) -> None:
     """``device="cpu"``: tiny sizes through the interpreter; its times mean nothing."""
     by_op = {s.op: s for s in suites()}
     if device == "cpu":
@@ -186,7 +191,7 @@ def main(rounds: int = 5, device: str = "cuda") -> None:
     bandwidth = timing.copy_bandwidth()
     console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     for cell in CELLS:
-        compare(cell, by_op, bandwidth, device)
+        compare(cell, by_op, bandwidth, device, out)
         torch.cuda.empty_cache()
     cell = CELLS[-2]
     for backend in ("auto", "reference"):
@@ -198,4 +203,4 @@ def main(rounds: int = 5, device: str = "cuda") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

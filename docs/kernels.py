@@ -38,6 +38,7 @@ TITLES = {
     "fused_relu_squared": ("Squared ReLU", "relu², ReLU2"),
     "expert_router": ("Expert router", "mixture of experts, MoE, gating, top-k routing"),
     "expert_dispatch": ("Expert dispatch", "mixture of experts, MoE, permute and unpermute, scatter and combine"),
+    "expert_mlp": ("Experts", "mixture of experts, MoE, SwiGLU, activation recomputation"),
     "grouped_product": ("Grouped product", "mixture of experts, MoE, grouped GEMM"),
     "mhc_fused_static": ("Hyper-connections", "mHC, residual streams, Sinkhorn"),
     "fused_mla_projection": ("MLA projection", "multi-head latent attention, low-rank projection"),

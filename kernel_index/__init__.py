@@ -19,6 +19,7 @@ from kernel_index.kernels.attention.fused_rope_qk.api import RopeTables, Rotated
 from kernel_index.kernels.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
 from kernel_index.kernels.experts.expert_dispatch.api import ExpertPlan, expert_combine, expert_dispatch, expert_plan
+from kernel_index.kernels.experts.expert_mlp.api import expert_mlp
 from kernel_index.kernels.experts.expert_router.api import Routing, expert_route
 from kernel_index.kernels.experts.fused_gated_activation.api import fused_gated_activation
 from kernel_index.kernels.experts.fused_relu_squared.api import fused_relu_squared
@@ -128,6 +129,7 @@ __all__ = [
     "exact_token_attention",
     "expert_combine",
     "expert_dispatch",
+    "expert_mlp",
     "expert_plan",
     "expert_route",
     "explain",

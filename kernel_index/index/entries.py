@@ -244,6 +244,14 @@ ENTRIES = (
         "nn.Experts",
     ),
     entry(
+        "expert_mlp",
+        "Experts and activations",
+        "kernels/experts/expert_mlp",
+        "expert_mlp",
+        "Compute the experts behind their router, with one pass between the products of the backward direction.",
+        "nn.Experts",
+    ),
+    entry(
         "grouped_product",
         "Experts and activations",
         "kernels/experts/grouped_product",

@@ -5,7 +5,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
 from kernel_index.core import checks
@@ -68,9 +67,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """``Σ_k weight_k · down_k(act(up_k(x)))`` over the experts k of each token, plus a shared expert for all tokens.
 
-    ``ki.expert_dispatch`` brings tokens into the order of their experts, ``ki.grouped_product`` multiplies them, and
-    ``ki.expert_combine`` adds up each token's rows in a fixed order, so that results repeat bit for bit.  No token is
-    dropped.
+    ``ki.expert_plan`` puts tokens into the order of their experts, and ``ki.expert_mlp`` multiplies them and adds up
+    each token's rows in a fixed order, so that results repeat bit for bit.  No token is dropped.
 
     Args:
         dim: channels C.
@@ -113,15 +111,18 @@ class Experts(nn.Module):
         self._check(x_BTC, dtype)
         x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
         routing = self.router(x_NC)
-        plan = ki.expert_plan(routing.experts, self.router.bias.numel())
-        x_SC = ki.expert_dispatch(x_NC.to(dtype), plan.slots)  # S = N·k rows in the order of their experts
-        h_SF = ki.grouped_product(x_SC, self.up.to(dtype), plan.offsets)
-        if self.recompute and torch.is_grad_enabled():
-            out_SC = checkpoint(self._second_half, h_SF, plan.offsets, use_reentrant=False, preserve_rng_state=False)
-        else:
-            out_SC = self._second_half(h_SF, plan.offsets)
+        plan = ki.expert_plan(routing.experts, self.router.bias.numel())  # S = N·k rows in the order of their experts
         shared_NC = None if self.shared is None else self.shared(x_BTC)[0].reshape(x_NC.shape)
-        return ki.expert_combine(out_SC, routing.weights, plan.slots, shared_NC).view(x_BTC.shape), None
+        x_NC, up, down = x_NC.to(dtype), self.up.to(dtype), self.down.to(dtype)
+        if self.recompute:
+            kind = self.activation
+            out_NC = ki.expert_mlp(x_NC, up, down, routing.weights, *plan, base=shared_NC, activation=kind)
+        else:
+            h_SF = ki.grouped_product(ki.expert_dispatch(x_NC, plan.slots), up, plan.offsets)
+            active_SF = ki.fused_relu_squared(h_SF) if self.activation == "relu2" else swiglu(h_SF)
+            rows_SC = ki.grouped_product(active_SF, down, plan.offsets)
+            out_NC = ki.expert_combine(rows_SC, routing.weights, plan.slots, shared_NC)
+        return out_NC.view(x_BTC.shape), None
 
     def _check(self, x_BTC: Tensor, dtype: torch.dtype) -> None:
         width = self.router.weight.shape[1]
@@ -129,7 +130,3 @@ class Experts(nn.Module):
             raise ValueError(f"x must be [..., C] with C = {width}, got shape {tuple(x_BTC.shape)}")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"x must be of float32, bfloat16 or float16 for the grouped product, got {dtype}")
-
-    def _second_half(self, h_SF: Tensor, offsets_E: Tensor) -> Tensor:
-        active = ki.fused_relu_squared(h_SF) if self.activation == "relu2" else swiglu(h_SF)
-        return ki.grouped_product(active, self.down.to(active.dtype), offsets_E)

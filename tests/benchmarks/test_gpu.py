@@ -8,7 +8,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks import gpu_session, gpu_sparse
+from benchmarks import gpu_models, gpu_session, gpu_sparse
 from benchmarks.gpu_sparse_calls import Cell, Inputs
 from kernel_index.index.entry import ROOT
 from kernel_index.proofs.tune import timing
@@ -133,6 +133,49 @@ def test_the_state_space_kernels_agree_with_pytorch_in_a_dry_run(capsys):
     assert said.count("  PyTorch: 1 and 1 µs") == 3
     for line in said.splitlines():
         assert "apart" not in line or float(line.split()[-2]) < 1e-2
+
+
+def test_the_dry_run_of_experts_compares_every_part(tmp_path):
+    said, content = dry("gpu_experts", tmp_path / "e.json")
+    rows = {row["case"]: row["contenders"] for row in content["experts"]}
+    parts = ("router", "dispatch", "product", "combine", "layer")
+    assert list(rows) == [f"tiny {activation} {part}" for activation in ("swiglu", "relu2") for part in parts]
+    for case, found in rows.items():
+        assert {"kernel_index"} < set(found), case
+        assert max(of["error"] for of in found.values()) < 2e-2, case
+    assert "kernel_index, by parts" in rows["tiny relu2 layer"]
+    assert content["left_out"]["Megatron"] == "No module named 'transformer_engine'"
+    assert "ours ÷ the best other: forward us 1.00 of PyTorch" in said
+
+
+def test_the_dry_run_of_the_loss_gives_every_contender(tmp_path):
+    said, content = dry("gpu_loss", tmp_path / "l.json")
+    (row,) = content["loss"]
+    assert {"default", "all tokens", "log-sum-exp, all tokens", "half of the tokens", "token_stats"} < set(
+        row["contenders"]
+    )
+    assert "token_stats ÷ token_log_probs: 1.000" in said
+
+
+def test_every_table_of_the_models_goes_into_one_file(monkeypatch, tmp_path):
+    ran, out = [], tmp_path / "m.json"
+
+    class Done:
+        returncode = 0
+
+    def run(command, **_):
+        ran.append(command[2])
+        gpu_session.add_row(out, command[2], {"ms": 1.0})
+        return Done()
+
+    monkeypatch.setattr(gpu_models.subprocess, "run", run)
+    monkeypatch.setattr(gpu_session, "described", lambda dry: {"device": "A"})
+    gpu_models.main(out, only="gpu_loss,gpu_dense")
+    assert ran == ["benchmarks.gpu_loss", "benchmarks.gpu_dense"]
+    content = json.loads(out.read_text())
+    assert content == {"machine": {"device": "A"}, **{name: [{"ms": 1.0}] for name in ran}}
+    with pytest.raises(typer.BadParameter, match="--only must be of"):
+        gpu_models.main(out, only="gpu_lost")
 
 
 @pytest.mark.thorough

@@ -79,8 +79,8 @@ def test_receipts_name_every_computing_entry(plain):
     assert {row.op for row in receipt_rows(trainer.receipts)} >= {
         "attention", "clustered_sparse_attention", "exact_token_attention", "fa4_kvcache_decode",
         "fused_bias_dropout_add", "fused_linear_cross_entropy", "fused_mla_projection", "fused_relu_squared",
-        "fused_residual_add_rms_norm", "fused_rope_qk", "expert_combine", "expert_dispatch", "expert_plan",
-        "expert_route", "hierarchical_block_select", "lightning_indexer", "mhc_branch_input",
+        "fused_residual_add_rms_norm", "fused_rope_qk", "expert_combine", "expert_dispatch", "expert_mlp",
+        "expert_plan", "expert_route", "hierarchical_block_select", "lightning_indexer", "mhc_branch_input",
         "mhc_merge_and_branch_input", "moba_attention", "moba_decode", "selected_decode", "sinkhorn",
         "union_selection",
     }  # fmt: skip

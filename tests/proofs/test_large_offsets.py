@@ -135,8 +135,9 @@ def test_expert_route(late):
     call = (x, weight, None, experts, weights, parts, scores, ROWS, WIDTH, 16, 1e-20)
     seen = late(router._forward_kernel, ROWS // 16 - 1, *call, TOPK=2, CHOICES=2, BIAS=False, **shape)
     holds(seen, x, (ROWS - 16) * WIDTH, ROWS * WIDTH - 1)
-    index, call = (ROWS // 16 - 1, 0), (weights, x, weight, scores, experts, d_x, parts, ROWS, WIDTH, 16, ROWS // 16)
-    seen = late(router._backward_kernel, index, *call, 1e-20, TOPK=2, UPCAST=True, **shape)
+    index, call = (ROWS // 16 - 1, 0), (scores, x, weight, d_x, parts, ROWS, WIDTH, 16, ROWS // 16)
+    shape.pop("SOFTMAX")
+    seen = late(router._backward_kernel, index, *call, UPCAST=True, **shape)
     for tensor in (x, d_x):
         touches(seen, tensor, LAST * WIDTH, LAST * WIDTH + router.BLOCK - 1)
 
@@ -174,6 +175,7 @@ def test_dropout(late):
     seen = late(
         dropout._flat_kernel, index, x, residual, bias, out, seed, 2**31, 2.0, size, WIDTH,
         RESIDUAL=True, BIAS=True, DROP=True, WHOLE_BLOCKS=WIDTH % dropout.BLOCK == 0, BLOCK=dropout.BLOCK,
+        INVERTED=False,
     )  # fmt: skip
     for tensor in (x, residual, out):
         holds(seen, tensor, index * dropout.BLOCK, size - 1)
@@ -181,7 +183,8 @@ def test_dropout(late):
     runs = ROWS // dropout.ROWS
     seen = late(
         dropout._column_kernel, runs - 1, x, out, parts, seed, 2**31, 2.0, ROWS, WIDTH, dropout.ROWS, DX=True,
-        DROP=True, WHOLE_GROUPS=True, ROWS=dropout.ROWS, COLUMNS=dropout.COLUMNS, STAGES=1, DEPENDENT=False,
+        DROP=True, INVERTED=True, WHOLE_GROUPS=True, ROWS=dropout.ROWS, COLUMNS=dropout.COLUMNS, STAGES=1,
+        DEPENDENT=False,
     )  # fmt: skip
     for tensor in (x, out):
         holds(seen, tensor, LAST * WIDTH, LAST * WIDTH + dropout.COLUMNS - 1)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.kernels.boundary.fused_bias_dropout_add import inductor
+from kernel_index.core.triton.launch import interpreting
+from kernel_index.kernels.boundary.fused_bias_dropout_add import inductor, torch_op
 from tests.kernels.boundary.test_fused_bias_dropout_add import BACKENDS, BF16, mask_of, operands
 
 
@@ -154,3 +155,21 @@ def test_few_rows_are_summed_by_one_launch_and_many_by_two(rows, width, p):
     kept = mask_of((rows, width), p, 3, backend="triton") if p else torch.ones(rows, width)
     torch.testing.assert_close(dx, kept.to(dx.dtype) / (1 - p), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(dbias, kept.sum(0).to(dbias.dtype) / (1 - p), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.skipif(not interpreting(), reason="runs Triton's interpreter")
+def test_backward_takes_the_seed_as_it_was_saved(monkeypatch):
+    """A launch that inverts eight bytes would take as long as the gradient of a few rows."""
+    given = []
+    launch = torch_op._launch_backward
+
+    def seen(g, seed, *rest):
+        given.append((int(seed), rest[-1]))
+        return launch(g, seed, *rest)
+
+    monkeypatch.setattr(torch_op, "_backward_op", seen)
+    x, r = torch.ones(3, 64, requires_grad=True), torch.zeros(3, 64)
+    out = ki.fused_bias_dropout_add(x, r, p=0.5, seed=11, backend="triton")
+    (d,) = torch.autograd.grad(out.sum(), x)
+    assert given == [(~11, True)]
+    assert torch.equal(d != 0, out != 0)

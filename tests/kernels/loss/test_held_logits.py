@@ -94,15 +94,49 @@ def test_in_a_checkpoint(planned, name, monkeypatch):
 
 
 def test_what_is_held_follows_from_sizes_and_the_callers_limit():
-    def plan(tokens, channels, vocab, chunk_size=0, needs=(True, True, False)):
-        hidden, weight = (torch.empty(n, channels, dtype=torch.bfloat16, device="meta") for n in (tokens, vocab))
+    def plan(tokens, channels, vocab, chunk_size=0, needs=(True, True, False), dtype=torch.bfloat16):
+        hidden, weight = (torch.empty(n, channels, dtype=dtype, device="meta") for n in (tokens, vocab))
         return plan_of(hidden, weight, vocab, chunk_size, list(needs))
 
     assert plan(8192, 4096, 128256) == Plan(128256, 8192, 4096, 4096), "half of the tokens, in the gradient's memory"
     assert plan(2048, 4096, 128256) == Plan(128256, 16384, 2048, 4096), "all of them"
     assert plan(8192, 4096, 128256, 8192) == Plan(128256, 128256, 8192, 8192), "the caller allows all logits"
-    assert plan(8192, 4096, 128256, 1024).held == 0, "the caller allows few"
+    assert plan(8192, 4096, 128256, 1023).held == 0, "the caller allows too few"
+    assert plan(8192, 4096, 128256, 2048) == Plan(128256, 8192, 2048, 4096, limit=2048), "fewer, in the same memory"
+    assert plan(8192, 4096, 128256, 6144) == Plan(128256, 8192, 5620, 5620, limit=6144), "and a slice beside them"
+    assert plan(8192, 4096, 128256, 6144, needs=(True, False, False)).held == 5620, "in memory of their own"
+    assert plan(8192, 4096, 128256, 6144, dtype=torch.float32).held == 0, "its slices would round otherwise"
     assert plan(8192, 4096, 128256, needs=(True, False, False)).held == 0, "there is no such memory"
     assert plan(65536, 4096, 128256).held == 0, "a sixteenth is not worth it"
     assert plan(32768, 512, 320) == Plan(320, 320, 32768, 32768), "no larger than a chunk"
     assert plan(8192, 4096, 128256, needs=(False, False, False)).held == 0, "without gradients"
+
+
+@pytest.mark.parametrize("tokens", [3000, 8192])
+def test_more_memory_never_costs_more_products_and_less_is_never_exceeded(tokens):
+    channels, vocab = 2048, 50304
+    hidden, weight = (torch.empty(n, channels, dtype=torch.bfloat16, device="meta") for n in (tokens, vocab))
+    before = 0
+    for limit in (*range(64, tokens, 97), tokens, 2 * tokens):
+        plan = plan_of(hidden, weight, vocab, limit, [True, True, False])
+        assert plan.held >= before, "held tokens cost three products, the others four"
+        before = plan.held
+        own = 0 if plan.room == channels else plan.room
+        in_place = plan.held == tokens and plan.room != channels
+        of_slices = 0 if in_place else tokens * min(plan.step, vocab) / vocab
+        assert own + of_slices <= limit + 1
+    assert before == tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk_size", [3, 8, 15, 17, 20, 21])
+def test_every_budget_gives_the_gradients_of_the_reference(chunk_size, dtype):
+    h, w, t = inputs(dtype)
+    exact = [x.detach().double().requires_grad_() for x in (h, w)]
+    found = []
+    for tensors, backend in (((h, w), "triton"), (exact, "reference")):
+        loss = ki.fused_linear_cross_entropy(*tensors, t, **OPTIONS, chunk_size=chunk_size, backend=backend)
+        found.append((loss, *torch.autograd.grad(loss, tensors)))
+    rtol = 1e-4 if dtype == torch.float32 else 2e-2
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))

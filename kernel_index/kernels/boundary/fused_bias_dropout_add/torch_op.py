@@ -28,23 +28,24 @@ def _launch(x, residual, bias, seed, threshold, scale):
     return triton.flat(x, residual, bias, (seed, threshold, scale), out)
 
 
-def _allocate_gradients(g, seed, threshold, scale, x_dtype, bias_dtype):
+def _allocate_gradients(g, seed, threshold, scale, x_dtype, bias_dtype, inverted=False):
     """A gradient that is not wanted, which has no dtype, is an empty tensor: an op's outputs have a fixed number."""
     dx = torch.empty((0,) if x_dtype is None else g.shape, dtype=x_dtype or g.dtype, device=g.device)
     width = 0 if bias_dtype is None else g.shape[-1]
     return dx, torch.empty((width,), dtype=bias_dtype or g.dtype, device=g.device)
 
 
-def _launch_backward(g, seed, threshold, scale, x_dtype, bias_dtype):
+def _launch_backward(g, seed, threshold, scale, x_dtype, bias_dtype, inverted=False):
+    """``inverted``: the seed is as it was saved, and a launch for it alone is not needed."""
     from kernel_index.kernels.boundary.fused_bias_dropout_add import triton
 
     g, mask = g.contiguous(), (seed, threshold, scale)
     dx, dbias = _allocate_gradients(g, *mask, x_dtype, bias_dtype)
     if bias_dtype is not None:
         rows = g.view(math.prod(g.shape[:-1]), g.shape[-1])
-        triton.columns(rows, mask, None if x_dtype is None else dx, dbias)
+        triton.columns(rows, mask, None if x_dtype is None else dx, dbias, inverted=inverted)
     else:
-        triton.flat(g, None, None, mask, dx)
+        triton.flat(g, None, None, mask, dx, inverted=inverted)
     return dx, dbias
 
 
@@ -55,7 +56,7 @@ _forward_op = ops.register(
 )
 _backward_op = ops.register(
     "bias_dropout_add_backward(Tensor g, Tensor? seed, int? threshold, float? scale, ScalarType? x_dtype, "
-    "ScalarType? bias_dtype) -> (Tensor, Tensor)",
+    "ScalarType? bias_dtype, bool inverted=False) -> (Tensor, Tensor)",
     _launch_backward,
     _allocate_gradients,
 )
@@ -65,11 +66,12 @@ def _triton_forward(x, residual, bias, seed, threshold, scale, dtype):
     return _forward_op(x, residual, bias, seed, threshold, scale)
 
 
-def _triton_backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype):
+def _triton_backward(g, inverted, threshold, scale, dtype, has_bias, x_dtype, bias_dtype):
     if torch.is_grad_enabled():  # create_graph: plain PyTorch, so that any further derivative exists too
+        seed = None if inverted is None else ~inverted
         threshold, scale = (None if n is None else torch.full((), n, device=g.device) for n in (threshold, scale))
         return inductor.backward(g, seed, threshold, scale, dtype, has_bias, x_dtype, bias_dtype)
-    dx, dbias = _backward_op(g, seed, threshold, scale, x_dtype, bias_dtype)
+    dx, dbias = _backward_op(g, inverted, threshold, scale, x_dtype, bias_dtype, True)
     return None if x_dtype is None else dx, None if bias_dtype is None else dbias
 
 
@@ -121,7 +123,7 @@ class _BiasDropoutAdd(torch.autograd.Function):
         threshold, scale = ctx.limits or tensors
         # torch.compile would see the mask of backward as the mask of forward and keep that, a byte for each element;
         # through the detour it sees two masks and keeps the seed.
-        seed = None if inverted is None else ~inverted
+        seed = inverted if inverted is None or ctx.backend == "triton" else ~inverted
         needs_x, needs_residual, needs_bias = ctx.needs_input_grad[:3]
         x_dtype, bias_dtype = ctx.like[0] if needs_x else None, ctx.like[1] if needs_bias else None
         dx = dbias = None

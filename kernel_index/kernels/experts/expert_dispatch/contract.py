@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import checks, rules
+from kernel_index.kernels.experts.order import MOST_ROWS, check_slots
 
 MOST_EXPERTS = 1024
 """Counts of a tile of tokens that a program of the plan holds in registers."""
-
-MOST_ROWS = 2**31 - 1
-"""Rows in the order of their experts: their numbers are int32."""
 
 
 class Combine(NamedTuple):
@@ -38,7 +36,7 @@ def check_plan(experts: Any, count: Any) -> None:
 def check_dispatch(x: Any, slots: Any) -> None:
     checks.is_floating("x", x)
     checks.has_rank("x", x, 2, "[N, C]")
-    _check_slots(slots, x, "x")
+    check_slots(slots, x, "x")
     if slots.shape[0] != x.shape[0]:
         raise ValueError(f"slots must be [N, k] with the {x.shape[0]} rows of x, got shape {tuple(slots.shape)}")
 
@@ -46,7 +44,7 @@ def check_dispatch(x: Any, slots: Any) -> None:
 def check_combine(rows: Any, weights: Any, slots: Any, base: Any) -> Combine:
     checks.is_floating("rows", rows)
     checks.has_rank("rows", rows, 2, "[N·k, C]")
-    _check_slots(slots, rows, "rows")
+    check_slots(slots, rows, "rows")
     if slots.numel() != rows.shape[0]:
         raise ValueError(
             f"slots must be [N, k] with one slot for each of the {rows.shape[0]} rows, got shape {tuple(slots.shape)}"
@@ -60,24 +58,6 @@ def check_combine(rows: Any, weights: Any, slots: Any, base: Any) -> Combine:
         checks.has_dtype("base", base, rows.dtype, "like rows")
         checks.on_device("base", base, rows, "rows")
     return Combine(rows, weights, slots, base)
-
-
-def _check_slots(slots: Any, like: Tensor, name: str) -> None:
-    """A permutation of the rows; where the values can be read, another one is an error."""
-    checks.is_tensor("slots", slots)
-    if slots.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"slots must be int32 or int64, got {slots.dtype}")
-    checks.has_rank("slots", slots, 2, "[N, k]")
-    if slots.shape[1] == 0:
-        raise ValueError(f"slots must be [N, k] with k of at least 1, got shape {tuple(slots.shape)}")
-    checks.on_device("slots", slots, like, name)
-    if rules.host_readable(slots) and slots.numel():
-        least, most = slots.aminmax()
-        if least < 0 or most >= slots.numel():
-            raise ValueError(f"slots must be in [0, {slots.numel()}), got {int(least if least < 0 else most)}")
-        counts = torch.bincount(slots.flatten())
-        if counts.max() > 1:
-            raise ValueError(f"slots must hold each number once, got {int(counts.argmax())} more than once")
 
 
 def triton_plan_why_not(experts: Tensor, count: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Scores, selection and weights of a tile of tokens in one launch; backward one launch and one sum of partials.
+"""Scores, selection and weights of a tile of tokens in one launch; backward two launches and one sum of partials.
 
 Products are as exact as float32 whatever the dtype of x: bfloat16 and float16 fit into tensorfloat32 without rounding,
 and a float32 weight is three of its parts.  Names are those of ``core/triton/attention.py``: ``o_n`` [TILE] are tokens,
@@ -91,15 +91,17 @@ def _forward_kernel(
 
 
 @jit
-def _score_grad(
-    d_weights_ptr, scores_ptr, experts_ptr, o_n, tokens, count, smallest,
-    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, EXPERTS: tl.constexpr, TILE: tl.constexpr,
+def _score_grad_kernel(
+    d_weights_ptr, scores_ptr, experts_ptr, dz_ptr, tokens, count, smallest,
+    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile's logits, float32 [TILE, EXPERTS]."""
+    o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_e = tl.arange(0, EXPERTS)
     m_n = o_n < tokens
     m_ne = m_n[:, None] & (o_e < count)[None, :]
-    score = tl.load(scores_ptr + o_n.to(tl.int64)[:, None] * count + o_e[None, :], mask=m_ne, other=0.0)
+    o_ne = o_n.to(tl.int64)[:, None] * count + o_e[None, :]
+    score = tl.load(scores_ptr + o_ne, mask=m_ne, other=0.0)
     d = tl.zeros((TILE, EXPERTS), tl.float32)  # of the weights, in their experts' columns
     chosen = tl.zeros((TILE, EXPERTS), tl.int32)
     for k in range(TOPK):
@@ -113,16 +115,14 @@ def _score_grad(
         divisor = tl.maximum(total, smallest, propagate_nan=tl.PropagateNan.ALL)[:, None]
         mean = tl.where(total >= smallest, tl.sum(d * own, 1), 0.0)[:, None] / divisor
         d = tl.where(chosen == 1, (d - mean) / divisor, 0.0)
-    if SOFTMAX:
-        return score * (d - tl.sum(d * score, 1)[:, None])
-    return d * score * (1.0 - score)
+    dz = score * (d - tl.sum(d * score, 1)[:, None]) if SOFTMAX else d * score * (1.0 - score)
+    tl.store(dz_ptr + o_ne, dz, mask=m_ne)
 
 
 @jit
 def _backward_kernel(
-    d_weights_ptr, x_ptr, weight_ptr, scores_ptr, experts_ptr, d_x_ptr, parts_ptr, tokens, width, count, tiles,
-    smallest, TOPK: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    TILE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    dz_ptr, x_ptr, weight_ptr, d_x_ptr, parts_ptr, tokens, width, count, tiles,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes each ``num_programs``-th tile of tokens and one block of channels."""
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -131,9 +131,7 @@ def _backward_kernel(
     d_w = tl.zeros((EXPERTS, BLOCK), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         o_n = tile * TILE + tl.arange(0, TILE)
-        dz = _score_grad(
-            d_weights_ptr, scores_ptr, experts_ptr, o_n, tokens, count, smallest, TOPK, SOFTMAX, EXPERTS, TILE
-        )
+        dz = _tile(dz_ptr, o_n, o_e, tokens, count)  # [TILE, EXPERTS]
         b_x = _tile(x_ptr, o_n, o_c, tokens, width)
         d_w += tl.dot(tl.trans(dz), b_x, input_precision=PRECISION)
         dx = tl.dot(dz, b_w, input_precision=PRECISION)  # [TILE, BLOCK]
@@ -193,11 +191,15 @@ def backward(
     geometry = _geometry(x, count)
     tiles, blocks = ceil_div(tokens, geometry["TILE"]), ceil_div(width, BLOCK)
     programs = min(tiles, max(1, ceil_div(WAVES * processors(x), blocks)))
-    parts = x.new_empty((programs, count, width), dtype=torch.float32)
+    parts, dz = x.new_empty((programs, count, width), dtype=torch.float32), torch.empty_like(scores)
+    of_scores = {name: geometry[name] for name in ("TILE", "EXPERTS", "num_warps")}
     with on_device(x):
+        _score_grad_kernel[(tiles,)](
+            d_weights, scores, experts, dz, tokens, count, SMALLEST_SUM,
+            TOPK=experts.shape[1], SOFTMAX=softmax, **of_scores,
+        )  # fmt: skip
         _backward_kernel[(programs, blocks)](
-            d_weights, x, weight, scores, experts, d_x, parts, tokens, width, count, tiles, SMALLEST_SUM,
-            TOPK=experts.shape[1], SOFTMAX=softmax, UPCAST=interpreting(), **geometry,
+            dz, x, weight, d_x, parts, tokens, width, count, tiles, UPCAST=interpreting(), **geometry
         )  # fmt: skip
     if d_weight.dtype == parts.dtype:
         torch.sum(parts, 0, out=d_weight)

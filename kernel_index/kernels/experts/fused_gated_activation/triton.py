@@ -6,35 +6,12 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.triton.activations import value_and_slope
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 BLOCK = 1024
 ELEMENTS_OF_A_WARP = 256
-
-
-@jit
-def _value_and_slope(x, KIND: tl.constexpr):
-    """act(x) and act'(x) for float32 x; what a caller does not use is not computed."""
-    if KIND == "silu":
-        s = tl.sigmoid(x)
-        value = x * s
-        slope = s + value * (1.0 - s)
-    elif KIND == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # √½
-        value = x * cdf
-        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327  # 1/√(2π)
-    elif KIND == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # √(8/π); (1 + tanh(z)) / 2 = sigmoid(2·z)
-        value = x * s
-        slope = s + value * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    elif KIND == "relu":
-        value = tl.where(x <= 0, 0.0, x)  # not maximum(x, 0), which would swallow a NaN
-        slope = tl.where(x <= 0, 0.0, 1.0)
-    else:
-        value = tl.where(x <= 0, 0.0, x * x)
-        slope = 2.0 * x
-    return value, slope
 
 
 @jit
@@ -47,7 +24,7 @@ def _gated_kernel(
     m_d = o_d < width
     x = tl.load(gate_ptr + row * s_gate + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
     up = tl.load(up_ptr + row * s_up + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
-    value, _ = _value_and_slope(x, KIND)
+    value, _ = value_and_slope(x, KIND)
     tl.store(y_ptr + row * width + o_d, (value * up).to(y_ptr.dtype.element_ty), mask=m_d)
 
 
@@ -63,7 +40,7 @@ def _gated_backward_kernel(
     x = tl.load(gate_ptr + row * s_gate + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
     up = tl.load(up_ptr + row * s_up + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
     g = tl.load(g_ptr + row * s_g + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK]
-    value, slope = _value_and_slope(x, KIND)
+    value, slope = value_and_slope(x, KIND)
     d_gate = g * up * slope
     if KIND == "relu" or KIND == "relu2":
         d_gate = tl.where(x <= 0, 0.0, d_gate)  # 0 times an infinite gradient would be NaN

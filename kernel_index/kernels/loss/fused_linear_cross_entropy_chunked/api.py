@@ -122,9 +122,10 @@ def fused_linear_cross_entropy(
             NaN), ``"sum"`` or ``"none"``.
         chunk_size: the memory to hold, in tokens whose logits may exist at once, ``bytes // (V · element size)``.
             By default what 128 MiB of logits hold, or half the weight's bytes if that is more, in chunks of about
-            equal size.  On a GPU as many as there are tokens, or more, save a product of four: all logits wait for
-            backward.  By default those wait there that fit into the memory of the weight's gradient, for each call
-            whose backward is still to come; none inside a checkpoint, and none with a smaller number.
+            equal size.  On a GPU logits that wait for backward save a product of four.  Up to as many tokens as there
+            are channels wait in the memory of the weight's gradient, by default as many as fit, for each call whose
+            backward is still to come; a larger number takes memory of its own, up to all tokens.  None wait inside a
+            checkpoint, nor, with a number below that of the tokens, where hidden is float32.
         valid_vocab: only this many first rows of weight are classes; the rest is padding without gradient.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 

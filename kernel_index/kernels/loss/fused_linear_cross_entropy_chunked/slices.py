@@ -5,7 +5,8 @@ rounded once; only the gradient of the hidden states is summed over slices, in f
 
 The logits of the first tokens wait for backward in the memory of the weight's gradient, which is not needed before: a
 slice's rows of the gradient have as many elements as the slice's logits of C tokens, and replace them.  The others are
-formed twice.  Where the caller lets all tokens' logits be held (``chunk_size``), there is one slice, of three products.
+formed twice.  Where the caller lets more be held (``chunk_size``), they wait in memory of their own; where all tokens'
+are, there is one slice, of three products.
 """
 
 from collections.abc import Callable
@@ -89,7 +90,8 @@ ROWS = Products(
 class Plan(NamedTuple):
     """How a call's logits are held: ``held`` tokens of them, in memory of ``room`` elements for each class.
 
-    ``width`` columns: the classes, and some rows of padding.  ``step``: classes of a slice.
+    ``width`` columns: the classes, and some rows of padding.  ``step``: classes of a slice.  ``limit``: of how many
+    tokens the forward pass may form logits at once beside the held ones, where the caller said it.
     """
 
     width: int
@@ -97,6 +99,7 @@ class Plan(NamedTuple):
     held: int = 0
     room: int = 0
     invariant: bool = False
+    limit: int = 0
 
     @property
     def by(self) -> Products:
@@ -116,9 +119,10 @@ def plan_of(
 ) -> Plan:
     """``needs``: of hidden, weight and bias; where none is wanted, or all are False, nothing is held.
 
+    ``chunk_size``: tokens whose logits may exist at once, beside those that the memory of the weight's gradient holds.
     ``invariant``: nothing is held, since a row's logits are float32 for its results and not for its gradient.
     """
-    (tokens, channels), size = hidden.shape, hidden.element_size()
+    tokens, size = hidden.shape[0], hidden.element_size()
     width = min(weight.shape[0], ceil_div(vocab, PADDED) * PADDED)
     if invariant:
         return Plan(width, classes_per_slice(hidden, width, chunk_size), invariant=True)
@@ -126,12 +130,29 @@ def plan_of(
     if any(needs) and tokens and (small or chunk_size >= tokens):
         return Plan(width, width, tokens, tokens)
     step = classes_per_slice(hidden, width, chunk_size)
-    held = min(tokens, channels) if needs[1] and not chunk_size else 0
+    held, room = _held(hidden, chunk_size, width, needs)
     if held * WORTH < tokens or not held:
         return Plan(width, step)
+    step = min(step, classes_per_slice(hidden, width))
     if step < width:
         step = step // BLOCKS * BLOCKS or 1 << step.bit_length() - 1
-    return Plan(width, step, held, channels)
+    return Plan(width, step, held, room, limit=chunk_size)
+
+
+def _held(hidden: Tensor, chunk_size: int, width: int, needs: list[bool]) -> tuple[int, int]:
+    """Tokens that are held, and the elements of their memory for each class: what few tokens need is there anyway.
+
+    With a limit none of float32: slices so narrow round those logits otherwise than the forward pass, and float32 has
+    no coarser rounding that hides it.
+    """
+    tokens, channels = hidden.shape
+    if chunk_size and hidden.element_size() > 2:
+        return 0, 0
+    if chunk_size <= channels:
+        return (min(tokens, chunk_size or channels), channels) if needs[1] else (0, 0)
+    of_slice = ceil_div(tokens * classes_per_slice(hidden, width), width)  # as many logits as a slice of all tokens
+    held = max(chunk_size - of_slice, channels if needs[1] else 0) if any(needs) else 0
+    return held, held
 
 
 def classes_per_slice(hidden: Tensor, vocab: int, chunk_size: int = 0) -> int:
@@ -158,7 +179,8 @@ def by_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, chu
     """The results of the tokens that are not held, chunk by chunk."""
     weight, bias = weight[: plan.width], None if bias is None else bias[: plan.width]
     if plan.held:  # beside the memory that is held, no more than backward takes
-        chunk_size = max(1, max(CHUNK_BYTES, 8 * hidden.numel()) // (plan.width * hidden.element_size()))
+        most = max(1, max(CHUNK_BYTES, 8 * hidden.numel()) // (plan.width * hidden.element_size()))
+        chunk_size = min(most, plan.limit or most)
     chunk = rows_per_chunk(hidden[plan.held :], plan.width, chunk_size)
     for start in range(plan.held, hidden.shape[0], chunk):
         at = slice(start, min(start + chunk, hidden.shape[0]))
