@@ -1,5 +1,6 @@
 """Every command and every option: help names a default, and a value of the wrong kind is wrong use, exit status 2."""
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from kernel_index.cli import commands
+from kernel_index.core.target import has_package
 from kernel_index.lm.config import PRESETS
 
 WIDE = {"COLUMNS": "400", "TERMINAL_WIDTH": "400"}
@@ -80,6 +82,8 @@ def wrong_value(option) -> str | None:
 @pytest.mark.parametrize(("path", "option"), [p for p in NAMED if wrong_value(p.values[1])])
 def test_a_value_of_the_wrong_kind_is_wrong_use(path, option, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    if has_package("triton"):
+        importlib.import_module("triton.experimental.gluon")  # while it is interpreted, as Triton itself was loaded
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     needed = [w for o in COMMANDS[path].params if o.required and o is not option for w in given(o, tmp_path)]
     done = run(*path, *needed, option.opts[0], wrong_value(option))
