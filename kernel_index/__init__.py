@@ -14,7 +14,10 @@ from kernel_index.kernels.attention.dense_attention.api import AttentionOutput, 
 from kernel_index.kernels.attention.dense_fa4_execute_proof.api import Proof, fa4_execute_proof
 from kernel_index.kernels.attention.dense_fa4_execute_proof.request import ProofShape
 from kernel_index.kernels.attention.dense_fa4_kvcache_decode.api import fa4_kvcache_decode
-from kernel_index.kernels.attention.exact_token_sparse.api import exact_token_attention
+from kernel_index.kernels.attention.exact_token_sparse.api import (
+    exact_token_attention,
+    exact_token_attention_with_lse,
+)
 from kernel_index.kernels.attention.fused_rope_qk.api import RopeTables, RotatedQK, fused_rope_qk, rope_tables
 from kernel_index.kernels.boundary.fused_bias_dropout_add.api import fused_bias_dropout_add
 from kernel_index.kernels.boundary.fused_residual_add_rms_norm.api import ResidualAndNormed, fused_residual_add_rms_norm
@@ -42,6 +45,7 @@ from kernel_index.kernels.sparse.clustered_sparse_three_phase.api import (
 from kernel_index.kernels.sparse.clustered_sparse_three_phase.config import ClusteredSparseConfig
 from kernel_index.kernels.sparse.moba_block_sparse.api import (
     moba_attention,
+    moba_attention_with_lse,
     moba_decode,
     moba_route,
     resolve_block_sparse_backend,
@@ -127,6 +131,7 @@ __all__ = [
     "doc_window_mask",
     "exact_mask_key",
     "exact_token_attention",
+    "exact_token_attention_with_lse",
     "expert_combine",
     "expert_dispatch",
     "expert_mlp",
@@ -158,6 +163,7 @@ __all__ = [
     "mhc_merge",
     "mhc_merge_and_branch_input",
     "moba_attention",
+    "moba_attention_with_lse",
     "moba_decode",
     "moba_route",
     "numerics",

@@ -38,12 +38,15 @@ IN_INDUCTOR = [
 COMPILED = "fused_bias_dropout_add"
 """The op that ``make test`` compiles with Inductor."""
 
-MADE_OF_OTHERS = ("attention_with_lse", "clustered_sparse_attention", "clustered_sparse_attention_with_lse")
+MADE_OF_OTHERS = (
+    "attention_with_lse", "clustered_sparse_attention", "clustered_sparse_attention_with_lse", "moba_attention_with_lse"
+)  # fmt: skip
 """Their kernels are those of ``attention`` and ``block_sparse_attention``."""
 
 LONG_CALLS = ("block_sparse_attention", "clustered_sparse_attention", "moba_attention")
 LONG_TRACES = (
-    *LONG_CALLS, "attention_with_lse", "exact_token_attention", "fa4_kvcache_decode", "hierarchical_block_select"
+    *LONG_CALLS, "attention_with_lse", "exact_token_attention", "exact_token_attention_with_lse",
+    "fa4_kvcache_decode", "hierarchical_block_select", "moba_attention_with_lse",
 )  # fmt: skip
 """Ops whose traces take from 4 to 30 seconds; ``attention`` and ``block_router`` are made of the same parts."""
 

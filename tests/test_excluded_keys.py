@@ -73,8 +73,10 @@ LAWS: dict[str, Callable[[dict[str, Any]], Sees]] = {
     "attention": dense,
     "attention_with_lse": dense,
     "exact_token_attention": selected,
+    "exact_token_attention_with_lse": selected,
     "block_sparse_attention": selected,
     "moba_attention": routed,
+    "moba_attention_with_lse": routed,
     "clustered_sparse_attention": routed,
 }
 ATTENTION = [s for s in suites() if s.op in LAWS]
@@ -86,7 +88,7 @@ def large(op: str, width: int = 16) -> Case:
     def build(m: Maker) -> dict[str, Any]:
         ids = torch.tensor([3] * 170 + [8] * 120 + [-1] * 30, device=m.device).expand(2, -1)
         call = {**qkv(m, 2, 320, 320, 4, 2, width), "mask": MaskContract(doc_ids=ids, window=(120, 0))}
-        if op == "exact_token_attention":
+        if op.startswith("exact_token_attention"):
             call["indices"] = m.integers(-1, 320, 2, 320, 2, 40)
         if op == "block_sparse_attention":
             call |= {"selected": m.integers(-1, 10, 2, 320, 2, 6), "block_size": 32}
@@ -105,8 +107,8 @@ def lengths() -> Case:
     return Case("lengths", "cumulative lengths", build)
 
 
-FEW = ("packed", "documents", "per_head_documents", "empty_rows", "cross", "large")
-"""Documents, padding, windows and empty rows, where not every case is tried: Triton's interpreter takes seconds."""
+FEW = ("packed", "documents", "per_head_documents", "empty_rows", "cross", "large", "sink")
+"""Padding, windows, empty rows and a sink, where not every case is tried: Triton's interpreter takes seconds."""
 
 OURS = ("native", "cpu")
 """Backends with tiles of several sizes, and with backward passes that are the project's own."""
@@ -232,7 +234,10 @@ def built(suite: Suite, backend: str, case: Case, dtype: torch.dtype) -> dict[st
     return call
 
 
-LONG_CALLS = ("clustered_sparse_attention", "clustered_sparse_attention_with_lse", "exact_token_attention")
+LONG_CALLS = (
+    "clustered_sparse_attention", "clustered_sparse_attention_with_lse", "exact_token_attention",
+    "exact_token_attention_with_lse",
+)  # fmt: skip
 """Interpreted, these take from 5 to 13 seconds; what they are made of has tests of its own."""
 
 BY_VALUE = ({"k": NAN}, {"v": INF}, {"k": INF, "v": NAN})

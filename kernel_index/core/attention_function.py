@@ -4,6 +4,7 @@ The Function does what is the same for every attention: an unused output costs n
 gradient, and a second differentiation is refused by name.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -102,3 +103,61 @@ def sink_gradient(given: Backward, weight: Tensor, delta: Tensor) -> Tensor:
     """``weight`` [B, H, T] is the sink's part of each row's softmax, 0 in rows without keys; it has no value."""
     assert given.sink is not None
     return -(weight * delta).sum((0, 2)).to(given.sink.dtype)
+
+
+# A sink beside kernels that know none
+
+
+def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit of each row, without a value: scales ``out`` [B, T, H, Dv] in place.
+
+    Every weight of a row becomes ``exp(lse) / (exp(lse) + exp(sink))`` of itself.  A backward pass that is given the
+    new ``out`` and the new log-sum-exp is right as it stands: its weights are those of the longer row, and so is δ.
+    A row without keys keeps 0 and −inf.
+
+    Returns:
+        The new log-sum-exp, and the factor; [B, H, T], as ``lse``.
+    """
+    logit, empty = sink.to(lse.dtype)[:, None], lse.isneginf()
+    share = torch.sigmoid(lse - logit).masked_fill(empty, 1.0)
+    out.mul_(share.transpose(1, 2)[..., None])
+    return torch.where(empty, lse, torch.logaddexp(lse, logit)), share
+
+
+def gradient_of_sink(given: Backward, lse: Tensor, delta: Tensor) -> Tensor | None:
+    """From ``lse`` with the sink in it and δ, [B, H, T]; None where there is no need."""
+    if given.sink is None or not given.needs[3]:
+        return None
+    empty = lse.isneginf()
+    weight = torch.exp(given.sink.to(lse.dtype)[:, None] - lse).masked_fill(empty, 0.0)
+    return sink_gradient(given, weight, delta.masked_fill(empty, 0.0))
+
+
+def _allocate_sink(out: Tensor, log2_sum: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(out), torch.empty_like(log2_sum)
+
+
+def _launch_sink(out: Tensor, log2_sum: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    from kernel_index.core.triton import sinks
+
+    return sinks.add_sink(out, log2_sum, sink.contiguous(), _allocate_sink(out, log2_sum, sink))
+
+
+_sink_op = ops.register(
+    "attention_sink(Tensor out, Tensor log2_sum, Tensor sink) -> (Tensor, Tensor)", _launch_sink, _allocate_sink
+)
+"""What ``add_sink`` does, in one launch."""
+
+
+def forward_by_log2(out: Tensor, log2_sum: Tensor, sink: Tensor | None, *saved: Tensor | None) -> Forward:
+    """Of a kernel that gives the log-sum-exp by base 2, [B, T, H], and knows no sink."""
+    if sink is not None:
+        out, log2_sum = _sink_op(out, log2_sum, sink)
+    return Forward(out, (log2_sum * math.log(2)).transpose(1, 2).contiguous(), (log2_sum, *saved))
+
+
+def sink_gradient_by_log2(given: Backward, delta: Tensor) -> Tensor | None:
+    """From what ``forward_by_log2`` saved, and δ [B, T, H]."""
+    if given.sink is None or not given.needs[3]:
+        return None
+    return gradient_of_sink(given, given.saved[0].transpose(1, 2) * math.log(2), delta.transpose(1, 2))

@@ -37,7 +37,8 @@ def clustered_sparse_attention(
         out[t, h] = Σ_s exp(z[t, s]) · v[s] / Σ_s exp(z[t, s])       z as in ``attention``, over the allowed s
 
     The selection has no gradient; attention is differentiable in q, k and v, once.  Works under ``jit``, ``vmap``,
-    ``grad`` and ``shard_map`` over batch or heads.  Where ``topk`` covers all blocks it is ``attention``.
+    ``grad`` and ``shard_map`` over batch or heads.  Where ``topk`` covers all blocks it is ``attention``.  It has no
+    ``sink``, which the function of PyTorch takes.
 
     Args:
         q: [B, T, H, D]; ``pallas``: float32 or bfloat16.

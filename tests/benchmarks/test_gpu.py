@@ -8,7 +8,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks import gpu_models, gpu_session, gpu_sparse
+from benchmarks import gpu_models, gpu_plans, gpu_profile, gpu_session, gpu_sparse
 from benchmarks.gpu_sparse_calls import Cell, Inputs
 from kernel_index.index.entry import ROOT
 from kernel_index.proofs.tune import timing
@@ -199,6 +199,35 @@ def test_the_dry_run_of_sparse_attention_gives_every_row(tmp_path):
     missing = {"dense FA4": "flash_attn", "XunhaoLai NSA attend": "native_sparse_attention"}
     assert content["left_out"] == {name: f"No module named '{module}'" for name, module in missing.items()}
     assert "left out: dense FA4" in said
+
+
+@pytest.mark.thorough
+def test_the_dry_run_of_plans_gives_every_row(tmp_path):
+    _, content = dry("gpu_plans", tmp_path / "p.json")
+    rows = [(r["kind"], r["contender"]) for r in content["plans"]]
+    assert rows == [
+        ("blocks", "clustered"),
+        ("blocks", "moba query_head"),
+        ("blocks", "attend"),
+        ("tokens", "exact_token"),
+    ]
+    assert content["left_out"] == {}
+
+
+def test_a_plan_has_the_kernels_that_its_ranges_launched():
+    def event(name, ts, dur):
+        return {"name": name, "ts": ts, "dur": dur}
+
+    events = {
+        "user_annotation": [event("plan of unions_of", 5, 4), event("letter A", 0, 100)],
+        "cpu_op": [
+            event("kernel_index::block_sparse_list_plan", 20, 10),
+            event("aten::sort", 22, 2),
+            event("aten::plan", 50, 9),
+        ],
+    }
+    kernels = [gpu_profile.Kernel("k", 0, 1, launched) for launched in (4, 6, 9.5, 20, 23, 29, 31, 51)]
+    assert [k.launched for k in gpu_plans.of_plans(kernels, events)] == [6, 20, 23, 29]
 
 
 def test_a_capture_that_fails_breaks_no_process():

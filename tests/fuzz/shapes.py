@@ -32,8 +32,11 @@ SHAPES: dict[str, dict[str, str]] = {
     "mhc_branch_input": {"hidden": "... 4 C"},
     "mhc_merge": {"hidden": "... 4 C", "branch_out": "... C"},
     "mhc_merge_and_branch_input": {"hidden": "... 4 C", "branch_out": "... C"},
-    "moba_attention": {"q": "B T H D", "k": "B S K D", "v": "B S K E"},
-    "exact_token_attention": {"q": "B T H D", "k": "B S K D", "v": "B S K E"},
+    "block_sparse_attention": {"q": "B T H D", "k": "B S K D", "v": "B S K E", "sink": "H"},
+    "moba_attention": {"q": "B T H D", "k": "B S K D", "v": "B S K E", "sink": "H"},
+    "moba_attention_with_lse": {"q": "B T H D", "k": "B S K D", "v": "B S K E", "sink": "H"},
+    "exact_token_attention": {"q": "B T H D", "k": "B S K D", "v": "B S K E", "sink": "H"},
+    "exact_token_attention_with_lse": {"q": "B T H D", "k": "B S K D", "v": "B S K E", "sink": "H"},
     "ssd_scan": {
         "x": "B T H P",
         "dt": "B T H",

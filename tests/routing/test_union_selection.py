@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernel_index as ki
+from kernel_index.core.triton import launch
 
 
 def picks(b=2, t=13, k=2, n=3, blocks=7, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,3 +113,29 @@ def test_bad_calls_say_what_is_wrong(changes, error, message):
         ki.union_selection(**call)
     with pytest.raises(TypeError, match="maps must be UnionMaps"):
         ki.materialize_query_union_mask(())
+
+
+@pytest.mark.parametrize(("tile", "blocks", "n"), [(4, 7, 3), (64, 7, 3), (5, 1000, 2), (16, 2**28, 3), (3, 0, 2)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+def test_one_launch_gives_the_same_maps(tile, blocks, n, dtype):
+    """The fourth needs keys of 64 bits: a block and an entry do not fit 32."""
+    if not launch.interpreting():
+        pytest.skip("runs in Triton's interpreter, on a CPU")
+    selected, valid = picks(blocks=max(1, min(blocks, torch.iinfo(dtype).max)), n=n)
+    selected = (selected if blocks else selected.fill_(-1)).to(dtype)
+    options = {"query_tile_size": tile, "num_blocks": blocks, "mode": "sort"}
+    for which in (valid, None):
+        found = ki.union_selection(selected, selected_valid=which, backend="triton", **options)
+        expected = ki.union_selection(selected, selected_valid=which, backend="eager", **options)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+            assert one.dtype == other.dtype
+
+
+def test_the_kernel_says_what_it_does_not_take():
+    selected, _ = picks()
+    options = {"query_tile_size": 2000, "num_blocks": 7, "backend": "triton"}
+    with pytest.raises(ki.Ineligible, match="at most 4,096 entries"):
+        ki.union_selection(selected, **options)
+    with pytest.raises(ki.Ineligible, match="bitmap"):
+        ki.union_selection(selected, **options | {"query_tile_size": 4, "mode": "bitmap"})

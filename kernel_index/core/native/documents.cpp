@@ -174,7 +174,9 @@ void forward_tiles(const Call& c, const std::vector<Document>& documents, const 
       Tile<W> t = tiles[tiles.size() - 1 - unit / c.H];  // the last see the most keys: threads end together
       const int64_t h = unit % c.H, kv_head = h / c.heads();
       chosen.fill(c, t, h);
-      const auto initial = RowState<float>::with_sink(sink[h]);
+      const auto of_sink = RowState<float>::with_sink(sink[h]);
+      // Where keys are selected the sink comes last: until then an empty state tells a row without a key.
+      const auto initial = t.chosen ? RowState<float>() : of_sink;
       std::fill_n(row_max, W, initial.row_max);
       std::fill_n(row_sum, W, initial.row_sum);
       std::fill_n(acc.at(0), c.Dv * W, 0.f);
@@ -192,11 +194,13 @@ void forward_tiles(const Call& c, const std::vector<Document>& documents, const 
       }
       for (int64_t r = 0; r < t.count; ++r) {
         const int64_t at = (t.b * c.H + h) * c.T + t.first + r;
-        const RowState<float> state{row_max[r], row_sum[r]};
+        RowState<float> state{row_max[r], row_sum[r]};
         const bool empty = t.start[r] >= t.end[r] || (t.chosen && state.empty());  // also where there is a sink
+        const float shrunk = t.chosen ? state.merge(of_sink).first : 1.f;
         lse[at] = empty ? -INF : state.lse();
         row_maxes[at] = empty ? 0.f : state.row_max;
-        inv_row_sums[at] = alpha[r] = empty ? 0.f : state.inv_row_sum();
+        inv_row_sums[at] = empty ? 0.f : state.inv_row_sum();
+        alpha[r] = inv_row_sums[at] * shrunk;
       }
       unpack_rows(acc.at(0), alpha, c, t, h, c.Dv, out);
     }

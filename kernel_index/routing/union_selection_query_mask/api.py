@@ -12,10 +12,19 @@ from kernel_index.routing.union_selection_query_mask.contract import UnionMode
 from kernel_index.routing.union_selection_query_mask.eager import union_eager
 from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
 from kernel_index.routing.union_selection_query_mask.reference import union_reference
+from kernel_index.routing.union_selection_query_mask.torch_op import union_triton
 
-UnionBackend = Literal["auto", "eager", "reference"]
+UnionBackend = Literal["auto", "triton", "eager", "reference"]
 
 BACKENDS = (
+    Backend(
+        "triton",
+        contract.triton_why_not,
+        union_triton,
+        contract.triton_not_worth,
+        details=contract.triton_details,
+        invariant=EXACT,
+    ),
     Backend("eager", always, union_eager, details=contract.details, invariant=EXACT),
     Backend("reference", always, union_reference, details=contract.details),
 )
@@ -46,7 +55,7 @@ def union_selection(
         num_blocks: the number of blocks.
         selected_valid: bool [B, T, K, n], False where nothing is selected; None where the sign alone says it.
         mode: ``"bitmap"`` marks blocks in a table of ``num_blocks`` for each tile, ``"sort"`` sorts a tile's entries;
-            ``"auto"`` sorts only where there are many more blocks than entries.
+            ``"auto"`` sorts only where there are many more blocks than entries, and always on a GPU.
         backend: ``"auto"`` or a backend's name; ``"reference"`` has one form for all modes.
 
     Returns:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernel_index.core.testing import Case, Maker, Suite
+from kernel_index.core.testing import Case, Maker, Suite, size_of
 from kernel_index.routing.union_selection_query_mask.api import BACKENDS, union_selection
 
 
@@ -61,10 +61,24 @@ def oracle(
     return union, sizes, own, valid.to(torch.float32)
 
 
+def real(m: Maker) -> dict[str, Any]:
+    """A layer of 64k tokens: 16 of 1024 blocks for each query of 4 groups."""
+    return {"selected": m.integers(0, 1024, 1, 65_536, 4, 16), "query_tile_size": 64, "num_blocks": 1024}
+
+
+def compulsory(call: dict[str, Any]) -> tuple[int, int]:
+    """Indices are read once, all maps are written once."""
+    selected, tile = call["selected"], call["query_tile_size"]
+    batch, queries, groups, count = selected.shape
+    width = min(tile * count, call["num_blocks"])
+    lists = batch * -(-queries // tile) * groups
+    return size_of(selected) + 5 * selected.numel() + 4 * lists * (width + 1), 0
+
+
 SUITES = (
     Suite(
         op="union_selection", function=outcome, backends=BACKENDS, cases=CASES, differentiable=(),
         oracle=oracle, sized=lambda m, n: call(m, n, 3, 7, 4),
-        scales=(1.0,),
+        scales=(1.0,), real=real, compulsory=compulsory,
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.core import checks
+from kernel_index.core import checks, rules
 from kernel_index.core.rules import host_readable
 
 UnionMode = Literal["auto", "bitmap", "sort"]
@@ -63,12 +63,34 @@ def check_blocks_exist(selected: Tensor, selected_valid: Tensor | None, num_bloc
     """Blocks that do not exist are refused where they can be read without waiting for a device."""
     if not host_readable(selected, selected_valid):
         return
+    if num_blocks > torch.iinfo(selected.dtype).max:  # as a number of that dtype it would be another one
+        return
     beyond = selected >= num_blocks
     if selected_valid is not None:
         beyond &= selected_valid
     if beyond.any():
         worst = int(selected[beyond].max())
         raise ValueError(f"selected must be of block indices below {num_blocks}, or negative for none, got {worst}")
+
+
+MOST_SORTED = 4096
+"""Entries of a tile that one program sorts."""
+
+
+def triton_why_not(call: UnionCall) -> str | None:
+    if call.mode == "bitmap":
+        return "its one form is a sort: mode='bitmap' is another"
+    if call.query_tile_size * call.selected.shape[3] > MOST_SORTED:
+        return "sorts at most 4,096 entries of a tile"  # MOST_SORTED
+    return rules.triton_why_not(call.selected, call.selected_valid)
+
+
+def triton_not_worth(call: UnionCall) -> str | None:
+    return rules.triton_not_worth(call.selected)
+
+
+def triton_details(call: UnionCall) -> tuple[tuple[str, Any], ...]:
+    return details(call._replace(mode="sort"))
 
 
 def details(call: UnionCall) -> tuple[tuple[str, Any], ...]:

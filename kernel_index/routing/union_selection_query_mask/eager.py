@@ -11,7 +11,7 @@ def union_eager(call: UnionCall) -> UnionMaps:
     is_selected = call.is_selected
     batch, queries, groups, entries = call.selected.shape
     tile, tiles, blocks = call.query_tile_size, call.tiles, call.num_blocks
-    index = torch.where(is_selected, call.selected, blocks).to(torch.int64)
+    index = torch.where(is_selected, call.selected.to(torch.int64), blocks)
     index = torch.nn.functional.pad(index, (0, 0, 0, 0, 0, tiles * tile - queries), value=blocks)
     tiled = index.view(batch, tiles, tile, groups, entries).transpose(2, 3).flatten(3)  # [B, tiles, K, tile·n]
     build = {"bitmap": _by_bitmap, "sort": _by_sort}[resolve_mode(call.mode, tiled.shape[-1], blocks)]

@@ -28,9 +28,20 @@ def clustered(q, k, v, mask, backend):
     return ki.clustered_sparse_attention(q, k, v, config=CONFIG, mask=mask, backend=backend)
 
 
+SINK = torch.tensor([0.3, -1.0, 2.0, 0.0])
+
+
+def joined(found):
+    return torch.cat([found.out, found.lse.transpose(1, 2)[..., None]], -1)
+
+
 def clustered_with_lse(q, k, v, mask, backend):
-    out, lse = ki.clustered_sparse_attention_with_lse(q, k, v, config=CONFIG, mask=mask, backend=backend)
-    return torch.cat([out, lse.transpose(1, 2)[..., None]], -1)
+    options = {"config": CONFIG, "mask": mask, "sink": SINK, "backend": backend}
+    return joined(ki.clustered_sparse_attention_with_lse(q, k, v, **options))
+
+
+def moba_with_lse(q, k, v, mask, backend):
+    return joined(ki.moba_attention_with_lse(q, k, v, mask=mask, sink=SINK, backend=backend, **MOBA))
 
 
 def exact(q, k, v, mask, backend):
@@ -38,7 +49,13 @@ def exact(q, k, v, mask, backend):
     return ki.exact_token_attention(q, k, v, selected, mask=mask, backend=backend)
 
 
-FUNCTIONS = [moba, by_group, clustered, clustered_with_lse, exact]
+def exact_with_lse(q, k, v, mask, backend):
+    selected = ki.lightning_indexer(q.detach(), k[:, :, 0].detach(), q[..., 0].detach(), topk=4, mask=mask)
+    return joined(ki.exact_token_attention_with_lse(q, k, v, selected, mask=mask, sink=SINK, backend=backend))
+
+
+OF_TOKENS, WITH_LSE = (exact, exact_with_lse), (moba_with_lse, clustered_with_lse, exact_with_lse)
+FUNCTIONS = [moba, by_group, clustered, exact, *WITH_LSE]
 
 
 def leaves_of(rows: int, length: int, dtype=torch.float64):
@@ -86,7 +103,7 @@ def assert_law(function, trees, align, window, backend, dtype, more=lambda rows,
 @given(st.lists(forests(most_runs=5), min_size=1, max_size=2), st.sampled_from([1, 3]), st.sampled_from([None, 4]))
 def test_the_law(function, trees, align, left):
     out, real = assert_law(function, trees, align, (left, 0), "reference", torch.float64)
-    if function not in (exact, clustered_with_lse):
+    if function not in (*OF_TOKENS, *WITH_LSE):
         assert (out[~real] == 0).all()
 
 
@@ -128,7 +145,7 @@ BACKENDS = ["cpu", pytest.param("native", marks=pytest.mark.native), pytest.para
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_every_backend(function, backend):
-    if function is exact and backend == "native":
+    if function in OF_TOKENS and backend == "native":
         pytest.skip("exact_token_attention has no native backend")
     with ki.receipts() as log:
         assert_law(function, [LONG], 1, (None, 0), backend, torch.float32, rtol=2e-5, atol=2e-5)

@@ -1,5 +1,6 @@
 """Attention to exactly the selected tokens, with a receipt that says whether it stayed sparse."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.document_attention import ATTENTION
 from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.dense_attention.api import BACKENDS as DENSE
-from kernel_index.kernels.attention.dense_attention.api import AttentionCall
+from kernel_index.kernels.attention.dense_attention.api import AttentionCall, AttentionOutput
 from kernel_index.kernels.attention.exact_token_sparse import contract
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall
 from kernel_index.kernels.attention.exact_token_sparse.cpu import exact_token_cpu
@@ -87,7 +88,7 @@ BACKENDS = _with_telemetry(
 
 
 def _of_dense(function: Callable[[AttentionCall], Any]) -> Callable[[ExactTokenCall], Any]:
-    """A rule of dense attention, asked about the same call without a selection."""
+    """A rule or a backend of dense attention, for the same call without a selection."""
 
     def of_dense(call: ExactTokenCall) -> Any:
         return function(call.as_dense)
@@ -95,19 +96,12 @@ def _of_dense(function: Callable[[AttentionCall], Any]) -> Callable[[ExactTokenC
     return of_dense
 
 
-def _run_dense(run: Callable[[AttentionCall], Any]) -> Callable[[ExactTokenCall], Tensor]:
-    def run_dense(call: ExactTokenCall) -> Tensor:
-        return run(call.as_dense)[0]
-
-    return run_dense
-
-
 REROUTED = _with_telemetry(
     tuple(
         replace(
             b,
             why_not=_of_dense(b.why_not),
-            run=_run_dense(b.run),
+            run=_of_dense(b.run),
             not_worth=None if b.not_worth is None else _of_dense(b.not_worth),
         )
         for b in DENSE
@@ -127,6 +121,7 @@ def exact_token_attention(
     mask: MaskContract | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     backend: ExactTokenBackend = "auto",
 ) -> Tensor:
     """Softmax attention of each query over exactly the tokens that were selected for it and that the mask allows.
@@ -136,9 +131,9 @@ def exact_token_attention(
         z[t, s] = scale · q[t]·k[s]          softcap · tanh(z / softcap)  with a softcap
         out[t]  = Σ_s softmax(z[t])[s] · v[s]          over s in P(t) ∩ A(t)
 
-    A token counts once however often it is selected, and to select everything is dense attention.  A query left without
-    a key gives exactly 0 and gradient 0.  The gradient of q, k and v is that of this formula, the same bits every time;
-    the selection has none.
+    A sink is one more term ``exp(sink[h])`` of the softmax's denominator.  A token counts once however often it is
+    selected, and to select everything is dense attention.  A query left without a key gives exactly 0 and gradient 0.
+    The gradient of q, k, v and sink is that of this formula, the same bits every time; the selection has none.
 
     Args:
         q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
@@ -151,6 +146,7 @@ def exact_token_attention(
         mask: the keys that each query may attend to; causal by default.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
+        sink: [H], learnable sink logits: terms of the denominator without a value; None for no such term.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
@@ -167,7 +163,7 @@ def exact_token_attention(
             on the host, neither −1 nor the index of a key.  On a device an index out of range selects nothing.
         Ineligible: the named backend cannot run this call.
 
-    Source: DeepSeek-V3.2 sparse attention (DeepSeek-AI, 2025), for grouped heads.
+    Source: DeepSeek-V3.2 sparse attention (DeepSeek-AI, 2025), for grouped heads; sink: gpt-oss.
 
     >>> import torch, kernel_index as ki
     >>> q = k = torch.zeros(1, 3, 1, 2)
@@ -180,20 +176,69 @@ def exact_token_attention(
     ('exact_token', 'cpu')
     """
     mask = EVERYTHING_BEFORE if mask is None else mask
-    call = contract.check(q, k, v, indices, indices_valid, mask, scale, softcap, backend)
-    if mask.is_tree and call.indices is not None and is_invariant():  # a token's place is the one on its path
-        selected = call.indices if call.valid is None else torch.where(call.valid, call.indices, -1)
-        selected = selected.expand(-1, -1, call.k.shape[2], -1)
+    call = contract.check(q, k, v, indices, indices_valid, mask, scale, softcap, sink, backend, with_lse=False)
+    return _attend("exact_token_attention", call, mask)[0]
 
-        def attend_branch(
-            q: Tensor, selected: Tensor, k: Tensor, v: Tensor, places: Tensor, mask: MaskContract
-        ) -> Tensor:
-            own = TokenSelection(selected, selected >= 0, selected).within(places)
-            options: Any = {"mask": mask, "scale": scale, "softcap": softcap, "backend": backend}
-            return exact_token_attention(q, k, v, own.indices, indices_valid=own.valid, **options)
 
-        places = torch.arange(call.k.shape[1], device=call.k.device).expand(call.k.shape[:2])
-        by_query, by_key = (call.q, selected), (call.k, call.v, places)
-        return along_paths("exact_token_attention", attend_branch, mask, sizes_of(q, k, mask), by_query, by_key)[0]
-    table = REROUTED if call.indices is None else BACKENDS
-    return choose("exact_token_attention", table, backend, call).run(call)
+def exact_token_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | TokenSelection | None,
+    *,
+    indices_valid: Tensor | None = None,
+    mask: MaskContract | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    backend: ExactTokenBackend = "auto",
+) -> AttentionOutput:
+    """``exact_token_attention`` together with the logarithm of its denominator.
+
+    ``lse[h, t] = log(exp(sink[h]) + Σ_s exp(z[t, s]))`` with the natural logarithm.  A query left without a key gives
+    −inf, also where there is a sink, and gradient 0.
+
+    Args:
+        q: as in ``exact_token_attention``, and so are the others.
+
+    Returns:
+        ``AttentionOutput(out [B, T, H, Dv], lse [B, H, T])``; both carry gradients.
+
+    Raises:
+        TypeError, ValueError, Ineligible: as ``exact_token_attention``.
+
+    Source: as ``exact_token_attention``.
+
+    >>> import torch, kernel_index as ki
+    >>> x, selected = torch.zeros(1, 3, 1, 8), torch.tensor([[[0, -1], [0, 0], [0, 2]]])
+    >>> ki.exact_token_attention_with_lse(x, x, x, selected).lse.exp()
+    tensor([[[1., 1., 2.]]])
+    """
+    mask = EVERYTHING_BEFORE if mask is None else mask
+    call = contract.check(q, k, v, indices, indices_valid, mask, scale, softcap, sink, backend, with_lse=True)
+    return AttentionOutput(*_attend("exact_token_attention_with_lse", call, mask))
+
+
+def _attend(op: str, call: ExactTokenCall, mask: MaskContract) -> tuple[Tensor, ...]:
+    """``out``, and ``lse`` where the call asks for it.
+
+    ``mask`` as it was given: of a tree the call holds what is left of it beside its selection.
+    """
+    if not (mask.is_tree and call.indices is not None and is_invariant()):
+        found = choose(op, REROUTED if call.indices is None else BACKENDS, call.requested, call).run(call)
+        return found if call.with_lse else found[:1]
+    # A token's place is the one on its path.
+    selected = call.indices if call.valid is None else torch.where(call.valid, call.indices, -1)
+    selected = selected.expand(-1, -1, call.k.shape[2], -1)
+
+    def attend_branch(
+        q: Tensor, selected: Tensor, k: Tensor, v: Tensor, places: Tensor, mask: MaskContract
+    ) -> tuple[Tensor, ...]:
+        own = TokenSelection(selected, selected >= 0, selected).within(places)
+        options = call.scale, call.softcap, call.sink, call.requested
+        branch = contract.check(q, k, v, own.indices, own.valid, mask, *options, with_lse=call.with_lse)
+        return _attend(op, branch, mask)
+
+    places = torch.arange(call.k.shape[1], device=call.k.device).expand(call.k.shape[:2])
+    by_query, by_key, sizes = (call.q, selected), (call.k, call.v, places), sizes_of(call.q, call.k, mask)
+    return along_paths(op, attend_branch, mask, sizes, by_query, by_key, (1, 2), (0.0, -math.inf))

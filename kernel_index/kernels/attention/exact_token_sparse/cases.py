@@ -7,7 +7,11 @@ from torch import Tensor
 
 from kernel_index.core.testing import Case, Maker, Suite
 from kernel_index.kernels.attention.dense_attention.cases import qkv
-from kernel_index.kernels.attention.exact_token_sparse.api import BACKENDS, exact_token_attention
+from kernel_index.kernels.attention.exact_token_sparse.api import (
+    BACKENDS,
+    exact_token_attention,
+    exact_token_attention_with_lse,
+)
 from kernel_index.masks.doc_window_mask.cases import dense_oracle, packed, tree_fields
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 
@@ -40,12 +44,14 @@ CASES = (
     Case("options", "softcap, scale, values of another size, T ≠ S, odd sizes", lambda m: call(
         m, 5, 11, 6, 3, 7, 4, 5, softcap=2.0, scale=0.7, mask=MaskContract(causal=False))),
     Case("validity", "int32, and no invalid entry is read", _valid),
+    Case("sink", "a float32 sink for each head, documents with padding", lambda m: call(
+        m, 9, 9, 4, 2, 8, 4, mask=MaskContract(doc_ids=packed(9)), sink=m.normal(4, dtype=torch.float32))),
     Case("no_picks", "a selection of no tokens: exactly 0", lambda m: call(m, 3, 3, 2, 1, 8, 0)),
     Case("no_queries", "no query", lambda m: call(m, 0, 5, 2, 1, 8, 2)),
 )  # fmt: skip
 
 
-def oracle(
+def oracle_with_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -54,13 +60,14 @@ def oracle(
     mask: MaskContract | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
-) -> Tensor:
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """One query and one head at a time, over a Python set of keys; without a selection every key is in it."""
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     if indices is None:
         indices = torch.arange(keys).expand(batch, queries, keys)
     allowed = dense_oracle(mask or MaskContract(), batch, queries, keys)
-    outs = []
+    outs, lses = [], []
     for b in range(batch):
         for t in range(queries):
             for h in range(heads):
@@ -71,19 +78,28 @@ def oracle(
                 seen = [s for s in seen if allowed[b, t, s]]
                 z = k[b, seen, kv_head] @ q[b, t, h] * (width**-0.5 if scale is None else scale)
                 z = softcap * (z / softcap).tanh() if softcap else z
-                outs.append(z.softmax(0) @ v[b, seen, kv_head])
+                logits = torch.cat([z, sink[h : h + 1].to(z.dtype)]) if sink is not None and seen else z
+                outs.append(logits.softmax(0)[: len(seen)] @ v[b, seen, kv_head])
+                lses.append(logits.logsumexp(0))
     nothing = (q.sum() + k.sum() + v.sum()) * 0.0  # so that a call without a selection has a gradient too
     shape = (batch, queries, heads, v.shape[3])
-    return (torch.stack(outs).view(shape) if outs else nothing.expand(shape)) + nothing
+    if not outs:
+        return nothing.expand(shape), nothing.expand(batch, heads, queries)
+    lse_BTH = torch.stack(lses).view(shape[:3]).to(torch.promote_types(q.dtype, torch.float32))
+    return torch.stack(outs).view(shape) + nothing, lse_BTH.transpose(1, 2)
+
+
+def oracle(**call: Any) -> Tensor:
+    return oracle_with_lse(**call)[0]
 
 
 def sized(m: Maker, n: int) -> dict[str, Any]:
     return {**qkv(m, 1, n, n, 2, 1, 8), "indices": m.integers(0, n, 1, n, 3)}
 
 
-def real(m: Maker) -> dict[str, Any]:
+def real(m: Maker, width: int = 128) -> dict[str, Any]:
     """A layer of production size; what it moves depends on the selection, so no compulsory bytes are stated."""
-    return {**qkv(m, 1, 8192, 8192, 32, 4, 128), "indices": m.integers(0, 8192, 1, 8192, 4, 512)}
+    return {**qkv(m, 1, 8192, 8192, 32, 4, width), "indices": m.integers(0, 8192, 1, 8192, 4, 512)}
 
 
 # Backward takes δ from the rounded output and dp from v, as in dense attention: two dot products of D = 8 terms, each
@@ -95,8 +111,14 @@ UNITS = {"triton": 2.0 * (1 + 3) + 6, "cpu": 2.0 * (1 + 3) + 6, "native": 2.0 * 
 SUITES = (
     Suite(
         op="exact_token_attention", function=exact_token_attention, backends=BACKENDS, cases=CASES,
-        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,
+        differentiable=("q", "k", "v", "sink"), oracle=oracle, sized=sized,
         scales=(1e-3, 1.0, 16.0),  # as in dense attention
         rounding=("triton", "native", "cpu"), real=real, units=UNITS,
+    ),
+    Suite(
+        op="exact_token_attention_with_lse", function=exact_token_attention_with_lse, backends=BACKENDS,
+        cases=tuple(c for c in CASES if c.name in ("groups", "options", "sink", "no_picks")),
+        differentiable=("q", "k", "v", "sink"), oracle=oracle_with_lse, sized=sized,
+        scales=(1e-3, 1.0, 16.0), rounding=("triton", "native", "cpu"), units=UNITS, real=lambda m: real(m, 64),
     ),
 )  # fmt: skip

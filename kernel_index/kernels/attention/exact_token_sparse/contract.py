@@ -38,6 +38,8 @@ class ExactTokenCall(NamedTuple):
     mask: MaskContract
     scale: float | None
     softcap: float
+    sink: Tensor | None  # [H]
+    with_lse: bool
     requested: str
     indexer: str
 
@@ -64,7 +66,7 @@ class ExactTokenCall(NamedTuple):
     @property
     def as_dense(self) -> AttentionCall:
         """The same call without a selection."""
-        return AttentionCall(self.q, self.k, self.v, self.mask, self.scale, self.softcap, None, False)
+        return AttentionCall(self.q, self.k, self.v, self.mask, self.scale, self.softcap, self.sink, self.with_lse)
 
 
 def check(
@@ -76,7 +78,10 @@ def check(
     mask: MaskContract,
     scale: Any,
     softcap: Any,
+    sink: Any,
     requested: str,
+    *,
+    with_lse: bool,
 ) -> ExactTokenCall:
     indexer = "none" if indices is None else "given"
     if isinstance(indices, TokenSelection):
@@ -84,18 +89,19 @@ def check(
             raise ValueError("indices_valid must be None beside a TokenSelection, got a second one")
         indices, valid, indexer = indices.indices, indices.valid, "lightning_indexer"
     q, k, v = cast_like_sdpa(q, k, v)
-    check_attention(q, k, v, mask, scale, softcap)
+    check_attention(q, k, v, mask, scale, softcap, sink)
+    options = scale, softcap, sink, with_lse, requested, indexer
     if indices is None:
         if valid is not None:
             raise ValueError(f"indices_valid must be None where indices are, got {type(valid).__name__}")
-        return ExactTokenCall(q, k, v, None, None, mask, scale, softcap, requested, indexer)
+        return ExactTokenCall(q, k, v, None, None, mask, *options)
     _check_selection(q, k, indices, valid)
     if indices.ndim == 3:
         indices = indices.unsqueeze(2)
         valid = None if valid is None else valid.unsqueeze(2)
     if mask.is_tree:
         mask, valid = MaskContract(causal=False), _on_path(indices, valid, mask, sizes_of(q, k, mask))
-    return ExactTokenCall(q, k, v, indices, valid, mask, scale, softcap, requested, indexer)
+    return ExactTokenCall(q, k, v, indices, valid, mask, *options)
 
 
 def _on_path(indices: Tensor, valid: Tensor | None, mask: MaskContract, sizes: Sizes) -> Tensor:
@@ -129,7 +135,7 @@ def _check_selection(q: Tensor, k: Tensor, indices: Any, valid: Any) -> None:
 def native_why_not(call: ExactTokenCall) -> str | None:
     if call.mask.is_tree or not call.mask.causal:
         return "in a tree the places of a path's tokens are not those of the path alone"
-    return document_attention.why_not(call.q, call.k, call.v)
+    return document_attention.why_not(call.q, call.k, call.v, call.sink)
 
 
 def runtime_mode(backend: str) -> str:
@@ -144,14 +150,14 @@ def triton_why_not(call: ExactTokenCall) -> str | None:
         if not call.mask.causal:
             return "in a tree the places of a path's tokens are not those of the path alone"
         sizes = sizes_of(call.q, call.k, call.mask)
-        return device_documents.mask_why_not(call.q, call.k, call.v, call.mask, sizes, call.scale)
+        return device_documents.mask_why_not(call.q, call.k, call.v, call.mask, sizes, call.scale, call.sink)
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return rules.NEEDS_NARROW_HEADS
     if call.q.shape[2] > 64 * call.k.shape[2]:
         return "needs at most 64 query heads for each KV head"
     if call.q.dtype not in (torch.float32, *rules.HALF):
         return rules.NEEDS_TRITON_DTYPE
-    return rules.triton_why_not(call.q, call.k, call.v, call.indices, call.valid)
+    return rules.triton_why_not(call.q, call.k, call.v, call.indices, call.valid, call.sink)
 
 
 def triton_not_worth(call: ExactTokenCall) -> str | None:
@@ -163,6 +169,6 @@ def cpu_why_not(call: ExactTokenCall) -> str | None:
         return UNION_NEEDS_CPU
     if rules.inside_functorch():
         return rules.INSIDE_FUNCTORCH
-    if any(t is not None and type(t) not in rules.PLAIN for t in call[:5]):
+    if any(t is not None and type(t) not in rules.PLAIN for t in (*call[:5], call.sink)):
         return rules.NEEDS_PLAIN
     return None

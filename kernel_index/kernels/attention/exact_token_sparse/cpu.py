@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.attention_function import (
+    Backward,
+    Forward,
+    Gradients,
+    Passes,
+    add_sink,
+    attend,
+    delta_of,
+    gradient_of_sink,
+)
 from kernel_index.core.excluded import guarded, guarded_backward, sight_of_blocks
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall, Scoring
 from kernel_index.kernels.sparse.row_gather.api import GIANT, gather_eager
@@ -122,13 +131,13 @@ def _run_forward(
 
 
 def _run_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, indices: Tensor, valid: Tensor | None,
-    start: Tensor, end: Tensor, scale: float, softcap: float,
+    d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, indices: Tensor,
+    valid: Tensor | None, start: Tensor, end: Tensor, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     def run(given: Backward) -> Gradients:
         return _staged_gradients(given, lse, indices, valid, start, end, scale, softcap)
 
-    given = Backward(d_out, None, q, k, v, None, out, (), (True, True, True, False))
+    given = Backward(d_out, d_lse, q, k, v, None, out, (), (True, True, True, False))
     found = guarded_backward(run, lambda: sight_of_blocks(indices, valid, 1, start, end), given)
     return found.q, found.k, found.v  # type: ignore[return-value]  # a gradient for each
 
@@ -138,15 +147,17 @@ def _staged_gradients(
     softcap: float,
 ) -> Gradients:  # fmt: skip
     """dK and dV are added up chunk by chunk in float32 at least: the same order, and so the same bits, every time."""
-    d_out, _, q, k, v, _, out = given[:7]
+    d_out, d_lse, q, k, v, _, out = given[:7]
     d_q = q.new_zeros(q.shape)
     d_k, d_v = (x.new_zeros(x.shape, dtype=_wide(x[:0]).dtype) for x in (k, v))
     q = q if q.stride(-1) == 1 else q.contiguous()
     lse = lse.masked_fill(~lse.isfinite(), torch.inf)  # empty rows: lse = +inf makes exp(z − lse) = 0
-    kernel_takes = softcap == 0 and q.shape[3] == v.shape[3]
+    # PyTorch's kernel has no gradient of the log-sum-exp.
+    kernel_takes = softcap == 0 and q.shape[3] == v.shape[3] and d_lse is None
+    delta = None if kernel_takes else delta_of(given)
     for s in stages(q, k, v, indices, valid, start, end):
         q_part, up, result, of_part = q[s.b, s.t, s.h], d_out[s.b, s.t, s.h], out[s.b, s.t, s.h], lse[s.b, s.h, s.t]
-        if kernel_takes:
+        if delta is None:
             # One head of many rows takes half the time of many heads with the same keys; in forward it does not.
             heads, group = s.k.shape[1], q_part.shape[1] // s.k.shape[1]
             up, rows, result = (_as_rows(x, heads) for x in (up, q_part, result))
@@ -157,7 +168,7 @@ def _staged_gradients(
             d_rows = [g[0].transpose(0, 1) for g in grads]
             d_rows[0] = grads[0][0].unflatten(1, (group, q_part.shape[0])).permute(2, 0, 1, 3).flatten(1, 2)
         else:
-            d_rows = _gradients(up, q_part, s.k, s.v, result, of_part, s.bias, scale, softcap)
+            d_rows = _gradients(up, q_part, s.k, s.v, of_part, delta[s.b, s.h, s.t], s.bias, scale, softcap)
         d_q[s.b, s.t, s.h] = d_rows[0].to(q.dtype)
         for total, part in zip((d_k, d_v), d_rows[1:], strict=True):
             total[s.b, :, s.p].index_add_(0, s.rows, part.to(total.dtype))  # every row of a union occurs once
@@ -187,15 +198,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, softcap
 
 
 def _gradients(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor, scale: float,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, bias: Tensor, scale: float,
     softcap: float,
 ) -> list[Tensor]:  # fmt: skip
     heads = k.shape[1]
     q_KGTD, up_KGTD = _by_kv_head(q, heads), _by_kv_head(d_out, heads)
     k_KUD, v_KUD = (_wide(x).transpose(0, 1) for x in (k, v))
-    delta = (up_KGTD * _by_kv_head(out, heads)).sum(-1, keepdim=True)
     z = _scores(q_KGTD, k_KUD, bias, scale, softcap)
-    p = torch.exp(z - lse.unflatten(0, (heads, -1))[..., None])
+    lse, delta = (x.unflatten(0, (heads, -1))[..., None] for x in (lse, delta))
+    p = torch.exp(z - lse)
     d_z = torch.einsum("kgtd,kud->kgtu", up_KGTD, v_KUD).sub_(delta).mul_(p)
     if softcap:
         d_z.mul_(1 - (z / softcap).square_())
@@ -209,7 +220,7 @@ def _fake_forward(q, k, v, *_):
     return out, _wide(q.new_empty(0)).new_empty(q.shape[0], q.shape[2], q.shape[1])
 
 
-def _fake_backward(d_out, q, k, v, *_):
+def _fake_backward(d_out, d_lse, q, k, v, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -219,31 +230,42 @@ _forward_op = ops.register(
     ("CPU",),
 )  # fmt: skip
 _backward_op = ops.register(
-    f"exact_token_staged_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_CALL}) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"exact_token_staged_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
     ("CPU",),
 )
 
 
+class _Statics(NamedTuple):
+    scoring: Scoring
+    with_lse: bool
+
+
 def _forward(
-    scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: None, start: Tensor, end: Tensor, indices: Tensor,
-    *valid: Tensor,
+    statics: _Statics, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, start: Tensor, end: Tensor,
+    indices: Tensor, *valid: Tensor,
 ) -> Forward:  # fmt: skip
     selection = (indices, valid[0] if valid else None, start, end)
-    out, lse = _forward_op(q, k, v, *selection, *scoring)
-    return Forward(out, lse.detach(), (lse, *selection))
+    out, lse = _forward_op(q, k, v, *selection, *statics.scoring)
+    if sink is not None:
+        lse, _ = add_sink(out, lse, sink)
+    return Forward(out, lse, (lse, *selection))
 
 
-def _backward(scoring: Scoring, given: Backward) -> Gradients:
-    # The log-sum-exp is not handed out: d_lse is None, or the zeros that torch.compile makes of it.
-    return Gradients(*_backward_op(given.d_out, given.q, given.k, given.v, given.out, *given.saved, *scoring))
+def _backward(statics: _Statics, given: Backward) -> Gradients:
+    if not statics.with_lse:  # torch.compile makes zeros of the gradient of what is not handed out
+        given = given._replace(d_lse=None)
+    tensors = given.d_out, given.d_lse, given.q, given.k, given.v, given.out, *given.saved
+    d_sink = gradient_of_sink(given, given.saved[0], delta_of(given)) if given.needs[3] else None
+    d_q, d_k, d_v = _backward_op(*tensors, *statics.scoring)
+    return Gradients(d_q, d_k, d_v, d_sink)
 
 
 PASSES = Passes("the cpu backend of exact_token_attention", _forward, _backward)
 
 
 @guarded
-def exact_token_cpu(call: ExactTokenCall) -> Tensor:
-    return attend(PASSES, call.scoring, call.q, call.k, call.v, None, *call.selection)[0]
+def exact_token_cpu(call: ExactTokenCall) -> tuple[Tensor, Tensor]:
+    return attend(PASSES, _Statics(call.scoring, call.with_lse), call.q, call.k, call.v, call.sink, *call.selection)

@@ -10,11 +10,11 @@ from kernel_index.masks.attention_arguments import sizes_of
 
 
 @guarded
-def exact_token_native(call: ExactTokenCall) -> Tensor:
+def exact_token_native(call: ExactTokenCall) -> tuple[Tensor, Tensor]:
     sizes = sizes_of(call.q, call.k, call.mask)
     assert call.indices is not None
     selected = call.indices if call.valid is None else torch.where(call.valid, call.indices, -1)
     bounds = Bounds(*call.mask.row_intervals(sizes), call.mask.row_origins(sizes))
     selected = torch.where(selected < 0, -1, selected - bounds.origin[:, :, None, None]).to(torch.int32)
     selected = selected.expand(-1, -1, call.k.shape[2], -1)
-    return attend_to_documents(call.q, call.k, call.v, None, bounds, Scoring(*call.scoring), selected)[0]
+    return attend_to_documents(call.q, call.k, call.v, call.sink, bounds, Scoring(*call.scoring), selected)

@@ -4,9 +4,17 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import device_documents, ops
-from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.attention_function import (
+    Backward,
+    Forward,
+    Gradients,
+    Passes,
+    attend,
+    forward_by_log2,
+    sink_gradient_by_log2,
+)
 from kernel_index.core.numerics import is_invariant
-from kernel_index.core.triton.launch import dense_heads
+from kernel_index.core.triton.launch import dense, dense_heads
 from kernel_index.kernels.attention.exact_token_sparse.contract import ExactTokenCall, Scoring
 from kernel_index.kernels.attention.exact_token_sparse.geometry import TOGETHER, launch_of, padded_group
 from kernel_index.kernels.attention.exact_token_sparse.selection_order import sort_selected
@@ -58,19 +66,20 @@ def _unions(q, k, selected):
             yield unions_of(selected, keys, first, some)
 
 
-def _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap):
+def _allocate_queries(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap):
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return d_q, torch.empty(log2_sum.shape, dtype=torch.float32, device=q.device)
 
 
-def _launch_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap):
+def _launch_queries(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap):
     from kernel_index.kernels.attention.exact_token_sparse import triton, triton_unions
 
-    outputs = _allocate_queries(d_out, q, k, v, out, log2_sum, places, counts, scale, softcap)
+    outputs = _allocate_queries(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap)
     d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
+    (d_lse,) = dense((d_lse,))
     launches, group, limit = _launches(("queries", "single"), q, k, v, places, scale, softcap)
     for u in _unions(q, k, places):
-        given = (d_out, q, k, v, out, log2_sum)
+        given = ((d_out, d_lse), q, k, v, out, log2_sum)
         triton_unions.backward_queries(*given, u, limit, launches[0], group, outputs)
         triton.backward_queries(*given, places, counts, u, limit, launches[1], outputs)
     return outputs
@@ -99,8 +108,8 @@ _forward_op = ops.register(
     _allocate,
 )
 _queries_op = ops.register(
-    "exact_token_fused_backward_queries(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log2_sum, "
-    "Tensor places, Tensor counts, float scale, float softcap) -> (Tensor, Tensor)",
+    "exact_token_fused_backward_queries(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor log2_sum, Tensor places, Tensor counts, float scale, float softcap) -> (Tensor, Tensor)",
     _launch_queries,
     _allocate_queries,
 )
@@ -113,33 +122,32 @@ _keys_op = ops.register(
 
 
 def _forward(
-    scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: None, start: Tensor, end: Tensor, indices: Tensor,
-    *valid: Tensor,
+    scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, start: Tensor, end: Tensor,
+    indices: Tensor, *valid: Tensor,
 ) -> Forward:  # fmt: skip
     out, log2_sum, slots, counts = _forward_op(q, k, v, indices, valid[0] if valid else None, start, end, *scoring)
-    return Forward(out, log2_sum.detach(), (log2_sum, slots, counts))
+    return forward_by_log2(out, log2_sum, sink, slots, counts)
 
 
 def _backward(scoring: Scoring, given: Backward) -> Gradients:
-    # The log-sum-exp is not handed out: d_lse is None, or the zeros that torch.compile makes of it.
-    d_out, _, q, k, v, _, out = given[:7]
+    d_out, d_lse, q, k, v, _, out = given[:7]
     log2_sum, slots, counts = given.saved
-    d_q, delta = _queries_op(d_out, q, k, v, out, log2_sum, slots, counts, *scoring)
+    d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, log2_sum, slots, counts, *scoring)
     d_k = d_v = None
     if given.needs[1] or given.needs[2]:
         d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, slots, *scoring)
-    return Gradients(d_q, d_k, d_v)
+    return Gradients(d_q, d_k, d_v, sink_gradient_by_log2(given, delta))
 
 
 PASSES = Passes("the triton backend of exact_token_attention", _forward, _backward)
 
 
-def exact_token_triton(call: ExactTokenCall) -> Tensor:
+def exact_token_triton(call: ExactTokenCall) -> tuple[Tensor, Tensor]:
     if is_invariant():
         assert call.indices is not None
         sizes = sizes_of(call.q, call.k, call.mask)
         own = call.indices if call.valid is None else torch.where(call.valid, call.indices, -1)
         own = torch.where(own < 0, -1, own - call.mask.row_origins(sizes)[:, :, None, None])
         own, scoring = own.expand(-1, -1, call.k.shape[2], -1), device_documents.Scoring(*call.scoring, 1)
-        return device_documents.attend_to_mask(call.q, call.k, call.v, None, call.mask, sizes, scoring, own)[0]
-    return attend(PASSES, call.scoring, call.q, call.k, call.v, None, *call.selection)[0]
+        return device_documents.attend_to_mask(call.q, call.k, call.v, call.sink, call.mask, sizes, scoring, own)
+    return attend(PASSES, call.scoring, call.q, call.k, call.v, call.sink, *call.selection)

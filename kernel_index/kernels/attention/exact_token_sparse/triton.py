@@ -85,11 +85,12 @@ def _forward_kernel(
 
 @jit
 def _queries_kernel(
-    d_out_ptr, q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, sizes_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, selected_ptr, counts_ptr, sizes_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, SELECTED, FIRST, TILES, LIMIT,
     scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr, HAS_D_LSE: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dQ of the heads of one group at one query, and their ``delta`` for the keys' kernel."""
     t = (FIRST + tl.program_id(0)).to(tl.int64)
@@ -106,6 +107,8 @@ def _queries_kernel(
     b_do = load_rows(d_out_ptr + b * do_b + t * do_t, o_h * do_h, m_g, DV, BLOCK_DV)  # [BG, BLOCK_DV]
     b_out = load_rows(out_ptr, o_row * DV, m_g, DV, BLOCK_DV)  # [BG, BLOCK_DV]
     delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)  # [BG]
+    if HAS_D_LSE:
+        delta -= tl.load(d_lse_ptr + (b * K * G + o_h) * T + t, mask=m_g, other=0.0)
     tl.store(delta_ptr + o_row, delta, mask=m_g)
     b_lse = tl.load(lse_ptr + o_row, mask=m_g, other=float("inf"))  # [BG]
     lse = lse_of_grad(b_lse, b_lse != float("-inf"))
@@ -138,13 +141,14 @@ def forward(
 
 
 def backward_queries(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, selected: Tensor, counts: Tensor,
-    unions: TokenUnions, limit: int, launch: AttentionLaunch, outputs: tuple[Tensor, Tensor],
+    upstream: tuple[Tensor, Tensor | None], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, selected: Tensor,
+    counts: Tensor, unions: TokenUnions, limit: int, launch: AttentionLaunch, outputs: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
     (B, T, H, _), K, u = q.shape, k.shape[2], unions
+    d_out, d_lse = upstream
     with on_device(q):
         _queries_kernel[(u.queries, B * K)](
-            d_out, q, k, v, selected, counts, u.sizes, out, lse, *outputs, *strides(d_out, q, k, v), T, K, H // K,
-            selected.shape[3], u.first, u.tiles, limit, launch.scale, launch.inner, launch.outer,
-            BG=dot_block(H // K), BN=launch.config.step, TILE=TILE, **launch.constants,
+            d_out, d_lse, q, k, v, selected, counts, u.sizes, out, lse, *outputs, *strides(d_out, q, k, v), T, K,
+            H // K, selected.shape[3], u.first, u.tiles, limit, launch.scale, launch.inner, launch.outer,
+            BG=dot_block(H // K), BN=launch.config.step, TILE=TILE, HAS_D_LSE=d_lse is not None, **launch.constants,
         )  # fmt: skip

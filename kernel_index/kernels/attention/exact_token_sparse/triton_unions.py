@@ -130,12 +130,13 @@ def _queries_walk(
 
 @jit
 def _queries_kernel(
-    d_out_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, words_ptr, begin_ptr, sizes_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    d_out_ptr, d_lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, words_ptr, begin_ptr, sizes_ptr, out_ptr, lse_ptr, dq_ptr,
+    delta_ptr,
     do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, K, G, FIRST, STOP, TILES, LIMIT,
     scale, inner, outer,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BG: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr, SHARED: tl.constexpr, CAPPED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    HAS_D_LSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dQ of the rows of a program of the forward pass, and their ``delta`` for the keys' kernel."""
     SUB: tl.constexpr = BM // BG
@@ -154,6 +155,8 @@ def _queries_kernel(
     b_do = load_rows(d_out_ptr + b * do_b, t * do_t + o_h * do_h, m_m, DV, BLOCK_DV)  # [BM, BLOCK_DV]
     b_out = load_rows(out_ptr, o_row * DV, m_m, DV, BLOCK_DV)  # [BM, BLOCK_DV]
     delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)  # [BM]
+    if HAS_D_LSE:
+        delta -= tl.load(d_lse_ptr + (b * K * G + o_h) * T + t, mask=m_m, other=0.0)
     tl.store(delta_ptr + o_row, delta, mask=m_m)
     b_lse = tl.load(lse_ptr + o_row, mask=m_m, other=float("inf"))  # [BM]
     lse = lse_of_grad(b_lse, b_lse != float("-inf"))
@@ -192,14 +195,15 @@ def forward(
 
 
 def backward_queries(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, unions: TokenUnions, limit: int,
-    launch: AttentionLaunch, group: int, outputs: tuple[Tensor, Tensor],
+    upstream: tuple[Tensor, Tensor | None], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    unions: TokenUnions, limit: int, launch: AttentionLaunch, group: int, outputs: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
     (B, T, H, _), K = q.shape, k.shape[2]
     u, sizes = unions, _of_tile(launch, group)
+    d_out, d_lse = upstream
     with on_device(q):
         _queries_kernel[(u.tiles * TILE * group // sizes["BM"], B * K)](
-            d_out, q, k, v, u.tokens, u.words, u.begin, u.sizes, out, lse, *outputs, *strides(d_out, q, k, v), T, K,
-            H // K, u.first, u.first + u.queries, u.tiles, limit, launch.scale, launch.inner, launch.outer, **sizes,
-            **launch.constants,
+            d_out, d_lse, q, k, v, u.tokens, u.words, u.begin, u.sizes, out, lse, *outputs, *strides(d_out, q, k, v), T,
+            K, H // K, u.first, u.first + u.queries, u.tiles, limit, launch.scale, launch.inner, launch.outer, **sizes,
+            HAS_D_LSE=d_lse is not None, **launch.constants,
         )  # fmt: skip

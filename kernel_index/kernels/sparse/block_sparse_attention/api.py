@@ -64,6 +64,7 @@ def block_sparse_attention(
     mask: MaskContract = EVERYTHING_BEFORE,
     scale: float | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     query_tile_size: int = 64,
     maps: UnionMaps | None = None,
     backend: BlockSparseBackend = "auto",
@@ -74,11 +75,13 @@ def block_sparse_attention(
     ``softcap · tanh(z / softcap)`` where a softcap is given, and head h in group ``g = h // (H / G)``::
 
         allowed(t, g, s) = s // block_size ∈ selected[t, g]  and  the mask allows s for t
-        out[t, h] = Σ_s exp(z[t, s]) · v[s] / Σ_s exp(z[t, s])        lse[h, t] = log Σ_s exp(z[t, s])
+        out[t, h] = Σ_s exp(z[t, s]) · v[s] / (exp(sink[h]) + Σ_s exp(z[t, s]))
+        lse[h, t] = log(exp(sink[h]) + Σ_s exp(z[t, s]))
 
-    over the allowed s.  A block that is selected twice counts once.  A query with nothing allowed gives exactly 0, a
-    log-sum-exp of −inf, and no gradient to anything.  Under ``numerics("invariant")`` blocks count from the start of
-    each document: key s of one that begins at o belongs to block ``(s − o) // block_size``.
+    over the allowed s, without exp(sink) where no sink is given.  A block that is selected twice counts once.  A query
+    with nothing allowed gives exactly 0, a log-sum-exp of −inf, also where there is a sink, and no gradient to
+    anything.  Under ``numerics("invariant")`` blocks count from the start of each document: key s of one that begins at
+    o belongs to block ``(s − o) // block_size``.
 
     Args:
         q: [B, T, H, D], any floating dtype.  Under autocast q, k and v are cast as those of
@@ -92,19 +95,20 @@ def block_sparse_attention(
         mask: the keys that each query may attend to at all.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
+        sink: [H], learnable sink logits: terms of the denominator without a value; None for no such term.
         query_tile_size: queries that a backend treats together where it works by tiles.
         maps: ``union_selection`` of the same selection and tile size, for backends that use it; computed if None.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
-        ``BlockSparseOutput(out [B, T, H, Dv], lse [B, H, T])``; both carry gradients to q, k and v.
+        ``BlockSparseOutput(out [B, T, H, Dv], lse [B, H, T])``; both carry gradients to q, k, v and sink.
 
     Raises:
         TypeError: a tensor or the mask is of the wrong type, or dtypes differ.
         ValueError: shapes, heads, groups or devices do not fit, or a selected block on the host is beyond the last.
         Ineligible: the named backend cannot run this call.
 
-    Source: Lu et al., "MoBA", 2025; Yuan et al., "Native Sparse Attention", 2025.
+    Source: Lu et al., "MoBA", 2025; Yuan et al., "Native Sparse Attention", 2025; sink: gpt-oss.
 
     >>> import torch
     >>> from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
@@ -115,6 +119,8 @@ def block_sparse_attention(
     tensor([0.0000, 0.5000, 1.0000, 2.5000])
     """
     call = contract.check(
-        BlockSparseCall(q, k, v, selected, selected_valid, block_size, mask, scale, softcap, query_tile_size, maps)
+        BlockSparseCall(
+            q, k, v, selected, selected_valid, block_size, mask, scale, softcap, query_tile_size, maps, sink
+        )
     )
     return BlockSparseOutput(*choose("block_sparse_attention", BACKENDS, backend, call).run(call))

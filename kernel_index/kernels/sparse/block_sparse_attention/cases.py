@@ -33,6 +33,10 @@ def _empty(m: Maker) -> dict[str, Any]:
     return {**call, "mask": MaskContract(validity=validity), "softcap": 2.0, "scale": 0.7}
 
 
+def _sink(m: Maker) -> dict[str, Any]:
+    return {**_empty(m), "softcap": 0.0, "sink": m.normal(2, dtype=torch.float32)}
+
+
 def _cross(m: Maker) -> dict[str, Any]:
     call = {**qkv(m, 2, 5, 19, 4, 1, 8, 5), **selection(m, (2, 5, 2, 4), 4, 5)}
     return {**call, "mask": MaskContract(causal=False), "query_tile_size": 2}
@@ -50,6 +54,12 @@ CASES = (
     Case("empty_rows", "a row without a token, future blocks only, a softcap and a scale", _empty),
     Case("cross", "not causal, T ≠ S, values of another size, a group for two heads", _cross),
     Case("everything", "every block selected under a window: dense attention", _window),
+    Case("sink", "a float32 sink for each head, a row without a token", _sink),
+    Case(
+        "sink_cross",
+        "a sink beside a softcap, not causal",
+        lambda m: {**_cross(m), "softcap": 2.0, "sink": m.normal(4)},
+    ),
     Case("no_picks", "n = 0", lambda m: {**qkv(m, 1, 5, 5, 2, 1, 8), **selection(m, (1, 5, 1, 0), 2, 4)}),
     Case("no_queries", "T = 0", lambda m: {**qkv(m, 1, 0, 5, 2, 1, 8), **selection(m, (1, 0, 1, 2), 2, 4)}),
 )
@@ -66,6 +76,7 @@ def oracle(
     scale: float | None = None,
     softcap: float = 0.0,
     query_tile_size: int = 64,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query head at a time, K and V indexed by head, the selection compared with each key's block."""
     heads, keys, width = q.shape[2], k.shape[1], q.shape[3]
@@ -80,10 +91,12 @@ def oracle(
         z = torch.einsum("btd,bsd->bts", q[:, :, h], k_BSD) * (width**-0.5 if scale is None else scale)
         z = softcap * (z / softcap).tanh() if softcap else z
         z = z.masked_fill(~allowed, -torch.inf)
+        last = -torch.inf if sink is None else sink[h].to(z.dtype)
+        z = torch.cat([z, z.new_zeros(*z.shape[:2], 1) + last], -1)
         some = allowed.any(-1)
         opened = z.masked_fill(~some[..., None], 0.0)
         p = opened.softmax(-1).masked_fill(~some[..., None], 0.0)
-        outs.append(p @ v_BSD)
+        outs.append(p[..., :keys] @ v_BSD)
         lses.append(opened.logsumexp(-1).masked_fill(~some, -torch.inf))
     return torch.stack(outs, 2), torch.stack(lses, 1).to(torch.promote_types(q.dtype, torch.float32))
 
@@ -103,7 +116,7 @@ def real(m: Maker) -> dict[str, Any]:
 SUITES = (
     Suite(
         op="block_sparse_attention", function=block_sparse_attention, backends=BACKENDS, cases=CASES,
-        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,
+        differentiable=("q", "k", "v", "sink"), oracle=oracle, sized=sized,
         scales=SCALES, rounding=("triton", "native", "cpu"), units=UNITS, real=real,
     ),
 )  # fmt: skip

@@ -31,6 +31,7 @@ class BlockSparseCall(NamedTuple):
     softcap: float
     query_tile_size: int
     maps: UnionMaps | None
+    sink: Tensor | None = None  # [H]
 
     @property
     def sizes(self) -> Sizes:
@@ -60,7 +61,7 @@ SMALL = 256 * 256
 
 def check(call: BlockSparseCall) -> BlockSparseCall:
     call = call._replace(**dict(zip("qkv", cast_like_sdpa(call.q, call.k, call.v), strict=True)))
-    check_attention(call.q, call.k, call.v, call.mask, call.scale, call.softcap)
+    check_attention(call.q, call.k, call.v, call.mask, call.scale, call.softcap, call.sink)
     if call.mask.is_tree:
         raise ValueError("mask must be no tree: blocks lie in the row, not along a path, got subtree_end or positions")
     if call.q.shape[2] < 1:
@@ -99,14 +100,14 @@ def _check_maps(selected: Tensor, query_tile_size: int, maps: Any) -> None:
 
 def triton_why_not(call: BlockSparseCall) -> str | None:
     if is_invariant():
-        return device_documents.mask_why_not(call.q, call.k, call.v, call.mask, call.sizes, call.scale)
+        return device_documents.mask_why_not(call.q, call.k, call.v, call.mask, call.sizes, call.scale, call.sink)
     if call.q.shape[3] > rules.WIDEST_HEAD or call.v.shape[3] > rules.WIDEST_HEAD:
         return rules.NEEDS_NARROW_HEADS
     if call.q.dtype not in (torch.float32, *rules.HALF):
         return rules.NEEDS_TRITON_DTYPE
     if call.q.shape[0] * call.q.shape[2] > rules.MOST_HEADS_OF_ROWS:
         return rules.NEEDS_FEW_HEADS_OF_ROWS
-    return rules.triton_why_not(call.q, call.k, call.v, call.selected)
+    return rules.triton_why_not(call.q, call.k, call.v, call.selected, call.sink)
 
 
 def triton_not_worth(call: BlockSparseCall) -> str | None:
@@ -121,12 +122,12 @@ def cpu_why_not(call: BlockSparseCall) -> str | None:
 
 def native_why_not(call: BlockSparseCall) -> str | None:
     if is_invariant():
-        return document_attention.why_not(call.q, call.k, call.v)
+        return document_attention.why_not(call.q, call.k, call.v, call.sink)
     if (rule := cpu_why_not(call)) is not None:
         return rule
     if call.q.shape[3] % 2 or call.v.shape[3] % 2:
         return "needs even head sizes: bfloat16 is multiplied in pairs"
-    return native.why_not(call.q, call.k, call.v, call.selected)
+    return native.why_not(*(t for t in (call.q, call.k, call.v, call.selected, call.sink) if t is not None))
 
 
 def cpu_not_worth(call: BlockSparseCall) -> str | None:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import inductor
-from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of
+from kernel_index.core.attention_function import (
+    Backward,
+    Forward,
+    Gradients,
+    Passes,
+    add_sink,
+    attend,
+    delta_of,
+    gradient_of_sink,
+)
 from kernel_index.core.excluded import Sight, guarded, guarded_backward, sight_of_blocks
 from kernel_index.core.inductor import Region
 from kernel_index.kernels.sparse.block_sparse_attention.contract import BlockSparseCall
@@ -219,11 +228,13 @@ class _Plan(NamedTuple):
         return _Products(q, k, self.tiles, self.groups, self.block_size, self.scoring)
 
 
-def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: None) -> Forward:
+def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Forward:
     products = plan.products(q, k)
     out, lse = _attend(products, products.by_blocks(v))
     out = out.view(*q.shape[:3], v.shape[3]).to(q.dtype)
     lse_BHT = lse.view(q.shape[0], q.shape[1], q.shape[2]).transpose(1, 2).contiguous()
+    if sink is not None:
+        lse_BHT, _ = add_sink(out, lse_BHT, sink)
     return Forward(out, lse_BHT, (lse_BHT,))
 
 
@@ -235,10 +246,11 @@ def _run_backward(plan: _Plan, given: Backward) -> Gradients:
     q, k, v = given.q, given.k, given.v
     products = plan.products(q, k)
     rows = products.q.shape[:2]
-    lse, delta = (x.transpose(1, 2).reshape(rows) for x in (given.saved[0], delta_of(given)))
+    by_head = given.saved[0], delta_of(given)
+    lse, delta = (x.transpose(1, 2).reshape(rows) for x in by_head)
     d_q, d_k, d_v = _gradients(products, products.by_rows(given.d_out), products.by_blocks(v), lse, delta)
     d_k, d_v = (_by_keys(g, x).to(x.dtype) for g, x in ((d_k, k), (d_v, v)))
-    return Gradients(d_q.view(q.shape).to(q.dtype), d_k, d_v)
+    return Gradients(d_q.view(q.shape).to(q.dtype), d_k, d_v, gradient_of_sink(given, *by_head))
 
 
 PASSES = Passes("the cpu backend of block_sparse_attention", _forward, _backward)
@@ -261,4 +273,4 @@ def block_sparse_cpu(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     scoring = Scoring(scale_of(q, call.scale), call.softcap)
     sight = functools.partial(sight_of_blocks, call.selected, call.selected_valid, call.block_size, *bounds)
     plan = _Plan(tiles, call.selected.shape[2], call.block_size, scoring, sight)
-    return attend(PASSES, plan, q, k, call.v, None)
+    return attend(PASSES, plan, q, k, call.v, call.sink)

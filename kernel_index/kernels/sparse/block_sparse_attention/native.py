@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import native
-from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend, delta_of
+from kernel_index.core.attention_function import (
+    Backward,
+    Forward,
+    Gradients,
+    Passes,
+    add_sink,
+    attend,
+    delta_of,
+    gradient_of_sink,
+)
 from kernel_index.core.document_attention import Bounds, Scoring, attend_to_documents
 from kernel_index.core.excluded import Sight, guarded, guarded_backward, sight_of_blocks
 from kernel_index.core.numerics import is_invariant
@@ -34,12 +43,15 @@ class _Plan(NamedTuple):
         return sight_of_blocks(self.selected, None, self.block_size, *self.bounds)
 
 
-def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: None) -> Forward:
+def _forward(plan: _Plan, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Forward:
     q, k, v = (x.contiguous() for x in (q, k, v))
     out, rows = q.new_empty(*q.shape[:3], v.shape[3]), (q.shape[0], q.shape[2], q.shape[1])
     lse, row_max, inv_row_sum = (q.new_empty(rows, dtype=torch.float32) for _ in range(3))
     _call("forward", (q, k, v), plan, q, k, v, out, lse, row_max, inv_row_sum)
-    return Forward(out, lse, (row_max, inv_row_sum))
+    if sink is not None:
+        lse, share = add_sink(out, lse, sink)
+        inv_row_sum *= share
+    return Forward(out, lse, (row_max, inv_row_sum, None if sink is None else lse))
 
 
 def _backward(plan: _Plan, given: Backward) -> Gradients:
@@ -48,10 +60,12 @@ def _backward(plan: _Plan, given: Backward) -> Gradients:
 
 def _run_backward(plan: _Plan, given: Backward) -> Gradients:
     q, k, v = (x.contiguous() for x in (given.q, given.k, given.v))
-    delta = delta_of(given).transpose(1, 2).contiguous()
+    row_max, inv_row_sum, lse = given.saved
+    delta_BHT = delta_of(given)
+    delta = delta_BHT.transpose(1, 2).contiguous()
     d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-    _call("backward", (q, k, v), plan, given.d_out.contiguous(), q, k, v, *given.saved, delta, d_q, d_k, d_v)
-    return Gradients(d_q, d_k, d_v)
+    _call("backward", (q, k, v), plan, given.d_out.contiguous(), q, k, v, row_max, inv_row_sum, delta, d_q, d_k, d_v)
+    return Gradients(d_q, d_k, d_v, gradient_of_sink(given, lse, delta_BHT))
 
 
 PASSES = Passes("the native backend of block_sparse_attention", _forward, _backward)
@@ -76,8 +90,8 @@ def block_sparse_native(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     if is_invariant():
         scoring = Scoring(scale_of(call.q, call.scale), call.softcap, call.block_size)
         sight = Bounds(*call.mask.row_intervals(call.sizes), call.mask.row_origins(call.sizes))
-        return attend_to_documents(call.q, call.k, call.v, None, sight, scoring, selected.to(torch.int32))
+        return attend_to_documents(call.q, call.k, call.v, call.sink, sight, scoring, selected.to(torch.int32))
     bounds = Intervals(*(x.to(torch.int32).contiguous() for x in call.mask.row_intervals(call.sizes)))
     plan_scoring = (scale_of(call.q, call.scale), call.softcap)
     plan = _Plan(selected.to(torch.int32).contiguous(), bounds, call.block_size, plan_scoring)
-    return attend(PASSES, plan, call.q, call.k, call.v, None)
+    return attend(PASSES, plan, call.q, call.k, call.v, call.sink)

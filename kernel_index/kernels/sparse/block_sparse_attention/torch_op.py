@@ -1,13 +1,20 @@
 """The registered ops of the ``triton`` backend, and its two passes."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import device_documents, ops
-from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.attention_function import (
+    Backward,
+    Forward,
+    Gradients,
+    Passes,
+    attend,
+    forward_by_log2,
+    sink_gradient_by_log2,
+)
 from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
 from kernel_index.kernels.sparse.block_sparse_attention import lists, torch_op_lists, torch_op_mixed
@@ -120,11 +127,11 @@ class _Statics(NamedTuple):
     softcap: float
 
 
-def _forward(statics: _Statics, q: Tensor, k: Tensor, v: Tensor, sink: None, *tensors: Tensor) -> Forward:
+def _forward(statics: _Statics, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *tensors: Tensor) -> Forward:
     """``tensors``: a ``Plan`` and ``KernelIntervals``, one by one."""
     plan, bounds = Plan(*tensors[:4]), KernelIntervals(*tensors[4:])
     out, log2_sum = _forward_op(q, k, v, *plan[:3], *bounds[:2], *statics)
-    return Forward(out, (log2_sum * math.log(2)).transpose(1, 2).contiguous(), (log2_sum, *tensors))
+    return forward_by_log2(out, log2_sum, sink, *tensors)
 
 
 def _backward(statics: _Statics, given: Backward) -> Gradients:
@@ -137,7 +144,7 @@ def _backward(statics: _Statics, given: Backward) -> Gradients:
     if given.needs[1] or given.needs[2]:
         lists = _key_plan_op(plan.pairs, statics.cut[0], *bounds[2:], q.shape[1], statics.block_size)
         d_k, d_v = _keys_op(given.d_out, q, k, v, log2_sum, delta, *lists, *bounds[2:], *statics)
-    return Gradients(d_q, d_k, d_v)
+    return Gradients(d_q, d_k, d_v, sink_gradient_by_log2(given, delta))
 
 
 PASSES = Passes("the triton backend of block_sparse_attention", _forward, _backward)
@@ -149,7 +156,7 @@ def block_sparse_triton(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     if is_invariant():
         own = selected if selected_valid is None else torch.where(selected_valid, selected, -1)
         scoring = device_documents.Scoring(scale_of(q, call.scale), call.softcap, block_size)
-        return device_documents.attend_to_mask(q, k, v, None, call.mask, call.sizes, scoring, own)
+        return device_documents.attend_to_mask(q, k, v, call.sink, call.mask, call.sizes, scoring, own)
     if selected.shape[3] == 0:
         selected, selected_valid = selected.new_full((*selected.shape[:3], 1), -1), None
     cut = cut_of(q.shape[2] // selected.shape[2], q.element_size(), call.query_tile_size)
@@ -158,11 +165,11 @@ def block_sparse_triton(call: BlockSparseCall) -> tuple[Tensor, Tensor]:
     if lists.use_lists(cut, head_bytes, block_size, blocks, selected.shape[3]):
         selected, selected_valid, block_size = lists.split(selected, selected_valid, block_size)
         scoring = torch_op_lists.Statics(block_size, cut.group, call.scale, call.softcap)
-        return torch_op_lists.attend_by_lists(scoring, q, k, v, (selected, selected_valid), bounds[:2])
+        return torch_op_lists.attend_by_lists(scoring, q, k, v, call.sink, (selected, selected_valid), bounds[:2])
     if lists.use_both(cut, call, block_size):
         scoring = (block_size, cut, call.scale, call.softcap)
-        return torch_op_mixed.attend_by_both(scoring, q, k, v, (selected, selected_valid), bounds[:2])
+        return torch_op_mixed.attend_by_both(scoring, q, k, v, call.sink, (selected, selected_valid), bounds[:2])
     with torch.no_grad():
         plan = _plan_op(selected, selected_valid, blocks, cut.queries)
     statics = _Statics(block_size, list(cut), call.scale, call.softcap)
-    return attend(PASSES, statics, q, k, v, None, *plan, *bounds)
+    return attend(PASSES, statics, q, k, v, call.sink, *plan, *bounds)

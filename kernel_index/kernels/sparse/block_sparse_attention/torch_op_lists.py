@@ -1,13 +1,20 @@
 """The registered ops of the kernels that go by lists of queries, and their two passes."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.attention_function import (
+    Backward,
+    Forward,
+    Gradients,
+    Passes,
+    attend,
+    forward_by_log2,
+    sink_gradient_by_log2,
+)
 from kernel_index.core.triton.launch import dense_heads
 from kernel_index.kernels.sparse.block_sparse_attention.lists import (
     ListPlan,
@@ -36,7 +43,7 @@ def _launch(q, k, v, order, items, parts, k_start, k_end, block_size, group, sca
 def _allocate_backward(
     d_out, d_lse, q, k, v, out, log2_sum, order, items, parts, k_start, k_end, block_size, group, scale, softcap
 ):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), torch.empty_like(log2_sum)
 
 
 def _launch_backward(
@@ -49,9 +56,10 @@ def _launch_backward(
     d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
     how = launch_of("backward", q, k, v, block_size, group, scale, softcap)
     plan, bounds = ListPlan(order, items, parts), (k_start, k_end)
-    of_rows = d_out, log2_sum, triton_lists_backward.delta_of(d_out, d_lse, out, how)
+    delta = triton_lists_backward.delta_of(d_out, d_lse, out, how)
+    of_rows = d_out, log2_sum, delta
     triton_lists_backward.backward(of_rows, q, k, v, plan, bounds, how, (d_q, d_k, d_v))
-    return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype), delta
 
 
 def _plan(selected, selected_valid, num_blocks, row_bytes, part):
@@ -75,7 +83,7 @@ _forward_op = ops.register(
 _backward_op = ops.register(
     "block_sparse_lists_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor log2_sum, Tensor order, Tensor items, Tensor parts, Tensor k_start, Tensor k_end, int block_size, "
-    "int group, float? scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    "int group, float? scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _allocate_backward,
 )
@@ -88,10 +96,6 @@ class Statics(NamedTuple):
     softcap: float
 
 
-def forward_of(out: Tensor, log2_sum: Tensor, *saved: Tensor | None) -> Forward:
-    return Forward(out, (log2_sum * math.log(2)).transpose(1, 2).contiguous(), (log2_sum, *saved))
-
-
 def plan_of(
     statics: Statics, kernel: str, q: Tensor, k: Tensor, v: Tensor, selection: tuple[Tensor, Tensor | None]
 ) -> ListPlan:
@@ -100,14 +104,15 @@ def plan_of(
     return ListPlan(*_plan_op(*selection, blocks, row_bytes(q, v, statics.group), part))
 
 
-def _forward(statics: Statics, q: Tensor, k: Tensor, v: Tensor, sink: None, *tensors: Tensor) -> Forward:
+def _forward(statics: Statics, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *tensors: Tensor) -> Forward:
     """``tensors``: a ``ListPlan`` and each query's interval of keys, one by one."""
-    return forward_of(*_forward_op(q, k, v, *tensors, *statics), *tensors)
+    return forward_by_log2(*_forward_op(q, k, v, *tensors, *statics), sink, *tensors)
 
 
 def backward(statics: Statics, given: Backward) -> Gradients:
     tensors = (given.q, given.k, given.v, given.out, *given.saved)
-    return Gradients(*_backward_op(given.d_out, given.d_lse, *tensors, *statics))
+    d_q, d_k, d_v, delta = _backward_op(given.d_out, given.d_lse, *tensors, *statics)
+    return Gradients(d_q, d_k, d_v, sink_gradient_by_log2(given, delta))
 
 
 PASSES = Passes("the triton backend of block_sparse_attention", _forward, backward)
@@ -118,9 +123,10 @@ def attend_by_lists(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sink: Tensor | None,
     selection: tuple[Tensor, Tensor | None],
     bounds: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         plan = plan_of(statics, "forward", q, k, v, selection)
-    return attend(PASSES, statics, q, k, v, None, *plan, *bounds)
+    return attend(PASSES, statics, q, k, v, sink, *plan, *bounds)

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
-from kernel_index.core.attention_function import Backward, Forward, Gradients, Passes, attend
+from kernel_index.core.attention_function import (
+    Backward,
+    Forward,
+    Gradients,
+    Passes,
+    attend,
+    forward_by_log2,
+    sink_gradient_by_log2,
+)
 from kernel_index.core.triton.launch import dense_heads
-from kernel_index.kernels.sparse.block_sparse_attention import geometry, lists, torch_op_lists
+from kernel_index.kernels.sparse.block_sparse_attention import geometry, lists
 from kernel_index.kernels.sparse.block_sparse_attention.geometry import Cut
 from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan, allocate_plan
 
@@ -74,7 +82,7 @@ def _allocate_backward(
     d_out, d_lse, q, k, v, out, log2_sum, blocks, members, sizes, order, begins, k_start, k_end, block_size, cut, scale,
     softcap,
 ):  # fmt: skip
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), torch.empty_like(log2_sum)
 
 
 def _launch_backward(
@@ -104,7 +112,7 @@ def _launch_backward(
     of_rows, of_tiles = (d_out, log2_sum, delta), (sizes, lists.tile_of(cut, q, v, block_size))
     triton_lists_backward.backward(of_rows, q, k, v, by_lists, bounds, how, (d_q, d_k, d_v), of_tiles)
     triton_lists_backward.backward(of_rows, q, k, v, by_unions, bounds, how, (None, d_k, d_v))
-    return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype), delta
 
 
 _plan_op = ops.register(
@@ -123,7 +131,7 @@ _forward_op = ops.register(
 _backward_op = ops.register(
     "block_sparse_mixed_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor log2_sum, Tensor blocks, Tensor members, Tensor sizes, Tensor order, Tensor begins, Tensor k_start, "
-    "Tensor k_end, int block_size, int[] cut, float? scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    "Tensor k_end, int block_size, int[] cut, float? scale, float softcap) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _allocate_backward,
 )
@@ -136,14 +144,15 @@ class _Statics(NamedTuple):
     softcap: float
 
 
-def _forward(statics: _Statics, q: Tensor, k: Tensor, v: Tensor, sink: None, *tensors: Tensor) -> Forward:
+def _forward(statics: _Statics, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *tensors: Tensor) -> Forward:
     """``tensors``: a plan, and each query's interval of keys, one by one."""
-    return torch_op_lists.forward_of(*_forward_op(q, k, v, *tensors, *statics), *tensors)
+    return forward_by_log2(*_forward_op(q, k, v, *tensors, *statics), sink, *tensors)
 
 
 def _backward(statics: _Statics, given: Backward) -> Gradients:
     tensors = (given.q, given.k, given.v, given.out, *given.saved)
-    return Gradients(*_backward_op(given.d_out, given.d_lse, *tensors, *statics))
+    d_q, d_k, d_v, delta = _backward_op(given.d_out, given.d_lse, *tensors, *statics)
+    return Gradients(d_q, d_k, d_v, sink_gradient_by_log2(given, delta))
 
 
 PASSES = Passes("the triton backend of block_sparse_attention", _forward, _backward)
@@ -154,6 +163,7 @@ def attend_by_both(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sink: Tensor | None,
     selection: tuple[Tensor, Tensor | None],
     bounds: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -162,4 +172,4 @@ def attend_by_both(
     with torch.no_grad():
         tile = lists.tile_of(cut, q, v, block_size)
         plan = _plan_op(*selection, block_size, k.shape[1], tile, lists.row_bytes(q, v, cut.group))
-    return attend(PASSES, _Statics(block_size, list(cut), scale, softcap), q, k, v, None, *plan, *bounds)
+    return attend(PASSES, _Statics(block_size, list(cut), scale, softcap), q, k, v, sink, *plan, *bounds)

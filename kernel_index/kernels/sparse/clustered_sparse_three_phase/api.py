@@ -86,6 +86,7 @@ def clustered_sparse_attention(
     mask: MaskContract = EVERYTHING_BEFORE,
     scale: float | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     backend: ClusteredBackend = "auto",
 ) -> Tensor:
     """Attention of each query to its current block and to the past blocks that its group of heads scores best.
@@ -98,9 +99,10 @@ def clustered_sparse_attention(
         2  union    = the blocks selected by query_tile_size neighbouring queries; each query's own are kept apart
         3  out[t]   = softmax(scale · q·k over the keys of t's own selected blocks that the mask allows) · v
 
-    Scores are float32.  No future token has any influence on a selection; a query never attends to a block that only
-    its neighbours selected; with ``topk ≥ blocks`` the result is ``ki.attention``.  Backward gives the same bits every
-    time.  Under ``numerics("invariant")`` blocks count from the start of each document.
+    A sink is one more term ``exp(sink[h])`` of the softmax's denominator.  Scores are float32.  No future token has any
+    influence on a selection; a query never attends to a block that only its neighbours selected; with ``topk ≥ blocks``
+    the result is ``ki.attention``.  Backward gives the same bits every time.  Under ``numerics("invariant")`` blocks
+    count from the start of each document.
 
     The receipt's details: ``path`` (``clustered``, ``reroute_to_dense``), ``reason``, ``phase_order``, the backend of
     each phase, ``routed_by`` (the backend of ``clustered_route`` that ran), ``routing_is_stop_gradient``,
@@ -117,6 +119,7 @@ def clustered_sparse_attention(
         mask: which keys each query may attend to, besides its selection; causal.
         scale: factor of the attention's scores; ``D ** -0.5`` by default.
         softcap: bound of the attention's scores; 0 is off.
+        sink: [H], learnable sink logits: terms of the denominator without a value; None for no such term.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.  ``"reference"`` routes
             by the reference too; otherwise the router is chosen as by ``clustered_route``.
 
@@ -138,18 +141,7 @@ def clustered_sparse_attention(
     >>> ki.clustered_sparse_attention(torch.ones(1, 8, 1, 1), k, v, config=config)[0, :, 0, 0]
     tensor([0.0000, 0.5000, 2.0000, 2.5000, 4.0000, 4.5000, 6.0000, 6.5000])
     """
-    call = contract.check(q, k, v, config, mask, scale, softcap, with_lse=False)
-    if mask.is_tree:
-
-        def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> Tensor:
-            return clustered_sparse_attention(
-                q, k, v, config=config, mask=mask, scale=scale, softcap=softcap, backend=backend
-            )
-
-        by_key = call.k, call.v
-        return along_paths(
-            "clustered_sparse_attention", attend_branch, mask, call.routing.exhaustive.sizes, (call.q,), by_key
-        )[0]
+    call = contract.check(q, k, v, config, mask, scale, softcap, sink, with_lse=False)
     return _attend("clustered_sparse_attention", call, backend)[0]
 
 
@@ -162,9 +154,10 @@ def clustered_sparse_attention_with_lse(
     mask: MaskContract = EVERYTHING_BEFORE,
     scale: float | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     backend: ClusteredBackend = "auto",
 ) -> BlockSparseOutput:
-    """``clustered_sparse_attention`` together with the log-sum-exp of each query's scores, natural logarithm.
+    """``clustered_sparse_attention`` together with the logarithm of each query's denominator, natural logarithm.
 
     Args:
         q: as in ``clustered_sparse_attention``, and so are the others.
@@ -182,31 +175,30 @@ def clustered_sparse_attention_with_lse(
     >>> ki.clustered_sparse_attention_with_lse(x, x, x, config=config).lse.exp()
     tensor([[[1., 2., 1., 2.]]])
     """
-    call = contract.check(q, k, v, config, mask, scale, softcap, with_lse=True)
-    if mask.is_tree:
-
-        def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> BlockSparseOutput:
-            return clustered_sparse_attention_with_lse(
-                q, k, v, config=config, mask=mask, scale=scale, softcap=softcap, backend=backend
-            )
-
-        name, by_key = "clustered_sparse_attention_with_lse", (call.k, call.v)
-        return BlockSparseOutput(
-            *along_paths(
-                name, attend_branch, mask, call.routing.exhaustive.sizes, (call.q,), by_key, (1, 2), (0.0, -math.inf)
-            )
-        )
-    out, lse = _attend("clustered_sparse_attention_with_lse", call, backend)
-    assert lse is not None
-    return BlockSparseOutput(out, lse)
+    call = contract.check(q, k, v, config, mask, scale, softcap, sink, with_lse=True)
+    return BlockSparseOutput(*_attend("clustered_sparse_attention_with_lse", call, backend))
 
 
-def _attend(op: str, call: ClusteredCall, backend: str) -> tuple[Tensor, Tensor | None]:
+def _attend(op: str, call: ClusteredCall, backend: str) -> tuple[Tensor, ...]:
+    """``out``, and ``lse`` where the call asks for it."""
+    if call.mask.is_tree:
+
+        def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> tuple[Tensor, ...]:
+            return _attend(op, call._replace(q=q, k=k, v=v, mask=mask), backend)
+
+        by_key, gaps = (call.k, call.v), (0.0, -math.inf)
+        sizes = call.routing.exhaustive.sizes
+        return along_paths(op, attend_branch, call.mask, sizes, (call.q,), by_key, (1, 2), gaps)
+    found = _attend_to_row(op, call, backend)
+    return found if call.with_lse else found[:1]
+
+
+def _attend_to_row(op: str, call: ClusteredCall, backend: str) -> tuple[Tensor, ...]:
     choice = choose(op, BACKENDS, backend, call)
     router = choice.choose("clustered_route", ROUTERS, call.routing)
     scoring = contract.scoring_name(call.routing, router.backend.name)
     choice = choice.with_details(routed_by=router.backend.name, scoring_backend=scoring)
-    if call.config.dense_above is None and not call.config.report_unions:
+    if call.config.reads_unions is None:
         return choice.run(call, router, None)
     joined = join(choice, call, router)
     choice = choice.with_details(union_backend=joined.joined_by, **contract.union_shares(joined.unions))
@@ -245,7 +237,7 @@ def clustered_route(
     >>> ki.clustered_route(x, x, config=ki.ClusteredSparseConfig(block_size=2, topk=1)).indices.flatten()
     tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32)
     """
-    call = contract.check(q, k, k, config, mask, None, 0.0, with_lse=False).routing
+    call = contract.check(q, k, k, config, mask, None, 0.0, None, with_lse=False).routing
     if mask.is_tree:
 
         def route_branch(q: Tensor, k: Tensor, mask: MaskContract) -> TopBlocks:

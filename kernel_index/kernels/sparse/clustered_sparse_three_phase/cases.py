@@ -39,6 +39,14 @@ CASES = (
         "shared prompts: blocks count along each path; a window, documents, gaps",
         lambda m: _call(m, 14, MaskContract(window=(9, 0), doc_ids=packed(14), **tree_fields(14)).to(m.device)),
     ),
+    Case(
+        "sink",
+        "a sink for each head, a row without a token",
+        lambda m: {
+            **_call(m, 12, MaskContract(validity=attention_validity(valid_token_counts=[0, 7]))),
+            "sink": m.normal(4, dtype=torch.float32),
+        },
+    ),
     Case("no_queries", "T = 0", lambda m: _call(m, 0, MaskContract())),
 )
 
@@ -54,10 +62,11 @@ def oracle(
     v: Tensor,
     config: ClusteredSparseConfig,
     mask: MaskContract | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Query by query: the mean keys that it may be routed to, in plain Python, and one softmax over what is left."""
     if mask is not None and mask.is_tree:
-        return on_each_path(oracle, q, k, v, mask, config=config)
+        return on_each_path(oracle, q, k, v, mask, config=config, sink=sink)
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     mask, group, size = mask or MaskContract(), heads // k.shape[2], config.block_size
     allowed = dense_oracle(mask, batch, queries, keys)
@@ -73,7 +82,8 @@ def oracle(
                 selected = {current, *sorted(past, key=lambda j: (-score[j], j))[: config.topk - 1]}
                 kept = [s for s in seen if s // size in selected]
                 z = q[b, t, at] @ k[b, kept, g].T * width**-0.5
-                out[b, t, at] = z.softmax(-1) @ v[b, kept, g]
+                logits = z if sink is None else torch.cat([z, sink[at, None].to(z.dtype)], -1)
+                out[b, t, at] = logits.softmax(-1)[:, : len(kept)] @ v[b, kept, g]
     return out
 
 
@@ -85,7 +95,7 @@ def real(m: Maker) -> dict[str, Any]:
 SUITES = (
     Suite(
         op="clustered_sparse_attention", function=clustered_sparse_attention, backends=BACKENDS, cases=CASES,
-        differentiable=("q", "k", "v"), oracle=oracle,
+        differentiable=("q", "k", "v", "sink"), oracle=oracle,
         sized=lambda m, n: _call(m, n, MaskContract(window=(9, 0), doc_ids=packed(n))),
         scales=(1e-3, 1.0, 16.0), rounding=("triton", "native", "cpu"), units=UNITS, real=real,
     ),

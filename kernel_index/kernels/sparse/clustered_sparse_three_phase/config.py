@@ -19,8 +19,9 @@ class ClusteredSparseConfig:
         fused_scoring: take the best blocks chunk by chunk of queries, so that the scores of all are never held.
         union_mode: ``"bitmap"``, ``"sort"`` or ``"auto"``, as of ``union_selection``.
         dense_above: attend densely where a tile's union holds more than this share of the blocks, on average; the
-            receipt says so.  Reading the share waits for the device, so None, the default, never does.
-        report_unions: put U/n and U/blocks into the receipt; waits for the device, too.
+            receipt says so.  Reading the share waits for the device, so None, the default, never does, and inside of
+            torch.compile and of transforms no backend takes any other value.
+        report_unions: put U/n and U/blocks into the receipt; waits for the device, too, with the same limit.
 
     Raises:
         TypeError, ValueError: a field breaks its rule.
@@ -40,6 +41,13 @@ class ClusteredSparseConfig:
     union_mode: UnionMode = "auto"
     dense_above: float | None = None
     report_unions: bool = False
+
+    @property
+    def reads_unions(self) -> str | None:
+        """The name of the field that asks for the sizes of unions, which are read on the host; None for none."""
+        if self.dense_above is not None:
+            return "dense_above"
+        return "report_unions" if self.report_unions else None
 
     def __post_init__(self) -> None:
         for name in ("block_size", "topk", "query_tile_size"):

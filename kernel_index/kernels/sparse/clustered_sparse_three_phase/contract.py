@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernel_index.core import rules
 from kernel_index.core.autocast import cast_like_sdpa
 from kernel_index.core.numerics import is_invariant
 from kernel_index.kernels.attention.dense_attention.api import AttentionCall
@@ -55,6 +56,7 @@ class ClusteredCall(NamedTuple):
     mask: MaskContract
     scale: float | None
     softcap: float
+    sink: Tensor | None  # [H]
     with_lse: bool
 
     @property
@@ -64,7 +66,7 @@ class ClusteredCall(NamedTuple):
     @property
     def dense(self) -> AttentionCall:
         """The same attention over every key that the mask allows."""
-        return AttentionCall(self.q, self.k, self.v, self.mask, self.scale, self.softcap, None, self.with_lse)
+        return AttentionCall(self.q, self.k, self.v, self.mask, self.scale, self.softcap, self.sink, self.with_lse)
 
     def on_core(self, selected: Tensor, selected_valid: Tensor | None, maps: UnionMaps | None) -> BlockSparseCall:
         """The call of the block-sparse core that attends to these blocks."""
@@ -81,24 +83,28 @@ class ClusteredCall(NamedTuple):
             self.softcap,
             config.query_tile_size,
             maps,
+            self.sink,
         )
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, config: Any, mask: Any, scale: Any, softcap: Any, *, with_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, config: Any, mask: Any, scale: Any, softcap: Any, sink: Any, *, with_lse: bool
 ) -> ClusteredCall:
     q, k, v = cast_like_sdpa(q, k, v)
-    arguments.check_attention(q, k, v, mask, scale, softcap)
+    arguments.check_attention(q, k, v, mask, scale, softcap, sink)
     if q.shape[2] < 1:
         raise ValueError(f"q must be of at least one head, got shape {tuple(q.shape)}")
     if not isinstance(config, ClusteredSparseConfig):
         raise TypeError(f"config must be a ClusteredSparseConfig, got {type(config).__name__}")
     check_causal(mask)
-    return ClusteredCall(q, k, v, config, mask, scale, softcap, with_lse)
+    return ClusteredCall(q, k, v, config, mask, scale, softcap, sink, with_lse)
 
 
 def core_why_not(rule: Callable[..., str | None], call: ClusteredCall) -> str | None:
     """A rule of the block-sparse core before there is a selection: a rule reads its device alone, which is q's."""
+    asked = call.config.reads_unions
+    if asked and (torch.compiler.is_compiling() or rules.inside_functorch()):
+        return f"config.{asked} reads the sizes of unions on the host, which a trace or a transform forbids"
     if is_invariant() and call.config.dense_above is not None:
         return "dense_above decides by what the queries of a whole batch selected"
     return rule(call.on_core(call.q, None, None))

@@ -1,6 +1,7 @@
 """Mixture of block attention: each query attends to its current block and to the few blocks that its router selects."""
 
 import functools
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from kernel_index.core import native
 from kernel_index.core.dispatch import Backend, choose
 from kernel_index.kernels.sparse.block_sparse_attention.api import BACKENDS as CORE_BACKENDS
+from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseOutput
 from kernel_index.kernels.sparse.moba_block_sparse import contract
 from kernel_index.kernels.sparse.moba_block_sparse.attend import attend
 from kernel_index.kernels.sparse.moba_block_sparse.backend_aliases import pick, resolve_block_sparse_backend
@@ -26,7 +28,7 @@ from kernel_index.routing.block_router.api import RouterBackend
 from kernel_index.routing.branches import route_along_paths
 from kernel_index.routing.legal_blocks import TopBlocks
 
-__all__ = ["moba_attention", "moba_decode", "moba_route", "resolve_block_sparse_backend"]
+__all__ = ["moba_attention", "moba_attention_with_lse", "moba_decode", "moba_route", "resolve_block_sparse_backend"]
 
 
 def _on_core(core: Backend) -> Backend:
@@ -75,6 +77,7 @@ def moba_attention(
     route_per: RoutePer = "query_head",
     scale: float | None = None,
     softcap: float = 0.0,
+    sink: Tensor | None = None,
     query_tile_size: int = 64,
     backend: MobaBackend | None = "auto",
 ) -> Tensor:
@@ -87,12 +90,14 @@ def moba_attention(
         selected = {c} ∪ the topk − 1 best j, the smallest index among equals
         out[t]   = softmax(scale · q·k over the keys of selected blocks that the mask allows) · v
 
+    A sink is one more term ``exp(sink[h])`` of the softmax's denominator.
+
     So ``topk = 1`` is the current block alone, and ``topk ≥ blocks`` is ``ki.attention``.  Future blocks are never
     selected, and a change of a future token changes no selection.  Where documents meet inside a block, its mean is
     over the last one of them; a document that begins at a block has the selection that it has alone.  In a prefix tree
     blocks count along each path, and every branch runs, and writes a receipt, as a call of its own.  Under
     ``numerics("invariant")`` blocks count from the start of each document.  Routing is exact and has no gradient;
-    attention is differentiable in q, k and v.
+    attention is differentiable in q, k, v and sink.
 
     Receipts carry ``semantic_branch``, ``router_type``, ``requested_backend`` as written, ``requested_backend_source``,
     ``actual_backend``, ``runtime_mode``, ``fallback_reason``, ``blocks``, ``picks``, ``density``, and ``routed_by``,
@@ -109,6 +114,7 @@ def moba_attention(
         route_per: ``"query_head"``, or ``"kv_group"`` for one selection by the mean query of a KV head's query heads.
         scale: factor of the scores; ``D ** -0.5`` by default.
         softcap: bound of the scores; 0 is off.
+        sink: [H], learnable sink logits: terms of the denominator without a value; None for no such term.
         query_tile_size: queries that a backend treats together where it works by tiles.
         backend: a name that ``resolve_block_sparse_backend`` takes.  ``"flash"`` falls back to what ``"auto"`` takes,
             and the receipt says so; any other named backend runs or raises ``Ineligible``.  ``"reference"`` routes by
@@ -122,7 +128,7 @@ def moba_attention(
         ValueError: shapes, heads or devices do not fit, a size is not positive, or the mask is not causal.
         Ineligible: the backend is unknown, or cannot run this call.
 
-    Source: Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", 2025.
+    Source: Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", 2025; sink: gpt-oss.
 
     >>> import torch, kernel_index as ki
     >>> k = torch.tensor([1.0, 1.0, 5.0, 5.0, 0.0, 0.0, 0.0, 0.0]).view(1, 8, 1, 1)
@@ -132,18 +138,63 @@ def moba_attention(
     >>> ki.moba_route(torch.ones(1, 8, 1, 1), k, block_size=2, topk=2).indices[0, -1, 0]
     tensor([1, 3], dtype=torch.int32)
     """
-    call = contract.check(q, k, v, block_size, topk, mask, route_per, scale, softcap, query_tile_size)
-    if mask.is_tree:
-        sizes, scoring = call.routing.sizes, {"scale": scale, "softcap": softcap, "query_tile_size": query_tile_size}
+    call = contract.check(q, k, v, block_size, topk, mask, route_per, scale, softcap, query_tile_size, sink)
+    return _attend("moba_attention", call, backend)[0]
 
-        def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> Tensor:
-            options = {"block_size": block_size, "topk": topk, "route_per": route_per, **scoring}
-            return moba_attention(q, k, v, mask=mask, backend=backend, **options)
 
-        return along_paths("moba_attention", attend_branch, mask, sizes, (call.q,), (call.k, call.v))[0]
-    choice = pick("moba_attention", BACKENDS, FLASH, backend, call)
+def moba_attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    mask: MaskContract = EVERYTHING_BEFORE,
+    route_per: RoutePer = "query_head",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    query_tile_size: int = 64,
+    backend: MobaBackend | None = "auto",
+) -> BlockSparseOutput:
+    """``moba_attention`` together with the logarithm of each query's denominator, natural logarithm, the sink included.
+
+    Args:
+        q: as in ``moba_attention``, and so are the others; ``"flash"`` returns no log-sum-exp and falls back.
+
+    Returns:
+        ``BlockSparseOutput(out [B, T, H, Dv], lse [B, H, T])``; both carry gradients.  A query that may attend to
+        nothing gives 0 and −inf, also where there is a sink.
+
+    Raises:
+        TypeError, ValueError, Ineligible: as ``moba_attention``.
+
+    Source: as ``moba_attention``.
+
+    >>> import torch, kernel_index as ki
+    >>> x = torch.zeros(1, 4, 1, 8)
+    >>> ki.moba_attention_with_lse(x, x, x, block_size=2, topk=1, sink=torch.zeros(1)).lse.exp()
+    tensor([[[2., 3., 2., 3.]]])
+    """
+    call = contract.check(
+        q, k, v, block_size, topk, mask, route_per, scale, softcap, query_tile_size, sink, with_lse=True
+    )
+    return BlockSparseOutput(*_attend("moba_attention_with_lse", call, backend))
+
+
+def _attend(op: str, call: contract.MobaCall, backend: str | None) -> tuple[Tensor, ...]:
+    """``out``, and ``lse`` where the call asks for it."""
+    if call.mask.is_tree:
+
+        def attend_branch(q: Tensor, k: Tensor, v: Tensor, mask: MaskContract) -> tuple[Tensor, ...]:
+            return _attend(op, call._replace(q=q, k=k, v=v, mask=mask), backend)
+
+        by_key, gaps = (call.k, call.v), (0.0, -math.inf)
+        return along_paths(op, attend_branch, call.mask, call.routing.sizes, (call.q,), by_key, (1, 2), gaps)
+    choice = pick(op, BACKENDS, FLASH, backend, call)
     router = choice.choose("moba_route", ROUTERS, call.routing)
-    return choice.with_details(routed_by=router.backend.name).run(call, router)
+    found = choice.with_details(routed_by=router.backend.name).run(call, router)
+    return found if call.with_lse else found[:1]
 
 
 def moba_route(

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from kernel_index.core.testing import Case, Maker, Suite
 from kernel_index.kernels.attention.dense_attention.cases import UNITS
-from kernel_index.kernels.sparse.moba_block_sparse.api import BACKENDS, DECODE_BACKENDS, moba_attention, moba_decode
+from kernel_index.kernels.sparse.moba_block_sparse.api import (
+    BACKENDS,
+    DECODE_BACKENDS,
+    moba_attention,
+    moba_attention_with_lse,
+    moba_decode,
+)
 from kernel_index.kvcache.cache import ContiguousKVCache, KVCache
 from kernel_index.kvcache.paged import PagedKVCache
 from kernel_index.masks.attention_validity_prefix.api import attention_validity
@@ -51,6 +57,8 @@ CASES = (
         m, 12, 9, mask=MaskContract())),
     Case("tree", "shared prompts: blocks count along each path; a window, documents, gaps", lambda m: call(
         m, 14, mask=MaskContract(window=(9, 0), doc_ids=packed(14), **tree_fields(14)).to(m.device))),
+    Case("sink", "a float32 sink for each head, documents, padding", lambda m: call(
+        m, 22, mask=MaskContract(doc_ids=documents(m, 22)), sink=m.normal(4, dtype=torch.float32))),
     Case("no_queries", "no query", lambda m: call(m, 0, 5)),
 )  # fmt: skip
 
@@ -80,16 +88,31 @@ def oracle(
     softcap: float = 0.0,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """Query by query and head by head: who is seen, which blocks score best, one softmax over what both leave."""
+    options = {"route_per": route_per, "scale": scale, "softcap": softcap, "sink": sink}
     if mask is not None and mask.is_tree:
-        options = {"route_per": route_per, "scale": scale, "softcap": softcap}
         return on_each_path(oracle, q, k, v, mask, block_size=block_size, topk=topk, **options)
+    return oracle_with_lse(q, k, v, block_size, topk, mask, **options)[0]
+
+
+def oracle_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    topk: int,
+    mask: MaskContract | None = None,
+    route_per: str = "query_head",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Query by query and head by head: who is seen, which blocks score best, one softmax over what both leave."""
     (batch, queries, heads, width), keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     mask, group = mask or MaskContract(), heads // kv_heads
     allowed = mask.dense(batch, queries, keys, device=q.device)[:, 0]
     docs = None if mask.doc_ids is None else mask.doc_ids.tolist()
     offset = mask.sizes(batch, queries, keys, q.device).one_offset
-    rows = []
+    rows, lses = [], []
     for b in range(batch):
         for t in range(queries):
             seen = allowed[b, t].nonzero().flatten().tolist()
@@ -102,6 +125,7 @@ def oracle(
                 k_SD, v_SD = k[b, :, h // group], v[b, :, h // group]
                 if not seen:
                     rows.append(q[b, t, h].sum() * 0.0 + v_SD.sum(0) * 0.0)
+                    lses.append(q[b, t, h].sum() * 0.0 - torch.inf)
                     continue
                 doc = None if docs is None else docs[b]
                 blocks = selected_by_hand(q[b, t, at], k_SD, seen, t + offset, block_size, topk, doc)
@@ -110,8 +134,12 @@ def oracle(
                 z = softcap * (z / softcap).tanh() if softcap else z
                 logits = z if sink is None else torch.cat([z, sink[h : h + 1].to(z.dtype)])
                 rows.append(logits.softmax(0)[: len(kept)] @ v_SD[kept])
+                lses.append(logits.logsumexp(0))
     nothing = (q.sum() + k.sum() + v.sum()) * 0.0  # so that an empty call has a gradient too
-    return torch.stack(rows).view(*q.shape[:3], -1) if rows else nothing.expand(*q.shape[:3], v.shape[3])
+    if not rows:
+        return nothing.expand(*q.shape[:3], v.shape[3]), nothing.expand(batch, heads, queries)
+    lse_BTH = torch.stack(lses).view(q.shape[:3]).to(torch.promote_types(q.dtype, torch.float32))
+    return torch.stack(rows).view(*q.shape[:3], -1), lse_BTH.transpose(1, 2)
 
 
 def filled(k: Tensor, v: Tensor, lengths: list[int], new: int, page: int) -> KVCache:
@@ -203,8 +231,15 @@ SUITES = (
     Suite(
         op="moba_attention", function=moba_attention,
         backends=tuple(b for b in BACKENDS if b.name != "triton"), cases=CASES,
-        differentiable=("q", "k", "v"), oracle=oracle, sized=sized,  # the core's own suite interprets that kernel
+        differentiable=("q", "k", "v", "sink"), oracle=oracle, sized=sized,  # the core's suite interprets that kernel
         scales=SCALES, rounding=("native", "cpu"), units=UNITS,  # the core's backward is that of dense attention
+    ),
+    Suite(
+        op="moba_attention_with_lse", function=moba_attention_with_lse,
+        backends=tuple(b for b in BACKENDS if b.name != "triton"),
+        cases=tuple(c for c in CASES if c.name in ("heads", "sink", "more_queries")),
+        differentiable=("q", "k", "v", "sink"), oracle=oracle_with_lse, sized=sized,
+        scales=SCALES, rounding=("native", "cpu"), units=UNITS,
     ),
     Suite(
         op="moba_decode", function=decode_on_copies, backends=DECODE_BACKENDS, cases=DECODE_CASES,

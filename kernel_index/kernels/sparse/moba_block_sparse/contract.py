@@ -35,6 +35,8 @@ class MobaCall(NamedTuple):
     scale: float | None
     softcap: float
     query_tile_size: int
+    sink: Tensor | None  # [H]
+    with_lse: bool
 
     @property
     def routing(self) -> RouterCall:
@@ -54,6 +56,7 @@ class MobaCall(NamedTuple):
             self.softcap,
             self.query_tile_size,
             None,
+            self.sink,
         )
 
 
@@ -68,14 +71,17 @@ def check(
     scale: float | None,
     softcap: float,
     query_tile_size: int,
+    sink: Tensor | None = None,
+    *,
+    with_lse: bool = False,
 ) -> MobaCall:
     q, k, v = cast_like_sdpa(q, k, v)
-    arguments.check_attention(q, k, v, mask, scale, softcap)
+    arguments.check_attention(q, k, v, mask, scale, softcap, sink)
     check_causal(mask)
     _check_router(q, block_size, topk, route_per)
     checks.is_int("query_tile_size", query_tile_size, minimum=1)
     groups = groups_of(q.shape[2], k.shape[2], route_per)
-    return MobaCall(q, k, v, block_size, topk, mask, groups, scale, softcap, query_tile_size)
+    return MobaCall(q, k, v, block_size, topk, mask, groups, scale, softcap, query_tile_size, sink, with_lse)
 
 
 def check_route(q: Tensor, k: Tensor, block_size: int, topk: int, mask: MaskContract, route_per: str) -> RouterCall:
@@ -195,6 +201,8 @@ def flash_why_not(call: MobaCall) -> str | None:
     q, k, v = call.q, call.k, call.v
     if (rule := flash_runtime_why_not(q)) is not None:
         return rule
+    if call.sink is not None or call.with_lse:
+        return "FlexAttention's flash kernels are called for the output alone, without a sink"
     if rules.inside_functorch():
         return rules.INSIDE_FUNCTORCH
     if q.dtype not in rules.HALF:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_index.kernels.sparse.block_sparse_attention.api import BlockSparseOutput, block_sparse_attention
+from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 from kernel_index.kernels.sparse.moba_block_sparse import torch_op
 from kernel_index.kernels.sparse.moba_block_sparse.contract import MobaDecodeCall
 from kernel_index.kernels.sparse.selected_decode.api import attend_blocks
@@ -90,12 +90,7 @@ def attend_prompt(call: MobaDecodeCall, selected: TopBlocks) -> Tensor:
             mask=MaskContract(window=(call.window[0], 0), q_offset=total - call.q.shape[1]),
             scale=call.scale,
             softcap=call.softcap,
+            sink=call.sink,
         )
-        outs.append(result.out if call.sink is None else _with_sink(result, call.sink))
+        outs.append(result.out)
     return torch.cat(outs)
-
-
-def _with_sink(found: BlockSparseOutput, sink: Tensor) -> Tensor:
-    """A logit more in the denominator: exp(lse) / (exp(lse) + exp(sink)) of what was without it."""
-    share = torch.sigmoid(found.lse - sink.to(found.lse.dtype)[:, None])  # [B, H, T]
-    return (found.out * share.transpose(1, 2)[..., None]).to(found.out.dtype)

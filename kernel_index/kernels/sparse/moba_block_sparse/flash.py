@@ -18,9 +18,9 @@ TILE = 128
 """Queries and keys of a tile of those kernels."""
 
 
-def attend_flash(call: MobaCall, router: Choice) -> Tensor:
+def attend_flash(call: MobaCall, router: Choice) -> tuple[Tensor, None]:
     selected = router.run_inside(call.routing)
-    return _attend(call.on_core(selected.indices, selected.valid))
+    return _attend(call.on_core(selected.indices, selected.valid)), None
 
 
 @guarded
