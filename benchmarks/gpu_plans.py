@@ -31,9 +31,9 @@ BLOCKS, TOKENS = (
 )
 PLANS = (
     (BLOCKS + "triton_plan", "with_parts"),
-    (TOKENS + "triton_order", "sort_selected"),
+    (TOKENS + "triton_order", "keep_legal"),
+    (TOKENS + "triton_order", "sort_alone"),
     (TOKENS + "torch_op", "unions_of"),
-    (TOKENS + "triton_keys", "unions_of"),
     (TOKENS + "triton_keys", "rounds_of"),
 )
 """What makes plans inside of an op that does more."""

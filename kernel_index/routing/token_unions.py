@@ -47,9 +47,9 @@ class TokenUnions(NamedTuple):
 
     List i of selection l is number ``l · tiles + i``.  It has ``sizes`` entries from ``begin`` on, int32 and int64
     [lists · tiles]; entry e is ``tokens[e]``, ascending, and the bits of ``words[e]`` are the queries that selected it.
-    Entries up to the next multiple of ``BLOCK`` have no bit.  ``before`` int32 [lists · tiles, runs + 1]: entries
-    with a token before each run of ``GRAIN`` tokens; ``present`` int32 [lists · tiles, runs]: a bit for each token of a
-    run that has an entry.  ``most``: entries of a list at most.
+    Nothing is written between its end and the next multiple of ``BLOCK``.  ``before`` int32 [lists · tiles, runs + 1]:
+    entries with a token before each run of ``GRAIN`` tokens; ``present`` int32 [lists · tiles, runs]: a bit for each
+    token of a run that has an entry.  ``most``: entries of a list at most.
     """
 
     first: int
@@ -90,7 +90,7 @@ def unions_of(indices: Tensor, keys: int, first: int, queries: int) -> TokenUnio
     padded = (sizes + (BLOCK - 1)) // BLOCK * BLOCK
     begin = padded.cumsum(0, dtype=torch.int64) - padded
     most = max(1, min(blocks, -(-TILE * count // BLOCK))) * BLOCK
-    tokens = torch.zeros(lists * most, dtype=torch.int32, device=device)
-    words = torch.zeros(lists * most, dtype=torch.int64, device=device)
+    tokens = torch.empty(lists * most, dtype=torch.int32, device=device)
+    words = torch.empty(lists * most, dtype=torch.int64, device=device)
     triton_token_unions.write_lists(table, begin, before, present, (tokens, words))
     return TokenUnions(first, queries, tiles, most, tokens, words, begin, sizes, before, present)

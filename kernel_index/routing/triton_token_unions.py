@@ -8,27 +8,45 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
+from kernel_index.core.triton.launch import ceil_div, on_device
 
 TILE = 64
 """Queries of a tile: bits of a word."""
 
+MARKED = 4, 512
+"""Queries of a program that sets bits, a divisor of ``TILE``, and entries of each; a warp has 128 of them."""
+
+
+@jit
+def _tokens_of(p_indices, t, m_n, i_t, QUERIES, S):
+    """Of query t, at the places of ``m_n`` [BN]: −1 for what is no token."""
+    b_token = tl.load(p_indices + t * i_t, mask=m_n & (t < QUERIES), other=-1)  # [BN]
+    return tl.where((b_token >= 0) & (b_token < S), b_token, -1).to(tl.int32)
+
 
 @jit
 def _mark_kernel(
-    indices_ptr, table_ptr, i_b, i_t, i_p, FIRST, TILES, P, N, S, WIDTH, BN: tl.constexpr, TILE: tl.constexpr
-):
-    """Set the bit of one query in the words of its tokens."""
-    local = tl.program_id(0)
+    indices_ptr, table_ptr, i_b, i_t, i_p, FIRST, QUERIES, TILES, P, N, S, WIDTH,
+    BQ: tl.constexpr, BN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Set the bits of BQ queries in the words of the tokens that they have at BN places.
+
+    Those that have the token of the first of them in the same place set their bits with it, by one atomic.
+    """
+    first = tl.program_id(0).to(tl.int64) * BQ
     b, p = (tl.program_id(1) // P).to(tl.int64), (tl.program_id(1) % P).to(tl.int64)
-    p_indices = indices_ptr + b * i_b + (FIRST + local).to(tl.int64) * i_t + p * i_p
-    p_table = table_ptr + (tl.program_id(1).to(tl.int64) * TILES + local // TILE) * WIDTH
-    for first in range(0, N, BN):
-        o_n = first + tl.arange(0, BN)  # [BN]
-        b_token = tl.load(p_indices + o_n, mask=o_n < N, other=-1).to(tl.int64)  # [BN]
-        bit = tl.full((BN,), 1, tl.int64) << (local % TILE).to(tl.int64)
-        m_token = (b_token >= 0) & (b_token < S)
-        tl.atomic_or(p_table + tl.where(m_token, b_token, 0), bit, mask=m_token, sem="relaxed")
+    o_n = tl.program_id(2) * BN + tl.arange(0, BN)  # [BN]
+    p_indices = indices_ptr + b * i_b + tl.cast(FIRST, tl.int64) * i_t + p * i_p + o_n
+    p_table = table_ptr + (tl.program_id(1).to(tl.int64) * TILES + first // TILE) * WIDTH
+    bit = tl.full((), 1, tl.int64) << first % TILE
+    lead = _tokens_of(p_indices, first, o_n < N, i_t, QUERIES, S)  # [BN]
+    bits = tl.zeros((BN,), tl.int64) + bit
+    for i in range(1, BQ):
+        b_token = _tokens_of(p_indices, first + i, o_n < N, i_t, QUERIES, S)  # [BN]
+        bits += tl.where(b_token == lead, bit << i, 0)
+        m_other = (b_token >= 0) & (b_token != lead)
+        tl.atomic_or(p_table + b_token, tl.zeros((BN,), tl.int64) + (bit << i), mask=m_other, sem="relaxed")
+    tl.atomic_or(p_table + lead, bits, mask=lead >= 0, sem="relaxed")
 
 
 @jit
@@ -75,11 +93,11 @@ def _list_kernel(
 
 def mark(table: Tensor, indices: Tensor, first: int, queries: int, keys: int) -> None:
     """Fill a table [B · P · tiles, width] of zeros for ``queries`` queries from ``first`` on."""
-    batch, _, shared, count = indices.shape
+    (batch, _, shared, count), (together, step) = indices.shape, MARKED
     with on_device(indices):
-        _mark_kernel[(queries, batch * shared)](
-            indices, table, *indices.stride()[:3], first, ceil_div(queries, TILE), shared, count, keys,
-            table.shape[1], BN=min(1024, max(16, next_power_of_2(count))), TILE=TILE, num_warps=4,
+        _mark_kernel[(ceil_div(queries, together), batch * shared, ceil_div(count, step))](
+            indices, table, *indices.stride()[:3], first, queries, ceil_div(queries, TILE), shared, count, keys,
+            table.shape[1], BQ=together, BN=step, TILE=TILE, num_warps=step // 128,
         )  # fmt: skip
 
 

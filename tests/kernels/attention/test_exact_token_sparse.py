@@ -230,6 +230,8 @@ def test_tiles_that_go_together_and_queries_that_go_alone_agree(together, small,
     if not launch.interpreting():
         pytest.skip("runs in Triton's interpreter, on a CPU")
     monkeypatch.setattr(torch_op, "TOGETHER", together)
+    if lists == 1:  # sorted by PyTorch
+        monkeypatch.setattr(torch_op, "MOST_SORTED", 4)
     if small:
         monkeypatch.setattr(triton_union_sums, "ROUND_BYTES", 1)
         monkeypatch.setattr(token_unions, "TABLE_BYTES", 1)

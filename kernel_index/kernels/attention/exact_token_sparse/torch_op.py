@@ -33,19 +33,22 @@ def _allocate(q, k, v, indices, valid, start, end, scale, softcap):
 
 
 def _launch(q, k, v, indices, valid, start, end, scale, softcap):
-    """The sort is inside the op: compiled outside, it would be many small kernels."""
+    """Plans are inside the op: compiled outside, they would be many small kernels."""
     from kernel_index.kernels.attention.exact_token_sparse import triton, triton_order, triton_unions
 
     out, log2_sum, selected, counts = _allocate(q, k, v, indices, valid, start, end, scale, softcap)
     q, k, v = map(dense_heads, (q, k, v))
-    if indices.shape[3] <= MOST_SORTED:
+    few = indices.shape[3] <= MOST_SORTED
+    if few:
         dense_indices, dense_valid = dense_heads(indices), None if valid is None else dense_heads(valid)
-        order = (dense_indices, dense_valid, start.contiguous(), end.contiguous(), k.shape[1])
-        triton_order.sort_selected(*order, (selected, counts))
+        given = (dense_indices, dense_valid, start.contiguous(), end.contiguous())
+        triton_order.keep_legal(*given, (selected, counts))
     else:
         selected, counts = sort_selected(indices, valid, start, end, k.shape[1])
     launches, group, limit = _launches(("forward", "single"), q, k, v, selected, scale, softcap)
     for u in _unions(q, k, selected):
+        if few:  # a union needs no order: most of a selection that neighbours share is never sorted
+            triton_order.sort_alone(selected, u, limit)
         triton_unions.forward(q, k, v, u, counts, limit, launches[0], group, (out, log2_sum))
         triton.forward(q, k, v, selected, counts, u, limit, launches[1], (out, log2_sum))
     return out, log2_sum, selected, counts
@@ -66,39 +69,34 @@ def _unions(q, k, selected):
             yield unions_of(selected, keys, first, some)
 
 
-def _allocate_queries(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap):
+def _allocate_backward(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap, with_keys):
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return d_q, torch.empty(log2_sum.shape, dtype=torch.float32, device=q.device)
+    delta = torch.empty(log2_sum.shape, dtype=torch.float32, device=q.device)
+    return d_q, delta, *(torch.empty(x.shape if with_keys else 0, dtype=x.dtype, device=x.device) for x in (k, v))
 
 
-def _launch_queries(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap):
-    from kernel_index.kernels.attention.exact_token_sparse import triton, triton_unions
+def _launch_backward(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap, with_keys):
+    """The unions of a chunk of queries serve dQ, then dK and dV."""
+    from kernel_index.kernels.attention.exact_token_sparse import triton, triton_keys, triton_unions
 
-    outputs = _allocate_queries(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap)
+    d_q, delta, d_k, d_v = _allocate_backward(
+        d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap, with_keys
+    )
     d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
     (d_lse,) = dense((d_lse,))
-    launches, group, limit = _launches(("queries", "single"), q, k, v, places, scale, softcap)
+    (of_tiles, alone, of_keys), group, limit = _launches(("queries", "single", "keys"), q, k, v, places, scale, softcap)
+    sums = triton_keys.sums_of(k, v) if with_keys else None
     for u in _unions(q, k, places):
         given = ((d_out, d_lse), q, k, v, out, log2_sum)
-        triton_unions.backward_queries(*given, u, limit, launches[0], group, outputs)
-        triton.backward_queries(*given, places, counts, u, limit, launches[1], outputs)
-    return outputs
-
-
-def _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
-    return torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-
-
-def _launch_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap):
-    from kernel_index.kernels.attention.exact_token_sparse import triton_keys
-
-    d_k, d_v = _allocate_keys(d_out, q, k, v, log2_sum, delta, places, scale, softcap)
-    d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
-    (launch,), group, _ = _launches(("keys",), q, k, v, places, scale, softcap)
-    sums = triton_keys.backward_keys(d_out, q, k, v, log2_sum, delta, places, launch, group)
-    d_k.copy_(sums[..., : k.shape[3]])
-    d_v.copy_(sums[..., k.shape[3] :])
-    return d_k, d_v
+        triton_unions.backward_queries(*given, u, limit, of_tiles, group, (d_q, delta))
+        triton.backward_queries(*given, places, counts, u, limit, alone, (d_q, delta))
+        if sums is not None and k.shape[1] * places.shape[3]:
+            of_rows = (d_out, q, k, v, log2_sum, delta)
+            triton_keys.add_keys(sums, of_rows, u, places.shape[2] == 1, of_keys, group)
+    if sums is not None:
+        d_k.copy_(sums[..., : k.shape[3]])
+        d_v.copy_(sums[..., k.shape[3] :])
+    return d_q, delta, d_k, d_v
 
 
 _forward_op = ops.register(
@@ -107,17 +105,12 @@ _forward_op = ops.register(
     _launch,
     _allocate,
 )
-_queries_op = ops.register(
-    "exact_token_fused_backward_queries(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    "Tensor log2_sum, Tensor places, Tensor counts, float scale, float softcap) -> (Tensor, Tensor)",
-    _launch_queries,
-    _allocate_queries,
-)
-_keys_op = ops.register(
-    "exact_token_fused_backward_keys(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor log2_sum, Tensor delta, "
-    "Tensor places, float scale, float softcap) -> (Tensor, Tensor)",
-    _launch_keys,
-    _allocate_keys,
+_backward_op = ops.register(
+    "exact_token_fused_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "Tensor log2_sum, Tensor places, Tensor counts, float scale, float softcap, bool with_keys) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _allocate_backward,
 )
 
 
@@ -132,10 +125,9 @@ def _forward(
 def _backward(scoring: Scoring, given: Backward) -> Gradients:
     d_out, d_lse, q, k, v, _, out = given[:7]
     log2_sum, slots, counts = given.saved
-    d_q, delta = _queries_op(d_out, d_lse, q, k, v, out, log2_sum, slots, counts, *scoring)
-    d_k = d_v = None
-    if given.needs[1] or given.needs[2]:
-        d_k, d_v = _keys_op(d_out, q, k, v, log2_sum, delta, slots, *scoring)
+    with_keys = given.needs[1] or given.needs[2]
+    d_q, delta, *of_keys = _backward_op(d_out, d_lse, q, k, v, out, log2_sum, slots, counts, *scoring, with_keys)
+    d_k, d_v = of_keys if with_keys else (None, None)
     return Gradients(d_q, d_k, d_v, sink_gradient_by_log2(given, delta))
 
 

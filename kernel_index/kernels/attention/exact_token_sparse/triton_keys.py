@@ -11,7 +11,7 @@ from torch import Tensor
 from kernel_index.core.triton.attention import dot, has_nan, load_rows, score_grad, scores, store_rows, weighted_sum
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, strides
-from kernel_index.routing.token_unions import BLOCK, TILE, Rounds, TokenUnions, chunks_of_queries, unions_of
+from kernel_index.routing.token_unions import BLOCK, TILE, Rounds, TokenUnions
 from kernel_index.routing.triton_union_sums import add_rows, rounds_of
 
 
@@ -118,22 +118,21 @@ def _keys_tile(
     store_rows(rows_ptr + D, o_row, m_k, dv, DV, BLOCK_DV, UPCAST)
 
 
-def backward_keys(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, selected: Tensor,
-    launch: AttentionLaunch, group: int,
-) -> Tensor:  # fmt: skip
-    """dK and dV side by side, float32 [B, S, K, D + Dv], from selected tokens [B, T, K or 1, n]."""
-    (B, T, _, D), (S, K, DV) = q.shape, v.shape[1:]
-    shared, sums = selected.shape[2] == 1, torch.zeros(B, S, K, D + DV, dtype=torch.float32, device=q.device)
-    kept = K if shared else 1
-    for first, queries in chunks_of_queries(B, selected.shape[2], T, S) if B * S * selected.numel() else ():
-        u = unions_of(selected, S, first, queries)
-        rounds = rounds_of(u, kept * (D + DV) * 4)
-        rows = torch.empty(rounds.part + u.most, kept, D + DV, dtype=torch.float32, device=q.device)
-        for number in rounds.numbers:
-            _launch_keys((d_out, q, k, v, lse, delta), u, rounds, number, rows, launch, group)
-            add_rows(sums, rows, u, rounds, number, shared)
-    return sums
+def sums_of(k: Tensor, v: Tensor) -> Tensor:
+    """For dK and dV side by side: zeros, float32 [B, S, K, D + Dv]."""
+    return torch.zeros(*k.shape[:3], k.shape[3] + v.shape[3], dtype=torch.float32, device=k.device)
+
+
+def add_keys(
+    sums: Tensor, of_rows: tuple[Tensor, ...], u: TokenUnions, shared: bool, launch: AttentionLaunch, group: int
+) -> None:
+    """Add dK and dV of a chunk.  ``of_rows``: d_out, q, k, v, the log-sum-exp and ``delta``; ``shared``: P = 1."""
+    kept, values = sums.shape[2] if shared else 1, sums.shape[3]
+    rounds = rounds_of(u, kept * values * 4)
+    rows = torch.empty(rounds.part + u.most, kept, values, dtype=torch.float32, device=sums.device)
+    for number in rounds.numbers:
+        _launch_keys(of_rows, u, rounds, number, rows, launch, group)
+        add_rows(sums, rows, u, rounds, number, shared)
 
 
 def _launch_keys(
