@@ -36,9 +36,9 @@ from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, S
 PLANS = gl.constexpr(2)
 """Parts of lists that a program knows at once: the one in work and the next."""
 
-NUMBERS = gl.constexpr(6)
-"""Of a plan: segment in the launch, block, first entry, end, which part of the segment it is, and what of the block is
-not finite: 1 keys, 2 values."""
+NUMBERS = gl.constexpr(7)
+"""Of a plan: segment in the launch, block, first entry, end, which part of the segment it is, what of the block is not
+finite, 1 keys, 2 values; and up to which tile there are rows that may not see all keys."""
 
 GATHERERS = gl.constexpr(128)
 """Threads that gather queries."""
@@ -59,7 +59,7 @@ def read_number(plan, i, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _tell(plan, plan_full, turn, segment, block, start, stop, part, bad):
+def _tell(plan, plan_full, turn, segment, block, start, stop, part, bad, masked):
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     at = turn % PLANS
     plan.index(at * NUMBERS).store(gl.full([1], 0, gl.int32, layout=ONE) + segment)
@@ -68,6 +68,7 @@ def _tell(plan, plan_full, turn, segment, block, start, stop, part, bad):
     plan.index(at * NUMBERS + 3).store(gl.full([1], 0, gl.int32, layout=ONE) + stop)
     plan.index(at * NUMBERS + 4).store(gl.full([1], 0, gl.int32, layout=ONE) + part)
     plan.index(at * NUMBERS + 5).store(gl.full([1], 0, gl.int32, layout=ONE) + bad)
+    plan.index(at * NUMBERS + 6).store(gl.full([1], 0, gl.int32, layout=ONE) + masked)
     mbarrier.arrive(plan_full.index(at), count=1)
 
 
@@ -84,11 +85,31 @@ def _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS):
 
 
 @gluon.jit
-def schedule(given):
+def _masked_tiles(order_ptr, first, stop, p_start, p_end, first_key, BN: gl.constexpr, ENTRIES: gl.constexpr,
+                  SHIFT: gl.constexpr):  # fmt: skip
+    """How many tiles of a part there are up to the last one of which a row may not see a key: bounds never decrease."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    count = gl.cdiv(stop - first, ENTRIES)
+    found = count * 0
+    for i in range(0, count, 32):
+        o_tile = i + gl.arange(0, 32, layout=ONE)
+        o_low = first + o_tile * ENTRIES
+        m_tile = o_low < stop
+        low = gl.load(order_ptr + o_low, mask=m_tile, other=0)
+        high = gl.load(order_ptr + gl.minimum(o_low + ENTRIES, stop) - 1, mask=m_tile, other=0)
+        start = gl.load(p_start + (gl.maximum(high, 0) >> SHIFT), mask=m_tile, other=0)
+        end = gl.load(p_end + (gl.maximum(low, 0) >> SHIFT), mask=m_tile, other=0)
+        m_tile = m_tile & ((low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN))
+        found = gl.maximum(found, gl.max(gl.where(m_tile, o_tile + 1, 0), 0))
+    return found
+
+
+@gluon.jit
+def schedule(given, ENTRIES: gl.constexpr, SHIFT: gl.constexpr):
     """Draws parts of lists, copies their keys and values, and tells the others; −1 for the segment is the end."""
     (
         k_desc, v_desc, kv, items_ptr, parts_ptr, bad_ptr, counter_ptr, first_segment, SEGMENTS, M, BLOCKS, CHUNKS, G,
-        GROUPS,
+        GROUPS, order_ptr, start_ptr, end_ptr, window_b,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
     BLOCK: gl.constexpr = k_ring.shape[1]
@@ -105,10 +126,14 @@ def schedule(given):
             group = (first_segment + segment) // CHUNKS
             kv_head = group % G // GROUPS
             bad = gl.load(bad_ptr + (group // G * (G // GROUPS) + kv_head) * BLOCKS + block).to(gl.int32)
+            o_bounds = group // G * window_b
+            masked = _masked_tiles(
+                order_ptr, start, stop, start_ptr + o_bounds, end_ptr + o_bounds, block * BLOCK, BLOCK, ENTRIES, SHIFT
+            )
             at = turn % PLANS
             phase = ((turn // PLANS) & 1) ^ 1
             mbarrier.wait(plan_empty.index(at), phase)
-            _tell(plan, plan_full, turn, segment, block, start, stop, part, bad)
+            _tell(plan, plan_full, turn, segment, block, start, stop, part, bad, masked)
             mbarrier.wait(kv_empty.index(at), phase)
             mbarrier.expect(kv_full.index(at), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
             copy_tile(k_desc, group // G, block * BLOCK, kv_head, kv_full.index(at), k_ring.index(at))
@@ -116,7 +141,7 @@ def schedule(given):
             turn += 1
         number = after
     mbarrier.wait(plan_empty.index(turn % PLANS), ((turn // PLANS) & 1) ^ 1)
-    _tell(plan, plan_full, turn, -1, 0, 0, 0, 0, 0)
+    _tell(plan, plan_full, turn, -1, 0, 0, 0, 0, 0, 0)
 
 
 @gluon.jit
@@ -328,7 +353,7 @@ def _partials_kernel(
     gathered = (kv, rows, q_ptr, order_ptr, q_b, q_t, q_h, first_segment, CHUNKS, G, GROUP)
     scheduled = (
         k_desc, v_desc, kv, items_ptr, parts_ptr, bad_ptr, counter_ptr, first_segment, SEGMENTS, M, BLOCKS, CHUNKS, G,
-        GROUPS,
+        GROUPS, order_ptr, start_ptr, end_ptr, window_b,
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -336,7 +361,7 @@ def _partials_kernel(
                 (_consume, (consumed, 0, 2, HEADS, SHIFT, CAPPED)),
                 (_consume, (consumed, 1, 2, HEADS, SHIFT, CAPPED)),
                 (_gather, (gathered, HEADS, SHIFT)),
-                (schedule, (scheduled,)),
+                (schedule, (scheduled, ROWS // HEADS, SHIFT)),
             ],
             TWO[0],
             TWO[1],
@@ -348,7 +373,7 @@ def _partials_kernel(
                 (_consume, (consumed, 1, 3, HEADS, SHIFT, CAPPED)),
                 (_consume, (consumed, 2, 3, HEADS, SHIFT, CAPPED)),
                 (_gather, (gathered, HEADS, SHIFT)),
-                (schedule, (scheduled,)),
+                (schedule, (scheduled, ROWS // HEADS, SHIFT)),
             ],
             THREE[0],
             THREE[1],
