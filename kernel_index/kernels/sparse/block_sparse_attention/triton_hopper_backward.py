@@ -23,15 +23,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernel_index.core.triton.hopper import HopperKernel, barriers, product_nt, ring, softcapped, tiles_of
+from kernel_index.core.triton.hopper import HopperKernel, barriers, product_nt, softcapped, tiles_of
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, Segments, shift_of
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import (
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import (
     NUMBERS,
     PLANS,
     cleaned,
-    numbers,
+    kv_slots,
     read_number,
     schedule,
 )
@@ -268,15 +268,7 @@ def _lists_kernel(
     DZ_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, ROWS], k_desc.dtype)
     P_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, ROWS], gl.float32)
     FLAT_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    kv = (
-        ring(k_desc, PLANS),
-        ring(v_desc, PLANS),
-        numbers(),
-        barriers(PLANS, 1),
-        barriers(PLANS, CONSUMERS + 1),
-        barriers(PLANS, 1),
-        barriers(PLANS, CONSUMERS),
-    )
+    kv = kv_slots(k_desc, v_desc, CONSUMERS)
     rows = row_slots(STAGES, ROWS, D, DV, k_desc.dtype, 2)
     passed = (
         gl.allocate_shared_memory(gl.float32, [SLOTS, BN, ROWS], P_SHARED),

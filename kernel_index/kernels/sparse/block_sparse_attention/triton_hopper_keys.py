@@ -19,15 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernel_index.core.triton.hopper import HopperKernel, barriers, product_nt, ring, softcapped, tiles_of
+from kernel_index.core.triton.hopper import HopperKernel, product_nt, softcapped, tiles_of
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, Segments, shift_of
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import (
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import (
     NUMBERS,
     PLANS,
     cleaned,
-    numbers,
+    kv_slots,
     read_number,
     schedule,
 )
@@ -157,15 +157,7 @@ def _keys_kernel(
     """The parts of the lists of SEGMENTS segments, M of each at most.  See ``triton_lists_backward.py``."""
     ROWS: gl.constexpr = 64
     BN: gl.constexpr = k_desc.block_type.shape[1]
-    kv = (
-        ring(k_desc, PLANS),
-        ring(v_desc, PLANS),
-        numbers(),
-        barriers(PLANS, 1),
-        barriers(PLANS, CONSUMERS + 1),
-        barriers(PLANS, 1),
-        barriers(PLANS, CONSUMERS),
-    )
+    kv = kv_slots(k_desc, v_desc, CONSUMERS)
     rows = row_slots(STAGES, ROWS, D, DV, k_desc.dtype, 1)
     flag_ring = gl.allocate_shared_memory(gl.float32, [CONSUMERS, BN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     fence_async_shared()

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernel_index.core.triton.hopper import DTYPES, barriers
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import (
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import (
     GATHERERS,
     NUMBERS,
     PLANS,

@@ -34,7 +34,7 @@ from kernel_index.core.triton.hopper import (
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import cleaned, read_number
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import cleaned, read_number
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import row_ring, rows_of
 from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import unfit_blocks
 
