@@ -48,41 +48,38 @@ ROLES = gl.constexpr(((4, 4, 1), (224, 40, 24)))
 
 @gluon.jit
 def _add_tile(
-    dk, dv, rows, k_tile, v_tile, flags, tile, first_key, bad, inner, outer,
-    CAPPED: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr,
+    dk, dv, rows, k_tile, v_tile, flags, tile, first_key, masked, bad, inner, outer,
+    CAPPED: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The sums with the rows of a tile.
+    """The sums with the rows of a tile.  ``masked``: some may not see all keys, or keys are not finite.
 
-    ``MASKED``: some of its rows may not see all keys, or keys are not finite.  A sum in flight across a branch would
-    make the compiler wait for every product, so only then there are branches.
+    No sum is in flight across a branch: the compiler would wait for every product.
     """
     q_ring, do_ring, lse_ring, delta_ring, _start_ring, _end_ring, _full, empty = rows
     COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    slot = await_rows(rows, tile, MASKED, wide(q_ring.shape[2]), wide(do_ring.shape[2]))
+    slot = await_rows(rows, tile, masked, wide(q_ring.shape[2]), wide(do_ring.shape[2]))
     q_tile, do_tile = q_ring.index(slot), do_ring.index(slot)
     zero = gl.full([k_tile.shape[0], q_tile.shape[0]], 0.0, gl.float32, layout=S_LAYOUT)
     s = warpgroup_mma_wait(0, [product_nt(k_tile, q_tile, zero)])
     z = softcapped(s, inner, CAPPED)
     lse = lse_ring.index(slot).load(COLUMN)
     p = gl.exp2(z * outer - lse[None, :])
-    if MASKED:
-        if bad % 2 == 1:  # rows that see a key that is not finite become NaN
-            p += flags.load(gl.SliceLayout(1, S_LAYOUT))[:, None]
+    if bad % 2 == 1:  # rows that see a key that is not finite become NaN
+        p += flags.load(gl.SliceLayout(1, S_LAYOUT))[:, None]
+    if masked:
         p += ((lse + delta_ring.index(slot).load(COLUMN)) * 0.0)[None, :]
-        m_unseen = unseen(rows, slot, k_tile.shape[0], first_key, S_LAYOUT)
-        p = gl.where(m_unseen, 0.0, p)
+        p = gl.where(unseen(rows, slot, k_tile.shape[0], first_key, S_LAYOUT), 0.0, p)
     b_p = gl.convert_layout(p.to(do_ring.dtype), gl.DotOperandLayout(0, dv.type.layout, k_width=2))
     if CAPPED:
         p = p * (1.0 - z * z)
     dp_started = product_nt(v_tile, do_tile, zero)
     dv_started = warpgroup_mma(b_p, do_tile, dv, is_async=True)
-    dp = warpgroup_mma_wait(1, [dp_started])
+    dp, dv = warpgroup_mma_wait(0, [dp_started, dv_started])
     dz = p * (dp - delta_ring.index(slot).load(COLUMN)[None, :])
-    if MASKED:  # 0 times a dp of NaN is not 0
-        dz = gl.where(m_unseen, 0.0, dz)
+    if masked:  # 0 times a dp of NaN is not 0
+        dz = gl.where(unseen(rows, slot, k_tile.shape[0], first_key, S_LAYOUT), 0.0, dz)
     w_dz = gl.convert_layout(dz.to(q_ring.dtype), gl.DotOperandLayout(0, dk.type.layout, k_width=2))
-    dk_started = warpgroup_mma(w_dz, q_tile, dk, is_async=True)
-    dv, dk = warpgroup_mma_wait(0, [dv_started, dk_started])
+    dk = warpgroup_mma_wait(0, [warpgroup_mma(w_dz, q_tile, dk, is_async=True)])
     mbarrier.arrive(empty.index(slot), count=1)
     return dk, dv
 
@@ -124,16 +121,10 @@ def _consume(given, CONSUMER: gl.constexpr, ENTRIES: gl.constexpr, CAPPED: gl.co
         if bad % 2 == 1:
             p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS).to(gl.int64) * k_h + first_key.to(gl.int64) * k_t
             cleaned(k_tile, p_k, k_t, S - first_key, flags, wide(D))
-            masked = count
-        own = (CONSUMER + CONSUMERS - tile % CONSUMERS) % CONSUMERS
-        own_after = own + gl.cdiv(gl.maximum(masked - own, 0), CONSUMERS) * CONSUMERS
-        for i in range(own, masked, CONSUMERS):
+        for i in range((CONSUMER + CONSUMERS - tile % CONSUMERS) % CONSUMERS, count, CONSUMERS):
             dk, dv = _add_tile(
-                dk, dv, rows, k_tile, v_tile, flags, tile + i, first_key, bad, inner, outer, CAPPED, True, S_LAYOUT
-            )  # fmt: skip
-        for i in range(own_after, count, CONSUMERS):
-            dk, dv = _add_tile(
-                dk, dv, rows, k_tile, v_tile, flags, tile + i, first_key, bad, inner, outer, CAPPED, False, S_LAYOUT
+                dk, dv, rows, k_tile, v_tile, flags, tile + i, first_key, i < masked, bad, inner, outer, CAPPED,
+                S_LAYOUT,
             )  # fmt: skip
         mbarrier.arrive(kv_empty.index(at), count=1)
         o_part = ((segment * M + part).to(gl.int64) * CONSUMERS + CONSUMER) * BN

@@ -84,12 +84,12 @@ def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
 
 @gluon.jit
 def _partial(
-    rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile, first, stop, first_key, bad, of_query, N, inner,
-    outer, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constexpr, MASKED: gl.constexpr,
+    rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile, first, stop, first_key, masked, bad, of_query, N,
+    inner, outer, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """The partial results of the rows of a tile, of the entries from ``first`` on.
 
-    ``MASKED``: some rows may not see all keys, or values are not finite.  ``of_query``: which query is the first one of
+    ``masked``: some rows may not see all keys, or values are not finite.  ``of_query``: which query is the first one of
     the segment; the partials of query t and head h are those from ``((t − of_query) · N + j) · HEADS + h`` on.
     """
     q_ring, q_full, q_empty = rows
@@ -114,17 +114,15 @@ def _partial(
     s = warpgroup_mma_wait(0, [product_nt(q_ring.index(slot), k_tile, zero)])
     mbarrier.arrive(q_empty.index(slot), count=1)
     z = softcapped(s, inner, CAPPED) * outer
-    if MASKED:
+    if masked:
         token = gl.where(m_m, entry, 0) >> SHIFT
         start, end = gl.load(p_start + token), gl.load(p_end + token)
         o_k = first_key + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
-        m_seen = m_m[:, None] & within(o_k[None, :], start[:, None], end[:, None])
-        z = gl.where(m_seen, z, float("-inf"))
+        z = gl.where(m_m[:, None] & within(o_k[None, :], start[:, None], end[:, None]), z, float("-inf"))
     row_max = gl.max(z, 1)
     p = gl.exp2(z - gl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
-    if MASKED:  # noqa: SIM102 (a constant)
-        if bad >= 2:  # rows that see a value that is not finite become NaN
-            p = gl.where(m_seen, p + flags.load(gl.SliceLayout(0, S_LAYOUT))[None, :], 0.0)
+    if bad >= 2:  # rows that see a value that is not finite become NaN
+        p = gl.where(z == float("-inf"), 0.0, p + flags.load(gl.SliceLayout(0, S_LAYOUT))[None, :])
     row_sum = gl.sum(p, 1)
     nothing = gl.full([ROWS, DV], 0.0, gl.float32, layout=O_LAYOUT)
     b_p = gl.convert_layout(p.to(v_tile.dtype), gl.DotOperandLayout(0, O_LAYOUT, k_width=2))
@@ -181,18 +179,10 @@ def _consume(
         if bad >= 2:
             p_v = v_ptr + b.to(gl.int64) * v_b + (g // GROUPS).to(gl.int64) * v_h + first_key.to(gl.int64) * v_t
             cleaned(v_tile, p_v, v_t, S - first_key, flags, WIDE)
-            masked = count
-        own = (CONSUMER + CONSUMERS - tile % CONSUMERS) % CONSUMERS
-        own_after = own + gl.cdiv(gl.maximum(masked - own, 0), CONSUMERS) * CONSUMERS
-        for i in range(own, masked, CONSUMERS):
+        for i in range((CONSUMER + CONSUMERS - tile % CONSUMERS) % CONSUMERS, count, CONSUMERS):
             _partial(
                 rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile + i, first + i * ENTRIES, stop, first_key,
-                bad, chunk * CHUNK, N, inner, outer, HEADS, SHIFT, CAPPED, True,
-            )  # fmt: skip
-        for i in range(own_after, count, CONSUMERS):
-            _partial(
-                rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile + i, first + i * ENTRIES, stop, first_key,
-                bad, chunk * CHUNK, N, inner, outer, HEADS, SHIFT, CAPPED, False,
+                i < masked, bad, chunk * CHUNK, N, inner, outer, HEADS, SHIFT, CAPPED,
             )  # fmt: skip
         mbarrier.arrive(kv_empty.index(at), count=1)
         tile += count
