@@ -6,7 +6,6 @@ are found by bisection between two such integers; the row stays in the registers
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -43,24 +42,21 @@ def _product(a, b, acc, UPCAST: tl.constexpr):
 def _scores_kernel(
     q_ptr, parts_ptr, first_ptr, current_ptr, scores_ptr, q_b, q_t, q_h, part_b, part_n, part_h, part_p, legal_b,
     FIRST, STOP, BLOCKS, K, ROW,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, BN: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The scores of ROWS rows for the blocks that one of them may be routed to: queries of TOGETHER groups of one key
-    head, which share what is read of its blocks.
+    """The scores of QUERIES queries of one group for the blocks that one of them may be routed to.
 
     ``EXACT``: the query is bfloat16 already.  What is added to the product of the first parts is dropped where it is
     NaN: infinity has no second part.
     """
     G = K * GROUPS
-    together = tl.program_id(1) * TOGETHER
-    b, first_group = (together // G).to(tl.int64), (together % G).to(tl.int64)
-    t = FIRST + (tl.num_programs(0) - 1 - tl.program_id(0)) * (ROWS // TOGETHER)
-    o_q = t + tl.arange(0, ROWS) // TOGETHER  # [ROWS]
-    g = first_group + tl.arange(0, ROWS) % TOGETHER  # [ROWS]
+    b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
+    t = FIRST + (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    o_q = t + tl.arange(0, QUERIES)  # [QUERIES]
     m_q = o_q < STOP
-    current = tl.load(current_ptr + b * legal_b + o_q, mask=m_q, other=-1)  # [ROWS]
-    first = tl.load(first_ptr + b * legal_b + o_q, mask=m_q, other=0)  # [ROWS]
+    current = tl.load(current_ptr + b * legal_b + o_q, mask=m_q, other=-1)  # [QUERIES]
+    first = tl.load(first_ptr + b * legal_b + o_q, mask=m_q, other=0)  # [QUERIES]
     low = tl.min(tl.where(current >= 0, first, LOW), 0) // BN
     high = tl.cdiv(tl.minimum(tl.max(current, 0), BLOCKS), BN)
 
@@ -68,18 +64,18 @@ def _scores_kernel(
     if EXACT:
         q_first = load_rows(q_ptr + b * q_b, o_row, m_q, D, BLOCK_D)
     else:
-        q_mean = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        q_mean = tl.zeros((QUERIES, BLOCK_D), tl.float32)
         for h in range(0, GROUP):
             q_mean += load_rows(q_ptr + b * q_b, o_row + h * q_h, m_q, D, BLOCK_D).to(tl.float32)
         q_first, q_second, q_third = _parts(q_mean / GROUP)
 
-    p_parts = parts_ptr + b * part_b + (first_group // GROUPS) * part_h
-    p_scores = scores_ptr + ((b * (STOP - FIRST) + (o_q - FIRST)) * G + g) * ROW  # [ROWS], 64 bits
+    p_parts = parts_ptr + b * part_b + (g // GROUPS) * part_h
+    p_scores = scores_ptr + ((b * (STOP - FIRST) + (o_q - FIRST)) * G + g) * ROW  # [QUERIES], 64 bits
     for i in range(low, high):
         k_first = load_tile(p_parts, i * BN, part_n, BLOCKS, BN, D, BLOCK_D)  # [BN, BLOCK_D]
         k_second = load_tile(p_parts + part_p, i * BN, part_n, BLOCKS, BN, D, BLOCK_D)
         k_third = load_tile(p_parts + 2 * part_p, i * BN, part_n, BLOCKS, BN, D, BLOCK_D)
-        rest = _product(q_first, k_third, tl.zeros((ROWS, BN), tl.float32), UPCAST)  # [ROWS, BN]
+        rest = _product(q_first, k_third, tl.zeros((QUERIES, BN), tl.float32), UPCAST)  # [QUERIES, BN]
         if not EXACT:
             rest = _product(q_third, k_first, rest, UPCAST)
             rest = _product(q_second, k_second, rest, UPCAST)
@@ -183,9 +179,9 @@ def _select_kernel(
 
 
 class Config(NamedTuple):
-    """Rows of a program, blocks that it scores at once, warps, stages; ``registers``: of a program that selects."""
+    """Queries of a program, blocks that it scores at once, warps, stages; ``registers``: of a program that selects."""
 
-    rows: int
+    queries: int
     step: int
     num_warps: int
     num_stages: int
@@ -241,8 +237,7 @@ def route(
     (B, T, H, D), (blocks, K), topk = q.shape, means.shape[1:3], indices.shape[3]
     exact = groups == H and q.dtype == torch.bfloat16
     config, parts = pick_config(exact, target_of(q.device)), parts_of(means)
-    step = max(config.rows, SCORES_BYTES // (4 * B * groups * (blocks + 15)) // config.rows * config.rows)
-    together = math.gcd(groups // K, config.rows)
+    step = max(config.queries, SCORES_BYTES // (4 * B * groups * (blocks + 15)) // config.queries * config.queries)
     legal_b = 0 if first.shape[0] == 1 else T
     narrowest = max(16, next_power_of_2(blocks) // 4)  # so that there are at most three kernels
     # Behind the last row, too, as many scores as are looked at.
@@ -253,11 +248,11 @@ def route(
             seen = max(1, min(blocks, (stop - 1 + limits[0]) // limits[1] + 1))
             rows, row = B * (stop - at) * groups, ceil_div(seen, 16) * 16
             width = max(next_power_of_2(seen), narrowest)
-            _scores_kernel[(ceil_div(stop - at, config.rows // together), B * groups // together)](
+            _scores_kernel[(ceil_div(stop - at, config.queries), B * groups)](
                 q, parts, first, current, scores, *q.stride()[:3], *parts.stride()[:4], legal_b,
                 at, stop, blocks, K, row,
-                D=D, BLOCK_D=dot_block(D), ROWS=config.rows, BN=config.step, GROUP=H // groups, GROUPS=groups // K,
-                TOGETHER=together, EXACT=exact, UPCAST=interpreting(),
+                D=D, BLOCK_D=dot_block(D), QUERIES=config.queries, BN=config.step, GROUP=H // groups,
+                GROUPS=groups // K, EXACT=exact, UPCAST=interpreting(),
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
             _select_kernel[(ceil_div(rows, ROWS),)](
