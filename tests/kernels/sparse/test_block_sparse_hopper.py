@@ -119,7 +119,7 @@ lists.BOTH_EVERYWHERE = True  # a proof's calls have gradients
 for launch in aot.launches(suite, aot.TARGETS["sm90"]):
     if launch.kernel.is_gluon():
         done = aot.compile_for(suite.op, launch, "sm90")
-        print(done.kernel, done.error or "compiled", done.spilled)
+        print(done.kernel, done.error or "compiled", done.spilled, done.unset)
 """
 
 
@@ -133,7 +133,8 @@ def test_it_compiles_without_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    names = "_partials_kernel", "_lists_kernel", "_by_unions_kernel"
+    names = "_partials_kernel", "_lists_kernel", "_by_unions_kernel", "_keys_kernel"
     assert {(row[0], row[1]) for row in rows} == {(name, "compiled") for name in names}
     # What is spilled is of the path of NaN, and descriptors of tiles that stay.
     assert all(int(row[2]) <= 1024 for row in rows), rows
+    assert all(int(row[3]) == 0 for row in rows), rows
