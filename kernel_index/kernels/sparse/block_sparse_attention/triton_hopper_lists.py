@@ -28,6 +28,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts impo
     NUMBERS,
     PLANS,
     cleaned,
+    entries,
     kv_slots,
     read_number,
     schedule,
@@ -48,8 +49,6 @@ def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     o_m = gl.arange(0, q_ring.shape[1], layout=gl.SliceLayout(1, WIDE))
-    o_e = o_m // HEADS
-    o_row = (o_m % HEADS) * q_h
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     turn = 0
     tile = 0
@@ -61,18 +60,17 @@ def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
         mbarrier.arrive(plan_empty.index(at), count=1)
         group = (first_segment + segment) // CHUNKS
         p_q = q_ptr + (group // G).to(gl.int64) * q_b + (group % G * GROUP).to(gl.int64) * q_h
-        o_entry = start + o_e
-        entry = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
+        p_rows = p_q + ((o_m % HEADS) * q_h)[:, None] + o_d[None, :]
+        entry = entries(order_ptr, start, stop, o_m, HEADS)
         count = gl.cdiv(stop - start, ENTRIES)
         for i in range(count):
-            o_entry += ENTRIES
-            following = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
+            following = entries(order_ptr, start + (i + 1) * ENTRIES, stop, o_m, HEADS)
             slot = (tile + i) % STAGES
-            m_m = entry >= 0
-            token = gl.where(m_m, entry, 0) >> SHIFT
-            p_row = p_q + (token.to(gl.int64) * q_t + o_row)
+            o_row = (gl.maximum(entry, 0) >> SHIFT).to(gl.int64) * q_t
             mbarrier.wait(q_empty.index(slot), (((tile + i) // STAGES) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(q_ring.index(slot), p_row[:, None] + o_d[None, :], mask=m_m[:, None])
+            async_copy.async_copy_global_to_shared(
+                q_ring.index(slot), p_rows + o_row[:, None], mask=(entry >= 0)[:, None]
+            )
             async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
             entry = following
         tile += count

@@ -40,6 +40,15 @@ def read_number(plan, i, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def entries(order_ptr, first, stop, o_m, HEADS: gl.constexpr):
+    """The entry of each row of the tile of entries from ``first`` on, −1 behind ``stop``.
+
+    Four warps gather rows, and what bounds them is how many instructions each row takes one after the other.
+    """
+    return gl.load(order_ptr + first + o_m // HEADS, mask=o_m // HEADS < stop - first, other=-1)
+
+
+@gluon.jit
 def _tell(plan, plan_full, turn, segment, block, start, stop, part, bad, masked):
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     at = turn % PLANS

@@ -16,6 +16,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts impo
     GATHERERS,
     NUMBERS,
     PLANS,
+    entries,
     read_number,
 )
 
@@ -84,41 +85,42 @@ def gather_rows(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
     while segment >= 0:
         at = turn % PLANS
         start, stop = read_number(plan, at * NUMBERS + 2, FLAT), read_number(plan, at * NUMBERS + 3, FLAT)
+        masked = read_number(plan, at * NUMBERS + 6, FLAT)
         mbarrier.arrive(plan_empty.index(at), count=1)
         group = (first_segment + segment) // CHUNKS
         b, first_head = (group // G).to(gl.int64), group % G * GROUP
         p_q = q_ptr + b * q_b + first_head.to(gl.int64) * q_h
         p_do = do_ptr + b * do_b + first_head.to(gl.int64) * do_h
+        p_q_rows = p_q + (o_q % HEADS * q_h)[:, None] + o_d[None, :]
+        p_do_rows = p_do + (o_do % HEADS * do_h)[:, None] + o_dv[None, :]
         H = G * GROUP
         o_first = b * T * H + first_head
+        p_lse, p_delta = lse_ptr + o_first + o_flat % HEADS, delta_ptr + o_first + o_flat % HEADS
         p_start, p_end = start_ptr + group // G * window_b, end_ptr + group // G * window_b
-        b_q = gl.load(order_ptr + start + o_q // HEADS, mask=start + o_q // HEADS < stop, other=-1)
-        b_flat = gl.load(order_ptr + start + o_flat // HEADS, mask=start + o_flat // HEADS < stop, other=-1)
+        b_q = entries(order_ptr, start, stop, o_q, HEADS)
+        b_flat = entries(order_ptr, start, stop, o_flat, HEADS)
         count = gl.cdiv(stop - start, ENTRIES)
         for i in range(count):
-            first = start + (i + 1) * ENTRIES
-            next_q = gl.load(order_ptr + first + o_q // HEADS, mask=first + o_q // HEADS < stop, other=-1)
-            next_flat = gl.load(order_ptr + first + o_flat // HEADS, mask=first + o_flat // HEADS < stop, other=-1)
+            next_q = entries(order_ptr, start + (i + 1) * ENTRIES, stop, o_q, HEADS)
+            next_flat = entries(order_ptr, start + (i + 1) * ENTRIES, stop, o_flat, HEADS)
             slot = (tile + i) % STAGES
             m_q, m_flat = b_q >= 0, b_flat >= 0
-            token = gl.where(m_q, b_q, 0) >> SHIFT
-            p_rows = p_q + (token.to(gl.int64) * q_t + o_q % HEADS * q_h)
+            token, token_flat = gl.maximum(b_q, 0) >> SHIFT, gl.maximum(b_flat, 0) >> SHIFT
             m_do = gl.convert_layout(m_q, gl.SliceLayout(1, DO_WIDE))
             token_do = gl.convert_layout(token, gl.SliceLayout(1, DO_WIDE))
-            p_do_rows = p_do + (token_do.to(gl.int64) * do_t + o_do % HEADS * do_h)
-            token_flat = gl.where(m_flat, b_flat, 0) >> SHIFT
-            o_row = o_first + token_flat.to(gl.int64) * H + o_flat % HEADS
             mbarrier.wait(empty.index(slot), (((tile + i) // STAGES) & 1) ^ 1)
             async_copy.async_copy_global_to_shared(
-                q_ring.index(slot), p_rows[:, None] + o_d[None, :], mask=m_q[:, None]
+                q_ring.index(slot), p_q_rows + (token.to(gl.int64) * q_t)[:, None], mask=m_q[:, None]
             )
             async_copy.async_copy_global_to_shared(
-                do_ring.index(slot), p_do_rows[:, None] + o_dv[None, :], mask=m_do[:, None]
+                do_ring.index(slot), p_do_rows + (token_do.to(gl.int64) * do_t)[:, None], mask=m_do[:, None]
             )
-            async_copy.async_copy_global_to_shared(lse_ring.index(slot), lse_ptr + o_row, mask=m_flat)
-            async_copy.async_copy_global_to_shared(delta_ring.index(slot), delta_ptr + o_row, mask=m_flat)
-            async_copy.async_copy_global_to_shared(start_ring.index(slot), p_start + token_flat, mask=m_flat)
-            async_copy.async_copy_global_to_shared(end_ring.index(slot), p_end + token_flat, mask=m_flat)
+            o_row = token_flat.to(gl.int64) * H
+            async_copy.async_copy_global_to_shared(lse_ring.index(slot), p_lse + o_row, mask=m_flat)
+            async_copy.async_copy_global_to_shared(delta_ring.index(slot), p_delta + o_row, mask=m_flat)
+            if i < masked:
+                async_copy.async_copy_global_to_shared(start_ring.index(slot), p_start + token_flat, mask=m_flat)
+                async_copy.async_copy_global_to_shared(end_ring.index(slot), p_end + token_flat, mask=m_flat)
             async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
             b_q = next_q
             b_flat = next_flat
