@@ -38,6 +38,23 @@ def row_ring(desc, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def inner_bounds(p_start, p_end, first, T, QUERIES):
+    """From where on and up to where all queries of a consumer see keys: bounds never decrease."""
+    last = gl.maximum(gl.minimum(first + QUERIES, T) - 1, 0)
+    return gl.load(p_start + last), gl.load(p_end + gl.minimum(first, T - 1))
+
+
+@gluon.jit
+def store_rows(p_out, value, b, o_q, o_h, T, H, LAYOUT: gl.constexpr):
+    """64 rows of a dense tensor [B, T, H, columns], in stores of 16 bytes."""
+    COLUMNS: gl.constexpr = value.shape[1]
+    value = gl.convert_layout(value.to(p_out.dtype.element_ty), LAYOUT)
+    o_column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    o_row = (b.to(gl.int64) * T + o_q) * H + o_h
+    gl.store(p_out + o_row[:, None] * COLUMNS + o_column[None, :], value, mask=(o_q < T)[:, None])
+
+
+@gluon.jit
 def row_slots(STAGES: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, DTYPE: gl.constexpr,
               READERS: gl.constexpr):  # fmt: skip
     """A ring of tiles of rows: q and the gradient of the output, log-sum-exp, ``delta``, and the bounds of the keys

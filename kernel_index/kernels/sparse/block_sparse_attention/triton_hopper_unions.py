@@ -35,15 +35,19 @@ from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import cleaned, read_number
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import row_ring, rows_of
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import (
+    inner_bounds,
+    row_ring,
+    rows_of,
+    store_rows,
+)
 from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import unfit_blocks
 
 CONSUMERS = gl.constexpr(2)
 
 INFO = gl.constexpr(4)
 """Of a block of a union: its number, the queries of the first and of the second consumer that selected it as bits, and
-what of it is not finite: 1 keys, 2 values.  Those of CHUNK blocks are loaded and noted at once: one after the other
-took longer than the products."""
+what of it is not finite: 1 keys, 2 values.  Those of CHUNK blocks are loaded and noted at once."""
 
 CHUNK = gl.constexpr(32)
 
@@ -141,23 +145,6 @@ def _row_place(number, TILES, G, GROUP, QUERIES, HEADS: gl.constexpr, CONSUMER: 
 
 
 @gluon.jit
-def _inner_bounds(p_start, p_end, first, T, QUERIES):
-    """From where on and up to where all queries of a consumer see keys: bounds never decrease."""
-    last = gl.maximum(gl.minimum(first + QUERIES, T) - 1, 0)
-    return gl.load(p_start + last), gl.load(p_end + gl.minimum(first, T - 1))
-
-
-@gluon.jit
-def _store_rows(p_out, value, b, o_q, o_h, T, H, LAYOUT: gl.constexpr):
-    """64 rows of a dense tensor [B, T, H, columns], in stores of 16 bytes."""
-    COLUMNS: gl.constexpr = value.shape[1]
-    value = gl.convert_layout(value.to(p_out.dtype.element_ty), LAYOUT)
-    o_column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    o_row = (b.to(gl.int64) * T + o_q) * H + o_h
-    gl.store(p_out + o_row[:, None] * COLUMNS + o_column[None, :], value, mask=(o_q < T)[:, None])
-
-
-@gluon.jit
 def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: gl.constexpr):
     (
         row_rings, buffers, flag_ring, _k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, _delta_ptr, v_b, v_t, v_h,
@@ -186,7 +173,7 @@ def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
         start = gl.load(p_start + o_q, mask=o_q < T, other=0)
         end = gl.load(p_end + o_q, mask=o_q < T, other=0)
-        low, high = _inner_bounds(p_start, p_end, first, T, QUERIES)
+        low, high = inner_bounds(p_start, p_end, first, T, QUERIES)
         row_max = gl.full([64], float("-inf"), gl.float32, layout=ROW)
         row_sum = gl.full([64], 0.0, gl.float32, layout=ROW)
         acc = gl.full([64, DV], 0.0, gl.float32, layout=O_LAYOUT)
@@ -229,7 +216,7 @@ def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         gl.store(lse_ptr + (b.to(gl.int64) * T + o_q) * H + o_h, lse, mask=o_q < T)
         out = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))[:, None]
         _, _, _, w_q, w_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
-        _store_rows(out_ptr, out, b, w_q, w_h, T, H, WIDE)
+        store_rows(out_ptr, out, b, w_q, w_h, T, H, WIDE)
         turn += 1
         mbarrier.wait(plan_full.index(0), turn & 1)
         number = read_number(plan, 0, ONE)
@@ -264,7 +251,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
         start = gl.load(p_start + o_q, mask=o_q < T, other=0)
         end = gl.load(p_end + o_q, mask=o_q < T, other=0)
-        low, high = _inner_bounds(p_start, p_end, first, T, QUERIES)
+        low, high = inner_bounds(p_start, p_end, first, T, QUERIES)
         o_row = (b.to(gl.int64) * T + o_q) * H + o_h
         lse = gl.load(lse_ptr + o_row, mask=o_q < T, other=float("inf"))
         lse = gl.where(lse == float("-inf"), float("inf"), lse)  # no gradient where there is no key
@@ -304,7 +291,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         chunk += gl.cdiv(size, CHUNK)
         mbarrier.arrive(q_empty.index(0), count=1)
         _, _, _, w_q, w_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
-        _store_rows(dq_ptr, dq * scale, b, w_q, w_h, T, H, WIDE)
+        store_rows(dq_ptr, dq * scale, b, w_q, w_h, T, H, WIDE)
         turn += 1
         mbarrier.wait(plan_full.index(0), turn & 1)
         number = read_number(plan, 0, ONE)
