@@ -90,6 +90,29 @@ def test_values_and_gradients(heads, kv_heads, groups, width, block, mask, softc
 
 
 @on_hopper
+@pytest.mark.parametrize("waste", [0, 99])
+def test_the_same_bits_whatever_part_a_program_draws(waste, monkeypatch):
+    """Programs draw many parts of lists from a counter, each time in another order."""
+    monkeypatch.setattr(plan, "WASTE", waste)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(1, 16_384, heads, 128, generator=generator, device="cuda").to(torch.bfloat16)
+        for heads in (32, 4, 4, 32)
+    )
+    selected = torch.randint(0, 256, (1, 256, 4, 16), generator=generator, device="cuda").repeat_interleave(64, 1)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def gradients():
+        return torch.autograd.grad(
+            block_sparse_attention(*leaves, selected=selected, block_size=64).out, leaves, upstream
+        )
+
+    first = gradients()
+    for _ in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
+
+
+@on_hopper
 @pytest.mark.parametrize("waste", [0, 2.2, 99])
 @pytest.mark.parametrize("what", ["q", "k", "v", "upstream"])
 def test_what_a_mask_excludes_changes_no_bit(what, waste, segments, monkeypatch):
