@@ -26,6 +26,7 @@ from kernel_index.core import ops
 from kernel_index.core.target import Target, pretend
 from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.proofs.errors import differentiable, run
+from kernel_index.proofs.unset_registers import reads_of_unset
 
 TARGETS = {
     "sm80": Target("cuda", 80),
@@ -56,7 +57,10 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one target: registers of a thread, bytes it spills, shared memory of a program."""
+    """One kernel for one target: registers of a thread, bytes it spills, shared memory of a program.
+
+    ``unset``: instructions that may read a uniform register before it is written, of kernels in Gluon.
+    """
 
     op: str
     kernel: str
@@ -68,6 +72,7 @@ class Compiled:
     shared: int = 0
     bytes: int = 0
     error: str = ""
+    unset: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,12 +180,13 @@ def compile_for(op: str, launch: Launch, name: str) -> Compiled:
     except (triton.errors.TritonError, RuntimeError, ValueError) as error:
         return Compiled(*place, error=f"{type(error).__name__}: {error}"[:300])
     read = _read_cubin if target.kind == "cuda" else _read_hsaco
-    registers, spilled, size = read(built.asm)
-    return Compiled(*place, registers, spilled, built.metadata.shared, size)
+    registers, spilled, size, code = read(built.asm)
+    unset = len(reads_of_unset(code)) if launch.kernel.is_gluon() else 0
+    return Compiled(*place, registers, spilled, built.metadata.shared, size, unset=unset)
 
 
-def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """Registers, bytes of local memory stored to, and size: from NVIDIA's tools, which Triton's package carries."""
+def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, int, str]:
+    """Registers, bytes of local memory stored to, size and instructions: from NVIDIA's tools in Triton's package."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -191,13 +197,13 @@ def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, int]:
         code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
     widths = re.findall(r"\bSTL(?:\.(\d+))?", code)  # stores to local memory: 32 bits, or as many as the suffix says
-    return registers, sum(int(w or 32) // 8 for w in widths), len(asm["cubin"])
+    return registers, sum(int(w or 32) // 8 for w in widths), len(asm["cubin"]), code
 
 
-def _read_hsaco(asm: dict[str, Any]) -> tuple[int, int, int]:
+def _read_hsaco(asm: dict[str, Any]) -> tuple[int, int, int, str]:
     text = asm["amdgcn"]
 
     def figure(name: str) -> int:
         return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", text)), default=0)
 
-    return figure("vgpr_count"), 4 * figure("vgpr_spill_count"), len(asm["hsaco"])
+    return figure("vgpr_count"), 4 * figure("vgpr_spill_count"), len(asm["hsaco"]), text

@@ -11,7 +11,7 @@ from kernel_index.routing.block_router.api import BACKENDS, block_router
 from kernel_index.routing.block_router.native import native_top_blocks
 from kernel_index.routing.block_router.scores import block_scores
 from kernel_index.routing.block_router.torch_op import triton_top_blocks
-from kernel_index.routing.legal_blocks import block_means, legal_blocks, num_blocks, top_blocks
+from kernel_index.routing.legal_blocks import LegalBlocks, block_means, legal_blocks, num_blocks, top_blocks
 
 interpreted = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
 
@@ -24,6 +24,9 @@ CALLS = {  # (B, T, S, H, G, K, D, block, topk), mask
         ki.MaskContract(window=(13, 0), doc_ids=torch.arange(64) // 23),
     ),
     "one block each": ((1, 20, 20, 2, 1, 1, 8, 4, 1), ki.MaskContract()),
+    "rows of two parts": ((1, 3, 410, 2, 2, 1, 8, 2, 12), ki.MaskContract()),
+    "rows of four parts in a window": ((1, 3, 900, 2, 2, 1, 8, 2, 9), ki.MaskContract(window=(611, 0))),
+    "rows of eight parts": ((1, 5, 1900, 2, 2, 1, 8, 2, 16), ki.MaskContract()),
 }
 
 
@@ -51,6 +54,20 @@ def test_picks_are_those_of_top_blocks(name, special):
     assert torch.equal(actual.indices, expected.indices)
     assert torch.equal(actual.valid, expected.valid)
     assert expected.valid.any()
+
+
+@interpreted
+@pytest.mark.parametrize("count", [2, 3, 4, 16])
+def test_picks_where_many_of_the_best_are_of_one_column(count):
+    """Blocks 128 apart are of one column of a row of 1024, and the best two of a column are looked at first."""
+    means = torch.randn(1, 1000, 1, 8, generator=torch.Generator().manual_seed(0))
+    means[:, 77::128, :, 0] += 50.0
+    means[:, 77 + 128 * count :, :, 0] -= 50.0
+    q = torch.zeros(1, 2, 2, 8)
+    q[..., 0] = 1.0
+    legal = LegalBlocks(torch.zeros(1, 2, dtype=torch.int32), torch.full((1, 2), 999, dtype=torch.int32))
+    expected = top_blocks(block_scores(q, means, 2), legal, 16)
+    assert torch.equal(triton_top_blocks(q, means, legal, 16, 2).indices, expected.indices)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -161,6 +161,6 @@ def _takes_short_way(first: Any) -> bool:
     return not any(getattr(hook, "calls", hook) for hook in hooks)
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any], **options: Any) -> Any:
     """``triton.jit`` for kernels and for the device functions that they call."""
-    return triton.jit(function) if interpreting() else Kernel(function)
+    return triton.jit(function, **options) if interpreting() else Kernel(function, **options)

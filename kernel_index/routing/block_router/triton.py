@@ -5,6 +5,7 @@ those of float32 products at the rate of bfloat16.  They are stored as integers 
 are found by bisection between two such integers; the row stays in the registers of one warp, or of more if it is long.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.target import Target, target_of
-from kernel_index.core.triton.attention import load_rows, load_tile, within
+from kernel_index.core.triton.attention import load_rows, load_tile
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
 from kernel_index.routing.triton_topk import LOW, NONE, rank_of, reached
@@ -86,60 +87,95 @@ def _scores_kernel(
 
 
 @jit
-def _bound(rank, LANES: tl.constexpr):
-    """A rank that no fewer than LANES of the ranks [8, N / 8] reach: the least of the maxima of LANES parts."""
-    columns = tl.max(rank, 0)  # [N / 8]
+def _bound(best, LANES: tl.constexpr):
+    """A rank that no fewer than LANES of a row reach, from its maxima ``best`` of parts: the least of LANES of them."""
     least = tl.cast(NONE + 1, tl.int64)
-    if columns.shape[0] >= LANES:
-        parts = tl.max(tl.reshape(columns, (columns.shape[0] // LANES, LANES)), 0)
+    if best.shape[0] >= LANES:
+        parts = tl.max(tl.reshape(best, (best.shape[0] // LANES, LANES)), 0)
         least = tl.maximum(tl.min(parts, 0), NONE + 1).to(tl.int64)
     return least
 
 
 @jit
-def _slots(m_take):
-    """How many of at most 127 entries [8, N / 8] are taken before each one.
-
-    The eight parts of the row are counted at once, each in a byte of 64 bits: only an eighth of the row is scanned.
-    """
-    shift = tl.arange(0, 8).to(tl.int64)[:, None] * 8
-    packed = tl.sum(m_take.to(tl.int64) << shift, 0)  # [N / 8]
-    before = tl.sum(packed, 0) * 0x0101010101010100  # in each byte, the sum of the bytes below it
-    counts = tl.cumsum(packed, 0) + before
-    return ((counts[None, :] >> shift) & 255).to(tl.int32) - 1
+def _ranks(p_scores, o_legal, legal):
+    """The stored ranks of blocks that are number ``o_legal`` of ``legal`` ones; others may never have been stored."""
+    return tl.where(o_legal.to(tl.uint32) < legal.to(tl.uint32), tl.load(p_scores), NONE)
 
 
 @jit
+def _store_any(p_row, p_indices, first, legal, least, need, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The best ``need`` blocks of any row; ``least``: no fewer reach it.  Of equal scores the first blocks count.
+
+    The eight parts of the row are counted at once, each in a byte of 64 bits: only an eighth of the row is scanned.
+    """
+    o_n = tl.arange(0, PARTS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [PARTS, COLUMNS]
+    rank = _ranks(p_row + o_n, o_n - first, legal)
+    least, count = reached(rank, need, least)
+    least = least.to(tl.int32)
+    if count != need:
+        order = tl.cumsum(tl.reshape((rank == least).to(tl.int32), (PARTS * COLUMNS,)), 0)
+        equal = need - tl.sum((rank > least).to(tl.int32))
+        before = tl.sum((order < equal).to(tl.int32), 0)  # where the last one of them stands, if there is one
+        rank = tl.where((rank == least) & ((o_n > before) | (equal <= 0)), NONE, rank)
+    m_take = rank >= least
+    shift = tl.arange(0, PARTS).to(tl.int64)[:, None] * 8
+    packed = tl.sum(m_take.to(tl.int64) << shift, 0)  # [COLUMNS]
+    counts = tl.cumsum(packed, 0) + tl.sum(packed, 0) * 0x0101010101010100  # and the sum of the bytes below
+    tl.store(p_indices + ((counts[None, :] >> shift) & 255) - 1, o_n, mask=m_take)
+
+
+@functools.partial(jit, do_not_specialize_on_alignment=["ROW"])  # so that loads have the layout that stores have
 def _select_kernel(
     scores_ptr, first_ptr, current_ptr, indices_ptr, legal_b, FIRST, QUERIES, T, G, TOPK, BLOCKS, ROW, END,
-    N: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr,
+    N: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The best blocks of ROWS rows, one after the other: ascending, the current block last, then −1."""
-    o_n, o_slot = tl.arange(0, 8)[:, None] * (N // 8) + tl.arange(0, N // 8)[None, :], tl.arange(0, KEPT)
+    """The best blocks of ROWS rows, one after the other: ascending, the current block last, then −1.
+
+    A row is PARTS parts, and a column has a block of each.  The best two of every column are looked at first: they are
+    few, and seldom a third one is wanted.  Then the taken blocks of four parts are counted at once, each in a byte.
+    """
+    COLUMNS: tl.constexpr = N // PARTS
+    TOGETHER: tl.constexpr = 4 if PARTS > 4 else PARTS
+    o_column, o_slot = tl.arange(0, COLUMNS), tl.arange(0, KEPT)
     begin = tl.program_id(0) * ROWS
     for row in range(begin, tl.minimum(begin + ROWS, END)):
         local, g = row // G, row % G
         b, t = tl.cast(local // QUERIES, tl.int64), FIRST + local % QUERIES
         current = tl.load(current_ptr + b * legal_b + t)
         first = tl.load(first_ptr + b * legal_b + t)
-        m_n = within(o_n, first, tl.minimum(current, BLOCKS))
-        stored = tl.load(scores_ptr + tl.cast(row, tl.int64) * ROW + o_n, mask=o_n < ROW, other=0)
-        rank = tl.where(m_n, stored, NONE)  # what is not legal may never have been stored
         is_block = (current >= 0) & (current < BLOCKS)
         legal = tl.maximum(tl.minimum(current, BLOCKS) - first, 0)
         need = tl.minimum(TOPK - is_block.to(tl.int32), legal)
-        least, count = reached(rank, need, _bound(rank, KEPT))
+        p_row = scores_ptr + tl.cast(row, tl.int64) * ROW
+        p_indices = indices_ptr + ((b * T + t) * G + g) * TOPK
+        p_column, o_legal = p_row + o_column, o_column - first
+        best = tl.full((COLUMNS,), NONE, tl.int32)
+        second, third, ranks = best, best, ()
+        for i in tl.static_range(PARTS):
+            rank = _ranks(p_column + i * COLUMNS, o_legal + i * COLUMNS, legal)
+            third = tl.maximum(third, tl.minimum(second, rank))
+            second = tl.maximum(second, tl.minimum(best, rank))
+            best = tl.maximum(best, rank)
+            ranks += (rank,)
+        least, count = reached(tl.join(best, second), need, _bound(best, KEPT))
         least = least.to(tl.int32)
-        if count != need:  # of those that are equal to it only the first count
-            order = tl.cumsum(tl.reshape((rank == least).to(tl.int32), (N,)), 0)
-            equal = need - tl.sum((rank > least).to(tl.int32))
-            before = tl.sum((order < equal).to(tl.int32), 0)  # where the last one of them stands, if there is one
-            rank = tl.where((rank == least) & ((o_n > before) | (equal <= 0)), NONE, rank)
-        m_take = rank >= least
-        p_row = indices_ptr + ((b * T + t) * G + g) * TOPK
-        tl.store(p_row + _slots(m_take), o_n, mask=m_take)
+        if (count == need) & (tl.max(third, 0) < least):
+            before = 0
+            for word in tl.static_range(PARTS // TOGETHER):
+                taken = tl.zeros((COLUMNS,), tl.int32)
+                for i in tl.static_range(TOGETHER):
+                    taken += tl.where(ranks[word * TOGETHER + i] >= least, 1 << (8 * i), 0)
+                total = tl.sum(taken, 0)
+                slots = tl.cumsum(taken, 0) + total * 0x01010100  # and the sum of the bytes below
+                for i in tl.static_range(TOGETHER):
+                    p_slot = p_indices + (before - 1 + ((slots >> (8 * i)) & 255))
+                    o_n = (word * TOGETHER + i) * COLUMNS + o_column
+                    tl.store(p_slot, o_n, mask=ranks[word * TOGETHER + i] >= least)
+                before += (total * 0x01010101) >> 24
+        else:
+            _store_any(p_row, p_indices, first, legal, _bound(best, KEPT), need, PARTS, COLUMNS)
         end = tl.where((o_slot == need) & is_block, current, -1)
-        tl.store(p_row + o_slot, end, mask=(o_slot >= need) & (o_slot < TOPK))
+        tl.store(p_indices + o_slot, end, mask=(o_slot >= need) & (o_slot < TOPK))
 
 
 class Config(NamedTuple):
@@ -204,7 +240,8 @@ def route(
     step = max(config.queries, SCORES_BYTES // (4 * B * groups * (blocks + 15)) // config.queries * config.queries)
     legal_b = 0 if first.shape[0] == 1 else T
     narrowest = max(16, next_power_of_2(blocks) // 4)  # so that there are at most three kernels
-    scores = q.new_empty(B * min(step, T) * groups * (blocks + 15), dtype=torch.int32)
+    # Behind the last row, too, as many scores as are looked at.
+    scores = q.new_empty(B * min(step, T) * groups * (blocks + 15) + next_power_of_2(blocks) + 16, dtype=torch.int32)
     with on_device(q):
         for at in range(0, T if B else 0, step):
             stop = min(at + step, T)
@@ -220,7 +257,7 @@ def route(
             )  # fmt: skip
             _select_kernel[(ceil_div(rows, ROWS),)](
                 scores, first, current, indices, legal_b, at, stop - at, T, groups, topk, blocks, row, rows,
-                N=width, KEPT=next_power_of_2(topk), ROWS=ROWS,
+                N=width, KEPT=next_power_of_2(topk), ROWS=ROWS, PARTS=min(8, max(1, width // 128)),
                 **select_options(width, config),
             )  # fmt: skip
     return indices

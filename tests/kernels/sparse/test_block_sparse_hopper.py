@@ -90,6 +90,29 @@ def test_values_and_gradients(heads, kv_heads, groups, width, block, mask, softc
 
 
 @on_hopper
+@pytest.mark.parametrize("waste", [0, 99])
+def test_the_same_bits_whatever_part_a_program_draws(waste, monkeypatch):
+    """Programs draw many parts of lists from a counter, each time in another order."""
+    monkeypatch.setattr(plan, "WASTE", waste)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(1, 16_384, heads, 128, generator=generator, device="cuda").to(torch.bfloat16)
+        for heads in (32, 4, 4, 32)
+    )
+    selected = torch.randint(0, 256, (1, 256, 4, 16), generator=generator, device="cuda").repeat_interleave(64, 1)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def gradients():
+        return torch.autograd.grad(
+            block_sparse_attention(*leaves, selected=selected, block_size=64).out, leaves, upstream
+        )
+
+    first = gradients()
+    for _ in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
+
+
+@on_hopper
 @pytest.mark.parametrize("waste", [0, 2.2, 99])
 @pytest.mark.parametrize("what", ["q", "k", "v", "upstream"])
 def test_what_a_mask_excludes_changes_no_bit(what, waste, segments, monkeypatch):
@@ -119,7 +142,7 @@ lists.BOTH_EVERYWHERE = True  # a proof's calls have gradients
 for launch in aot.launches(suite, aot.TARGETS["sm90"]):
     if launch.kernel.is_gluon():
         done = aot.compile_for(suite.op, launch, "sm90")
-        print(done.kernel, done.error or "compiled", done.spilled)
+        print(done.kernel, done.error or "compiled", done.spilled, done.unset)
 """
 
 
@@ -133,7 +156,8 @@ def test_it_compiles_without_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    names = "_partials_kernel", "_lists_kernel", "_by_unions_kernel"
+    names = "_partials_kernel", "_lists_kernel", "_by_unions_kernel", "_keys_kernel"
     assert {(row[0], row[1]) for row in rows} == {(name, "compiled") for name in names}
     # What is spilled is of the path of NaN, and descriptors of tiles that stay.
     assert all(int(row[2]) <= 1024 for row in rows), rows
+    assert all(int(row[3]) == 0 for row in rows), rows

@@ -59,7 +59,7 @@ def _launch(q, k, v, blocks, members, sizes, order, begins, k_start, k_end, bloc
     else:
         tiles = geometry.launch_of("forward", q, k, v, block_size, cut, scale, softcap)
         triton.forward(q, k, v, of_unions, bounds, tiles, outputs)
-    by_lists, _ = _list_plans("forward", q, k, v, (order, begins), list_size, cut)
+    by_lists = next(_list_plans("forward", q, k, v, (order, begins), list_size, cut))
     of_tiles = sizes, lists.tile_of(cut, q, v, block_size)
     return triton_lists.forward(q, k, v, by_lists, bounds, how, outputs, of_tiles)
 

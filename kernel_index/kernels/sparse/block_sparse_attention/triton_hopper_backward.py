@@ -7,7 +7,7 @@ Each product is computed once, by the warpgroup whose role it is, and a tile of 
     queries    dQ = dZᵀ·K, stored as the partial result of the tile's entries
 
 Each warpgroup holds one sum, and only the third waits for stores of dQ.  Scores are transposed, so the weights that dV
-and dK need stay in registers.  Where another kernel makes dQ, there is no third role.
+and dK need stay in registers.  Where another kernel makes dQ, ``triton_hopper_keys.py`` takes the call.
 """
 
 import functools
@@ -23,44 +23,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernel_index.core.triton.hopper import HopperKernel, barriers, product_nt, ring, softcapped, tiles_of
+from kernel_index.core.triton.hopper import HopperKernel, barriers, product_nt, softcapped, tiles_of
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, Segments, shift_of
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import (
-    GATHERERS,
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import (
     NUMBERS,
     PLANS,
     cleaned,
-    numbers,
+    kv_slots,
     read_number,
     schedule,
 )
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import (
     await_rows,
     gather_rows,
-    is_masked,
     offsets,
-    seen,
+    row_slots,
+    unseen,
     wide,
 )
 
 SLOTS = gl.constexpr(2)
 """Of P, and of dZ, between two roles."""
 
-THREE, TWO = gl.constexpr(((4, 4, 4, 1), (152, 96, 64, 24))), gl.constexpr(((4, 4, 1), (192, 72, 24)))
-"""Warps and registers of the roles behind the first: keys, queries, gather, schedule; and without queries."""
+ROLES = gl.constexpr(((4, 4, 4, 1), (152, 96, 64, 24)))
+"""Warps and registers of the roles behind the first: keys, queries, gather, schedule."""
 
 
 @gluon.jit
-def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constexpr):
+def _weights(given, HEADS: gl.constexpr, CAPPED: gl.constexpr):
     """The first role: P, which goes to the next, and dV."""
     (
-        kv, rows, passed, flags, k_ptr, order_ptr, start_ptr, end_ptr, _dq_ptr, _written_ptr, _dk_ptr, dv_ptr, k_b,
-        k_t, k_h, window_b, first_segment, S, G, GROUPS, _N, M, _GROUP, _CHUNK, CHUNKS, _scale, inner, outer,
+        kv, rows, passed, flags, k_ptr, _order_ptr, _dq_ptr, _written_ptr, _dk_ptr, dv_ptr, k_b, k_t, k_h,
+        first_segment, S, G, GROUPS, _N, M, _GROUP, _CHUNK, CHUNKS, _scale, inner, outer,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
-    q_ring, do_ring, lse_ring, delta_ring, _full, empty = rows
+    q_ring, do_ring, lse_ring, delta_ring, _start_ring, _end_ring, _full, empty = rows
     p_ring, p_full, p_empty, _dz_ring, _dz_full, _dz_empty = passed
     ROWS: gl.constexpr = q_ring.shape[1]
     ENTRIES: gl.constexpr = ROWS // HEADS
@@ -81,23 +80,21 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
         block = read_number(plan, at * NUMBERS + 1, ONE)
         first, stop = read_number(plan, at * NUMBERS + 2, ONE), read_number(plan, at * NUMBERS + 3, ONE)
         part, bad = read_number(plan, at * NUMBERS + 4, ONE), read_number(plan, at * NUMBERS + 5, ONE)
+        masked_tiles = read_number(plan, at * NUMBERS + 6, ONE)
         mbarrier.arrive(plan_empty.index(at), count=1)
         b, g = (first_segment + segment) // CHUNKS // G, (first_segment + segment) // CHUNKS % G
-        p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
         first_key = block * BN
         count = gl.cdiv(stop - first, ENTRIES)
         dv = gl.full([BN, DV], 0.0, gl.float32, layout=V_LAYOUT)
-        masked = is_masked(order_ptr, first, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         k_tile = k_ring.index(at)
         if bad % 2 == 1:
             p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS).to(gl.int64) * k_h + first_key.to(gl.int64) * k_t
             cleaned(k_tile, p_k, k_t, S - first_key, flags, Q_WIDE)
         for i in range(count):
+            masked = i < masked_tiles
             slot = await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
             s_started = product_nt(k_tile, q_ring.index(slot), zero)
-            following = first + (i + 1) * ENTRIES
-            next_masked = is_masked(order_ptr, following, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
             lse = lse_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
             s = warpgroup_mma_wait(0, [s_started])
             z = softcapped(s, inner, CAPPED)
@@ -106,7 +103,7 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
                 p += flags.load(gl.SliceLayout(1, S_LAYOUT))[:, None]
             if masked:
                 p += ((lse + delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))) * 0.0)[None, :]
-                p = seen(p, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT)
+                p = gl.where(unseen(rows, slot, BN, first_key, S_LAYOUT), 0.0, p)
             b_p = gl.convert_layout(p.to(do_ring.dtype), gl.DotOperandLayout(0, V_LAYOUT, k_width=2))
             dv_started = warpgroup_mma(b_p, do_ring.index(slot), dv, is_async=True)
             if CAPPED:
@@ -117,7 +114,6 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
             mbarrier.arrive(p_full.index(at_p), count=1)
             dv = warpgroup_mma_wait(0, [dv_started])
             mbarrier.arrive(empty.index(slot), count=1)
-            masked = next_masked
         mbarrier.arrive(kv_empty.index(at), count=1)
         gl.store(dv_ptr + (segment * M + part).to(gl.int64) * BN * DV + offsets(BN, DV, V_LAYOUT), dv)
         tile += count
@@ -128,14 +124,14 @@ def _weights(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constex
 
 
 @gluon.jit
-def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr):
+def _keys(given, HEADS: gl.constexpr):
     """The second role: dZ, which goes to the next, and dK."""
     (
-        kv, rows, passed, _flags, _k_ptr, order_ptr, start_ptr, end_ptr, _dq_ptr, _written_ptr, dk_ptr, _dv_ptr, _k_b,
-        _k_t, _k_h, window_b, first_segment, _S, G, _GROUPS, _N, M, _GROUP, _CHUNK, CHUNKS, scale, _inner, _outer,
+        kv, rows, passed, _flags, _k_ptr, _order_ptr, _dq_ptr, _written_ptr, dk_ptr, _dv_ptr, _k_b, _k_t, _k_h,
+        _first_segment, _S, _G, _GROUPS, _N, M, _GROUP, _CHUNK, _CHUNKS, scale, _inner, _outer,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
-    q_ring, do_ring, _lse_ring, delta_ring, _full, empty = rows
+    q_ring, do_ring, _lse_ring, delta_ring, _start_ring, _end_ring, _full, empty = rows
     p_ring, p_full, p_empty, dz_ring, dz_full, dz_empty = passed
     ROWS: gl.constexpr = q_ring.shape[1]
     ENTRIES: gl.constexpr = ROWS // HEADS
@@ -155,21 +151,17 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
         at = turn % PLANS
         block = read_number(plan, at * NUMBERS + 1, ONE)
         first, stop = read_number(plan, at * NUMBERS + 2, ONE), read_number(plan, at * NUMBERS + 3, ONE)
-        part = read_number(plan, at * NUMBERS + 4, ONE)
+        part, masked_tiles = read_number(plan, at * NUMBERS + 4, ONE), read_number(plan, at * NUMBERS + 6, ONE)
         mbarrier.arrive(plan_empty.index(at), count=1)
-        b = (first_segment + segment) // CHUNKS // G
-        p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
         first_key = block * BN
         count = gl.cdiv(stop - first, ENTRIES)
         dk = gl.full([BN, D], 0.0, gl.float32, layout=K_LAYOUT)
-        masked = is_masked(order_ptr, first, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         v_tile = v_ring.index(at)
         for i in range(count):
+            masked = i < masked_tiles
             slot = await_rows(rows, tile + i, masked, Q_WIDE, DO_WIDE)
             dp_started = product_nt(v_tile, do_ring.index(slot), zero)
-            following = first + (i + 1) * ENTRIES
-            next_masked = is_masked(order_ptr, following, stop, p_start, p_end, first_key, BN, ENTRIES, SHIFT)
             delta = delta_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
             dp = warpgroup_mma_wait(0, [dp_started])
             at_p, phase = (tile + i) % SLOTS, ((tile + i) // SLOTS) & 1
@@ -178,18 +170,16 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
             mbarrier.arrive(p_empty.index(at_p), count=1)
             dz = p * (dp - delta[None, :])
             if masked:  # 0 times a dp of NaN is not 0
-                dz = seen(dz, order_ptr, first + i * ENTRIES, stop, p_start, p_end, first_key, HEADS, SHIFT, S_LAYOUT)
+                dz = gl.where(unseen(rows, slot, BN, first_key, S_LAYOUT), 0.0, dz)
             b_dz = dz.to(q_ring.dtype)
             w_dz = gl.convert_layout(b_dz, gl.DotOperandLayout(0, K_LAYOUT, k_width=2))
             dk_started = warpgroup_mma(w_dz, q_ring.index(slot), dk, is_async=True)
-            if WITH_DQ:
-                mbarrier.wait(dz_empty.index(at_p), phase ^ 1)
-                dz_ring.index(at_p).store(b_dz)
-                fence_async_shared()
-                mbarrier.arrive(dz_full.index(at_p), count=1)
+            mbarrier.wait(dz_empty.index(at_p), phase ^ 1)
+            dz_ring.index(at_p).store(b_dz)
+            fence_async_shared()
+            mbarrier.arrive(dz_full.index(at_p), count=1)
             dk = warpgroup_mma_wait(0, [dk_started])
             mbarrier.arrive(empty.index(slot), count=1)
-            masked = next_masked
         mbarrier.arrive(kv_empty.index(at), count=1)
         gl.store(dk_ptr + (segment * M + part).to(gl.int64) * BN * D + offsets(BN, D, K_LAYOUT), dk * scale)
         tile += count
@@ -203,11 +193,11 @@ def _keys(given, HEADS: gl.constexpr, SHIFT: gl.constexpr, WITH_DQ: gl.constexpr
 def _queries(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
     """The third role: partial results of dQ."""
     (
-        kv, rows, passed, _flags, _k_ptr, order_ptr, _start_ptr, _end_ptr, dq_ptr, written_ptr, _dk_ptr, _dv_ptr, _k_b,
-        _k_t, _k_h, _window_b, first_segment, _S, _G, _GROUPS, N, _M, GROUP, CHUNK, CHUNKS, scale, _inner, _outer,
+        kv, rows, passed, _flags, _k_ptr, order_ptr, dq_ptr, written_ptr, _dk_ptr, _dv_ptr, _k_b, _k_t, _k_h,
+        first_segment, _S, _G, _GROUPS, N, _M, GROUP, CHUNK, CHUNKS, scale, _inner, _outer,
     ) = given  # fmt: skip
     k_ring, _v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
-    q_ring, _do_ring, _lse_ring, _delta_ring, _full, _empty = rows
+    q_ring = rows[0]
     _p_ring, _p_full, _p_empty, dz_ring, dz_full, dz_empty = passed
     ROWS: gl.constexpr = q_ring.shape[1]
     ENTRIES: gl.constexpr = ROWS // HEADS
@@ -269,104 +259,74 @@ def _lists_kernel(
     end_ptr, dq_ptr, written_ptr, dk_ptr, dv_ptr, counter_ptr, q_b, q_t, q_h, do_b, do_t, do_h, k_b, k_t,
     k_h, window_b, first_segment, SEGMENTS, T, S, G, GROUPS, N, M, BLOCKS, CHUNK, CHUNKS, scale, inner, outer,
     D: gl.constexpr, DV: gl.constexpr, GROUP: gl.constexpr, SHIFT: gl.constexpr, STAGES: gl.constexpr,
-    CAPPED: gl.constexpr, WITH_DQ: gl.constexpr,
+    CAPPED: gl.constexpr,
 ):  # fmt: skip
     """The parts of the lists of SEGMENTS segments, M of each at most.  See ``triton_lists_backward.py``."""
     ROWS: gl.constexpr = 64
     BN: gl.constexpr = k_desc.block_type.shape[1]
-    CONSUMERS: gl.constexpr = 3 if WITH_DQ else 2
-    Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], k_desc.dtype)
-    DO_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DV], k_desc.dtype)
+    CONSUMERS: gl.constexpr = 3
     DZ_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, ROWS], k_desc.dtype)
     P_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, ROWS], gl.float32)
     FLAT_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    kv = (
-        ring(k_desc, PLANS),
-        ring(v_desc, PLANS),
-        numbers(),
-        barriers(PLANS, 1),
-        barriers(PLANS, CONSUMERS + 1),
-        barriers(PLANS, 1),
-        barriers(PLANS, CONSUMERS),
-    )
-    rows = (
-        gl.allocate_shared_memory(k_desc.dtype, [STAGES, ROWS, D], Q_SHARED),
-        gl.allocate_shared_memory(k_desc.dtype, [STAGES, ROWS, DV], DO_SHARED),
-        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], FLAT_SHARED),
-        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], FLAT_SHARED),
-        barriers(STAGES, GATHERERS),
-        barriers(STAGES, 2),
-    )
+    kv = kv_slots(k_desc, v_desc, CONSUMERS)
+    rows = row_slots(STAGES, ROWS, D, DV, k_desc.dtype, 2)
     passed = (
         gl.allocate_shared_memory(gl.float32, [SLOTS, BN, ROWS], P_SHARED),
         barriers(SLOTS, 1),
         barriers(SLOTS, 1),
-        gl.allocate_shared_memory(k_desc.dtype, [SLOTS if WITH_DQ else 1, BN, ROWS], DZ_SHARED),
+        gl.allocate_shared_memory(k_desc.dtype, [SLOTS, BN, ROWS], DZ_SHARED),
         barriers(SLOTS, 1),
         barriers(SLOTS, 1),
     )
     flags = gl.allocate_shared_memory(gl.float32, [BN], FLAT_SHARED)
     fence_async_shared()
     consumed = (
-        kv, rows, passed, flags, k_ptr, order_ptr, start_ptr, end_ptr, dq_ptr, written_ptr, dk_ptr, dv_ptr, k_b,
-        k_t, k_h, window_b, first_segment, S, G, GROUPS, N, M, GROUP, CHUNK, CHUNKS, scale, inner, outer,
+        kv, rows, passed, flags, k_ptr, order_ptr, dq_ptr, written_ptr, dk_ptr, dv_ptr, k_b, k_t, k_h,
+        first_segment, S, G, GROUPS, N, M, GROUP, CHUNK, CHUNKS, scale, inner, outer,
     )  # fmt: skip
     gathered = (
-        kv, rows, q_ptr, do_ptr, lse_ptr, delta_ptr, order_ptr, q_b, q_t, q_h, do_b, do_t, do_h, first_segment, CHUNKS,
-        T, G, GROUP,
+        kv, rows, q_ptr, do_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, q_b, q_t, q_h, do_b, do_t, do_h,
+        window_b, first_segment, CHUNKS, T, G, GROUP,
     )  # fmt: skip
     scheduled = (
         k_desc, v_desc, kv, items_ptr, parts_ptr, bad_ptr, counter_ptr, first_segment, SEGMENTS, M, BLOCKS, CHUNKS, G,
-        GROUPS,
+        GROUPS, order_ptr, start_ptr, end_ptr, window_b,
     )  # fmt: skip
-    if WITH_DQ:
-        gl.warp_specialize(
-            [
-                (_weights, (consumed, GROUP, SHIFT, CAPPED)),
-                (_keys, (consumed, GROUP, SHIFT, True)),
-                (_queries, (consumed, GROUP, SHIFT)),
-                (gather_rows, (gathered, GROUP, SHIFT)),
-                (schedule, (scheduled,)),
-            ],
-            THREE[0],
-            THREE[1],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_weights, (consumed, GROUP, SHIFT, CAPPED)),
-                (_keys, (consumed, GROUP, SHIFT, False)),
-                (gather_rows, (gathered, GROUP, SHIFT)),
-                (schedule, (scheduled,)),
-            ],
-            TWO[0],
-            TWO[1],
-        )
+    gl.warp_specialize(
+        [
+            (_weights, (consumed, GROUP, CAPPED)),
+            (_keys, (consumed, GROUP)),
+            (_queries, (consumed, GROUP, SHIFT)),
+            (gather_rows, (gathered, GROUP, SHIFT)),
+            (schedule, (scheduled, ROWS // GROUP, SHIFT)),
+        ],
+        ROLES[0],
+        ROLES[1],
+    )
 
 
-STAGES = {True: 3, False: 4}
-"""Slots of the ring of rows, with dQ and without."""
+STAGES = 3
+"""Slots of the ring of rows."""
 
 
 def lists(
     of_rows: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, plan: ListPlan,
     bounds: tuple[Tensor, Tensor], cut: Segments, part: tuple[int, int], bad: Tensor, launch: AttentionLaunch,
-    outputs: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Fill the partials of dQ, which of them are written, and those of dK and dV.  Without the first two, none of dQ.
+    """Fill the partials of dQ, which of them are written, and those of dK and dV.
 
     ``of_rows``: the gradient of the output, the log-sum-exp and ``delta``; ``part``: the first segment of the launch,
     and how many; ``bad``: see ``unfit_blocks``.
     """
     c, items, (first, segments) = launch.constants, plan.items.shape[1], part
     D, DV, programs = q.shape[3], v.shape[3], min(items * segments, processors(q))
-    with_dq, (d_out, lse, delta) = outputs[0] is not None, of_rows
+    d_out, lse, delta = of_rows
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _lists_kernel[(programs,)](
         tiles_of(k, c["BLOCK"]), tiles_of(v, c["BLOCK"]), q, d_out, k, lse, delta, plan.order, plan.items, plan.parts,
         bad, *bounds, *outputs, counter, *q.stride()[:3], *d_out.stride()[:3], *k.stride()[:3],
         row_stride(bounds[0]), first, segments, q.shape[1], k.shape[1], cut.groups, cut.groups // k.shape[2], cut.count,
         items, plan.parts.shape[1] - 1, cut.chunk, cut.chunks, launch.scale, launch.inner, launch.outer, D, DV,
-        cut.group, shift_of(cut.count), STAGES[with_dq], c["CAPPED"], with_dq, num_warps=4,
-        enable_fp_fusion=ENABLE_FP_FUSION,
+        cut.group, shift_of(cut.count), STAGES, c["CAPPED"], num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
     )  # fmt: skip

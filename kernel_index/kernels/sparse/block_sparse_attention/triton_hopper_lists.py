@@ -19,121 +19,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernel_index.core.triton.hopper import (
-    HopperKernel,
-    barriers,
-    copy_tile,
-    product_nt,
-    ring,
-    softcapped,
-    tiles_of,
-    within,
-)
+from kernel_index.core.triton.hopper import HopperKernel, barriers, product_nt, softcapped, tiles_of, within
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.lists import ListPlan, Segments, shift_of
-
-PLANS = gl.constexpr(2)
-"""Parts of lists that a program knows at once: the one in work and the next."""
-
-NUMBERS = gl.constexpr(6)
-"""Of a plan: segment in the launch, block, first entry, end, which part of the segment it is, and what of the block is
-not finite: 1 keys, 2 values."""
-
-GATHERERS = gl.constexpr(128)
-"""Threads that gather queries."""
-
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import (
+    GATHERERS,
+    NUMBERS,
+    PLANS,
+    cleaned,
+    entries,
+    kv_slots,
+    read_number,
+    schedule,
+)
 
 TWO, THREE = gl.constexpr(((4, 4, 1), (200, 80, 24))), gl.constexpr(((4, 4, 4, 1), (144, 144, 56, 24)))
 """Warps and registers of the roles behind the first consumer, for two consumers and for three."""
-
-
-@gluon.jit
-def numbers():
-    return gl.allocate_shared_memory(gl.int32, [PLANS * NUMBERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-@gluon.jit
-def read_number(plan, i, LAYOUT: gl.constexpr):
-    return gl.sum(plan.index(i).load(LAYOUT), 0)
-
-
-@gluon.jit
-def _tell(plan, plan_full, turn, segment, block, start, stop, part, bad):
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    at = turn % PLANS
-    plan.index(at * NUMBERS).store(gl.full([1], 0, gl.int32, layout=ONE) + segment)
-    plan.index(at * NUMBERS + 1).store(gl.full([1], 0, gl.int32, layout=ONE) + block)
-    plan.index(at * NUMBERS + 2).store(gl.full([1], 0, gl.int32, layout=ONE) + start)
-    plan.index(at * NUMBERS + 3).store(gl.full([1], 0, gl.int32, layout=ONE) + stop)
-    plan.index(at * NUMBERS + 4).store(gl.full([1], 0, gl.int32, layout=ONE) + part)
-    plan.index(at * NUMBERS + 5).store(gl.full([1], 0, gl.int32, layout=ONE) + bad)
-    mbarrier.arrive(plan_full.index(at), count=1)
-
-
-@gluon.jit
-def _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS):
-    """How many parts the segment of the launch has that has most."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    most = gl.program_id(0) * 0
-    for i in range(0, SEGMENTS, 32):
-        o_segment = i + gl.arange(0, 32, layout=ONE)
-        p_last = parts_ptr + (first_segment + o_segment).to(gl.int64) * (BLOCKS + 1) + BLOCKS
-        most = gl.maximum(most, gl.max(gl.load(p_last, mask=o_segment < SEGMENTS, other=0), 0))
-    return most
-
-
-@gluon.jit
-def schedule(given):
-    """Draws parts of lists, copies their keys and values, and tells the others; −1 for the segment is the end."""
-    (
-        k_desc, v_desc, kv, items_ptr, parts_ptr, bad_ptr, counter_ptr, first_segment, SEGMENTS, M, BLOCKS, CHUNKS, G,
-        GROUPS,
-    ) = given  # fmt: skip
-    k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
-    BLOCK: gl.constexpr = k_ring.shape[1]
-    total = _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS) * SEGMENTS
-    number = gl.program_id(0)
-    turn = 0
-    while number < total:
-        after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-        part, segment = number // SEGMENTS, number % SEGMENTS
-        p_item = items_ptr + ((first_segment + segment).to(gl.int64) * M + part) * 4
-        block = gl.load(p_item).to(gl.int32)
-        start, stop = gl.load(p_item + 2).to(gl.int32), gl.load(p_item + 3).to(gl.int32)
-        if start < stop:
-            group = (first_segment + segment) // CHUNKS
-            kv_head = group % G // GROUPS
-            bad = gl.load(bad_ptr + (group // G * (G // GROUPS) + kv_head) * BLOCKS + block).to(gl.int32)
-            at = turn % PLANS
-            phase = ((turn // PLANS) & 1) ^ 1
-            mbarrier.wait(plan_empty.index(at), phase)
-            _tell(plan, plan_full, turn, segment, block, start, stop, part, bad)
-            mbarrier.wait(kv_empty.index(at), phase)
-            mbarrier.expect(kv_full.index(at), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            copy_tile(k_desc, group // G, block * BLOCK, kv_head, kv_full.index(at), k_ring.index(at))
-            copy_tile(v_desc, group // G, block * BLOCK, kv_head, kv_full.index(at), v_ring.index(at))
-            turn += 1
-        number = after
-    mbarrier.wait(plan_empty.index(turn % PLANS), ((turn // PLANS) & 1) ^ 1)
-    _tell(plan, plan_full, turn, -1, 0, 0, 0, 0, 0)
-
-
-@gluon.jit
-def cleaned(tile, p_first, row_stride, ROWS, flags, LAYOUT: gl.constexpr):
-    """Sets to 0 the rows of a tile in shared memory that are not finite, and notes NaN for them in ``flags``, else 0.
-
-    The tile's values come from memory again, ROWS of them exist: another warpgroup may have cleaned the tile already.
-    """
-    N: gl.constexpr = tile.shape[0]
-    D: gl.constexpr = tile.shape[1]
-    o_n, o_d = gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT)), gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
-    p_rows = p_first + o_n.to(gl.int64)[:, None] * row_stride + o_d[None, :]
-    x = gl.load(p_rows, mask=(o_n < ROWS)[:, None], other=0.0)
-    flag = gl.sum(x.to(gl.float32) * 0.0, 1)
-    tile.store(gl.where((flag == 0.0)[:, None], x, 0.0).to(tile.dtype))
-    flags.store(flag)
-    fence_async_shared()
 
 
 @gluon.jit
@@ -147,8 +49,6 @@ def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     o_m = gl.arange(0, q_ring.shape[1], layout=gl.SliceLayout(1, WIDE))
-    o_e = o_m // HEADS
-    o_row = (o_m % HEADS) * q_h
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     turn = 0
     tile = 0
@@ -160,18 +60,17 @@ def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
         mbarrier.arrive(plan_empty.index(at), count=1)
         group = (first_segment + segment) // CHUNKS
         p_q = q_ptr + (group // G).to(gl.int64) * q_b + (group % G * GROUP).to(gl.int64) * q_h
-        o_entry = start + o_e
-        entry = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
+        p_rows = p_q + ((o_m % HEADS) * q_h)[:, None] + o_d[None, :]
+        entry = entries(order_ptr, start, stop, o_m, HEADS)
         count = gl.cdiv(stop - start, ENTRIES)
         for i in range(count):
-            o_entry += ENTRIES
-            following = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
+            following = entries(order_ptr, start + (i + 1) * ENTRIES, stop, o_m, HEADS)
             slot = (tile + i) % STAGES
-            m_m = entry >= 0
-            token = gl.where(m_m, entry, 0) >> SHIFT
-            p_row = p_q + (token.to(gl.int64) * q_t + o_row)
+            o_row = (gl.maximum(entry, 0) >> SHIFT).to(gl.int64) * q_t
             mbarrier.wait(q_empty.index(slot), (((tile + i) // STAGES) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(q_ring.index(slot), p_row[:, None] + o_d[None, :], mask=m_m[:, None])
+            async_copy.async_copy_global_to_shared(
+                q_ring.index(slot), p_rows + o_row[:, None], mask=(entry >= 0)[:, None]
+            )
             async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
             entry = following
         tile += count
@@ -182,108 +81,107 @@ def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
 
 
 @gluon.jit
+def _partial(
+    rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile, first, stop, first_key, masked, bad, of_query, N,
+    inner, outer, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """The partial results of the rows of a tile, of the entries from ``first`` on.
+
+    ``masked``: some rows may not see all keys, or values are not finite.  ``of_query``: which query is the first one of
+    the segment; the partials of query t and head h are those from ``((t − of_query) · N + j) · HEADS + h`` on.
+    """
+    q_ring, q_full, q_empty = rows
+    p_start, p_end = bounds
+    p_out, p_lse = outputs
+    STAGES: gl.constexpr = q_ring.shape[0]
+    ROWS: gl.constexpr = q_ring.shape[1]
+    BN: gl.constexpr = k_tile.shape[0]
+    DV: gl.constexpr = v_tile.shape[1]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+    o_wide = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
+    entry = gl.load(order_ptr + first + o_m // HEADS, mask=first + o_m // HEADS < stop, other=-1)
+    wide = gl.load(order_ptr + first + o_wide // HEADS, mask=first + o_wide // HEADS < stop, other=-1)
+    m_m, m_wide = entry >= 0, wide >= 0
+    slot = tile % STAGES
+    mbarrier.wait(q_full.index(slot), (tile // STAGES) & 1)
+    fence_async_shared()
+    zero = gl.full([ROWS, BN], 0.0, gl.float32, layout=S_LAYOUT)
+    s = warpgroup_mma_wait(0, [product_nt(q_ring.index(slot), k_tile, zero)])
+    mbarrier.arrive(q_empty.index(slot), count=1)
+    z = softcapped(s, inner, CAPPED) * outer
+    if masked:
+        token = gl.where(m_m, entry, 0) >> SHIFT
+        start, end = gl.load(p_start + token), gl.load(p_end + token)
+        o_k = first_key + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
+        z = gl.where(m_m[:, None] & within(o_k[None, :], start[:, None], end[:, None]), z, float("-inf"))
+    row_max = gl.max(z, 1)
+    p = gl.exp2(z - gl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
+    if bad >= 2:  # rows that see a value that is not finite become NaN
+        p = gl.where(z == float("-inf"), 0.0, p + flags.load(gl.SliceLayout(0, S_LAYOUT))[None, :])
+    row_sum = gl.sum(p, 1)
+    nothing = gl.full([ROWS, DV], 0.0, gl.float32, layout=O_LAYOUT)
+    b_p = gl.convert_layout(p.to(v_tile.dtype), gl.DotOperandLayout(0, O_LAYOUT, k_width=2))
+    acc_started = warpgroup_mma(b_p, v_tile, nothing, use_acc=False, is_async=True)
+    m_empty = row_sum == 0.0
+    row_sum = gl.where(m_empty, 1.0, row_sum)
+    lse = gl.where(m_empty, float("-inf"), row_max + gl.log2(row_sum))
+    # t · N + j is less than 2^31 where t · 2^SHIFT + j is.
+    number = entry - (entry >> SHIFT) * ((1 << SHIFT) - N) - of_query * N
+    gl.store(p_lse + (number * HEADS + o_m % HEADS), lse, mask=m_m)
+    number = wide - (wide >> SHIFT) * ((1 << SHIFT) - N) - of_query * N
+    o_column = gl.arange(0, DV, layout=gl.SliceLayout(0, WIDE))
+    p_rows = p_out + ((o_wide % HEADS) * DV)[:, None] + o_column[None, :]
+    acc = warpgroup_mma_wait(0, [acc_started])
+    out = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    out = gl.convert_layout(out.to(p_out.dtype.element_ty), WIDE)
+    gl.store(p_rows + (number.to(gl.int64) * (HEADS * DV))[:, None], out, mask=m_wide[:, None])
+
+
+@gluon.jit
 def _consume(
     given, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, HEADS: gl.constexpr, SHIFT: gl.constexpr,
     CAPPED: gl.constexpr,
 ):  # fmt: skip
     (
         kv, rows, flag_ring, v_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, v_b, v_t, v_h, window_b,
-        first_segment, S, G, GROUPS, N, GROUP, CHUNK, CHUNKS, inner, outer,
+        first_segment, S, G, GROUPS, N, CHUNK, CHUNKS, inner, outer,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
-    q_ring, q_full, q_empty = rows
-    STAGES: gl.constexpr = q_ring.shape[0]
-    ROWS: gl.constexpr = q_ring.shape[1]
-    ENTRIES: gl.constexpr = ROWS // HEADS
+    ENTRIES: gl.constexpr = rows[0].shape[1] // HEADS
     BN: gl.constexpr = k_ring.shape[1]
     DV: gl.constexpr = v_ring.shape[2]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, k_width=2)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
-    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    WIDE_ROW: gl.constexpr = gl.SliceLayout(1, WIDE)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    zero = gl.full([ROWS, BN], 0.0, gl.float32, layout=S_LAYOUT)
-    nothing = gl.full([ROWS, DV], 0.0, gl.float32, layout=O_LAYOUT)
-    o_m = gl.arange(0, ROWS, layout=ROW)
-    o_wide = gl.arange(0, ROWS, layout=WIDE_ROW)
-    o_column = gl.arange(0, DV, layout=gl.SliceLayout(0, WIDE))
+    flags = flag_ring.index(CONSUMER)
     turn = 0
     tile = 0
     mbarrier.wait(plan_full.index(0), 0)
     segment = read_number(plan, 0, ONE)
     while segment >= 0:
         at = turn % PLANS
-        block = read_number(plan, at * NUMBERS + 1, ONE)
+        first_key = read_number(plan, at * NUMBERS + 1, ONE) * BN
         first, stop = read_number(plan, at * NUMBERS + 2, ONE), read_number(plan, at * NUMBERS + 3, ONE)
-        bad = read_number(plan, at * NUMBERS + 5, ONE)
+        bad, masked = read_number(plan, at * NUMBERS + 5, ONE), read_number(plan, at * NUMBERS + 6, ONE)
         mbarrier.arrive(plan_empty.index(at), count=1)
-        b, g = (first_segment + segment) // CHUNKS // G, (first_segment + segment) // CHUNKS % G
-        p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
-        # The partial of an entry is number (segment · CHUNK + t − first query) · N + j of the launch.
-        o_first = (segment - (first_segment + segment) % CHUNKS).to(gl.int64) * CHUNK * N
-        o_k = block * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
+        group, chunk = (first_segment + segment) // CHUNKS, (first_segment + segment) % CHUNKS
+        b, g = group // G, group % G
+        bounds = start_ptr + b * window_b, end_ptr + b * window_b
+        o_segment = segment.to(gl.int64) * CHUNK * N * HEADS
+        outputs = out_ptr + o_segment * DV, lse_ptr + o_segment
         count = gl.cdiv(stop - first, ENTRIES)
-        i_first = (CONSUMER + CONSUMERS - tile % CONSUMERS) % CONSUMERS
-        o_entry = first + i_first * ENTRIES + o_m // HEADS
-        # Loads that depend on each other are a tile apart: entries of the tile after the next, bounds of the next.
-        entry = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
-        start = gl.load(p_start + (gl.maximum(entry, 0) >> SHIFT))
-        end = gl.load(p_end + (gl.maximum(entry, 0) >> SHIFT))
-        o_entry += CONSUMERS * ENTRIES
-        following = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
-        o_entry_wide = first + i_first * ENTRIES + o_wide // HEADS
         mbarrier.wait(kv_full.index(at), (turn // PLANS) & 1)
         k_tile, v_tile = k_ring.index(at), v_ring.index(at)
         if bad >= 2:
-            p_v = v_ptr + b.to(gl.int64) * v_b + (g // GROUPS).to(gl.int64) * v_h + (block * BN).to(gl.int64) * v_t
-            cleaned(v_tile, p_v, v_t, S - block * BN, flag_ring.index(CONSUMER), WIDE)
-        for i in range(i_first, count, CONSUMERS):
-            slot = (tile + i) % STAGES
-            m_m = entry >= 0
-            token = gl.where(m_m, entry, 0) >> SHIFT
-            next_start = gl.load(p_start + (gl.maximum(following, 0) >> SHIFT))
-            next_end = gl.load(p_end + (gl.maximum(following, 0) >> SHIFT))
-            wide = gl.load(order_ptr + o_entry_wide, mask=o_entry_wide < stop, other=-1)
-            o_entry += CONSUMERS * ENTRIES
-            o_entry_wide += CONSUMERS * ENTRIES
-            after = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
-            mbarrier.wait(q_full.index(slot), ((tile + i) // STAGES) & 1)
-            fence_async_shared()
-            s_started = product_nt(q_ring.index(slot), k_tile, zero)
-            s = warpgroup_mma_wait(0, [s_started])
-            mbarrier.arrive(q_empty.index(slot), count=1)
-            z = softcapped(s, inner, CAPPED)
-            m_seen = m_m[:, None] & within(o_k[None, :], start[:, None], end[:, None])
-            z = gl.where(m_seen, z * outer, float("-inf"))
-            row_max = gl.max(z, 1)
-            p = gl.exp2(z - gl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
-            if bad >= 2:  # rows that see a value that is not finite become NaN
-                flag = flag_ring.index(CONSUMER).load(gl.SliceLayout(0, S_LAYOUT))
-                p = gl.where(m_seen, p + flag[None, :], 0.0)
-            row_sum = gl.sum(p, 1)
-            acc_started = warpgroup_mma(
-                gl.convert_layout(p.to(v_ring.dtype), P_LAYOUT), v_tile, nothing, use_acc=False, is_async=True
-            )
-            m_empty = row_sum == 0.0
-            row_sum = gl.where(m_empty, 1.0, row_sum)
-            lse = gl.where(m_empty, float("-inf"), row_max + gl.log2(row_sum))
-            o_nth = gl.where(m_m, entry, 0) & ((1 << SHIFT) - 1)
-            o_partial = (o_first + token.to(gl.int64) * N + o_nth) * GROUP + o_m % HEADS
-            gl.store(lse_ptr + o_partial, lse, mask=m_m)
-            m_wide = wide >= 0
-            wide = gl.where(m_wide, wide, 0)
-            o_partial_wide = o_first + (wide >> SHIFT).to(gl.int64) * N + (wide & ((1 << SHIFT) - 1))
-            p_out = out_ptr + (o_partial_wide * GROUP + o_wide % HEADS) * DV
-            acc = warpgroup_mma_wait(0, [acc_started])
-            out = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), WIDE)
-            gl.store(p_out[:, None] + o_column[None, :], out, mask=m_wide[:, None])
-            entry = following
-            following = after
-            start = next_start
-            end = next_end
+            p_v = v_ptr + b.to(gl.int64) * v_b + (g // GROUPS).to(gl.int64) * v_h + first_key.to(gl.int64) * v_t
+            cleaned(v_tile, p_v, v_t, S - first_key, flags, WIDE)
+        for i in range((CONSUMER + CONSUMERS - tile % CONSUMERS) % CONSUMERS, count, CONSUMERS):
+            _partial(
+                rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile + i, first + i * ENTRIES, stop, first_key,
+                i < masked, bad, chunk * CHUNK, N, inner, outer, HEADS, SHIFT, CAPPED,
+            )  # fmt: skip
         mbarrier.arrive(kv_empty.index(at), count=1)
         tile += count
         turn += 1
@@ -304,15 +202,7 @@ def _partials_kernel(
     HEADS: gl.constexpr = GROUP
     ROWS: gl.constexpr = 64
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], k_desc.dtype)
-    kv = (
-        ring(k_desc, PLANS),
-        ring(v_desc, PLANS),
-        numbers(),
-        barriers(PLANS, 1),
-        barriers(PLANS, CONSUMERS + 1),
-        barriers(PLANS, 1),
-        barriers(PLANS, CONSUMERS),
-    )
+    kv = kv_slots(k_desc, v_desc, CONSUMERS)
     rows = (
         gl.allocate_shared_memory(k_desc.dtype, [STAGES, ROWS, D], LAYOUT),
         barriers(STAGES, GATHERERS),
@@ -323,12 +213,12 @@ def _partials_kernel(
     fence_async_shared()
     consumed = (
         kv, rows, flag_ring, v_ptr, order_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, v_b, v_t, v_h, window_b,
-        first_segment, S, G, GROUPS, N, GROUP, CHUNK, CHUNKS, inner, outer,
+        first_segment, S, G, GROUPS, N, CHUNK, CHUNKS, inner, outer,
     )  # fmt: skip
     gathered = (kv, rows, q_ptr, order_ptr, q_b, q_t, q_h, first_segment, CHUNKS, G, GROUP)
     scheduled = (
         k_desc, v_desc, kv, items_ptr, parts_ptr, bad_ptr, counter_ptr, first_segment, SEGMENTS, M, BLOCKS, CHUNKS, G,
-        GROUPS,
+        GROUPS, order_ptr, start_ptr, end_ptr, window_b,
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -336,7 +226,7 @@ def _partials_kernel(
                 (_consume, (consumed, 0, 2, HEADS, SHIFT, CAPPED)),
                 (_consume, (consumed, 1, 2, HEADS, SHIFT, CAPPED)),
                 (_gather, (gathered, HEADS, SHIFT)),
-                (schedule, (scheduled,)),
+                (schedule, (scheduled, ROWS // HEADS, SHIFT)),
             ],
             TWO[0],
             TWO[1],
@@ -348,7 +238,7 @@ def _partials_kernel(
                 (_consume, (consumed, 1, 3, HEADS, SHIFT, CAPPED)),
                 (_consume, (consumed, 2, 3, HEADS, SHIFT, CAPPED)),
                 (_gather, (gathered, HEADS, SHIFT)),
-                (schedule, (scheduled,)),
+                (schedule, (scheduled, ROWS // HEADS, SHIFT)),
             ],
             THREE[0],
             THREE[1],

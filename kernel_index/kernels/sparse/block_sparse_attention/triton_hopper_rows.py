@@ -11,8 +11,14 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_index.core.triton.hopper import DTYPES, within
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import NUMBERS, PLANS, read_number
+from kernel_index.core.triton.hopper import DTYPES, barriers
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import (
+    GATHERERS,
+    NUMBERS,
+    PLANS,
+    entries,
+    read_number,
+)
 
 
 def rows_of(x: Tensor, queries: int, heads: int) -> TensorDescriptor:
@@ -32,13 +38,50 @@ def row_ring(desc, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def inner_bounds(p_start, p_end, first, T, QUERIES):
+    """From where on and up to where all queries of a consumer see keys: bounds never decrease."""
+    last = gl.maximum(gl.minimum(first + QUERIES, T) - 1, 0)
+    return gl.load(p_start + last), gl.load(p_end + gl.minimum(first, T - 1))
+
+
+@gluon.jit
+def store_rows(p_out, value, b, o_q, o_h, T, H, LAYOUT: gl.constexpr):
+    """64 rows of a dense tensor [B, T, H, columns], in stores of 16 bytes."""
+    COLUMNS: gl.constexpr = value.shape[1]
+    value = gl.convert_layout(value.to(p_out.dtype.element_ty), LAYOUT)
+    o_column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    o_row = (b.to(gl.int64) * T + o_q) * H + o_h
+    gl.store(p_out + o_row[:, None] * COLUMNS + o_column[None, :], value, mask=(o_q < T)[:, None])
+
+
+@gluon.jit
+def row_slots(STAGES: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, DTYPE: gl.constexpr,
+              READERS: gl.constexpr):  # fmt: skip
+    """A ring of tiles of rows: q and the gradient of the output, log-sum-exp, ``delta``, and the bounds of the keys
+    that the row's query sees; barriers for the gatherers and for READERS."""
+    Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], DTYPE)
+    DO_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DV], DTYPE)
+    FLAT_SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return (
+        gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, D], Q_SHARED),
+        gl.allocate_shared_memory(DTYPE, [STAGES, ROWS, DV], DO_SHARED),
+        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], FLAT_SHARED),
+        gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], FLAT_SHARED),
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], FLAT_SHARED),
+        gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], FLAT_SHARED),
+        barriers(STAGES, GATHERERS),
+        barriers(STAGES, READERS),
+    )
+
+
+@gluon.jit
 def gather_rows(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
     (
-        kv, rows, q_ptr, do_ptr, lse_ptr, delta_ptr, order_ptr, q_b, q_t, q_h, do_b, do_t, do_h, first_segment, CHUNKS,
-        T, G, GROUP,
+        kv, rows, q_ptr, do_ptr, lse_ptr, delta_ptr, order_ptr, start_ptr, end_ptr, q_b, q_t, q_h, do_b, do_t, do_h,
+        window_b, first_segment, CHUNKS, T, G, GROUP,
     ) = given  # fmt: skip
     _k_ring, _v_ring, plan, plan_full, plan_empty, _kv_full, _kv_empty = kv
-    q_ring, do_ring, lse_ring, delta_ring, full, empty = rows
+    q_ring, do_ring, lse_ring, delta_ring, start_ring, end_ring, full, empty = rows
     STAGES: gl.constexpr = q_ring.shape[0]
     ROWS: gl.constexpr = q_ring.shape[1]
     D: gl.constexpr = q_ring.shape[2]
@@ -59,37 +102,42 @@ def gather_rows(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
     while segment >= 0:
         at = turn % PLANS
         start, stop = read_number(plan, at * NUMBERS + 2, FLAT), read_number(plan, at * NUMBERS + 3, FLAT)
+        masked = read_number(plan, at * NUMBERS + 6, FLAT)
         mbarrier.arrive(plan_empty.index(at), count=1)
         group = (first_segment + segment) // CHUNKS
         b, first_head = (group // G).to(gl.int64), group % G * GROUP
         p_q = q_ptr + b * q_b + first_head.to(gl.int64) * q_h
         p_do = do_ptr + b * do_b + first_head.to(gl.int64) * do_h
+        p_q_rows = p_q + (o_q % HEADS * q_h)[:, None] + o_d[None, :]
+        p_do_rows = p_do + (o_do % HEADS * do_h)[:, None] + o_dv[None, :]
         H = G * GROUP
         o_first = b * T * H + first_head
-        b_q = gl.load(order_ptr + start + o_q // HEADS, mask=start + o_q // HEADS < stop, other=-1)
-        b_flat = gl.load(order_ptr + start + o_flat // HEADS, mask=start + o_flat // HEADS < stop, other=-1)
+        p_lse, p_delta = lse_ptr + o_first + o_flat % HEADS, delta_ptr + o_first + o_flat % HEADS
+        p_start, p_end = start_ptr + group // G * window_b, end_ptr + group // G * window_b
+        b_q = entries(order_ptr, start, stop, o_q, HEADS)
+        b_flat = entries(order_ptr, start, stop, o_flat, HEADS)
         count = gl.cdiv(stop - start, ENTRIES)
         for i in range(count):
-            first = start + (i + 1) * ENTRIES
-            next_q = gl.load(order_ptr + first + o_q // HEADS, mask=first + o_q // HEADS < stop, other=-1)
-            next_flat = gl.load(order_ptr + first + o_flat // HEADS, mask=first + o_flat // HEADS < stop, other=-1)
+            next_q = entries(order_ptr, start + (i + 1) * ENTRIES, stop, o_q, HEADS)
+            next_flat = entries(order_ptr, start + (i + 1) * ENTRIES, stop, o_flat, HEADS)
             slot = (tile + i) % STAGES
             m_q, m_flat = b_q >= 0, b_flat >= 0
-            token = gl.where(m_q, b_q, 0) >> SHIFT
-            p_rows = p_q + (token.to(gl.int64) * q_t + o_q % HEADS * q_h)
+            token, token_flat = gl.maximum(b_q, 0) >> SHIFT, gl.maximum(b_flat, 0) >> SHIFT
             m_do = gl.convert_layout(m_q, gl.SliceLayout(1, DO_WIDE))
             token_do = gl.convert_layout(token, gl.SliceLayout(1, DO_WIDE))
-            p_do_rows = p_do + (token_do.to(gl.int64) * do_t + o_do % HEADS * do_h)
-            o_row = o_first + (gl.where(m_flat, b_flat, 0) >> SHIFT).to(gl.int64) * H + o_flat % HEADS
             mbarrier.wait(empty.index(slot), (((tile + i) // STAGES) & 1) ^ 1)
             async_copy.async_copy_global_to_shared(
-                q_ring.index(slot), p_rows[:, None] + o_d[None, :], mask=m_q[:, None]
+                q_ring.index(slot), p_q_rows + (token.to(gl.int64) * q_t)[:, None], mask=m_q[:, None]
             )
             async_copy.async_copy_global_to_shared(
-                do_ring.index(slot), p_do_rows[:, None] + o_dv[None, :], mask=m_do[:, None]
+                do_ring.index(slot), p_do_rows + (token_do.to(gl.int64) * do_t)[:, None], mask=m_do[:, None]
             )
-            async_copy.async_copy_global_to_shared(lse_ring.index(slot), lse_ptr + o_row, mask=m_flat)
-            async_copy.async_copy_global_to_shared(delta_ring.index(slot), delta_ptr + o_row, mask=m_flat)
+            o_row = token_flat.to(gl.int64) * H
+            async_copy.async_copy_global_to_shared(lse_ring.index(slot), p_lse + o_row, mask=m_flat)
+            async_copy.async_copy_global_to_shared(delta_ring.index(slot), p_delta + o_row, mask=m_flat)
+            if i < masked:
+                async_copy.async_copy_global_to_shared(start_ring.index(slot), p_start + token_flat, mask=m_flat)
+                async_copy.async_copy_global_to_shared(end_ring.index(slot), p_end + token_flat, mask=m_flat)
             async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
             b_q = next_q
             b_flat = next_flat
@@ -101,31 +149,13 @@ def gather_rows(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
 
 
 @gluon.jit
-def is_masked(
-    order_ptr, first, stop, p_start, p_end, first_key, BN: gl.constexpr, ENTRIES: gl.constexpr, SHIFT: gl.constexpr
-):
-    """Whether a row of the tile of entries from ``first`` on may not see a key: bounds never decrease."""
-    some = first < stop
-    last = gl.minimum(first + ENTRIES, stop) - 1
-    low = gl.load(order_ptr + first, mask=some, other=0)
-    high = gl.load(order_ptr + last, mask=some, other=0)
-    start = gl.load(p_start + (gl.maximum(high, 0) >> SHIFT))
-    end = gl.load(p_end + (gl.maximum(low, 0) >> SHIFT))
-    return (low < 0) | (high < 0) | (start > first_key) | (end < first_key + BN)
-
-
-@gluon.jit
-def seen(x, order_ptr, first, stop, p_start, p_end, first_key, HEADS: gl.constexpr, SHIFT: gl.constexpr,
-          S_LAYOUT: gl.constexpr):  # fmt: skip
-    """x [BN, ROWS], 0 where the row does not see the key."""
-    o_entry = first + gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, S_LAYOUT)) // HEADS
-    b_entry = gl.load(order_ptr + o_entry, mask=o_entry < stop, other=-1)
-    m_m = b_entry >= 0
-    token = gl.where(m_m, b_entry, 0) >> SHIFT
-    start = gl.load(p_start + token, mask=m_m, other=0)
-    end = gl.load(p_end + token, mask=m_m, other=0)
-    o_k = first_key + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, S_LAYOUT))
-    return gl.where(within(o_k[:, None], start[None, :], end[None, :]), x, 0.0)
+def unseen(rows, slot, BN: gl.constexpr, first_key, S_LAYOUT: gl.constexpr):
+    """Which of the rows of a slot [BN, ROWS] do not see the key; what is no entry sees none."""
+    _q_ring, _do_ring, _lse_ring, _delta_ring, start_ring, end_ring, _full, _empty = rows
+    start = start_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
+    end = end_ring.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
+    o_k = first_key + gl.arange(0, BN, layout=gl.SliceLayout(1, S_LAYOUT))
+    return (o_k[:, None] < start[None, :]) | (o_k[:, None] >= end[None, :])
 
 
 @gluon.jit
@@ -142,7 +172,7 @@ def _clean_rows(tile, lse_tile, delta_tile, LAYOUT: gl.constexpr):
 @gluon.jit
 def await_rows(rows, tile, masked, Q_WIDE: gl.constexpr, DO_WIDE: gl.constexpr):
     """Until the rows of a tile are there; clean ones, where some may not be seen."""
-    q_ring, do_ring, lse_ring, delta_ring, full, _empty = rows
+    q_ring, do_ring, lse_ring, delta_ring, _start_ring, _end_ring, full, _empty = rows
     STAGES: gl.constexpr = q_ring.shape[0]
     slot = tile % STAGES
     mbarrier.wait(full.index(slot), (tile // STAGES) & 1)

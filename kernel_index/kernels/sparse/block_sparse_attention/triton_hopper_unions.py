@@ -34,15 +34,33 @@ from kernel_index.core.triton.hopper import (
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_lists import cleaned, read_number
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import row_ring, rows_of
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import cleaned, read_number
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import (
+    inner_bounds,
+    row_ring,
+    rows_of,
+    store_rows,
+)
 from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import unfit_blocks
 
 CONSUMERS = gl.constexpr(2)
 
 INFO = gl.constexpr(4)
 """Of a block of a union: its number, the queries of the first and of the second consumer that selected it as bits, and
-what of it is not finite: 1 keys, 2 values."""
+what of it is not finite: 1 keys, 2 values.  Those of CHUNK blocks are loaded and noted at once."""
+
+CHUNK = gl.constexpr(32)
+
+CHUNKS = gl.constexpr(3)
+"""That are noted at a time: when one is written anew, the consumers have come to one of the two behind it."""
+
+
+@gluon.jit
+def _noted(info, chunk, which: gl.constexpr, i, LAYOUT: gl.constexpr):
+    """A number of the i-th block of a chunk."""
+    ONES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    notes = info.index(chunk % CHUNKS * INFO + which)._reinterpret(gl.int32, [CHUNK, 1], ONES)
+    return read_number(notes, i % CHUNK, LAYOUT)
 
 
 @gluon.jit
@@ -60,9 +78,11 @@ def _produce(given):
     k_ring, v_ring, plan, info, plan_full, plan_empty, q_full, q_empty, kv_full, kv_empty = buffers
     STAGES: gl.constexpr = k_ring.shape[0]
     BLOCK: gl.constexpr = k_ring.shape[1]
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     number = gl.program_id(0)
     turn = 0
     at = 0
+    chunk = 0
     while number < total:
         after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
         group, tile = number // TILES, TILES - 1 - number % TILES  # the long unions of a causal mask begin first
@@ -88,31 +108,24 @@ def _produce(given):
             p_blocks = blocks_ptr + (group * TILES + tile).to(gl.int64) * UNION
             p_members = members_ptr + (group * TILES + tile).to(gl.int64) * UNION
             p_bad = bad_ptr + (b * (G // GROUPS) + kv_head) * BLOCKS
-            # Loads that depend on each other are a block apart.
-            block, members = gl.load(p_blocks, mask=size > 0, other=0), gl.load(p_members, mask=size > 0, other=0)
-            bad = gl.load(p_bad + block)
-            next_block = gl.load(p_blocks + 1, mask=size > 1, other=0)
-            next_members = gl.load(p_members + 1, mask=size > 1, other=0)
-            for i in range(size):
-                next_bad = gl.load(p_bad + next_block)
-                after_block = gl.load(p_blocks + i + 2, mask=i + 2 < size, other=0)
-                after_members = gl.load(p_members + i + 2, mask=i + 2 < size, other=0)
-                slot = at % STAGES
-                mbarrier.wait(kv_empty.index(slot), ((at // STAGES) & 1) ^ 1)
-                _put(info, slot * INFO, block)
-                _put(info, slot * INFO + 1, ((members << (64 - QUERIES)) >> (64 - QUERIES)).to(gl.int32))
-                _put(info, slot * INFO + 2, (members >> QUERIES).to(gl.int32))
-                _put(info, slot * INFO + 3, bad.to(gl.int32))
-                mbarrier.arrive(kv_full.index(slot), count=1)
-                mbarrier.expect(kv_full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-                copy_tile(k_desc, b, block * BLOCK, kv_head, kv_full.index(slot), k_ring.index(slot))
-                copy_tile(v_desc, b, block * BLOCK, kv_head, kv_full.index(slot), v_ring.index(slot))
-                block = next_block
-                members = next_members
-                bad = next_bad
-                next_block = after_block
-                next_members = after_members
-                at += 1
+            for first_of_chunk in range(0, size, CHUNK):
+                notes = chunk % CHUNKS * INFO
+                o_block = first_of_chunk + gl.arange(0, CHUNK, layout=ONE)
+                block = gl.load(p_blocks + o_block, mask=o_block < size, other=0)
+                members = gl.load(p_members + o_block, mask=o_block < size, other=0)
+                info.index(notes).store(block)
+                info.index(notes + 1).store(((members << (64 - QUERIES)) >> (64 - QUERIES)).to(gl.int32))
+                info.index(notes + 2).store((members >> QUERIES).to(gl.int32))
+                info.index(notes + 3).store(gl.load(p_bad + block).to(gl.int32))
+                for nth in range(gl.minimum(size - first_of_chunk, CHUNK)):
+                    slot = at % STAGES
+                    first_key = _noted(info, chunk, 0, nth, ONE) * BLOCK
+                    mbarrier.wait(kv_empty.index(slot), ((at // STAGES) & 1) ^ 1)
+                    mbarrier.expect(kv_full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+                    copy_tile(k_desc, b, first_key, kv_head, kv_full.index(slot), k_ring.index(slot))
+                    copy_tile(v_desc, b, first_key, kv_head, kv_full.index(slot), v_ring.index(slot))
+                    at += 1
+                chunk += 1
             turn += 1
         number = after
     mbarrier.wait(plan_empty.index(0), (turn & 1) ^ 1)
@@ -129,23 +142,6 @@ def _row_place(number, TILES, G, GROUP, QUERIES, HEADS: gl.constexpr, CONSUMER: 
     first = (tile * CONSUMERS + CONSUMER) * QUERIES
     o_m = gl.arange(0, 64, layout=LAYOUT)
     return b, g, first, first + o_m // HEADS, g * GROUP + o_m % HEADS
-
-
-@gluon.jit
-def _inner_bounds(p_start, p_end, first, T, QUERIES):
-    """From where on and up to where all queries of a consumer see keys: bounds never decrease."""
-    last = gl.maximum(gl.minimum(first + QUERIES, T) - 1, 0)
-    return gl.load(p_start + last), gl.load(p_end + gl.minimum(first, T - 1))
-
-
-@gluon.jit
-def _store_rows(p_out, value, b, o_q, o_h, T, H, LAYOUT: gl.constexpr):
-    """64 rows of a dense tensor [B, T, H, columns], in stores of 16 bytes."""
-    COLUMNS: gl.constexpr = value.shape[1]
-    value = gl.convert_layout(value.to(p_out.dtype.element_ty), LAYOUT)
-    o_column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    o_row = (b.to(gl.int64) * T + o_q) * H + o_h
-    gl.store(p_out + o_row[:, None] * COLUMNS + o_column[None, :], value, mask=(o_q < T)[:, None])
 
 
 @gluon.jit
@@ -167,6 +163,7 @@ def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
     o_local = gl.arange(0, 64, layout=ROW) // HEADS
     turn = 0
     at = 0
+    chunk = 0
     mbarrier.wait(plan_full.index(0), 0)
     number = read_number(plan, 0, ONE)
     while number < total:
@@ -176,18 +173,19 @@ def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
         start = gl.load(p_start + o_q, mask=o_q < T, other=0)
         end = gl.load(p_end + o_q, mask=o_q < T, other=0)
-        low, high = _inner_bounds(p_start, p_end, first, T, QUERIES)
+        low, high = inner_bounds(p_start, p_end, first, T, QUERIES)
         row_max = gl.full([64], float("-inf"), gl.float32, layout=ROW)
         row_sum = gl.full([64], 0.0, gl.float32, layout=ROW)
         acc = gl.full([64, DV], 0.0, gl.float32, layout=O_LAYOUT)
         mbarrier.wait(q_full.index(0), turn & 1)
         q_tile = row_rings[0].index(CONSUMER)
-        for _i in range(size):
+        for i in range(size):
             slot = at % STAGES
+            noted = chunk + i // CHUNK
             mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
-            bits = read_number(info, slot * INFO + 1 + CONSUMER, ONE)
+            bits = _noted(info, noted, 1 + CONSUMER, i, ONE)
             if bits != 0:
-                first_key, bad = read_number(info, slot * INFO, ONE) * BN, read_number(info, slot * INFO + 3, ONE)
+                first_key, bad = _noted(info, noted, 0, i, ONE) * BN, _noted(info, noted, 3, i, ONE)
                 s = warpgroup_mma_wait(0, [product_nt(q_tile, k_ring.index(slot), zero)])
                 z = softcapped(s, inner, CAPPED) * outer
                 z = gl.where((((bits >> o_local) & 1) != 0)[:, None], z, float("-inf"))
@@ -210,6 +208,7 @@ def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
                 acc = warpgroup_mma_wait(0, [warpgroup_mma(b_p, v_ring.index(slot), acc, is_async=True)])
             mbarrier.arrive(kv_empty.index(slot), count=1)
             at += 1
+        chunk += gl.cdiv(size, CHUNK)
         mbarrier.arrive(q_empty.index(0), count=1)
         m_empty = row_sum == 0.0
         row_sum = gl.where(m_empty, 1.0, row_sum)
@@ -217,7 +216,7 @@ def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         gl.store(lse_ptr + (b.to(gl.int64) * T + o_q) * H + o_h, lse, mask=o_q < T)
         out = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))[:, None]
         _, _, _, w_q, w_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
-        _store_rows(out_ptr, out, b, w_q, w_h, T, H, WIDE)
+        store_rows(out_ptr, out, b, w_q, w_h, T, H, WIDE)
         turn += 1
         mbarrier.wait(plan_full.index(0), turn & 1)
         number = read_number(plan, 0, ONE)
@@ -242,6 +241,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
     o_local = gl.arange(0, 64, layout=ROW) // HEADS
     turn = 0
     at = 0
+    chunk = 0
     mbarrier.wait(plan_full.index(0), 0)
     number = read_number(plan, 0, ONE)
     while number < total:
@@ -251,7 +251,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
         start = gl.load(p_start + o_q, mask=o_q < T, other=0)
         end = gl.load(p_end + o_q, mask=o_q < T, other=0)
-        low, high = _inner_bounds(p_start, p_end, first, T, QUERIES)
+        low, high = inner_bounds(p_start, p_end, first, T, QUERIES)
         o_row = (b.to(gl.int64) * T + o_q) * H + o_h
         lse = gl.load(lse_ptr + o_row, mask=o_q < T, other=float("inf"))
         lse = gl.where(lse == float("-inf"), float("inf"), lse)  # no gradient where there is no key
@@ -259,12 +259,13 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         dq = gl.full([64, D], 0.0, gl.float32, layout=Q_LAYOUT)
         mbarrier.wait(q_full.index(0), turn & 1)
         q_tile, do_tile = row_rings[0].index(CONSUMER), row_rings[1].index(CONSUMER)
-        for _i in range(size):
+        for i in range(size):
             slot = at % STAGES
+            noted = chunk + i // CHUNK
             mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
-            bits = read_number(info, slot * INFO + 1 + CONSUMER, ONE)
+            bits = _noted(info, noted, 1 + CONSUMER, i, ONE)
             if bits != 0:
-                first_key, bad = read_number(info, slot * INFO, ONE) * BN, read_number(info, slot * INFO + 3, ONE)
+                first_key, bad = _noted(info, noted, 0, i, ONE) * BN, _noted(info, noted, 3, i, ONE)
                 if bad % 2 == 1:
                     p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS) * k_h + first_key.to(gl.int64) * k_t
                     cleaned(k_ring.index(slot), p_k, k_t, S - first_key, flag_ring.index(CONSUMER), WIDE)
@@ -287,9 +288,10 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
                 dq = warpgroup_mma_wait(0, [warpgroup_mma(b_dz, k_ring.index(slot), dq, is_async=True)])
             mbarrier.arrive(kv_empty.index(slot), count=1)
             at += 1
+        chunk += gl.cdiv(size, CHUNK)
         mbarrier.arrive(q_empty.index(0), count=1)
         _, _, _, w_q, w_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
-        _store_rows(dq_ptr, dq * scale, b, w_q, w_h, T, H, WIDE)
+        store_rows(dq_ptr, dq * scale, b, w_q, w_h, T, H, WIDE)
         turn += 1
         mbarrier.wait(plan_full.index(0), turn & 1)
         number = read_number(plan, 0, ONE)
@@ -318,12 +320,12 @@ def _by_unions_kernel(
         ring(k_desc, STAGES),
         ring(v_desc, STAGES),
         gl.allocate_shared_memory(gl.int32, [2, 1], ONES),
-        gl.allocate_shared_memory(gl.int32, [STAGES * INFO, 1], ONES),
+        gl.allocate_shared_memory(gl.int32, [CHUNKS * INFO, CHUNK], ONES),
         barriers(1, 1),
         barriers(1, CONSUMERS),
         barriers(1, 1 if FORWARD else 2),
         barriers(1, CONSUMERS),
-        barriers(STAGES, 2),
+        barriers(STAGES, 1),
         barriers(STAGES, CONSUMERS),
     )
     flag_ring = gl.allocate_shared_memory(gl.float32, [CONSUMERS, BN], ONES)

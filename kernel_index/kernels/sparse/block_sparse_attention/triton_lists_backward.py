@@ -190,9 +190,9 @@ def _merge_queries_kernel(
 def _merge_keys_kernel(
     dk_partial_ptr, dv_partial_ptr, parts_ptr, dk_ptr, dv_ptr, first_segment, S, K, G, CHUNKS, BLOCKS, M, TOGETHER,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BN: tl.constexpr,
-    BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr, UPCAST: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partials of ``TOGETHER`` segments of one KV head, in order, to float32 sums."""
+    """Adds the partials of ``TOGETHER`` segments of one KV head, in order, to float32 sums; WAYS of each part."""
     block = tl.program_id(0)
     o_launch = tl.program_id(1) * TOGETHER
     segment = first_segment + o_launch
@@ -211,8 +211,8 @@ def _merge_keys_kernel(
     dv = load_rows(dv_ptr, o_k * DV, m_n, DV, BLOCK_DV)  # [BN, BLOCK_DV]
     for n in range(0, TOGETHER):
         p_parts = parts_ptr + (segment + n).to(tl.int64) * (BLOCKS + 1) + block
-        for part in range(tl.load(p_parts), tl.load(p_parts + 1)):
-            o_partial = ((o_launch + n).to(tl.int64) * M + part) * BN + o_n
+        for part in range(tl.load(p_parts) * WAYS, tl.load(p_parts + 1) * WAYS):
+            o_partial = ((o_launch + n).to(tl.int64) * (M * WAYS) + part) * BN + o_n
             dk += load_rows(dk_partial_ptr, o_partial * D, m_n, D, BLOCK_D)
             dv += load_rows(dv_partial_ptr, o_partial * DV, m_n, DV, BLOCK_DV)
     store_rows(dk_ptr, o_k * D, m_n, dk, D, BLOCK_D, UPCAST)
@@ -259,23 +259,30 @@ def backward(
     queries = {name: c[name] for name in ("D", "BLOCK_D", "GROUP", "UPCAST")} | {"ROWS": ROWS}
     keys = {name: c[name] for name in ("D", "DV", "BLOCK_D", "BLOCK_DV", "BN", "BLOCK", "UPCAST")}
     of_queries = cut.entries * cut.group * D * q.element_size() if with_dq else 0
-    at_once = segments_at_once(of_queries + items * c["BN"] * (D + DV) * 4, cut, K)
+    hopper = HOPPER and c["BLOCK"] == 64 and for_hopper(plan, launch, q, k, v, of_rows[0])
+    ways = 2 if hopper and not with_dq else 1  # partials of dK and dV of a part
+    at_once = segments_at_once(of_queries + ways * items * c["BN"] * (D + DV) * 4, cut, K)
     dq_partials = q.new_empty((at_once, cut.entries, cut.group, D)) if with_dq else None
     written = q.new_empty((at_once, cut.entries), dtype=torch.int8) if with_dq else None
-    dk_partials, dv_partials = (dk.new_empty((at_once, items, c["BN"], width)) for width in (D, DV))
+    dk_partials, dv_partials = (dk.new_empty((at_once, ways * items, c["BN"], width)) for width in (D, DV))
     filled, (sizes, tile) = (dq_partials, written, dk_partials, dv_partials), of_tiles
     place = (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, tile)))
-    hopper = HOPPER and c["BLOCK"] == 64 and for_hopper(plan, launch, q, k, v, of_rows[0])
     with on_device(q):
         bad = unfit_blocks(k, v, blocks, c) if hopper else None
         for first, segments in parts_of(cut.segments, at_once):
             if written is not None:
                 written.zero_()
             if bad is not None:
-                from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_backward
+                from kernel_index.kernels.sparse.block_sparse_attention import (
+                    triton_hopper_backward,
+                    triton_hopper_keys,
+                )
 
-                part = (first, segments)
-                triton_hopper_backward.lists(of_rows, q, k, v, plan, bounds, cut, part, bad, launch, filled)
+                part, given = (first, segments), (of_rows, q, k, v, plan, bounds, cut)
+                if with_dq:
+                    triton_hopper_backward.lists(*given, part, bad, launch, filled)
+                else:
+                    triton_hopper_keys.keys(*given, part, bad, launch, filled[2:])
             else:
                 _lists_kernel[(items, segments)](
                     of_rows[0], q, k, v, *of_rows[1:], plan.order, plan.items, *bounds, *filled,
@@ -291,5 +298,5 @@ def backward(
             if blocks:
                 _merge_keys_kernel[(blocks, segments // together)](
                     dk_partials, dv_partials, plan.parts, dk, dv, first, S, K, cut.groups, cut.chunks, blocks, items,
-                    together, **keys, num_warps=8,
+                    together, WAYS=ways, **keys, num_warps=8,
                 )  # fmt: skip
