@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.testing import Maker, Suite
+from kernel_index.masks.doc_window_mask.mask import MaskContract
 
 
 def clone_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +26,9 @@ def _copy(t: Tensor) -> Tensor:
 
 
 def on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    """Tensors, and those inside of a mask."""
+    moved = {k: v.to("cpu") for k, v in kwargs.items() if isinstance(v, MaskContract)}
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kwargs.items()} | moved
 
 
 def in_float64(kwargs: dict[str, Any]) -> dict[str, Any]:

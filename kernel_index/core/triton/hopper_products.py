@@ -232,6 +232,8 @@ def parts_of(a: Tensor, b: Tensor) -> int:
 @functools.cache
 def _parts_of(M: int, K: int, N: int) -> int:
     columns, steps = _part_columns(N), ceil_div(K, DEPTH)
+    if steps == 0:  # no tokens: nothing to add up
+        return 1
     tiles = ceil_div(M, TILE_ROWS) * ceil_div(N, columns)
 
     def cost(parts: int) -> float:

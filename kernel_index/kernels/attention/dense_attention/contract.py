@@ -103,6 +103,8 @@ def sdpa_why_not(call: AttentionCall) -> str | None:
         return "scaled_dot_product_attention has no softcap"
     if call.sink is not None:
         return "scaled_dot_product_attention has no sink"
+    if call.q.device.type != "cpu" and call.q.shape[0] == 0:
+        return "scaled_dot_product_attention returns nothing for an empty batch on a GPU"
     sizes = call.sizes
     if sizes.queries > DENSE_LIMIT and lowering(sizes, call.mask) == "dense":
         return "dense_mask_too_large: this mask needs its dense form, which is refused above 8192 queries"
