@@ -208,7 +208,8 @@ def _log_probs(model: LanguageModel, hidden_C: Tensor, token: int, sampling: Sam
     options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     weight, vocab = model.head.weight, model.config.vocab
     stats = ki.token_stats(hidden_C[None], weight, target, valid_vocab=vocab, **options)
-    return torch.cat((own, stats.log_prob - stats.log_support))
+    sampled = (stats.log_prob - stats.log_support).clamp(max=0)  # their roundings apart may leave a few units above 0
+    return torch.cat((own, sampled))
 
 
 @torch.inference_mode()

@@ -184,6 +184,10 @@ def test_what_a_rollout_returns():
         assert (own <= 0).all()
     greedy = rollout(model, PROMPTS, 3, Sampling(temperature=0.0))
     assert all((s == 0).all() for s in greedy.sampled_log_probs), "a draw without a choice is certain"
+    first = rollout(model, PROMPTS, 12, Sampling(temperature=0.7, top_k=1))
+    for drawn in first.sampled_log_probs:
+        assert (drawn <= 0).all(), "no draw has a probability above 1"
+        torch.testing.assert_close(drawn, torch.zeros_like(drawn), rtol=0, atol=1e-5)
     again = rollout(model, PROMPTS, 12, Sampling(temperature=0.7, top_k=5))
     assert all(torch.equal(one, other) for one, other in zip(found.tokens, again.tokens, strict=True))
 
