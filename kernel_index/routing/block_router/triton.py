@@ -150,7 +150,9 @@ def _select_kernel(
         p_indices = indices_ptr + ((b * T + t) * G + g) * TOPK
         p_column, o_legal = p_row + o_column, o_column - first
         best = tl.full((COLUMNS,), NONE, tl.int32)
-        second, third, ranks = best, best, ()
+        second = tl.full((COLUMNS,), NONE, tl.int32)
+        third = tl.full((COLUMNS,), NONE, tl.int32)
+        ranks = ()
         for i in tl.static_range(PARTS):
             rank = _ranks(p_column + i * COLUMNS, o_legal + i * COLUMNS, legal)
             third = tl.maximum(third, tl.minimum(second, rank))
