@@ -39,6 +39,15 @@ def test_a_function_without_an_invariant_form_refuses():
         doubled(torch.ones(3), backend="fast")
 
 
+def test_a_refusal_names_together_what_broke_one_rule():
+    """And last what has no form at all: a caller can change the rest of the reasons."""
+    odd = Backend("odd", lambda x: "needs an odd size", lambda x: x, invariant=RECIPE)
+    with ki.numerics("invariant"), pytest.raises(ki.Ineligible) as error:
+        choose("doubled", (FAST, odd, Backend("other", always, lambda x: x)), "auto", torch.ones(4))
+    rules = "(odd: needs an odd size; fast, other: has no invariant form, which numerics('invariant') needs)"
+    assert str(error.value).endswith(rules)
+
+
 def test_blocks_nest():
     assert not is_invariant()
     with ki.numerics("invariant"):

@@ -395,6 +395,10 @@ def _explanation(op, backends, requested, wanted, forced_by, call) -> Explanatio
 
 def _refusal(op, backends, wanted, forced_by, declined) -> str:
     known = ", ".join(b.name for b in backends)
-    rules = "; ".join(f"{name}: {rule}" for name, rule in declined) or f"expected auto or one of: {known}"
+    names: dict[str, list[str]] = {}
+    for name, rule in declined:
+        names.setdefault(rule, []).append(name)
+    said = sorted(names, key=lambda rule: rule == NO_RECIPE)  # what a caller can change comes first
+    rules = "; ".join(f"{', '.join(names[rule])}: {rule}" for rule in said) or f"expected auto or one of: {known}"
     origin = f" (forced by {forced_by})" if forced_by else ""
     return f"{op}: backend={wanted!r}{origin} cannot run this call ({rules})"
