@@ -19,6 +19,7 @@ from kernel_index.core.autocast import without_autocast
 from kernel_index.core.force import PUBLIC, STRICT, forced_for
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.numerics import NO_RECIPE, Ineligible, Recipe, have_inductor_round, is_invariant
+from kernel_index.core.refusal import refusal
 from kernel_index.core.rules import triton_not_worth
 from kernel_index.core.target import target_of
 from kernel_index.core.version import __version__
@@ -352,7 +353,7 @@ def _choose(
             recipe = backend.invariant.hash if invariant and backend.invariant is not None else ""
             return Choice(op, requested, backend, declined, forced_by, details, wanted, recipe)
         declined += ((backend.name, rule),)
-    raise Ineligible(_refusal(op, backends, wanted, forced_by, declined))
+    raise Ineligible(refusal(op, backends, wanted, forced_by, declined))
 
 
 def _verdict(backend: Backend, wanted: str, call: tuple, invariant: bool) -> str | None:
@@ -391,14 +392,3 @@ def _explanation(op, backends, requested, wanted, forced_by, call) -> Explanatio
     chosen = next((b for b in backends if verdicts[b.name] is None and wanted in ("auto", b.name)), None)
     details = dict(chosen.details(*call)) if chosen and chosen.details else {}
     return Explanation(op, requested, chosen.name if chosen else None, verdicts, forced_by, details)
-
-
-def _refusal(op, backends, wanted, forced_by, declined) -> str:
-    known = ", ".join(b.name for b in backends)
-    names: dict[str, list[str]] = {}
-    for name, rule in declined:
-        names.setdefault(rule, []).append(name)
-    said = sorted(names, key=lambda rule: rule == NO_RECIPE)  # what a caller can change comes first
-    rules = "; ".join(f"{', '.join(names[rule])}: {rule}" for rule in said) or f"expected auto or one of: {known}"
-    origin = f" (forced by {forced_by})" if forced_by else ""
-    return f"{op}: backend={wanted!r}{origin} cannot run this call ({rules})"
