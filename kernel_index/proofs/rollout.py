@@ -28,7 +28,7 @@ FACTS = {"machine": ("kernel-index", "python", "torch", "isa"), "request": ("dev
 
 SELECTED = ("moba_attention", "clustered_sparse_attention", "exact_token_attention", "attention")
 RECIPES = {"A": ("attention",), "L": ("attention",), "S": SELECTED, "E": ("grouped_product",)}
-"""Functions one of whose recipes a receipt must tell, by the letter of the pattern; a scan has no function with one."""
+"""Functions one of whose recipes a receipt must tell, by the letter of the pattern.  On a CPU the scan of M is none."""
 
 
 def problems(receipt: dict[str, Any]) -> list[str]:

@@ -7,6 +7,8 @@ order of ``documents_backward.py``, by the same kind of instruction, whose steps
 start, too: they have its bits.  A sum that is NaN is made again by the kernels of that module.
 """
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -15,6 +17,13 @@ from kernel_index.core.triton.hopper import within
 CONSUMERS = gl.constexpr(2)
 NUMBERS = gl.constexpr(7)
 NOWHERE = gl.constexpr(2**31 - 1)
+
+
+class Shape(NamedTuple):
+    """Rows of the tiles that the producer copies, and slots of its ring."""
+
+    step: int
+    stages: int
 
 
 @gluon.constexpr_function

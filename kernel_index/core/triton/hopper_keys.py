@@ -1,7 +1,5 @@
 """dK and dV of documents on Hopper: see ``hopper_documents.py``."""
 
-from typing import NamedTuple
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,6 +23,7 @@ from kernel_index.core.triton.hopper import (
 )
 from kernel_index.core.triton.hopper_documents import (
     CONSUMERS,
+    Shape,
     first_token,
     is_masked,
     plan_memory,
@@ -34,14 +33,6 @@ from kernel_index.core.triton.hopper_documents import (
     sight_of,
 )
 from kernel_index.core.triton.launch import ceil_div, on_device, row_stride, score_factors
-
-
-class Shape(NamedTuple):
-    """Rows of the tiles that the producer copies, and slots of its ring."""
-
-    step: int
-    stages: int
-
 
 SHAPES = {64: Shape(128, 2), 128: Shape(64, 2)}
 """Of the wider of both head sizes.  Steps are multiples of 16, so bits do not depend on them."""
