@@ -11,6 +11,7 @@ from kernel_index.core.numerics import is_invariant
 from kernel_index.lm.cache import ModelCache
 from kernel_index.lm.config import ModelConfig
 from kernel_index.lm.data import IGNORED, Batch
+from kernel_index.lm.one_order import B, InOrder, as_given, in_one_order
 from kernel_index.lm.trees import TreeBatch, at_sources
 from kernel_index.nn import (
     MLA,
@@ -121,6 +122,14 @@ class LanguageModel(nn.Module):
 
     def hidden(self, batch: Batch | TreeBatch) -> Tensor:
         """Final hidden states [B, T, C] of a packed batch, or of one of prefix trees."""
+        known = self._in_order_to_train(batch)
+        return known.of_tokens(self._hidden(known.batch))
+
+    def _in_order_to_train(self, batch: B) -> InOrder[B]:
+        """Where gradients must not depend on the packing, the documents in their one order."""
+        return in_one_order(batch) if is_invariant() and torch.is_grad_enabled() else as_given(batch)
+
+    def _hidden(self, batch: Batch | TreeBatch) -> Tensor:
         if isinstance(batch, TreeBatch):
             mask = batch.mask
         else:
@@ -155,7 +164,12 @@ class LanguageModel(nn.Module):
 
         In training, with ``config.ahead`` and ``"mean"``, the loss of the token after the next is added.
         """
-        hidden = self.hidden(batch)
+        known = self._in_order_to_train(batch)
+        loss = self._loss(known.batch, reduction, z_loss)
+        return known.of_targets(loss) if reduction == "none" else loss
+
+    def _loss(self, batch: Batch | TreeBatch, reduction: Reduction, z_loss: float | None) -> Tensor:
+        hidden = self._hidden(batch)
         if isinstance(batch, TreeBatch):
             hidden = at_sources(hidden, batch.sources)
         options: dict[str, Any] = {
@@ -180,10 +194,11 @@ class LanguageModel(nn.Module):
 
         Under ``ki.numerics("invariant")`` they are those of ``lm.generate.rollout``, bit by bit.
         """
-        hidden = self.hidden(batch)
-        if isinstance(batch, TreeBatch):
-            hidden = at_sources(hidden, batch.sources)
-        return self.log_probs_of(hidden, batch.targets)
+        known = self._in_order_to_train(batch)
+        hidden = self._hidden(known.batch)
+        if isinstance(known.batch, TreeBatch):
+            hidden = at_sources(hidden, known.batch.sources)
+        return known.of_targets(self.log_probs_of(hidden, known.batch.targets))
 
     def log_probs_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probability of targets [...] after final hidden states [..., C]."""

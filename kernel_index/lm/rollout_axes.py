@@ -65,6 +65,21 @@ class Subject(NamedTuple):
     def order(self) -> list[int]:
         return torch.randperm(len(self.sequences), generator=self.generator).tolist()
 
+    def gradients(self, rows: Sequence[Sequence[int]], finding: "Finding", length: int | None = None) -> list[Tensor]:
+        """Those of all weights, for a sum of log-probabilities, which are compared; each target has a weight."""
+
+        @torch.enable_grad()
+        def call(batch: Batch) -> Tensor:
+            log_probs = self.model.log_probs(batch)
+            (log_probs * (1 + batch.targets % 7)).sum().backward()
+            return log_probs
+
+        self.model.zero_grad()
+        finding.compare(trained(self.model, rows, self.sequences, length=length, call=call), self.expected)
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad()
+        return found
+
 
 Axis = Callable[[Subject, Finding], None]
 AXES: dict[str, Axis] = {}
@@ -107,7 +122,8 @@ def trained(
     """The log-probabilities of each sequence by the training forward, the sequences packed as the rows say."""
     device = model.head.weight.device
     batch = Batch.of_documents([[sequences[i] for i in row] for row in rows], length)
-    log_probs = (call or model.log_probs)(Batch(*(t.to(device) for t in batch))).detach()
+    with torch.no_grad():  # where gradients are made, a batch is put into one order, and this packing would be gone
+        log_probs = (call or model.log_probs)(Batch(*(t.to(device) for t in batch))).detach()
     found: dict[int, Tensor] = {}
     for row, numbers in enumerate(rows):
         first = 0
@@ -157,24 +173,28 @@ def _threads(s: Subject, finding: Finding) -> None:
         torch.set_num_threads(before)
 
 
+@axis("gradients")
+def _gradients(s: Subject, finding: Finding) -> None:
+    """The gradients of all weights, from other orders and packings; and the log-probabilities they come with."""
+    context, numbers = s.model.config.context, range(len(s.sequences))
+    expected = s.gradients(packed(s.sequences, context), finding)
+    packings = [
+        (packed(s.sequences, context)[::-1], None),
+        (packed(s.sequences, context, s.order()), context + s.draw(0, 40)),
+        ([[i] for i in s.order()], None),
+        ([list(numbers)], None),
+    ]
+    for rows, length in packings:
+        finding.compare(s.gradients(rows, finding, length), expected)
+
+
 @axis("activation checkpointing")
 def _checkpointing(s: Subject, finding: Finding) -> None:
     """The log-probabilities, and the gradients of all weights."""
     gradients = []
     for recompute in (False, True):
-        with _recomputing(s.model, recompute), torch.enable_grad():
-            s.model.zero_grad()
-            kept: list[Tensor] = []
-
-            def call(batch: Batch, kept: list[Tensor] = kept) -> Tensor:
-                kept.append(s.model.log_probs(batch))
-                return kept[-1]
-
-            rows = packed(s.sequences, s.model.config.context)
-            finding.compare(trained(s.model, rows, s.sequences, call=call), s.expected)
-            kept[0].sum().backward()
-            gradients.append([p.grad.clone() for p in s.model.parameters() if p.grad is not None])
-    s.model.zero_grad()
+        with _recomputing(s.model, recompute):
+            gradients.append(s.gradients(packed(s.sequences, s.model.config.context), finding))
     finding.compare(*gradients)
 
 
@@ -192,7 +212,7 @@ def _recomputing(model: LanguageModel, recompute: bool) -> Iterator[None]:
 
 @axis("compile on or off")
 def _compiled(s: Subject, finding: Finding) -> None:
-    call: Any = torch.compile(s.model.log_probs, backend=s.compiler)
+    call: Any = torch.enable_grad()(torch.compile(s.model.log_probs, backend=s.compiler))
     rows = packed(s.sequences, s.model.config.context)
     finding.compare(trained(s.model, rows, s.sequences, length=s.model.config.context, call=call), s.expected)
 
@@ -209,7 +229,8 @@ def _tree(s: Subject, finding: Finding) -> None:
             batch = batch.to(s.model.head.weight.device)
             paths = [torch.cat((prompt, run)) for run in branches]
             alone = trained(s.model, [[i] for i in range(len(paths))], paths)
-            finding.compare([s.model.log_probs(batch)], [_of_edges(tree, batch, alone)])
+            with torch.no_grad():
+                finding.compare([s.model.log_probs(batch)], [_of_edges(tree, batch, alone)])
 
 
 def _of_edges(tree: TokenTree, batch: TreeBatch, alone: list[Tensor]) -> Tensor:

@@ -131,8 +131,6 @@ class SparseAttention(Mixer):
         if self.kind == "exact_token":
             assert self.index is not None
             learns = bool(self.index_loss) and self.training and torch.is_grad_enabled()
-            if learns:
-                needs_ordinary_numerics("nn.SparseAttention", "the loss of its indexer has no invariant form")
             selected = None
             if learns or not self.dense:
                 known = self.index.keys(x) if index_keys is None else index_keys
@@ -140,7 +138,9 @@ class SparseAttention(Mixer):
             out = ki.exact_token_attention(q, k, v, None if self.dense else selected, mask=mask)
             if selected is None or not learns:
                 return out
-            return _JoinLoss.apply(out, self.index_loss * ki.lightning_indexer_loss(selected, q, k))
+            with ki.numerics("ordinary"):  # it trains the indexer alone, and no log-probability has a part of it
+                index_loss = ki.lightning_indexer_loss(selected, q, k)
+            return _JoinLoss.apply(out, self.index_loss * index_loss)
         if self.dense:
             return ki.attention(q, k, v, mask)
         if self.kind == "nsa":

@@ -11,6 +11,7 @@ AXES = (
     "order of rows",
     "packed or alone",
     "thread count",
+    "gradients",
     "activation checkpointing",
     "compile on or off",
     "prefix tree",

@@ -5,7 +5,8 @@ import torch
 
 from kernel_index.core import document_attention
 from kernel_index.kernels.experts.grouped_product import torch_op_rows as grouped
-from kernel_index.lm import rollout_check
+from kernel_index.lm import model, rollout_check
+from kernel_index.lm.one_order import as_given
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.nn import document_scan, mla, residual
 from kernel_index.nn import linear as layers
@@ -99,3 +100,11 @@ def test_the_table_turns_red(broken, monkeypatch):
     found = rollout_check.check(FORMS[form](), TOKENS, axes=AXES)
     assert not any(f.refused for f in found.values())
     assert any(f.differing for f in found.values())
+
+
+def test_gradients_follow_the_packing_where_a_batch_keeps_its_own(monkeypatch):
+    """The log-probabilities do not: what differs are sums over tokens."""
+    monkeypatch.setattr(model, "in_one_order", as_given)
+    found = rollout_check.check(FORMS["A, fp32 stream, SwiGLU"](), TOKENS, axes=("gradients", "packed or alone"))
+    assert found["packed or alone"].is_exact
+    assert found["gradients"].differing > 0

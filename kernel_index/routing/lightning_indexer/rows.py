@@ -1,6 +1,7 @@
 """The indexer under ``numerics("invariant")``: scores by products whose rows do not depend on each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +9,10 @@ from torch import Tensor
 from kernel_index.core.products import product
 from kernel_index.routing.topk_keys import NOTHING, best_keys, index_of
 
-SCORES_AT_ONCE = 1 << 22
-"""Queries are taken in chunks of at most this many scores."""
+SCORES_AT_ONCE = 1 << 18
+"""Queries are taken in chunks of at most this many scores, 16 times as many on a GPU, but ``FEWEST`` at least."""
+
+FEWEST = 64
 
 
 def rows_topk(
@@ -17,21 +20,52 @@ def rows_topk(
     multiply: Callable[..., Tensor] = product.launch,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices int64 and scores float32 [B, T, topk], best first; ``start`` and ``end`` int32 [B or 1, T]."""
-    (batch, queries), keys = q.shape[:2], k.shape[1]
-    indices = q.new_full((batch, queries, topk), -1, dtype=torch.int64)
-    scores = q.new_full((batch, queries, topk), -torch.inf, dtype=torch.float32)
-    step, key = max(1, SCORES_AT_ONCE // max(1, keys)), torch.arange(keys, device=q.device)
-    for b in range(batch):
-        for t in range(0, queries if keys else 0, step):
-            at = slice(t, t + step)
-            z = _scores(multiply, q[b, at], k[b], weights[b, at].float())
-            allowed = (key >= start[b % len(start), at, None]) & (key < end[b % len(end), at, None])
-            count = min(topk, keys)
+    indices = q.new_full((*q.shape[:2], topk), -1, dtype=torch.int64)
+    scores = q.new_full((*q.shape[:2], topk), -torch.inf, dtype=torch.float32)
+    limit = SCORES_AT_ONCE * (16 if q.is_cuda else 1)
+    for b in range(len(q)):
+        bounds = start[b % len(start)], end[b % len(end)]
+        for chunk in _chunks(*bounds, limit):
+            at, first, last = chunk
+            key = torch.arange(first, last, device=q.device)
+            z = _scores(multiply, q[b, at], k[b, first:last], weights[b, at].float())
+            allowed = (key >= bounds[0][at, None]) & (key < bounds[1][at, None])
+            count = min(topk, len(key))
             best = best_keys(z, allowed, key, count).sort(-1, descending=True).values
             some = best > NOTHING
             indices[b, at, :count] = torch.where(some, index_of(best), -1)
-            scores[b, at, :count] = torch.where(some, z.gather(1, index_of(best).clamp(0, keys - 1)), -torch.inf)
+            place = (index_of(best) - first).clamp(0, len(key) - 1)
+            scores[b, at, :count] = torch.where(some, z.gather(1, place), -torch.inf)
     return indices, scores
+
+
+class _Chunk(NamedTuple):
+    """Queries that are scored together, and the first and last of the keys that one of them may see."""
+
+    queries: slice
+    first: int
+    last: int
+
+
+def _chunks(start: Tensor, end: Tensor, limit: int) -> Iterator[_Chunk]:
+    """All queries that may see a key.  Packed documents cost what they cost alone, and a causal row its half."""
+    first, last = start.cpu().long(), end.cpu().long()
+    empty = first >= last
+    first, last = first.masked_fill(empty, 2**31), last.masked_fill(empty, 0)
+    t, queries = 0, len(first)
+    while t < queries:
+        step = FEWEST
+        while t + step < queries and 2 * step * _span(first[t : t + 2 * step], last[t : t + 2 * step]) <= limit:
+            step *= 2
+        at = slice(t, min(t + step, queries))
+        if _span(first[at], last[at]):
+            yield _Chunk(at, int(first[at].min()), int(last[at].max()))
+        t += step
+
+
+def _span(first: Tensor, last: Tensor) -> int:
+    """Keys from the first to the last that one of the queries may see."""
+    return max(0, int(last.max()) - int(first.min()))
 
 
 def _scores(multiply: Callable[..., Tensor], q_TJD: Tensor, k_SD: Tensor, weights_TJ: Tensor) -> Tensor:

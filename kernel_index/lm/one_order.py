@@ -1,0 +1,136 @@
+"""One order of a batch's documents, whatever rows they come in: ``numerics("invariant")`` trains in it.
+
+The gradient of a weight is a sum over all tokens.  In this order that sum, and so each of its bits, depends on the
+documents alone: not on how a caller packs them, nor on the order of the rows.
+"""
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+import kernel_index as ki
+from kernel_index.lm.data import Batch
+from kernel_index.lm.trees import TreeBatch
+
+B = TypeVar("B", Batch, TreeBatch)
+Back = Callable[[Tensor], Tensor]
+
+
+class InOrder(NamedTuple, Generic[B]):
+    """The documents of a batch in their one order.
+
+    ``of_tokens`` and ``of_targets`` bring values of its tokens and targets to the places that the caller knows, with 0
+    for padding.
+    """
+
+    batch: B
+    of_tokens: Back
+    of_targets: Back
+
+
+def as_given(batch: B) -> InOrder[B]:
+    return InOrder(batch, _same, _same)
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+@torch.compiler.disable  # its sizes follow the content
+def in_one_order(batch: B) -> InOrder[B]:
+    """All documents of a batch in a single row without padding; trees keep their rows, in another order.
+
+    They are sorted by a hash of 64 bits of their tokens, positions and targets.  Documents that are alike in all of
+    these keep the caller's order: their gradients are alike too, unless the caller weighs them differently.
+
+    >>> import torch
+    >>> a, b, c = (torch.tensor(x) for x in ([5, 6], [7], [8, 9, 1]))
+    >>> one, other = Batch.of_documents([[a, b], [c]]), Batch.of_documents([[c], [b], [a]])
+    >>> torch.equal(in_one_order(one).batch.tokens, in_one_order(other).batch.tokens)
+    True
+    """
+    return _trees(batch) if isinstance(batch, TreeBatch) else _documents(batch)
+
+
+def _documents(batch: Batch) -> InOrder[Batch]:
+    shape = batch.tokens.shape
+    columns = torch.arange(shape[1], device=batch.tokens.device)
+    real = (batch.doc_ids >= 0) & (columns < batch.valid_counts[:, None])
+    places = real.flatten().nonzero()[:, 0]  # of each token in the caller's rows
+    if not len(places):
+        return as_given(batch)
+    numbers = batch.doc_ids.flatten()[places].unique(return_inverse=True)[1]
+    _, document, counts = (places // shape[1] * len(places) + numbers).unique(return_inverse=True, return_counts=True)
+    by_document = document.argsort(stable=True)
+    places, document = places[by_document], document[by_document]
+    offset = torch.arange(len(places), device=places.device) - (counts.cumsum(0) - counts)[document]
+    words = _hash(offset, *(x.flatten()[places] for x in (batch.tokens, batch.positions, batch.targets)))
+    rank = _rank(torch.zeros_like(counts).index_add_(0, document, words))[document]
+    order = rank.argsort(stable=True)
+    places = places[order]
+
+    def back(values: Tensor) -> Tensor:
+        rest = values.shape[2:]
+        flat = values.new_zeros(shape.numel(), *rest).index_copy(0, places, values[0])
+        return flat.reshape(*shape, *rest)
+
+    tokens, targets, positions = (x.flatten()[None, places] for x in (batch.tokens, batch.targets, batch.positions))
+    count = torch.full_like(batch.valid_counts[:1], len(places))
+    return InOrder(Batch(tokens, targets, positions, rank[None, order], count), back, back)
+
+
+def _trees(batch: TreeBatch) -> InOrder[TreeBatch]:
+    rows, length = batch.tokens.shape
+    ends = batch.mask.subtree_end
+    assert ends is not None
+    columns = torch.arange(length, device=ends.device).expand_as(ends)
+    rank = _rank(_hash(columns, batch.tokens, batch.positions, ends).sum(1))
+    order = rank.argsort()
+    row, column = batch.sources // max(length, 1), batch.sources % max(length, 1)
+    by_row = rank[row].argsort(stable=True)  # the edges of a row follow each other
+    rank_of_edge = _inverse(by_row)
+    pairs = rank_of_edge[batch.after_next]
+    mask = ki.MaskContract(subtree_end=ends[order], positions=batch.positions[order])
+    sorted_batch = TreeBatch(
+        tokens=batch.tokens[order],
+        positions=batch.positions[order],
+        mask=mask,
+        sources=(rank[row] * length + column)[by_row],
+        targets=batch.targets[by_row],
+        after_next=pairs[pairs[:, 0].argsort(stable=True)],
+    )
+    return InOrder(sorted_batch, lambda values: values[rank], lambda values: values[rank_of_edge])
+
+
+def _rank(keys: Tensor) -> Tensor:
+    """The place of each key among all of them, sorted."""
+    return _inverse(keys.argsort(stable=True))
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _hash(*words: Tensor) -> Tensor:
+    """64 bits of whole numbers, element by element.
+
+    Source: S. Vigna's splitmix64, its two multiplications; integer products wrap around.
+    """
+    found = torch.zeros_like(words[0])
+    for word in words:
+        found = found + word + _signed(0x9E3779B97F4A7C15)
+        found = (found ^ _shifted(found, 30)) * _signed(0xBF58476D1CE4E5B9)
+        found = (found ^ _shifted(found, 27)) * _signed(0x94D049BB133111EB)
+        found = found ^ _shifted(found, 31)
+    return found
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """Right, without the sign's copies."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits
