@@ -4,8 +4,10 @@
 ``ki.transformers.apply(model, numerics="invariant")``.  The base is the training forward over rows of packed documents:
 a log-probability in float32 for each token and its last hidden state, which are compared bit by bit with another
 packing, with batches that are padded on the left, with a cache that is filled in chunks, and with ``generate``.  Then
-training steps of 4 rows of 4096 tokens in turn, invariant and ordinary, and whether two of them have equal gradients.
-``--hybrid`` instead times steps of the preset ``small`` in turn: 16 rows of 2048 tokens under bfloat16 autocast.
+the loss and all gradients of the same documents, packed and in batches padded on either side; and training steps of 4
+rows of 4096 tokens in turn, invariant and ordinary.
+``--hybrid`` instead compares the gradients of the preset ``small`` for other packings, and times its steps in turn: 16
+rows of 2048 tokens under bfloat16 autocast.
 """
 
 import gc
@@ -25,6 +27,7 @@ from benchmarks.gpu_language_model import model_and_batch
 from benchmarks.harness import console
 from kernel_index.core.numerics import Mode
 from kernel_index.lm.data import Batch
+from kernel_index.lm.model import LanguageModel
 
 
 class Sizes(NamedTuple):
@@ -189,9 +192,9 @@ def generated(made: Model, compared: Compared, sizes: Sizes) -> None:
 # Time
 
 
-def step(model: Any, ids: Tensor) -> Tensor:
+def step(model: Any, ids: Tensor, **others: Tensor) -> Tensor:
     model.zero_grad(set_to_none=True)
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = model(**({"labels": ids} | others), input_ids=ids, use_cache=False).loss
     loss.backward()
     return loss.detach()
 
@@ -219,12 +222,15 @@ DOCUMENTS = (301, 476, 723, 548)
 """Tokens, of a row of 2048: no multiples of a chunk of the scan, so documents are moved."""
 
 
-def hybrid(rounds: int) -> None:
-    """Steps of ``small`` with documents that fill their chunks, and with others."""
+def hybrid(rounds: int) -> bool:
+    """Gradients of ``small``, then its steps, with documents that fill their chunks and with others."""
     model, filled_ones = model_and_batch("small", 16, recompute=False)
     draw = torch.Generator().manual_seed(1)
-    row = [torch.randint(0, model.config.vocab, (size,), generator=draw) for size in DOCUMENTS]
-    moved = Batch(*(x.cuda() for x in Batch.of_documents([row] * 16)))
+    documents = [
+        [torch.randint(0, model.config.vocab, (size,), generator=draw) for size in DOCUMENTS] for _ in range(16)
+    ]
+    moved = Batch(*(x.cuda() for x in Batch.of_documents(documents)))
+    exact = packings(model, [document for row in documents for document in row])
     for name, batch in (("documents of 512", filled_ones), (f"documents of {DOCUMENTS}", moved)):
         seconds: dict[Mode, list[float]] = {"ordinary": [], "invariant": []}
         for turn, mode in itertools.product(range(-3, rounds), seconds):
@@ -242,6 +248,32 @@ def hybrid(rounds: int) -> None:
         )
         ratio = taken["invariant"] / taken["ordinary"]
         console.print(f"a step of small, {name}: {spans}: {ratio:.3f}", highlight=False)
+    return exact
+
+
+def packings(model: LanguageModel, documents: list[Tensor]) -> bool:
+    """Whether three packings of the same documents have the same loss and gradients."""
+    with torch.no_grad():
+        for weight in model.parameters():  # a new model's branches end at zero
+            weight.copy_(0.05 * torch.randn_like(weight) + (weight.ndim == 1) * weight)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(2)).tolist()
+    lengths, found = [len(d) for d in documents], []
+    for rows in (filled(lengths, 2048, order[::-1]), filled(lengths, 5000, order), [[i] for i in order]):
+        batch = Batch(*(x.cuda() for x in Batch.of_documents([[documents[i] for i in row] for row in rows])))
+        with ki.numerics("invariant"), torch.autocast("cuda", torch.bfloat16):
+            loss = model(batch)
+            loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad(set_to_none=True)
+    return told_equal("small in three packings", found)
+
+
+def told_equal(what: str, found: list[list[Tensor]]) -> bool:
+    same = all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+    numbers = sum(x.numel() for x in found[0])
+    said = "all bits equal" if same and all(bool(x.any()) for x in found[0]) else "DIFFER, or are zero"
+    console.print(f"{what}: loss and gradients, {numbers:,} numbers: {said}", highlight=False)
+    return said == "all bits equal"
 
 
 def wait(x: Tensor) -> None:
@@ -250,14 +282,31 @@ def wait(x: Tensor) -> None:
 
 
 def repeated(model: Any, ids: Tensor) -> bool:
-    """Whether two steps have the same loss and gradients."""
+    """Whether the same documents have the same loss and gradients twice, in one row, and in padded batches."""
+    sizes = [len(row) * (i + 1) // len(ids) for i, row in enumerate(ids)]
+    documents = [row[:size] for row, size in zip(ids, sizes, strict=True)]
+    batches = [in_one_row(documents), in_one_row(documents), in_one_row(documents[::-1])]
+    batches += [padded_batch(documents[::-1], left=left) for left in (True, False)]
     found = []
-    for _ in range(2):
-        loss = step(model, ids)
-        found.append([loss, *(p.grad.clone() for p in model.parameters())])
-    same = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    console.print(f"two steps have the same loss and gradients: {same}", highlight=False)
-    return same
+    for batch in batches:
+        loss = step(model, **batch)
+        found.append([loss, *(p.grad for p in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    return told_equal("one row twice, in another order, and padded", found)
+
+
+def in_one_row(documents: list[Tensor]) -> dict[str, Tensor]:
+    labels = torch.cat([torch.nn.functional.pad(d[1:], (1, 0), value=-100) for d in documents])
+    places = torch.cat([torch.arange(len(d), device=d.device) for d in documents])
+    return {"ids": torch.cat(documents)[None], "position_ids": places[None], "labels": labels[None]}
+
+
+def padded_batch(documents: list[Tensor], left: bool) -> dict[str, Tensor]:
+    """Documents in a row each; those that are padded on the right are turned around twice."""
+    turn = (lambda x: x) if left else (lambda x: x.flip(-1))
+    ids, real = left_padded([turn(d) for d in documents])
+    labels, _ = left_padded([turn(torch.nn.functional.pad(d[1:], (1, 0), value=-100)) for d in documents], -100)
+    return {"ids": turn(ids), "attention_mask": turn(real), "labels": turn(labels)}
 
 
 def main(
@@ -269,8 +318,7 @@ def main(
     """Compare the bits of a patched Llama along its axes, then time its training step."""
     if hybrid_steps:
         torch.cuda.set_stream(torch.cuda.Stream())
-        hybrid(rounds)
-        return
+        raise typer.Exit(0 if hybrid(rounds) else 1)
     config, device, sizes = (TINY, "cpu", SMALL) if dry_run else (DENSE, "cuda", LARGE._replace(tokens=tokens))
     if not dry_run:
         torch.cuda.set_stream(torch.cuda.Stream())

@@ -13,7 +13,17 @@ from kernel_index.core import checks
 from kernel_index.core.numerics import Mode, check_mode
 from kernel_index.core.target import has_package
 from kernel_index.integrations.extras import require
-from kernel_index.integrations.hugging_face import activation, attention, exact_ops, invariant, loss, mlp, norms, rope
+from kernel_index.integrations.hugging_face import (
+    activation,
+    attention,
+    exact_ops,
+    invariant,
+    loss,
+    mlp,
+    norms,
+    one_order,
+    rope,
+)
 from kernel_index.integrations.hugging_face.change import Change, Kind, Plan, tried
 
 __all__ = ["Change", "Report", "apply"]
@@ -63,6 +73,7 @@ class Report:
                 vars(module).pop(attention.NOTES, None)
                 vars(module).pop(attention.TRIED, None)
                 vars(module).pop(MARK, None)
+                vars(module).pop(one_order.KEEPS_ROWS, None)
         self._model = None
 
     def __str__(self) -> str:
@@ -198,6 +209,7 @@ def apply(
                 undo.append(plan.do())
         if wanted["numerics"]:
             exact_ops.check(model)
+            one_order.check(model)
         report = Report(model, (p.change for p in plans), undo)
     finally:
         if report is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
+from kernel_index.core.by_content import documents_by_content, hashed, inverse, ranks, scattered
 from kernel_index.lm.data import Batch
 from kernel_index.lm.trees import TreeBatch
 
@@ -61,36 +62,29 @@ def _documents(batch: Batch) -> InOrder[Batch]:
     places = real.flatten().nonzero()[:, 0]  # of each token in the caller's rows
     if not len(places):
         return as_given(batch)
-    numbers = batch.doc_ids.flatten()[places].unique(return_inverse=True)[1]
-    _, document, counts = (places // shape[1] * len(places) + numbers).unique(return_inverse=True, return_counts=True)
-    by_document = document.argsort(stable=True)
-    places, document = places[by_document], document[by_document]
-    offset = torch.arange(len(places), device=places.device) - (counts.cumsum(0) - counts)[document]
-    words = _hash(offset, *(x.flatten()[places] for x in (batch.tokens, batch.positions, batch.targets)))
-    rank = _rank(torch.zeros_like(counts).index_add_(0, document, words))[document]
-    order = rank.argsort(stable=True)
+    ids = batch.doc_ids.flatten()[places].unique(return_inverse=True)[1]  # below the number of tokens
+    words = (x.flatten()[places] for x in (batch.tokens, batch.positions, batch.targets))
+    order, numbers = documents_by_content(places // shape[1] * len(places) + ids, *words)
     places = places[order]
 
     def back(values: Tensor) -> Tensor:
-        rest = values.shape[2:]
-        flat = values.new_zeros(shape.numel(), *rest).index_copy(0, places, values[0])
-        return flat.reshape(*shape, *rest)
+        return scattered(values[0], places, shape)
 
     tokens, targets, positions = (x.flatten()[None, places] for x in (batch.tokens, batch.targets, batch.positions))
     count = torch.full_like(batch.valid_counts[:1], len(places))
-    return InOrder(Batch(tokens, targets, positions, rank[None, order], count), back, back)
+    return InOrder(Batch(tokens, targets, positions, numbers[None], count), back, back)
 
 
 def _trees(batch: TreeBatch) -> InOrder[TreeBatch]:
-    rows, length = batch.tokens.shape
+    length = batch.tokens.shape[1]
     ends = batch.mask.subtree_end
     assert ends is not None
     columns = torch.arange(length, device=ends.device).expand_as(ends)
-    rank = _rank(_hash(columns, batch.tokens, batch.positions, ends).sum(1))
+    rank = ranks(hashed(columns, batch.tokens, batch.positions, ends).sum(1))
     order = rank.argsort()
     row, column = batch.sources // max(length, 1), batch.sources % max(length, 1)
     by_row = rank[row].argsort(stable=True)  # the edges of a row follow each other
-    rank_of_edge = _inverse(by_row)
+    rank_of_edge = inverse(by_row)
     pairs = rank_of_edge[batch.after_next]
     mask = ki.MaskContract(subtree_end=ends[order], positions=batch.positions[order])
     sorted_batch = TreeBatch(
@@ -101,36 +95,4 @@ def _trees(batch: TreeBatch) -> InOrder[TreeBatch]:
         targets=batch.targets[by_row],
         after_next=pairs[pairs[:, 0].argsort(stable=True)],
     )
-    return InOrder(sorted_batch, lambda values: values[rank], lambda values: values[rank_of_edge])
-
-
-def _rank(keys: Tensor) -> Tensor:
-    """The place of each key among all of them, sorted."""
-    return _inverse(keys.argsort(stable=True))
-
-
-def _inverse(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-
-
-def _hash(*words: Tensor) -> Tensor:
-    """64 bits of whole numbers, element by element.
-
-    Source: S. Vigna's splitmix64, its two multiplications; integer products wrap around.
-    """
-    found = torch.zeros_like(words[0])
-    for word in words:
-        found = found + word + _signed(0x9E3779B97F4A7C15)
-        found = (found ^ _shifted(found, 30)) * _signed(0xBF58476D1CE4E5B9)
-        found = (found ^ _shifted(found, 27)) * _signed(0x94D049BB133111EB)
-        found = found ^ _shifted(found, 31)
-    return found
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """Right, without the sign's copies."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(bits: int) -> int:
-    return bits - (1 << 64) if bits >> 63 else bits
+    return InOrder(sorted_batch, lambda x: x.index_select(0, rank), lambda x: x.index_select(0, rank_of_edge))

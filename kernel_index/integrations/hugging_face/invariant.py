@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 import kernel_index as ki
 from kernel_index.core import stable
 from kernel_index.core.numerics import Ineligible
+from kernel_index.integrations.hugging_face import one_order
 from kernel_index.integrations.hugging_face.change import Change, Plan, Recipe, replace_forward
 
 KIND = "numerics"
@@ -79,7 +80,7 @@ def _plan_of_angles(name: str, module: Any) -> Plan:
 def linear_forward(base: type) -> Callable[..., Tensor]:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:  # the name that nn.Linear has
         with ki.numerics("invariant"):  # also where somebody calls the layer alone
-            return ki.linear(input, self.weight, self.bias)
+            return one_order.product_in_order(lambda x: ki.linear(x, self.weight, self.bias), input)
 
     return forward
 
@@ -129,7 +130,15 @@ def forward_in_mode(base: type) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ki.numerics("invariant"):
-            return base.forward(self, *args, **prepared(self, names, args, kwargs))
+            kwargs = prepared(self, names, args, kwargs)
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            if torch.compiler.is_compiling():
+                return base.forward(self, *args, **kwargs)
+            if one_order.is_innermost(self):
+                found = one_order.run_in_order(base.forward, self, arguments)
+                return base.forward(self, *args, **kwargs) if found is None else found
+            with one_order.call_of_model(arguments):
+                return base.forward(self, *args, **kwargs)
 
     return forward
 

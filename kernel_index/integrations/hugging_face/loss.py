@@ -18,6 +18,7 @@ from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan,
 from kernel_index.integrations.hugging_face.invariant import names_of, prepared
 from kernel_index.integrations.hugging_face.lazy import is_observed
 from kernel_index.integrations.hugging_face.logits import LazyLogits, product
+from kernel_index.integrations.hugging_face.one_order import call_of_model, product_in_order, rows_in_order
 
 KIND = "loss"
 WANTED: ContextVar[nn.Module | None] = ContextVar("kernel_index_head_of_a_call_with_labels", default=None)
@@ -79,7 +80,9 @@ def model_forward(base: type, invariant: bool = False) -> Callable[..., Any]:
         if not invariant:
             return with_labels(self, *args, **kwargs)
         with ki.numerics("invariant"):
-            return with_labels(self, *args, **prepared(self, names, args, kwargs))
+            kwargs = prepared(self, names, args, kwargs)
+            with call_of_model(dict(zip(names, args, strict=False)) | kwargs):
+                return with_labels(self, *args, **kwargs)
 
     def with_labels(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -100,7 +103,7 @@ def head_forward(base: type, invariant: bool = False) -> Callable[..., Tensor]:
         # A hook on the head, as sharding puts there, sees an ordinary tensor, and may free the weight after it.
         if not torch.compiler.is_compiling() and WANTED.get() is self and not is_observed(self):
             return LazyLogits.of(input, self.weight, self.bias, invariant)
-        return product(input, self.weight, self.bias, invariant)
+        return product_in_order(lambda x: product(x, self.weight, self.bias, invariant), input)
 
     return forward
 
@@ -133,8 +136,11 @@ def causal_lm_loss(
         needs_ordinary_numerics("the loss", "its logits are not those of the output layer alone")
         return ForCausalLMLoss(logits.values(), *rest, **kwargs)
     hidden, weight, bias = logits.factors_of_product()
+    rows, hidden = rows_in_order(hidden), hidden.flatten(0, -2)
+    if rows is not None and _holds_all(targets, rows, ignore_index):
+        hidden, targets = hidden.index_select(0, rows), targets[rows]
     total = ki.fused_linear_cross_entropy(
-        hidden.flatten(0, -2),
+        hidden,
         weight,
         targets,
         bias=bias,
@@ -148,3 +154,9 @@ def causal_lm_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def _holds_all(targets: Tensor, rows: Tensor, ignore_index: int) -> bool:
+    """Whether no token without a place in the order, which is padding, has a target."""
+    counted = targets != ignore_index
+    return bool(counted.sum() == counted[rows].sum())
