@@ -11,7 +11,7 @@ from kernel_index.core.numerics import is_invariant
 from kernel_index.lm.cache import ModelCache
 from kernel_index.lm.config import ModelConfig
 from kernel_index.lm.data import IGNORED, Batch
-from kernel_index.lm.one_order import B, InOrder, as_given, in_one_order
+from kernel_index.lm.one_order import AnyBatch, InOrder, as_given, in_one_order
 from kernel_index.lm.trees import TreeBatch, at_sources
 from kernel_index.nn import (
     MLA,
@@ -120,16 +120,16 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embed.weight, std=1.0)
         nn.init.zeros_(self.head.weight)
 
-    def hidden(self, batch: Batch | TreeBatch) -> Tensor:
+    def hidden(self, batch: AnyBatch) -> Tensor:
         """Final hidden states [B, T, C] of a packed batch, or of one of prefix trees."""
         known = self._in_order_to_train(batch)
         return known.of_tokens(self._hidden(known.batch))
 
-    def _in_order_to_train(self, batch: B) -> InOrder[B]:
+    def _in_order_to_train(self, batch: AnyBatch) -> InOrder:
         """Where gradients must not depend on the packing, the documents in their one order."""
         return in_one_order(batch) if is_invariant() and torch.is_grad_enabled() else as_given(batch)
 
-    def _hidden(self, batch: Batch | TreeBatch) -> Tensor:
+    def _hidden(self, batch: AnyBatch) -> Tensor:
         if isinstance(batch, TreeBatch):
             mask = batch.mask
         else:
@@ -159,7 +159,7 @@ class LanguageModel(nn.Module):
                 stream, branch = block(stream, branch, *own)
         return self.final(stream, branch)[1]
 
-    def loss(self, batch: Batch | TreeBatch, *, reduction: Reduction = "mean", z_loss: float | None = None) -> Tensor:
+    def loss(self, batch: AnyBatch, *, reduction: Reduction = "mean", z_loss: float | None = None) -> Tensor:
         """Cross-entropy in nats per token over the batch's targets (-100 is ignored), or over the edges of its trees.
 
         In training, with ``config.ahead`` and ``"mean"``, the loss of the token after the next is added.
@@ -168,7 +168,7 @@ class LanguageModel(nn.Module):
         loss = self._loss(known.batch, reduction, z_loss)
         return known.of_targets(loss) if reduction == "none" else loss
 
-    def _loss(self, batch: Batch | TreeBatch, reduction: Reduction, z_loss: float | None) -> Tensor:
+    def _loss(self, batch: AnyBatch, reduction: Reduction, z_loss: float | None) -> Tensor:
         hidden = self._hidden(batch)
         if isinstance(batch, TreeBatch):
             hidden = at_sources(hidden, batch.sources)
@@ -189,7 +189,7 @@ class LanguageModel(nn.Module):
             targets = after_next_targets(batch)
         return loss + self.config.ahead * ki.fused_linear_cross_entropy(further, self.head.weight, targets, **options)
 
-    def log_probs(self, batch: Batch | TreeBatch) -> Tensor:
+    def log_probs(self, batch: AnyBatch) -> Tensor:
         """Log-probability of each target [B, T] in float32, 0 where there is none; of a tree batch, of each edge.
 
         Under ``ki.numerics("invariant")`` they are those of ``lm.generate.rollout``, bit by bit.
@@ -204,7 +204,7 @@ class LanguageModel(nn.Module):
         """Log-probability of targets [...] after final hidden states [..., C]."""
         return ki.token_log_probs(hidden, self.head.weight, targets, valid_vocab=self.config.vocab)
 
-    def forward(self, batch: Batch | TreeBatch) -> Tensor:
+    def forward(self, batch: AnyBatch) -> Tensor:
         """The training loss: ``torch.compile`` and FSDP wrap this method."""
         return self.loss(batch)
 

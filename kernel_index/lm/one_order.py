@@ -5,7 +5,7 @@ documents alone: not on how a caller packs them, nor on the order of the rows.
 """
 
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,23 +15,23 @@ from kernel_index.core.by_content import documents_by_content, hashed, inverse, 
 from kernel_index.lm.data import Batch
 from kernel_index.lm.trees import TreeBatch
 
-B = TypeVar("B", Batch, TreeBatch)
+AnyBatch = Batch | TreeBatch
 Back = Callable[[Tensor], Tensor]
 
 
-class InOrder(NamedTuple, Generic[B]):
+class InOrder(NamedTuple):
     """The documents of a batch in their one order.
 
     ``of_tokens`` and ``of_targets`` bring values of its tokens and targets to the places that the caller knows, with 0
     for padding.
     """
 
-    batch: B
+    batch: AnyBatch
     of_tokens: Back
     of_targets: Back
 
 
-def as_given(batch: B) -> InOrder[B]:
+def as_given(batch: AnyBatch) -> InOrder:
     return InOrder(batch, _same, _same)
 
 
@@ -40,7 +40,7 @@ def _same(values: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # its sizes follow the content
-def in_one_order(batch: B) -> InOrder[B]:
+def in_one_order(batch: AnyBatch) -> InOrder:
     """All documents of a batch in a single row without padding; trees keep their rows, in another order.
 
     They are sorted by a hash of 64 bits of their tokens, positions and targets.  Documents that are alike in all of
@@ -55,7 +55,7 @@ def in_one_order(batch: B) -> InOrder[B]:
     return _trees(batch) if isinstance(batch, TreeBatch) else _documents(batch)
 
 
-def _documents(batch: Batch) -> InOrder[Batch]:
+def _documents(batch: Batch) -> InOrder:
     shape = batch.tokens.shape
     columns = torch.arange(shape[1], device=batch.tokens.device)
     real = (batch.doc_ids >= 0) & (columns < batch.valid_counts[:, None])
@@ -75,7 +75,7 @@ def _documents(batch: Batch) -> InOrder[Batch]:
     return InOrder(Batch(tokens, targets, positions, numbers[None], count), back, back)
 
 
-def _trees(batch: TreeBatch) -> InOrder[TreeBatch]:
+def _trees(batch: TreeBatch) -> InOrder:
     length = batch.tokens.shape[1]
     ends = batch.mask.subtree_end
     assert ends is not None
