@@ -17,6 +17,7 @@ from kernel_index.nn import (
     MLA,
     Attention,
     BlockBranch,
+    Embedding,
     Experts,
     HybridBlock,
     HyperConnectedBlocks,
@@ -71,7 +72,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.padded_vocab, config.dim)
+        self.embed = Embedding(config.padded_vocab, config.dim)
         blocks = [make_block(config, i) for i in range(len(config.pattern))]
         self._in_order = tuple(blocks)  # a tuple does not register the blocks twice, and saves a walk for every token
         if config.residual.startswith("mhc"):

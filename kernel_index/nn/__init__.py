@@ -2,6 +2,7 @@
 
 from kernel_index.nn.attention import Attention
 from kernel_index.nn.block import BlockBranch, HybridBlock, TransformerBlock
+from kernel_index.nn.embedding import Embedding
 from kernel_index.nn.experts import Experts, Router, Routing
 from kernel_index.nn.hyper_connections import HyperConnectedBlocks, HyperConnections
 from kernel_index.nn.linear import Linear
@@ -17,6 +18,7 @@ __all__ = [
     "Attention",
     "BlockBranch",
     "Branch",
+    "Embedding",
     "ExactTokenCache",
     "Experts",
     "HybridBlock",

@@ -48,6 +48,8 @@ def _plan_of(name: str, module: nn.Module, has_mode: tuple[nn.Module, ...]) -> P
         return None
     if type(module) is nn.Linear:
         return _plan(name, module, "linear", linear_forward)
+    if type(module) is nn.Embedding and not (module.sparse or module.max_norm or module.scale_grad_by_freq):
+        return _plan(name, module, "gather_rows", embedding_forward)
     if isinstance(module, nn.Dropout):
         return _plan(name, module, "a refusal in training", dropout_forward)
     if has_angles(module):
@@ -81,6 +83,19 @@ def linear_forward(base: type) -> Callable[..., Tensor]:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:  # the name that nn.Linear has
         with ki.numerics("invariant"):  # also where somebody calls the layer alone
             return one_order.product_in_order(lambda x: ki.linear(x, self.weight, self.bias), input)
+
+    return forward
+
+
+def embedding_forward(base: type) -> Callable[..., Tensor]:
+    def forward(self: nn.Embedding, input: Tensor) -> Tensor:
+        if not input.is_cuda:
+            return base.forward(self, input)
+        with ki.numerics("invariant"):  # PyTorch's gradient differs from call to call
+            rows = ki.gather_rows(self.weight[:, None], input.flatten()).view(*input.shape, -1)
+        if self.padding_idx is None:
+            return rows
+        return torch.where((input == self.padding_idx)[..., None], rows.detach(), rows)
 
     return forward
 

@@ -66,6 +66,44 @@ def test_the_gradient_is_the_same_bits_every_time(backend):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("widths", [(5, 0), (0, 3), (5, 3)])
+def test_long_segments_are_added_up_in_runs(widths, dtype):
+    """An alphabet's letters: some never come, one comes more often than a run is long."""
+    torch.manual_seed(0)
+    idx = torch.cat([torch.randint(1, 6, (300,)), torch.full((257,), 3)])[torch.randperm(557)]
+    sources = [torch.randn(8, 2, width or 1, dtype=dtype, requires_grad=width > 0) for width in (5, 3)]
+    a, b = (x.detach().requires_grad_(width > 0) for x, width in zip(sources, widths, strict=True))
+    found = ki.gather_rows_pair(a, b, idx, backend="triton")
+    upstream = [torch.randn(557, 2, x.shape[2]).to(dtype) for x in (a, b)]
+    loss = sum((y * g).sum() for y, g, x in zip(found, upstream, (a, b), strict=True) if x.requires_grad)
+    loss.backward()
+    for x, g in zip((a, b), upstream, strict=True):
+        if x.requires_grad:
+            exact = torch.zeros(x.shape, dtype=torch.float64).index_add_(0, idx, g.double())
+            level = torch.zeros(x.shape, dtype=torch.float64).index_add_(0, idx, g.double().abs())
+            unit = 2**-7 if dtype == BF16 else 2**-24  # the interpreter cuts bits off where a device rounds
+            bound = 557 * 2**-24 * level + unit * exact.abs()
+            assert ((x.grad - exact).abs() <= bound).all()
+            assert not x.grad[[0, 6, 7]].any()
+
+
+@pytest.mark.parametrize("others", [0, 3, 400])
+def test_invariant_gradients_of_a_row_do_not_follow_the_others(others):
+    torch.manual_seed(1)
+    src, upstream = torch.randn(9, 1, 4, requires_grad=True), torch.randn(150, 1, 4)
+
+    def gradient(others):
+        more = torch.cat([upstream, torch.randn(others, 1, 4)])
+        idx = torch.cat([torch.full((150,), 4), torch.randint(5, 9, (others,))])
+        order = torch.cat([torch.arange(150), torch.randint(0, 150, (others,)) + 0.5]).argsort(stable=True)
+        with ki.numerics("invariant"), ki.force("triton", "gather_rows"):
+            out = ki.gather_rows(src, idx[order])
+        return torch.autograd.grad(out, src, more[order])[0][4]
+
+    assert torch.equal(gradient(others), gradient(50))
+
+
 def test_a_giant_gather_says_so(monkeypatch):
     src = torch.ones(2, 1, 1)
     idx = torch.zeros(contract.GIANT, dtype=torch.int32)

@@ -14,7 +14,7 @@ from kernel_index.kernels.sparse.row_gather.torch_op import gather_eager, gather
 GatherBackend = Literal["auto", "triton", "eager", "reference"]
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, gather_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, gather_triton, contract.triton_not_worth, invariant=EXACT),
     Backend("eager", contract.eager_why_not, gather_eager, invariant=EXACT),
     Backend("reference", always, gather_reference),
 )

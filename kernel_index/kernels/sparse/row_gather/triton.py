@@ -4,11 +4,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 BLOCK = 2048
 """Elements of a program at most."""
+
+
+RUN = 64
+"""Rows of a segment that one program adds up where segments are long."""
+
+LONG = 8
+"""Indices for each row on the average from which on segments are long, as those of the letters of a text."""
 
 
 def pick_config(*widths: int) -> dict:
@@ -81,9 +89,30 @@ def add_up(g: Tensor | None, h: Tensor | None, idx: Tensor, g_out: Tensor, h_out
     rows = (h_out if g is None else g_out).shape[0]
     ordered, order = torch.sort(idx, stable=True)
     starts = torch.searchsorted(ordered, torch.arange(rows + 1, device=idx.device, dtype=idx.dtype))
+    if is_invariant() or len(idx) >= LONG * rows:  # in the mode a row's order must not follow the number of others
+        g, h, order, starts = _in_runs(g, h, order, starts)
+    _add_up(g, h, order, starts, g_out, h_out)
+
+
+def _in_runs(
+    g: Tensor | None, h: Tensor | None, order: Tensor, starts: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Float32 sums of up to ``RUN`` rows of a segment each, their order, and where the sums of each row start."""
+    runs = (starts.diff() + RUN - 1) // RUN
+    firsts = torch.nn.functional.pad(runs.cumsum(0), (1, 0))
+    most = len(order) // RUN + len(runs)  # the number of runs is known on the device alone
+    run = torch.arange(most + 1, device=order.device)
+    row = (torch.searchsorted(firsts, run, right=True) - 1).clamp(max=len(runs) - 1)
+    begins = torch.minimum(starts[row] + (run - firsts[row]) * RUN, starts[-1])
+    sums = [None if x is None else x.new_empty((most, *x.shape[1:]), dtype=torch.float32) for x in (g, h)]
+    _add_up(g, h, order, begins, *(order if x is None else x for x in sums))
+    return *sums, run, firsts
+
+
+def _add_up(g: Tensor | None, h: Tensor | None, order: Tensor, starts: Tensor, g_out: Tensor, h_out: Tensor) -> None:
     widths = _width(g), _width(h)
     config = pick_config(*widths)
-    with on_device(idx):
-        _add_up_kernel[(rows, ceil_div(max(widths), config["BLOCK"]))](
+    with on_device(order):
+        _add_up_kernel[(len(starts) - 1, ceil_div(max(widths), config["BLOCK"]))](
             g, h, order, starts, g_out, h_out, *widths, G=g is not None, H=h is not None, **config
         )
