@@ -1,25 +1,56 @@
-"""The order of documents by their content: whoever sorts them so gets the same order from every batch."""
+"""One packing for one set of documents: whoever packs them by their content gets the same rows from every batch."""
+
+import bisect
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+WIDEST = 8
+"""Rows are at most this many times as long as the longest document."""
 
-def documents_by_content(document: Tensor, *words: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort documents by a hash of 64 bits of their words.
+WASTE = 1 / 16
+"""Padding, as a share of the tokens, with which no longer rows are tried."""
+
+
+class Packing(NamedTuple):
+    """Where tokens stand: ``places`` [N] in the caller's rows, ``slots`` [N] in rows of ``shape``.
+
+    ``number`` and ``offset`` [N]: a token's document, and its place in it.
+    """
+
+    places: Tensor
+    slots: Tensor
+    number: Tensor
+    offset: Tensor
+    shape: torch.Size
+
+    def rows(self, values: Tensor, padding: int) -> Tensor:
+        """The caller's values, in rows of this packing."""
+        flat = values.new_full((self.shape.numel(),), padding)
+        return flat.index_copy(0, self.slots, values.flatten()[self.places]).reshape(self.shape)
+
+    def taken(self, values: Tensor) -> Tensor:
+        """Values [*shape, …] of the tokens alone, [N, …]."""
+        return values.flatten(0, 1).index_select(0, self.slots)
+
+
+def packed_by_content(document: Tensor, places: Tensor, *words: Tensor) -> Packing:
+    """Pack documents into rows, in an order that their content alone decides.
 
     Args:
         document: int64 [N], which document a token belongs to; its tokens keep their order.
+        places: int64 [N], where the token stands.
         words: int64 [N] each, what tells tokens apart.
 
-    Returns:
-        The tokens' places in the arguments, document by document, and the number of each one's document, both [N].
-        Documents that are alike follow each other as they came.
+    A hash of 64 bits tells documents apart.  Those that are alike keep the order in which they come.
 
     >>> import torch
-    >>> tokens = torch.tensor([5, 6, 7, 8])
-    >>> one = documents_by_content(torch.tensor([0, 0, 1, 1]), tokens)[0]
-    >>> other = documents_by_content(torch.tensor([1, 1, 0, 0]), tokens)[0]
-    >>> torch.equal(one, other)
+    >>> tokens, places = torch.tensor([5, 6, 7, 8, 9]), torch.arange(5)
+    >>> one = packed_by_content(torch.tensor([0, 0, 1, 1, 1]), places, tokens)
+    >>> other = packed_by_content(torch.tensor([0, 0, 0, 1, 1]), places, tokens[[2, 3, 4, 0, 1]])
+    >>> torch.equal(one.rows(tokens, 0), other.rows(tokens[[2, 3, 4, 0, 1]], 0))
     True
     """
     _, document, counts = document.unique(return_inverse=True, return_counts=True)
@@ -27,20 +58,54 @@ def documents_by_content(document: Tensor, *words: Tensor) -> tuple[Tensor, Tens
     document = document[by_document]
     offset = torch.arange(len(document), device=document.device) - (counts.cumsum(0) - counts)[document]
     hashes = hashed(offset, *(word[by_document] for word in words))
-    number = ranks(torch.zeros_like(counts).index_add_(0, document, hashes))[document]
-    order = number.argsort(stable=True)
-    return by_document[order], number[order]
+    order = torch.zeros_like(counts).index_add_(0, document, hashes).argsort(stable=True)
+    first, shape = _places_in_rows(counts[order].tolist())
+    number = inverse(order)[document]
+    slots = torch.tensor(first, device=document.device)[number] + offset
+    again = slots.argsort()
+    return Packing(places[by_document][again], slots[again], number[again], offset[again], shape)
+
+
+def _places_in_rows(lengths: Sequence[int]) -> tuple[list[int], torch.Size]:
+    """Where each document begins, and the rows: short ones, as long as they waste little."""
+    longest, total = max(lengths), sum(lengths)
+    best, width = list[list[int]](), 0
+    for times in range(1, WIDEST + 1):
+        wide = min(times * longest, total)
+        rows = best_fit(lengths, wide)
+        if not best or len(rows) * wide < len(best) * width:
+            best, width = rows, wide
+        if len(best) * width - total <= WASTE * total:
+            break
+    first = [0] * len(lengths)
+    for row, documents in enumerate(best):
+        at = row * width
+        for i in documents:
+            first[i], at = at, at + lengths[i]
+    return first, torch.Size((len(best), width))
+
+
+def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Rows of the numbers of what they hold: longest first, each to the fullest row that still has room for it."""
+    rows: list[list[int]] = []
+    free_rows: list[tuple[int, int]] = []  # (free, row), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect.bisect_left(free_rows, (lengths[i], -1))
+        if at == len(free_rows):
+            rows.append([])
+            free, row = width, len(rows) - 1
+        else:
+            free, row = free_rows.pop(at)
+        rows[row].append(i)
+        if free > lengths[i]:
+            bisect.insort(free_rows, (free - lengths[i], row))
+    return rows
 
 
 def scattered(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     """Values [N, …] at their places in rows of a shape, [*shape, …]; 0 where nothing stands."""
     flat = values.new_zeros(shape.numel(), *values.shape[1:])
     return flat.index_copy(0, places, values).reshape(*shape, *values.shape[1:])
-
-
-def ranks(keys: Tensor) -> Tensor:
-    """The place of each key [N] among all of them, sorted."""
-    return inverse(keys.argsort(stable=True))
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ A document is a start token and the bytes of a file.  A document longer than a r
 chunks.  Every byte is a target exactly once per epoch; none is dropped.
 """
 
-import bisect
 import hashlib
 import os
 import sysconfig
@@ -16,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from kernel_index.core.by_content import best_fit
 
 TEXT = "**/*"
 """The pattern of every text file of a folder: files that are not hidden and hold no NUL byte."""
@@ -170,19 +171,7 @@ def split(documents: list[np.ndarray], row: int) -> list[Chunk]:
 
 def pack(chunks: list[Chunk], row: int) -> list[list[Chunk]]:
     """Best fit, longest first: each chunk goes to the fullest row that still holds it; no chunk is cropped."""
-    rows: list[list[Chunk]] = []
-    free_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for chunk in sorted(chunks, key=lambda c: -c.length):
-        at = bisect.bisect_left(free_rows, (chunk.length, -1))
-        if at == len(free_rows):
-            rows.append([])
-            free, index = row, len(rows) - 1
-        else:
-            free, index = free_rows.pop(at)
-        rows[index].append(chunk)
-        if free > chunk.length:
-            bisect.insort(free_rows, (free - chunk.length, index))
-    return rows
+    return [[chunks[i] for i in found] for found in best_fit([chunk.length for chunk in chunks], row)]
 
 
 class PackedRows:

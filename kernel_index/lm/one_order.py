@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
-from kernel_index.core.by_content import documents_by_content, hashed, inverse, ranks, scattered
-from kernel_index.lm.data import Batch
+from kernel_index.core.by_content import hashed, inverse, packed_by_content, scattered
+from kernel_index.lm.data import IGNORED, START, Batch
 from kernel_index.lm.trees import TreeBatch
 
 AnyBatch = Batch | TreeBatch
@@ -41,9 +41,9 @@ def _same(values: Tensor) -> Tensor:
 
 @torch.compiler.disable  # its sizes follow the content
 def in_one_order(batch: AnyBatch) -> InOrder:
-    """All documents of a batch in a single row without padding; trees keep their rows, in another order.
+    """All documents of a batch in rows that they alone decide; trees keep their rows, in another order.
 
-    They are sorted by a hash of 64 bits of their tokens, positions and targets.  Documents that are alike in all of
+    A hash of 64 bits of their tokens, positions and targets tells documents apart.  Those that are alike in all of
     these keep the caller's order: their gradients are alike too, unless the caller weighs them differently.
 
     >>> import torch
@@ -64,15 +64,18 @@ def _documents(batch: Batch) -> InOrder:
         return as_given(batch)
     ids = batch.doc_ids.flatten()[places].unique(return_inverse=True)[1]  # below the number of tokens
     words = (x.flatten()[places] for x in (batch.tokens, batch.positions, batch.targets))
-    order, numbers = documents_by_content(places // shape[1] * len(places) + ids, *words)
-    places = places[order]
+    packing = packed_by_content(places // shape[1] * len(places) + ids, places, *words)
+    numbers = scattered(packing.number + 1, packing.slots, packing.shape) - 1
+    tokens, targets, positions = (
+        packing.rows(x, padding)
+        for x, padding in ((batch.tokens, START), (batch.targets, IGNORED), (batch.positions, 0))
+    )
+    counts = (numbers >= 0).sum(1)
 
     def back(values: Tensor) -> Tensor:
-        return scattered(values[0], places, shape)
+        return scattered(packing.taken(values), packing.places, shape)
 
-    tokens, targets, positions = (x.flatten()[None, places] for x in (batch.tokens, batch.targets, batch.positions))
-    count = torch.full_like(batch.valid_counts[:1], len(places))
-    return InOrder(Batch(tokens, targets, positions, numbers[None], count), back, back)
+    return InOrder(Batch(tokens, targets, positions, numbers, counts), back, back)
 
 
 def _trees(batch: TreeBatch) -> InOrder:
@@ -80,8 +83,8 @@ def _trees(batch: TreeBatch) -> InOrder:
     ends = batch.mask.subtree_end
     assert ends is not None
     columns = torch.arange(length, device=ends.device).expand_as(ends)
-    rank = ranks(hashed(columns, batch.tokens, batch.positions, ends).sum(1))
-    order = rank.argsort()
+    order = hashed(columns, batch.tokens, batch.positions, ends).sum(1).argsort(stable=True)
+    rank = inverse(order)
     row, column = batch.sources // max(length, 1), batch.sources % max(length, 1)
     by_row = rank[row].argsort(stable=True)  # the edges of a row follow each other
     rank_of_edge = inverse(by_row)

@@ -44,7 +44,7 @@ def rows(found: list[torch.Tensor], seed: int) -> Batch:
 def test_any_packing_has_one_order(seed):
     found = documents(seed)
     expected = in_one_order(Batch.of_documents([found])).batch
-    assert expected.tokens.shape == (1, sum(map(len, found)))
+    assert (expected.doc_ids >= 0).sum() == sum(map(len, found))
     for draw in range(4):
         batch = rows(found, draw)
         known = in_one_order(batch)
@@ -79,8 +79,8 @@ def test_documents_whose_tokens_do_not_follow_each_other():
 def test_documents_that_are_alike_and_rows_of_padding():
     a = torch.arange(4)
     known = in_one_order(Batch.of_documents([[a], [], [a, a]]))
-    assert torch.equal(known.batch.tokens, a.repeat(3)[None])
-    assert known.batch.doc_ids.unique().tolist() == [0, 1, 2]
+    assert torch.equal(known.batch.tokens, a.repeat(3, 1))
+    assert known.batch.doc_ids.tolist() == [[0] * 4, [1] * 4, [2] * 4]
     empty = Batch.of_documents([[], []], 3)
     assert all(torch.equal(one, other) for one, other in zip(in_one_order(empty).batch, empty, strict=True))
 

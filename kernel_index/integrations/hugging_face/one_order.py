@@ -1,7 +1,7 @@
 """One order of a training batch's documents in ``numerics("invariant")``, so that sums over tokens do not follow rows.
 
-The decoder computes all documents in a single row, sorted by their tokens, without padding.  What it returns stands
-where the caller's tokens stand.  The output layer takes its rows in the same order.
+The decoder computes documents in rows that their tokens decide.  What it returns stands where the caller's tokens
+stand.  The output layer takes its rows in the same order.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernel_index.core.by_content import documents_by_content, scattered
+from kernel_index.core.by_content import Packing, packed_by_content, scattered
 from kernel_index.integrations.hugging_face.change import RAISED
 
 KNOWN = frozenset({"input_ids", "attention_mask", "position_ids", "use_cache"})
@@ -24,18 +24,19 @@ KEEPS_ROWS = "_kernel_index_keeps_rows"
 
 
 class Order(NamedTuple):
-    """Where each sorted token stands in the caller's rows of this shape."""
+    """The packing of a call's documents, and the shape of the caller's rows."""
 
-    places: Tensor
+    packing: Packing
     shape: torch.Size
 
     def back(self, values: Tensor) -> Tensor:
-        """Values [1, N, …] of sorted tokens at their places, [B, T, …]; 0 for padding."""
-        return scattered(values[0], self.places, self.shape)
+        """Values of the packed rows at the caller's places, [B, T, …]; 0 for padding."""
+        return scattered(self.packing.taken(values), self.packing.places, self.shape)
 
     def last(self, columns: int) -> Tensor:
-        """The places of sorted tokens in rows that hold the last ``columns`` of the caller's alone."""
-        row, column = self.places // self.shape[1], self.places % self.shape[1] - (self.shape[1] - columns)
+        """The places of tokens, in their order, in rows that hold the last ``columns`` of the caller's alone."""
+        places, length = self.packing.places, self.shape[1]
+        row, column = places // length, places % length - (length - columns)
         return (row * columns + column)[column >= 0]
 
 
@@ -95,13 +96,15 @@ def check(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     for decoder in (m for m in model.modules() if isinstance(m, PreTrainedModel) and is_innermost(m)):
-        ids = torch.tensor([[0, 1, 0], [1, 0, 1]], device=decoder.device)
+        ids = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0]], device=decoder.device)
+        real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]], device=decoder.device)
+        call = {"input_ids": ids, "attention_mask": real, "use_cache": False}
         try:
             with torch.no_grad():
-                expected = decoder(input_ids=ids, use_cache=False)[0]
-            with torch.enable_grad():
-                found = decoder(input_ids=ids, use_cache=False)[0]
-            known = torch.equal(found, expected)
+                expected = decoder(**call)[0]
+            with torch.enable_grad():  # the two short documents share a row
+                found = decoder(**call)[0]
+            known = torch.equal(found[real.bool()], expected[real.bool()])
         except RAISED:  # it takes no tokens, or no such option
             known = False
         if not known:
@@ -125,17 +128,17 @@ def _ordered(model: Any, arguments: dict[str, Any]) -> tuple[Order, dict[str, An
         return None
     if any(isinstance(x, Tensor) or hasattr(x, "get_seq_length") for x in others):
         return None
-    found = _places(tokens, mask, positions)
-    if found is None:
+    packing = _packing(tokens, mask, positions)
+    if packing is None:
         return None
-    places, position = found
-    ids = tokens.flatten()[places][None]
-    changed = {"input_ids": ids, "attention_mask": None, "position_ids": position[None], "use_cache": False}
-    return Order(places, tokens.shape), arguments | changed
+    changed: dict[str, Any] = {"attention_mask": None, "use_cache": False}
+    changed["input_ids"] = packing.rows(tokens, 0)
+    changed["position_ids"] = scattered(packing.offset, packing.slots, packing.shape)  # padding: documents of a token
+    return Order(packing, tokens.shape), arguments | changed
 
 
-def _places(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Places and positions of the sorted tokens; None unless each document counts from 0 without a gap."""
+def _packing(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Packing | None:
+    """None unless each document counts from 0 without a gap."""
     batch, length = tokens.shape
     column = torch.arange(length, device=tokens.device).expand(batch, -1)
     at = column if positions is None else positions.expand(batch, -1)
@@ -150,20 +153,15 @@ def _places(tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> tu
         document = places // max(length, 1)
     if not len(places):
         return None
-    order, _ = documents_by_content(document, tokens.flatten()[places].long())
-    places, document = places[order], document[order]
-    position = at.flatten()[places]
-    first = torch.nn.functional.pad(document[1:] != document[:-1], (1, 0), value=True)
-    follows = torch.where(first, 0, position.roll(1) + 1)
-    return (places, position) if torch.equal(position, follows) else None
+    packing = packed_by_content(document, places, tokens.flatten()[places].long())
+    return packing if torch.equal(at.flatten()[packing.places], packing.offset) else None
 
 
 def _returned(found: Any, order: Order) -> Any:
     """What the decoder returns, each value of a token at the caller's place."""
-    count = len(order.places)
 
     def back(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.shape[:2] == (1, count):
+        if isinstance(value, Tensor) and value.shape[:2] == order.packing.shape:
             return order.back(value)
         return tuple(map(back, value)) if type(value) is tuple else value
 
