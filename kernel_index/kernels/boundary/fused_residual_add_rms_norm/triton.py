@@ -2,6 +2,7 @@
 
 A row of up to ``WHOLE`` elements stays in registers, on NVIDIA's GPUs one of two bytes up to ``WHOLE_LOW``.  A program
 loops over the blocks of a wider one; its second read comes from the L2 cache, since it works on one row at a time.
+Few wide rows go another way back (``triton_few_rows``).
 Names are those of ``core/triton/attention.py``: ``o_d`` and ``m_d`` are the columns of a block and which of them exist,
 ``o_r`` [ROWS, 1] the rows.
 """
@@ -14,6 +15,8 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.row import load_row, store_row
 from kernel_index.core.triton.sums import sum_parts
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm import triton_few_rows
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm.triton_few_rows import norm_grad
 
 WHOLE = 8192
 """Elements of the widest row that is held in registers."""
@@ -91,12 +94,6 @@ def _forward_kernel(
 
 
 @jit
-def _norm_grad(x, dy, w, rstd, mean):
-    """dx of x · rstd · w; ``mean`` is that of dy · w · x · rstd over the row."""
-    return rstd * (dy * w - x * rstd * mean)
-
-
-@jit
 def _backward_kernel(
     d_new_ptr, d_normed_ptr, new_ptr, rstd_ptr, weight_ptr, scale_ptr, delta_ptr,
     d_residual_ptr, d_delta_ptr, weight_parts_ptr, scale_parts_ptr, rows, width, offset, steps_per_program,
@@ -127,7 +124,7 @@ def _backward_kernel(
             rstd = tl.load(rstd_ptr + o_r, mask=o_r < rows, other=0.0)  # [ROWS, 1]
             x_hat = x * rstd
             mean = tl.sum(dy * w * x_hat, 1)[:, None] / width  # beyond the row dy is 0
-            dx += _norm_grad(x, dy, w, rstd, mean)
+            dx += norm_grad(x, dy, w, rstd, mean)
             if WEIGHT:
                 weight_sum += dy * x_hat
         if RESIDUAL:
@@ -189,7 +186,7 @@ def _backward_wide_kernel(
             if HAS_NORMED:
                 x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
                 dy = load_row(d_normed_ptr + base, o_d, m_d)  # [BLOCK]
-                dx += _norm_grad(x, dy, load_row(weight_ptr, o_d, m_d) + offset, rstd, mean)
+                dx += norm_grad(x, dy, load_row(weight_ptr, o_d, m_d) + offset, rstd, mean)
                 if WEIGHT:
                     _add_to_partial(weight_parts_ptr + program * width, o_d, dy * x * rstd, is_first, m_d)
             if RESIDUAL:
@@ -244,6 +241,10 @@ def backward(
         for d_parameter in (d_weight, d_scale):
             if d_parameter is not None:
                 d_parameter.zero_()
+        return outputs
+    if triton_few_rows.takes(rows, width, scale, d_normed, d_weight):
+        few: tuple = (d_new, d_normed, new_residual, rstd, weight, offset, (d_residual, d_delta, d_weight))
+        triton_few_rows.backward(*few)
         return outputs
     most = processors(new_residual)  # programs, and rows of the partial sums: one for each processor
     whole = is_whole(width, d_new, d_normed, new_residual, delta)
