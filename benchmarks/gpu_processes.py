@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from benchmarks.harness import console
 MOST = 14
 """Processes at most: each has a context on the GPU, and a cell's tensors while it compiles."""
 
-GRACE = 60.0
+GRACE = 30.0
 """Seconds for a cell that was begun in time."""
 
 Processes = Annotated[int, typer.Option(help="How many compile beside each other; 0: as many as processors, but 14.")]
@@ -60,6 +61,7 @@ def in_processes(session: Session, processes: int, seconds: float, options: list
     module = [sys.executable, "-m", spec.name if spec else "benchmarks"]
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     end, known = time.monotonic() + seconds + GRACE, len(session.rows())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whoever ends this process ends those that it started
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / f"{i}.json" for i in range(processes)]
         started = []
@@ -68,10 +70,12 @@ def in_processes(session: Session, processes: int, seconds: float, options: list
             given = ["--out", str(out), "--share", f"{i}/{processes}", "--turn", f"{folder}/turn", *options]
             with out.with_suffix(".txt").open("w") as said:
                 started.append(subprocess.Popen([*module, *given], env=environment, stdout=said, stderr=said))
-        for child in started:
-            try:
-                child.wait(max(1.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
+        try:
+            for child in started:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(max(1.0, end - time.monotonic()))
+        finally:
+            for child in started:
                 child.kill()
                 child.wait()
         say(outs, [child.returncode for child in started])
