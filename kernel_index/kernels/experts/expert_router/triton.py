@@ -132,9 +132,9 @@ def _forward_kernel(
 @jit
 def _score_grad_kernel(
     d_weights_ptr, scores_ptr, experts_ptr, dz_ptr, tokens, count, smallest,
-    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile's logits, float32 [TILE, EXPERTS]."""
+    """The gradient of a tile's logits, float32 [TILE, EXPERTS], or its three parts in tensors one after another."""
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_e = tl.arange(0, EXPERTS)
     m_n = o_n < tokens
@@ -155,7 +155,14 @@ def _score_grad_kernel(
         mean = tl.where(total >= smallest, tl.sum(d * own, 1), 0.0)[:, None] / divisor
         d = tl.where(chosen == 1, (d - mean) / divisor, 0.0)
     dz = score * (d - tl.sum(d * score, 1)[:, None]) if SOFTMAX else d * score * (1.0 - score)
-    tl.store(dz_ptr + o_ne, dz, mask=m_ne)
+    if PARTS:
+        first, second, third = _parts(dz, False)
+        size = tl.cast(tokens, tl.int64) * count
+        tl.store(dz_ptr + o_ne, first, mask=m_ne)
+        tl.store(dz_ptr + size + o_ne, second, mask=m_ne)
+        tl.store(dz_ptr + 2 * size + o_ne, third, mask=m_ne)
+    else:
+        tl.store(dz_ptr + o_ne, dz, mask=m_ne)
 
 
 @jit
@@ -172,16 +179,19 @@ def _backward_kernel(
     w_first, w_second, _ = _parts(b_w, UPCAST)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         o_n = tile * TILE + tl.arange(0, TILE)
-        dz = _tile(dz_ptr, o_n, o_e, tokens, count)  # [TILE, EXPERTS]
         if PRECISION == "parts":
             b_x = _load(x_ptr, o_n, o_c, tokens, width, UPCAST)
-            first, second, third = _parts(dz, UPCAST)
+            size = tl.cast(tokens, tl.int64) * count
+            first = _load(dz_ptr, o_n, o_e, tokens, count, UPCAST)  # [TILE, EXPERTS]
+            second = _load(dz_ptr + size, o_n, o_e, tokens, count, UPCAST)
+            third = _load(dz_ptr + 2 * size, o_n, o_e, tokens, count, UPCAST)
             rest = tl.dot(tl.trans(third), b_x, rest)
             rest = tl.dot(tl.trans(second), b_x, rest)
             d_w = tl.dot(tl.trans(first), b_x, d_w)
             # dx is rounded to bfloat16: what is left out is below 2⁻¹⁶ of a term.
             dx = _sum_of(tl.dot(first, w_first), tl.dot(second, w_first, tl.dot(first, w_second)))  # [TILE, BLOCK]
         else:
+            dz = _tile(dz_ptr, o_n, o_e, tokens, count)  # [TILE, EXPERTS]
             b_x = _tile(x_ptr, o_n, o_c, tokens, width)
             d_w += tl.dot(tl.trans(dz), b_x, input_precision=PRECISION)
             dx = tl.dot(dz, b_w, input_precision=PRECISION)  # [TILE, BLOCK]
@@ -246,12 +256,14 @@ def backward(
     geometry = _geometry(x, count) | {"BLOCK": BLOCK if count > FEW_EXPERTS else 2 * BLOCK}
     tiles, blocks = ceil_div(tokens, geometry["TILE"]), ceil_div(width, geometry["BLOCK"])
     programs = min(tiles, max(1, ceil_div(WAVES * processors(x), blocks)))
-    parts, dz = x.new_empty((programs, count, width), dtype=torch.float32), torch.empty_like(scores)
+    in_parts = geometry["PRECISION"] == "parts"
+    dz = x.new_empty((3, *scores.shape)) if in_parts else torch.empty_like(scores)
+    parts = x.new_empty((programs, count, width), dtype=torch.float32)
     of_scores = {name: geometry[name] for name in ("TILE", "EXPERTS", "num_warps")}
     with on_device(x):
         _score_grad_kernel[(tiles,)](
             d_weights, scores, experts, dz, tokens, count, SMALLEST_SUM,
-            TOPK=experts.shape[1], SOFTMAX=softmax, **of_scores,
+            TOPK=experts.shape[1], SOFTMAX=softmax, PARTS=in_parts, **of_scores,
         )  # fmt: skip
         _backward_kernel[(programs, blocks)](
             dz, x, weight, d_x, parts, tokens, width, count, tiles, **geometry
