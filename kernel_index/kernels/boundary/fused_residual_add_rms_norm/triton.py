@@ -75,6 +75,7 @@ def _forward_kernel(
     base = row * width
     squares = tl.zeros((BLOCK,), tl.float32)
     x = squares  # [BLOCK]: a row of one block is kept between the loops
+    w = squares  # and its weight is on its way while the row is summed
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
         o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
         m_d = o_d < width
@@ -82,6 +83,8 @@ def _forward_kernel(
         stored = (load_row(residual_ptr + base, o_d, m_d) + d).to(new_ptr.dtype.element_ty)
         tl.store(new_ptr + base + o_d, stored, mask=m_d)
         x = stored.to(tl.float32)  # the norm is taken of the stream as stored
+        if ONE_BLOCK:
+            w = load_row(weight_ptr, o_d, m_d)
         squares += tl.where(m_d, x * x, 0.0)
     rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
     tl.store(rstd_ptr + row, rstd)
@@ -90,7 +93,8 @@ def _forward_kernel(
         m_d = o_d < width
         if not ONE_BLOCK:
             x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
-        store_row(normed_ptr + base, o_d, x * rstd * (load_row(weight_ptr, o_d, m_d) + offset), m_d)
+            w = load_row(weight_ptr, o_d, m_d)
+        store_row(normed_ptr + base, o_d, x * rstd * (w + offset), m_d)
 
 
 @jit
