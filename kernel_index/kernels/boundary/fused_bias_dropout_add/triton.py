@@ -233,7 +233,7 @@ def columns(
         _column_kernel[(runs, ceil_div(width, tile_columns))](
             g, dx, parts, *mask, rows, width, each,
             DX=dx is not None, DROP=dropped, WHOLE_GROUPS=width % 64 == 0,
-            ROWS=tile_rows, COLUMNS=tile_columns, STAGES=STAGES if dropped else PLAIN_STAGES, DEPENDENT=dependent(g), INVERTED=inverted,
-            num_warps=4,
+            ROWS=tile_rows, COLUMNS=tile_columns, STAGES=STAGES if dropped else PLAIN_STAGES,
+            DEPENDENT=dependent(g), INVERTED=inverted, num_warps=4,
         )  # fmt: skip
     return dx, sum_parts(parts, dbias)
