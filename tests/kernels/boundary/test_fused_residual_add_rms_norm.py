@@ -7,7 +7,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.core.triton import launch
-from kernel_index.kernels.boundary.fused_residual_add_rms_norm import inductor, torch_op, triton_few_rows
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm import inductor, torch_op, triton, triton_few_rows
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "inductor", "reference"])
 BF16 = torch.bfloat16
@@ -301,3 +301,13 @@ def test_few_wide_rows_take_their_own_way(monkeypatch):
         leaves = [t.requires_grad_() for t in operands(2, 4096)]
         torch.autograd.grad(ki.fused_residual_add_rms_norm(*leaves, backend="triton").normed.sum(), leaves)
     assert len(seen) == 1
+
+
+def test_the_geometry_of_a_rows_gradient_follows_from_its_width_under_invariant_numerics():
+    """Another one may sum the row in another order."""
+    rows = (1, 100, 10**4, 10**6)
+    geometry = lambda n, width: triton.pick_backward_config(width, triton.rows_for_each(n, 132), width <= 16384)  # noqa: E731
+    for width in (512, 1024, 2048, 4096, 16384):
+        with ki.numerics("invariant"):
+            assert len({tuple(geometry(n, width).items()) for n in rows}) == 1
+    assert len({tuple(geometry(n, 2048).items()) for n in rows}) > 1, "few rows have steps of their own elsewhere"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
-from kernel_index.core.triton.sums import dependent, sum_parts
+from kernel_index.core.triton.sums import MOST_PARTS, dependent, sum_parts
 
 BLOCK, PLAIN_BLOCK, FEW_BLOCK = 4096, 2048, 1024
 """Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H200.
@@ -37,9 +37,6 @@ FEW_ROWS, FEW_AT_ONCE, FEW_COLUMNS = 256, 128, 16
 Not with a mask: what it takes to make it keeps more processors busy than there are such programs.  With the 64 columns
 of a group for each, 128 rows of 4096 took 5.3 us for 5.2, of 1024 4.6 for 4.3.
 """
-
-MOST_RUNS = 512
-"""Rows of the partial sums."""
 
 STAGES, PLAIN_STAGES = 3, 5
 """Tiles of it in flight, with a mask and without."""
@@ -205,7 +202,7 @@ def _tile(rows: int, width: int, dropped: bool) -> tuple[int, int, int]:
 def runs_of(rows: int, width: int, like: Tensor, dropped: bool = True) -> int:
     """Runs of rows, and rows of the partial sums, which are about 3 % of the traffic."""
     columns, at_once, each = _tile(rows, width, dropped)
-    return max(1, min(ceil_div(rows, at_once), MOST_RUNS, ceil_div(each * processors(like), ceil_div(width, columns))))
+    return max(1, min(ceil_div(rows, at_once), MOST_PARTS, ceil_div(each * processors(like), ceil_div(width, columns))))
 
 
 def columns(

@@ -26,14 +26,14 @@ from kernel_index.kernels.experts.expert_router.contract import SMALLEST_SUM
 BLOCK = 64
 """Channels of a step."""
 
-FEW_EXPERTS = 32
+FEW_EXPERTS = 16
 """With no more the backward pass takes twice the channels at once."""
 
-TILE_ELEMENTS = 4096
-"""Tokens × experts of a program at most."""
+TILE_ELEMENTS, SCORE_ELEMENTS = 4096, 1024
+"""Tokens × experts of a program at most, and of one that makes the gradient of the scores alone."""
 
 WAVES = 2
-"""Programs of the backward pass for each processor."""
+"""Programs of the backward pass for each processor at most: with 64 experts one more for all took a third longer."""
 
 
 @jit
@@ -253,17 +253,19 @@ def backward(
     if not tokens:
         d_weight.zero_()
         return
-    geometry = _geometry(x, count) | {"BLOCK": BLOCK if count > FEW_EXPERTS else 2 * BLOCK}
-    tiles, blocks = ceil_div(tokens, geometry["TILE"]), ceil_div(width, geometry["BLOCK"])
-    programs = min(tiles, max(1, ceil_div(WAVES * processors(x), blocks)))
+    geometry = _geometry(x, count)
     in_parts = geometry["PRECISION"] == "parts"
+    if in_parts and count <= FEW_EXPERTS:
+        geometry["BLOCK"] = 2 * BLOCK
+    tiles, blocks = ceil_div(tokens, geometry["TILE"]), ceil_div(width, geometry["BLOCK"])
+    programs = min(tiles, max(1, WAVES * processors(x) // blocks))
     dz = x.new_empty((3, *scores.shape)) if in_parts else torch.empty_like(scores)
     parts = x.new_empty((programs, count, width), dtype=torch.float32)
-    of_scores = {name: geometry[name] for name in ("TILE", "EXPERTS", "num_warps")}
+    held = max(1, SCORE_ELEMENTS // geometry["EXPERTS"])
     with on_device(x):
-        _score_grad_kernel[(tiles,)](
+        _score_grad_kernel[(ceil_div(tokens, held),)](
             d_weights, scores, experts, dz, tokens, count, SMALLEST_SUM,
-            TOPK=experts.shape[1], SOFTMAX=softmax, PARTS=in_parts, **of_scores,
+            TOPK=experts.shape[1], SOFTMAX=softmax, PARTS=in_parts, TILE=held, EXPERTS=geometry["EXPERTS"],
         )  # fmt: skip
         _backward_kernel[(programs, blocks)](
             dz, x, weight, d_x, parts, tokens, width, count, tiles, **geometry
