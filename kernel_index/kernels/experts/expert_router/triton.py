@@ -209,7 +209,7 @@ def _geometry(x: Tensor, count: int) -> dict:
     is_hip = target_of(x.device).kind == "hip"
     exact = "ieee" if x.dtype == torch.float32 or is_hip else "tf32x3"
     precision = "parts" if x.dtype == torch.bfloat16 else exact
-    most = 32 if precision == "ieee" else 64
+    most = 64 if precision == "parts" else 32
     return {
         "PRECISION": precision,
         "UPCAST": interpreting(),
