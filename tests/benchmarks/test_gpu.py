@@ -57,6 +57,14 @@ def test_the_dry_run_of_decoding_gives_every_field(tmp_path):
     assert out.read_text() == before, "what the file holds is not measured again"
 
 
+def test_several_processes_make_one_table(tmp_path):
+    only = "relu2,rope,bias_add"
+    said, content = dry("gpu_memory_bound", tmp_path / "m.json", "--only", only, "--processes", "2")
+    assert [row["kernel"] for row in content["memory_bound"]] == ["rope", "relu2", "bias_add"]
+    assert "within 2 % or 0.3 µs of the best in 6 of 6" in said
+    assert "a process ended with" not in said
+
+
 def test_no_time_no_cell(tmp_path):
     out = tmp_path / "a.json"
     command = [sys.executable, "-m", "benchmarks.gpu_attention", "--dry-run", "--out", str(out), "--seconds", "0"]

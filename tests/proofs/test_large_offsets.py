@@ -133,7 +133,7 @@ def test_expert_route(late):
     (experts,) = tensors(1, torch.int64)
     shape = {"SOFTMAX": False, "PRECISION": "ieee", "TILE": 16, "EXPERTS": 16, "BLOCK": router.BLOCK}
     call = (x, weight, None, experts, weights, parts, scores, ROWS, WIDTH, 16, 1e-20)
-    seen = late(router._forward_kernel, ROWS // 16 - 1, *call, TOPK=2, CHOICES=2, BIAS=False, **shape)
+    seen = late(router._forward_kernel, ROWS // 16 - 1, *call, TOPK=2, CHOICES=2, BIAS=False, UPCAST=True, **shape)
     holds(seen, x, (ROWS - 16) * WIDTH, ROWS * WIDTH - 1)
     index, call = (ROWS // 16 - 1, 0), (scores, x, weight, d_x, parts, ROWS, WIDTH, 16, ROWS // 16)
     shape.pop("SOFTMAX")

@@ -13,6 +13,9 @@ from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 COLUMNS = 16
 
+MOST_PARTS = 512
+"""Rows of partial sums: more than registers hold."""
+
 DEPENDENT_ARCH = 90
 """First compute capability with programmatic dependent launches."""
 
@@ -39,7 +42,7 @@ def dependent(tensor: Tensor) -> bool:
 def sum_parts(parts: Tensor, out: Tensor) -> Tensor:
     """``out [width]`` = the sum of float32 ``parts [count, width]`` over its rows, in a fixed order."""
     count, width = parts.shape
-    assert count <= 512, "more rows than registers hold: their callers make one for each processor"
+    assert count <= MOST_PARTS, "more rows than registers hold: their callers make one for each processor"
     early = dependent(parts)
     with on_device(parts):
         _sum_kernel[(ceil_div(width, COLUMNS),)](

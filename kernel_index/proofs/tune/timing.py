@@ -39,16 +39,32 @@ def device_us(calls: Sequence[Call], budget: float = 0.25) -> tuple[float, str]:
 
     One CUDA graph runs every call once, on the current stream: autograd runs a backward on its forward's stream.
     """
+    warm_up(calls)
+    if len(calls) == 1 and (once := elapsed(calls[0])) > SLOW:
+        return 1e6 * min(once, elapsed(calls[0])), "events"
+    run, how = _captured(calls)
+    return median_us(run, len(calls), budget), how
+
+
+def warm_up(calls: Sequence[Call]) -> None:
+    """What is compiled or chosen in a first call has been."""
     for _ in range(2):
         for call in calls[:4]:
             call()
     torch.cuda.synchronize()
-    if len(calls) == 1 and (once := elapsed(calls[0])) > SLOW:
-        return 1e6 * min(once, elapsed(calls[0])), "events"
-    run, how = _captured(calls)
+
+
+def replay_of(calls: Sequence[Call]) -> Call:
+    """One run of all calls, by ``device_us``'s graph where they can be captured: ``median_us`` times it later."""
+    warm_up(calls)
+    return _captured(calls)[0]
+
+
+def median_us(run: Call, count: int, budget: float = 0.25) -> float:
+    """Median microseconds of one of the ``count`` calls in a run."""
     run()
     repeats = max(5, min(30, int(budget / max(elapsed(run), 1e-6))))
-    return 1e6 * statistics.median(elapsed(run) for _ in range(repeats)) / len(calls), how
+    return 1e6 * statistics.median(elapsed(run) for _ in range(repeats)) / count
 
 
 def _captured(calls: Sequence[Call]) -> tuple[Call, str]:

@@ -7,7 +7,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.core.triton import launch
-from kernel_index.kernels.boundary.fused_residual_add_rms_norm import inductor, torch_op
+from kernel_index.kernels.boundary.fused_residual_add_rms_norm import inductor, torch_op, triton, triton_few_rows
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "inductor", "reference"])
 BF16 = torch.bfloat16
@@ -262,3 +262,52 @@ def test_refusals(message):
     with pytest.raises((TypeError, ValueError)) as error:
         ki.fused_residual_add_rms_norm(**(good | REFUSALS[message]))
     assert str(error.value) == message
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="runs Triton's interpreter")
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("asked", ["both outputs", "the norm alone", "without a residual"])
+def test_few_wide_rows_have_the_gradients_of_the_definition(monkeypatch, rows, dtype, asked):
+    """By columns, in blocks of which the last one is short; a row's mean is of two parts."""
+    monkeypatch.setattr(triton_few_rows, "WIDE", 16)
+    monkeypatch.setattr(triton_few_rows, "BLOCK", 64)
+    given = [t.requires_grad_() for t in operands(rows, 100, dtype)]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    given[0].requires_grad_(asked != "without a residual")
+    leaves = [t for t in given if t.requires_grad]
+    found = []
+    for tensors, backend in ((given, "triton"), (exact, "reference")):
+        out = ki.fused_residual_add_rms_norm(*tensors, weight_offset=0.5, backend=backend)
+        used = out[1:] if asked == "the norm alone" else out
+        g = torch.Generator().manual_seed(0)
+        upstream = [torch.randn(rows, 100, generator=g).to(dtype).to(t.dtype) for t in used]
+        found.append(torch.autograd.grad(used, tensors[-len(leaves) :], upstream))
+    rtol = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="runs Triton's interpreter")
+def test_few_wide_rows_take_their_own_way(monkeypatch):
+    """Not under invariant numerics, where a row's gradient may not depend on how many there are."""
+    seen = []
+    monkeypatch.setattr(triton_few_rows, "backward", lambda *a: seen.append(a))
+    for rows, width in ((2, 4096), (129, 4096), (2, 4095)):
+        leaves = [t.requires_grad_() for t in operands(rows, width)]
+        torch.autograd.grad(ki.fused_residual_add_rms_norm(*leaves, backend="triton").normed.sum(), leaves)
+    assert len(seen) == 1
+    with ki.numerics("invariant"):
+        leaves = [t.requires_grad_() for t in operands(2, 4096)]
+        torch.autograd.grad(ki.fused_residual_add_rms_norm(*leaves, backend="triton").normed.sum(), leaves)
+    assert len(seen) == 1
+
+
+def test_the_geometry_of_a_rows_gradient_follows_from_its_width_under_invariant_numerics():
+    """Another one may sum the row in another order."""
+    rows = (1, 100, 10**4, 10**6)
+    geometry = lambda n, width: triton.pick_backward_config(width, triton.rows_for_each(n, 132), width <= 16384)  # noqa: E731
+    for width in (512, 1024, 2048, 4096, 16384):
+        with ki.numerics("invariant"):
+            assert len({tuple(geometry(n, width).items()) for n in rows}) == 1
+    assert len({tuple(geometry(n, 2048).items()) for n in rows}) > 1, "few rows have steps of their own elsewhere"

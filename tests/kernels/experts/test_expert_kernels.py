@@ -50,3 +50,50 @@ def test_one_expert_has_the_weight_1():
     for backend in ("triton", "reference"):
         weights = ki.expert_route(torch.randn(4, 8), torch.randn(1, 8), None, 1, backend=backend).weights
         assert torch.equal(weights, torch.ones(4, 1))
+
+
+@interpreted
+def test_scores_of_bfloat16_have_the_digits_of_float32():
+    """A token of a single 1 has an expert's weight as its logit: two parts of bfloat16 would leave 2⁻¹⁷ of it."""
+    weight = torch.rand(16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    found = ki.expert_route(torch.eye(16, dtype=torch.bfloat16), weight, None, 1, backend="triton")
+    exact = weight.double().T.sigmoid().amax(-1, keepdim=True)
+    torch.testing.assert_close(found.weights.double(), exact, rtol=2e-7, atol=0)
+
+
+@interpreted
+def test_an_infinite_channel_is_no_nan_for_weights_of_few_digits():
+    """The parts behind the first one are 0 there, and infinity times 0 is no number."""
+    x, weight = torch.ones(2, 16, dtype=torch.bfloat16), torch.full((4, 16), 0.5)
+    x[1, 3], weight[2] = float("inf"), 1.0
+    for backend in ("triton", "reference"):
+        routing = ki.expert_route(x, weight, None, 1, backend=backend)
+        assert routing.weights[1] == 1
+        assert routing.experts[0] == 2
+
+
+@interpreted
+@pytest.mark.parametrize("scores", ["sigmoid", "softmax"])
+def test_gradients_of_bfloat16_have_the_digits_of_float32(scores):
+    """The weight's as sums of float32, and those of x but for their own rounding: two parts of bfloat16 keep 2⁻¹⁶."""
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(150, 130, generator=g).bfloat16().requires_grad_()
+    weight = (torch.randn(20, 130, generator=g) / 130**0.5).requires_grad_()
+    upstream = torch.randn(150, 3, generator=g)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    ours = ki.expert_route(x, weight, None, 3, scores=scores, backend="triton")
+    exact = ki.expert_route(*wide, None, 3, scores=scores, backend="reference")
+    assert torch.equal(ours.experts, exact.experts)
+    torch.testing.assert_close(ours.weights.double(), exact.weights, rtol=2e-6, atol=0)
+    d_x, d_weight = torch.autograd.grad(ours.weights, (x, weight), upstream)
+    dx_exact, dw_exact = torch.autograd.grad(exact.weights, wide, upstream.double())
+    z = wide[0].detach() @ wide[1].detach().T
+    (dz,) = torch.autograd.grad(of_scores(z.requires_grad_(), exact.experts, scores), z, upstream.double())
+    of_weight, of_x = dz.abs().T @ wide[0].detach().abs(), dz.abs() @ wide[1].detach().abs()  # sums of |terms|
+    assert ((d_weight.double() - dw_exact).abs() <= 2e-6 * of_weight).all()
+    assert ((d_x.double() - dx_exact).abs() <= 2**-8 * dx_exact.abs() + 2**-15 * of_x).all()
+
+
+def of_scores(z, experts, scores):
+    found = (z.sigmoid() if scores == "sigmoid" else z.softmax(-1)).gather(-1, experts)
+    return found / found.sum(-1, keepdim=True)

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 import kernel_index as ki
 from kernel_index.core.triton.launch import interpreting
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked import slices
+from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.contract import rows_per_chunk
 from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.slices import Plan, plan_of
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="runs Triton's interpreter")
@@ -17,6 +18,9 @@ PLANS = {
     "some, in the gradient's memory": Plan(80, 16, 12, 16),
     "as many as fit there, and a short last slice": Plan(80, 32, 16, 16),
     "all, in memory of their own": Plan(80, 80, 21, 21),
+    "held tokens first": Plan(80, 16, 12, 16, held_first=True),
+    "held tokens first, a short last slice of three blocks": Plan(80, 48, 16, 16, held_first=True),
+    "held tokens first, two slices of them at once": Plan(80, 16, 10, 16, held_first=True),
 }
 
 
@@ -98,7 +102,11 @@ def test_what_is_held_follows_from_sizes_and_the_callers_limit():
         hidden, weight = (torch.empty(n, channels, dtype=dtype, device="meta") for n in (tokens, vocab))
         return plan_of(hidden, weight, vocab, chunk_size, list(needs))
 
-    assert plan(8192, 4096, 128256) == Plan(128256, 8192, 4096, 4096), "half of the tokens, in the gradient's memory"
+    half = Plan(128256, 5120, 4096, 4096, held_first=True)
+    assert plan(8192, 4096, 128256) == half, "half of the tokens, in the gradient's memory"
+    assert plan(8193, 4096, 128256) == Plan(128256, 8192, 4096, 4096), "less than half"
+    assert plan(8192, 4096, 128256, needs=(False, True, False)) == Plan(128256, 8192, 4096, 4096), "no sum to save"
+    assert plan(16384, 2048, 128256) == Plan(128256, 4096, 2048, 2048), "an eighth"
     assert plan(2048, 4096, 128256) == Plan(128256, 16384, 2048, 4096), "all of them"
     assert plan(8192, 4096, 128256, 8192) == Plan(128256, 128256, 8192, 8192), "the caller allows all logits"
     assert plan(8192, 4096, 128256, 1023).held == 0, "the caller allows too few"
@@ -110,6 +118,17 @@ def test_what_is_held_follows_from_sizes_and_the_callers_limit():
     assert plan(65536, 4096, 128256).held == 0, "a sixteenth is not worth it"
     assert plan(32768, 512, 320) == Plan(320, 320, 32768, 32768), "no larger than a chunk"
     assert plan(8192, 4096, 128256, needs=(False, False, False)).held == 0, "without gradients"
+
+
+def test_the_default_of_8192_tokens_holds_less_than_a_gigabyte_and_a_quarter():
+    tokens, channels, vocab = 8192, 4096, 128256
+    hidden, weight = (torch.empty(n, channels, dtype=torch.bfloat16, device="meta") for n in (tokens, vocab))
+    plan = plan_of(hidden, weight, vocab, 0, [True, True, False])
+    others = tokens - plan.held
+    of_sums = 2 * plan.held * channels + 4 * others * channels  # the first ones rounded, the others in float32
+    backward = max(2 * plan.held * plan.step * (tokens // plan.held), 2 * tokens * plan.step)
+    forward = 2 * vocab * rows_per_chunk(hidden[plan.held :], vocab, slices.CHUNK_BYTES // (2 * vocab))
+    assert 2 * vocab * channels + max(of_sums + backward, forward) < 1.25e9
 
 
 @pytest.mark.parametrize("tokens", [3000, 8192])

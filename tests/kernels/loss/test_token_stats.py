@@ -223,7 +223,15 @@ def test_wrong_arguments_are_named(change, error, message):
 
 @pytest.mark.skipif(not interpreting(), reason="runs Triton's interpreter")
 @pytest.mark.parametrize(
-    "plan", [Plan(80, 16), Plan(80, 16, 12, 16), Plan(80, 32, 16, 16), Plan(80, 80, 21, 21)], ids=str
+    "plan",
+    [
+        Plan(80, 16),
+        Plan(80, 16, 12, 16),
+        Plan(80, 32, 16, 16),
+        Plan(80, 80, 21, 21),
+        Plan(80, 48, 16, 16, held_first=True),
+    ],
+    ids=str,
 )
 def test_every_plan_of_triton_gives_the_statistics_of_the_reference(monkeypatch, plan):
     """Also of a row whose largest class is certain, of equal logits and of a temperature below 1."""

@@ -1,5 +1,6 @@
 """What the conformance test cannot know about the stream-mixing functions."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -169,7 +170,8 @@ REFUSALS = {
     "h_res must be of shape (4, 4) or, for each batch row, (2, 4, 4), got shape (3, 4, 4)": {
         "h_res": torch.ones(3, 4, 4)
     },
-    "h_pre must be of shape (4,) or, for each batch row, (2, 4), got shape (2, 3, 4)": {"h_pre": torch.ones(2, 3, 4)},
+    "h_pre must be for each token of shape (2, 3, 4), got shape (2, 1, 4)": {"h_pre": torch.ones(2, 1, 4)},
+    "h_res must be for each token of shape (2, 3, 4, 4), got shape (3, 2, 4, 4)": {"h_res": torch.ones(3, 2, 4, 4)},
     "h_pre must be on the device of hidden (cpu), got meta": {"h_pre": torch.ones(4, device="meta")},
     "h_pre must be a torch.Tensor, got list": {"h_pre": [1.0, 1.0, 1.0, 1.0]},
 }
@@ -181,6 +183,19 @@ def test_refusals(message):
     with pytest.raises((TypeError, ValueError)) as error:
         ki.mhc_merge_and_branch_input(**(good | REFUSALS[message]))
     assert str(error.value) == message
+
+
+@BACKENDS
+def test_a_set_for_each_token_is_that_of_the_token_alone(backend):
+    given = operands(B=2, T=3, C=8, learn=False)
+    given |= {"h_res": torch.randn(2, 3, 4, 4), "h_pre": torch.randn(2, 3, 4)}
+    together = ki.mhc_merge_and_branch_input(**given, backend=backend)
+    for b, t in itertools.product(range(2), range(3)):
+        streams = {name: given[name][b : b + 1, t : t + 1] for name in ("hidden", "branch_out")}
+        own = {name: given[name][b, t] for name in ("h_res", "h_pre")}
+        found = ki.mhc_merge_and_branch_input(**given | streams | own, backend=backend)
+        for one, every in zip(found, together, strict=True):
+            torch.testing.assert_close(one, every[b : b + 1, t : t + 1])
 
 
 def test_rows_without_a_batch_dimension_could_only_mean_tokens():

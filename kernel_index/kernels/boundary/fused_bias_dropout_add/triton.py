@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
-from kernel_index.core.triton.sums import dependent, sum_parts
+from kernel_index.core.triton.sums import MOST_PARTS, dependent, sum_parts
 
 BLOCK, PLAIN_BLOCK, FEW_BLOCK = 4096, 2048, 1024
 """Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H200.
@@ -22,7 +22,7 @@ FEW_BLOCK with a mask, where there would be less than two programs for each proc
 COLUMNS, ROWS, RUNS = 2048, 2, 2
 """The tile of the pass that sums over rows, and its programs for each processor: the fastest tried on an H100."""
 
-PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 4
+PLAIN_COLUMNS, PLAIN_ROWS, PLAIN_RUNS = 1024, 4, 2
 """The same without a mask, on an H200."""
 
 FEW_DROPPED = (1024, 2, 2)
@@ -38,11 +38,8 @@ Not with a mask: what it takes to make it keeps more processors busy than there 
 of a group for each, 128 rows of 4096 took 5.3 us for 5.2, of 1024 4.6 for 4.3.
 """
 
-MOST_RUNS = 512
-"""Rows of the partial sums."""
-
-STAGES = 3
-"""Tiles of it in flight."""
+STAGES, PLAIN_STAGES = 3, 5
+"""Tiles of it in flight, with a mask and without."""
 
 Mask = tuple[Tensor | None, int | None, float | None]
 """(seed, threshold, factor), all None without dropout."""
@@ -205,7 +202,7 @@ def _tile(rows: int, width: int, dropped: bool) -> tuple[int, int, int]:
 def runs_of(rows: int, width: int, like: Tensor, dropped: bool = True) -> int:
     """Runs of rows, and rows of the partial sums, which are about 3 % of the traffic."""
     columns, at_once, each = _tile(rows, width, dropped)
-    return max(1, min(ceil_div(rows, at_once), MOST_RUNS, ceil_div(each * processors(like), ceil_div(width, columns))))
+    return max(1, min(ceil_div(rows, at_once), MOST_PARTS, ceil_div(each * processors(like), ceil_div(width, columns))))
 
 
 def columns(
@@ -233,7 +230,7 @@ def columns(
         _column_kernel[(runs, ceil_div(width, tile_columns))](
             g, dx, parts, *mask, rows, width, each,
             DX=dx is not None, DROP=dropped, WHOLE_GROUPS=width % 64 == 0,
-            ROWS=tile_rows, COLUMNS=tile_columns, STAGES=STAGES, DEPENDENT=dependent(g), INVERTED=inverted,
-            num_warps=4,
+            ROWS=tile_rows, COLUMNS=tile_columns, STAGES=STAGES if dropped else PLAIN_STAGES,
+            DEPENDENT=dependent(g), INVERTED=inverted, num_warps=4,
         )  # fmt: skip
     return dx, sum_parts(parts, dbias)

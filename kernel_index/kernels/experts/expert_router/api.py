@@ -17,8 +17,9 @@ RouterBackend = Literal["auto", "triton", "reference"]
 
 ROUTE = Recipe(f"router 1: float32 scores by {PRODUCT.text}; {ELEMENTWISE.text}")
 ON_DEVICE = Recipe(
-    "router on a GPU 1: products as exact as float32 in blocks of 64 channels by rising index, in tiles of a size that "
-    "the experts decide; scores, selection and weights of a token by one program"
+    "router on a GPU 2: products as exact as float32, of bfloat16 by three parts of the weight, in blocks of 64 "
+    "channels by rising index, in tiles of a size that the experts decide; scores, selection and weights of a token by "
+    "one program"
 )
 
 BACKENDS = (

@@ -1,8 +1,9 @@
 """Scores, selection and weights of a tile of tokens in one launch; backward two launches and one sum of partials.
 
-Products are as exact as float32 whatever the dtype of x: bfloat16 and float16 fit into tensorfloat32 without rounding,
-and a float32 weight is three of its parts.  Names are those of ``core/triton/attention.py``: ``o_n`` [TILE] are tokens,
-``o_e`` [EXPERTS] experts, ``o_c`` [BLOCK] channels.
+Products are as exact as float32 whatever the dtype of x.  A float32 number is the sum of three of bfloat16: with x of
+bfloat16 the products are those of its parts, which tensor cores multiply without rounding.  float16 fits into
+tensorfloat32, of which a float32 weight is three parts, too.  Names are those of ``core/triton/attention.py``: ``o_n``
+[TILE] are tokens, ``o_e`` [EXPERTS] experts, ``o_c`` [BLOCK] channels.
 """
 
 import torch
@@ -25,11 +26,14 @@ from kernel_index.kernels.experts.expert_router.contract import SMALLEST_SUM
 BLOCK = 64
 """Channels of a step."""
 
-TILE_ELEMENTS = 4096
-"""Tokens × experts of a program at most."""
+FEW_EXPERTS = 16
+"""With no more the backward pass takes twice the channels at once."""
+
+TILE_ELEMENTS, SCORE_ELEMENTS = 4096, 1024
+"""Tokens × experts of a program at most, and of one that makes the gradient of the scores alone."""
 
 WAVES = 2
-"""Programs of the backward pass for each processor."""
+"""Programs of the backward pass for each processor at most: with 64 experts one more for all took a third longer."""
 
 
 @jit
@@ -40,19 +44,54 @@ def _tile(p_x, o_row, o_c, rows, width):
 
 
 @jit
+def _load(p_x, o_row, o_c, rows, width, UPCAST: tl.constexpr):
+    """The same as it is, for a product; float32 in the interpreter."""
+    mask = (o_row < rows)[:, None] & (o_c < width)[None, :]
+    tile = tl.load(p_x + o_row.to(tl.int64)[:, None] * width + o_c[None, :], mask=mask, other=0.0)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@jit
+def _parts(x, UPCAST: tl.constexpr):
+    """Three numbers of bfloat16 whose sum is the float32 x; those after an infinite one are 0."""
+    first = x.to(tl.bfloat16)
+    rest = tl.where(tl.abs(first.to(tl.float32)) == float("inf"), 0.0, x - first.to(tl.float32))
+    second = rest.to(tl.bfloat16)
+    third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+    if UPCAST:
+        return first.to(tl.float32), second.to(tl.float32), third.to(tl.float32)
+    return first, second, third
+
+
+@jit
+def _sum_of(first, rest):
+    """An infinite factor times a part that is 0 is no number: then the first part decides."""
+    return first + tl.where(rest == rest, rest, 0.0)
+
+
+@jit
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, experts_ptr, weights_ptr, parts_ptr, scores_ptr, tokens, width, count, smallest,
     TOPK: tl.constexpr, CHOICES: tl.constexpr, BIAS: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_e = tl.arange(0, EXPERTS)
     m_e = o_e < count
     z = tl.zeros((TILE, EXPERTS), tl.float32)
+    rest = tl.zeros((TILE, EXPERTS), tl.float32)
     for start in range(0, width, BLOCK):
         o_c = start + tl.arange(0, BLOCK)
         b_w = _tile(weight_ptr, o_e, o_c, count, width)
-        z += tl.dot(_tile(x_ptr, o_n, o_c, tokens, width), tl.trans(b_w), input_precision=PRECISION)
+        if PRECISION == "parts":
+            b_x = _load(x_ptr, o_n, o_c, tokens, width, UPCAST)
+            first, second, third = _parts(b_w, UPCAST)
+            rest = tl.dot(b_x, tl.trans(third), rest)
+            rest = tl.dot(b_x, tl.trans(second), rest)
+            z = tl.dot(b_x, tl.trans(first), z)
+        else:
+            z += tl.dot(_tile(x_ptr, o_n, o_c, tokens, width), tl.trans(b_w), input_precision=PRECISION)
+    z = _sum_of(z, rest)
     if SOFTMAX:
         z = tl.where(m_e[None, :], z, float("-inf"))
         e = tl.exp(z - tl.max(z, 1)[:, None])
@@ -93,9 +132,9 @@ def _forward_kernel(
 @jit
 def _score_grad_kernel(
     d_weights_ptr, scores_ptr, experts_ptr, dz_ptr, tokens, count, smallest,
-    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr, SOFTMAX: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile's logits, float32 [TILE, EXPERTS]."""
+    """The gradient of a tile's logits, float32 [TILE, EXPERTS], or its three parts in tensors one after another."""
     o_n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     o_e = tl.arange(0, EXPERTS)
     m_n = o_n < tokens
@@ -116,7 +155,14 @@ def _score_grad_kernel(
         mean = tl.where(total >= smallest, tl.sum(d * own, 1), 0.0)[:, None] / divisor
         d = tl.where(chosen == 1, (d - mean) / divisor, 0.0)
     dz = score * (d - tl.sum(d * score, 1)[:, None]) if SOFTMAX else d * score * (1.0 - score)
-    tl.store(dz_ptr + o_ne, dz, mask=m_ne)
+    if PARTS:
+        first, second, third = _parts(dz, False)
+        size = tl.cast(tokens, tl.int64) * count
+        tl.store(dz_ptr + o_ne, first, mask=m_ne)
+        tl.store(dz_ptr + size + o_ne, second, mask=m_ne)
+        tl.store(dz_ptr + 2 * size + o_ne, third, mask=m_ne)
+    else:
+        tl.store(dz_ptr + o_ne, dz, mask=m_ne)
 
 
 @jit
@@ -129,15 +175,30 @@ def _backward_kernel(
     o_e = tl.arange(0, EXPERTS)
     b_w = _tile(weight_ptr, o_e, o_c, count, width)  # [EXPERTS, BLOCK]
     d_w = tl.zeros((EXPERTS, BLOCK), tl.float32)
+    rest = tl.zeros((EXPERTS, BLOCK), tl.float32)
+    w_first, w_second, _ = _parts(b_w, UPCAST)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         o_n = tile * TILE + tl.arange(0, TILE)
-        dz = _tile(dz_ptr, o_n, o_e, tokens, count)  # [TILE, EXPERTS]
-        b_x = _tile(x_ptr, o_n, o_c, tokens, width)
-        d_w += tl.dot(tl.trans(dz), b_x, input_precision=PRECISION)
-        dx = tl.dot(dz, b_w, input_precision=PRECISION)  # [TILE, BLOCK]
+        if PRECISION == "parts":
+            b_x = _load(x_ptr, o_n, o_c, tokens, width, UPCAST)
+            size = tl.cast(tokens, tl.int64) * count
+            first = _load(dz_ptr, o_n, o_e, tokens, count, UPCAST)  # [TILE, EXPERTS]
+            second = _load(dz_ptr + size, o_n, o_e, tokens, count, UPCAST)
+            third = _load(dz_ptr + 2 * size, o_n, o_e, tokens, count, UPCAST)
+            rest = tl.dot(tl.trans(third), b_x, rest)
+            rest = tl.dot(tl.trans(second), b_x, rest)
+            d_w = tl.dot(tl.trans(first), b_x, d_w)
+            # dx is rounded to bfloat16: what is left out is below 2⁻¹⁶ of a term.
+            dx = _sum_of(tl.dot(first, w_first), tl.dot(second, w_first, tl.dot(first, w_second)))  # [TILE, BLOCK]
+        else:
+            dz = _tile(dz_ptr, o_n, o_e, tokens, count)  # [TILE, EXPERTS]
+            b_x = _tile(x_ptr, o_n, o_c, tokens, width)
+            d_w += tl.dot(tl.trans(dz), b_x, input_precision=PRECISION)
+            dx = tl.dot(dz, b_w, input_precision=PRECISION)  # [TILE, BLOCK]
         mask = (o_n < tokens)[:, None] & (o_c < width)[None, :]
         p_out = d_x_ptr + o_n.to(tl.int64)[:, None] * width + o_c[None, :]
         tl.store(p_out, narrow(dx, d_x_ptr.dtype.element_ty, UPCAST), mask=mask)
+    d_w = _sum_of(d_w, rest)
     p_part = parts_ptr + (tl.program_id(0).to(tl.int64) * count + o_e[:, None]) * width + o_c[None, :]
     tl.store(p_part, d_w, mask=(o_e < count)[:, None] & (o_c < width)[None, :])
 
@@ -145,10 +206,14 @@ def _backward_kernel(
 def _geometry(x: Tensor, count: int) -> dict:
     """``ieee`` where x has more digits than tensorfloat32, and on AMD, whose compiler has no other exact way."""
     experts = max(SMALLEST_DOT, next_power_of_2(count))
-    exact = x.dtype == torch.float32 or target_of(x.device).kind == "hip"
+    is_hip = target_of(x.device).kind == "hip"
+    exact = "ieee" if x.dtype == torch.float32 or is_hip else "tf32x3"
+    precision = "parts" if x.dtype == torch.bfloat16 else exact
+    most = 64 if precision == "parts" else 32
     return {
-        "PRECISION": "ieee" if exact else "tf32x3",
-        "TILE": max(SMALLEST_DOT, min(32, TILE_ELEMENTS // experts)),
+        "PRECISION": precision,
+        "UPCAST": interpreting(),
+        "TILE": max(SMALLEST_DOT, min(most, TILE_ELEMENTS // experts)),
         "EXPERTS": experts,
         "BLOCK": BLOCK,
         "num_warps": 4,
@@ -189,17 +254,21 @@ def backward(
         d_weight.zero_()
         return
     geometry = _geometry(x, count)
-    tiles, blocks = ceil_div(tokens, geometry["TILE"]), ceil_div(width, BLOCK)
-    programs = min(tiles, max(1, ceil_div(WAVES * processors(x), blocks)))
-    parts, dz = x.new_empty((programs, count, width), dtype=torch.float32), torch.empty_like(scores)
-    of_scores = {name: geometry[name] for name in ("TILE", "EXPERTS", "num_warps")}
+    in_parts = geometry["PRECISION"] == "parts"
+    if in_parts and count <= FEW_EXPERTS:
+        geometry["BLOCK"] = 2 * BLOCK
+    tiles, blocks = ceil_div(tokens, geometry["TILE"]), ceil_div(width, geometry["BLOCK"])
+    programs = min(tiles, max(1, WAVES * processors(x) // blocks))
+    dz = x.new_empty((3, *scores.shape)) if in_parts else torch.empty_like(scores)
+    parts = x.new_empty((programs, count, width), dtype=torch.float32)
+    held = max(1, SCORE_ELEMENTS // geometry["EXPERTS"])
     with on_device(x):
-        _score_grad_kernel[(tiles,)](
+        _score_grad_kernel[(ceil_div(tokens, held),)](
             d_weights, scores, experts, dz, tokens, count, SMALLEST_SUM,
-            TOPK=experts.shape[1], SOFTMAX=softmax, **of_scores,
+            TOPK=experts.shape[1], SOFTMAX=softmax, PARTS=in_parts, TILE=held, EXPERTS=geometry["EXPERTS"],
         )  # fmt: skip
         _backward_kernel[(programs, blocks)](
-            dz, x, weight, d_x, parts, tokens, width, count, tiles, UPCAST=interpreting(), **geometry
+            dz, x, weight, d_x, parts, tokens, width, count, tiles, **geometry
         )  # fmt: skip
     if d_weight.dtype == parts.dtype:
         torch.sum(parts, 0, out=d_weight)

@@ -13,6 +13,7 @@ from kernel_index.kernels.loss.fused_linear_cross_entropy_chunked.triton_rows im
     block_of,
     capped,
     log1p,
+    power_in,
     row_of_slice,
     whole_blocks,
 )
@@ -23,8 +24,8 @@ BLOCKS = 4
 STAGES = 1
 """Of them in flight."""
 
-GRADIENT_BLOCK = 4096
-"""Columns of a program of the gradient."""
+GRADIENT_BLOCK, LEAST_GRADIENT_BLOCK = 4096, 1024
+"""Columns of a program of the gradient: as many as divide those of a slice, in these bounds."""
 
 
 @jit
@@ -134,7 +135,8 @@ def losses_geometry(columns: int, vocab: int) -> dict[str, int]:
 
 def gradient_geometry(columns: int) -> dict[str, int]:
     """16 columns for each thread: a program of fewer ends before its five numbers of the row are worth their wait."""
-    block = min(GRADIENT_BLOCK, next_power_of_2(columns))
+    whole = max(LEAST_GRADIENT_BLOCK, power_in(columns))
+    block = min(GRADIENT_BLOCK, next_power_of_2(columns), whole if columns % whole == 0 else GRADIENT_BLOCK)
     return {"BLOCK": block, "num_warps": max(1, block // 512)}
 
 

@@ -39,6 +39,11 @@ def log1p(x):
     return tl.where(x < 1e-2, small, tl.log(1.0 + x))
 
 
+def power_in(number: int) -> int:
+    """The largest power of two that divides it."""
+    return number & -number
+
+
 def block_of(columns: int) -> int:
     """Columns that a program reads at once; a slice of more than one is made of whole blocks."""
     return min(BLOCK, next_power_of_2(columns))
@@ -51,7 +56,4 @@ def geometry_of(columns: int) -> dict[str, int]:
 
 def whole_blocks(layout: Layout, vocab: int) -> int:
     """The columns by which a kernel's block is chosen: each lies in one slice."""
-    if layout.slice_width >= layout.width:
-        return vocab
-    assert layout.slice_width % block_of(layout.slice_width) == 0, "a block ends with its slice"
-    return layout.slice_width
+    return vocab if layout.slice_width >= layout.width else power_in(layout.slice_width)

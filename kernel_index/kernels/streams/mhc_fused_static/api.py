@@ -1,4 +1,4 @@
-"""Static hyper-connections: read a branch's input from four residual streams, merge its output back into them."""
+"""Hyper-connections: read a branch's input from four residual streams, merge its output back into them."""
 
 from typing import Literal, NamedTuple
 
@@ -56,6 +56,14 @@ class StreamsAndBranchInput(NamedTuple):
     branch_input: Tensor
 
 
+def _mixed(op: str, backend: StreamsBackend, call: contract.Call) -> tuple[Tensor, ...]:
+    rows = contract.by_rows(call)
+    found = choose(op, BACKENDS, backend, rows).run(rows)
+    if rows is call:
+        return found
+    return tuple(t.view(*call.hidden.shape[:2], *t.shape[2:]) for t in found)
+
+
 def mhc_branch_input(hidden: Tensor, h_pre: Tensor, *, backend: StreamsBackend = "auto") -> Tensor:
     """The input of a branch: a weighted sum of the residual streams.
 
@@ -64,8 +72,8 @@ def mhc_branch_input(hidden: Tensor, h_pre: Tensor, *, backend: StreamsBackend =
     Args:
         hidden: the streams, [B, T, 4, C], any floating dtype.  Other numbers of streams and other leading dimensions
             [..., streams, C] are served by the reference.
-        h_pre: [4], or [B, 4] with one row for each batch row; float32 for the fused backends.  Its rank alone tells
-            which: a tensor with a row for each token is refused.
+        h_pre: [4], or [B, 4] with one row for each batch row, or [B, T, 4] with one for each token; float32 for the
+            fused backends.  Its rank alone tells which.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
@@ -84,7 +92,7 @@ def mhc_branch_input(hidden: Tensor, h_pre: Tensor, *, backend: StreamsBackend =
     tensor([[[6., 8.]]])
     """
     call = contract.check(hidden, None, None, None, h_pre, merges=False)
-    return choose("mhc_branch_input", BACKENDS, backend, call).run(call)[0]
+    return _mixed("mhc_branch_input", backend, call)[0]
 
 
 def mhc_merge(
@@ -98,8 +106,8 @@ def mhc_merge(
     Args:
         hidden: the streams, [B, T, 4, C], any floating dtype.
         branch_out: [B, T, C], any floating dtype.
-        h_post: [4] or [B, 4].
-        h_res: [4, 4] or [B, 4, 4].  The rank of each coefficient alone says which; see ``mhc_branch_input``.
+        h_post: [4], [B, 4] or [B, T, 4].
+        h_res: [4, 4], [B, 4, 4] or [B, T, 4, 4].  The rank of each coefficient alone says which: ``mhc_branch_input``.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
@@ -117,7 +125,7 @@ def mhc_merge(
     tensor([12., 11., 13., 14.])
     """
     call = contract.check(hidden, branch_out, h_post, h_res, None, reads=False)
-    return choose("mhc_merge", BACKENDS, backend, call).run(call)[0]
+    return _mixed("mhc_merge", backend, call)[0]
 
 
 def mhc_merge_and_branch_input(
@@ -137,9 +145,9 @@ def mhc_merge_and_branch_input(
     Args:
         hidden: the streams, [B, T, 4, C], any floating dtype.
         branch_out: [B, T, C], any floating dtype.
-        h_post: [4] or [B, 4]: of the branch that is merged.
-        h_res: [4, 4] or [B, 4, 4].
-        h_pre: [4] or [B, 4]: of the branch that comes next.
+        h_post: [4], [B, 4] or [B, T, 4]: of the branch that is merged.
+        h_res: [4, 4], [B, 4, 4] or [B, T, 4, 4].
+        h_pre: [4], [B, 4] or [B, T, 4]: of the branch that comes next.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 
     Returns:
@@ -157,7 +165,7 @@ def mhc_merge_and_branch_input(
     tensor([[[3., 3.]]])
     """
     call = contract.check(hidden, branch_out, h_post, h_res, h_pre)
-    return StreamsAndBranchInput(*choose("mhc_merge_and_branch_input", BACKENDS, backend, call).run(call))
+    return StreamsAndBranchInput(*_mixed("mhc_merge_and_branch_input", backend, call))
 
 
 def sinkhorn(

@@ -51,6 +51,7 @@ SHAPES = (
     ("layer", "batch × tokens × streams × channels, one set of coefficients", (2, 9, 4, 48), ()),
     ("rows", "a set of coefficients for each batch row", (3, 7, 4, 48), (3,)),
     ("batch is time", "as many rows as tokens: coefficients still go by row", (5, 5, 4, 48), (5,)),
+    ("tokens", "a set of coefficients for each token", (2, 5, 4, 48), (2, 5)),
     ("odd", "no dimension is a power of two or a multiple of a vector width", (3, 5, 4, 17), ()),
     ("one token", "decoding", (1, 1, 4, 33), ()),
     ("wide", "several blocks of channels for each token", (1, 2, 4, 2100), ()),
@@ -68,6 +69,13 @@ FUSED_ONLY = (
         lambda m: both(m, 3, 4, 4, 48) | {"h_res": coefficients(m, 3)["h_res"]},
     ),
     Case(
+        "mixed tokens",
+        "h_res for each token, h_post for each row, h_pre shared",
+        lambda m: (
+            both(m, 3, 4, 4, 48) | {"h_res": coefficients(m, 3, 4)["h_res"], "h_post": coefficients(m, 3)["h_post"]}
+        ),
+    ),
+    Case(
         "fp32 streams",
         "streams in float32 around a branch in the case's dtype",
         lambda m: both(m, 2, 5, 4, 48, hidden=m.normal(2, 5, 4, 48, dtype=torch.float32)),
@@ -80,9 +88,9 @@ def cases(build: Any) -> tuple[Case, ...]:
 
 
 def over_tokens(coefficient: Tensor, rank: int, hidden: Tensor) -> Tensor:
-    """A copy for every token."""
+    """A copy for every token that has none of its own."""
     lead = hidden.shape[:-2]
-    if coefficient.ndim > rank:
+    if rank < coefficient.ndim < rank + len(lead):
         coefficient = coefficient[(slice(None), *(None,) * (len(lead) - 1))]
     return coefficient.expand(*lead, *coefficient.shape[-rank:]).to(hidden.dtype)
 

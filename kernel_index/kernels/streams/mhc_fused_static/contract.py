@@ -55,16 +55,37 @@ def check(
 
 
 def _check_coefficient(name: str, value: Any, hidden: Tensor, rank: int) -> None:
-    """One coefficient for the whole call, or one for each batch row: its rank alone says which."""
+    """One coefficient for the whole call, for each batch row, or for each token: its rank alone says which."""
     checks.is_floating(name, value)
     checks.on_device(name, value, hidden, "hidden")
     shared = (hidden.shape[-2],) * rank
-    if hidden.ndim < 4:  # [T, streams] could only mean one for each token, which is not offered
+    if hidden.ndim < 4:  # [T, streams] could be meant for rows as well as for tokens
         checks.has_shape(name, value, shared, "shared by the whole of a hidden without a batch dimension,")
     elif value.ndim == rank:
         checks.has_shape(name, value, shared, "of shape")
+    elif hidden.ndim == 4 and value.ndim == rank + 2:
+        checks.has_shape(name, value, (*hidden.shape[:2], *shared), "for each token of shape")
     else:
         checks.has_shape(name, value, (hidden.shape[0], *shared), f"of shape {shared} or, for each batch row,")
+
+
+def by_rows(call: Call) -> Call:
+    """The call itself, or one whose batch rows are the tokens where a coefficient is one for each of them."""
+    ranks = (1, 2, 1)
+    if not any(c is not None and c.ndim == rank + 2 for c, rank in zip(call[2:], ranks, strict=True)):
+        return call
+    batch, tokens = call.hidden.shape[:2]
+
+    def of_tokens(value: Tensor | None, rank: int) -> Tensor | None:
+        if value is None or value.ndim == rank:
+            return value
+        if value.ndim == rank + 1:
+            value = value[:, None].expand(batch, tokens, *value.shape[1:])
+        return value.reshape(batch * tokens, *value.shape[2:])
+
+    branch_out = None if call.branch_out is None else call.branch_out.reshape(batch * tokens, 1, -1)
+    hidden = call.hidden.reshape(batch * tokens, 1, *call.hidden.shape[2:])
+    return Call(hidden, branch_out, *(of_tokens(c, rank) for c, rank in zip(call[2:], ranks, strict=True)))
 
 
 def is_per_row(value: Tensor | None, rank: int) -> bool:

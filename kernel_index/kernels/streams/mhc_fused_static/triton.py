@@ -121,8 +121,8 @@ def _backward_kernel(
     SUMS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes a run of tiles of one batch; a tile is a block of channels of one token."""
-    program = tl.program_id(0).to(tl.int64)
-    batch = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(0).to(tl.int64)  # of which there may be as many as tokens
+    program = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(width, BLOCK)
     first = program * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tl.full((), tokens, tl.int64) * blocks)  # 1 is a constexpr
@@ -180,7 +180,7 @@ def _backward_kernel(
                 if D_READ:
                     df_sum += dy * f
     if SUMS:
-        p_part = parts_ptr + (batch * tl.num_programs(0) + program) * 24
+        p_part = parts_ptr + (batch * tl.num_programs(1) + program) * 24
         _store_four(p_part, _four_sums(post_sums))
         _store_four(p_part + 4, _four_sums(sums0))
         _store_four(p_part + 8, _four_sums(sums1))
@@ -246,7 +246,7 @@ def backward(
     programs = min(tiles, ceil_div(WAVES * processors(like), batches))
     parts = None if sums is None else like.new_empty((batches, programs, sums.shape[1]), dtype=torch.float32)
     with on_device(like):
-        _backward_kernel[(programs, batches)](
+        _backward_kernel[(batches, programs)](
             d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, d_hidden, d_branch, parts,
             tokens, width, ceil_div(tiles, programs), *_row_strides(h_post, h_res, h_pre),
             MERGE=h_post is not None, D_MERGED=d_merged is not None, D_READ=d_read is not None,
