@@ -72,21 +72,32 @@ def chunks_of_queries(batch: int, shared: int, queries: int, keys: int) -> Itera
         yield first, min(tiles * TILE, queries - first)
 
 
-def unions_of(indices: Tensor, keys: int, first: int, queries: int) -> TokenUnions:
-    """From integers [B, T, P, n] in any order, dense in n, with repeats; what is outside of [0, keys) is no token."""
+def empty_table(indices: Tensor, keys: int) -> Tensor:
+    """For the unions of each chunk of integers [B, T, P, n], one after the other: zeros, a row for each list."""
+    batch, total, shared, _ = indices.shape
+    queries = max((some for _, some in chunks_of_queries(batch, shared, total, keys)), default=0)
+    size = (batch * shared * -(-queries // TILE), -(-max(1, keys) // BLOCK) * BLOCK)
+    return torch.zeros(size, dtype=torch.int64, device=indices.device)
+
+
+def unions_of(indices: Tensor, keys: int, first: int, queries: int, table: Tensor) -> TokenUnions:
+    """From integers [B, T, P, n] in any order, dense in n, with repeats; what is outside of [0, keys) is no token.
+
+    ``table``: an ``empty_table`` of these integers, which is empty again then.
+    """
     from kernel_index.routing import triton_token_unions
 
     batch, _, shared, count = indices.shape
     blocks, tiles = -(-max(1, keys) // BLOCK), -(-queries // TILE)
     lists, device = batch * shared * tiles, indices.device
-    table = torch.zeros(lists, blocks * BLOCK, dtype=torch.int64, device=device)
+    table = table[:lists]
     if count and keys:
         triton_token_unions.mark(table, indices, first, queries, keys)
-    counts = torch.empty(lists, blocks * BLOCK // GRAIN, dtype=torch.int32, device=device)
-    present = torch.empty_like(counts)
-    triton_token_unions.count(table, counts, present, GRAIN)
-    before = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
-    sizes = before[:, -1].contiguous()
+    runs = blocks * BLOCK // GRAIN
+    present = torch.empty(lists, runs, dtype=torch.int32, device=device)
+    before = torch.empty(lists, runs + 1, dtype=torch.int32, device=device)
+    sizes = torch.empty(lists, dtype=torch.int32, device=device)
+    triton_token_unions.count(table, present, before, sizes, GRAIN)
     padded = (sizes + (BLOCK - 1)) // BLOCK * BLOCK
     begin = padded.cumsum(0, dtype=torch.int64) - padded
     most = max(1, min(blocks, -(-TILE * count // BLOCK))) * BLOCK

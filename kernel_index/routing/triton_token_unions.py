@@ -4,11 +4,12 @@ A table has one 64-bit word for each tile of 64 queries and each token: its bits
 are set by atomics, whose order has no influence on the result; the words that are not 0 become the list.
 """
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import ceil_div, on_device
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 TILE = 64
 """Queries of a tile: bits of a word."""
@@ -61,6 +62,21 @@ def _count_kernel(table_ptr, counts_ptr, present_ptr, TOTAL, ROWS: tl.constexpr,
 
 
 @jit
+def _before_kernel(counts_ptr, before_ptr, sizes_ptr, RUNS, BN: tl.constexpr):
+    """Entries before each run of a list, and behind the last one, from those of each run."""
+    o_list = tl.program_id(0).to(tl.int64)
+    p_before = before_ptr + o_list * (RUNS + 1)
+    total = tl.zeros((), tl.int32)
+    for first in range(0, RUNS, BN):
+        o_run = first + tl.arange(0, BN)
+        b_count = tl.load(counts_ptr + o_list * RUNS + o_run, mask=o_run < RUNS, other=0)
+        tl.store(p_before + o_run, total + tl.cumsum(b_count, 0) - b_count, mask=o_run < RUNS)
+        total += tl.sum(b_count, 0)
+    tl.store(p_before + RUNS, total)
+    tl.store(sizes_ptr + o_list, total)
+
+
+@jit
 def bits_below(b_present, o_bit):
     """How many bits of ``b_present`` are set below bit ``o_bit`` < 32; int32 of one shape."""
     x = b_present & ~(tl.zeros_like(o_bit) - 1 << o_bit)
@@ -75,20 +91,25 @@ def bits_below(b_present, o_bit):
 def _list_kernel(
     table_ptr, begin_ptr, before_ptr, present_ptr, tokens_ptr, words_ptr, RUNS, ROWS: tl.constexpr, GRAIN: tl.constexpr
 ):
-    """Write the words of ROWS runs of GRAIN tokens that are not 0, and their tokens, to the list of the tile."""
+    """Move the words of ROWS runs of GRAIN tokens that are not 0, and their tokens, to the list of the tile.
+
+    Only these are read, and 0 is left in their place: where neighbours share their tokens they are few.
+    """
     tile = tl.program_id(1).to(tl.int64)
     o_run = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     m_run = o_run < RUNS
     o_bit = tl.broadcast_to(tl.arange(0, GRAIN)[None, :], (ROWS, GRAIN))
     o_token = o_run[:, None] * GRAIN + o_bit  # [ROWS, GRAIN]
-    b_word = tl.load(table_ptr + tile * RUNS * GRAIN + o_token, mask=m_run[:, None], other=0)
     b_present = tl.load(present_ptr + tile * RUNS + o_run, mask=m_run, other=0)
     before = tl.load(before_ptr + tile * (RUNS + 1) + o_run, mask=m_run, other=0)  # [ROWS]
+    m_word = ((b_present[:, None] >> o_bit) & 1) != 0  # [ROWS, GRAIN]
+    p_word = table_ptr + tile * RUNS * GRAIN + o_token
+    b_word = tl.load(p_word, mask=m_word, other=0)
     rank = bits_below(tl.broadcast_to(b_present[:, None], (ROWS, GRAIN)), o_bit)
     o_entry = tl.load(begin_ptr + tile) + (before[:, None] + rank).to(tl.int64)
-    m_word = b_word != 0
     tl.store(tokens_ptr + o_entry, o_token, mask=m_word)
     tl.store(words_ptr + o_entry, b_word, mask=m_word)
+    tl.store(p_word, tl.zeros_like(b_word), mask=m_word)
 
 
 def mark(table: Tensor, indices: Tensor, first: int, queries: int, keys: int) -> None:
@@ -101,16 +122,18 @@ def mark(table: Tensor, indices: Tensor, first: int, queries: int, keys: int) ->
         )  # fmt: skip
 
 
-def count(table: Tensor, counts: Tensor, present: Tensor, grain: int) -> None:
-    """Fill both int32 [lists, runs] from the table [lists, runs · grain]."""
+def count(table: Tensor, present: Tensor, before: Tensor, sizes: Tensor, grain: int) -> None:
+    """Fill ``present``, ``before`` and ``sizes``, as ``TokenUnions`` has them, from the table [lists, runs · grain]."""
+    counts, (lists, runs) = torch.empty_like(present), present.shape
     with on_device(table):
         _count_kernel[(ceil_div(counts.numel(), 64),)](
             table, counts, present, counts.numel(), ROWS=64, GRAIN=grain, num_warps=4
         )
+        _before_kernel[(lists,)](counts, before, sizes, runs, BN=min(2048, next_power_of_2(runs)), num_warps=4)
 
 
 def write_lists(table: Tensor, begin: Tensor, before: Tensor, present: Tensor, lists: tuple[Tensor, Tensor]) -> None:
-    """Fill tokens and words of the ``lists``."""
+    """Fill tokens and words of the ``lists``; the table is empty again then."""
     runs, rows = present.shape[1], 64
     with on_device(table):
         _list_kernel[(ceil_div(runs, rows), table.shape[0])](

@@ -58,23 +58,26 @@ def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch)
 
 
 @pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
-@pytest.mark.parametrize("parts", ["collected", "too many are equal", "topk too large"])
+@pytest.mark.parametrize("parts", ["collected", "the sample misleads", "too many are equal", "topk too large"])
 def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
     """Rows that are hardly longer than ``topk`` and long ones, in both ways that the kernel finds them."""
-    from kernel_index.routing.lightning_indexer import triton
+    from kernel_index.routing.lightning_indexer import triton_select
     from kernel_index.routing.topk_keys import NOTHING, pack, rank_of
 
-    monkeypatch.setattr(triton, "FEWEST", 16)
-    monkeypatch.setattr(triton, "MOST", 8 if parts == "topk too large" else 16)
+    monkeypatch.setattr(triton_select, "FEWEST", 32)
+    monkeypatch.setattr(triton_select, "MOST", 16 if parts == "topk too large" else 32)
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(1, 12, 96, generator=generator)
     if parts == "too many are equal":
         scores = scores.sign()
+    if parts == "the sample misleads":
+        scores[0, 0, :8] += 9.0  # fewer than wanted reach what it says
+        scores[0, 4, torch.arange(96) % 24 < 8] = -9.0  # more than there is space for
     scores[0, 3, ::7], scores[0, 4, 5:9], scores[0, 4, 1] = torch.nan, -torch.inf, torch.inf
     start = torch.tensor([[0, 5, 0, 0, 0, 0, 17, 90, 40, 3, 0, 30]], dtype=torch.int32)
     end = torch.tensor([[96, 11, 6, 96, 96, 0, 96, 96, 48, 70, 7, 96]], dtype=torch.int32)
     ranks, tokens = torch.empty(1, 12, 6).int(), torch.empty(1, 12, 6).int()
-    triton.select(rank_of(scores).int(), start, end, (ranks, tokens), 0)
+    triton_select.select(scores, start, end, (ranks, tokens), 0)
     at = torch.arange(96)
     every = pack(rank_of(scores), at)
     seen = (at >= start[..., None]) & (at < end[..., None])
