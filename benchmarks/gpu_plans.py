@@ -33,7 +33,6 @@ PLANS = (
     (BLOCKS + "triton_plan", "with_parts"),
     (TOKENS + "triton_order", "keep_legal"),
     (TOKENS + "triton_order", "sort_alone"),
-    (TOKENS + "torch_op", "empty_table"),
     (TOKENS + "torch_op", "unions_of"),
     (TOKENS + "triton_keys", "rounds_of"),
 )

@@ -72,25 +72,14 @@ def chunks_of_queries(batch: int, shared: int, queries: int, keys: int) -> Itera
         yield first, min(tiles * TILE, queries - first)
 
 
-def empty_table(indices: Tensor, keys: int) -> Tensor:
-    """For the unions of each chunk of integers [B, T, P, n], one after the other: zeros, a row for each list."""
-    batch, total, shared, _ = indices.shape
-    queries = max((some for _, some in chunks_of_queries(batch, shared, total, keys)), default=0)
-    size = (batch * shared * -(-queries // TILE), -(-max(1, keys) // BLOCK) * BLOCK)
-    return torch.zeros(size, dtype=torch.int64, device=indices.device)
-
-
-def unions_of(indices: Tensor, keys: int, first: int, queries: int, table: Tensor) -> TokenUnions:
-    """From integers [B, T, P, n] in any order, dense in n, with repeats; what is outside of [0, keys) is no token.
-
-    ``table``: an ``empty_table`` of these integers, which is empty again then.
-    """
+def unions_of(indices: Tensor, keys: int, first: int, queries: int) -> TokenUnions:
+    """From integers [B, T, P, n] in any order, dense in n, with repeats; what is outside of [0, keys) is no token."""
     from kernel_index.routing import triton_token_unions
 
     batch, _, shared, count = indices.shape
     blocks, tiles = -(-max(1, keys) // BLOCK), -(-queries // TILE)
     lists, device = batch * shared * tiles, indices.device
-    table = table[:lists]
+    table = torch.zeros(lists, blocks * BLOCK, dtype=torch.int64, device=device)
     if count and keys:
         triton_token_unions.mark(table, indices, first, queries, keys)
     runs = blocks * BLOCK // GRAIN

@@ -91,9 +91,9 @@ def bits_below(b_present, o_bit):
 def _list_kernel(
     table_ptr, begin_ptr, before_ptr, present_ptr, tokens_ptr, words_ptr, RUNS, ROWS: tl.constexpr, GRAIN: tl.constexpr
 ):
-    """Move the words of ROWS runs of GRAIN tokens that are not 0, and their tokens, to the list of the tile.
+    """Write the words of ROWS runs of GRAIN tokens that are not 0, and their tokens, to the list of the tile.
 
-    Only these are read, and 0 is left in their place: where neighbours share their tokens they are few.
+    Only these are read: where neighbours share their tokens they are few.
     """
     tile = tl.program_id(1).to(tl.int64)
     o_run = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
@@ -103,13 +103,11 @@ def _list_kernel(
     b_present = tl.load(present_ptr + tile * RUNS + o_run, mask=m_run, other=0)
     before = tl.load(before_ptr + tile * (RUNS + 1) + o_run, mask=m_run, other=0)  # [ROWS]
     m_word = ((b_present[:, None] >> o_bit) & 1) != 0  # [ROWS, GRAIN]
-    p_word = table_ptr + tile * RUNS * GRAIN + o_token
-    b_word = tl.load(p_word, mask=m_word, other=0)
+    b_word = tl.load(table_ptr + tile * RUNS * GRAIN + o_token, mask=m_word, other=0)
     rank = bits_below(tl.broadcast_to(b_present[:, None], (ROWS, GRAIN)), o_bit)
     o_entry = tl.load(begin_ptr + tile) + (before[:, None] + rank).to(tl.int64)
     tl.store(tokens_ptr + o_entry, o_token, mask=m_word)
     tl.store(words_ptr + o_entry, b_word, mask=m_word)
-    tl.store(p_word, tl.zeros_like(b_word), mask=m_word)
 
 
 def mark(table: Tensor, indices: Tensor, first: int, queries: int, keys: int) -> None:
@@ -133,7 +131,7 @@ def count(table: Tensor, present: Tensor, before: Tensor, sizes: Tensor, grain: 
 
 
 def write_lists(table: Tensor, begin: Tensor, before: Tensor, present: Tensor, lists: tuple[Tensor, Tensor]) -> None:
-    """Fill tokens and words of the ``lists``; the table is empty again then."""
+    """Fill tokens and words of the ``lists``."""
     runs, rows = present.shape[1], 64
     with on_device(table):
         _list_kernel[(ceil_div(runs, rows), table.shape[0])](

@@ -5,8 +5,7 @@ import torch
 
 from kernel_index.core.triton import launch
 from kernel_index.routing import token_unions, triton_union_sums
-from kernel_index.routing.token_unions import BLOCK, GRAIN, TILE, chunks_of_queries, empty_table
-
+from kernel_index.routing.token_unions import BLOCK, GRAIN, TILE, chunks_of_queries, unions_of
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
 
@@ -16,14 +15,6 @@ B, T, P, N, S = 2, 150, 2, 7, 300
 def selection(seed=0):
     """With repeats, and with entries that are no token."""
     return torch.randint(-2, S + 3, (B, T, P, N), generator=torch.Generator().manual_seed(seed))
-
-
-def unions_of(indices, keys, first, queries):
-    """With the table left as it was."""
-    table = empty_table(indices, keys)
-    found = token_unions.unions_of(indices, keys, first, queries, table)
-    assert table.count_nonzero() == 0
-    return found
 
 
 def by_sets(indices, b, p, first, queries):

@@ -12,16 +12,7 @@ from torch import Tensor
 from kernel_index.core.triton.attention import dot, has_nan, load_rows, narrow, store_rows, weighted_sum
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
-from kernel_index.routing.token_unions import (
-    BLOCK,
-    GRAIN,
-    TILE,
-    Rounds,
-    TokenUnions,
-    chunks_of_queries,
-    empty_table,
-    unions_of,
-)
+from kernel_index.routing.token_unions import BLOCK, GRAIN, TILE, Rounds, TokenUnions, chunks_of_queries, unions_of
 from kernel_index.routing.triton_token_unions import bits_below
 from kernel_index.routing.triton_union_sums import add_rows, rounds_of
 
@@ -163,9 +154,8 @@ def backward(
         d_q.zero_()
         d_w.zero_()
     sums = torch.zeros(B, S, 1, D, dtype=torch.float32, device=q.device)
-    table = empty_table(indices[:, :, None], S) if B * S * N else None
-    for first, queries in chunks_of_queries(B, 1, T, S) if table is not None else ():
-        u = unions_of(indices[:, :, None], S, first, queries, table)
+    for first, queries in chunks_of_queries(B, 1, T, S) if B * S * N else ():
+        u = unions_of(indices[:, :, None], S, first, queries)
         rounds = rounds_of(u, (D + TILE) * 4)
         entries = rounds.part + u.most
         rows = torch.empty(entries, 1, D, dtype=torch.float32, device=q.device)

@@ -19,7 +19,7 @@ from kernel_index.kernels.attention.exact_token_sparse.contract import ExactToke
 from kernel_index.kernels.attention.exact_token_sparse.geometry import TOGETHER, launch_of, padded_group
 from kernel_index.kernels.attention.exact_token_sparse.selection_order import sort_selected
 from kernel_index.masks.attention_arguments import sizes_of
-from kernel_index.routing.token_unions import chunks_of_queries, empty_table, unions_of
+from kernel_index.routing.token_unions import chunks_of_queries, unions_of
 
 MOST_SORTED = 4096
 """Tokens of a query that one program sorts; PyTorch sorts more."""
@@ -65,9 +65,8 @@ def _unions(q, k, selected):
     """The unions of one chunk of queries after the other."""
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
     if batch * queries * heads:
-        table = empty_table(selected, keys)
         for first, some in chunks_of_queries(batch, selected.shape[2], queries, keys):
-            yield unions_of(selected, keys, first, some, table)
+            yield unions_of(selected, keys, first, some)
 
 
 def _allocate_backward(d_out, d_lse, q, k, v, out, log2_sum, places, counts, scale, softcap, with_keys):
