@@ -290,7 +290,8 @@ def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, ranks: Te
             q, k, w, start, end, ranks, *q.stride()[:3], *k.stride()[:2], *w.stride(),
             0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, SPAN, ranks.shape[2],
             D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
-            TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps, num_stages=c.num_stages,
+            TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps,
+            num_stages=c.num_stages,
         )  # fmt: skip
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernel_index.core.triton.hopper import HopperKernel
-from kernel_index.core.triton.jit import ENABLE_FP_FUSION
+from kernel_index.core.triton.hopper import QuickHopperKernel
 
 NONE = gl.constexpr(-(2**31))
 
@@ -32,7 +31,7 @@ def _add(a, b):
     return a + b
 
 
-@HopperKernel
+@QuickHopperKernel
 def _collect_kernel(
     ranks_ptr, bounds_ptr, start_ptr, end_ptr, found_ptr, counts_ptr, bound_b, FIRST, QUERIES, ROW, MANY,
     WORDS: gl.constexpr,
@@ -79,5 +78,5 @@ def collect(
     (B, queries, row), (start, end, bound_b, first) = ranks.shape, rows
     _collect_kernel[(queries, B)](
         ranks, bounds, start, end, found, counts, bound_b, first, queries, row, found.shape[2] // 4, WORDS=WORDS,
-        num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+        num_warps=4,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def _bound_kernel(
 def _pick_kernel(
     found_ptr, counts_ptr, bounds_ptr, best_ptr, tokens_ptr, done_ptr, TOPK, MANY: tl.constexpr
 ):  # fmt: skip
-    """The best TOPK of the keys that were found, of equal ones the first, ascending; ``done``: whether they are here."""
+    """The best TOPK of the keys that were found, of equal ones the first, ascending; ``done``: that they are stored."""
     row = tl.program_id(0).to(tl.int64)
     bound = tl.load(bounds_ptr + row).to(tl.int64)
     if bound == NONE:
@@ -103,5 +103,7 @@ def select(
         )  # fmt: skip
         triton_collect.collect(ranks, bounds, (start, end, bound_b, first), found, counts)
         _pick_kernel[(B * queries,)](
-            found, counts, bounds, *picked, done, topk, MANY=many, num_warps=4 if many <= 4096 else 16
-        )
+            found, counts, bounds, *picked, done, topk, MANY=many, **(
+                {"num_warps": 8, "maxnreg": 64} if many <= 4096 else {"num_warps": 16}
+            ),
+        )  # fmt: skip
