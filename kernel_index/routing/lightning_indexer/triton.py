@@ -29,7 +29,7 @@ NOTHING = tl.constexpr(-(2**63))
 STAGES = tl.constexpr(4)
 """Tiles of a row that are on their way at once."""
 
-SCORES_BYTES = 1 << 29
+SCORES_BYTES = 1 << 30
 """Of the scores of a chunk of queries, and of what is collected of them."""
 
 
