@@ -14,7 +14,7 @@ from torch import Tensor
 from kernel_index.core.triton.attention import within
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import on_device
-from kernel_index.routing.triton_topk import NONE
+from kernel_index.routing.triton_topk import NONE, reached
 
 PIECE = tl.constexpr(8)
 """Neighbouring keys of a sample: what the memory delivers at least."""
@@ -33,27 +33,6 @@ def found_of(many: int) -> int:
 
 
 @jit
-def _reached(rank, need, least, more):
-    """See ``reached`` of ``triton_topk.py``; up to ``more`` integers more than ``need`` will do.
-
-    Two steps of three go where the count would be right if it fell evenly: of 4096 scores it takes 5 for 13, or 8.
-    """
-    above = tl.maximum(tl.max(rank).to(tl.int64) + 1, least)  # ``over`` reach it, fewer than ``need``
-    count, over, step = tl.sum((rank >= least.to(tl.int32)).to(tl.int32)), need * 0, need * 0
-    while (count > need + more) & (above - least > 1):
-        width = above - least
-        part = (count - need - 0.5 * more) / (count - over)
-        middle = tl.minimum(tl.maximum((part * width.to(tl.float32)).to(tl.int64), 1), width - 1)
-        middle = least + tl.where(step % 3 == 2, width >> 1, middle)
-        found = tl.sum((rank >= middle.to(tl.int32)).to(tl.int32))
-        enough = found >= need
-        least, above = tl.where(enough, middle, least), tl.where(enough, above, middle)
-        count, over = tl.where(enough, found, count), tl.where(enough, over, found)
-        step += 1
-    return least
-
-
-@jit
 def _bound_kernel(
     ranks_ptr, start_ptr, end_ptr, bounds_ptr, bound_b, FIRST, QUERIES, TOPK, ROW, WANTED, MANY: tl.constexpr
 ):
@@ -69,7 +48,7 @@ def _bound_kernel(
         m_n = within(o_n, start, start + size)
         rank = tl.load(ranks_ptr + (b * QUERIES + local) * ROW + o_n, mask=m_n, other=NONE)
         need = tl.maximum(WANTED * tl.sum(m_n.to(tl.int32), 0) // size, 1)
-        bound = _reached(rank, need, bound, need // 16)
+        bound, _ = reached(rank, need, bound, need // 16)
     tl.store(bounds_ptr + b * QUERIES + local, bound.to(tl.int32))
 
 
@@ -92,8 +71,8 @@ def _pick_kernel(
     at += tl.where(o_found >= a + b, MANY - b, 0) + tl.where(o_found >= a + b + c, MANY - c, 0)
     key = tl.load(found_ptr + row * (4 * MANY) + at, mask=o_found < total, other=0)
     rank, token = tl.where(o_found < total, (key >> 32).to(tl.int32), NONE), key.to(tl.int32)
-    least = _reached(rank, total * 0 + TOPK, bound, 0).to(tl.int32)
-    m_above, m_equal = rank > least, rank == least
+    least, _ = reached(rank, TOPK, bound)
+    m_above, m_equal = rank > least.to(tl.int32), rank == least.to(tl.int32)
     equal = TOPK - tl.sum(m_above.to(tl.int32), 0)
     place = tl.cumsum(m_above.to(tl.int32) + (m_equal.to(tl.int32) << 16), 0)  # two sums of at most MANY
     m_take = m_above | (m_equal & ((place >> 16) <= equal))
