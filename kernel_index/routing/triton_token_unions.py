@@ -14,7 +14,7 @@ from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 TILE = 64
 """Queries of a tile: bits of a word."""
 
-MARKED = 4, 512
+MARKED = 8, 256
 """Queries of a program that sets bits, a divisor of ``TILE``, and entries of each; a warp has 128 of them."""
 
 
@@ -32,11 +32,13 @@ def _mark_kernel(
 ):  # fmt: skip
     """Set the bits of BQ queries in the words of the tokens that they have at BN places.
 
-    Those that have the token of the first of them in the same place set their bits with it, by one atomic.
+    Those that have the token of the first of them in the same place set their bits with it, by one atomic.  Programs of
+    one tile run side by side: then the L2 holds their words.
     """
-    first = tl.program_id(0).to(tl.int64) * BQ
+    steps = tl.cdiv(N, BN)
+    first = (tl.program_id(0) // steps).to(tl.int64) * BQ
     b, p = (tl.program_id(1) // P).to(tl.int64), (tl.program_id(1) % P).to(tl.int64)
-    o_n = tl.program_id(2) * BN + tl.arange(0, BN)  # [BN]
+    o_n = tl.program_id(0) % steps * BN + tl.arange(0, BN)  # [BN]
     p_indices = indices_ptr + b * i_b + tl.cast(FIRST, tl.int64) * i_t + p * i_p + o_n
     p_table = table_ptr + (tl.program_id(1).to(tl.int64) * TILES + first // TILE) * WIDTH
     bit = tl.full((), 1, tl.int64) << first % TILE
@@ -114,7 +116,7 @@ def mark(table: Tensor, indices: Tensor, first: int, queries: int, keys: int) ->
     """Fill a table [B · P · tiles, width] of zeros for ``queries`` queries from ``first`` on."""
     (batch, _, shared, count), (together, step) = indices.shape, MARKED
     with on_device(indices):
-        _mark_kernel[(ceil_div(queries, together), batch * shared, ceil_div(count, step))](
+        _mark_kernel[(ceil_div(queries, together) * ceil_div(count, step), batch * shared)](
             indices, table, *indices.stride()[:3], first, queries, ceil_div(queries, TILE), shared, count, keys,
             table.shape[1], BQ=together, BN=step, TILE=TILE, num_warps=step // 128,
         )  # fmt: skip
