@@ -2,7 +2,8 @@
 
 Heads are rows ``head · BQ + query`` of one product, so that their sum stays within a thread.  Scores are stored as
 integers of the same order.  The maxima of more than ``topk`` parts of a row bound its best scores from below; what
-reaches the bound is collected, hardly more than ``topk``, and the best of it is found in registers.
+reaches the bound is collected, hardly more than ``topk``, and the best of it is found in registers.  On Hopper the
+kernels of ``triton_sample.py`` come first, and do this for most rows.
 
 Where more reach it than the space for them holds, four rounds over the row count how many have each value of the next
 eight bits, and leave the score at which ``topk`` are reached; a last one takes those above it, and of those equal to it
