@@ -60,7 +60,7 @@ def test_sizes_are_cast_by_a_function(path):
     assert [m.value.id for m in methods if isinstance(m.value, ast.Name) and m.value.id.isupper()] == []
 
 
-OURS = {"jit", "HopperKernel", "_Kernel"}
+OURS = {"jit", "HopperKernel", "QuickHopperKernel", "_Kernel"}
 """Decorators whose launches start nothing while ``torch.compile`` traces: ``core/ahead.py``."""
 
 

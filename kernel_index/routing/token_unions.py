@@ -82,11 +82,11 @@ def unions_of(indices: Tensor, keys: int, first: int, queries: int) -> TokenUnio
     table = torch.zeros(lists, blocks * BLOCK, dtype=torch.int64, device=device)
     if count and keys:
         triton_token_unions.mark(table, indices, first, queries, keys)
-    counts = torch.empty(lists, blocks * BLOCK // GRAIN, dtype=torch.int32, device=device)
-    present = torch.empty_like(counts)
-    triton_token_unions.count(table, counts, present, GRAIN)
-    before = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
-    sizes = before[:, -1].contiguous()
+    runs = blocks * BLOCK // GRAIN
+    present = torch.empty(lists, runs, dtype=torch.int32, device=device)
+    before = torch.empty(lists, runs + 1, dtype=torch.int32, device=device)
+    sizes = torch.empty(lists, dtype=torch.int32, device=device)
+    triton_token_unions.count(table, present, before, sizes, GRAIN)
     padded = (sizes + (BLOCK - 1)) // BLOCK * BLOCK
     begin = padded.cumsum(0, dtype=torch.int64) - padded
     most = max(1, min(blocks, -(-TILE * count // BLOCK))) * BLOCK

@@ -4,16 +4,17 @@ A table has one 64-bit word for each tile of 64 queries and each token: its bits
 are set by atomics, whose order has no influence on the result; the words that are not 0 become the list.
 """
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
-from kernel_index.core.triton.launch import ceil_div, on_device
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 
 TILE = 64
 """Queries of a tile: bits of a word."""
 
-MARKED = 4, 512
+MARKED = 8, 256
 """Queries of a program that sets bits, a divisor of ``TILE``, and entries of each; a warp has 128 of them."""
 
 
@@ -31,11 +32,13 @@ def _mark_kernel(
 ):  # fmt: skip
     """Set the bits of BQ queries in the words of the tokens that they have at BN places.
 
-    Those that have the token of the first of them in the same place set their bits with it, by one atomic.
+    Those that have the token of the first of them in the same place set their bits with it, by one atomic.  Programs of
+    one tile run side by side: then the L2 holds their words.
     """
-    first = tl.program_id(0).to(tl.int64) * BQ
+    steps = tl.cdiv(N, BN)
+    first = (tl.program_id(0) // steps).to(tl.int64) * BQ
     b, p = (tl.program_id(1) // P).to(tl.int64), (tl.program_id(1) % P).to(tl.int64)
-    o_n = tl.program_id(2) * BN + tl.arange(0, BN)  # [BN]
+    o_n = tl.program_id(0) % steps * BN + tl.arange(0, BN)  # [BN]
     p_indices = indices_ptr + b * i_b + tl.cast(FIRST, tl.int64) * i_t + p * i_p + o_n
     p_table = table_ptr + (tl.program_id(1).to(tl.int64) * TILES + first // TILE) * WIDTH
     bit = tl.full((), 1, tl.int64) << first % TILE
@@ -61,6 +64,21 @@ def _count_kernel(table_ptr, counts_ptr, present_ptr, TOTAL, ROWS: tl.constexpr,
 
 
 @jit
+def _before_kernel(counts_ptr, before_ptr, sizes_ptr, RUNS, BN: tl.constexpr):
+    """Entries before each run of a list, and behind the last one, from those of each run."""
+    o_list = tl.program_id(0).to(tl.int64)
+    p_before = before_ptr + o_list * (RUNS + 1)
+    total = tl.zeros((), tl.int32)
+    for first in range(0, RUNS, BN):
+        o_run = first + tl.arange(0, BN)
+        b_count = tl.load(counts_ptr + o_list * RUNS + o_run, mask=o_run < RUNS, other=0)
+        tl.store(p_before + o_run, total + tl.cumsum(b_count, 0) - b_count, mask=o_run < RUNS)
+        total += tl.sum(b_count, 0)
+    tl.store(p_before + RUNS, total)
+    tl.store(sizes_ptr + o_list, total)
+
+
+@jit
 def bits_below(b_present, o_bit):
     """How many bits of ``b_present`` are set below bit ``o_bit`` < 32; int32 of one shape."""
     x = b_present & ~(tl.zeros_like(o_bit) - 1 << o_bit)
@@ -75,18 +93,21 @@ def bits_below(b_present, o_bit):
 def _list_kernel(
     table_ptr, begin_ptr, before_ptr, present_ptr, tokens_ptr, words_ptr, RUNS, ROWS: tl.constexpr, GRAIN: tl.constexpr
 ):
-    """Write the words of ROWS runs of GRAIN tokens that are not 0, and their tokens, to the list of the tile."""
+    """Write the words of ROWS runs of GRAIN tokens that are not 0, and their tokens, to the list of the tile.
+
+    Only these are read: where neighbours share their tokens they are few.
+    """
     tile = tl.program_id(1).to(tl.int64)
     o_run = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     m_run = o_run < RUNS
     o_bit = tl.broadcast_to(tl.arange(0, GRAIN)[None, :], (ROWS, GRAIN))
     o_token = o_run[:, None] * GRAIN + o_bit  # [ROWS, GRAIN]
-    b_word = tl.load(table_ptr + tile * RUNS * GRAIN + o_token, mask=m_run[:, None], other=0)
     b_present = tl.load(present_ptr + tile * RUNS + o_run, mask=m_run, other=0)
     before = tl.load(before_ptr + tile * (RUNS + 1) + o_run, mask=m_run, other=0)  # [ROWS]
+    m_word = ((b_present[:, None] >> o_bit) & 1) != 0  # [ROWS, GRAIN]
+    b_word = tl.load(table_ptr + tile * RUNS * GRAIN + o_token, mask=m_word, other=0)
     rank = bits_below(tl.broadcast_to(b_present[:, None], (ROWS, GRAIN)), o_bit)
     o_entry = tl.load(begin_ptr + tile) + (before[:, None] + rank).to(tl.int64)
-    m_word = b_word != 0
     tl.store(tokens_ptr + o_entry, o_token, mask=m_word)
     tl.store(words_ptr + o_entry, b_word, mask=m_word)
 
@@ -95,18 +116,20 @@ def mark(table: Tensor, indices: Tensor, first: int, queries: int, keys: int) ->
     """Fill a table [B · P · tiles, width] of zeros for ``queries`` queries from ``first`` on."""
     (batch, _, shared, count), (together, step) = indices.shape, MARKED
     with on_device(indices):
-        _mark_kernel[(ceil_div(queries, together), batch * shared, ceil_div(count, step))](
+        _mark_kernel[(ceil_div(queries, together) * ceil_div(count, step), batch * shared)](
             indices, table, *indices.stride()[:3], first, queries, ceil_div(queries, TILE), shared, count, keys,
             table.shape[1], BQ=together, BN=step, TILE=TILE, num_warps=step // 128,
         )  # fmt: skip
 
 
-def count(table: Tensor, counts: Tensor, present: Tensor, grain: int) -> None:
-    """Fill both int32 [lists, runs] from the table [lists, runs · grain]."""
+def count(table: Tensor, present: Tensor, before: Tensor, sizes: Tensor, grain: int) -> None:
+    """Fill ``present``, ``before`` and ``sizes``, as ``TokenUnions`` has them, from the table [lists, runs · grain]."""
+    counts, (lists, runs) = torch.empty_like(present), present.shape
     with on_device(table):
         _count_kernel[(ceil_div(counts.numel(), 64),)](
             table, counts, present, counts.numel(), ROWS=64, GRAIN=grain, num_warps=4
         )
+        _before_kernel[(lists,)](counts, before, sizes, runs, BN=min(2048, next_power_of_2(runs)), num_warps=4)
 
 
 def write_lists(table: Tensor, begin: Tensor, before: Tensor, present: Tensor, lists: tuple[Tensor, Tensor]) -> None:

@@ -26,14 +26,15 @@ def rank_of(score):
 
 
 @jit
-def reached(rank, need, least):
+def reached(rank, need, least, more=0):
     """A number that ``need`` of the integers ``rank`` reach; if equal ones prevent it, the largest that more reach.
 
-    And how many reach it.  ``least`` int64: no fewer than ``need`` reach it.
+    And how many reach it.  ``least`` int64: no fewer than ``need`` reach it.  ``more``: so many more than ``need`` will
+    do.
     """
     above = tl.maximum(tl.max(rank).to(tl.int64) + 1, least)  # fewer than ``need`` reach it
     count = tl.sum((rank >= least.to(rank.dtype)).to(tl.int32))
-    while (count != need) & (above - least > 1):
+    while (count > need + more) & (above - least > 1):
         middle = (least + above) >> 1
         found = tl.sum((rank >= middle.to(rank.dtype)).to(tl.int32))
         enough = found >= need

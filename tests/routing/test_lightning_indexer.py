@@ -1,5 +1,7 @@
 """The indexer: exact and streamed, ties by index, nothing of the future, record and replay, its loss."""
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,12 +59,60 @@ def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch)
     assert (picked.indices.dtype, picked.scores.dtype) == (torch.int64, torch.float32)
 
 
-@pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
-@pytest.mark.parametrize("parts", ["collected", "too many are equal", "topk too large"])
-def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
-    """Rows that are hardly longer than ``topk`` and long ones, in both ways that the kernel finds them."""
+def compare_with_a_sort(every_rank, start, end, topk):
+    """What the kernels select of rows of ranks [1, T, S], of equal ones the first, and in ascending order."""
     from kernel_index.routing.lightning_indexer import triton
-    from kernel_index.routing.topk_keys import NOTHING, pack, rank_of
+    from kernel_index.routing.topk_keys import NOTHING, pack
+
+    size, device = every_rank.shape[2], every_rank.device
+    ranks, tokens = (torch.empty(1, len(start[0]), topk, dtype=torch.int32, device=device) for _ in range(2))
+    triton.select(every_rank.int(), start, end, (ranks, tokens), 0)
+    at = torch.arange(size, device=device)
+    seen = (at >= start[..., None]) & (at < end[..., None])
+    expected = torch.where(seen, pack(every_rank, at), NOTHING).sort(-1, descending=True).values[..., :topk]
+    keys = torch.where(tokens >= 0, pack(ranks.long(), tokens.long()), NOTHING)
+    assert torch.equal(keys.sort(-1, descending=True).values, expected)
+    last = tokens.masked_fill(tokens < 0, size)
+    assert torch.equal(last.sort(-1).values, last)
+
+
+@pytest.mark.skipif(
+    launch.interpreting() or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of sm_90",
+)
+@pytest.mark.parametrize("topk", [100, 2048, 3000])
+def test_long_rows_on_hopper(topk):
+    """The kernel that collects has no interpreter."""
+    from kernel_index.routing.topk_keys import rank_of
+
+    scores = torch.randn(1, 8, 20_000, generator=torch.Generator().manual_seed(0))
+    scores[0, 1, ::7], scores[0, 2, 5:9], scores[0, 2, 1] = torch.nan, -torch.inf, torch.inf
+    scores[0, 3], scores[0, 4] = scores[0, 3].sign(), scores[0, 4].round(decimals=2)
+    start = torch.tensor([[0, 0, 0, 0, 0, 31, 77, 9001]], dtype=torch.int32)
+    end = torch.tensor([[20_000, 20_000, 20_000, 20_000, 20_000, 19_999, 13_000, 18_001]], dtype=torch.int32)
+    compare_with_a_sort(*(x.cuda() for x in (rank_of(scores), start, end)), topk)
+
+
+def collect_by_torch(ranks, bounds, rows, found, counts):
+    """In place of the kernel for Hopper, which has no interpreter; what has no place is 0."""
+    start, end, bound_b, first = rows
+    found.zero_()
+    for b, t in itertools.product(*map(range, bounds.shape)):
+        low, high = (int(x.reshape(-1)[b * bound_b + first + t]) for x in (start, end))
+        size = max(1, -(-(high - low) // 4))
+        for part in range(4 if bounds[b, t] > -(2**31) else 0):
+            own = torch.arange(low + part * size, max(low + part * size, min(high, low + part * size + size)))
+            own = own[ranks[b, t, own] >= bounds[b, t]]
+            counts[b, t, part], many = len(own), found.shape[2] // 4
+            found[b, t, part * many :][: min(many, len(own))] = ((ranks[b, t, own].long() << 32) | own)[:many]
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
+@pytest.mark.parametrize("parts", ["collected", "too many are equal", "topk too large", "sampled", "a sample misleads"])
+def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
+    """Rows that are hardly longer than ``topk`` and long ones, in all ways that the kernels find them."""
+    from kernel_index.routing.lightning_indexer import triton, triton_collect, triton_sample
+    from kernel_index.routing.topk_keys import rank_of
 
     monkeypatch.setattr(triton, "FEWEST", 16)
     monkeypatch.setattr(triton, "MOST", 8 if parts == "topk too large" else 16)
@@ -70,19 +120,24 @@ def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
     scores = torch.randn(1, 12, 96, generator=generator)
     if parts == "too many are equal":
         scores = scores.sign()
+    sampled = []
+    if "sample" in parts:
+        monkeypatch.setattr(triton, "is_hopper", lambda x: True)
+        monkeypatch.setattr(triton_sample, "FEWEST", 32)
+        monkeypatch.setattr(triton_collect, "collect", collect_by_torch)
+        select = triton_sample.select
+        monkeypatch.setattr(triton_sample, "select", lambda *call: (select(*call), sampled.append(call[-1][1].clone())))
+    if parts == "a sample misleads":
+        scores[0, 0, :8] += 9.0  # fewer than wanted reach what it says
+        scores[0, 9, torch.arange(96) % 24 < 8] = -9.0  # more than there is space for
     scores[0, 3, ::7], scores[0, 4, 5:9], scores[0, 4, 1] = torch.nan, -torch.inf, torch.inf
     start = torch.tensor([[0, 5, 0, 0, 0, 0, 17, 90, 40, 3, 0, 30]], dtype=torch.int32)
     end = torch.tensor([[96, 11, 6, 96, 96, 0, 96, 96, 48, 70, 7, 96]], dtype=torch.int32)
-    ranks, tokens = torch.empty(1, 12, 6).int(), torch.empty(1, 12, 6).int()
-    triton.select(rank_of(scores).int(), start, end, (ranks, tokens), 0)
-    at = torch.arange(96)
-    every = pack(rank_of(scores), at)
-    seen = (at >= start[..., None]) & (at < end[..., None])
-    expected = torch.where(seen, every, NOTHING).sort(-1, descending=True).values[..., :6]
-    keys = torch.where(tokens >= 0, pack(ranks.long(), tokens.long()), NOTHING)
-    assert torch.equal(keys.sort(-1, descending=True).values, expected)
-    last = tokens.masked_fill(tokens < 0, 96)
-    assert torch.equal(last.sort(-1).values, last)
+    compare_with_a_sort(rank_of(scores), start, end, 6)
+    if "sample" in parts:
+        short = ((end - start)[0] <= 6).nonzero().flatten().tolist()
+        left = short + [0, 9] * (parts == "a sample misleads")
+        assert (sampled[0][0] == 0).nonzero().flatten().tolist() == sorted(left)
 
 
 @pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")

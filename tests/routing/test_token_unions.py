@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernel_index.core.triton import launch
-from kernel_index.routing import token_unions, triton_union_sums
+from kernel_index.routing import token_unions, triton_token_unions, triton_union_sums
 from kernel_index.routing.token_unions import BLOCK, GRAIN, TILE, chunks_of_queries, unions_of
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
@@ -30,8 +30,10 @@ def by_sets(indices, b, p, first, queries):
     return tiles
 
 
+@pytest.mark.parametrize("marked", [triton_token_unions.MARKED, (4, 4)], ids=["all places", "some places"])
 @pytest.mark.parametrize(("first", "queries"), [(0, T), (64, 86), (128, 22)])
-def test_lists_are_those_of_sets(first, queries):
+def test_lists_are_those_of_sets(first, queries, marked, monkeypatch):
+    monkeypatch.setattr(triton_token_unions, "MARKED", marked)
     indices = selection()
     u = unions_of(indices, S, first, queries)
     assert u.most % BLOCK == 0

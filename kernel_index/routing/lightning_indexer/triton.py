@@ -2,7 +2,8 @@
 
 Heads are rows ``head · BQ + query`` of one product, so that their sum stays within a thread.  Scores are stored as
 integers of the same order.  The maxima of more than ``topk`` parts of a row bound its best scores from below; what
-reaches the bound is collected, hardly more than ``topk``, and the best of it is found in registers.
+reaches the bound is collected, hardly more than ``topk``, and the best of it is found in registers.  On Hopper the
+kernels of ``triton_sample.py`` come first, and do this for most rows.
 
 Where more reach it than the space for them holds, four rounds over the row count how many have each value of the next
 eight bits, and leave the score at which ``topk`` are reached; a last one takes those above it, and of those equal to it
@@ -20,6 +21,8 @@ from kernel_index.core.target import Target, target_of
 from kernel_index.core.triton.attention import load_rows, load_tile, within
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
+from kernel_index.core.triton.products import is_hopper
+from kernel_index.routing.lightning_indexer import triton_sample
 from kernel_index.routing.triton_topk import LOW, NONE, rank_of, reached
 
 NOTHING = tl.constexpr(-(2**63))
@@ -27,7 +30,7 @@ NOTHING = tl.constexpr(-(2**63))
 STAGES = tl.constexpr(4)
 """Tiles of a row that are on their way at once."""
 
-SCORES_BYTES = 1 << 29
+SCORES_BYTES = 1 << 30
 """Of the scores of a chunk of queries, and of what is collected of them."""
 
 
@@ -44,11 +47,16 @@ def _head_rows(q_ptr, w_ptr, q_j, w_j, t, m_t, q_t, w_t, first, J, D, BLOCK_D, B
 
 @jit
 def _weigh(
-    b_q, b_w, b_k, BQ: tl.constexpr, JG: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
-):
-    """The part of JG heads in the scores [BQ, BN]."""
+    b_q, b_w, b_k, BQ: tl.constexpr, JG: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The part of JG heads in the scores [BQ, BN]; ``TURNED``: keys are the rows of the product."""
     if UPCAST:
         b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
+    if TURNED:
+        z = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, JG · BQ]
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * b_w[None, :]
+        return tl.trans(tl.sum(tl.reshape(z, (BN, JG, BQ)), 1))
     z = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [JG · BQ, BN]
     z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * b_w[:, None]
     return tl.sum(tl.reshape(z, (JG, BQ, BN)), 0)
@@ -59,7 +67,7 @@ def _scores_kernel(
     q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, ranks_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
     FIRST, STOP, S, J, SPAN, ROW,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The ranks of the scores of BQ queries for those of SPAN keys that one of them may see."""
     b = tl.program_id(2).to(tl.int64)
@@ -80,11 +88,11 @@ def _scores_kernel(
         b_k = load_tile(k_ptr + b * k_b, first, k_s, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
         score = tl.zeros((BQ, BN), tl.float32)
         if HEAD_STEPS == 1:
-            score = _weigh(b_q, b_w, b_k, BQ, JG, BN, PRECISION, UPCAST)
+            score = _weigh(b_q, b_w, b_k, BQ, JG, BN, TURNED, PRECISION, UPCAST)
         else:
             for i in range(0, HEAD_STEPS):
                 b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, i * JG, J, D, BLOCK_D, BQ, JG)
-                score += _weigh(b_q, b_w, b_k, BQ, JG, BN, PRECISION, UPCAST)
+                score += _weigh(b_q, b_w, b_k, BQ, JG, BN, TURNED, PRECISION, UPCAST)
         o_n = first + tl.arange(0, BN)
         tl.store(p_ranks[:, None] + o_n[None, :], rank_of(score), mask=m_t[:, None] & (o_n < S)[None, :])
 
@@ -131,14 +139,16 @@ def _row(start_ptr, end_ptr, bound_b, FIRST, QUERIES):
 @jit
 def _select_kernel(
     ranks_ptr, start_ptr, end_ptr, best_ptr, tokens_ptr, found_ptr, done_ptr, bound_b, FIRST, QUERIES, TOPK, ROW,
-    BN: tl.constexpr, MANY: tl.constexpr,
+    SPACE, BN: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """The best TOPK tokens of a query that may see more, ascending, and the ranks of their scores.
 
     ``done``: whether they are stored, which they are not where more than MANY keys reach the bound.
     """
     row, start, end = _row(start_ptr, end_ptr, bound_b, FIRST, QUERIES)
-    p_row, p_found = ranks_ptr + row * ROW, found_ptr + row * MANY
+    if tl.load(done_ptr + row) != 0:
+        return
+    p_row, p_found = ranks_ptr + row * ROW, found_ptr + row * SPACE
     is_done = start * 0
     if end - start > TOPK:
         bound = _bound(p_row, start, end, TOPK, ROW, MANY)
@@ -236,7 +246,10 @@ def _unpack_kernel(
 
 
 class Config(NamedTuple):
-    """Queries and keys of a product, heads at once, warps, stages, precision of float32 products."""
+    """Queries and keys of a product, heads at once, warps, stages, precision of float32 products.
+
+    ``turned``: keys are its rows, so that a warp reads few of them and the heads of all queries.
+    """
 
     queries: int
     keys: int
@@ -244,17 +257,20 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     precision: str
+    turned: bool = False
 
 
 def pick_config(width: int, heads: int, element_bytes: int, target: Target) -> Config:
     """Few narrow heads are one product, whose rows stay in shared memory; others follow one after the other."""
     all_heads = next_power_of_2(heads)
     if interpreting():
-        return Config(16, 16, min(2, all_heads), 4, 1, "ieee")
+        return Config(16, 16, min(2, all_heads), 4, 1, "ieee", turned=all_heads == 4)
     if element_bytes == 4:
         precision = "tf32x3" if target.arch in (90, 100) else "ieee"
         return Config(64, 32, 1, 4, 1, precision)
     roomy = target.arch in (90, 100)  # 227 KiB of shared memory
+    if target.arch == 90 and width <= 64 and all_heads == 4:
+        return Config(32, 64, 4, 4, 3, "ieee", turned=True)
     if roomy and width <= 64 and all_heads <= 4:
         return Config(64 if all_heads == 4 else 128, 64, all_heads, 4 if all_heads == 4 else 8, 3, "ieee")
     if width > 128:
@@ -275,7 +291,8 @@ def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, ranks: Te
             q, k, w, start, end, ranks, *q.stride()[:3], *k.stride()[:2], *w.stride(),
             0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, SPAN, ranks.shape[2],
             D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
-            PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps, num_stages=c.num_stages,
+            TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps,
+            num_stages=c.num_stages,
         )  # fmt: skip
 
 
@@ -292,6 +309,11 @@ def parts_of(topk: int) -> int:
     return parts if parts <= MOST else 0
 
 
+def found_of(many: int, like: Tensor) -> int:
+    """Keys that there is space for in each row: more on Hopper, where a sample comes first; none if ``many`` is 0."""
+    return triton_sample.found_of(many) if is_hopper(like) else many
+
+
 def select(ranks: Tensor, start: Tensor, end: Tensor, picked: tuple[Tensor, Tensor], first: int) -> None:
     """Fill ranks and tokens int32 [B, T', topk], the tokens ascending."""
     B, queries, topk = picked[0].shape
@@ -301,8 +323,11 @@ def select(ranks: Tensor, start: Tensor, end: Tensor, picked: tuple[Tensor, Tens
     options = select_options(many, target_of(ranks.device))
     with on_device(ranks):
         if many:
-            found = torch.empty(B, queries, many, dtype=torch.int64, device=ranks.device)
-            _select_kernel[grid](ranks, start, end, *picked, found, done, *row, MANY=many, **options)
+            space = found_of(many, ranks)
+            found = torch.empty(B, queries, space, dtype=torch.int64, device=ranks.device)
+            if space > many:
+                triton_sample.select(ranks, start, end, picked, first, (found, done))
+            _select_kernel[grid](ranks, start, end, *picked, found, done, *row, space, MANY=many, **options)
         _rounds_kernel[grid](ranks, start, end, *picked, done, *row, BN=2048, num_warps=8)
 
 
@@ -331,7 +356,7 @@ def best(
     """Fill ``outputs`` with the tokens of each query's best scores and these scores, best first; then −1 and −∞."""
     (B, T), S = q.shape[:2], k.shape[1]
     row = ceil_div(S, 32) * 32
-    step = max(1, SCORES_BYTES // max(1, B * (4 * row + 8 * parts_of(topk))) // 128) * 128
+    step = max(1, SCORES_BYTES // max(1, B * (4 * row + 8 * found_of(parts_of(topk), q))) // 128) * 128
     for first in range(0, T if B else 0, step):
         queries = min(step, T - first)
         ranks = torch.empty(B, queries, row, dtype=torch.int32, device=q.device)
