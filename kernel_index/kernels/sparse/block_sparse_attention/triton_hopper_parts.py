@@ -20,6 +20,16 @@ GATHERERS = gl.constexpr(128)
 """Threads that gather queries."""
 
 
+INFO = gl.constexpr(4)
+"""Of a block of a union: its number, the queries of the first and of the second consumer that selected it as bits, and
+what of it is not finite: 1 keys, 2 values.  Those of CHUNK blocks are loaded and noted at once."""
+
+CHUNK = gl.constexpr(32)
+
+CHUNKS = gl.constexpr(3)
+"""That are noted at a time: when one is written anew, the consumers have come to one of the two behind it."""
+
+
 @gluon.jit
 def kv_slots(k_desc, v_desc, CONSUMERS: gl.constexpr):
     """Rings for keys, values and numbers of parts, and their barriers; gatherers read the numbers, too."""
@@ -37,6 +47,14 @@ def kv_slots(k_desc, v_desc, CONSUMERS: gl.constexpr):
 @gluon.jit
 def read_number(plan, i, LAYOUT: gl.constexpr):
     return gl.sum(plan.index(i).load(LAYOUT), 0)
+
+
+@gluon.jit
+def noted(info, chunk, which: gl.constexpr, i, LAYOUT: gl.constexpr):
+    """A number of the i-th block of a chunk."""
+    ONES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    notes = info.index(chunk % CHUNKS * INFO + which)._reinterpret(gl.int32, [CHUNK, 1], ONES)
+    return read_number(notes, i % CHUNK, LAYOUT)
 
 
 @gluon.jit
@@ -103,12 +121,13 @@ def schedule(given, ENTRIES: gl.constexpr, SHIFT: gl.constexpr):
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
     BLOCK: gl.constexpr = k_ring.shape[1]
-    total = _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS) * SEGMENTS
+    most = _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS)
+    total = most * SEGMENTS
     number = gl.program_id(0)
     turn = 0
     while number < total:
-        after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-        part, segment = number // SEGMENTS, number % SEGMENTS
+        after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        segment, part = number // most, number % most  # one segment after the other: the cache holds its rows
         p_item = items_ptr + ((first_segment + segment).to(gl.int64) * M + part) * 4
         block = gl.load(p_item).to(gl.int32)
         start, stop = gl.load(p_item + 2).to(gl.int32), gl.load(p_item + 3).to(gl.int32)
