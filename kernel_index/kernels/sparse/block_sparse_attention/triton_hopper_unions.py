@@ -53,7 +53,6 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows impor
     wide,
 )
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_union_forward import consume_forward
-from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import unfit_blocks
 
 
 @gluon.jit
@@ -284,7 +283,7 @@ STAGES = 4
 """Slots of the ring of blocks."""
 
 
-def _launch(q, d_out, k, v, plan, bounds, launch, out, of_rows):
+def _launch(q, d_out, k, v, plan, bounds, bad, launch, out, of_rows):
     c, (B, T, H, _), (S, K) = launch.constants, q.shape, k.shape[1:3]
     (G, tiles, union), forward = plan.blocks.shape[1:], d_out is None
     total, queries, blocks = B * G * tiles, ROWS // c["HEADS"], ceil_div(S, c["BLOCK"])
@@ -294,7 +293,7 @@ def _launch(q, d_out, k, v, plan, bounds, launch, out, of_rows):
     d_out = d_out if forward or has_tiles(d_out) else d_out.contiguous()
     summed = v if forward else k
     with on_device(k):
-        counter, bad = torch.zeros(1, dtype=torch.int32, device=k.device), unfit_blocks(k, v, blocks, c)
+        counter = torch.zeros(1, dtype=torch.int32, device=k.device)
         _by_unions_kernel[(min(total, processors(k)),)](
             rows_of(q, queries, c["HEADS"]), None if forward else rows_of(d_out, queries, c["HEADS"]),
             tiles_of(k, c["BLOCK"]), tiles_of(v, c["BLOCK"]), k, v, plan.blocks, plan.members, plan.sizes, bad, *bounds,
@@ -305,16 +304,19 @@ def _launch(q, d_out, k, v, plan, bounds, launch, out, of_rows):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, bounds: tuple[Tensor, Tensor], launch: AttentionLaunch,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, bounds: tuple[Tensor, Tensor], bad: Tensor, launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H] of tiles that go by unions."""
-    _launch(q, None, k, v, plan, bounds, launch, outputs[0], (outputs[1], None))
+    """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H] of tiles that go by unions.
+
+    ``bad``: see ``unfit_blocks``.
+    """
+    _launch(q, None, k, v, plan, bounds, bad, launch, outputs[0], (outputs[1], None))
 
 
 def backward_queries(
     of_rows: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, plan: Plan,
-    bounds: tuple[Tensor, Tensor], launch: AttentionLaunch, d_q: Tensor,
+    bounds: tuple[Tensor, Tensor], bad: Tensor, launch: AttentionLaunch, d_q: Tensor,
 ) -> None:  # fmt: skip
     """Fill dQ of tiles that go by unions.  ``of_rows``: the gradient of the output, the log-sum-exp and ``delta``."""
-    _launch(q, of_rows[0], k, v, plan, bounds, launch, d_q, of_rows[1:])
+    _launch(q, of_rows[0], k, v, plan, bounds, bad, launch, d_q, of_rows[1:])

@@ -42,7 +42,12 @@ from kernel_index.kernels.sparse.block_sparse_attention.lists import (
 )
 
 ROWS = 16
-"""Rows of a program that merges partials."""
+"""Rows that a program merges at once."""
+
+
+def steps_of(of_tiles: tuple[Any, int]) -> int:
+    """How often: where most tiles may go by unions, programs that find nothing to merge should be few."""
+    return 4 if of_tiles[1] else 1
 
 
 @jit
@@ -145,14 +150,15 @@ def _partials_kernel(
 
 @jit
 def merged_rows(
-    sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
-):
-    """ROWS rows of a segment, a row being one head of one query: the query's first entry in the launch, the head in the
-    group, the row in a tensor [B, T, H], and which of them are merged: those that exist, and where there are TILES
-    tiles of TILE queries for each group, whose tile does not go by its union."""
+    nth, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The nth ROWS rows of a segment, a row being one head of one query: the query's first entry in the launch, the
+    head in the group, the row in a tensor [B, T, H], and which of them are merged: those that exist, and where there
+    are TILES tiles of TILE queries for each group, whose tile does not go by its union."""
     o_launch = tl.program_id(1)
     b, g, chunk = segment_place(first_segment + o_launch, CHUNKS, G)
-    o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    o_m = nth * ROWS + tl.arange(0, ROWS)  # [ROWS]
     o_q, o_g = o_m // GROUP, o_m % GROUP
     token = chunk * CHUNK + o_q
     m_m = (o_q < CHUNK) & (token < T)
@@ -165,29 +171,29 @@ def merged_rows(
 def _merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The N partials of a row, weighted by exp2(lse − row_max); all log-sum-exps are read first."""
-    o_entry, o_g, o_row, m_m = merged_rows(
-        sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
-    )  # [ROWS]
-    if TILE > 0 and tl.max(m_m.to(tl.int32), 0) == 0:
-        return
-    o_partial = o_entry * GROUP + o_g
-    o_n = tl.arange(0, BLOCK_N)
-    m_n = m_m[:, None] & (o_n < N)[None, :]  # [ROWS, BLOCK_N]
-    b_lses = tl.load(partial_lse_ptr + o_partial[:, None] + o_n[None, :] * GROUP, mask=m_n, other=float("-inf"))
-    row_max = tl.max(b_lses, 1)  # [ROWS]
-    shift = finite_max(row_max)
-    row_sum = tl.sum(tl.exp2(b_lses - shift[:, None]), 1)
-    acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-    for j in range(0, N):
-        b_lse = tl.load(partial_lse_ptr + o_partial + j * GROUP, mask=m_m, other=float("-inf"))  # [ROWS]
-        b_out = load_rows(partial_ptr, (o_partial + j * GROUP) * DV, b_lse > float("-inf"), DV, BLOCK_DV)
-        acc += tl.exp2(b_lse - shift)[:, None] * b_out.to(tl.float32)  # [ROWS, BLOCK_DV]
-    out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
-    store_rows(out_ptr, o_row * DV, m_m, out, DV, BLOCK_DV, UPCAST)
-    tl.store(lse_ptr + o_row, lse, mask=m_m)
+    for step in range(0, STEPS):
+        o_entry, o_g, o_row, m_m = merged_rows(
+            tl.program_id(0) * STEPS + step, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
+        )  # [ROWS]
+        if (TILE == 0) | (tl.max(m_m.to(tl.int32), 0) > 0):
+            o_partial = o_entry * GROUP + o_g
+            o_n = tl.arange(0, BLOCK_N)
+            m_n = m_m[:, None] & (o_n < N)[None, :]  # [ROWS, BLOCK_N]
+            b_lses = tl.load(partial_lse_ptr + o_partial[:, None] + o_n[None, :] * GROUP, mask=m_n, other=float("-inf"))
+            row_max = tl.max(b_lses, 1)  # [ROWS]
+            shift = finite_max(row_max)
+            row_sum = tl.sum(tl.exp2(b_lses - shift[:, None]), 1)
+            acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+            for j in range(0, N):
+                b_lse = tl.load(partial_lse_ptr + o_partial + j * GROUP, mask=m_m, other=float("-inf"))  # [ROWS]
+                b_out = load_rows(partial_ptr, (o_partial + j * GROUP) * DV, b_lse > float("-inf"), DV, BLOCK_DV)
+                acc += tl.exp2(b_lse - shift)[:, None] * b_out.to(tl.float32)  # [ROWS, BLOCK_DV]
+            out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
+            store_rows(out_ptr, o_row * DV, m_m, out, DV, BLOCK_DV, UPCAST)
+            tl.store(lse_ptr + o_row, lse, mask=m_m)
 
 
 @jit
@@ -208,7 +214,9 @@ def unfit_blocks(k: Tensor, v: Tensor, blocks: int, constants: dict[str, Any]) -
     """int8 [B, K, blocks]: what of a block is not finite, 1 for keys and 2 for values."""
     (B, S, K, _), names = k.shape, ("D", "DV", "BLOCK_D", "BLOCK_DV", "BN", "BLOCK")
     bad = torch.empty((B, K, blocks), dtype=torch.int8, device=k.device)
-    _unfit_kernel[(blocks, B * K)](k, v, bad, *strides(k, v), S, K, **{name: constants[name] for name in names})
+    if bad.numel():
+        with on_device(k):
+            _unfit_kernel[(blocks, B * K)](k, v, bad, *strides(k, v), S, K, **{n: constants[n] for n in names})
     return bad
 
 
@@ -221,10 +229,12 @@ def forward(
     launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor],
     of_tiles: tuple[Tensor | None, int] = (None, 0),
+    bad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H]; some segments at a time: partials are few.
 
-    ``of_tiles``: the sizes of unions, whose tiles are left out, and the queries of a tile.
+    ``of_tiles``: the sizes of unions, whose tiles are left out, and the queries of a tile; ``bad``: ``unfit_blocks``,
+    where they are known.
     """
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
     if B * T * H == 0:
@@ -236,12 +246,13 @@ def forward(
     partial_lse = outputs[1].new_empty((at_once, cut.entries, cut.group))
     merged = {name: launch.constants[name] for name in ("DV", "BLOCK_DV", "GROUP", "UPCAST")}
     (sizes, tile), place = of_tiles, (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, of_tiles[1])))
-    hopper = for_hopper(plan, launch, q, k, v)
+    hopper, steps = for_hopper(plan, launch, q, k, v), steps_of(of_tiles)
     with on_device(q):
-        bad = unfit_blocks(k, v, plan.parts.shape[1] - 1, launch.constants) if hopper else None
+        if hopper and bad is None:
+            bad = unfit_blocks(k, v, plan.parts.shape[1] - 1, launch.constants)
         for first, segments in parts_of(cut.segments, at_once):
             partial_lse.fill_(float("-inf"))  # of entries that no list has, and of repeated ones
-            if bad is not None:
+            if hopper:
                 from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_lists
 
                 part, filled = (first, segments), (partials, partial_lse)
@@ -252,8 +263,8 @@ def forward(
                     row_stride(bounds[0]), first, S, cut.groups, cut.groups // K, cut.count, items, cut.chunk,
                     cut.chunks, launch.inner, launch.outer, SHIFT=shift_of(cut.count), **launch.constants,
                 )  # fmt: skip
-            _merge_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
+            _merge_kernel[(ceil_div(cut.chunk * cut.group, ROWS * steps), segments)](
                 partials, partial_lse, *outputs, sizes, first, *place, BLOCK_N=next_power_of_2(cut.count), ROWS=ROWS,
-                TILE=tile, **merged,
+                STEPS=steps, TILE=tile, **merged,
             )  # fmt: skip
     return outputs
