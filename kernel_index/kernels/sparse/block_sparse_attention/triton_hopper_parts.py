@@ -113,8 +113,11 @@ def _masked_tiles(order_ptr, first, stop, p_start, p_end, first_key, BN: gl.cons
 
 
 @gluon.jit
-def schedule(given, ENTRIES: gl.constexpr, SHIFT: gl.constexpr):
-    """Draws parts of lists, copies their keys and values, and tells the others; −1 for the segment is the end."""
+def schedule(given, ENTRIES: gl.constexpr, SHIFT: gl.constexpr, TOGETHER: gl.constexpr):
+    """Draws parts of lists, copies their keys and values, and tells the others; −1 for the segment is the end.
+
+    TOGETHER: all segments side by side, else one after the other, so that the cache holds the rows of one.
+    """
     (
         k_desc, v_desc, kv, items_ptr, parts_ptr, bad_ptr, counter_ptr, first_segment, SEGMENTS, M, BLOCKS, CHUNKS, G,
         GROUPS, order_ptr, start_ptr, end_ptr, window_b,
@@ -127,7 +130,10 @@ def schedule(given, ENTRIES: gl.constexpr, SHIFT: gl.constexpr):
     turn = 0
     while number < total:
         after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-        segment, part = number // most, number % most  # one segment after the other: the cache holds its rows
+        if TOGETHER:
+            part, segment = number // SEGMENTS, number % SEGMENTS
+        else:
+            segment, part = number // most, number % most
         p_item = items_ptr + ((first_segment + segment).to(gl.int64) * M + part) * 4
         block = gl.load(p_item).to(gl.int32)
         start, stop = gl.load(p_item + 2).to(gl.int32), gl.load(p_item + 3).to(gl.int32)
