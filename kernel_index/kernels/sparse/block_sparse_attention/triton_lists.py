@@ -42,12 +42,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.lists import (
 )
 
 ROWS = 16
-"""Rows that a program merges at once."""
-
-
-def steps_of(of_tiles: tuple[Any, int]) -> int:
-    """How often: where most tiles may go by unions, programs that find nothing to merge should be few."""
-    return 4 if of_tiles[1] else 1
+"""Rows of a program that merges partials."""
 
 
 @jit
@@ -150,15 +145,14 @@ def _partials_kernel(
 
 @jit
 def merged_rows(
-    nth, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """The nth ROWS rows of a segment, a row being one head of one query: the query's first entry in the launch, the
-    head in the group, the row in a tensor [B, T, H], and which of them are merged: those that exist, and where there
-    are TILES tiles of TILE queries for each group, whose tile does not go by its union."""
+    sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
+):
+    """ROWS rows of a segment, a row being one head of one query: the query's first entry in the launch, the head in the
+    group, the row in a tensor [B, T, H], and which of them are merged: those that exist, and where there are TILES
+    tiles of TILE queries for each group, whose tile does not go by its union."""
     o_launch = tl.program_id(1)
     b, g, chunk = segment_place(first_segment + o_launch, CHUNKS, G)
-    o_m = nth * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    o_m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     o_q, o_g = o_m // GROUP, o_m % GROUP
     token = chunk * CHUNK + o_q
     m_m = (o_q < CHUNK) & (token < T)
@@ -171,29 +165,29 @@ def merged_rows(
 def _merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, STEPS: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The N partials of a row, weighted by exp2(lse − row_max); all log-sum-exps are read first."""
-    for step in range(0, STEPS):
-        o_entry, o_g, o_row, m_m = merged_rows(
-            tl.program_id(0) * STEPS + step, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
-        )  # [ROWS]
-        if (TILE == 0) | (tl.max(m_m.to(tl.int32), 0) > 0):
-            o_partial = o_entry * GROUP + o_g
-            o_n = tl.arange(0, BLOCK_N)
-            m_n = m_m[:, None] & (o_n < N)[None, :]  # [ROWS, BLOCK_N]
-            b_lses = tl.load(partial_lse_ptr + o_partial[:, None] + o_n[None, :] * GROUP, mask=m_n, other=float("-inf"))
-            row_max = tl.max(b_lses, 1)  # [ROWS]
-            shift = finite_max(row_max)
-            row_sum = tl.sum(tl.exp2(b_lses - shift[:, None]), 1)
-            acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
-            for j in range(0, N):
-                b_lse = tl.load(partial_lse_ptr + o_partial + j * GROUP, mask=m_m, other=float("-inf"))  # [ROWS]
-                b_out = load_rows(partial_ptr, (o_partial + j * GROUP) * DV, b_lse > float("-inf"), DV, BLOCK_DV)
-                acc += tl.exp2(b_lse - shift)[:, None] * b_out.to(tl.float32)  # [ROWS, BLOCK_DV]
-            out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
-            store_rows(out_ptr, o_row * DV, m_m, out, DV, BLOCK_DV, UPCAST)
-            tl.store(lse_ptr + o_row, lse, mask=m_m)
+    o_entry, o_g, o_row, m_m = merged_rows(
+        sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
+    )  # [ROWS]
+    if TILE > 0 and tl.max(m_m.to(tl.int32), 0) == 0:
+        return
+    o_partial = o_entry * GROUP + o_g
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = m_m[:, None] & (o_n < N)[None, :]  # [ROWS, BLOCK_N]
+    b_lses = tl.load(partial_lse_ptr + o_partial[:, None] + o_n[None, :] * GROUP, mask=m_n, other=float("-inf"))
+    row_max = tl.max(b_lses, 1)  # [ROWS]
+    shift = finite_max(row_max)
+    row_sum = tl.sum(tl.exp2(b_lses - shift[:, None]), 1)
+    acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+    for j in range(0, N):
+        b_lse = tl.load(partial_lse_ptr + o_partial + j * GROUP, mask=m_m, other=float("-inf"))  # [ROWS]
+        b_out = load_rows(partial_ptr, (o_partial + j * GROUP) * DV, b_lse > float("-inf"), DV, BLOCK_DV)
+        acc += tl.exp2(b_lse - shift)[:, None] * b_out.to(tl.float32)  # [ROWS, BLOCK_DV]
+    out, lse = softmax_output(acc, row_max, row_sum, row_sum == 0.0)
+    store_rows(out_ptr, o_row * DV, m_m, out, DV, BLOCK_DV, UPCAST)
+    tl.store(lse_ptr + o_row, lse, mask=m_m)
 
 
 @jit
@@ -246,7 +240,7 @@ def forward(
     partial_lse = outputs[1].new_empty((at_once, cut.entries, cut.group))
     merged = {name: launch.constants[name] for name in ("DV", "BLOCK_DV", "GROUP", "UPCAST")}
     (sizes, tile), place = of_tiles, (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, of_tiles[1])))
-    hopper, steps = for_hopper(plan, launch, q, k, v), steps_of(of_tiles)
+    hopper = for_hopper(plan, launch, q, k, v)
     with on_device(q):
         if hopper and bad is None:
             bad = unfit_blocks(k, v, plan.parts.shape[1] - 1, launch.constants)
@@ -263,8 +257,8 @@ def forward(
                     row_stride(bounds[0]), first, S, cut.groups, cut.groups // K, cut.count, items, cut.chunk,
                     cut.chunks, launch.inner, launch.outer, SHIFT=shift_of(cut.count), **launch.constants,
                 )  # fmt: skip
-            _merge_kernel[(ceil_div(cut.chunk * cut.group, ROWS * steps), segments)](
+            _merge_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
                 partials, partial_lse, *outputs, sizes, first, *place, BLOCK_N=next_power_of_2(cut.count), ROWS=ROWS,
-                STEPS=steps, TILE=tile, **merged,
+                TILE=tile, **merged,
             )  # fmt: skip
     return outputs

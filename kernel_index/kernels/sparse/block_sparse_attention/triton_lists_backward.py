@@ -36,7 +36,6 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import (
     load_part,
     merged_rows,
     segment_place,
-    steps_of,
     unfit_blocks,
 )
 
@@ -172,19 +171,19 @@ def _lists_kernel(
 def _merge_queries_kernel(
     partial_ptr, written_ptr, dq_ptr, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES,
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    STEPS: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Adds the partials of dQ of a row that were written, in the order of its selected blocks."""
-    for step in range(0, STEPS):
-        o_entry, o_g, o_row, m_m = merged_rows(
-            tl.program_id(0) * STEPS + step, sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
-        )  # [ROWS]
-        if (TILE == 0) | (tl.max(m_m.to(tl.int32), 0) > 0):
-            dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
-            for j in range(0, N):
-                m_written = tl.load(written_ptr + o_entry + j, mask=m_m, other=0) != 0  # [ROWS]
-                dq += load_rows(partial_ptr, ((o_entry + j) * GROUP + o_g) * D, m_written, D, BLOCK_D).to(tl.float32)
-            store_rows(dq_ptr, o_row * D, m_m, dq, D, BLOCK_D, UPCAST)
+    o_entry, o_g, o_row, m_m = merged_rows(
+        sizes_ptr, first_segment, T, G, N, CHUNK, CHUNKS, TILES, GROUP, TILE, ROWS
+    )  # [ROWS]
+    if TILE > 0 and tl.max(m_m.to(tl.int32), 0) == 0:
+        return
+    dq = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for j in range(0, N):
+        m_written = tl.load(written_ptr + o_entry + j, mask=m_m, other=0) != 0  # [ROWS]
+        dq += load_rows(partial_ptr, ((o_entry + j) * GROUP + o_g) * D, m_written, D, BLOCK_D).to(tl.float32)
+    store_rows(dq_ptr, o_row * D, m_m, dq, D, BLOCK_D, UPCAST)
 
 
 @jit
@@ -257,8 +256,8 @@ def backward(
     if B * T * H == 0:
         return
     c, DV, cut = launch.constants, v.shape[3], segments_of(q, v, plan.order.numel(), launch.constants["GROUP"])
-    items, blocks, with_dq, steps = plan.items.shape[1], plan.parts.shape[1] - 1, dq is not None, steps_of(of_tiles)
-    queries = {name: c[name] for name in ("D", "BLOCK_D", "GROUP", "UPCAST")} | {"ROWS": ROWS, "STEPS": steps}
+    items, blocks, with_dq = plan.items.shape[1], plan.parts.shape[1] - 1, dq is not None
+    queries = {name: c[name] for name in ("D", "BLOCK_D", "GROUP", "UPCAST")} | {"ROWS": ROWS}
     keys = {name: c[name] for name in ("D", "DV", "BLOCK_D", "BLOCK_DV", "BN", "BLOCK", "UPCAST")}
     of_queries = cut.entries * cut.group * D * q.element_size() if with_dq else 0
     hopper = HOPPER and c["BLOCK"] == 64 and for_hopper(plan, launch, q, k, v, of_rows[0])
@@ -294,7 +293,7 @@ def backward(
                     SHIFT=shift_of(cut.count), WITH_DQ=with_dq, **c,
                 )  # fmt: skip
             if with_dq:
-                _merge_queries_kernel[(ceil_div(cut.chunk * cut.group, ROWS * steps), segments)](
+                _merge_queries_kernel[(ceil_div(cut.chunk * cut.group, ROWS), segments)](
                     dq_partials, written, dq, sizes, first, *place, TILE=tile, **queries
                 )
             together = min(segments, cut.per_kv_head(K))
