@@ -236,17 +236,10 @@ HOPPER = True
 
 
 def backward(
-    of_rows: tuple[Tensor, Tensor, Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: ListPlan,
-    bounds: tuple[Tensor, Tensor],
-    launch: AttentionLaunch,
-    outputs: tuple[Tensor | None, Tensor, Tensor],
-    of_tiles: tuple[Tensor | None, int] = (None, 0),
-    bad: Tensor | None = None,
-) -> None:
+    of_rows: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, plan: ListPlan,
+    bounds: tuple[Tensor, Tensor], launch: AttentionLaunch, outputs: tuple[Tensor | None, Tensor, Tensor],
+    of_tiles: tuple[Tensor | None, int] = (None, 0), bad: Tensor | None = None,
+) -> None:  # fmt: skip
     """Fill dQ, and add to dK and dV of float32; some segments at a time, so that partials are few.
 
     ``of_rows``: the gradient of the output, the log-sum-exp, base 2, and ``delta``; without dQ, dK and dV alone;
@@ -269,8 +262,7 @@ def backward(
     filled, (sizes, tile) = (dq_partials, written, dk_partials, dv_partials), of_tiles
     place = (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, tile)))
     with on_device(q):
-        if hopper and bad is None:
-            bad = unfit_blocks(k, v, blocks, c)
+        bad = unfit_blocks(k, v, blocks, c) if hopper and bad is None else bad
         for first, segments in parts_of(cut.segments, at_once):
             if written is not None:
                 written.zero_()
