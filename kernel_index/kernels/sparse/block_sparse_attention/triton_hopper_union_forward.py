@@ -11,7 +11,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from kernel_index.core.triton.hopper import product_nt, softcapped, within
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import CHUNK, cleaned, noted, read_number
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import (
-    CONSUMERS,
     inner_bounds,
     row_place,
     store_rows,
@@ -106,7 +105,6 @@ def consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: 
     STAGES: gl.constexpr = k_ring.shape[0]
     BN: gl.constexpr = k_ring.shape[1]
     DV: gl.constexpr = v_ring.shape[2]
-    SLOTS: gl.constexpr = q_full.shape[0]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -135,8 +133,8 @@ def consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: 
         )
         held = -1  # the number of a block that waits for another one
         held_bits = 0
-        mbarrier.wait(q_full.index(turn % SLOTS), (turn // SLOTS) & 1)
-        q_tile = row_rings[0].index(turn % SLOTS * CONSUMERS + CONSUMER)
+        mbarrier.wait(q_full.index(0), turn & 1)
+        q_tile = row_rings[0].index(CONSUMER)
         for i in range(size):
             slot = (at + i) % STAGES
             notes = chunk + i // CHUNK
@@ -180,7 +178,7 @@ def consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: 
         acc, row_max, row_sum = state
         at += size
         chunk += gl.cdiv(size, CHUNK)
-        mbarrier.arrive(q_empty.index(turn % SLOTS), count=1)
+        mbarrier.arrive(q_empty.index(0), count=1)
         m_empty = row_sum == 0.0
         row_sum = gl.where(m_empty, 1.0, row_sum)
         lse = gl.where(m_empty, float("-inf"), row_max + gl.log2(row_sum))

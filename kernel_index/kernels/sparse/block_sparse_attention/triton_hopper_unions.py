@@ -63,21 +63,19 @@ def _put(info, i, value):
 
 @gluon.jit
 def _copy_rows(given):
-    """Of a tile, to the slot of its turn."""
+    """Those of a tile, when the consumers have done with the tile before."""
     row_descs, row_rings, q_full, q_empty, turn, b, tile, head, QUERIES = given
-    SLOTS: gl.constexpr = q_full.shape[0]
-    slot = turn % SLOTS
-    mbarrier.wait(q_empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
+    mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
     for r in gl.static_range(len(row_descs)):
-        mbarrier.expect(q_full.index(slot), CONSUMERS * row_descs[r].block_type.nbytes)
+        mbarrier.expect(q_full.index(0), CONSUMERS * row_descs[r].block_type.nbytes)
         for i in gl.static_range(CONSUMERS):
             target = (
                 row_rings[r]
-                .index(slot * CONSUMERS + i)
+                .index(i)
                 ._reinterpret(row_descs[r].dtype, row_descs[r].block_type.shape, row_descs[r].layout)
             )
             first = (tile * CONSUMERS + i) * QUERIES
-            tma.async_copy_global_to_shared(row_descs[r], [b, first, head, 0], q_full.index(slot), target)
+            tma.async_copy_global_to_shared(row_descs[r], [b, first, head, 0], q_full.index(0), target)
 
 
 @gluon.jit
@@ -228,13 +226,12 @@ def _by_unions_kernel(
     """
     ONES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BN: gl.constexpr = k_desc.block_type.shape[1]
-    SLOTS: gl.constexpr = 2 if FORWARD else 1  # tiles whose rows are there: the one in work, and the next
     if FORWARD:
         row_descs = (q_desc,)
-        row_rings = (row_ring(q_desc, SLOTS * CONSUMERS),)
+        row_rings = (row_ring(q_desc, CONSUMERS),)
     else:
         row_descs = (q_desc, do_desc)
-        row_rings = (row_ring(q_desc, SLOTS * CONSUMERS), row_ring(do_desc, SLOTS * CONSUMERS))
+        row_rings = (row_ring(q_desc, CONSUMERS), row_ring(do_desc, CONSUMERS))
     buffers = (
         ring(k_desc, STAGES),
         ring(v_desc, STAGES),
@@ -242,8 +239,8 @@ def _by_unions_kernel(
         gl.allocate_shared_memory(gl.int32, [CHUNKS * INFO, CHUNK], ONES),
         barriers(1, 1),
         barriers(1, CONSUMERS),
-        barriers(SLOTS, 1 if FORWARD else 2),
-        barriers(SLOTS, CONSUMERS),
+        barriers(1, 1 if FORWARD else 2),
+        barriers(1, CONSUMERS),
         barriers(STAGES, 1),
         barriers(STAGES, CONSUMERS),
     )
@@ -279,8 +276,8 @@ def _by_unions_kernel(
         )
 
 
-STAGES = 4
-"""Slots of the ring of blocks."""
+STAGES = {True: 5, False: 4}
+"""Slots of the ring of blocks, forward and backward."""
 
 
 def _launch(q, d_out, k, v, plan, bounds, bad, launch, out, of_rows):
@@ -298,7 +295,7 @@ def _launch(q, d_out, k, v, plan, bounds, bad, launch, out, of_rows):
             rows_of(q, queries, c["HEADS"]), None if forward else rows_of(d_out, queries, c["HEADS"]),
             tiles_of(k, c["BLOCK"]), tiles_of(v, c["BLOCK"]), k, v, plan.blocks, plan.members, plan.sizes, bad, *bounds,
             out, *of_rows, counter, *summed.stride()[:3], row_stride(bounds[0]), tiles, union, T, S, H, G, G // K,
-            c["GROUP"], blocks, total, queries, launch.scale, launch.inner, launch.outer, c["HEADS"], STAGES,
+            c["GROUP"], blocks, total, queries, launch.scale, launch.inner, launch.outer, c["HEADS"], STAGES[forward],
             c["CAPPED"], forward, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
 
