@@ -116,6 +116,29 @@ def test_a_consumer_that_skips_many_blocks_of_a_union(monkeypatch):
 
 
 @on_hopper
+@pytest.mark.parametrize("what", ["k", "v"])
+def test_a_query_has_the_same_bits_whatever_is_in_blocks_that_others_select(what, monkeypatch):
+    """Which blocks of a union are taken together does not depend on what is not finite."""
+    monkeypatch.setattr(lists, "BOTH_EVERYWHERE", True)
+    monkeypatch.setattr(plan, "WASTE", 99)
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [torch.randn(1, 1024, n, 128, generator=generator, device="cuda").to(torch.bfloat16) for n in (8, 1, 1)]
+    upstream = [torch.randn_like(tensors[0]), torch.randn(1, 8, 1024, generator=generator, device="cuda")]
+    selected = torch.randint(0, 16, (1, 1024, 1, 4), generator=generator, device="cuda")
+    others = ~((selected == 3) | (selected == 8)).any(-1)[0, :, 0]
+    call = {"selected": selected, "block_size": 64}
+    before = results(tensors, upstream, "triton", torch.bfloat16, **call)
+    spoiled = "qkv".index(what)
+    tensors[spoiled] = tensors[spoiled].clone()
+    tensors[spoiled][:, [200, 530]] = float("nan")
+    after = results(tensors, upstream, "triton", torch.bfloat16, **call)
+    for a, b in zip(before[:3], after[:3], strict=True):  # values, log-sum-exps and the gradient of the queries
+        a, b = (x[:, :, others] if x.dim() == 3 else x[:, others] for x in (a, b))
+        assert torch.equal(a, b)
+    assert others[512:].any() and after[0].isnan().any()
+
+
+@on_hopper
 @pytest.mark.parametrize("waste", [0, 99])
 def test_the_same_bits_whatever_part_a_program_draws(waste, monkeypatch):
     """Programs draw many parts of lists from a counter, each time in another order."""

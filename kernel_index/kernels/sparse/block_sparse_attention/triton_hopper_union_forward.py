@@ -1,7 +1,8 @@
 """The consumers of the forward pass by unions, see ``triton_hopper_unions.py``.
 
 A consumer takes two blocks at once where all its queries may see all their keys: waits, maxima and the sums so far,
-which are multiplied, then come half as often.  Which blocks are taken together depends on the union alone.
+which are multiplied, then come half as often.  Which blocks are taken together depends on the union and the bounds
+alone, not on what is not finite: a query that does not select such a block has the same bits.
 """
 
 from triton.experimental import gluon
@@ -141,24 +142,27 @@ def consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: 
             mbarrier.wait(kv_full.index(slot), ((at + i) // STAGES) & 1)
             bits = noted(info, notes, 1 + CONSUMER, i, ONE)
             first_key, bad = noted(info, notes, 0, i, ONE) * BN, noted(info, notes, 3, i, ONE)
-            plain = (bits == 0) | ((first_key >= low) & (first_key + BN <= high) & (bad == 0))
+            inner_block = (first_key >= low) & (first_key + BN <= high)  # all queries see all of its keys
+            plain = (bits != 0) & inner_block & (bad == 0)
             k_tile, v_tile = k_ring.index(slot), v_ring.index(slot)
             k_held, v_held = k_ring.index(held % STAGES), v_ring.index(held % STAGES)
-            if (bits != 0) & plain & (held >= 0):
+            if plain & (held >= 0) & (held_bits != 0):
                 state = _add_two(
                     q_tile, k_held, v_held, k_tile, v_tile, state, held_bits, bits, o_local, inner, outer, CAPPED
                 )
                 mbarrier.arrive(kv_empty.index(held % STAGES), count=1)
                 mbarrier.arrive(kv_empty.index(slot), count=1)
                 held = -1
-            elif (bits != 0) & plain:
+            elif plain & (held < 0):
                 held = at + i
                 held_bits = bits
             else:
+                was_held = held >= 0
                 # The producer waits for the slot that is held where the others are behind it.
-                if (held >= 0) & ((bits != 0) | (at + i + 1 - held >= STAGES)):
-                    state = _add_one(q_tile, k_held, v_held, state, held_bits, o_local, inner, outer, CAPPED)
-                    mbarrier.arrive(kv_empty.index(held % STAGES), count=1)
+                if was_held & ((bits != 0) | (at + i + 1 - held >= STAGES)):
+                    if held_bits != 0:
+                        state = _add_one(q_tile, k_held, v_held, state, held_bits, o_local, inner, outer, CAPPED)
+                        mbarrier.arrive(kv_empty.index(held % STAGES), count=1)
                     held = -1
                 if bits != 0:
                     if bad >= 2:
@@ -168,8 +172,11 @@ def consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: 
                         q_tile, k_tile, v_tile, flags, state, bits, (start, end), first_key, bad, o_local, inner, outer,
                         CAPPED,
                     )  # fmt: skip
+                    if inner_block & (bad != 0) & (not was_held):
+                        held = at + i
+                        held_bits = 0  # nothing is left of it, but the next one is taken alone, as if it were held
                 mbarrier.arrive(kv_empty.index(slot), count=1)
-        if held >= 0:
+        if (held >= 0) & (held_bits != 0):
             slot = held % STAGES
             state = _add_one(
                 q_tile, k_ring.index(slot), v_ring.index(slot), state, held_bits, o_local, inner, outer, CAPPED
