@@ -17,6 +17,9 @@ OURS = "kernel_index "
 LAST = 64
 """The queries at the end of a row whose results are compared."""
 
+WINDOW = 512
+"""Tokens of the third branch of native sparse attention, which fla's call leaves out."""
+
 SDPA_TOKENS = 65_536
 """Above so many SDPA is left out: it takes twice the time of flash-attn-4."""
 
@@ -121,6 +124,13 @@ class Inputs:
                 lambda: parallel_nsa(q, k, v, g_slc=gate, block_indices=blocks, **sizes), lambda: self._seen(given)
             )
 
+        def branches() -> Prepared:
+            from kernel_index.nn.native_sparse import attend_to_branches
+
+            gates, mask = torch.ones(*q.shape[:3], 3, device=q.device, dtype=q.dtype), ki.MaskContract()
+            sizes: dict[str, Any] = {"block": cell.block, "topk": cell.count, "window": WINDOW}
+            return Prepared(lambda: attend_to_branches(q, k, v, mask, **sizes).joined(gates))
+
         def whole() -> Prepared:
             from fla.ops.nsa import parallel_nsa
 
@@ -137,7 +147,8 @@ class Inputs:
 
             return Prepared(call)
 
-        return found | {"fla NSA attend": attend, "fla NSA, compressed and selected": whole, "fla MoBA": moba}
+        found |= {"fla NSA attend": attend, "fla NSA, compressed and selected": whole, "fla MoBA": moba}
+        return found | {OURS + "NSA, compressed, selected and window": branches}
 
     def _xunhao_lai(self, given: Any) -> Prepared:
         """github.com/XunhaoLai/native-sparse-attention-triton: blocks [KV head, token, n] ascend, −1 at the end."""

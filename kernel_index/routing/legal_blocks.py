@@ -94,15 +94,16 @@ def block_means(k: Tensor, block_size: int, mask: MaskContract) -> Tensor:
         mask: the contract of the call; only its documents matter here.
     """
     with torch.no_grad():
-        wide = k.detach().to(torch.promote_types(k.dtype, torch.float32))
-        keys = wide.shape[1]
+        k, dtype = k.detach(), torch.promote_types(k.dtype, torch.float32)
+        keys = k.shape[1]
         blocks = num_blocks(keys, block_size)
         whole = keys // block_size
         docs = mask.document_rows(keys)
         if docs is None:
-            means = [wide[:, : whole * block_size].unflatten(1, (whole, block_size)).mean(2)]
+            # A GPU widens values as it adds them: no copy is made.
+            means = [k[:, : whole * block_size].unflatten(1, (whole, block_size)).mean(2, dtype=dtype)]
             if whole < blocks:
-                means.append(wide[:, whole * block_size :].mean(1, keepdim=True))
+                means.append(k[:, whole * block_size :].mean(1, keepdim=True, dtype=dtype))
             return torch.cat(means, 1)
         position = torch.arange(keys, device=k.device)
         last = ((position // block_size + 1) * block_size - 1).clamp(max=max(0, keys - 1))
@@ -110,7 +111,7 @@ def block_means(k: Tensor, block_size: int, mask: MaskContract) -> Tensor:
         kept = position >= begin.index_select(1, last)  # in the document of the block's last key
         padding = (0, blocks * block_size - keys)
         counted = torch.nn.functional.pad(kept, padding).unflatten(1, (blocks, block_size)).sum(2)
-        wide = torch.where(kept[..., None, None], wide, 0.0)
+        wide = torch.where(kept[..., None, None], k.to(dtype), 0.0)
         sums = torch.nn.functional.pad(wide, (0, 0, 0, 0, *padding)).unflatten(1, (blocks, block_size)).sum(2)
         return sums / counted[..., None, None]
 

@@ -110,6 +110,13 @@ def tile_at(i, low, left, full, STEP: gl.constexpr):
 
 
 @gluon.jit
+def computed_before(passed, phase):
+    """What stands in front of it is computed before a wait for products that stands behind it, as a barrier that was
+    ``passed`` already is asked again.  Else the compiler moves exponentials behind the wait, and nothing overlaps."""
+    mbarrier.wait(passed, phase)
+
+
+@gluon.jit
 def within(index, start, end):
     return (index >= start) & (index < end)
 

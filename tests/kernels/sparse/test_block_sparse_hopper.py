@@ -90,6 +90,56 @@ def test_values_and_gradients(heads, kv_heads, groups, width, block, mask, softc
 
 
 @on_hopper
+def test_a_consumer_that_skips_many_blocks_of_a_union(monkeypatch):
+    """Half of a tile selects the first block and its own alone, the other half up to 31 blocks between them.
+
+    The first half holds a slot of the ring meanwhile, for which the producer waits.
+    """
+    monkeypatch.setattr(lists, "BOTH_EVERYWHERE", True)
+    monkeypatch.setattr(plan, "WASTE", 99)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(1, 1024, heads, 128, generator=generator, device="cuda").to(torch.bfloat16)
+        for heads in (8, 1, 1, 8)
+    )
+    token = torch.arange(1024, device="cuda")
+    between = torch.randint(0, 64, (1024, 1, 4), generator=generator, device="cuda").minimum(token[:, None, None] // 16)
+    own = torch.stack([torch.zeros_like(token), token // 16], -1)[:, None]
+    selected = torch.cat([own, torch.where((token % 16 < 8)[:, None, None], -1, between)], -1)[None]
+    call = {"selected": selected, "block_size": 16}
+    upstream = [upstream, torch.randn(1, 8, 1024, generator=generator, device="cuda")]
+    got, again = (results([q, k, v], upstream, "triton", torch.bfloat16, **call) for _ in range(2))
+    want = results([q, k, v], upstream, "reference", torch.float32, **call)
+    for mine, same, exact in zip(got, again, want, strict=True):
+        assert torch.equal(mine, same)
+        assert (mine.double() - exact).norm() <= 4 * 2**-9 * exact.norm()
+
+
+@on_hopper
+@pytest.mark.parametrize("what", ["k", "v"])
+def test_a_query_has_the_same_bits_whatever_is_in_blocks_that_others_select(what, monkeypatch):
+    """Which blocks of a union are taken together does not depend on what is not finite."""
+    monkeypatch.setattr(lists, "BOTH_EVERYWHERE", True)
+    monkeypatch.setattr(plan, "WASTE", 99)
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [torch.randn(1, 1024, n, 128, generator=generator, device="cuda").to(torch.bfloat16) for n in (8, 1, 1)]
+    upstream = [torch.randn_like(tensors[0]), torch.randn(1, 8, 1024, generator=generator, device="cuda")]
+    selected = torch.randint(0, 16, (1, 1024, 1, 4), generator=generator, device="cuda")
+    others = ~((selected == 3) | (selected == 8)).any(-1)[0, :, 0]
+    call = {"selected": selected, "block_size": 64}
+    before = results(tensors, upstream, "triton", torch.bfloat16, **call)
+    spoiled = "qkv".index(what)
+    tensors[spoiled] = tensors[spoiled].clone()
+    tensors[spoiled][:, [200, 530]] = float("nan")
+    after = results(tensors, upstream, "triton", torch.bfloat16, **call)
+    for a, b in zip(before[:3], after[:3], strict=True):  # values, log-sum-exps and the gradient of the queries
+        a, b = (x[:, :, others] if x.dim() == 3 else x[:, others] for x in (a, b))
+        assert torch.equal(a, b)
+    assert others[512:].any()
+    assert after[0].isnan().any()
+
+
+@on_hopper
 @pytest.mark.parametrize("waste", [0, 99])
 def test_the_same_bits_whatever_part_a_program_draws(waste, monkeypatch):
     """Programs draw many parts of lists from a counter, each time in another order."""

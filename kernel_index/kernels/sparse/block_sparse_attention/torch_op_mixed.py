@@ -52,16 +52,18 @@ def _launch(q, k, v, blocks, members, sizes, order, begins, k_start, k_end, bloc
     q, k, v = map(dense_heads, (q, k, v))
     cut, bounds, list_size = Cut(*cut), (k_start, k_end), min(block_size, lists.STEP)
     of_unions, how = Plan(blocks, members, sizes, blocks), _how("forward", q, k, v, list_size, cut, scale, softcap)
+    bad = None
     if lists.hopper_unions(cut, q, v, block_size):
         from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_unions
 
-        triton_hopper_unions.forward(q, k, v, of_unions, bounds, how, outputs)
+        bad = triton_lists.unfit_blocks(k, v, -(-k.shape[1] // list_size), how.constants)
+        triton_hopper_unions.forward(q, k, v, of_unions, bounds, bad, how, outputs)
     else:
         tiles = geometry.launch_of("forward", q, k, v, block_size, cut, scale, softcap)
         triton.forward(q, k, v, of_unions, bounds, tiles, outputs)
     by_lists = next(_list_plans("forward", q, k, v, (order, begins), list_size, cut))
     of_tiles = sizes, lists.tile_of(cut, q, v, block_size)
-    return triton_lists.forward(q, k, v, by_lists, bounds, how, outputs, of_tiles)
+    return triton_lists.forward(q, k, v, by_lists, bounds, how, outputs, of_tiles, bad)
 
 
 def _how(kernel, q, k, v, list_size, cut, scale, softcap):
@@ -96,11 +98,13 @@ def _launch_backward(
     d_out, q, k, v = map(dense_heads, (d_out, q, k, v))
     cut, bounds, list_size = Cut(*cut), (k_start, k_end), min(block_size, lists.STEP)
     of_unions, how = Plan(blocks, members, sizes, blocks), _how("backward", q, k, v, list_size, cut, scale, softcap)
+    bad = None
     if lists.hopper_unions(cut, q, v, block_size):
-        from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_unions
+        from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_unions, triton_lists
 
         delta = triton_lists_backward.delta_of(d_out, d_lse, out, how)
-        triton_hopper_unions.backward_queries((d_out, log2_sum, delta), q, k, v, of_unions, bounds, how, d_q)
+        bad = triton_lists.unfit_blocks(k, v, -(-k.shape[1] // list_size), how.constants)
+        triton_hopper_unions.backward_queries((d_out, log2_sum, delta), q, k, v, of_unions, bounds, bad, how, d_q)
     else:
         tiles, delta = (
             geometry.launch_of("queries", q, k, v, block_size, cut, scale, softcap),
@@ -110,8 +114,8 @@ def _launch_backward(
         triton_backward.backward_queries(d_out, d_lse, *saved, of_unions, bounds, tiles, (d_q, delta))
     by_lists, by_unions = _list_plans("backward", q, k, v, (order, begins), list_size, cut)
     of_rows, of_tiles = (d_out, log2_sum, delta), (sizes, lists.tile_of(cut, q, v, block_size))
-    triton_lists_backward.backward(of_rows, q, k, v, by_lists, bounds, how, (d_q, d_k, d_v), of_tiles)
-    triton_lists_backward.backward(of_rows, q, k, v, by_unions, bounds, how, (None, d_k, d_v))
+    triton_lists_backward.backward(of_rows, q, k, v, by_lists, bounds, how, (d_q, d_k, d_v), of_tiles, bad)
+    triton_lists_backward.backward(of_rows, q, k, v, by_unions, bounds, how, (None, d_k, d_v), bad=bad)
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype), delta
 
 

@@ -298,7 +298,7 @@ def _lists_kernel(
             (_keys, (consumed, GROUP)),
             (_queries, (consumed, GROUP, SHIFT)),
             (gather_rows, (gathered, GROUP, SHIFT)),
-            (schedule, (scheduled, ROWS // GROUP, SHIFT)),
+            (schedule, (scheduled, ROWS // GROUP, SHIFT, True)),
         ],
         ROLES[0],
         ROLES[1],

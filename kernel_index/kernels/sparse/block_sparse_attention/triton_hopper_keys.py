@@ -169,7 +169,7 @@ def _keys_kernel(
             (_consume, (consumed, 0, ROWS // GROUP, CAPPED)),
             (_consume, (consumed, 1, ROWS // GROUP, CAPPED)),
             (gather_rows, (gathered, GROUP, SHIFT)),
-            (schedule, (scheduled, ROWS // GROUP, SHIFT)),
+            (schedule, (scheduled, ROWS // GROUP, SHIFT, False)),
         ],
         ROLES[0],
         ROLES[1],

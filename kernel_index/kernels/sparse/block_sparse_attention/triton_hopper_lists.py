@@ -33,6 +33,7 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts impo
     read_number,
     schedule,
 )
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import wide
 
 TWO, THREE = gl.constexpr(((4, 4, 1), (200, 80, 24))), gl.constexpr(((4, 4, 4, 1), (144, 144, 56, 24)))
 """Warps and registers of the roles behind the first consumer, for two consumers and for three."""
@@ -81,11 +82,27 @@ def _gather(given, HEADS: gl.constexpr, SHIFT: gl.constexpr):
 
 
 @gluon.jit
+def _store(done, p_out, HEADS: gl.constexpr):
+    """The partial outputs of a tile, and of each row its number, −1 for none."""
+    out, number = done
+    DV: gl.constexpr = out.shape[1]
+    WIDE: gl.constexpr = wide(DV)
+    o_wide = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, WIDE))
+    p_rows = p_out + ((o_wide % HEADS) * DV)[:, None] + gl.arange(0, DV, layout=gl.SliceLayout(0, WIDE))[None, :]
+    # Nothing reads them before all are there: the cache may keep queries.
+    gl.store(
+        p_rows + (number.to(gl.int64) * (HEADS * DV))[:, None], out, mask=(number >= 0)[:, None],
+        eviction_policy="evict_first",
+    )  # fmt: skip
+
+
+@gluon.jit
 def _partial(
-    rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile, first, stop, first_key, masked, bad, of_query, N,
-    inner, outer, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constexpr,
+    done, rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile, first, stop, first_key, masked, bad, of_query,
+    N, inner, outer, HEADS: gl.constexpr, SHIFT: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
-    """The partial results of the rows of a tile, of the entries from ``first`` on.
+    """The partial results of the rows of a tile, of the entries from ``first`` on, which the next tile stores: a fence
+    waits for stores.  ``done``: those of the tile before.
 
     ``masked``: some rows may not see all keys, or values are not finite.  ``of_query``: which query is the first one of
     the segment; the partials of query t and head h are those from ``((t − of_query) · N + j) · HEADS + h`` on.
@@ -99,17 +116,19 @@ def _partial(
     DV: gl.constexpr = v_tile.shape[1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    WIDE: gl.constexpr = wide(DV)
     o_m = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     o_wide = gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
-    entry = gl.load(order_ptr + first + o_m // HEADS, mask=first + o_m // HEADS < stop, other=-1)
-    wide = gl.load(order_ptr + first + o_wide // HEADS, mask=first + o_wide // HEADS < stop, other=-1)
-    m_m, m_wide = entry >= 0, wide >= 0
     slot = tile % STAGES
     mbarrier.wait(q_full.index(slot), (tile // STAGES) & 1)
     fence_async_shared()
     zero = gl.full([ROWS, BN], 0.0, gl.float32, layout=S_LAYOUT)
-    s = warpgroup_mma_wait(0, [product_nt(q_ring.index(slot), k_tile, zero)])
+    s_started = product_nt(q_ring.index(slot), k_tile, zero)
+    _store(done, p_out, HEADS)
+    entry = gl.load(order_ptr + first + o_m // HEADS, mask=first + o_m // HEADS < stop, other=-1)
+    of_wide = gl.load(order_ptr + first + o_wide // HEADS, mask=first + o_wide // HEADS < stop, other=-1)
+    m_m = entry >= 0
+    s = warpgroup_mma_wait(0, [s_started])
     mbarrier.arrive(q_empty.index(slot), count=1)
     z = softcapped(s, inner, CAPPED) * outer
     if masked:
@@ -131,13 +150,11 @@ def _partial(
     # t · N + j is less than 2^31 where t · 2^SHIFT + j is.
     number = entry - (entry >> SHIFT) * ((1 << SHIFT) - N) - of_query * N
     gl.store(p_lse + (number * HEADS + o_m % HEADS), lse, mask=m_m)
-    number = wide - (wide >> SHIFT) * ((1 << SHIFT) - N) - of_query * N
-    o_column = gl.arange(0, DV, layout=gl.SliceLayout(0, WIDE))
-    p_rows = p_out + ((o_wide % HEADS) * DV)[:, None] + o_column[None, :]
+    number = of_wide - (of_wide >> SHIFT) * ((1 << SHIFT) - N) - of_query * N
+    number = gl.where(of_wide >= 0, number, -1)
     acc = warpgroup_mma_wait(0, [acc_started])
     out = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    out = gl.convert_layout(out.to(p_out.dtype.element_ty), WIDE)
-    gl.store(p_rows + (number.to(gl.int64) * (HEADS * DV))[:, None], out, mask=m_wide[:, None])
+    return gl.convert_layout(out.to(p_out.dtype.element_ty), WIDE), number
 
 
 @gluon.jit
@@ -153,9 +170,12 @@ def _consume(
     ENTRIES: gl.constexpr = rows[0].shape[1] // HEADS
     BN: gl.constexpr = k_ring.shape[1]
     DV: gl.constexpr = v_ring.shape[2]
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    WIDE: gl.constexpr = wide(DV)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    ROWS: gl.constexpr = rows[0].shape[1]
     flags = flag_ring.index(CONSUMER)
+    no_out = gl.full([ROWS, DV], 0.0, out_ptr.dtype.element_ty, layout=WIDE)
+    no_number = gl.full([ROWS], -1, gl.int32, layout=gl.SliceLayout(1, WIDE))
     turn = 0
     tile = 0
     mbarrier.wait(plan_full.index(0), 0)
@@ -177,12 +197,14 @@ def _consume(
         if bad >= 2:
             p_v = v_ptr + b.to(gl.int64) * v_b + (g // GROUPS).to(gl.int64) * v_h + first_key.to(gl.int64) * v_t
             cleaned(v_tile, p_v, v_t, S - first_key, flags, WIDE)
+        done = no_out, no_number
         for i in range((CONSUMER + CONSUMERS - tile % CONSUMERS) % CONSUMERS, count, CONSUMERS):
-            _partial(
-                rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile + i, first + i * ENTRIES, stop, first_key,
-                i < masked, bad, chunk * CHUNK, N, inner, outer, HEADS, SHIFT, CAPPED,
+            done = _partial(
+                done, rows, k_tile, v_tile, flags, order_ptr, bounds, outputs, tile + i, first + i * ENTRIES, stop,
+                first_key, i < masked, bad, chunk * CHUNK, N, inner, outer, HEADS, SHIFT, CAPPED,
             )  # fmt: skip
         mbarrier.arrive(kv_empty.index(at), count=1)
+        _store(done, outputs[0], HEADS)
         tile += count
         turn += 1
         at = turn % PLANS
@@ -226,7 +248,7 @@ def _partials_kernel(
                 (_consume, (consumed, 0, 2, HEADS, SHIFT, CAPPED)),
                 (_consume, (consumed, 1, 2, HEADS, SHIFT, CAPPED)),
                 (_gather, (gathered, HEADS, SHIFT)),
-                (schedule, (scheduled, ROWS // HEADS, SHIFT)),
+                (schedule, (scheduled, ROWS // HEADS, SHIFT, False)),
             ],
             TWO[0],
             TWO[1],
@@ -238,7 +260,7 @@ def _partials_kernel(
                 (_consume, (consumed, 1, 3, HEADS, SHIFT, CAPPED)),
                 (_consume, (consumed, 2, 3, HEADS, SHIFT, CAPPED)),
                 (_gather, (gathered, HEADS, SHIFT)),
-                (schedule, (scheduled, ROWS // HEADS, SHIFT)),
+                (schedule, (scheduled, ROWS // HEADS, SHIFT, False)),
             ],
             THREE[0],
             THREE[1],

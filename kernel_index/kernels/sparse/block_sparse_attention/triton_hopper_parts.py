@@ -20,6 +20,16 @@ GATHERERS = gl.constexpr(128)
 """Threads that gather queries."""
 
 
+INFO = gl.constexpr(4)
+"""Of a block of a union: its number, the queries of the first and of the second consumer that selected it as bits, and
+what of it is not finite: 1 keys, 2 values.  Those of CHUNK blocks are loaded and noted at once."""
+
+CHUNK = gl.constexpr(32)
+
+CHUNKS = gl.constexpr(3)
+"""That are noted at a time: when one is written anew, the consumers have come to one of the two behind it."""
+
+
 @gluon.jit
 def kv_slots(k_desc, v_desc, CONSUMERS: gl.constexpr):
     """Rings for keys, values and numbers of parts, and their barriers; gatherers read the numbers, too."""
@@ -37,6 +47,14 @@ def kv_slots(k_desc, v_desc, CONSUMERS: gl.constexpr):
 @gluon.jit
 def read_number(plan, i, LAYOUT: gl.constexpr):
     return gl.sum(plan.index(i).load(LAYOUT), 0)
+
+
+@gluon.jit
+def noted(info, chunk, which: gl.constexpr, i, LAYOUT: gl.constexpr):
+    """A number of the i-th block of a chunk."""
+    ONES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    notes = info.index(chunk % CHUNKS * INFO + which)._reinterpret(gl.int32, [CHUNK, 1], ONES)
+    return read_number(notes, i % CHUNK, LAYOUT)
 
 
 @gluon.jit
@@ -95,20 +113,27 @@ def _masked_tiles(order_ptr, first, stop, p_start, p_end, first_key, BN: gl.cons
 
 
 @gluon.jit
-def schedule(given, ENTRIES: gl.constexpr, SHIFT: gl.constexpr):
-    """Draws parts of lists, copies their keys and values, and tells the others; −1 for the segment is the end."""
+def schedule(given, ENTRIES: gl.constexpr, SHIFT: gl.constexpr, TOGETHER: gl.constexpr):
+    """Draws parts of lists, copies their keys and values, and tells the others; −1 for the segment is the end.
+
+    TOGETHER: all segments side by side, else one after the other, so that the cache holds the rows of one.
+    """
     (
         k_desc, v_desc, kv, items_ptr, parts_ptr, bad_ptr, counter_ptr, first_segment, SEGMENTS, M, BLOCKS, CHUNKS, G,
         GROUPS, order_ptr, start_ptr, end_ptr, window_b,
     ) = given  # fmt: skip
     k_ring, v_ring, plan, plan_full, plan_empty, kv_full, kv_empty = kv
     BLOCK: gl.constexpr = k_ring.shape[1]
-    total = _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS) * SEGMENTS
+    most = _most_parts(parts_ptr, first_segment, SEGMENTS, BLOCKS)
+    total = most * SEGMENTS
     number = gl.program_id(0)
     turn = 0
     while number < total:
-        after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-        part, segment = number // SEGMENTS, number % SEGMENTS
+        after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
+        if TOGETHER:
+            part, segment = number // SEGMENTS, number % SEGMENTS
+        else:
+            segment, part = number // most, number % most
         p_item = items_ptr + ((first_segment + segment).to(gl.int64) * M + part) * 4
         block = gl.load(p_item).to(gl.int32)
         start, stop = gl.load(p_item + 2).to(gl.int32), gl.load(p_item + 3).to(gl.int32)

@@ -20,6 +20,9 @@ from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts impo
     read_number,
 )
 
+CONSUMERS = gl.constexpr(2)
+"""Of a program that goes by unions."""
+
 
 def rows_of(x: Tensor, queries: int, heads: int) -> TensorDescriptor:
     """Tiles of ``queries`` tokens × ``heads`` heads of x [B, T, H, D]; behind the last token are zeros."""
@@ -35,6 +38,16 @@ def row_ring(desc, COUNT: gl.constexpr):
     COLUMNS: gl.constexpr = desc.block_type.shape[3]
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, COLUMNS], desc.dtype)
     return gl.allocate_shared_memory(desc.dtype, [COUNT, 64, COLUMNS], LAYOUT)
+
+
+@gluon.jit
+def row_place(number, TILES, G, GROUP, QUERIES, HEADS: gl.constexpr, CONSUMER: gl.constexpr, LAYOUT: gl.constexpr):
+    """Batch row, group, the first query of a consumer, and of its rows [64] the query and the head."""
+    group, tile = number // TILES, TILES - 1 - number % TILES
+    b, g = group // G, group % G
+    first = (tile * CONSUMERS + CONSUMER) * QUERIES
+    o_m = gl.arange(0, 64, layout=LAYOUT)
+    return b, g, first, first + o_m // HEADS, g * GROUP + o_m % HEADS
 
 
 @gluon.jit

@@ -23,6 +23,7 @@ from kernel_index.core.triton.hopper import (
     TWO,
     HopperKernel,
     barriers,
+    computed_before,
     copy_tile,
     has_tiles,
     product_nt,
@@ -34,39 +35,47 @@ from kernel_index.core.triton.hopper import (
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import AttentionLaunch, ceil_div, on_device, processors, row_stride
 from kernel_index.kernels.sparse.block_sparse_attention.plan import Plan
-from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import cleaned, read_number
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_parts import (
+    CHUNK,
+    CHUNKS,
+    INFO,
+    cleaned,
+    noted,
+    read_number,
+)
 from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_rows import (
+    CONSUMERS,
     inner_bounds,
+    row_place,
     row_ring,
     rows_of,
     store_rows,
+    wide,
 )
-from kernel_index.kernels.sparse.block_sparse_attention.triton_lists import unfit_blocks
-
-CONSUMERS = gl.constexpr(2)
-
-INFO = gl.constexpr(4)
-"""Of a block of a union: its number, the queries of the first and of the second consumer that selected it as bits, and
-what of it is not finite: 1 keys, 2 values.  Those of CHUNK blocks are loaded and noted at once."""
-
-CHUNK = gl.constexpr(32)
-
-CHUNKS = gl.constexpr(3)
-"""That are noted at a time: when one is written anew, the consumers have come to one of the two behind it."""
-
-
-@gluon.jit
-def _noted(info, chunk, which: gl.constexpr, i, LAYOUT: gl.constexpr):
-    """A number of the i-th block of a chunk."""
-    ONES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    notes = info.index(chunk % CHUNKS * INFO + which)._reinterpret(gl.int32, [CHUNK, 1], ONES)
-    return read_number(notes, i % CHUNK, LAYOUT)
+from kernel_index.kernels.sparse.block_sparse_attention.triton_hopper_union_forward import consume_forward
 
 
 @gluon.jit
 def _put(info, i, value):
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     info.index(i).store(gl.full([1], 0, gl.int32, layout=ONE) + value)
+
+
+@gluon.jit
+def _copy_rows(given):
+    """Those of a tile, when the consumers have done with the tile before."""
+    row_descs, row_rings, q_full, q_empty, turn, b, tile, head, QUERIES = given
+    mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
+    for r in gl.static_range(len(row_descs)):
+        mbarrier.expect(q_full.index(0), CONSUMERS * row_descs[r].block_type.nbytes)
+        for i in gl.static_range(CONSUMERS):
+            target = (
+                row_rings[r]
+                .index(i)
+                ._reinterpret(row_descs[r].dtype, row_descs[r].block_type.shape, row_descs[r].layout)
+            )
+            first = (tile * CONSUMERS + i) * QUERIES
+            tma.async_copy_global_to_shared(row_descs[r], [b, first, head, 0], q_full.index(0), target)
 
 
 @gluon.jit
@@ -84,7 +93,7 @@ def _produce(given):
     at = 0
     chunk = 0
     while number < total:
-        after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+        after = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         group, tile = number // TILES, TILES - 1 - number % TILES  # the long unions of a causal mask begin first
         size = gl.load(sizes_ptr + group * TILES + tile)
         if size >= 0:  # else lists take the tile
@@ -94,17 +103,9 @@ def _produce(given):
             _put(plan, 0, number)
             _put(plan, 1, size)
             mbarrier.arrive(plan_full.index(0), count=1)
-            mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
-            for r in gl.static_range(len(row_descs)):
-                mbarrier.expect(q_full.index(0), CONSUMERS * row_descs[r].block_type.nbytes)
-                for i in gl.static_range(CONSUMERS):
-                    target = (
-                        row_rings[r]
-                        .index(i)
-                        ._reinterpret(row_descs[r].dtype, row_descs[r].block_type.shape, row_descs[r].layout)
-                    )
-                    first = (tile * CONSUMERS + i) * QUERIES
-                    tma.async_copy_global_to_shared(row_descs[r], [b, first, g * GROUP, 0], q_full.index(0), target)
+            rows = row_descs, row_rings, q_full, q_empty, turn, b, tile, g * GROUP, QUERIES
+            if size == 0:
+                _copy_rows(rows)
             p_blocks = blocks_ptr + (group * TILES + tile).to(gl.int64) * UNION
             p_members = members_ptr + (group * TILES + tile).to(gl.int64) * UNION
             p_bad = bad_ptr + (b * (G // GROUPS) + kv_head) * BLOCKS
@@ -119,11 +120,13 @@ def _produce(given):
                 info.index(notes + 3).store(gl.load(p_bad + block).to(gl.int32))
                 for nth in range(gl.minimum(size - first_of_chunk, CHUNK)):
                     slot = at % STAGES
-                    first_key = _noted(info, chunk, 0, nth, ONE) * BLOCK
+                    first_key = noted(info, chunk, 0, nth, ONE) * BLOCK
                     mbarrier.wait(kv_empty.index(slot), ((at // STAGES) & 1) ^ 1)
                     mbarrier.expect(kv_full.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
                     copy_tile(k_desc, b, first_key, kv_head, kv_full.index(slot), k_ring.index(slot))
                     copy_tile(v_desc, b, first_key, kv_head, kv_full.index(slot), v_ring.index(slot))
+                    if first_of_chunk + nth == 0:  # so that the first block comes while the last tile is in work
+                        _copy_rows(rows)
                     at += 1
                 chunk += 1
             turn += 1
@@ -132,94 +135,6 @@ def _produce(given):
     _put(plan, 0, total)
     _put(plan, 1, 0)
     mbarrier.arrive(plan_full.index(0), count=1)
-
-
-@gluon.jit
-def _row_place(number, TILES, G, GROUP, QUERIES, HEADS: gl.constexpr, CONSUMER: gl.constexpr, LAYOUT: gl.constexpr):
-    """Batch row, group, the first query of a consumer, and of its rows [64] the query and the head."""
-    group, tile = number // TILES, TILES - 1 - number % TILES
-    b, g = group // G, group % G
-    first = (tile * CONSUMERS + CONSUMER) * QUERIES
-    o_m = gl.arange(0, 64, layout=LAYOUT)
-    return b, g, first, first + o_m // HEADS, g * GROUP + o_m % HEADS
-
-
-@gluon.jit
-def _consume_forward(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED: gl.constexpr):
-    (
-        row_rings, buffers, flag_ring, _k_ptr, v_ptr, start_ptr, end_ptr, out_ptr, lse_ptr, _delta_ptr, v_b, v_t, v_h,
-        window_b, TILES, T, S, H, G, GROUPS, GROUP, total, QUERIES, _scale, inner, outer,
-    ) = given  # fmt: skip
-    k_ring, v_ring, plan, info, plan_full, plan_empty, q_full, q_empty, kv_full, kv_empty = buffers
-    STAGES: gl.constexpr = k_ring.shape[0]
-    BN: gl.constexpr = k_ring.shape[1]
-    DV: gl.constexpr = v_ring.shape[2]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
-    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    zero = gl.full([64, BN], 0.0, gl.float32, layout=S_LAYOUT)
-    o_local = gl.arange(0, 64, layout=ROW) // HEADS
-    turn = 0
-    at = 0
-    chunk = 0
-    mbarrier.wait(plan_full.index(0), 0)
-    number = read_number(plan, 0, ONE)
-    while number < total:
-        size = read_number(plan, 1, ONE)
-        mbarrier.arrive(plan_empty.index(0), count=1)
-        b, g, first, o_q, o_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, ROW)
-        p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
-        start = gl.load(p_start + o_q, mask=o_q < T, other=0)
-        end = gl.load(p_end + o_q, mask=o_q < T, other=0)
-        low, high = inner_bounds(p_start, p_end, first, T, QUERIES)
-        row_max = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-        row_sum = gl.full([64], 0.0, gl.float32, layout=ROW)
-        acc = gl.full([64, DV], 0.0, gl.float32, layout=O_LAYOUT)
-        mbarrier.wait(q_full.index(0), turn & 1)
-        q_tile = row_rings[0].index(CONSUMER)
-        for i in range(size):
-            slot = at % STAGES
-            noted = chunk + i // CHUNK
-            mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
-            bits = _noted(info, noted, 1 + CONSUMER, i, ONE)
-            if bits != 0:
-                first_key, bad = _noted(info, noted, 0, i, ONE) * BN, _noted(info, noted, 3, i, ONE)
-                s = warpgroup_mma_wait(0, [product_nt(q_tile, k_ring.index(slot), zero)])
-                z = softcapped(s, inner, CAPPED) * outer
-                z = gl.where((((bits >> o_local) & 1) != 0)[:, None], z, float("-inf"))
-                if (first_key < low) | (first_key + BN > high) | (bad != 0):
-                    o_k = first_key + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
-                    z = gl.where(within(o_k[None, :], start[:, None], end[:, None]), z, float("-inf"))
-                new_max = gl.maximum(row_max, gl.max(z, 1))
-                shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-                p = gl.exp2(z - shift[:, None])
-                alpha = gl.exp2(row_max - shift)
-                if bad >= 2:  # rows that see a value that is not finite become NaN
-                    p_v = v_ptr + b.to(gl.int64) * v_b + (g // GROUPS) * v_h + first_key.to(gl.int64) * v_t
-                    cleaned(v_ring.index(slot), p_v, v_t, S - first_key, flag_ring.index(CONSUMER), WIDE)
-                    flag = flag_ring.index(CONSUMER).load(gl.SliceLayout(0, S_LAYOUT))
-                    p = gl.where(z == float("-inf"), 0.0, p + flag[None, :])
-                row_max = new_max
-                row_sum = row_sum * alpha + gl.sum(p, 1)
-                acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
-                b_p = gl.convert_layout(p.to(v_ring.dtype), gl.DotOperandLayout(0, O_LAYOUT, k_width=2))
-                acc = warpgroup_mma_wait(0, [warpgroup_mma(b_p, v_ring.index(slot), acc, is_async=True)])
-            mbarrier.arrive(kv_empty.index(slot), count=1)
-            at += 1
-        chunk += gl.cdiv(size, CHUNK)
-        mbarrier.arrive(q_empty.index(0), count=1)
-        m_empty = row_sum == 0.0
-        row_sum = gl.where(m_empty, 1.0, row_sum)
-        lse = gl.where(m_empty, float("-inf"), row_max + gl.log2(row_sum))
-        gl.store(lse_ptr + (b.to(gl.int64) * T + o_q) * H + o_h, lse, mask=o_q < T)
-        out = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        _, _, _, w_q, w_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
-        store_rows(out_ptr, out, b, w_q, w_h, T, H, WIDE)
-        turn += 1
-        mbarrier.wait(plan_full.index(0), turn & 1)
-        number = read_number(plan, 0, ONE)
 
 
 @gluon.jit
@@ -234,7 +149,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
     D: gl.constexpr = k_ring.shape[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     Q_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    WIDE: gl.constexpr = wide(D)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     zero = gl.full([64, BN], 0.0, gl.float32, layout=S_LAYOUT)
@@ -247,7 +162,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
     while number < total:
         size = read_number(plan, 1, ONE)
         mbarrier.arrive(plan_empty.index(0), count=1)
-        b, g, first, o_q, o_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, ROW)
+        b, g, first, o_q, o_h = row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, ROW)
         p_start, p_end = start_ptr + b * window_b, end_ptr + b * window_b
         start = gl.load(p_start + o_q, mask=o_q < T, other=0)
         end = gl.load(p_end + o_q, mask=o_q < T, other=0)
@@ -261,11 +176,11 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
         q_tile, do_tile = row_rings[0].index(CONSUMER), row_rings[1].index(CONSUMER)
         for i in range(size):
             slot = at % STAGES
-            noted = chunk + i // CHUNK
+            notes = chunk + i // CHUNK
             mbarrier.wait(kv_full.index(slot), (at // STAGES) & 1)
-            bits = _noted(info, noted, 1 + CONSUMER, i, ONE)
+            bits = noted(info, notes, 1 + CONSUMER, i, ONE)
             if bits != 0:
-                first_key, bad = _noted(info, noted, 0, i, ONE) * BN, _noted(info, noted, 3, i, ONE)
+                first_key, bad = noted(info, notes, 0, i, ONE) * BN, noted(info, notes, 3, i, ONE)
                 if bad % 2 == 1:
                     p_k = k_ptr + b.to(gl.int64) * k_b + (g // GROUPS) * k_h + first_key.to(gl.int64) * k_t
                     cleaned(k_ring.index(slot), p_k, k_t, S - first_key, flag_ring.index(CONSUMER), WIDE)
@@ -276,6 +191,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
                 p = gl.exp2(z * outer - lse[:, None])
                 if CAPPED:
                     p = p * (1.0 - z * z)
+                computed_before(kv_full.index(slot), (at // STAGES) & 1)
                 dp = warpgroup_mma_wait(0, [dp_started])
                 dz = p * (dp - delta[:, None])
                 if bad % 2 == 1:  # rows that see a key that is not finite become NaN
@@ -290,7 +206,7 @@ def _consume_queries(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, CAPPED:
             at += 1
         chunk += gl.cdiv(size, CHUNK)
         mbarrier.arrive(q_empty.index(0), count=1)
-        _, _, _, w_q, w_h = _row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
+        _, _, _, w_q, w_h = row_place(number, TILES, G, GROUP, QUERIES, HEADS, CONSUMER, gl.SliceLayout(1, WIDE))
         store_rows(dq_ptr, dq * scale, b, w_q, w_h, T, H, WIDE)
         turn += 1
         mbarrier.wait(plan_full.index(0), turn & 1)
@@ -341,8 +257,8 @@ def _by_unions_kernel(
     if FORWARD:
         gl.warp_specialize(
             [
-                (_consume_forward, (consumed, 0, HEADS, CAPPED)),
-                (_consume_forward, (consumed, 1, HEADS, CAPPED)),
+                (consume_forward, (consumed, 0, HEADS, CAPPED)),
+                (consume_forward, (consumed, 1, HEADS, CAPPED)),
                 (_produce, (produced,)),
             ],
             TWO[0],
@@ -364,7 +280,7 @@ STAGES = {True: 5, False: 4}
 """Slots of the ring of blocks, forward and backward."""
 
 
-def _launch(q, d_out, k, v, plan, bounds, launch, out, of_rows):
+def _launch(q, d_out, k, v, plan, bounds, bad, launch, out, of_rows):
     c, (B, T, H, _), (S, K) = launch.constants, q.shape, k.shape[1:3]
     (G, tiles, union), forward = plan.blocks.shape[1:], d_out is None
     total, queries, blocks = B * G * tiles, ROWS // c["HEADS"], ceil_div(S, c["BLOCK"])
@@ -374,7 +290,7 @@ def _launch(q, d_out, k, v, plan, bounds, launch, out, of_rows):
     d_out = d_out if forward or has_tiles(d_out) else d_out.contiguous()
     summed = v if forward else k
     with on_device(k):
-        counter, bad = torch.zeros(1, dtype=torch.int32, device=k.device), unfit_blocks(k, v, blocks, c)
+        counter = torch.zeros(1, dtype=torch.int32, device=k.device)
         _by_unions_kernel[(min(total, processors(k)),)](
             rows_of(q, queries, c["HEADS"]), None if forward else rows_of(d_out, queries, c["HEADS"]),
             tiles_of(k, c["BLOCK"]), tiles_of(v, c["BLOCK"]), k, v, plan.blocks, plan.members, plan.sizes, bad, *bounds,
@@ -385,16 +301,19 @@ def _launch(q, d_out, k, v, plan, bounds, launch, out, of_rows):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, bounds: tuple[Tensor, Tensor], launch: AttentionLaunch,
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, bounds: tuple[Tensor, Tensor], bad: Tensor, launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor],
 ) -> None:  # fmt: skip
-    """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H] of tiles that go by unions."""
-    _launch(q, None, k, v, plan, bounds, launch, outputs[0], (outputs[1], None))
+    """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H] of tiles that go by unions.
+
+    ``bad``: see ``unfit_blocks``.
+    """
+    _launch(q, None, k, v, plan, bounds, bad, launch, outputs[0], (outputs[1], None))
 
 
 def backward_queries(
     of_rows: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, plan: Plan,
-    bounds: tuple[Tensor, Tensor], launch: AttentionLaunch, d_q: Tensor,
+    bounds: tuple[Tensor, Tensor], bad: Tensor, launch: AttentionLaunch, d_q: Tensor,
 ) -> None:  # fmt: skip
     """Fill dQ of tiles that go by unions.  ``of_rows``: the gradient of the output, the log-sum-exp and ``delta``."""
-    _launch(q, of_rows[0], k, v, plan, bounds, launch, d_q, of_rows[1:])
+    _launch(q, of_rows[0], k, v, plan, bounds, bad, launch, d_q, of_rows[1:])

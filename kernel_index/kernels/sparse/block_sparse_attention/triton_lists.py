@@ -208,7 +208,9 @@ def unfit_blocks(k: Tensor, v: Tensor, blocks: int, constants: dict[str, Any]) -
     """int8 [B, K, blocks]: what of a block is not finite, 1 for keys and 2 for values."""
     (B, S, K, _), names = k.shape, ("D", "DV", "BLOCK_D", "BLOCK_DV", "BN", "BLOCK")
     bad = torch.empty((B, K, blocks), dtype=torch.int8, device=k.device)
-    _unfit_kernel[(blocks, B * K)](k, v, bad, *strides(k, v), S, K, **{name: constants[name] for name in names})
+    if bad.numel():
+        with on_device(k):
+            _unfit_kernel[(blocks, B * K)](k, v, bad, *strides(k, v), S, K, **{n: constants[n] for n in names})
     return bad
 
 
@@ -221,10 +223,12 @@ def forward(
     launch: AttentionLaunch,
     outputs: tuple[Tensor, Tensor],
     of_tiles: tuple[Tensor | None, int] = (None, 0),
+    bad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill ``out`` [B, T, H, Dv] and the log-sum-exp, base 2, [B, T, H]; some segments at a time: partials are few.
 
-    ``of_tiles``: the sizes of unions, whose tiles are left out, and the queries of a tile.
+    ``of_tiles``: the sizes of unions, whose tiles are left out, and the queries of a tile; ``bad``: ``unfit_blocks``,
+    where they are known.
     """
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
     if B * T * H == 0:
@@ -238,10 +242,11 @@ def forward(
     (sizes, tile), place = of_tiles, (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, of_tiles[1])))
     hopper = for_hopper(plan, launch, q, k, v)
     with on_device(q):
-        bad = unfit_blocks(k, v, plan.parts.shape[1] - 1, launch.constants) if hopper else None
+        if hopper and bad is None:
+            bad = unfit_blocks(k, v, plan.parts.shape[1] - 1, launch.constants)
         for first, segments in parts_of(cut.segments, at_once):
             partial_lse.fill_(float("-inf"))  # of entries that no list has, and of repeated ones
-            if bad is not None:
+            if hopper:
                 from kernel_index.kernels.sparse.block_sparse_attention import triton_hopper_lists
 
                 part, filled = (first, segments), (partials, partial_lse)

@@ -236,20 +236,14 @@ HOPPER = True
 
 
 def backward(
-    of_rows: tuple[Tensor, Tensor, Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: ListPlan,
-    bounds: tuple[Tensor, Tensor],
-    launch: AttentionLaunch,
-    outputs: tuple[Tensor | None, Tensor, Tensor],
-    of_tiles: tuple[Tensor | None, int] = (None, 0),
-) -> None:
+    of_rows: tuple[Tensor, Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, plan: ListPlan,
+    bounds: tuple[Tensor, Tensor], launch: AttentionLaunch, outputs: tuple[Tensor | None, Tensor, Tensor],
+    of_tiles: tuple[Tensor | None, int] = (None, 0), bad: Tensor | None = None,
+) -> None:  # fmt: skip
     """Fill dQ, and add to dK and dV of float32; some segments at a time, so that partials are few.
 
     ``of_rows``: the gradient of the output, the log-sum-exp, base 2, and ``delta``; without dQ, dK and dV alone;
-    ``of_tiles``: see ``triton_lists.forward``.
+    ``of_tiles`` and ``bad``: see ``triton_lists.forward``.
     """
     (B, T, H, D), (S, K), (dq, dk, dv) = q.shape, k.shape[1:3], outputs
     if B * T * H == 0:
@@ -268,11 +262,11 @@ def backward(
     filled, (sizes, tile) = (dq_partials, written, dk_partials, dv_partials), of_tiles
     place = (T, cut.groups, cut.count, cut.chunk, cut.chunks, ceil_div(T, max(1, tile)))
     with on_device(q):
-        bad = unfit_blocks(k, v, blocks, c) if hopper else None
+        bad = unfit_blocks(k, v, blocks, c) if hopper and bad is None else bad
         for first, segments in parts_of(cut.segments, at_once):
             if written is not None:
                 written.zero_()
-            if bad is not None:
+            if hopper:
                 from kernel_index.kernels.sparse.block_sparse_attention import (
                     triton_hopper_backward,
                     triton_hopper_keys,
