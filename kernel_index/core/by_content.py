@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WIDEST = 8
 """Rows are at most this many times as long as the longest document."""
 
 WASTE = 1 / 16
 """Padding, as a share of the tokens, with which no longer rows are tried."""
+
+
+LIBRARIES = frozenset({"torch", "transformers", "accelerate", "deepspeed"})
+"""Whose hooks on layers do not look at rows."""
 
 
 class Packing(NamedTuple):
@@ -106,6 +110,16 @@ def scattered(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     """Values [N, …] at their places in rows of a shape, [*shape, …]; 0 where nothing stands."""
     flat = values.new_zeros(shape.numel(), *values.shape[1:])
     return flat.index_copy(0, places, values).reshape(*shape, *values.shape[1:])
+
+
+def hooked(model: nn.Module) -> str | None:
+    """A part of a model with a forward hook that is not of a library which we know: it may look at rows."""
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            home = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+            if name and home.split(".")[0] not in LIBRARIES:
+                return name
+    return None
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Report:
         self.changes = tuple(changes)
         self._model, self._undo = model, undo
         self._calls_left: dict[tuple[str, str], int] = {}
+        self._calls_unordered: dict[tuple[str, str], int] = {}
 
     @property
     def replaced(self) -> tuple[Change, ...]:
@@ -58,14 +59,21 @@ class Report:
     @property
     def calls_left(self) -> dict[tuple[str, str], int]:
         """How many calls of a replaced attention layer went to the model's own, by module and reason."""
-        if self._model is None:
-            return dict(self._calls_left)
-        found = ((name, vars(m).get(attention.NOTES, {})) for name, m in self._model.named_modules())
+        return dict(self._calls_left) if self._model is None else self._counted(attention.NOTES)
+
+    @property
+    def calls_unordered(self) -> dict[tuple[str, str], int]:
+        """With ``numerics="invariant"``: how many training calls of a decoder kept the caller's rows, so that gradients
+        follow the packing, by module and reason."""
+        return dict(self._calls_unordered) if self._model is None else self._counted(one_order.UNORDERED)
+
+    def _counted(self, attribute: str) -> dict[tuple[str, str], int]:
+        found = ((name, vars(m).get(attribute, {})) for name, m in self._model.named_modules())
         return {(name, why): count for name, notes in found for why, count in notes.items()}
 
     def undo(self) -> None:
         """Restore every forward and setting of the model; a second call does nothing."""
-        self._calls_left = self.calls_left
+        self._calls_left, self._calls_unordered = self.calls_left, self.calls_unordered
         while self._undo:
             self._undo.pop()()
         if self._model is not None:
@@ -74,6 +82,7 @@ class Report:
                 vars(module).pop(attention.TRIED, None)
                 vars(module).pop(MARK, None)
                 vars(module).pop(one_order.KEEPS_ROWS, None)
+                vars(module).pop(one_order.UNORDERED, None)
         self._model = None
 
     def __str__(self) -> str:
@@ -88,6 +97,10 @@ class Report:
             calls[_pattern(module), why] = calls.get((_pattern(module), why), 0) + count
         said = [f"{k}: {m}{f' ({n})' if n > 1 else ''}: {said}" for (k, m, said), n in lines.items()]
         said += [f"attention: {m}: {n} calls went to the model's own: {why}" for (m, why), n in calls.items()]
+        said += [
+            f"numerics: {m or 'the model'}: {n} calls kept the caller's rows, which their gradients follow: {why}"
+            for (m, why), n in self.calls_unordered.items()
+        ]
         since = vars(self._model).get("forward") if self._model is not None else None
         if since is not None and any(c.kind == "loss" and c.replaced for c in self.changes):
             home = getattr(getattr(since, "__func__", since), "__globals__", {}).get("__name__", type(since).__name__)
@@ -97,15 +110,19 @@ class Report:
         return "\n".join(said)
 
     def __reduce__(self) -> tuple:
-        return _report_of, (self.changes, self.calls_left)  # a copy tells what was done, and cannot undo it
+        # A copy tells what was done, and cannot undo it.
+        return _report_of, (self.changes, self.calls_left, self.calls_unordered)
 
     def __repr__(self) -> str:
         return f"<Report: {len(self.replaced)} modules replaced, {len(self.left)} left>\n{self}"
 
 
-def _report_of(changes: tuple[Change, ...], calls_left: dict[tuple[str, str], int]) -> Report:
+Counts = dict[tuple[str, str], int]
+
+
+def _report_of(changes: tuple[Change, ...], calls_left: Counts, calls_unordered: Counts) -> Report:
     report = Report(None, changes, [])
-    report._calls_left = calls_left
+    report._calls_left, report._calls_unordered = calls_left, calls_unordered
     return report
 
 
@@ -143,7 +160,8 @@ def apply(
 
     With ``numerics="invariant"`` every forward of the model runs in ``ki.numerics("invariant")``, its linear layers are
     ``ki.linear``, and log-probabilities of training, of any batch and packing, and of ``generate`` with its caches have
-    the same bits.  It is called once on a few tokens: code of its own that is not exact is refused.  See guide 8.
+    the same bits; gradients do not follow the packing of a batch.  It is called on a few tokens: code of its own that
+    is not exact is refused.  See guide 8.
 
     Inside ``torch.compile`` norms, rotation and activations are traced as usual; loss and masked attention are the
     model's own, without a dense mask where a model makes a causal one and no other, and the call has neither a mask

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core.by_content import hooked
 from kernel_index.core.numerics import is_invariant
 from kernel_index.lm.cache import ModelCache
 from kernel_index.lm.config import ModelConfig
@@ -75,6 +76,7 @@ class LanguageModel(nn.Module):
         self.embed = Embedding(config.padded_vocab, config.dim)
         blocks = [make_block(config, i) for i in range(len(config.pattern))]
         self._in_order = tuple(blocks)  # a tuple does not register the blocks twice, and saves a walk for every token
+        self._routers = tuple(m for block in blocks for m in block.modules() if isinstance(m, Router))
         if config.residual.startswith("mhc"):
             self.blocks = HyperConnectedBlocks(BlockBranch(b) for b in blocks)
         else:
@@ -102,7 +104,7 @@ class LanguageModel(nn.Module):
         return [block.mixer for block in self._in_order]
 
     def routers(self) -> list[Router]:
-        return [m for m in self.modules() if isinstance(m, Router)]
+        return list(self._routers)
 
     def attend_densely(self, dense: bool) -> None:
         """Let the S blocks attend to all keys, for a dense warm-up, or to what they select."""
@@ -126,11 +128,17 @@ class LanguageModel(nn.Module):
         known = self._in_order_to_train(batch)
         return known.of_tokens(self._hidden(known.batch))
 
-    def _in_order_to_train(self, batch: AnyBatch) -> InOrder:
-        """Where gradients must not depend on the packing, the documents in their one order."""
-        return in_one_order(batch) if is_invariant() and torch.is_grad_enabled() else as_given(batch)
+    def _in_order_to_train(self, batch: AnyBatch, summed: bool = False) -> InOrder:
+        """Where a sum over tokens must not depend on the packing, the documents in their one order.
+
+        Not where somebody's hooks may look at the caller's rows, nor inside a trace, whose sizes cannot follow content.
+        """
+        ordered = is_invariant() and (summed or torch.is_grad_enabled()) and not torch.compiler.is_compiling()
+        return in_one_order(batch) if ordered and hooked(self) is None else as_given(batch)
 
     def _hidden(self, batch: AnyBatch) -> Tensor:
+        for router in self._routers:
+            router.counted = None if isinstance(batch, TreeBatch) else (batch.doc_ids >= 0).flatten()
         if isinstance(batch, TreeBatch):
             mask = batch.mask
         else:
@@ -165,7 +173,7 @@ class LanguageModel(nn.Module):
 
         In training, with ``config.ahead`` and ``"mean"``, the loss of the token after the next is added.
         """
-        known = self._in_order_to_train(batch)
+        known = self._in_order_to_train(batch, summed=reduction != "none")
         loss = self._loss(known.batch, reduction, z_loss)
         return known.of_targets(loss) if reduction == "none" else loss
 

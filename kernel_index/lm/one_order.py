@@ -39,7 +39,6 @@ def _same(values: Tensor) -> Tensor:
     return values
 
 
-@torch.compiler.disable  # its sizes follow the content
 def in_one_order(batch: AnyBatch) -> InOrder:
     """All documents of a batch in rows that they alone decide; trees keep their rows, in another order.
 
@@ -79,23 +78,32 @@ def _documents(batch: Batch) -> InOrder:
 
 
 def _trees(batch: TreeBatch) -> InOrder:
-    length = batch.tokens.shape[1]
-    ends = batch.mask.subtree_end
+    given, ends = batch.tokens.shape, batch.mask.subtree_end
     assert ends is not None
-    columns = torch.arange(length, device=ends.device).expand_as(ends)
-    order = hashed(columns, batch.tokens, batch.positions, ends).sum(1).argsort(stable=True)
+    columns = torch.arange(given[1], device=ends.device)
+    real = ends > columns  # a gap is no subtree
+    used = real.any(0).nonzero()[:, 0]
+    if not len(used):
+        return as_given(batch)
+    length = int(used[-1]) + 1  # without the padding behind the longest tree
+    hashes = hashed(columns.expand_as(ends), batch.tokens, batch.positions, ends)
+    order = torch.where(real, hashes, 0).sum(1).argsort(stable=True)
     rank = inverse(order)
-    row, column = batch.sources // max(length, 1), batch.sources % max(length, 1)
+    row, column = batch.sources // given[1], batch.sources % given[1]
     by_row = rank[row].argsort(stable=True)  # the edges of a row follow each other
     rank_of_edge = inverse(by_row)
     pairs = rank_of_edge[batch.after_next]
-    mask = ki.MaskContract(subtree_end=ends[order], positions=batch.positions[order])
+    tokens, positions, ends = (x[order, :length] for x in (batch.tokens, batch.positions, ends))
     sorted_batch = TreeBatch(
-        tokens=batch.tokens[order],
-        positions=batch.positions[order],
-        mask=mask,
+        tokens=tokens,
+        positions=positions,
+        mask=ki.MaskContract(subtree_end=ends, positions=positions),
         sources=(rank[row] * length + column)[by_row],
         targets=batch.targets[by_row],
         after_next=pairs[pairs[:, 0].argsort(stable=True)],
     )
-    return InOrder(sorted_batch, lambda x: x.index_select(0, rank), lambda x: x.index_select(0, rank_of_edge))
+
+    def back(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values.index_select(0, rank), (0, 0, 0, given[1] - length))
+
+    return InOrder(sorted_batch, back, lambda values: values.index_select(0, rank_of_edge))

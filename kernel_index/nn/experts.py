@@ -23,8 +23,11 @@ class Router(nn.Module):
     would be 1, and the router would get no gradient.  A single expert has the weight 1.  ``balance`` changes the bias
     against the counted load, instead of an auxiliary loss (Wang et al., 2024).  Of equal scores the expert of smaller
     index is selected.
+
+    ``counted`` [N], bool: the tokens that the load counts, for a caller that computes padding too; all of them if None.
     """
 
+    counted: Tensor | None = None
     weight: Tensor
     bias: Tensor
     load: Tensor
@@ -46,8 +49,14 @@ class Router(nn.Module):
     def forward(self, x_NC: Tensor) -> Routing:
         routing = ki.expert_route(x_NC, self.weight, self.bias, self.topk, scores=self.scores)
         if self.training:
-            self.load.copy_(routing.load)  # written, not added: a recomputed forward must not count twice
+            self.load.copy_(self._load(routing))  # written, not added: a recomputed forward must not count twice
         return routing
+
+    def _load(self, routing: Routing) -> Tensor:
+        if self.counted is None or len(self.counted) != len(routing.experts):
+            return routing.load
+        ones = self.counted.to(torch.int64)[:, None].expand_as(routing.experts)
+        return torch.zeros_like(routing.load).index_add_(0, routing.experts.flatten(), ones.flatten())
 
     @torch.no_grad()
     def count(self) -> None:

@@ -1,5 +1,6 @@
 """Attention that reads a few blocks or tokens of the past: four ways to select them, one layer."""
 
+import contextlib
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -138,7 +139,8 @@ class SparseAttention(Mixer):
             out = ki.exact_token_attention(q, k, v, None if self.dense else selected, mask=mask)
             if selected is None or not learns:
                 return out
-            with ki.numerics("ordinary"):  # it trains the indexer alone, and no log-probability has a part of it
+            # It trains the indexer alone, and no log-probability has a part of it.
+            with ki.numerics("ordinary") if is_invariant() else contextlib.nullcontext():
                 index_loss = ki.lightning_indexer_loss(selected, q, k)
             return _JoinLoss.apply(out, self.index_loss * index_loss)
         if self.dense:

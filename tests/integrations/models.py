@@ -22,6 +22,7 @@ def config_of(name: str):
         "qwen3": lambda: hf.Qwen3Config(**common, head_dim=8),
         "gemma": lambda: hf.GemmaConfig(**common, head_dim=8),
         "gemma2": lambda: hf.Gemma2Config(**common, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+        "mistral": lambda: hf.MistralConfig(**common, sliding_window=16),
         "mixtral": lambda: hf.MixtralConfig(**common, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
         "qwen3_moe": lambda: hf.Qwen3MoeConfig(**common, **EXPERTS, head_dim=8, num_experts=4),
         "deepseek_v3": lambda: hf.DeepseekV3Config(

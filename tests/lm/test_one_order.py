@@ -111,17 +111,61 @@ def test_a_training_step_of_a_hybrid_model_in_any_packing(dtype):
 
 @pytest.mark.native
 @pytest.mark.compiled
-@pytest.mark.parametrize("compiler", ["aot_eager"])
-def test_a_compiled_step_has_the_same_gradients(compiler):
-    model, found = drawn_model(activation="swiglu"), documents(1)
+def test_compiled_blocks_have_the_same_gradients():
+    model, found = drawn_model(activation="swiglu").train(), documents(1)
     expected = gradients(model, Batch.of_documents([found]))
-    compiled = torch.compile(model, backend=compiler)
+    model.compile_blocks("aot_eager")
     for draw in range(2):
-        model.zero_grad()
-        with ki.numerics("invariant"):
-            loss = compiled(rows(found, draw))
-            loss.backward()
-        assert equal([loss.detach(), *(p.grad for p in model.parameters())], expected)
+        assert equal(gradients(model, rows(found, draw)), expected)
+
+
+@pytest.mark.native
+@pytest.mark.compiled
+def test_a_model_that_is_compiled_as_a_whole_keeps_its_rows_and_its_graph():
+    """Sizes inside of a graph cannot follow the content of a batch."""
+    model, batch = drawn_model(activation="swiglu"), rows(documents(1), 0)
+    with ki.numerics("invariant"):
+        expected = model.log_probs(batch)
+        found = torch.compile(model.log_probs, backend="aot_eager", fullgraph=True)(batch)
+        found.sum().backward()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.native
+def test_hooks_see_the_callers_rows():
+    model, batch = drawn_model(), rows(documents(3), 2)
+    shapes = []
+    with ki.numerics("invariant"):
+        expected = model.log_probs(batch).detach()
+        handle = model.blocks[0].register_forward_hook(lambda module, given, out: shapes.append(out[0].shape))
+        found = model.log_probs(batch)
+        handle.remove()
+    assert shapes[0][:2] == batch.tokens.shape
+    real = batch.targets >= 0
+    assert torch.equal(found[real], expected[real])
+
+
+@pytest.mark.native
+def test_a_mean_of_losses_is_the_same_without_gradients():
+    model, found = drawn_model(), documents(4)
+    with ki.numerics("invariant"):
+        expected = model.loss(rows(found, 0)).detach()
+        with torch.no_grad():
+            assert torch.equal(model.loss(rows(found, 1)), expected)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("mode", ["ordinary", "invariant"])
+def test_experts_do_not_count_padding(mode):
+    model, found = drawn_model(pattern="AE", experts=ExpertLayer(4, 2, 40)).train(), documents(5)
+    loads = []
+    for draw in range(3):
+        with ki.numerics(mode):
+            model.loss(rows(found, draw)).backward()
+        loads.append(model.routers()[0].load.clone())
+    assert all(load.sum() == 2 * sum(map(len, found)) for load in loads)
+    assert torch.equal(loads[0], loads[1])
+    assert torch.equal(loads[0], loads[2])
 
 
 @pytest.mark.native
@@ -158,3 +202,19 @@ def test_a_batch_of_trees_without_an_edge():
     known = in_one_order(TreeBatch.of([tree, tree]))
     assert known.batch.tokens.tolist() == [[5], [5]]
     assert len(known.batch.targets) == 0
+
+
+@pytest.mark.native
+def test_padding_behind_trees_changes_nothing():
+    model, trees = drawn_model().train(), random_trees(1)
+    expected = gradients(model, TreeBatch.of(trees))
+    longer = TreeBatch.of(trees[::-1], length=60)
+    assert equal(gradients(model, longer), expected)
+    with ki.numerics("invariant"):
+        hidden, log_probs = model.hidden(longer), model.log_probs(longer)
+        with torch.no_grad():
+            plain = model.hidden(longer)
+            assert torch.equal(log_probs, model.log_probs(longer))
+    real = (longer.mask.subtree_end > torch.arange(60))[..., None]
+    assert hidden.shape == plain.shape
+    assert torch.equal(torch.where(real, hidden, 0), torch.where(real, plain, 0))

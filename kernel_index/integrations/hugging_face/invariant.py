@@ -48,7 +48,7 @@ def _plan_of(name: str, module: nn.Module, has_mode: tuple[nn.Module, ...]) -> P
         return None
     if type(module) is nn.Linear:
         return _plan(name, module, "linear", linear_forward)
-    if type(module) is nn.Embedding and not (module.sparse or module.max_norm or module.scale_grad_by_freq):
+    if isinstance(module, nn.Embedding) and not (module.sparse or module.max_norm or module.scale_grad_by_freq):
         return _plan(name, module, "gather_rows", embedding_forward)
     if isinstance(module, nn.Dropout):
         return _plan(name, module, "a refusal in training", dropout_forward)
@@ -82,22 +82,37 @@ def _plan_of_angles(name: str, module: Any) -> Plan:
 def linear_forward(base: type) -> Callable[..., Tensor]:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:  # the name that nn.Linear has
         with ki.numerics("invariant"):  # also where somebody calls the layer alone
-            return one_order.product_in_order(lambda x: ki.linear(x, self.weight, self.bias), input)
+            rows = one_order.rows_in_order(self, input)
+            return one_order.product_in_order(lambda x: ki.linear(x, self.weight, self.bias), input, rows)
 
     return forward
 
 
 def embedding_forward(base: type) -> Callable[..., Tensor]:
     def forward(self: nn.Embedding, input: Tensor) -> Tensor:
-        if not input.is_cuda:
+        if not input.is_cuda or torch.compiler.is_compiling():
             return base.forward(self, input)
-        with ki.numerics("invariant"):  # PyTorch's gradient differs from call to call
-            rows = ki.gather_rows(self.weight[:, None], input.flatten()).view(*input.shape, -1)
-        if self.padding_idx is None:
-            return rows
-        return torch.where((input == self.padding_idx)[..., None], rows.detach(), rows)
+        with ki.numerics("invariant"), _SteadyEmbedding():  # PyTorch's gradient differs from call to call
+            return base.forward(self, input)
 
     return forward
+
+
+class _SteadyEmbedding(TorchFunctionMode):
+    """The rows of an embedding by ``ki.gather_rows``, inside whatever else its forward does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.embedding:
+            return embedding(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **others: Any) -> Tensor:
+    """``torch.nn.functional.embedding`` without its rarer options."""
+    rows = ki.gather_rows(weight[:, None], input.flatten()).view(*input.shape, weight.shape[1])
+    if padding_idx is None:
+        return rows
+    return torch.where((input == padding_idx % len(weight))[..., None], rows.detach(), rows)
 
 
 def dropout_forward(base: type) -> Callable[..., Tensor]:
@@ -152,7 +167,7 @@ def forward_in_mode(base: type) -> Callable[..., Any]:
             if one_order.is_innermost(self):
                 found = one_order.run_in_order(base.forward, self, arguments)
                 return base.forward(self, *args, **kwargs) if found is None else found
-            with one_order.call_of_model(arguments):
+            with one_order.call_of_model(self, arguments):
                 return base.forward(self, *args, **kwargs)
 
     return forward

@@ -1,5 +1,6 @@
 """Logits that are computed only when their values are read."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from kernel_index.integrations.hugging_face.lazy import Lazy
+from kernel_index.integrations.hugging_face.one_order import product_in_order
 
 
 class Factors(NamedTuple):
@@ -35,15 +37,19 @@ class LazyLogits(Lazy):
     steps: tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], ...]
     product: torch.dtype
     invariant: bool
+    rows: Tensor | None
     stamp: "Stamp"
 
     @staticmethod
-    def of(hidden: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool = False) -> "LazyLogits":
+    def of(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool = False, rows: Tensor | None = None
+    ) -> "LazyLogits":
+        """``rows``: the order of the rows of hidden states [B, T, C], of which the others are padding."""
         dtype = _autocast_dtype(hidden.device.type) or hidden.dtype
         operands = (hidden, weight) if bias is None else (hidden, weight, bias)
         shape = (*hidden.shape[:-1], weight.shape[0])
         stamp = Stamp.of(*operands)
-        form = {"steps": (), "product": dtype, "invariant": invariant, "stamp": stamp}
+        form = {"steps": (), "product": dtype, "invariant": invariant, "rows": rows, "stamp": stamp}
         return LazyLogits.wrap(shape, dtype, hidden.device, *operands, **form)
 
     @property
@@ -71,7 +77,7 @@ class LazyLogits(Lazy):
             dtype = func(torch.empty(0, dtype=self.dtype), *args[1:]).dtype
         if func in CASTS and dtype == self.dtype:
             return self  # as PyTorch returns the tensor itself
-        same = {"product": self.product, "invariant": self.invariant, "stamp": self.stamp}
+        same = {"product": self.product, "invariant": self.invariant, "rows": self.rows, "stamp": self.stamp}
         steps = (*self.steps, (func, args[1:]))
         return LazyLogits.wrap(self.shape, dtype, self.device, *self.operands, steps=steps, **same)
 
@@ -83,7 +89,8 @@ class LazyLogits(Lazy):
     def formula(self, *operands: Tensor) -> Tensor:
         with torch.autocast(operands[0].device.type, enabled=False):
             hidden, weight, *bias = (x.to(self.product) for x in operands)
-            found = product(hidden, weight, bias[0] if bias else None, self.invariant)
+            multiply = functools.partial(_product, weight, bias[0] if bias else None, self.invariant)
+            found = product_in_order(multiply, hidden, self.rows)
             for function, args in self.steps:
                 found = function(found, *args)
         return found
@@ -110,6 +117,10 @@ class LazyLogits(Lazy):
         if not math.isfinite(scale) or (cap is not None and not 0 < cap < math.inf):
             return None
         return Factors(scale if cap is None else scale * cap, cap)
+
+
+def _product(weight: Tensor, bias: Tensor | None, invariant: bool, hidden: Tensor) -> Tensor:
+    return product(hidden, weight, bias, invariant)
 
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, invariant: bool) -> Tensor:

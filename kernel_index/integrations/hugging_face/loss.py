@@ -81,7 +81,7 @@ def model_forward(base: type, invariant: bool = False) -> Callable[..., Any]:
             return with_labels(self, *args, **kwargs)
         with ki.numerics("invariant"):
             kwargs = prepared(self, names, args, kwargs)
-            with call_of_model(dict(zip(names, args, strict=False)) | kwargs):
+            with call_of_model(self, dict(zip(names, args, strict=False)) | kwargs):
                 return with_labels(self, *args, **kwargs)
 
     def with_labels(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,8 +102,9 @@ def head_forward(base: type, invariant: bool = False) -> Callable[..., Tensor]:
         # Under torch.compile the product is traced as it is: lazy logits would hide it from the compiler.
         # A hook on the head, as sharding puts there, sees an ordinary tensor, and may free the weight after it.
         if not torch.compiler.is_compiling() and WANTED.get() is self and not is_observed(self):
-            return LazyLogits.of(input, self.weight, self.bias, invariant)
-        return product_in_order(lambda x: product(x, self.weight, self.bias, invariant), input)
+            return LazyLogits.of(input, self.weight, self.bias, invariant, rows_in_order(self, input))
+        rows = rows_in_order(self, input) if invariant else None
+        return product_in_order(lambda x: product(x, self.weight, self.bias, invariant), input, rows)
 
     return forward
 
@@ -136,9 +137,9 @@ def causal_lm_loss(
         needs_ordinary_numerics("the loss", "its logits are not those of the output layer alone")
         return ForCausalLMLoss(logits.values(), *rest, **kwargs)
     hidden, weight, bias = logits.factors_of_product()
-    rows, hidden = rows_in_order(hidden), hidden.flatten(0, -2)
-    if rows is not None and _holds_all(targets, rows, ignore_index):
-        hidden, targets = hidden.index_select(0, rows), targets[rows]
+    hidden = hidden.flatten(0, -2)
+    if logits.rows is not None:  # without padding, which has no labels there
+        hidden, targets = hidden.index_select(0, logits.rows), targets[logits.rows]
     total = ki.fused_linear_cross_entropy(
         hidden,
         weight,
@@ -154,9 +155,3 @@ def causal_lm_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
-
-
-def _holds_all(targets: Tensor, rows: Tensor, ignore_index: int) -> bool:
-    """Whether no token without a place in the order, which is padding, has a target."""
-    counted = targets != ignore_index
-    return bool(counted.sum() == counted[rows].sum())

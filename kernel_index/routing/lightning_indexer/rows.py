@@ -12,7 +12,7 @@ from kernel_index.routing.topk_keys import NOTHING, best_keys, index_of
 SCORES_AT_ONCE = 1 << 18
 """Queries are taken in chunks of at most this many scores, 16 times as many on a GPU, but ``FEWEST`` at least."""
 
-FEWEST = 64
+FEWEST = 16
 
 
 def rows_topk(
