@@ -1,5 +1,6 @@
 """What the conformance test cannot know about the stream-mixing functions."""
 
+import functools
 import itertools
 from collections import Counter
 
@@ -8,6 +9,7 @@ import torch
 
 import kernel_index as ki
 from kernel_index.core.triton.launch import interpreting
+from tests.threads import with_threads
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "inductor", "reference"])
 BF16 = torch.bfloat16
@@ -256,3 +258,58 @@ def test_sinkhorn_refusals(options, message):
     with pytest.raises((TypeError, ValueError)) as error:
         ki.sinkhorn(**({"logits": torch.ones(3, 3)} | options))
     assert str(error.value) == message
+
+
+def _gradients(call, tensors, upstream, needs):
+    leaves = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    outputs = call(*leaves)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    used = [(y, g.to(y.dtype)) for y, g in zip(outputs, upstream, strict=True) if g is not None]
+    wanted = [x for x in leaves if x.requires_grad]
+    return torch.autograd.grad([y for y, _ in used], wanted, [g for _, g in used], allow_unused=True)
+
+
+MIXES = {
+    "merge and read": (ki.mhc_merge_and_branch_input, "hbpre", ("merged", "read")),
+    "merge": (ki.mhc_merge, "hbpr", ("merged",)),
+    "read": (ki.mhc_branch_input, "he", ("read",)),
+}
+MISSING = [
+    *((mix, what) for mix in MIXES for what in ("", "coefficients")),
+    *(("merge and read", w) for w in ("merged", "read")),
+]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("mix", "missing"), MISSING)
+def test_invariant_gradients_on_a_cpu(mix, missing, dtype, rows):
+    """One pass in C++, beside the formula in float64; 37 channels are no whole vectors."""
+    function, names, outputs = MIXES[mix]
+    torch.manual_seed(0)
+    lead = (2,) if rows == 2 else ()
+    drawn = {
+        "h": torch.randn(2, 9, 4, 37).to(dtype), "b": torch.randn(2, 9, 37).to(dtype), "p": torch.randn(*lead, 4),
+        "r": torch.randn(*lead, 4, 4), "e": torch.randn(*lead, 4),
+        "merged": torch.randn(2, 9, 4, 37).to(dtype), "read": torch.randn(2, 9, 37).to(dtype),
+    }  # fmt: skip
+    tensors, upstream = [drawn[name] for name in names], [None if o == missing else drawn[o] for o in outputs]
+    needs = [name in "hb" or missing != "coefficients" for name in names]
+    with ki.numerics("invariant"):
+        found = _gradients(function, tensors, upstream, needs)
+        again = with_threads(3, _gradients, function, tensors, upstream, needs)
+
+    def exact(change):
+        of_reference = functools.partial(function, backend="reference")
+        wide = [None if g is None else change(g.double()) for g in upstream]
+        return _gradients(of_reference, [change(t.double()) for t in tensors], wide, needs)
+
+    for one, other, expected, size in zip(found, again, exact(lambda x: x), exact(torch.abs), strict=True):
+        if expected is None:  # what reaches no result
+            assert one is None or not one.any()
+            continue
+        assert torch.equal(one, other)
+        rounding = 2**-8 if one.dtype == BF16 else 2**-24
+        bound = 2 * 9 * 37 * 2**-24 * size + rounding * expected.abs()  # size: of all terms of the sum
+        assert ((one.double() - expected).abs() <= bound).all()

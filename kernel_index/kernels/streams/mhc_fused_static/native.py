@@ -1,6 +1,7 @@
 """A few tokens on the CPU in C++: one call instead of ten of PyTorch's."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +32,26 @@ def mix(
     tensors = (hidden, branch, *coefficients, merged, read)
     native.call(native.ROWS, "mix_streams", sizes, (), *(hidden if t is None else t for t in tensors))
     return tuple(t for t in (merged, read) if t is not None)
+
+
+def mix_backward(
+    d_merged: Tensor | None, d_read: Tensor | None, hidden: Tensor | None, branch_out: Tensor | None,
+    h_post: Tensor | None, h_res: Tensor | None, h_pre: Tensor | None, outputs: Sequence[Tensor | None],
+) -> None:  # fmt: skip
+    """Fill d_hidden, d_branch and the products of each token, as far as ``outputs`` has them."""
+    like = next(d for d in (d_merged, d_read) if d is not None)
+    batch, tokens, channels = like.shape[0], like.shape[1], like.shape[-1]
+    coefficients = [c if c is None else native.floats(c) for c in (h_post, h_res, h_pre)]
+    rows = [
+        len(c) if c is not None and is_per_row(c, rank) else 1 for c, rank in zip(coefficients, (1, 2, 1), strict=True)
+    ]
+    read = [d if d is None else d.contiguous() for d in (d_merged, d_read, hidden, branch_out)]
+    nothing = like.new_empty(0)  # its address is null
+    given = [nothing if t is None else t for t in (*read, *coefficients, *outputs)]
+    # What is written has the dtype of what was read, which need not have been kept.
+    kinds = (given[0], given[1], given[7] if hidden is None else given[2], given[8] if branch_out is None else given[3])
+    sizes = (batch, tokens, channels, h_post is not None, *(t.dtype == torch.bfloat16 for t in kinds), *rows)
+    native.call(native.ROWS, "mix_streams_backward", (*sizes, native.rows_threads(like)), (), *given)
 
 
 def sinkhorn_native(logits: Tensor, iters: int, temperature: float, eps: float, eps_in: str) -> Tensor:

@@ -3,7 +3,6 @@
 It saves hidden and branch_out for backward only if a coefficient needs a gradient.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -90,39 +89,44 @@ _rows_op = ops.NativeOp(
 )
 
 
+def _allocate_rows_backward(
+    d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, hidden_like, branch_like, wanted
+):
+    like = d_read if d_merged is None else d_merged
+    batches, tokens, width = like.shape[0], like.shape[1], like.shape[-1]
+    parts = COEFFICIENTS + 1 if h_post is not None else STREAMS
+    shapes = (batches, tokens, STREAMS, width), (batches, tokens, width), (batches, tokens, parts)
+    dtypes = hidden_like, branch_like, torch.float32
+    return tuple(
+        like.new_empty(shape if want else (0,), dtype=dtype)
+        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+    )
+
+
+def _launch_rows_backward(*call: Any) -> tuple[Tensor, ...]:
+    outputs = _allocate_rows_backward(*call)
+    native.mix_backward(*call[:7], outputs)
+    return outputs
+
+
+_rows_backward_op = ops.NativeOp(
+    "mhc_mix_rows_backward(Tensor? d_merged, Tensor? d_read, Tensor? hidden, Tensor? branch_out, Tensor? h_post, "
+    "Tensor? h_res, Tensor? h_pre, ScalarType hidden_like, ScalarType branch_like, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor)",
+    _launch_rows_backward,
+    _allocate_rows_backward,
+)
+
+
 def _native_backward(upstream, saved, like, wanted):
-    """What ``inductor.gradients`` says, by the kernel of the forward pass and sums in a fixed order."""
-    d_merged, d_read = (None if d is None else d.to(torch.float32) for d in upstream)
-    hidden, branch_out, h_post, h_res, h_pre = saved
-    through = [] if d_merged is None else [d_merged]
-    if d_read is not None:
-        through.append(h_pre[:, None, :, None] * d_read[:, :, None])
-    d_new = functools.reduce(torch.add, through)  # of the merged streams
-    merging, d_hidden, d_branch, sums = h_post is not None and h_res is not None, None, None, None
-    if wanted[0]:
-        back = d_new
-        if merging:
-            nothing = torch.zeros_like(d_new[:, :, 0])
-            back = native.mix(d_new, nothing, torch.zeros_like(h_post), h_res.transpose(1, 2), None)[0]
-        d_hidden = back.to(like[0])
-    if wanted[1] and merging:
-        d_branch = native.mix(d_new, None, None, None, h_post)[0].to(like[1])
-    if wanted[2] and hidden is not None:
-        sums = stable.column_sum(_products(d_new, d_read, hidden, branch_out if merging else None).transpose(0, 1))
-        sums = inductor.add_up(sums, h_post, h_res)
-    return d_hidden, d_branch, sums
-
-
-def _products(d_new: Tensor, d_read: Tensor | None, hidden: Tensor, branch_out: Tensor | None) -> Tensor:
-    """Of each token, as ``inductor.gradients`` has them."""
-    x, dy = hidden.to(torch.float32), None if d_read is None else d_read[:, :, None]
-    read = x.new_zeros(x.shape[:3]) if dy is None else stable.pair_sums(dy, x)[:, :, 0]
-    if branch_out is None:
-        return read
-    out = branch_out.to(torch.float32)[:, :, None]
-    branch = x.new_zeros(*x.shape[:2], 1) if dy is None else stable.pair_sums(dy, out)[:, :, 0]
-    post, res = stable.pair_sums(d_new, out).flatten(2), stable.pair_sums(d_new, x).flatten(2)
-    return torch.cat([post, res, read, branch], -1)
+    """What ``inductor.gradients`` says, in one pass, and sums over tokens in a fixed order."""
+    hidden, _, h_post, h_res, _ = saved
+    wants = (wanted[0], wanted[1] and h_post is not None, wanted[2] and hidden is not None)
+    found = _rows_backward_op(*upstream, *saved, *like, list(wants))
+    d_hidden, d_branch, products = (t if want else None for t, want in zip(found, wants, strict=True))
+    if products is not None:
+        products = inductor.add_up(stable.column_sum(products.transpose(0, 1)), h_post, h_res)
+    return d_hidden, d_branch, products
 
 
 _PASSES = {
