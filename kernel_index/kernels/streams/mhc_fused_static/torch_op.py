@@ -103,9 +103,10 @@ def _allocate_rows_backward(
     )
 
 
-def _launch_rows_backward(*call: Any) -> tuple[Tensor, ...]:
-    outputs = _allocate_rows_backward(*call)
-    native.mix_backward(*call[:7], outputs)
+def _launch_rows_backward(d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, hidden_like, branch_like, wanted):
+    call = (d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre)
+    outputs = _allocate_rows_backward(*call, hidden_like, branch_like, wanted)
+    native.mix_backward(*call, outputs=outputs)
     return outputs
 
 
