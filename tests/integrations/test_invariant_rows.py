@@ -120,6 +120,18 @@ def test_gradients_of_a_loss_and_of_logits_beside_it():
     same(of_loss_and_logits(model, training_batch(rows[::-1], "right")), expected)
 
 
+@pytest.mark.parametrize("items", [40, torch.tensor(40)])
+def test_gradients_as_a_trainer_asks_for_them(items):
+    """``Trainer`` gives the number of targets of all micro-batches."""
+    model, rows = patched("llama").train(), sequences(40, 7, 25)
+    found = []
+    for moved, side in ((rows, "left"), (rows[::-1], "right")):
+        model.zero_grad()
+        model(**training_batch(moved, side), num_items_in_batch=items).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    same(*found)
+
+
 def test_documents_that_differ_in_their_labels_alone():
     model, row = patched("llama"), sequences(12)[0]
     ids, real = row.expand(2, -1), torch.ones(2, 12, dtype=torch.int64)

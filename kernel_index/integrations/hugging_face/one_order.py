@@ -19,7 +19,7 @@ from kernel_index.integrations.hugging_face.change import RAISED
 KNOWN = frozenset({"input_ids", "attention_mask", "position_ids", "use_cache"})
 """Arguments of a decoder that are put in order."""
 
-HARMLESS = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
+HARMLESS = frozenset({"output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch"})
 """Arguments that have no rows; a call with anything else keeps the caller's."""
 
 KEEPS_ROWS = "_kernel_index_keeps_rows"
