@@ -36,10 +36,13 @@ def _launch(hidden, branch_out, h_post, h_res, h_pre):
     return outputs
 
 
-def _allocate_gradients(d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, hidden_like, branch_like, wanted):
+def _allocate_gradients(
+    d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, hidden_like, branch_like, wanted, sums=(COEFFICIENTS,)
+):
+    """``sums``: what is left of a coefficient's gradient, for each batch."""
     like = d_read if d_merged is None else d_merged
     batches, tokens, width = like.shape[0], like.shape[1], like.shape[-1]
-    shapes = (batches, tokens, STREAMS, width), (batches, tokens, width), (batches, COEFFICIENTS)
+    shapes = (batches, tokens, STREAMS, width), (batches, tokens, width), (batches, *sums)
     dtypes = hidden_like, branch_like, torch.float32
     return tuple(
         like.new_empty(shape if want else (0,), dtype=dtype)
@@ -89,18 +92,10 @@ _rows_op = ops.NativeOp(
 )
 
 
-def _allocate_rows_backward(
-    d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, hidden_like, branch_like, wanted
-):
-    like = d_read if d_merged is None else d_merged
-    batches, tokens, width = like.shape[0], like.shape[1], like.shape[-1]
-    parts = COEFFICIENTS + 1 if h_post is not None else STREAMS
-    shapes = (batches, tokens, STREAMS, width), (batches, tokens, width), (batches, tokens, parts)
-    dtypes = hidden_like, branch_like, torch.float32
-    return tuple(
-        like.new_empty(shape if want else (0,), dtype=dtype)
-        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
-    )
+def _allocate_rows_backward(d_merged, d_read, *rest):
+    parts = COEFFICIENTS + 1 if rest[2] is not None else STREAMS  # of each token; without h_post those of h_pre alone
+    tokens = (d_read if d_merged is None else d_merged).shape[1]
+    return _allocate_gradients(d_merged, d_read, *rest, sums=(tokens, parts))
 
 
 def _launch_rows_backward(d_merged, d_read, hidden, branch_out, h_post, h_res, h_pre, hidden_like, branch_like, wanted):
