@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch._inductor.config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
+from kernel_index.core import ops
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.force import reload_environment
 from kernel_index.core.numerics import Recipe, is_invariant
@@ -157,3 +159,31 @@ def test_a_product_that_has_no_recipe_is_refused():
     gate, weight = torch.randn(4, 8), torch.randn(3, 8)
     with ki.numerics("invariant"), pytest.raises(ki.Ineligible, match=r"give the result to ki\.linear"):
         ki.fused_gated_activation(gate, gate, linear=(weight, None))
+
+
+class _Asks(torch.autograd.Function):
+    """Notes the mode that each pass finds."""
+
+    found: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        _Asks.found.append(is_invariant())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        _Asks.found.append(is_invariant())
+        return g
+
+
+@pytest.mark.parametrize("outside", ["ordinary", "invariant"])
+def test_a_backward_pass_has_the_mode_of_its_call(outside):
+    """Wherever ``backward()`` is called: kernels ask for it."""
+    _Asks.found.clear()
+    with ki.numerics("invariant"):
+        out = ops.apply(_Asks, torch.ones(3, requires_grad=True))
+    with ki.numerics(outside):
+        out.sum().backward()
+        assert is_invariant() == (outside == "invariant")
+    assert _Asks.found == [True, True]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernel_index.core import ahead, rules
+from kernel_index.core import ahead, force, rules
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.numerics import Ineligible, is_invariant
 from kernel_index.core.triton.launch import interpreting
@@ -27,13 +27,30 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     two gradients as it does in eager code.
     """
     if not torch.compiler.is_compiling():
-        found = function.apply(*args)
-        return _differentiable_once(found) if is_invariant() else found
+        if not is_invariant():
+            return function.apply(*args)
+        return _differentiable_once(_in_its_mode(function).apply(*args))
     distinct: list[Any] = []
     for arg in args:
         twice = isinstance(arg, torch.Tensor) and any(arg is other for other in distinct)
         distinct.append(arg.view_as(arg) if twice else arg)
     return function.apply(*distinct)
+
+
+@functools.cache
+def _in_its_mode(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The function with a backward pass in the blocks of its forward pass, wherever ``backward()`` is called."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.blocks = force.forced_here()
+        return function.forward(ctx, *args)
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with force.resumed(ctx.blocks):
+            return function.backward(ctx, *gradients)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": function.__module__}
+    return type(function.__name__, (function,), members)
 
 
 def _differentiable_once(found: Any) -> Any:
