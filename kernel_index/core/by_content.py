@@ -18,6 +18,9 @@ LIBRARIES = frozenset({"torch", "transformers", "accelerate", "deepspeed"})
 """Whose hooks on layers do not look at rows."""
 
 
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
 class Packing(NamedTuple):
     """Where tokens stand: ``places`` [N] in the caller's rows, ``slots`` [N] in rows of ``shape``.
 
@@ -113,9 +116,9 @@ def scattered(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
 
 
 def hooked(model: nn.Module) -> str | None:
-    """A part of a model with a forward hook that is not of a library which we know: it may look at rows."""
+    """A part of a model with a hook that is not of a library which we know: it may look at rows."""
     for name, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        for hook in (hook for kind in HOOKS for hook in getattr(module, kind).values()):
             home = getattr(getattr(hook, "func", hook), "__module__", None) or ""
             if name and home.split(".")[0] not in LIBRARIES:
                 return name

@@ -120,9 +120,9 @@ class Report:
 Counts = dict[tuple[str, str], int]
 
 
-def _report_of(changes: tuple[Change, ...], calls_left: Counts, calls_unordered: Counts) -> Report:
+def _report_of(changes: tuple[Change, ...], calls_left: Counts, calls_unordered: Counts | None = None) -> Report:
     report = Report(None, changes, [])
-    report._calls_left, report._calls_unordered = calls_left, calls_unordered
+    report._calls_left, report._calls_unordered = calls_left, calls_unordered or {}
     return report
 
 

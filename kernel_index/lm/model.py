@@ -76,7 +76,6 @@ class LanguageModel(nn.Module):
         self.embed = Embedding(config.padded_vocab, config.dim)
         blocks = [make_block(config, i) for i in range(len(config.pattern))]
         self._in_order = tuple(blocks)  # a tuple does not register the blocks twice, and saves a walk for every token
-        self._routers = tuple(m for block in blocks for m in block.modules() if isinstance(m, Router))
         if config.residual.startswith("mhc"):
             self.blocks = HyperConnectedBlocks(BlockBranch(b) for b in blocks)
         else:
@@ -104,7 +103,7 @@ class LanguageModel(nn.Module):
         return [block.mixer for block in self._in_order]
 
     def routers(self) -> list[Router]:
-        return list(self._routers)
+        return [block.mlp.router for block in self._in_order if isinstance(block.mlp, Experts)]
 
     def attend_densely(self, dense: bool) -> None:
         """Let the S blocks attend to all keys, for a dense warm-up, or to what they select."""
@@ -137,7 +136,7 @@ class LanguageModel(nn.Module):
         return in_one_order(batch) if ordered and hooked(self) is None else as_given(batch)
 
     def _hidden(self, batch: AnyBatch) -> Tensor:
-        for router in self._routers:
+        for router in self.routers():
             router.counted = None if isinstance(batch, TreeBatch) else (batch.doc_ids >= 0).flatten()
         if isinstance(batch, TreeBatch):
             mask = batch.mask

@@ -143,6 +143,11 @@ def test_hooks_see_the_callers_rows():
     assert shapes[0][:2] == batch.tokens.shape
     real = batch.targets >= 0
     assert torch.equal(found[real], expected[real])
+    handle = model.blocks[0].register_full_backward_hook(lambda module, given, out: shapes.append(out[0].shape))
+    with ki.numerics("invariant"):
+        model.log_probs(batch).sum().backward()
+    handle.remove()
+    assert shapes[1][:2] == batch.tokens.shape
 
 
 @pytest.mark.native

@@ -49,7 +49,7 @@ def _plan_of(name: str, module: nn.Module, has_mode: tuple[nn.Module, ...]) -> P
     if type(module) is nn.Linear:
         return _plan(name, module, "linear", linear_forward)
     if isinstance(module, nn.Embedding) and not (module.sparse or module.max_norm or module.scale_grad_by_freq):
-        return _plan(name, module, "gather_rows", embedding_forward)
+        return _plan(name, module, "gather_rows", embedding_forward, when="on a GPU")
     if isinstance(module, nn.Dropout):
         return _plan(name, module, "a refusal in training", dropout_forward)
     if has_angles(module):
@@ -61,10 +61,10 @@ def _plan_of(name: str, module: nn.Module, has_mode: tuple[nn.Module, ...]) -> P
     return None
 
 
-def _plan(name: str, module: nn.Module, by: str, forward: Callable[[type], Callable[..., Any]]) -> Plan:
+def _plan(name: str, module: nn.Module, by: str, forward: Callable[[type], Callable[..., Any]], when: str = "") -> Plan:
     if "forward" in vars(module):
         refuse(name or "the model", "its forward has been replaced by something else")
-    return Plan(Change(name, KIND, by=by), lambda: replace_forward(module, Recipe(forward)))
+    return Plan(Change(name, KIND, by=by, when=when), lambda: replace_forward(module, Recipe(forward)))
 
 
 def has_angles(module: nn.Module) -> bool:
@@ -89,11 +89,11 @@ def linear_forward(base: type) -> Callable[..., Tensor]:
 
 
 def embedding_forward(base: type) -> Callable[..., Tensor]:
-    def forward(self: nn.Embedding, input: Tensor) -> Tensor:
-        if not input.is_cuda or torch.compiler.is_compiling():
-            return base.forward(self, input)
+    def forward(self: nn.Embedding, *args: Any, **kwargs: Any) -> Tensor:  # one of positions may have others
+        if not self.weight.is_cuda or torch.compiler.is_compiling():
+            return base.forward(self, *args, **kwargs)
         with ki.numerics("invariant"), _SteadyEmbedding():  # PyTorch's gradient differs from call to call
-            return base.forward(self, input)
+            return base.forward(self, *args, **kwargs)
 
     return forward
 
