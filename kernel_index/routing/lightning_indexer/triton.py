@@ -22,7 +22,7 @@ from kernel_index.core.triton.attention import load_rows, load_tile, within
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
 from kernel_index.core.triton.products import is_hopper
-from kernel_index.routing.lightning_indexer import triton_sample
+from kernel_index.routing.lightning_indexer import triton_sample, triton_scored
 from kernel_index.routing.triton_topk import LOW, NONE, rank_of, reached
 
 NOTHING = tl.constexpr(-(2**63))
@@ -64,16 +64,19 @@ def _weigh(
 
 @jit
 def _scores_kernel(
-    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, ranks_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
+    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, ranks_ptr, done_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
     FIRST, STOP, S, J, SPAN, ROW,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The ranks of the scores of BQ queries for those of SPAN keys that one of them may see."""
+    """The ranks of the scores of BQ queries, but for those that are ``done``, for those of SPAN keys that one of them
+    may see."""
     b = tl.program_id(2).to(tl.int64)
     t = FIRST + tl.program_id(0) * BQ
     o_t = t + tl.arange(0, BQ)  # [BQ]
     m_t = o_t < STOP
+    if done_ptr is not None:
+        m_t = m_t & (tl.load(done_ptr + b * (STOP - FIRST) + o_t - FIRST, mask=m_t, other=1) == 0)
     start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=2**31 - 1)  # [BQ]
     end = tl.load(end_ptr + b * bound_b + o_t, mask=m_t, other=0)  # [BQ]
     low = tl.maximum(tl.min(start, 0), tl.program_id(1) * SPAN)
@@ -282,13 +285,15 @@ SPAN = 1024
 """Keys of a program: with more of them the last programs of a chunk work alone."""
 
 
-def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, ranks: Tensor, first: int) -> None:
-    """Fill what is visible of ``ranks`` int32 [B, T', S'] for the queries from ``first`` on."""
+def score(
+    q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, ranks: Tensor, first: int, done: Tensor | None = None
+) -> None:
+    """Fill what is visible of ``ranks`` int32 [B, T', S'] for the queries from ``first`` on that are not ``done``."""
     (B, _, J, D), S, queries = q.shape, k.shape[1], ranks.shape[1]
     c = pick_config(D, J, q.element_size(), target_of(q.device))
     with on_device(q):
         _scores_kernel[(ceil_div(queries, c.queries), ceil_div(S, SPAN), B)](
-            q, k, w, start, end, ranks, *q.stride()[:3], *k.stride()[:2], *w.stride(),
+            q, k, w, start, end, ranks, done, *q.stride()[:3], *k.stride()[:2], *w.stride(),
             0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, SPAN, ranks.shape[2],
             D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
             TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps,
@@ -314,16 +319,20 @@ def found_of(many: int, like: Tensor) -> int:
     return triton_sample.found_of(many) if is_hopper(like) else many
 
 
-def select(ranks: Tensor, start: Tensor, end: Tensor, picked: tuple[Tensor, Tensor], first: int) -> None:
-    """Fill ranks and tokens int32 [B, T', topk], the tokens ascending."""
+def select(
+    ranks: Tensor, start: Tensor, end: Tensor, picked: tuple[Tensor, Tensor], first: int, done: Tensor | None = None
+) -> None:
+    """Fill ranks and tokens int32 [B, T', topk], the tokens ascending; but not what is ``done`` by a sample."""
     B, queries, topk = picked[0].shape
     many, grid = parts_of(topk), (queries, B)
-    done = torch.zeros(B, queries, dtype=torch.int32, device=ranks.device)
+    sampled = done is not None
+    if done is None:
+        done = torch.zeros(B, queries, dtype=torch.int32, device=ranks.device)
     row = (0 if start.shape[0] == 1 else start.shape[1], first, queries, topk, ranks.shape[2])
     options = select_options(many, target_of(ranks.device))
     with on_device(ranks):
         if many:
-            space = found_of(many, ranks)
+            space = many if sampled else found_of(many, ranks)
             found = torch.empty(B, queries, space, dtype=torch.int64, device=ranks.device)
             if space > many:
                 triton_sample.select(ranks, start, end, picked, first, (found, done))
@@ -355,6 +364,11 @@ def best(
 ) -> tuple[Tensor, Tensor]:
     """Fill ``outputs`` with the tokens of each query's best scores and these scores, best first; then −1 and −∞."""
     (B, T), S = q.shape[:2], k.shape[1]
+    if triton_scored.takes(q, k, parts_of(topk)) and S:
+        for b in range(B):
+            bounds = start[b % len(start)][None], end[b % len(end)][None]
+            _by_bounds(*(x[b : b + 1] for x in (q, k, w)), *bounds, topk, tuple(x[b : b + 1] for x in outputs))
+        return outputs
     row = ceil_div(S, 32) * 32
     step = max(1, SCORES_BYTES // max(1, B * (4 * row + 8 * found_of(parts_of(topk), q))) // 128) * 128
     for first in range(0, T if B else 0, step):
@@ -362,7 +376,43 @@ def best(
         ranks = torch.empty(B, queries, row, dtype=torch.int32, device=q.device)
         if S:
             score(q, k, w, start, end, ranks, first)
-        picked = tuple(torch.empty(B, queries, topk, dtype=torch.int32, device=q.device) for _ in range(2))
+        picked = _allocate(B, queries, topk, q)
         select(ranks, start, end, picked, first)
         unpack(picked, outputs, first)
     return outputs
+
+
+def _allocate(B: int, queries: int, topk: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    ranks, tokens = (torch.empty(B, queries, topk, dtype=torch.int32, device=like.device) for _ in range(2))
+    return ranks, tokens
+
+
+def _by_bounds(
+    q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, topk: int, outputs: tuple[Tensor, ...]
+) -> None:
+    """Of one batch row: scores that reach a bound, never all of them; and the rows that are left in the other way."""
+    T, row, many = q.shape[1], ceil_div(k.shape[1], 32) * 32, parts_of(topk)
+    turned = triton_scored.turned(k[0])
+    group = max(1, PICKED_BYTES // (8 * topk) // 128) * 128
+    for first in range(0, T, group):
+        queries = min(group, T - first)
+        picked, done = _allocate(1, queries, topk, q), torch.zeros(1, queries, dtype=torch.int32, device=q.device)
+        for at in _cuts(queries, triton_scored.bytes_of(many)):
+            some = picked[0][:, at], picked[1][:, at]
+            triton_scored.select(q[0], turned, w[0], (start[0], end[0]), some, first + at.start, done[:, at], many)
+        for at in _cuts(queries, 4 * row + 8 * many):
+            ranks = torch.empty(1, at.stop - at.start, row, dtype=torch.int32, device=q.device)
+            score(q, k, w, start, end, ranks, first + at.start, done[:, at])
+            select(ranks, start, end, (picked[0][:, at], picked[1][:, at]), first + at.start, done[:, at])
+        unpack(picked, (outputs[0], outputs[1]), first)
+
+
+PICKED_BYTES = 1 << 28
+"""Of the selected tokens and their ranks, before they are sorted."""
+
+
+def _cuts(queries: int, bytes_of_query: int) -> list[slice]:
+    """Equal stretches of queries, whose memory is bounded."""
+    count = ceil_div(queries * bytes_of_query, SCORES_BYTES)
+    step = ceil_div(ceil_div(queries, count), 128) * 128
+    return [slice(at, min(at + step, queries)) for at in range(0, queries, step)]
