@@ -53,8 +53,9 @@ def _appending(count: int) -> str:
     """A thread's ``count`` scores of one query: store what reaches the bound, behind what the threads before it store.
 
     A list begins at ``base``; ``stored`` are in it already.  ``seen``: a bit for each key that the query may see.
+    ``eight``: bytes of an entry, in a register, as of a constant ptxas makes four instructions for one.
     """
-    score, (bound, seen, stored, many, base, token) = count, (count * i for i in range(2, 8))
+    score, (bound, seen, stored, many, base, token, eight) = count, (count * i for i in range(2, 9))
     lines = [
         "{",
         ".reg .pred p;",
@@ -83,7 +84,7 @@ def _appending(count: int) -> str:
             f"and.b32 word, found, {1 << i};",
             "setp.ne.s32 p, word, 0;",
             f"add.s32 word, ${token}, {i};",
-            f"mad.wide.u32 at, place, 8, ${base};",
+            f"mad.wide.u32 at, place, ${eight}, ${base};",
             f"@p st.global.v2.b32 [at], {{word, ${score + i}}};",
             "@p add.s32 place, place, 1;",
         ]
@@ -93,7 +94,7 @@ def _appending(count: int) -> str:
 
 APPENDING = gl.constexpr(_appending(KEYS // 4))
 APPENDED = gl.constexpr(
-    ",".join(kind for kind in ("=&r", "f", "f", "r", "r", "r", "l", "r") for _ in range(KEYS // 4))
+    ",".join(kind for kind in ("=&r", "f", "f", "r", "r", "r", "l", "r", "r") for _ in range(KEYS // 4))
 )
 
 
@@ -159,7 +160,7 @@ def _produce(given, SAMPLED: gl.constexpr):
 def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.constexpr):
     (
         q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, buffers, q_t, q_j, w_t, w_j, T0, FIRST,
-        STOP, J, MANY, part, PARTS, first, stop, low, period,
+        STOP, J, MANY, EIGHT, part, PARTS, first, stop, low, period,
     ) = given  # fmt: skip
     q_ring, k_ring, full, empty = buffers
     STAGES: gl.constexpr = full.shape[0]
@@ -220,7 +221,7 @@ def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.conste
             added = gl.inline_asm_elementwise(
                 APPENDING, APPENDED,
                 [score, bound[:, None, None], gl.maximum(seen, 0)[:, :, None], count[:, :, None], MANY,
-                 p_found.to(gl.int64)[:, None, None], o_first[:, :, None]],
+                 p_found.to(gl.int64)[:, None, None], o_first[:, :, None], EIGHT],
                 dtype=gl.int32, is_pure=False, pack=16,
             )  # fmt: skip
             count += _first(added, THREAD)
@@ -232,7 +233,7 @@ def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.conste
 @HopperKernel
 def _scored_kernel(
     q_ptr, k_desc, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, q_t, q_j, w_t, w_j, FIRST, STOP, S, J,
-    TOPK, MANY,
+    TOPK, MANY, EIGHT,
     PARTS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SAMPLED: gl.constexpr,
 ):  # fmt: skip
     """Store score · 2³² + token of the first MANY keys of each part that reach the bound, and count all of them.
@@ -268,7 +269,7 @@ def _scored_kernel(
     fence_async_shared()
     consumed = (
         q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, (q_ring, k_ring, full, empty), q_t, q_j,
-        w_t, w_j, T0, FIRST, STOP, J, MANY, part, PARTS, first, stop, low, period,
+        w_t, w_j, T0, FIRST, STOP, J, MANY, EIGHT, part, PARTS, first, stop, low, period,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -323,7 +324,7 @@ def select(
         for sampled, target in ((True, sample), (False, found)):
             _scored_kernel[(ceil_div(queries, 128), PARTS)](
                 q, _described(k, 8 if sampled else KEYS), w, start, end, least, target, counts, *q.stride()[:2],
-                *w.stride(), first, first + queries, k.shape[0], q.shape[1], topk, many,
+                *w.stride(), first, first + queries, k.shape[0], q.shape[1], topk, many, 8,
                 PARTS=PARTS, D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, num_warps=4,
                 enable_fp_fusion=ENABLE_FP_FUSION,
             )  # fmt: skip
