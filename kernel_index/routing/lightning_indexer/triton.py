@@ -392,14 +392,14 @@ def _by_bounds(
 ) -> None:
     """Of one batch row: scores that reach a bound, never all of them; and the rows that are left in the other way."""
     T, row, many = q.shape[1], ceil_div(k.shape[1], 32) * 32, parts_of(topk)
-    turned = triton_scored.turned(k[0])
+    call = q[0], triton_scored.turned(k[0]), w[0]
     group = max(1, PICKED_BYTES // (8 * topk) // 128) * 128
     for first in range(0, T, group):
         queries = min(group, T - first)
         picked, done = _allocate(1, queries, topk, q), torch.zeros(1, queries, dtype=torch.int32, device=q.device)
         for at in _cuts(queries, triton_scored.bytes_of(many)):
             some = picked[0][:, at], picked[1][:, at]
-            triton_scored.select(q[0], turned, w[0], (start[0], end[0]), some, first + at.start, done[:, at], many)
+            triton_scored.select(call, (start[0], end[0]), some, first + at.start, done[:, at], many)
         for at in _cuts(queries, 4 * row + 8 * many):
             ranks = torch.empty(1, at.stop - at.start, row, dtype=torch.int32, device=q.device)
             score(q, k, w, start, end, ranks, first + at.start, done[:, at])

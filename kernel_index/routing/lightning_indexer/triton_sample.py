@@ -124,9 +124,7 @@ def _pick_kernel(
     tl.store(done_ptr + row, 1)
 
 
-def bound(
-    ranks: Tensor, rows: tuple[Tensor, Tensor], first: int, topk: int, bounds: Tensor, many: int = 0
-) -> None:
+def bound(ranks: Tensor, rows: tuple[Tensor, Tensor], first: int, topk: int, bounds: Tensor, many: int = 0) -> None:
     """Fill ``bounds`` int32 [B, T'] from ranks [B, T', S'], of which ``many`` are sampled, or from samples [T', S']."""
     (start, end), B, queries = rows, 1 if ranks.ndim == 2 else ranks.shape[0], ranks.shape[-2]
     sampled, bound_b = not many, 0 if start.ndim == 1 or start.shape[0] == 1 else start.shape[1]

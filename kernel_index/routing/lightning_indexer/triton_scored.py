@@ -142,8 +142,8 @@ def _produce(given, SAMPLED: gl.constexpr):
     STAGES: gl.constexpr = full.shape[0]
     BOX: gl.constexpr = k_desc.block_type.shape[0]
     BOXES: gl.constexpr = k_ring.shape[0] // STAGES
-    at = 0
     for index in range(first, stop, BOX * BOXES):
+        at = (index - first) // (BOX * BOXES)
         slot = at % STAGES
         mbarrier.wait(empty.index(slot), ((at // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(slot), BOXES * k_desc.block_type.nbytes)
@@ -153,7 +153,6 @@ def _produce(given, SAMPLED: gl.constexpr):
             else:
                 row = low + index
             tma.async_copy_global_to_shared(k_desc, [row, 0], full.index(slot), k_ring.index(slot * BOXES + j))
-        at += 1
 
 
 @gluon.jit
@@ -176,7 +175,9 @@ def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.conste
     t = T0 + CONSUMER * 32
     o_row = gl.arange(0, 128, layout=gl.SliceLayout(1, WIDE))  # head // 2, warp, head % 2, query of the warp
     o_q, o_j = t + o_row // 16 % 4 * 8 + o_row % 8, o_row // 64 * 2 + o_row // 8 % 2
-    p_q = q_ptr + (o_q.to(gl.int64) * q_t + o_j * q_j)[:, None] + gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))[None, :]
+    p_q = (
+        q_ptr + (o_q.to(gl.int64) * q_t + o_j * q_j)[:, None] + gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))[None, :]
+    )
     q_tile = q_ring.index(CONSUMER)
     q_tile.store(gl.load(p_q, mask=((o_q < STOP) & (o_j < J))[:, None], other=0.0))
     fence_async_shared()
@@ -200,13 +201,12 @@ def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.conste
         bound = (rank ^ ((rank >> 31) & LOW)).to(gl.float32, bitcast=True)
     count = gl.full([32, 4], 0, gl.int32, layout=THREAD)
     zero = gl.full([128, BN], 0.0, gl.float32, layout=PRODUCT)
-    at = 0
     for index in range(first, stop, BN):
+        at = (index - first) // BN
         slot = at % STAGES
         mbarrier.wait(full.index(slot), (at // STAGES) & 1)
         z = warpgroup_mma_wait(0, [product_nt(q_tile, k_ring.index(slot), zero)])
         mbarrier.arrive(empty.index(slot), count=1)
-        at += 1
         score = _weighed(z, w_0, w_1, w_2, w_3, BN, LAYOUT)
         if SAMPLED:
             o_r = low // 8 + (index // 8 + o_i // 2) * period  # eight keys each, of 64 every eighth pair
@@ -292,7 +292,7 @@ def takes(q: Tensor, k: Tensor, many: int) -> bool:
 
 def bytes_of(many: int) -> int:
     """Of a query: its sample and its lists."""
-    return 4 * many + 8 * PARTS * (many + 16)
+    return 4 * many + 8 * PARTS * (many + SLACK.value)
 
 
 def turned(k: Tensor) -> Tensor:
@@ -307,27 +307,35 @@ def _described(k: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(k, list(k.shape), list(k.stride()), [rows, k.shape[1]], layout)
 
 
+def score(
+    call: tuple[Tensor, Tensor, Tensor], bounds: tuple[Tensor, Tensor], first: int, topk: int, least: Tensor,
+    target: Tensor, counts: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill ``target``: without ``counts`` samples int32 [T', many], else lists int64 [T', PARTS, many + SLACK].
+
+    ``call``: q [T, J, D], what ``turned`` makes of the keys, w [T, J].  ``least`` int32 [T']: the ranks to reach.
+    """
+    (q, k, w), queries, sampled = call, len(target), counts is None
+    many = target.shape[-1] if sampled else target.shape[-1] - SLACK.value
+    _scored_kernel[(ceil_div(queries, 4 * QUERIES), PARTS)](
+        q, _described(k, 8 if sampled else KEYS), w, *bounds, least, target, counts, *q.stride()[:2], *w.stride(), first,
+        first + queries, k.shape[0], q.shape[1], topk, many, 8,
+        PARTS=PARTS, D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+    )  # fmt: skip
+
+
 def select(
-    q: Tensor, k: Tensor, w: Tensor, bounds: tuple[Tensor, Tensor], picked: tuple[Tensor, Tensor], first: int,
+    call: tuple[Tensor, Tensor, Tensor], bounds: tuple[Tensor, Tensor], picked: tuple[Tensor, Tensor], first: int,
     done: Tensor, many: int,
 ) -> None:  # fmt: skip
-    """Fill the rows of ``picked`` [1, T', topk] that this way finds, and 1 in ``done`` for each.
-
-    ``k``: what ``turned`` makes of the keys; q [T, J, D], w [T, J].
-    """
-    (start, end), (_, queries, topk) = bounds, picked[0].shape
-    sample = torch.empty(queries, many, dtype=torch.int32, device=q.device)
-    found = torch.empty(queries, PARTS, many + 16, dtype=torch.int64, device=q.device)
-    counts = torch.empty(queries, PARTS, dtype=torch.int32, device=q.device)
-    least = torch.empty(queries, dtype=torch.int32, device=q.device)
-    with on_device(q):
-        for sampled, target in ((True, sample), (False, found)):
-            _scored_kernel[(ceil_div(queries, 128), PARTS)](
-                q, _described(k, 8 if sampled else KEYS), w, start, end, least, target, counts, *q.stride()[:2],
-                *w.stride(), first, first + queries, k.shape[0], q.shape[1], topk, many, 8,
-                PARTS=PARTS, D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, num_warps=4,
-                enable_fp_fusion=ENABLE_FP_FUSION,
-            )  # fmt: skip
-            if sampled:
-                triton_sample.bound(sample, (start, end), first, topk, least)
+    """Fill the rows of ``picked`` [1, T', topk] that this way finds, and 1 in ``done`` for each."""
+    (_, queries, topk), device = picked[0].shape, call[0].device
+    sample = torch.empty(queries, many, dtype=torch.int32, device=device)
+    found = torch.empty(queries, PARTS, many + SLACK.value, dtype=torch.int64, device=device)
+    counts = torch.empty(queries, PARTS, dtype=torch.int32, device=device)
+    least = torch.empty(queries, dtype=torch.int32, device=device)
+    with on_device(call[0]):
+        score(call, bounds, first, topk, least, sample, None)
+        triton_sample.bound(sample, bounds, first, topk, least)
+        score(call, bounds, first, topk, least, found, counts)
         triton_sample.pick(found, counts, least, picked, done)
