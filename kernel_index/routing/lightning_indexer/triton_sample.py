@@ -141,10 +141,10 @@ def pick(
     """Fill rows of ``picked`` from lists of ``many`` ranks, or from lists of scores [T', SEGMENTS, many + 16]."""
     scored, space = not many, many or found.shape[2]
     many = many or space - 16
+    options = {"num_warps": 8, "maxnreg": 64} if many <= 4096 else {"num_warps": 16}
     _pick_kernel[(bounds.numel(),)](
-        found, counts, bounds, *picked, done, picked[0].shape[2], space, MANY=many, SCORED=scored, INTERPOLATED=INTERPOLATED, **(
-            {"num_warps": 8, "maxnreg": 64} if many <= 4096 else {"num_warps": 16}
-        ),
+        found, counts, bounds, *picked, done, picked[0].shape[2], space, MANY=many, SCORED=scored,
+        INTERPOLATED=INTERPOLATED, **options,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ PARTS = 4
 KEYS = 64
 """Of a step."""
 
-STAGES = 6
+STAGES = 8
 """Slots of the ring of keys."""
 
 CONSUMERS, FOUR = gl.constexpr(4), gl.constexpr(((4, 4, 4, 1), (112, 112, 112, 24)))
@@ -318,8 +318,8 @@ def score(
     (q, k, w), queries, sampled = call, len(target), counts is None
     many = target.shape[-1] if sampled else target.shape[-1] - SLACK.value
     _scored_kernel[(ceil_div(queries, 4 * QUERIES), PARTS)](
-        q, _described(k, 8 if sampled else KEYS), w, *bounds, least, target, counts, *q.stride()[:2], *w.stride(), first,
-        first + queries, k.shape[0], q.shape[1], topk, many, 8,
+        q, _described(k, 8 if sampled else KEYS), w, *bounds, least, target, counts, *q.stride()[:2], *w.stride(),
+        first, first + queries, k.shape[0], q.shape[1], topk, many, 8,
         PARTS=PARTS, D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
     )  # fmt: skip
 
