@@ -151,6 +151,7 @@ def test_rows_that_a_sample_finds_and_rows_that_it_does_not(some, monkeypatch):
     for name, value in {"FEWEST": 16, "MOST": 16, "SCORES_BYTES": 1 << 16, "PICKED_BYTES": 48 * 80}.items():
         monkeypatch.setattr(triton, name, value)
     monkeypatch.setattr(triton_scored, "takes", lambda q, k, many: bool(many))
+    monkeypatch.setattr(triton_scored, "queries_at_once", lambda q: 128)
     monkeypatch.setattr(triton_scored, "score", score_by_torch)
     found, pick = [], triton_sample.pick
     monkeypatch.setattr(triton_sample, "pick", lambda *call: (pick(*call), found.append(int(call[-1].sum()))))

@@ -393,14 +393,15 @@ def _by_bounds(
     """Of one batch row: scores that reach a bound, never all of them; and the rows that are left in the other way."""
     T, row, many = q.shape[1], ceil_div(k.shape[1], 32) * 32, parts_of(topk)
     call = q[0], triton_scored.turned(k[0]), w[0]
-    group = max(1, PICKED_BYTES // (8 * topk) // 128) * 128
+    unit = triton_scored.queries_at_once(q)
+    group = max(1, PICKED_BYTES // (8 * topk) // unit) * unit
     for first in range(0, T, group):
         queries = min(group, T - first)
         picked, done = _allocate(1, queries, topk, q), torch.zeros(1, queries, dtype=torch.int32, device=q.device)
-        for at in _cuts(queries, triton_scored.bytes_of(many)):
+        for at in _cuts(queries, triton_scored.bytes_of(many), unit):
             some = picked[0][:, at], picked[1][:, at]
             triton_scored.select(call, (start[0], end[0]), some, first + at.start, done[:, at], many)
-        for at in _cuts(queries, 4 * row + 8 * many):
+        for at in _cuts(queries, 4 * row + 8 * many, 128):
             ranks = torch.empty(1, at.stop - at.start, row, dtype=torch.int32, device=q.device)
             score(q, k, w, start, end, ranks, first + at.start, done[:, at])
             select(ranks, start, end, (picked[0][:, at], picked[1][:, at]), first + at.start, done[:, at])
@@ -411,8 +412,7 @@ PICKED_BYTES = 1 << 28
 """Of the selected tokens and their ranks, before they are sorted."""
 
 
-def _cuts(queries: int, bytes_of_query: int) -> list[slice]:
-    """Equal stretches of queries, whose memory is bounded."""
-    count = ceil_div(queries * bytes_of_query, SCORES_BYTES)
-    step = ceil_div(ceil_div(queries, count), 128) * 128
+def _cuts(queries: int, bytes_of_query: int, unit: int) -> list[slice]:
+    """Stretches of queries, multiples of a unit, whose memory is bounded."""
+    step = max(1, SCORES_BYTES // bytes_of_query // unit) * unit
     return [slice(at, min(at + step, queries)) for at in range(0, queries, step)]

@@ -16,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernel_index.core.triton.hopper import DTYPES, HopperKernel, barriers, product_nt, within
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
-from kernel_index.core.triton.launch import ceil_div, on_device
+from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.products import is_hopper
 from kernel_index.routing.lightning_indexer import triton_sample
 
@@ -293,6 +293,11 @@ def takes(q: Tensor, k: Tensor, many: int) -> bool:
 def bytes_of(many: int) -> int:
     """Of a query: its sample and its lists."""
     return 4 * many + 8 * PARTS * (many + SLACK.value)
+
+
+def queries_at_once(q: Tensor) -> int:
+    """Whose programs fill the GPU: a second wave of a few would take as long as the first."""
+    return 4 * QUERIES * ceil_div(processors(q), PARTS)
 
 
 def turned(k: Tensor) -> Tensor:
