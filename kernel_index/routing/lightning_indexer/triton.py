@@ -22,7 +22,7 @@ from kernel_index.core.triton.attention import load_rows, load_tile, within
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, dot_block, interpreting, next_power_of_2, on_device
 from kernel_index.core.triton.products import is_hopper
-from kernel_index.routing.lightning_indexer import triton_sample, triton_scored
+from kernel_index.routing.lightning_indexer import triton_order, triton_sample, triton_scored
 from kernel_index.routing.triton_topk import LOW, NONE, rank_of, reached
 
 NOTHING = tl.constexpr(-(2**63))
@@ -351,6 +351,10 @@ def unpack(picked: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor], first:
     """Fill the rows of ``outputs``, indices int64 and scores float32 [B, T, topk], best first."""
     (ranks, tokens), T = picked, outputs[0].shape[1]
     B, queries, topk = ranks.shape
+    if is_hopper(ranks) and triton_order.takes(topk):
+        with on_device(ranks):
+            triton_order.order(picked, outputs, first)
+        return
     ranks, order = torch.sort(ranks, dim=-1, descending=True, stable=True)  # of equal scores the first comes first
     with on_device(ranks):
         _unpack_kernel[(queries, B)](
