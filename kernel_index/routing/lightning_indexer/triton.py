@@ -77,7 +77,7 @@ def _scores_kernel(
     m_t = o_t < STOP
     if done_ptr is not None:
         m_t = m_t & (tl.load(done_ptr + b * (STOP - FIRST) + o_t - FIRST, mask=m_t, other=1) == 0)
-    start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=2**31 - 1)  # [BQ]
+    start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=S)  # [BQ]: a loop from 2³¹ − 1 on would overflow
     end = tl.load(end_ptr + b * bound_b + o_t, mask=m_t, other=0)  # [BQ]
     low = tl.maximum(tl.min(start, 0), tl.program_id(1) * SPAN)
     high = tl.minimum(tl.max(end, 0), tl.minimum((tl.program_id(1) + 1) * SPAN, S))
