@@ -50,10 +50,10 @@ def by_a_sort(q, k, w, start, end, topk, rows):
 
 
 def best(q, k, w, start, end, topk):
-    from kernel_index.routing.lightning_indexer import triton
+    from kernel_index.routing.lightning_indexer import triton_best
 
     indices = torch.full((*q.shape[:2], topk), -7, dtype=torch.int64, device=q.device)
-    return triton.best(q, k, w, start, end, topk, (indices, torch.full(indices.shape, -7.0, device=q.device)))
+    return triton_best.best(q, k, w, start, end, topk, (indices, torch.full(indices.shape, -7.0, device=q.device)))
 
 
 def compare(call, bounds, topk, rows):
@@ -146,10 +146,12 @@ def score_by_torch(call, bounds, first, topk, least, target, counts):
 @pytest.mark.parametrize("some", ["random", "equal", "a sample misleads"])
 def test_rows_that_a_sample_finds_and_rows_that_it_does_not(some, monkeypatch):
     """Without the kernel that scores: its sample, its lists, and the rows that are left to the other way."""
-    from kernel_index.routing.lightning_indexer import triton, triton_sample, triton_scored
+    from kernel_index.routing.lightning_indexer import triton, triton_best, triton_sample, triton_scored
 
-    for name, value in {"FEWEST": 16, "MOST": 16, "SCORES_BYTES": 1 << 16, "PICKED_BYTES": 48 * 80}.items():
+    for name, value in {"FEWEST": 16, "MOST": 16}.items():
         monkeypatch.setattr(triton, name, value)
+    for name, value in {"SCORES_BYTES": 1 << 16, "PICKED_BYTES": 48 * 80}.items():
+        monkeypatch.setattr(triton_best, name, value)
     monkeypatch.setattr(triton_scored, "takes", lambda q, k, many: bool(many))
     monkeypatch.setattr(triton_scored, "queries_at_once", lambda q: 128)
     monkeypatch.setattr(triton_scored, "score", score_by_torch)
