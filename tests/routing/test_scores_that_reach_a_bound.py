@@ -85,9 +85,10 @@ def test_tokens_and_scores_are_those_of_a_sort(name):
 
 
 @hopper
-def test_what_is_not_finite_comes_first():
-    q, k, w = whole_numbers(9000, 4)
-    k[0, 5::97], k[0, 7::1001, 3], q[0, 11::13, 2] = torch.nan, torch.inf, torch.nan
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+def test_what_is_not_finite_comes_first(heads):
+    q, k, w = whole_numbers(9000, heads)
+    k[0, 5::97], k[0, 7::1001, 3], q[0, 11::13, heads - 1] = torch.nan, torch.inf, torch.nan
     compare(
         [x.cuda() for x in (q, k, w)], [x.cuda() for x in causal(9000, 9000)], 600, torch.arange(0, 9000, 29).cuda()
     )

@@ -33,29 +33,37 @@ STAGES = tl.constexpr(4)
 
 @jit
 def _head_rows(q_ptr, w_ptr, q_j, w_j, t, m_t, q_t, w_t, first, J, D, BLOCK_D, BQ: tl.constexpr, JG: tl.constexpr):
-    """Rows [JG · BQ, BLOCK_D] and weights [JG · BQ] of JG heads from ``first`` on."""
+    """Rows [JG · BQ, BLOCK_D] and weights [JG · BQ] of JG heads from ``first`` on, and which of them there are."""
     o_m = tl.arange(0, JG * BQ)
     o_j = first + o_m // BQ
     o_t = t + o_m % BQ
     m_m = (o_t < m_t) & (o_j < J)
     b_q = load_rows(q_ptr, o_t.to(tl.int64) * q_t + o_j * q_j, m_m, D, BLOCK_D)
-    return b_q, tl.load(w_ptr + o_t.to(tl.int64) * w_t + o_j * w_j, mask=m_m, other=0.0).to(tl.float32)
+    b_w = tl.load(w_ptr + o_t.to(tl.int64) * w_t + o_j * w_j, mask=m_m, other=0.0).to(tl.float32)
+    return b_q, b_w, o_j < J
 
 
 @jit
 def _weigh(
-    b_q, b_w, b_k, BQ: tl.constexpr, JG: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    b_q, b_w, m_head, b_k, BQ: tl.constexpr, JG: tl.constexpr, BN: tl.constexpr, PADDED: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The part of JG heads in the scores [BQ, BN]; ``TURNED``: keys are the rows of the product."""
+    """The part of JG heads in the scores [BQ, BN]; ``TURNED``: keys are the rows of the product.
+
+    ``PADDED``: of some heads that are not there, whose 0 times infinity must not count.
+    """
     if UPCAST:
         b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
     if TURNED:
         z = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, JG · BQ]
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * b_w[None, :]
+        if PADDED:
+            z = tl.where(m_head[None, :], z, 0.0)
         return tl.trans(tl.sum(tl.reshape(z, (BN, JG, BQ)), 1))
     z = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [JG · BQ, BN]
     z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * b_w[:, None]
+    if PADDED:
+        z = tl.where(m_head[:, None], z, 0.0)
     return tl.sum(tl.reshape(z, (JG, BQ, BN)), 0)
 
 
@@ -64,7 +72,7 @@ def _scores_kernel(
     q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, ranks_ptr, done_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
     FIRST, STOP, S, J, SPAN, ROW,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
-    BN: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, PADDED: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The ranks of the scores of BQ queries, but for those that are ``done``, for those of SPAN keys that one of them
     may see."""
@@ -82,17 +90,17 @@ def _scores_kernel(
     q_ptr += b * q_b
     w_ptr += b * w_b
     if HEAD_STEPS == 1:
-        b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
+        b_q, b_w, m_head = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
     p_ranks = ranks_ptr + (b * (STOP - FIRST) + (o_t - FIRST)).to(tl.int64) * ROW  # [BQ]
     for first in range(low, high, BN):
         b_k = load_tile(k_ptr + b * k_b, first, k_s, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
         score = tl.zeros((BQ, BN), tl.float32)
         if HEAD_STEPS == 1:
-            score = _weigh(b_q, b_w, b_k, BQ, JG, BN, TURNED, PRECISION, UPCAST)
+            score = _weigh(b_q, b_w, m_head, b_k, BQ, JG, BN, PADDED, TURNED, PRECISION, UPCAST)
         else:
             for i in range(0, HEAD_STEPS):
-                b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, i * JG, J, D, BLOCK_D, BQ, JG)
-                score += _weigh(b_q, b_w, b_k, BQ, JG, BN, TURNED, PRECISION, UPCAST)
+                b_q, b_w, m_head = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, i * JG, J, D, BLOCK_D, BQ, JG)
+                score += _weigh(b_q, b_w, m_head, b_k, BQ, JG, BN, PADDED, TURNED, PRECISION, UPCAST)
         o_n = first + tl.arange(0, BN)
         tl.store(p_ranks[:, None] + o_n[None, :], rank_of(score), mask=m_t[:, None] & (o_n < S)[None, :])
 
@@ -276,8 +284,8 @@ def score(
             q, k, w, start, end, ranks, done, *q.stride()[:3], *k.stride()[:2], *w.stride(),
             0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, SPAN, ranks.shape[2],
             D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
-            TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps,
-            num_stages=c.num_stages,
+            PADDED=J % c.heads != 0, TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(),
+            num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
 
 

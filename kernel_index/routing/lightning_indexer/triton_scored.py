@@ -20,8 +20,8 @@ from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.products import is_hopper
 from kernel_index.routing.lightning_indexer import triton_sample
 
-HEADS, QUERIES, WIDTH = 4, 32, 64
-"""Of the product of a program, whose 128 rows have WIDTH columns; fewer heads have weights of 0."""
+MOST_HEADS, QUERIES, WIDTH = 4, 32, 64
+"""Of the product of a program, whose 128 rows have WIDTH columns."""
 
 PARTS = 4
 """Of the keys that the queries of a program may see, one after the other, each with lists of its own."""
@@ -116,7 +116,7 @@ def _by_threads(h, BN: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _weighed(z, w_0, w_1, w_2, w_3, BN: gl.constexpr, LAYOUT: gl.constexpr):
+def _weighed(z, w_0, w_1, w_2, w_3, HEADS: gl.constexpr, BN: gl.constexpr, LAYOUT: gl.constexpr):
     """Scores [query, thread, key] of the product [128, BN]."""
     z = gl.maximum(z, 0.0, propagate_nan=NAN)
     z = gl.permute(gl.reshape(z, [2, 4, 2, 8, BN]), [1, 3, 4, 0, 2])  # [warp, query, BN, head // 2, head % 2]
@@ -124,9 +124,13 @@ def _weighed(z, w_0, w_1, w_2, w_3, BN: gl.constexpr, LAYOUT: gl.constexpr):
     h_0, h_2 = gl.split(even)
     h_1, h_3 = gl.split(odd)
     score = _by_threads(h_0, BN, LAYOUT) * w_0[:, None, None]
-    score += _by_threads(h_1, BN, LAYOUT) * w_1[:, None, None]
-    score += _by_threads(h_2, BN, LAYOUT) * w_2[:, None, None]
-    return score + _by_threads(h_3, BN, LAYOUT) * w_3[:, None, None]
+    if HEADS > 1:  # of a head that is not there, 0 times infinity must not count
+        score += _by_threads(h_1, BN, LAYOUT) * w_1[:, None, None]
+    if HEADS > 2:
+        score += _by_threads(h_2, BN, LAYOUT) * w_2[:, None, None]
+    if HEADS > 3:
+        score += _by_threads(h_3, BN, LAYOUT) * w_3[:, None, None]
+    return score
 
 
 @gluon.jit
@@ -156,10 +160,10 @@ def _produce(given, SAMPLED: gl.constexpr):
 
 
 @gluon.jit
-def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.constexpr):
+def _consume(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.constexpr):
     (
         q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, buffers, q_t, q_j, w_t, w_j, T0, FIRST,
-        STOP, J, MANY, EIGHT, part, PARTS, first, stop, low, period,
+        STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
     ) = given  # fmt: skip
     q_ring, k_ring, full, empty = buffers
     STAGES: gl.constexpr = full.shape[0]
@@ -179,7 +183,7 @@ def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.conste
         q_ptr + (o_q.to(gl.int64) * q_t + o_j * q_j)[:, None] + gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))[None, :]
     )
     q_tile = q_ring.index(CONSUMER)
-    q_tile.store(gl.load(p_q, mask=((o_q < STOP) & (o_j < J))[:, None], other=0.0))
+    q_tile.store(gl.load(p_q, mask=((o_q < STOP) & (o_j < HEADS))[:, None], other=0.0))
     fence_async_shared()
     o_t = t + gl.arange(0, 32, layout=QUERY)
     m_t = o_t < STOP
@@ -188,9 +192,9 @@ def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.conste
     row = (o_t - FIRST).to(gl.int64)
     p_w = w_ptr + o_t.to(gl.int64) * w_t
     w_0 = gl.load(p_w, mask=m_t, other=0.0).to(gl.float32)
-    w_1 = gl.load(p_w + w_j, mask=m_t & (J > 1), other=0.0).to(gl.float32)
-    w_2 = gl.load(p_w + 2 * w_j, mask=m_t & (J > 2), other=0.0).to(gl.float32)
-    w_3 = gl.load(p_w + 3 * w_j, mask=m_t & (J > 3), other=0.0).to(gl.float32)
+    w_1 = gl.load(p_w + w_j, mask=m_t & (HEADS > 1), other=0.0).to(gl.float32)
+    w_2 = gl.load(p_w + 2 * w_j, mask=m_t & (HEADS > 2), other=0.0).to(gl.float32)
+    w_3 = gl.load(p_w + 3 * w_j, mask=m_t & (HEADS > 3), other=0.0).to(gl.float32)
     o_thread = gl.arange(0, 4, layout=gl.SliceLayout(0, THREAD))[None, :]
     o_i = gl.arange(0, BN // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     if SAMPLED:
@@ -207,7 +211,7 @@ def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.conste
         mbarrier.wait(full.index(slot), (at // STAGES) & 1)
         z = warpgroup_mma_wait(0, [product_nt(q_tile, k_ring.index(slot), zero)])
         mbarrier.arrive(empty.index(slot), count=1)
-        score = _weighed(z, w_0, w_1, w_2, w_3, BN, LAYOUT)
+        score = _weighed(z, w_0, w_1, w_2, w_3, HEADS, BN, LAYOUT)
         if SAMPLED:
             o_r = low // 8 + (index // 8 + o_i // 2) * period  # eight keys each, of 64 every eighth pair
             o_n = o_r // 8 * 64 + o_thread[:, :, None] * 16 + o_r % 8 * 2 + o_i % 2
@@ -232,9 +236,10 @@ def _consume(given, CONSUMER: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.conste
 
 @HopperKernel
 def _scored_kernel(
-    q_ptr, k_desc, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, q_t, q_j, w_t, w_j, FIRST, STOP, S, J,
+    q_ptr, k_desc, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, q_t, q_j, w_t, w_j, FIRST, STOP, S,
     TOPK, MANY, EIGHT,
-    PARTS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, SAMPLED: gl.constexpr,
+    PARTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    SAMPLED: gl.constexpr,
 ):  # fmt: skip
     """Store score · 2³² + token of the first MANY keys of each part that reach the bound, and count all of them.
 
@@ -269,14 +274,14 @@ def _scored_kernel(
     fence_async_shared()
     consumed = (
         q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, (q_ring, k_ring, full, empty), q_t, q_j,
-        w_t, w_j, T0, FIRST, STOP, J, MANY, EIGHT, part, PARTS, first, stop, low, period,
+        w_t, w_j, T0, FIRST, STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (consumed, 0, BN, SAMPLED)),
-            (_consume, (consumed, 1, BN, SAMPLED)),
-            (_consume, (consumed, 2, BN, SAMPLED)),
-            (_consume, (consumed, 3, BN, SAMPLED)),
+            (_consume, (consumed, 0, HEADS, BN, SAMPLED)),
+            (_consume, (consumed, 1, HEADS, BN, SAMPLED)),
+            (_consume, (consumed, 2, HEADS, BN, SAMPLED)),
+            (_consume, (consumed, 3, HEADS, BN, SAMPLED)),
             (_produce, ((k_desc, k_boxes, full, empty, first, stop, low, period), SAMPLED)),
         ],
         FOUR[0],
@@ -286,7 +291,7 @@ def _scored_kernel(
 
 def takes(q: Tensor, k: Tensor, many: int) -> bool:
     """Whether these kernels are for such a call: heads that fill their product."""
-    fits = q.element_size() == 2 and q.shape[2] in (3, 4) and q.shape[3] == WIDTH and q.stride(3) == 1
+    fits = q.element_size() == 2 and q.shape[2] <= MOST_HEADS and q.shape[3] == WIDTH and q.stride(3) == 1
     return is_hopper(q) and fits and bool(many)
 
 
@@ -324,8 +329,9 @@ def score(
     many = target.shape[-1] if sampled else target.shape[-1] - SLACK.value
     _scored_kernel[(ceil_div(queries, 4 * QUERIES), PARTS)](
         q, _described(k, 8 if sampled else KEYS), w, *bounds, least, target, counts, *q.stride()[:2], *w.stride(),
-        first, first + queries, k.shape[0], q.shape[1], topk, many, 8,
-        PARTS=PARTS, D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+        first, first + queries, k.shape[0], topk, many, 8,
+        PARTS=PARTS, HEADS=q.shape[1], D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, num_warps=4,
+        enable_fp_fusion=ENABLE_FP_FUSION,
     )  # fmt: skip
 
 
