@@ -38,8 +38,7 @@ def documents(length, *cuts):
 
 def by_a_sort(q, k, w, start, end, topk, rows):
     """Tokens and scores of some queries of one batch row, best first, of equal ones the first; −1 and −∞ at last."""
-    z = torch.einsum("tjd,sd->tjs", q[rows].float(), k.float())
-    z = torch.where(z < 0, z * 0, z)  # NaN stays
+    z = torch.einsum("tjd,sd->tjs", q[rows].float(), k.float()).relu()
     scores = (z * w[rows].float()[..., None]).sum(1)
     at = torch.arange(k.shape[0], device=q.device)
     seen = (at >= start[rows, None]) & (at < end[rows, None])

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_index.core.triton.hopper import DTYPES, HopperKernel, barriers, product_nt, within
+from kernel_index.core.triton.hopper import DTYPES, HopperKernel, barriers, computed_before, product_nt, within
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
 from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.products import is_hopper
@@ -34,6 +34,9 @@ STAGES = 8
 
 CONSUMERS, FOUR = gl.constexpr(4), gl.constexpr(((4, 4, 4, 1), (112, 112, 112, 24)))
 """Roles behind the first consumer: their warps and registers."""
+
+TOGETHER = 2
+"""Consumers whose products run at once while the others collect.  Without turns all multiply, then all collect."""
 
 SLACK = gl.constexpr(16)
 """Behind each list: a thread stores what it has of 16 keys where one more has a place."""
@@ -160,12 +163,14 @@ def _produce(given, SAMPLED: gl.constexpr):
 
 
 @gluon.jit
-def _consume(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.constexpr):
+def _consume(
+    given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.constexpr, TOGETHER: gl.constexpr,
+):  # fmt: skip
     (
         q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, buffers, q_t, q_j, w_t, w_j, T0, FIRST,
         STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
     ) = given  # fmt: skip
-    q_ring, k_ring, full, empty = buffers
+    q_ring, k_ring, full, empty, turns = buffers
     STAGES: gl.constexpr = full.shape[0]
     D: gl.constexpr = q_ring.shape[2]
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
@@ -209,7 +214,12 @@ def _consume(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexp
         at = (index - first) // BN
         slot = at % STAGES
         mbarrier.wait(full.index(slot), (at // STAGES) & 1)
+        if TOGETHER > 0:
+            mbarrier.wait(turns.index(CONSUMER), (at & 1) ^ (1 if CONSUMER < TOGETHER else 0))
         z = warpgroup_mma_wait(0, [product_nt(q_tile, k_ring.index(slot), zero)])
+        if TOGETHER > 0:
+            mbarrier.arrive(turns.index((CONSUMER + TOGETHER) % CONSUMERS), count=1)
+            computed_before(full.index(slot), (at // STAGES) & 1)  # nothing that follows, in front of the arrival
         mbarrier.arrive(empty.index(slot), count=1)
         score = _weighed(z, w_0, w_1, w_2, w_3, HEADS, BN, LAYOUT)
         if SAMPLED:
@@ -239,7 +249,7 @@ def _scored_kernel(
     q_ptr, k_desc, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, q_t, q_j, w_t, w_j, FIRST, STOP, S,
     TOPK, MANY, EIGHT,
     PARTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    SAMPLED: gl.constexpr,
+    SAMPLED: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """Store score · 2³² + token of the first MANY keys of each part that reach the bound, and count all of them.
 
@@ -270,18 +280,18 @@ def _scored_kernel(
     q_ring = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 128, D], SHARED_Q)
     k_boxes = gl.allocate_shared_memory(DTYPE, [STAGES * BOXES, BN // BOXES, D], k_desc.layout)
     k_ring = k_boxes._reinterpret(DTYPE, [STAGES, BN, D], gl.NVMMASharedLayout.get_default_for([BN, D], DTYPE))
-    full, empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
+    full, empty, turns = barriers(STAGES, 1), barriers(STAGES, CONSUMERS), barriers(CONSUMERS, 1)
     fence_async_shared()
     consumed = (
-        q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, (q_ring, k_ring, full, empty), q_t, q_j,
-        w_t, w_j, T0, FIRST, STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
+        q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, (q_ring, k_ring, full, empty, turns), q_t,
+        q_j, w_t, w_j, T0, FIRST, STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (consumed, 0, HEADS, BN, SAMPLED)),
-            (_consume, (consumed, 1, HEADS, BN, SAMPLED)),
-            (_consume, (consumed, 2, HEADS, BN, SAMPLED)),
-            (_consume, (consumed, 3, HEADS, BN, SAMPLED)),
+            (_consume, (consumed, 0, HEADS, BN, SAMPLED, TOGETHER)),
+            (_consume, (consumed, 1, HEADS, BN, SAMPLED, TOGETHER)),
+            (_consume, (consumed, 2, HEADS, BN, SAMPLED, TOGETHER)),
+            (_consume, (consumed, 3, HEADS, BN, SAMPLED, TOGETHER)),
             (_produce, ((k_desc, k_boxes, full, empty, first, stop, low, period), SAMPLED)),
         ],
         FOUR[0],
@@ -330,8 +340,8 @@ def score(
     _scored_kernel[(ceil_div(queries, 4 * QUERIES), PARTS)](
         q, _described(k, 8 if sampled else KEYS), w, *bounds, least, target, counts, *q.stride()[:2], *w.stride(),
         first, first + queries, k.shape[0], topk, many, 8,
-        PARTS=PARTS, HEADS=q.shape[1], D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, num_warps=4,
-        enable_fp_fusion=ENABLE_FP_FUSION,
+        PARTS=PARTS, HEADS=q.shape[1], D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, TOGETHER=TOGETHER,
+        num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
     )  # fmt: skip
 
 
