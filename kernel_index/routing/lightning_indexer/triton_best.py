@@ -11,7 +11,7 @@ from torch import Tensor
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 from kernel_index.core.triton.products import is_hopper
-from kernel_index.routing.lightning_indexer import triton_order, triton_scored
+from kernel_index.routing.lightning_indexer import triton_order, triton_sample, triton_scored
 from kernel_index.routing.lightning_indexer.triton import found_of, parts_of, score, select
 from kernel_index.routing.triton_topk import LOW, NONE
 
@@ -87,20 +87,23 @@ def _by_bounds(
     q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, topk: int, outputs: tuple[Tensor, ...]
 ) -> None:
     """Of one batch row: scores that reach a bound, never all of them; and the rows that are left in the other way."""
-    T, row, many = q.shape[1], ceil_div(k.shape[1], 32) * 32, parts_of(topk)
+    T, row, parts = q.shape[1], ceil_div(k.shape[1], 32) * 32, parts_of(topk)
+    many, unit = triton_sample.found_of(parts) // triton_scored.PARTS, triton_scored.queries_at_once(q)
+    space = many, triton_scored.samples_of(topk, many, k.shape[1])
     call = q[0], triton_scored.turned(k[0]), w[0]
-    unit = triton_scored.queries_at_once(q)
     group = max(1, PICKED_BYTES // (8 * topk) // unit) * unit
+    left = _cuts(min(group, T), 4 * row + 8 * parts, 128)
+    ranks = torch.empty(1, left[0].stop, row, dtype=torch.int32, device=q.device)  # of what is left
     for first in range(0, T, group):
         queries = min(group, T - first)
         picked, done = _allocate(1, queries, topk, q), torch.zeros(1, queries, dtype=torch.int32, device=q.device)
-        for at in _cuts(queries, triton_scored.bytes_of(many), unit):
+        for at in _cuts(queries, triton_scored.bytes_of(*space), unit):
             some = picked[0][:, at], picked[1][:, at]
-            triton_scored.select(call, (start[0], end[0]), some, first + at.start, done[:, at], many)
-        for at in _cuts(queries, 4 * row + 8 * many, 128):
-            ranks = torch.empty(1, at.stop - at.start, row, dtype=torch.int32, device=q.device)
-            score(q, k, w, start, end, ranks, first + at.start, done[:, at])
-            select(ranks, start, end, (picked[0][:, at], picked[1][:, at]), first + at.start, done[:, at])
+            triton_scored.select(call, (start[0], end[0]), some, first + at.start, done[:, at], space)
+        for at in _cuts(queries, 4 * row + 8 * parts, 128):
+            some, its = (picked[0][:, at], picked[1][:, at]), ranks[:, : at.stop - at.start]
+            score(q, k, w, start, end, its, first + at.start, done[:, at])
+            select(its, start, end, some, first + at.start, done[:, at])
         unpack(picked, (outputs[0], outputs[1]), first)
 
 

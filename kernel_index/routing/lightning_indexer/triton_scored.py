@@ -6,6 +6,8 @@ four heads of a query are in one thread, and the keys so that 16 neighbours are:
 part.  The same kernel scores the sample from which the bound comes, and stores all of that.
 """
 
+import math
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernel_index.core.triton.hopper import DTYPES, HopperKernel, barriers, computed_before, product_nt, within
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
-from kernel_index.core.triton.launch import ceil_div, on_device, processors
+from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
 from kernel_index.core.triton.products import is_hopper
 from kernel_index.routing.lightning_indexer import triton_sample
 
@@ -168,7 +170,7 @@ def _consume(
 ):  # fmt: skip
     (
         q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, buffers, q_t, q_j, w_t, w_j, T0, FIRST,
-        STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
+        STOP, SAMPLES, MANY, EIGHT, part, PARTS, first, stop, low, period,
     ) = given  # fmt: skip
     q_ring, k_ring, full, empty, turns = buffers
     STAGES: gl.constexpr = full.shape[0]
@@ -203,7 +205,7 @@ def _consume(
     o_thread = gl.arange(0, 4, layout=gl.SliceLayout(0, THREAD))[None, :]
     o_i = gl.arange(0, BN // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     if SAMPLED:
-        p_found = found_ptr + row * MANY
+        p_found = found_ptr + row * SAMPLES
     else:
         p_found = found_ptr + (row * PARTS + part) * (MANY + SLACK)
         rank = gl.load(bounds_ptr + row, mask=m_t, other=LOW)
@@ -247,13 +249,14 @@ def _consume(
 @HopperKernel
 def _scored_kernel(
     q_ptr, k_desc, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, q_t, q_j, w_t, w_j, FIRST, STOP, S,
-    TOPK, MANY, EIGHT,
+    TOPK, SAMPLES, MANY, EIGHT,
     PARTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     SAMPLED: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """Store score · 2³² + token of the first MANY keys of each part that reach the bound, and count all of them.
 
-    ``SAMPLED``: the ranks int32 [T', MANY] of MANY keys instead, NONE for those that a query may not see.
+    ``SAMPLED``: the ranks int32 [T', SAMPLES] of SAMPLES keys instead, NONE for those that a query may not see; nothing
+    where no query may see more than MANY.
     """
     ALL: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     T0 = FIRST + gl.program_id(0) * 128
@@ -265,8 +268,8 @@ def _scored_kernel(
     part = gl.program_id(1)
     longest = gl.max(gl.where(o_t < STOP, end - start, 0), 0)
     if SAMPLED:
-        size = MANY // PARTS
-        period = gl.cdiv(gl.cdiv(high - low, 8), MANY // 8)
+        size = SAMPLES // PARTS
+        period = gl.cdiv(gl.cdiv(high - low, 8), SAMPLES // 8)
         whole = gl.where(longest > MANY, size, 0)  # others need no sample
     else:
         size = gl.cdiv(gl.cdiv(high - low, PARTS), BN) * BN
@@ -284,7 +287,7 @@ def _scored_kernel(
     fence_async_shared()
     consumed = (
         q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, (q_ring, k_ring, full, empty, turns), q_t,
-        q_j, w_t, w_j, T0, FIRST, STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
+        q_j, w_t, w_j, T0, FIRST, STOP, SAMPLES, MANY, EIGHT, part, PARTS, first, stop, low, period,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -305,9 +308,19 @@ def takes(q: Tensor, k: Tensor, many: int) -> bool:
     return is_hopper(q) and fits and bool(many)
 
 
-def bytes_of(many: int) -> int:
+SURE = 90
+"""Keys of a sample that are to reach the bound.  Their number has a deviation of a tenth then, and 3 rows of 2000 have
+more or fewer keys above it than are wanted."""
+
+
+def samples_of(topk: int, many: int, keys: int) -> int:
+    """Keys of a sample: of rows at random, ``√(topk · many)`` keys of each are to reach its bound."""
+    return min(1 << 15, max(1024, next_power_of_2(SURE * keys // math.isqrt(topk * many))))
+
+
+def bytes_of(many: int, samples: int) -> int:
     """Of a query: its sample and its lists."""
-    return 4 * many + 8 * PARTS * (many + SLACK.value)
+    return 4 * samples + 8 * PARTS * (many + SLACK.value)
 
 
 def queries_at_once(q: Tensor) -> int:
@@ -329,17 +342,16 @@ def _described(k: Tensor, rows: int) -> TensorDescriptor:
 
 def score(
     call: tuple[Tensor, Tensor, Tensor], bounds: tuple[Tensor, Tensor], first: int, topk: int, least: Tensor,
-    target: Tensor, counts: Tensor | None,
+    many: int, target: Tensor, counts: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill ``target``: without ``counts`` samples int32 [T', many], else lists int64 [T', PARTS, many + SLACK].
+    """Fill ``target``: without ``counts`` samples int32 [T', samples], else lists int64 [T', PARTS, many + SLACK].
 
     ``call``: q [T, J, D], what ``turned`` makes of the keys, w [T, J].  ``least`` int32 [T']: the ranks to reach.
     """
-    (q, k, w), queries, sampled = call, len(target), counts is None
-    many = target.shape[-1] if sampled else target.shape[-1] - SLACK.value
+    (q, k, w), (queries, samples), sampled = call, (len(target), target.shape[-1]), counts is None
     _scored_kernel[(ceil_div(queries, 4 * QUERIES), PARTS)](
         q, _described(k, 8 if sampled else KEYS), w, *bounds, least, target, counts, *q.stride()[:2], *w.stride(),
-        first, first + queries, k.shape[0], topk, many, 8,
+        first, first + queries, k.shape[0], topk, samples, many, 8,
         PARTS=PARTS, HEADS=q.shape[1], D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, TOGETHER=TOGETHER,
         num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
     )  # fmt: skip
@@ -347,16 +359,20 @@ def score(
 
 def select(
     call: tuple[Tensor, Tensor, Tensor], bounds: tuple[Tensor, Tensor], picked: tuple[Tensor, Tensor], first: int,
-    done: Tensor, many: int,
+    done: Tensor, space: tuple[int, int],
 ) -> None:  # fmt: skip
-    """Fill the rows of ``picked`` [1, T', topk] that this way finds, and 1 in ``done`` for each."""
+    """Fill the rows of ``picked`` [1, T', topk] that this way finds, and 1 in ``done`` for each.
+
+    ``space``: keys that each list has a place for, and of a sample.
+    """
     (_, queries, topk), device = picked[0].shape, call[0].device
-    sample = torch.empty(queries, many, dtype=torch.int32, device=device)
+    many, samples = space
+    sample = torch.empty(queries, samples, dtype=torch.int32, device=device)
     found = torch.empty(queries, PARTS, many + SLACK.value, dtype=torch.int64, device=device)
     counts = torch.empty(queries, PARTS, dtype=torch.int32, device=device)
     least = torch.empty(queries, dtype=torch.int32, device=device)
     with on_device(call[0]):
-        score(call, bounds, first, topk, least, sample, None)
-        triton_sample.bound(sample, bounds, first, topk, least)
-        score(call, bounds, first, topk, least, found, counts)
+        score(call, bounds, first, topk, least, many, sample, None)
+        triton_sample.bound(sample, bounds, first, topk, least, (many, True))
+        score(call, bounds, first, topk, least, many, found, counts)
         triton_sample.pick(found, counts, least, picked, done)
