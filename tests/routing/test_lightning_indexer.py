@@ -63,6 +63,8 @@ def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch)
 @pytest.mark.parametrize("heads", [3, 4])
 def test_infinite_keys_and_heads_that_fill_no_product(heads, backend):
     """Three heads may be computed as four: of the fourth nothing counts, not 0 times infinity either."""
+    if backend == "triton" and not launch.interpreting():
+        pytest.skip("runs in Triton's interpreter; a GPU has a test in test_scores_that_reach_a_bound.py")
     q, k, w = whole_numbers(60, heads)
     k[:, 5, 0], k[:, 20] = -torch.inf, torch.inf
     picked = ki.lightning_indexer(q, k, w, topk=6, backend=backend)

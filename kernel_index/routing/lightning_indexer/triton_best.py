@@ -60,7 +60,7 @@ def best(
 ) -> tuple[Tensor, Tensor]:
     """Fill ``outputs`` with the tokens of each query's best scores and these scores, best first; then −1 and −∞."""
     (B, T), S = q.shape[:2], k.shape[1]
-    if triton_scored.takes(q, k, parts_of(topk)) and S:
+    if triton_scored.takes(q, k, parts_of(topk)):
         for b in range(B):
             bounds = start[b % len(start)][None], end[b % len(end)][None]
             _by_bounds(*(x[b : b + 1] for x in (q, k, w)), *bounds, topk, tuple(x[b : b + 1] for x in outputs))
@@ -92,22 +92,24 @@ def _by_bounds(
     space = many, triton_scored.samples_of(topk, many, k.shape[1])
     call = q[0], triton_scored.turned(k[0]), w[0]
     group = max(1, PICKED_BYTES // (8 * topk) // unit) * unit
-    left = _cuts(min(group, T), 4 * row + 8 * parts, 128)
-    ranks = torch.empty(1, left[0].stop, row, dtype=torch.int32, device=q.device)  # of what is left
+    scored, left = _cuts(min(group, T), triton_scored.bytes_of(*space), unit), _cuts(min(group, T), 4 * row + 8 * parts)
+    numbers = max(scored[0].stop * triton_scored.numbers_of(many), ceil_div(left[0].stop * row, 2))
+    room = torch.empty(numbers, dtype=torch.int64, device=q.device)  # for lists, then for the scores of what is left
     for first in range(0, T, group):
         queries = min(group, T - first)
         picked, done = _allocate(1, queries, topk, q), torch.zeros(1, queries, dtype=torch.int32, device=q.device)
         for at in _cuts(queries, triton_scored.bytes_of(*space), unit):
             some = picked[0][:, at], picked[1][:, at]
-            triton_scored.select(call, (start[0], end[0]), some, first + at.start, done[:, at], space)
-        for at in _cuts(queries, 4 * row + 8 * parts, 128):
-            some, its = (picked[0][:, at], picked[1][:, at]), ranks[:, : at.stop - at.start]
-            score(q, k, w, start, end, its, first + at.start, done[:, at])
-            select(its, start, end, some, first + at.start, done[:, at])
+            triton_scored.select(call, (start[0], end[0]), some, first + at.start, done[:, at], space, room)
+        for at in _cuts(queries, 4 * row + 8 * parts):
+            some, its = (picked[0][:, at], picked[1][:, at]), done[:, at]
+            ranks = room.view(torch.int32)[: its.numel() * row].view(1, -1, row)
+            score(q, k, w, start, end, ranks, first + at.start, its)
+            select(ranks, start, end, some, first + at.start, its)
         unpack(picked, (outputs[0], outputs[1]), first)
 
 
-def _cuts(queries: int, bytes_of_query: int, unit: int) -> list[slice]:
+def _cuts(queries: int, bytes_of_query: int, unit: int = 128) -> list[slice]:
     """Stretches of queries, multiples of a unit, whose memory is bounded."""
     step = max(1, SCORES_BYTES // bytes_of_query // unit) * unit
     return [slice(at, min(at + step, queries)) for at in range(0, queries, step)]

@@ -303,9 +303,9 @@ def _scored_kernel(
 
 
 def takes(q: Tensor, k: Tensor, many: int) -> bool:
-    """Whether these kernels are for such a call: heads that fill their product."""
+    """Whether these kernels are for such a call: heads that fill their product, and programs for half of the GPU."""
     fits = q.element_size() == 2 and q.shape[2] <= MOST_HEADS and q.shape[3] == WIDTH and q.stride(3) == 1
-    return is_hopper(q) and fits and bool(many)
+    return is_hopper(q) and fits and bool(many) and k.shape[1] > 0 and 2 * q.shape[1] >= queries_at_once(q)
 
 
 SURE = 90
@@ -318,9 +318,14 @@ def samples_of(topk: int, many: int, keys: int) -> int:
     return min(1 << 15, max(1024, next_power_of_2(SURE * keys // math.isqrt(topk * many))))
 
 
+def numbers_of(many: int) -> int:
+    """Entries that a query's lists have places for."""
+    return PARTS * (many + SLACK.value)
+
+
 def bytes_of(many: int, samples: int) -> int:
     """Of a query: its sample and its lists."""
-    return 4 * samples + 8 * PARTS * (many + SLACK.value)
+    return 4 * samples + 8 * numbers_of(many)
 
 
 def queries_at_once(q: Tensor) -> int:
@@ -359,16 +364,16 @@ def score(
 
 def select(
     call: tuple[Tensor, Tensor, Tensor], bounds: tuple[Tensor, Tensor], picked: tuple[Tensor, Tensor], first: int,
-    done: Tensor, space: tuple[int, int],
+    done: Tensor, space: tuple[int, int], room: Tensor,
 ) -> None:  # fmt: skip
     """Fill the rows of ``picked`` [1, T', topk] that this way finds, and 1 in ``done`` for each.
 
-    ``space``: keys that each list has a place for, and of a sample.
+    ``space``: keys that each list has a place for, and of a sample.  ``room``: memory for lists, int64.
     """
     (_, queries, topk), device = picked[0].shape, call[0].device
     many, samples = space
     sample = torch.empty(queries, samples, dtype=torch.int32, device=device)
-    found = torch.empty(queries, PARTS, many + SLACK.value, dtype=torch.int64, device=device)
+    found = room[: queries * numbers_of(many)].view(queries, PARTS, -1)
     counts = torch.empty(queries, PARTS, dtype=torch.int32, device=device)
     least = torch.empty(queries, dtype=torch.int32, device=device)
     with on_device(call[0]):
