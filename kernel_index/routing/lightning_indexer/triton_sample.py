@@ -32,11 +32,8 @@ def found_of(many: int) -> int:
     return SEGMENTS * max(FEWEST, many) if many else 0
 
 
-INTERPOLATED = True
-
-
 @jit
-def _reached(rank, need, least, more, INTERPOLATED: tl.constexpr):
+def _reached(rank, need, least, more):
     """See ``reached`` of ``triton_topk.py``; up to ``more`` integers more than ``need`` will do.
 
     Two steps of three go where the count would be right if it fell evenly: of 4096 scores it takes 5 for 13, or 8.
@@ -45,12 +42,9 @@ def _reached(rank, need, least, more, INTERPOLATED: tl.constexpr):
     count, over, step = tl.sum((rank >= least.to(tl.int32)).to(tl.int32)), need * 0, need * 0
     while (count > need + more) & (above - least > 1):
         width = above - least
-        middle = width >> 1
-        if INTERPOLATED:
-            part = (count - need - 0.5 * more) / (count - over)
-            found = tl.minimum(tl.maximum((part * width.to(tl.float32)).to(tl.int64), 1), width - 1)
-            middle = tl.where(step % 3 == 2, middle, found)
-        middle += least
+        part = (count - need - 0.5 * more) / (count - over)
+        middle = tl.minimum(tl.maximum((part * width.to(tl.float32)).to(tl.int64), 1), width - 1)
+        middle = least + tl.where(step % 3 == 2, width >> 1, middle)
         found = tl.sum((rank >= middle.to(tl.int32)).to(tl.int32))
         enough = found >= need
         least, above = tl.where(enough, middle, least), tl.where(enough, above, middle)
@@ -62,7 +56,7 @@ def _reached(rank, need, least, more, INTERPOLATED: tl.constexpr):
 @jit
 def _bound_kernel(
     ranks_ptr, start_ptr, end_ptr, bounds_ptr, bound_b, FIRST, QUERIES, TOPK, ROW, ENOUGH, WANTED, MANY: tl.constexpr,
-    SAMPLED: tl.constexpr, INTERPOLATED: tl.constexpr,
+    SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """The rank that about WANTED keys of a row reach; NONE where TOPK or fewer are seen, the least where ENOUGH are.
 
@@ -83,14 +77,14 @@ def _bound_kernel(
             m_n = within(o_n, start, start + size)
             rank = tl.load(ranks_ptr + (b * QUERIES + local) * ROW + o_n, mask=m_n, other=NONE)
         need = tl.maximum(WANTED * tl.sum(m_n.to(tl.int32), 0) // size, 1)
-        bound = _reached(rank, need, bound, need // 16, INTERPOLATED)
+        bound = _reached(rank, need, bound, need // 16)
     tl.store(bounds_ptr + b * QUERIES + local, bound.to(tl.int32))
 
 
 @jit
 def _pick_kernel(
     found_ptr, counts_ptr, bounds_ptr, best_ptr, tokens_ptr, done_ptr, TOPK, SPACE, MANY: tl.constexpr,
-    SCORED: tl.constexpr, INTERPOLATED: tl.constexpr,
+    SCORED: tl.constexpr,
 ):  # fmt: skip
     """The best TOPK of the keys that were found, of equal ones the first, ascending; ``done``: that they are stored.
 
@@ -113,7 +107,7 @@ def _pick_kernel(
     if SCORED:
         rank = rank_of(rank.to(tl.float32, bitcast=True))
     rank = tl.where(o_found < total, rank, NONE)
-    least = _reached(rank, total * 0 + TOPK, bound, 0, INTERPOLATED)
+    least = _reached(rank, total * 0 + TOPK, bound, 0)
     m_above, m_equal = rank > least.to(tl.int32), rank == least.to(tl.int32)
     equal = TOPK - tl.sum(m_above.to(tl.int32), 0)
     place = tl.cumsum(m_above.to(tl.int32) + (m_equal.to(tl.int32) << 16), 0)  # two sums of at most MANY
@@ -137,7 +131,7 @@ def bound(
         looked_at = ranks.shape[-1]
     _bound_kernel[(queries, B)](
         ranks, start, end, bounds, bound_b, first, queries, topk, ranks.shape[-1], many, math.isqrt(topk * many),
-        MANY=looked_at, SAMPLED=sampled, INTERPOLATED=INTERPOLATED, num_warps=max(4, looked_at // 1024),
+        MANY=looked_at, SAMPLED=sampled, num_warps=max(4, looked_at // 1024),
     )  # fmt: skip
 
 
@@ -150,7 +144,7 @@ def pick(
     options = {"num_warps": 8, "maxnreg": 64} if many <= 4096 else {"num_warps": 16}
     _pick_kernel[(bounds.numel(),)](
         found, counts, bounds, *picked, done, picked[0].shape[2], space, MANY=many, SCORED=scored,
-        INTERPOLATED=INTERPOLATED, **options,
+        **options,
     )  # fmt: skip
 
 
