@@ -22,7 +22,6 @@ import typer
 from torch import Tensor
 
 import kernel_index as ki
-from benchmarks.gpu_expert_calls import keys_of_quack
 from benchmarks.gpu_experts import memory_mib
 from benchmarks.gpu_session import DryRun, LeftOut, Only, Out, Seconds, Session, Warm
 from benchmarks.harness import console
@@ -95,7 +94,6 @@ def of_tokens(inputs: Inputs, function: Callable[..., Any]) -> Step:
 def quack(inputs: Inputs) -> Step:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    keys_of_quack()
     return of_loss(inputs, chunked_linear_cross_entropy)
 
 
