@@ -180,13 +180,13 @@ def test_a_layer_names_a_dropout_that_is_no_probability(make):
     for value in (-0.1, 1.5):
         with pytest.raises(ValueError, match=f"^dropout must be between 0 and 1, got {value}$"):
             make(8, dropout=value)
-    with pytest.raises(TypeError, match="^dropout must be a number, got str$"):
+    with pytest.raises(TypeError, match=r"^dropout must be a number, got str$"):
         make(8, dropout="a tenth")
     make(8, dropout=1)
 
 
 def test_a_norm_names_an_eps_that_is_negative():
-    with pytest.raises(ValueError, match="^eps must be at least 0, got -1.0$"):
+    with pytest.raises(ValueError, match=r"^eps must be at least 0, got -1\.0$"):
         ResidualRMSNorm(8, eps=-1.0)
 
 
@@ -197,5 +197,5 @@ def test_hyper_connections_name_a_number_that_they_cannot_have():
     for name in ("streams", "iters", "index"):
         with pytest.raises(TypeError, match=f"^{name} must be an integer, got float$"):
             HyperConnections(SwiGLUMLP(8, 8), **{name: 2.0})
-    with pytest.raises(ValueError, match="^separation must be finite, got nan$"):
+    with pytest.raises(ValueError, match=r"^separation must be finite, got nan$"):
         HyperConnections(SwiGLUMLP(8, 8), separation=float("nan"))
