@@ -16,9 +16,9 @@ from kernel_index.core.triton.sums import MOST_PARTS, dependent, sum_parts
 BLOCK, PLAIN_BLOCK, FEW_BLOCK = 4096, 2048, 1024
 """Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H200.
 
-FEW_BLOCK with a mask, where there would be less than two programs for each processor; without one, where there would be
-less than one, and with half the warps.  Blocks of 1024 also begin at the first channel more often, which saves a remainder
-for each element of the bias.
+FEW_BLOCK with a mask, where there would be less than two programs for each processor; without one, where there would
+be less than one, and with half the warps.  Blocks of 1024 also begin at the first channel more often, which saves a
+remainder for each element of the bias.
 """
 
 COLUMNS, ROWS, RUNS = 2048, 2, 2

@@ -34,7 +34,8 @@ STAGES = 3
 AT_ONCE = 4
 """Rows for each processor up to which the forward pass loads the weight before it sums a row.
 
-So few programs run at once anyway.  Of more, the weight's registers, 40 for 32 a thread, would keep one in four waiting.
+So few programs run at once anyway.  Of more, the weight's registers, 40 for 32 a thread, would keep one in four
+waiting.
 """
 
 NARROW = 1024
