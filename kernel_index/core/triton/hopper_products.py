@@ -235,7 +235,7 @@ def multiplied(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, *, few: boo
 
 
 _KNOWN: "dict[Any, _Launch | None]" = {}
-"""By sizes, strides and dtypes of operands whose addresses the copy engine takes: layers are small, so the host counts."""
+"""By sizes, strides and dtypes, for addresses that the copy engine takes: the host is the limit of small layers."""
 
 
 def _launch_of(
@@ -336,8 +336,8 @@ class _Launch:
         of_a, of_b, of_y = self.sizes
         a_desc, b_desc = _Tiles(a, *of_a), _Tiles(b, *of_b)  # turned or not, they lie at one address
         y_desc = None if self.parts > 1 else _Tiles(y, *of_y)
-        added = None if bias is None else bias.data_ptr()
-        run(*self.grid, place[1], function, metadata, None, None, None, a_desc, b_desc, y_desc, y.data_ptr(), added, *rest)
+        operands = a_desc, b_desc, y_desc, y.data_ptr(), None if bias is None else bias.data_ptr()
+        run(*self.grid, place[1], function, metadata, None, None, None, *operands, *rest)
 
     def _start(self, a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor) -> Any:
         a, b = self._as_they_lie(a, b)
