@@ -122,10 +122,16 @@ def mixed(layer: "Mamba2", inputs: Tensor, step: Tensor, mask: "ki.MaskContract 
     def build() -> Layout:
         return layout_of(ids, rows, tokens, where, mask)
 
-    layout = build() if mask is None or ids is None else mask.remember("chunked", (rows, tokens, where), build)
-    numbers = torch.zeros(1, tokens, dtype=torch.int32, device=where)
-    if ids is not None:
-        numbers = torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).to(torch.int32).cumsum(-1), (1, 0))
+    def number() -> Tensor:
+        if ids is None:
+            return torch.zeros(1, tokens, dtype=torch.int32, device=where)
+        return torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).to(torch.int32).cumsum(-1), (1, 0))
+
+    if mask is None or ids is None:
+        layout, numbers = build(), number()
+    else:
+        layout = mask.remember("chunked", (rows, tokens, where), build)
+        numbers = mask.remember("numbered", (rows, tokens, where), number)
     before = inputs.new_zeros(rows, layer.width - 1, inputs.shape[-1])
     convolved = _convolved(layer, inputs, numbers, before)
     state = torch.zeros(rows, layer.heads, layer.head_dim, layer.state, dtype=torch.float32, device=where)

@@ -20,6 +20,8 @@ from kernel_index.core.triton.launch import interpreting
 ENABLE_FP_FUSION = True
 """A product and its sum are one instruction with one rounding (FMA): so it was in every figure that is recorded."""
 
+ON_ROCM = torch.version.hip is not None
+
 MOST_KNOWN = 4096
 """Launches that a kernel remembers; then it begins anew."""
 
@@ -162,11 +164,13 @@ def _takes_short_way(first: Any) -> bool:
     Not for ROCm, whose compiler also asks how much memory a pointer has; not where a profiler's hook or a debugging
     option is set; and a meta tensor only stands for a launch.
     """
-    first = getattr(first, "base", first)  # of a descriptor
-    if torch.version.hip is not None or not isinstance(first, Tensor) or not first.is_cuda or knobs.runtime.debug:
+    if not isinstance(first, Tensor):
+        first = getattr(first, "base", first)  # of a descriptor
+    if not isinstance(first, Tensor) or not first.is_cuda or ON_ROCM:
         return False
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return not any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or runtime.debug)
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
