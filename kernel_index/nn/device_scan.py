@@ -42,7 +42,7 @@ class Layout(NamedTuple):
     segments: Tensor
 
 
-LENGTHS = 8
+LENGTHS = 16
 """Lengths of rows in chunks up to twice the tokens of a row: few, since a recorded step holds for one length."""
 
 
