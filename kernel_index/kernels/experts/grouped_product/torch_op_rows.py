@@ -101,9 +101,7 @@ def _on_device(schema: str, launch: Callable[..., Tensor], fake: Callable[..., T
     return functools.partial(ops.run, ops.register(schema, launch, fake), launch)
 
 
-_TRITON = _registered(
-    "device_grouped_rows", _on_device, _launch_triton, _launch_triton_d_input, _launch_triton_d_weight
-)
+TRITON = _registered("device_grouped_rows", _on_device, _launch_triton, _launch_triton_d_input, _launch_triton_d_weight)
 
 
 class _GroupedRows(torch.autograd.Function):
@@ -127,4 +125,4 @@ def grouped_product_native(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor
 
 
 def grouped_product_triton(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return ops.apply(_GroupedRows, x, weight, offsets, _TRITON)
+    return ops.apply(_GroupedRows, x, weight, offsets, TRITON)
