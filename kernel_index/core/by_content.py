@@ -136,17 +136,27 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def hashed(*words: Tensor) -> Tensor:
-    """64 bits of whole numbers, int64, element by element.
+    """64 bits of whole numbers, int64, element by element: a sum of multiples that have no simple relation, then mixed.
 
-    Source: S. Vigna's splitmix64, its two multiplications; integer products wrap around.
+    Source: S. Vigna's splitmix64, its increment and its two multiplications; integer products wrap around.
     """
-    found = torch.zeros_like(words[0])
-    for word in words:
-        found = found + word + _signed(0x9E3779B97F4A7C15)
-        found = (found ^ _shifted(found, 30)) * _signed(0xBF58476D1CE4E5B9)
-        found = (found ^ _shifted(found, 27)) * _signed(0x94D049BB133111EB)
-        found = found ^ _shifted(found, 31)
-    return found
+    found = words[0] * _signed(_multiple(1))
+    for i, word in enumerate(words[1:], 2):
+        found = torch.add(found, word, alpha=_signed(_multiple(i)))
+    found = (found ^ _shifted(found, 30)) * _signed(FIRST)
+    found = (found ^ _shifted(found, 27)) * _signed(SECOND)
+    return found ^ _shifted(found, 31)
+
+
+INCREMENT, FIRST, SECOND, BITS = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
+
+
+def _multiple(i: int) -> int:
+    """The i-th number of splitmix64 from 0, made odd, so that no word loses a bit."""
+    x = i * INCREMENT & BITS
+    x = (x ^ x >> 30) * FIRST & BITS
+    x = (x ^ x >> 27) * SECOND & BITS
+    return (x ^ x >> 31) | 1
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
