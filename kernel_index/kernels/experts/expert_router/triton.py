@@ -4,6 +4,9 @@ Products are as exact as float32 whatever the dtype of x.  A float32 number is t
 bfloat16 the products are those of its parts, which tensor cores multiply without rounding.  float16 fits into
 tensorfloat32, of which a float32 weight is three parts, too.  Names are those of ``core/triton/attention.py``: ``o_n``
 [TILE] are tokens, ``o_e`` [EXPERTS] experts, ``o_c`` [BLOCK] channels.
+
+A weight of bfloat16 is one part, and must not be divided: Triton 3.6 then multiplies by the tile as it was loaded,
+without waiting, and loads the next tile but one over it meanwhile.  On Hopper some scores were wrong.
 """
 
 import torch
@@ -82,14 +85,18 @@ def _forward_kernel(
     rest = tl.zeros((TILE, EXPERTS), tl.float32)
     for start in range(0, width, BLOCK):
         o_c = start + tl.arange(0, BLOCK)
-        b_w = _tile(weight_ptr, o_e, o_c, count, width)
-        if PRECISION == "parts":
+        if PRECISION == "whole":
+            b_x = _load(x_ptr, o_n, o_c, tokens, width, UPCAST)
+            z = tl.dot(b_x, tl.trans(_load(weight_ptr, o_e, o_c, count, width, UPCAST)), z)
+        elif PRECISION == "parts":
+            b_w = _tile(weight_ptr, o_e, o_c, count, width)
             b_x = _load(x_ptr, o_n, o_c, tokens, width, UPCAST)
             first, second, third = _parts(b_w, UPCAST)
             rest = tl.dot(b_x, tl.trans(third), rest)
             rest = tl.dot(b_x, tl.trans(second), rest)
             z = tl.dot(b_x, tl.trans(first), z)
         else:
+            b_w = _tile(weight_ptr, o_e, o_c, count, width)
             z += tl.dot(_tile(x_ptr, o_n, o_c, tokens, width), tl.trans(b_w), input_precision=PRECISION)
     z = _sum_of(z, rest)
     if SOFTMAX:
@@ -228,6 +235,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, softmax: bool, outpu
         load.zero_()
         return
     geometry, topk = _geometry(x, count), experts.shape[1]
+    if geometry["PRECISION"] == "parts" and weight.dtype == x.dtype:
+        geometry["PRECISION"] = "whole"
     tiles = ceil_div(tokens, geometry["TILE"])
     parts = x.new_empty((tiles, count), dtype=torch.int32)
     with on_device(x):
