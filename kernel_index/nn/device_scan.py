@@ -189,7 +189,7 @@ def continued(layer: "Mamba2", inputs: Tensor, step: Tensor, cache: "MixerState"
     segments = torch.zeros(1, len(place), dtype=torch.int32, device=inputs.device)
     y = _scanned(layer, _taken(joined, source, 0.0), _taken(steps, source, -torch.inf), segments, cache.scan).y
     whole = total // CHUNK * CHUNK
-    with torch.no_grad(), torch.inference_mode(False):  # a state is a constant, and stays usable
+    with torch.inference_mode(False), torch.no_grad():  # in this order; a state is a constant, and stays usable
         given = (joined.detach().clone(), steps.detach().clone())
         closed = source_of(place, whole)
         x, dt = _taken(given[0], closed, 0.0), _taken(given[1], closed, -torch.inf)
