@@ -140,7 +140,9 @@ class LanguageModel(nn.Module):
 
     def in_order(self, batch: Batch) -> Batch:
         """The batch as a training step takes it, before one is recorded: this reads the device, the step does not."""
-        return self._in_order_to_train(batch, summed=True).batch
+        found = self._in_order_to_train(batch, summed=True).batch
+        assert isinstance(found, Batch)
+        return found
 
     def _hidden(self, batch: AnyBatch) -> Tensor:
         for router in self.routers():

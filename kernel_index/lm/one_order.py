@@ -32,7 +32,7 @@ class Ordered(Batch):
 
     @property
     def kind(self) -> Hashable:
-        return *super().kind, self.in_chunks
+        return super().kind, self.in_chunks
 
 
 AnyBatch = Batch | TreeBatch

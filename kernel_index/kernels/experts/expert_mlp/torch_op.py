@@ -14,12 +14,16 @@ from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
 from kernel_index.kernels.experts.expert_mlp.contract import Call
 from kernel_index.kernels.experts.expert_mlp.reference import hidden_reference, output_reference
-from kernel_index.kernels.experts.grouped_product.torch_op_rows import TRITON as grouped_rows
 
 
 def _op(name: str) -> Any:
     """A registered op of another function of this family."""
     return getattr(torch.ops.kernel_index, name).default
+
+
+def _launched(name: str, *args: Tensor) -> Tensor:
+    """The same where nothing would see it."""
+    return ops.run(_op(name), ops.LAUNCHERS[f"kernel_index::{name}"], *args)
 
 
 def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -29,16 +33,20 @@ def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows times the weight of their expert; in invariant numerics a row of it does not depend on the others."""
     if is_invariant():
-        return grouped_rows.product(x, weight, offsets)
+        return _launched("device_grouped_rows", x, weight, offsets)
     return grouped(x, weight.transpose(1, 2), offsets)
 
 
 def _d_input(d_y: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return grouped_rows.d_input(d_y, weight, offsets) if is_invariant() else grouped(d_y, weight, offsets)
+    return (
+        _launched("device_grouped_rows_d_input", d_y, weight, offsets)
+        if is_invariant()
+        else grouped(d_y, weight, offsets)
+    )
 
 
 def _d_weight(d_y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    return grouped_rows.d_weight(d_y, x, offsets) if is_invariant() else grouped(d_y.T, x, offsets)
+    return _launched("device_grouped_rows_d_weight", d_y, x, offsets) if is_invariant() else grouped(d_y.T, x, offsets)
 
 
 def _rows(x: Tensor, slots: Tensor) -> Tensor:

@@ -101,7 +101,9 @@ def _on_device(schema: str, launch: Callable[..., Tensor], fake: Callable[..., T
     return functools.partial(ops.run, ops.register(schema, launch, fake), launch)
 
 
-TRITON = _registered("device_grouped_rows", _on_device, _launch_triton, _launch_triton_d_input, _launch_triton_d_weight)
+_TRITON = _registered(
+    "device_grouped_rows", _on_device, _launch_triton, _launch_triton_d_input, _launch_triton_d_weight
+)
 
 
 class _GroupedRows(torch.autograd.Function):
@@ -125,4 +127,4 @@ def grouped_product_native(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor
 
 
 def grouped_product_triton(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    return ops.apply(_GroupedRows, x, weight, offsets, TRITON)
+    return ops.apply(_GroupedRows, x, weight, offsets, _TRITON)
