@@ -3,6 +3,7 @@
 Triton's own default differs between versions and can be changed by an environment variable, and with it results would.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from kernel_index.core import ahead
 from kernel_index.core.triton.launch import interpreting
+from kernel_index.core.triton.overwritten_tiles import overwritten
 
 ENABLE_FP_FUSION = True
 """A product and its sum are one instruction with one rounding (FMA): so it was in every figure that is recorded."""
@@ -33,12 +35,31 @@ class Ahead(JITFunction):
         return super().run(*args, grid=grid, warmup=warmup or ahead.is_learning(), **constants)
 
     def _do_compile(self, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
-        compiled = functools.partial(super()._do_compile, key, signature, device, *rest)
+        compiled = functools.partial(self._right, super()._do_compile, key, signature, device, *rest)
         if ahead.is_learning():
             ahead.submit(self, key, compiled)
             return None
         ahead.wait_for(self)
         return self.device_caches[device][0].get(key) or compiled()
+
+    def _right(
+        self, build: Callable[..., Any], key: Any, signature: Any, device: Any, constants: Any, options: Any, *rest: Any
+    ) -> Any:
+        """The compiled kernel, without stages where they would let a copy fall on what a product still reads."""
+        kernel = build(key, signature, device, constants, options, *rest)
+        if overwritten(_text_of(kernel)):
+            plain = dataclasses.replace(options, num_stages=1)
+            kernel = build(key, signature, device, constants, plain, *rest)
+            if found := overwritten(_text_of(kernel)):
+                raise RuntimeError(
+                    f"Triton compiled {self.__name__} so that a product reads an overwritten tile: {found[0]}"
+                )
+        return kernel
+
+
+def _text_of(kernel: Any) -> str:
+    """Of its GPU dialect; none where a hook compiles it elsewhere or later."""
+    return getattr(kernel, "asm", {}).get("ttgir", "")
 
 
 class ShortWay:
