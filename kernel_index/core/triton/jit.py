@@ -22,6 +22,8 @@ from kernel_index.core.triton.overwritten_tiles import overwritten
 ENABLE_FP_FUSION = True
 """A product and its sum are one instruction with one rounding (FMA): so it was in every figure that is recorded."""
 
+ON_ROCM = torch.version.hip is not None
+
 MOST_KNOWN = 4096
 """Launches that a kernel remembers; then it begins anew."""
 
@@ -79,9 +81,19 @@ class ShortWay:
     def _start(self, grid: Any, *args: Any, **constants: Any) -> Any:
         if not _takes_short_way(args[0]) or self.pre_run_hooks:
             return self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
-        kinds = [(type(a), a) if p.is_constexpr else _kind(a) for p, a in zip(self.params, args, strict=False)]
-        key = (torch.cuda.current_device(), *kinds, *constants.items())
-        known = self.__dict__.setdefault("known_launches", {})
+        if (known := self.__dict__.get("known_launches")) is None:
+            known = self.known_launches = {}
+            self.constant_parameters = tuple(p.is_constexpr for p in self.params)
+        device, kinds, passed = torch.cuda.current_device(), list[Any](), list[Any]()
+        for constant, arg in zip(self.constant_parameters, args, strict=False):
+            if isinstance(arg, Tensor):
+                address = arg.data_ptr()
+                kinds += (arg.dtype, address & 15 == 0)
+                arg = address  # of a tensor, the launcher would ask the driver where its memory is
+            else:
+                kinds.append((type(arg), arg) if constant else _kind(arg))
+            passed.append(arg)
+        key = (device, *kinds, *constants.items())
         if (found := known.get(key)) is None:
             kernel = self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
             names = self.arg_names[len(args) :]
@@ -90,7 +102,7 @@ class ShortWay:
                     known.clear()
                 known[key] = _Compiled(kernel, tuple(constants[name] for name in names))
             return kernel
-        found.launch(key[0], *_three(grid), *args)
+        found.launch(device, *_three(grid), *passed)
         return found.kernel
 
 
@@ -159,9 +171,7 @@ class Prepared:
 
 
 def _kind(arg: Any) -> Any:
-    """What Triton compiles for: type and alignment of a pointer; of an integer 1, multiples of 16, and its width."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() & 15 == 0
+    """What Triton compiles for, beside type and alignment of a pointer: of an integer 1, multiples of 16, its width."""
     if type(arg) is int:
         return 1 if arg == 1 else (arg & 15 == 0, arg.bit_length() >> 5)
     if hasattr(arg, "block_shape"):  # what the copy engine of Hopper is told of a tensor
@@ -175,11 +185,13 @@ def _takes_short_way(first: Any) -> bool:
     Not for ROCm, whose compiler also asks how much memory a pointer has; not where a profiler's hook or a debugging
     option is set; and a meta tensor only stands for a launch.
     """
-    first = getattr(first, "base", first)  # of a descriptor
-    if torch.version.hip is not None or not isinstance(first, Tensor) or not first.is_cuda or knobs.runtime.debug:
+    if not isinstance(first, Tensor):
+        first = getattr(first, "base", first)  # of a descriptor
+    if not isinstance(first, Tensor) or not first.is_cuda or ON_ROCM:
         return False
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return not any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or runtime.debug)
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
