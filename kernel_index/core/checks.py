@@ -61,7 +61,7 @@ def has_values(name: str, value: Any, device: torch.device | str) -> None:
 
 def has_dtype(name: str, value: Tensor, dtype: torch.dtype, why: str) -> None:
     if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} {why}, got {value.dtype}")
+        raise TypeError(f"{name} must be {f'{dtype} {why}'.rstrip()}, got {value.dtype}")
 
 
 def is_bool(name: str, value: Any) -> None:
