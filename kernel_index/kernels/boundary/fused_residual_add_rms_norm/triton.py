@@ -31,11 +31,12 @@ STEP = 4096
 STAGES = 3
 """Steps in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
 
-AT_ONCE = 4
-"""Rows for each processor up to which the forward pass loads the weight before it sums a row.
+AT_ONCE, LATE = 4, 2048
+"""Rows for each processor up to which the forward pass loads the weight before it sums a row; of rows wider than LATE
+it always does.
 
-So few programs run at once anyway.  Of more, the weight's registers, 40 for 32 a thread, would keep one in four
-waiting.
+Of many narrow rows the weight's registers, 40 for 32 a thread, would keep one program in four waiting: on an H200 2048
+rows of 2048 took 10.6 µs for 11.1; but of 5120 24.9 for 24.6.
 """
 
 NARROW = 1024
@@ -245,7 +246,7 @@ def forward(
         with on_device(residual):
             whole = is_whole(width, residual, delta, *outputs[:2])
             config = pick_config(width, whole)
-            early = whole and rows <= AT_ONCE * processors(residual)
+            early = whole and (width > LATE or rows <= AT_ONCE * processors(residual))
             _forward_kernel[(rows,)](
                 residual, delta, weight, scale, *outputs, width, eps, offset,
                 SCALE=_kind_of_scale(scale), ONE_BLOCK=whole, EARLY=early, **config,
