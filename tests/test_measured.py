@@ -189,7 +189,7 @@ def on_sm90(monkeypatch, table):
     table(attention=ATTENTION)
 
     def explained(tokens: int, d: int, fa4: bool, train: bool = False, arch: int = 90, heads: int = 8, **options):
-        monkeypatch.setattr(gpu_rules, "has_package", lambda name: fa4 or name != "flash_attn")
+        monkeypatch.setattr(gpu_rules, "fa4_package_why_not", lambda: None if fa4 else "absent")
         made = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": train}
         q, k, v = (torch.empty(4, tokens, heads, d, **made) for _ in range(3))
         sink = torch.empty(heads, dtype=torch.bfloat16, device="meta") if options.pop("sink", False) else None

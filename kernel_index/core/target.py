@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -60,6 +61,27 @@ def has_package(name: str) -> bool:
 
 
 @functools.cache
+def _ask_fa4() -> str | None:
+    if not has_package("flash_attn"):
+        return NEEDS_FA4
+    try:
+        importlib.import_module("flash_attn.cute")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        if getattr(error, "name", "") == "flash_attn.cute":
+            return f"{NEEDS_FA4}: the flash_attn that is installed is another one"
+        return f"flash-attn-4 cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def fa4_package_why_not() -> str | None:
+    """Why flash-attn-4 cannot be called here, or None.
+
+    Version 2 of FlashAttention installs a package of the same name, so this one is imported to know: seconds, once.
+    """
+    return _ask_fa4()
+
+
+@functools.cache
 def _ask_triton() -> tuple[int, ...]:
     if not has_package("triton"):
         return 0, 0
@@ -73,6 +95,7 @@ def triton_version() -> tuple[int, ...]:
     return _ask_triton()
 
 
+NEEDS_FA4 = "needs the flash-attn-4 package (pip install flash-attn-4)"
 NO_COMPILER = "no C++ compiler (g++ or clang++) found"
 NO_GXX = "needs g++, or another C++ compiler named by the variable CXX"
 NO_VECTORS = "needs a CPU with AVX-512 and PyTorch's oneDNN"
@@ -149,9 +172,7 @@ def machine_rules() -> dict[str, str | None]:
         "triton": None
         if has_package("triton") and (cuda or interpreting)
         else "needs the triton package (pip install triton) and a CUDA or ROCm device (or TRITON_INTERPRET=1)",
-        "fa4": None
-        if has_package("flash_attn") and cuda
-        else "needs the flash-attn-4 package (pip install flash-attn-4) and a CUDA device",
+        "fa4": fa4_package_why_not() if cuda else f"{NEEDS_FA4} and a CUDA device",
         "gluon": None
         if has_package("triton") and cuda and not interpreting and _has_hopper()
         else "needs the triton package (pip install triton), 3.6 or later, and a CUDA device of sm_90",
@@ -169,5 +190,7 @@ def machine_why_not(backend: str) -> str | None:
 
 # See dispatch.py: Dynamo runs these as plain Python while it traces and keeps the result, but for a
 # ``functools.cache``: it traces what that wraps.
-for _constant in (target_of, has_package, triton_version, has_cxx_compiler, has_vectors, has_bfloat16_products):
+for _constant in (
+    target_of, has_package, fa4_package_why_not, triton_version, has_cxx_compiler, has_vectors, has_bfloat16_products,
+):  # fmt: skip
     _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -7,10 +7,10 @@ chunks.  Every byte is a target exactly once per epoch; none is dropped.
 import hashlib
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -44,6 +44,15 @@ class Batch(NamedTuple):
     positions: Tensor
     doc_ids: Tensor
     valid_counts: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A batch of what the function makes of each tensor: copies, or tensors on another device."""
+        return type(self)(*map(function, self))
+
+    @property
+    def kind(self) -> Hashable:
+        """What decides the sizes of all tensors of a training step."""
+        return tuple(tensor.shape for tensor in self)
 
     @classmethod
     def of_prompt(cls, tokens: Tensor, row: int) -> "Batch":

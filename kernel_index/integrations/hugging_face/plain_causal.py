@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_index.core import rules
-from kernel_index.core.target import Target, has_package, target_of
+from kernel_index.core.target import Target, fa4_package_why_not, target_of
 from kernel_index.integrations.hugging_face.change import Recipe, replace_forward
 from kernel_index.integrations.hugging_face.implementation import own_implementation
 
@@ -31,9 +31,9 @@ def is_plain(mask: Any) -> bool:
 
 def is_faster_here(query: Tensor) -> bool:
     """Whether ``ki.attention`` runs by flash-attn-4, in a graph too, and faster than PyTorch's: query [B, H, T, D]."""
-    if target_of(query.device) != Target("cuda", 90) or not has_package("flash_attn"):
+    if target_of(query.device) != Target("cuda", 90) or query.dtype not in rules.HALF:
         return False
-    return query.dtype in rules.HALF and query.shape[3] in (64, 128)
+    return query.shape[3] in (64, 128) and fa4_package_why_not() is None
 
 
 def replace(model: nn.Module) -> list[Callable[[], None]]:

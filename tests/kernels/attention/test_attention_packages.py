@@ -113,7 +113,7 @@ def test_varlen_is_told_what_the_contract_says(monkeypatch):
 
 def test_fa4_takes_calls_that_need_gradients_of_packed_documents(monkeypatch):
     """Where lists of tiles were not tried, ``auto`` passes over it: reading the lengths waits for the device."""
-    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "fa4_package_why_not", lambda: None)
     q, k, v = (torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
     ids = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
     with pretend(Target("cuda", 100)):
@@ -123,7 +123,7 @@ def test_fa4_takes_calls_that_need_gradients_of_packed_documents(monkeypatch):
 
 
 def test_fa4_declines_gradients_of_packed_documents_that_were_not_found_right(monkeypatch):
-    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "fa4_package_why_not", lambda: None)
     ids = ki.MaskContract(doc_ids=torch.zeros(1, 64, dtype=torch.int64, device="meta"))
 
     def reason(width: int, mask: ki.MaskContract, softcap: float = 0.0, grad: bool = True) -> str | None:

@@ -288,7 +288,7 @@ LENGTHS = torch.tensor([0, 20, 64])
 def test_which_form(monkeypatch, mask, rows, expected):
     q = torch.empty(rows, 64, 2, 64, dtype=torch.bfloat16)
     call = AttentionCall(q, q, q, mask, None, 0.0, None, False)
-    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "fa4_package_why_not", lambda: None)
     monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
     assert gpu_rules.fa4_form(call) == expected
     with_sink = call._replace(sink=torch.zeros(2, requires_grad=True))
@@ -311,7 +311,7 @@ def test_documents_whose_lengths_are_known_are_packed(monkeypatch):
     q = torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, device="meta")
     mask = ki.MaskContract(doc_ids=IDS).to("meta")
     call = AttentionCall(q, q, q, mask, None, 0.0, None, False)
-    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "fa4_package_why_not", lambda: None)
     monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
     assert gpu_rules.fa4_form(call) == "packed"
     assert gpu_rules.fa4_why_not(call) is None
@@ -321,7 +321,7 @@ def test_documents_whose_lengths_are_known_are_packed(monkeypatch):
 
 @pytest.mark.parametrize(("width", "grad"), [(32, True), (80, False)])
 def test_heads_of_which_no_lists_were_compared_are_packed(monkeypatch, width, grad):
-    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "fa4_package_why_not", lambda: None)
     monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
     q = torch.empty(1, 64, 2, width, dtype=torch.bfloat16, requires_grad=grad)
     call = AttentionCall(q, q, q, ki.MaskContract(doc_ids=IDS), None, 0.0, None, False)
@@ -338,7 +338,7 @@ def deterministic():
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_gradients_that_must_repeat_are_not_taken_by_lists(monkeypatch, deterministic, grad):
-    monkeypatch.setattr(gpu_rules, "has_package", lambda name: True)
+    monkeypatch.setattr(gpu_rules, "fa4_package_why_not", lambda: None)
     monkeypatch.setattr(gpu_rules, "target_of", lambda device: Target("cuda", 90))
     q = torch.empty(1, 64, 2, 64, dtype=torch.bfloat16, requires_grad=grad)
     listed = AttentionCall(q, q, q, ki.MaskContract(prefix=8), None, 0.0, None, False)

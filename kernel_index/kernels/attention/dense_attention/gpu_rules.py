@@ -8,7 +8,7 @@ import torch
 from kernel_index.core import device_documents, measured, rules
 from kernel_index.core.fa4_support import support_of
 from kernel_index.core.numerics import is_invariant
-from kernel_index.core.target import has_package, target_of, triton_version
+from kernel_index.core.target import fa4_package_why_not, has_package, target_of, triton_version
 from kernel_index.kernels.attention.dense_attention.contract import NO_MASK, AttentionCall, needs_no_mask
 from kernel_index.masks.doc_window_mask.contract import DENSE_LIMIT
 
@@ -205,8 +205,6 @@ def fa4_why_not(call: AttentionCall) -> str | None:
     target = target_of(call.q.device)
     if target.kind != "cuda":
         return rules.NEEDS_CUDA
-    if not has_package("flash_attn"):
-        return "needs the flash-attn-4 package (pip install flash-attn-4)"
     if call.q.dtype not in rules.HALF:
         return "flash-attn-4 takes float16 and bfloat16"
     support = support_of(target.arch)
@@ -216,6 +214,8 @@ def fa4_why_not(call: AttentionCall) -> str | None:
         return "flash-attn-4 has no sink on this architecture"
     if not support.takes_head_size(call.q.shape[3]) or call.q.shape[3] != call.v.shape[3]:
         return "flash-attn-4 does not take these head sizes on this architecture"
+    if (missing := fa4_package_why_not()) is not None:
+        return missing
     form = fa4_form(call)
     if (rule := None if _is_one_op(call, form) else _trace_rule(call)) is not None:
         return rule

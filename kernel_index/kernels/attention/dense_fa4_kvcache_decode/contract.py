@@ -9,7 +9,7 @@ from torch import Tensor
 from kernel_index.core import checks, device_documents, document_attention, native, rules
 from kernel_index.core.fa4_support import Support, support_of
 from kernel_index.core.numerics import is_invariant
-from kernel_index.core.target import has_package, target_of
+from kernel_index.core.target import fa4_package_why_not, target_of
 from kernel_index.kvcache.decode_arguments import REQUIRES_APPEND_KV, cast_to_cache, check_tensors
 from kernel_index.masks.attention_arguments import check_scoring, check_sink, scale_of
 from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
@@ -172,13 +172,12 @@ def fa4_gate(call: DecodeCall) -> str | None:
 def fa4_why_not(call: DecodeCall) -> str | None:
     if (rule := fa4_gate(call)) is not None:
         return rule
-    if not has_package("flash_attn"):
-        return "needs the flash-attn-4 package (pip install flash-attn-4)"
     if rules.wants_gradient(call.q, call.k, call.v, call.sink):
         return rules.NO_BACKWARD
     if call.q.dtype not in rules.HALF:
         return "flash-attn-4 takes float16 and bfloat16"
-    return _package_rule(support_of(target_of(call.q.device).arch), call.q.shape[-1], call.softcap, call.sink)
+    rule = _package_rule(support_of(target_of(call.q.device).arch), call.q.shape[-1], call.softcap, call.sink)
+    return fa4_package_why_not() if rule is None else rule
 
 
 def _package_rule(support: Support | None, head_size: int, softcap: float, sink: Tensor | None) -> str | None:

@@ -16,7 +16,9 @@ from kernel_index.core.triton.sums import MOST_PARTS, dependent, sum_parts
 BLOCK, PLAIN_BLOCK, FEW_BLOCK = 4096, 2048, 1024
 """Elements of a program of the pass over flat memory, with a mask and without: the fastest tried on an H200.
 
-FEW_BLOCK with a mask, where there would be less than two programs for each processor.
+FEW_BLOCK with a mask, where there would be less than two programs for each processor; without one, where there would
+be less than one, and with half the warps.  Blocks of 1024 also begin at the first channel more often, which saves a
+remainder for each element of the bias.
 """
 
 COLUMNS, ROWS, RUNS = 2048, 2, 2
@@ -180,13 +182,15 @@ def flat(
 ) -> Tensor:
     if out.numel():
         width = x.shape[-1] if x.ndim else 1
-        few = out.numel() < 2 * processors(out) * BLOCK
-        block = PLAIN_BLOCK if mask[0] is None else FEW_BLOCK if few else BLOCK
+        plain = mask[0] is None
+        many = PLAIN_BLOCK if plain else BLOCK
+        few = out.numel() < processors(out) * (PLAIN_BLOCK if plain else 2 * BLOCK)
+        block = FEW_BLOCK if few else many
         with on_device(x):
             _flat_kernel[(ceil_div(out.numel(), block),)](
                 x, residual, bias, out, *mask, out.numel(), width,
-                RESIDUAL=residual is not None, BIAS=bias is not None, DROP=mask[0] is not None,
-                WHOLE_BLOCKS=width % block == 0, BLOCK=block, INVERTED=inverted, num_warps=8,
+                RESIDUAL=residual is not None, BIAS=bias is not None, DROP=not plain,
+                WHOLE_BLOCKS=width % block == 0, BLOCK=block, INVERTED=inverted, num_warps=4 if few and plain else 8,
             )  # fmt: skip
     return out
 

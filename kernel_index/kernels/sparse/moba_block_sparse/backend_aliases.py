@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core.dispatch import Backend, Choice, choose
-from kernel_index.core.target import has_package, target_of
+from kernel_index.core.target import fa4_package_why_not, target_of
 from kernel_index.core.triton.launch import interpreting
 
 FLASH_UNAVAILABLE = "flash_cute_runtime_unavailable"
@@ -70,7 +70,7 @@ def normalized(requested: Any) -> str:
 
 def _flash_runtime(cuda: bool) -> bool:
     """Whether FlexAttention can call FlashAttention-4's kernels: a CUDA device and the package."""
-    return cuda and has_package("flash_attn")
+    return cuda and fa4_package_why_not() is None
 
 
 def flash_runtime_why_not(q: Tensor) -> str | None:
