@@ -120,6 +120,7 @@ class _Loop:
             self.numbers[result] = _computed(right, [self.numbers.get(name) for name in operands])
 
     def _next_turn(self) -> None:
+        given = list[str]()  # a loop that carries nothing has no line that yields
         for line in self.body:
             if line.strip().startswith("scf.yield"):
                 given = re.findall(VALUE, line.split(" : ")[0])
