@@ -73,6 +73,18 @@ kinds = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*fp32", "width": "i32", "
 constants, aligned = {(4,): 64}, {(i,): [["tt.divisibility", 16]] for i in range(4)}
 built = []
 
+def test_a_loop_that_carries_nothing():
+    """Its body ends without a line that yields, as where a Gluon kernel stores all that it computes."""
+    loop = """
+    scf.for %k = %c0 to %width step %c1  : i32 {
+      %a = ttg.memdesc_index %q[%c0] : !ttg.memdesc<1x128x64xbf16> -> !ttg.memdesc<128x64xbf16>
+      %s = ttng.warp_group_dot %a, %b, %zero {isAsync = true} : tensor
+      %w = ttng.warp_group_dot_wait %s {pendings = 0 : i32} : tensor
+    }
+"""
+    assert overwritten(loop) == []
+
+
 def build(key, signature, device, constants, options, *rest):
     built.append(options.num_stages)
     source = ASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
