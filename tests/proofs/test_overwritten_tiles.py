@@ -1,6 +1,7 @@
 """A loop that fills a tile which a product may still read is found, and is compiled without stages instead."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -50,11 +51,40 @@ def test_a_tile_of_a_product_under_way(tiles, wait, faults):
     assert all("%there" in line for line in found)
 
 
+def test_a_loop_that_carries_nothing():
+    """Its body ends without a line that yields, as where a Gluon kernel stores all that it computes."""
+    loop = """
+    scf.for %k = %c0 to %width step %c1  : i32 {
+      %a = ttg.memdesc_index %q[%c0] : !ttg.memdesc<1x128x64xbf16> -> !ttg.memdesc<128x64xbf16>
+      %s = ttng.warp_group_dot %a, %b, %zero {isAsync = true} : tensor
+      %w = ttng.warp_group_dot_wait %s {pendings = 0 : i32} : tensor
+    }
+"""
+    assert overwritten(loop) == []
+
+
 @pytest.mark.parametrize(("wait", "faults"), [("", 1), (WAIT, 0)])
 def test_a_loop_inside_of_another_is_followed_by_itself(wait, faults):
     head = "    %o = scf.for %i = %c0 to %n step %c1 iter_args(%a = %c0) -> (i32)  : i32 {"
     inside = textwrap.indent(LOOP.format(tiles=2, wait=wait), "  ")
     assert len(overwritten(f"{head}{inside}      scf.yield %a : i32\n    }}\n")) == faults
+
+
+def test_a_loop_without_results():
+    code = LOOP.format(tiles=2, wait=WAIT)
+    inside = [line for line in code.splitlines() if "scf.yield" not in line]
+    head = next(i for i, line in enumerate(inside) if "scf.for" in line)
+    inside[head] = "    scf.for %k = %c0 to %width step %c1  : i32 {"
+    assert overwritten("\n".join(inside)) == [], "the product is waited for"
+    code = "\n".join(line for line in inside if "dot_wait" not in line)
+    assert overwritten(code) == [], "numbers that nobody knows may be different"
+    same = re.sub("%(now|then)\\]", "%c0]", code)
+    assert len(overwritten(same)) == 1
+
+
+@pytest.mark.parametrize("text", ["scf.for %i", "scf.for %k = %a to %b step %c iter_args(%x = %y) -> (i32)  : i32 {"])
+def test_a_text_of_another_form_stops_no_kernel(text):
+    assert overwritten(f"{text}\n  %y = ttng.warp_group_dot %a\n") == []
 
 
 COMPILED = """
@@ -72,18 +102,6 @@ target, kernel = GPUTarget("cuda", 90, 32), Kernel(kernels.overwriting_kernel.fn
 kinds = {"x_ptr": "*bf16", "w_ptr": "*bf16", "y_ptr": "*fp32", "width": "i32", "BLOCK": "constexpr"}
 constants, aligned = {(4,): 64}, {(i,): [["tt.divisibility", 16]] for i in range(4)}
 built = []
-
-def test_a_loop_that_carries_nothing():
-    """Its body ends without a line that yields, as where a Gluon kernel stores all that it computes."""
-    loop = """
-    scf.for %k = %c0 to %width step %c1  : i32 {
-      %a = ttg.memdesc_index %q[%c0] : !ttg.memdesc<1x128x64xbf16> -> !ttg.memdesc<128x64xbf16>
-      %s = ttng.warp_group_dot %a, %b, %zero {isAsync = true} : tensor
-      %w = ttng.warp_group_dot_wait %s {pendings = 0 : i32} : tensor
-    }
-"""
-    assert overwritten(loop) == []
-
 
 def build(key, signature, device, constants, options, *rest):
     built.append(options.num_stages)
