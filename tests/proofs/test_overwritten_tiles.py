@@ -51,18 +51,6 @@ def test_a_tile_of_a_product_under_way(tiles, wait, faults):
     assert all("%there" in line for line in found)
 
 
-def test_a_loop_that_carries_nothing():
-    """Its body ends without a line that yields, as where a Gluon kernel stores all that it computes."""
-    loop = """
-    scf.for %k = %c0 to %width step %c1  : i32 {
-      %a = ttg.memdesc_index %q[%c0] : !ttg.memdesc<1x128x64xbf16> -> !ttg.memdesc<128x64xbf16>
-      %s = ttng.warp_group_dot %a, %b, %zero {isAsync = true} : tensor
-      %w = ttng.warp_group_dot_wait %s {pendings = 0 : i32} : tensor
-    }
-"""
-    assert overwritten(loop) == []
-
-
 @pytest.mark.parametrize(("wait", "faults"), [("", 1), (WAIT, 0)])
 def test_a_loop_inside_of_another_is_followed_by_itself(wait, faults):
     head = "    %o = scf.for %i = %c0 to %n step %c1 iter_args(%a = %c0) -> (i32)  : i32 {"

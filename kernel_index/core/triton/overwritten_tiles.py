@@ -34,9 +34,19 @@ class Place(NamedTuple):
 
 
 def overwritten(code: str) -> list[str]:
-    """The copies and stores, as lines of Triton's GPU dialect, that fall on a tile of a product under way."""
+    """The copies and stores, as lines of Triton's GPU dialect, that fall on a tile of a product under way.
+
+    None where the text has another form, as that of another version may have: a check must not stop a kernel.
+    """
     if DOT not in code:
         return []
+    try:
+        return _found_in(code)
+    except (LookupError, ValueError, StopIteration):
+        return []
+
+
+def _found_in(code: str) -> list[str]:
     lines = [line.split(" loc(", 1)[0] for line in code.splitlines()]
     found: dict[str, None] = {}
     for start, line in enumerate(lines):
@@ -95,7 +105,8 @@ class _Loop:
         if "ttg.local_alloc %" in line and (match := _RESULT.match(line)):
             return {Place(match[1], 0)}
         if any(f".{write} " in line for write in _WRITES):
-            return {self.views[name] for name in re.findall(VALUE, line.split(" : ")[0]) if name in self.views}
+            named = {self.views[name] for name in re.findall(VALUE, line.split(" : ")[0]) if name in self.views}
+            return {place for place in named if place.number is not None}
         return set()
 
     def _follow(self, line: str) -> None:
@@ -120,10 +131,8 @@ class _Loop:
             self.numbers[result] = _computed(right, [self.numbers.get(name) for name in operands])
 
     def _next_turn(self) -> None:
-        given = list[str]()  # a loop that carries nothing has no line that yields
-        for line in self.body:
-            if line.strip().startswith("scf.yield"):
-                given = re.findall(VALUE, line.split(" : ")[0])
+        last = self.body[-1] if self.body else ""  # a loop without results ends otherwise
+        given = re.findall(VALUE, last.split(" : ")[0]) if "scf.yield" in last else []
         values = [self.numbers.get(name) for name in given]
         self.numbers |= dict(zip(self.carried, values, strict=False))
 
