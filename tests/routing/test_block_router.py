@@ -158,22 +158,6 @@ def test_long_rows_and_few_or_many_blocks(topk):
     assert torch.equal(actual.indices, top_blocks(block_scores(q, means, 2), legal, topk).indices)
 
 
-@interpreted
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("special", [None, float("nan")])
-def test_long_rows_are_cut(name, special, monkeypatch):
-    _, _, keys, *_, block, _ = CALLS[name][0]
-    monkeypatch.setattr(triton, "VALUES", 16 if keys // block < 100 else 128)
-    test_picks_are_those_of_top_blocks(name, special)
-
-
-@interpreted
-def test_equal_scores_of_several_segments(monkeypatch):
-    monkeypatch.setattr(triton, "VALUES", 32)
-    test_long_rows_and_few_or_many_blocks(33)
-    test_picks_where_many_of_the_best_are_of_one_column(16)
-
-
 def test_rows_of_any_length_fit_the_registers_of_a_multiprocessor():
     config = triton.Config(64, 64, 4, 2, triton.MANY_PROGRAMS)
     for width in (2**n for n in range(4, 21)):

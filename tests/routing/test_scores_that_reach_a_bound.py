@@ -117,7 +117,7 @@ def test_the_same_bits_twice():
     assert torch.equal(first[1].view(torch.int32), second[1].view(torch.int32))
 
 
-def score_by_torch(call, bounds, first, topk, least, many, target, counts):
+def score_by_torch(call, bounds, first, topk, least, target, counts):
     """In place of the kernel for Hopper, which has no interpreter; what has no place is 0."""
     from kernel_index.routing.lightning_indexer import triton_scored
 
@@ -125,12 +125,12 @@ def score_by_torch(call, bounds, first, topk, least, many, target, counts):
     order = triton_scored.turned(torch.arange(len(k))[:, None])[:, 0]
     keys = torch.empty_like(k)
     keys[order] = k
-    samples = target.shape[-1]
+    many = target.shape[-1] - (0 if counts is None else triton_scored.SLACK.value)
     for t in range(len(target)):
         start, end = (int(x[first + t]) for x in bounds)
         score = ((q[first + t].float() @ keys.float().T).relu() * w[first + t][:, None]).sum(0)
         if counts is None:
-            at = torch.arange(samples) * -(-len(keys) // samples)
+            at = torch.arange(many) * -(-len(keys) // many)
             seen = (at >= start) & (at < end)
             target[t] = torch.where(seen, rank_of(score)[at.clamp(max=len(keys) - 1)], -(2**31)).int()
             continue
@@ -151,12 +151,10 @@ def test_rows_that_a_sample_finds_and_rows_that_it_does_not(some, monkeypatch):
 
     for name, value in {"FEWEST": 16, "MOST": 16}.items():
         monkeypatch.setattr(triton, name, value)
-    monkeypatch.setattr(triton_sample, "FEWEST", 16)
     for name, value in {"SCORES_BYTES": 1 << 16, "PICKED_BYTES": 48 * 80}.items():
         monkeypatch.setattr(triton_best, name, value)
-    monkeypatch.setattr(triton_scored, "takes", lambda q, k, many: bool(many))
+    monkeypatch.setattr(triton_scored, "takes", lambda q, k, topk, many: bool(many))
     monkeypatch.setattr(triton_scored, "queries_at_once", lambda q: 128)
-    monkeypatch.setattr(triton_scored, "samples_of", lambda topk, many, keys: 32)
     monkeypatch.setattr(triton_scored, "score", score_by_torch)
     found, pick = [], triton_sample.pick
     monkeypatch.setattr(triton_sample, "pick", lambda *call: (pick(*call), found.append(int(call[-1].sum()))))

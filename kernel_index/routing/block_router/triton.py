@@ -124,49 +124,30 @@ def _store_any(p_row, p_indices, first, legal, least, need, PARTS: tl.constexpr,
     tl.store(p_indices + ((counts[None, :] >> shift) & 255) - 1, o_n, mask=m_take)
 
 
-@jit
-def _row(row, first_ptr, current_ptr, legal_b, FIRST, QUERIES, G, BLOCKS):
-    """Batch row, group and query of a row of scores, the blocks that it may be routed to, and whether there is one."""
-    local, g = row // G, row % G
-    b, t = tl.cast(local // QUERIES, tl.int64), FIRST + local % QUERIES
-    current = tl.load(current_ptr + b * legal_b + t)
-    first = tl.load(first_ptr + b * legal_b + t)
-    return b, g, t, first, current, (current >= 0) & (current < BLOCKS)
-
-
 @functools.partial(jit, do_not_specialize_on_alignment=["ROW"])  # so that loads have the layout that stores have
 def _select_kernel(
-    scores_ptr, first_ptr, current_ptr, indices_ptr, legal_b, FIRST, QUERIES, T, G, TOPK, BLOCKS, ROW, END, SEGMENTS,
-    N: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, CUT: tl.constexpr,
+    scores_ptr, first_ptr, current_ptr, indices_ptr, legal_b, FIRST, QUERIES, T, G, TOPK, BLOCKS, ROW, END,
+    N: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The best blocks of ROWS rows, one after the other: ascending, the current block last, then −1.
 
     A row is PARTS parts, and a column has a block of each.  The best two of every column are looked at first: they are
     few, and seldom a third one is wanted.  Then the taken blocks of four parts are counted at once, each in a byte.
-
-    ``CUT``: a row is one of SEGMENTS segments of a longer one, N blocks each, from whose begin blocks are counted; the
-    current block is left out.
     """
     COLUMNS: tl.constexpr = N // PARTS
     TOGETHER: tl.constexpr = 4 if PARTS > 4 else PARTS
     o_column, o_slot = tl.arange(0, COLUMNS), tl.arange(0, KEPT)
     begin = tl.program_id(0) * ROWS
-    for item in range(begin, tl.minimum(begin + ROWS, END)):
-        if CUT:
-            row, begins = item // SEGMENTS, item % SEGMENTS * N
-        else:
-            row, begins = item, 0
-        b, g, t, first, current, is_block = _row(row, first_ptr, current_ptr, legal_b, FIRST, QUERIES, G, BLOCKS)
-        first, last = tl.maximum(first - begins, 0), tl.minimum(current, BLOCKS) - begins
-        if CUT:
-            last = tl.minimum(last, N)
-        legal = tl.maximum(last - first, 0)
+    for row in range(begin, tl.minimum(begin + ROWS, END)):
+        local, g = row // G, row % G
+        b, t = tl.cast(local // QUERIES, tl.int64), FIRST + local % QUERIES
+        current = tl.load(current_ptr + b * legal_b + t)
+        first = tl.load(first_ptr + b * legal_b + t)
+        is_block = (current >= 0) & (current < BLOCKS)
+        legal = tl.maximum(tl.minimum(current, BLOCKS) - first, 0)
         need = tl.minimum(TOPK - is_block.to(tl.int32), legal)
-        p_row = scores_ptr + tl.cast(row, tl.int64) * ROW + begins
-        if CUT:
-            p_indices = indices_ptr + tl.cast(item, tl.int64) * TOPK
-        else:
-            p_indices = indices_ptr + ((b * T + t) * G + g) * TOPK
+        p_row = scores_ptr + tl.cast(row, tl.int64) * ROW
+        p_indices = indices_ptr + ((b * T + t) * G + g) * TOPK
         p_column, o_legal = p_row + o_column, o_column - first
         best = tl.full((COLUMNS,), NONE, tl.int32)
         second = tl.full((COLUMNS,), NONE, tl.int32)
@@ -195,34 +176,8 @@ def _select_kernel(
                 before += (total * 0x01010101) >> 24
         else:
             _store_any(p_row, p_indices, first, legal, _bound(best, KEPT), need, PARTS, COLUMNS)
-        end = tl.where((o_slot == need) & is_block & (not CUT), current, -1)
+        end = tl.where((o_slot == need) & is_block, current, -1)
         tl.store(p_indices + o_slot, end, mask=(o_slot >= need) & (o_slot < TOPK))
-
-
-@jit
-def _merge_kernel(
-    segments_ptr, scores_ptr, first_ptr, current_ptr, indices_ptr, legal_b, FIRST, QUERIES, T, G, TOPK, BLOCKS, ROW,
-    END, SEGMENTS, N, SLOTS: tl.constexpr, KEPT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The best blocks of ROWS rows from those of their segments."""
-    o_slot, o_kept = tl.arange(0, SLOTS), tl.arange(0, KEPT)
-    begin = tl.program_id(0) * ROWS
-    for row in range(begin, tl.minimum(begin + ROWS, END)):
-        b, g, t, first, current, is_block = _row(row, first_ptr, current_ptr, legal_b, FIRST, QUERIES, G, BLOCKS)
-        need = tl.minimum(TOPK - is_block.to(tl.int32), tl.maximum(tl.minimum(current, BLOCKS) - first, 0))
-        p_segments = segments_ptr + tl.cast(row, tl.int64) * SEGMENTS * TOPK
-        block = tl.load(p_segments + o_slot, mask=o_slot < SEGMENTS * TOPK, other=-1)
-        m_block = block >= 0
-        block += o_slot // TOPK * N
-        rank = tl.load(scores_ptr + tl.cast(row, tl.int64) * ROW + block, mask=m_block, other=NONE)
-        least, _ = reached(rank, need, tl.cast(NONE + 1, tl.int64))
-        least = least.to(tl.int32)
-        equal = need - tl.sum((rank > least).to(tl.int32))
-        m_take = (rank > least) | ((rank == least) & (tl.cumsum((rank == least).to(tl.int32), 0) <= equal))
-        p_indices = indices_ptr + ((b * T + t) * G + g) * TOPK
-        tl.store(p_indices + tl.cumsum(m_take.to(tl.int32), 0) - 1, block, mask=m_take)
-        end = tl.where((o_kept == need) & is_block, current, -1)
-        tl.store(p_indices + o_kept, end, mask=(o_kept >= need) & (o_kept < TOPK))
 
 
 class Config(NamedTuple):
@@ -274,35 +229,6 @@ def select_options(width: int, config: Config) -> dict[str, int]:
     return {"num_warps": num_warps, **(config.registers if num_warps <= MOST_WARPS else {})}
 
 
-MOST_SLOTS = 4096
-"""Of the best blocks of all segments of a row."""
-
-
-def select(scores: Tensor, of_rows: tuple, sizes: tuple[int, int], config: Config) -> None:
-    """Fill the indices of ``rows`` rows that are ``width`` blocks wide.
-
-    A long row is cut: a warp for each segment, and then one for the best of all segments, as warps that share a row
-    wait for each other in each step.
-    """
-    (first, current, indices, *numbers), (rows, width) = of_rows, sizes
-    topk, (seen, segments) = numbers[5], (width, 1)
-    if width > VALUES and width // VALUES * topk <= MOST_SLOTS:
-        seen, segments = VALUES, width // VALUES
-    found = indices if segments == 1 else indices.new_empty(rows * segments * topk)
-    kept = next_power_of_2(topk)
-    _select_kernel[(ceil_div(rows * segments, ROWS),)](
-        scores, first, current, found, *numbers, rows * segments, segments,
-        N=seen, KEPT=kept, ROWS=ROWS, PARTS=min(8, max(1, seen // 128)), CUT=segments > 1,
-        **select_options(seen, config),
-    )  # fmt: skip
-    if segments > 1:
-        slots = next_power_of_2(segments * topk)
-        _merge_kernel[(ceil_div(rows, ROWS),)](
-            found, scores, first, current, indices, *numbers, rows, segments, seen, SLOTS=slots, KEPT=kept, ROWS=ROWS,
-            num_warps=max(1, slots // VALUES),
-        )  # fmt: skip
-
-
 def route(
     q: Tensor, means: Tensor, first: Tensor, current: Tensor, groups: int, indices: Tensor, limits: tuple[int, int]
 ) -> Tensor:
@@ -331,6 +257,9 @@ def route(
                 GROUPS=groups // K, EXACT=exact, UPCAST=interpreting(),
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
-            of_rows = (first, current, indices, legal_b, at, stop - at, T, groups, topk, blocks, row)
-            select(scores, of_rows, (rows, width), config)
+            _select_kernel[(ceil_div(rows, ROWS),)](
+                scores, first, current, indices, legal_b, at, stop - at, T, groups, topk, blocks, row, rows,
+                N=width, KEPT=next_power_of_2(topk), ROWS=ROWS, PARTS=min(8, max(1, width // 128)),
+                **select_options(width, config),
+            )  # fmt: skip
     return indices

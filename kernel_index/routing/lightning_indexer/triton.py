@@ -269,9 +269,8 @@ def pick_config(width: int, heads: int, element_bytes: int, target: Target) -> C
     return Config(128, 128, 1, 8, 2, "ieee") if roomy else Config(64, 64, 1, 4, 2, "ieee")
 
 
-SPAN, LEFT = 1024, 8
-"""Keys of a program: with more of them the last programs of a chunk work alone.  So many times as many where most
-queries are done, as then most programs have nothing to do."""
+SPAN = 1024
+"""Keys of a program: with more of them the last programs of a chunk work alone."""
 
 
 def score(
@@ -279,12 +278,11 @@ def score(
 ) -> None:
     """Fill what is visible of ``ranks`` int32 [B, T', S'] for the queries from ``first`` on that are not ``done``."""
     (B, _, J, D), S, queries = q.shape, k.shape[1], ranks.shape[1]
-    span = SPAN if done is None else SPAN * LEFT
     c = pick_config(D, J, q.element_size(), target_of(q.device))
     with on_device(q):
-        _scores_kernel[(ceil_div(queries, c.queries), ceil_div(S, span), B)](
+        _scores_kernel[(ceil_div(queries, c.queries), ceil_div(S, SPAN), B)](
             q, k, w, start, end, ranks, done, *q.stride()[:3], *k.stride()[:2], *w.stride(),
-            0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, span, ranks.shape[2],
+            0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, SPAN, ranks.shape[2],
             D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
             PADDED=J % c.heads != 0, TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(),
             num_warps=c.num_warps, num_stages=c.num_stages,

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 from kernel_index.core.triton.products import is_hopper
-from kernel_index.routing.lightning_indexer import triton_order, triton_sample, triton_scored
+from kernel_index.routing.lightning_indexer import triton_order, triton_scored
 from kernel_index.routing.lightning_indexer.triton import found_of, parts_of, score, select
 from kernel_index.routing.triton_topk import LOW, NONE
 
@@ -60,7 +60,7 @@ def best(
 ) -> tuple[Tensor, Tensor]:
     """Fill ``outputs`` with the tokens of each query's best scores and these scores, best first; then −1 and −∞."""
     (B, T), S = q.shape[:2], k.shape[1]
-    if triton_scored.takes(q, k, parts_of(topk)):
+    if triton_scored.takes(q, k, topk, parts_of(topk)):
         for b in range(B):
             bounds = start[b % len(start)][None], end[b % len(end)][None]
             _by_bounds(*(x[b : b + 1] for x in (q, k, w)), *bounds, topk, tuple(x[b : b + 1] for x in outputs))
@@ -87,29 +87,24 @@ def _by_bounds(
     q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, topk: int, outputs: tuple[Tensor, ...]
 ) -> None:
     """Of one batch row: scores that reach a bound, never all of them; and the rows that are left in the other way."""
-    T, row, parts = q.shape[1], ceil_div(k.shape[1], 32) * 32, parts_of(topk)
-    many, unit = triton_sample.found_of(parts) // triton_scored.PARTS, triton_scored.queries_at_once(q)
-    space = many, triton_scored.samples_of(topk, many, k.shape[1])
+    T, row, many = q.shape[1], ceil_div(k.shape[1], 32) * 32, parts_of(topk)
     call = q[0], triton_scored.turned(k[0]), w[0]
+    unit = triton_scored.queries_at_once(q)
     group = max(1, PICKED_BYTES // (8 * topk) // unit) * unit
-    scored, left = _cuts(min(group, T), triton_scored.bytes_of(*space), unit), _cuts(min(group, T), 4 * row + 8 * parts)
-    numbers = max(scored[0].stop * triton_scored.numbers_of(many), ceil_div(left[0].stop * row, 2))
-    room = torch.empty(numbers, dtype=torch.int64, device=q.device)  # for lists, then for the scores of what is left
     for first in range(0, T, group):
         queries = min(group, T - first)
         picked, done = _allocate(1, queries, topk, q), torch.zeros(1, queries, dtype=torch.int32, device=q.device)
-        for at in _cuts(queries, triton_scored.bytes_of(*space), unit):
+        for at in _cuts(queries, triton_scored.bytes_of(many), unit):
             some = picked[0][:, at], picked[1][:, at]
-            triton_scored.select(call, (start[0], end[0]), some, first + at.start, done[:, at], space, room)
-        for at in _cuts(queries, 4 * row + 8 * parts):
-            some, its = (picked[0][:, at], picked[1][:, at]), done[:, at]
-            ranks = room.view(torch.int32)[: its.numel() * row].view(1, -1, row)
-            score(q, k, w, start, end, ranks, first + at.start, its)
-            select(ranks, start, end, some, first + at.start, its)
+            triton_scored.select(call, (start[0], end[0]), some, first + at.start, done[:, at], many)
+        for at in _cuts(queries, 4 * row + 8 * many, 128):
+            ranks = torch.empty(1, at.stop - at.start, row, dtype=torch.int32, device=q.device)
+            score(q, k, w, start, end, ranks, first + at.start, done[:, at])
+            select(ranks, start, end, (picked[0][:, at], picked[1][:, at]), first + at.start, done[:, at])
         unpack(picked, (outputs[0], outputs[1]), first)
 
 
-def _cuts(queries: int, bytes_of_query: int, unit: int = 128) -> list[slice]:
+def _cuts(queries: int, bytes_of_query: int, unit: int) -> list[slice]:
     """Stretches of queries, multiples of a unit, whose memory is bounded."""
     step = max(1, SCORES_BYTES // bytes_of_query // unit) * unit
     return [slice(at, min(at + step, queries)) for at in range(0, queries, step)]

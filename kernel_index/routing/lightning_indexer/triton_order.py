@@ -105,5 +105,5 @@ def order(picked: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor], first: 
     size = next_power_of_2(topk)
     _order_kernel[(queries, B)](
         ranks, tokens, *outputs, first, queries, T, topk, N=size, BITS=size.bit_length() - 1,
-        num_warps=size // 1024, maxnreg=160,
+        num_warps=size // 1024, maxnreg=128,
     )  # fmt: skip

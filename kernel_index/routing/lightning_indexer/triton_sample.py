@@ -55,18 +55,18 @@ def _reached(rank, need, least, more):
 
 @jit
 def _bound_kernel(
-    ranks_ptr, start_ptr, end_ptr, bounds_ptr, bound_b, FIRST, QUERIES, TOPK, ROW, ENOUGH, WANTED, MANY: tl.constexpr,
+    ranks_ptr, start_ptr, end_ptr, bounds_ptr, bound_b, FIRST, QUERIES, TOPK, ROW, WANTED, MANY: tl.constexpr,
     SAMPLED: tl.constexpr,
 ):  # fmt: skip
-    """The rank that about WANTED keys of a row reach; NONE where TOPK or fewer are seen, the least where ENOUGH are.
+    """The rank that about WANTED keys of a row reach; NONE where TOPK or fewer are seen, the least where MANY are.
 
-    MANY keys of it are looked at.  ``SAMPLED``: there are no others, and NONE where a key is not seen.
+    ``SAMPLED``: the ranks are those of a sample already, NONE where a key is not seen.
     """
     local, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = tl.load(start_ptr + b * bound_b + FIRST + local)
     size = tl.load(end_ptr + b * bound_b + FIRST + local) - start
     bound = tl.where(size > TOPK, NONE + 1, NONE).to(tl.int64)
-    if size > ENOUGH:
+    if size > MANY:
         o_s = tl.arange(0, MANY)
         if SAMPLED:
             rank = tl.load(ranks_ptr + (b * QUERIES + local) * ROW + o_s)
@@ -118,20 +118,14 @@ def _pick_kernel(
     tl.store(done_ptr + row, 1)
 
 
-def bound(
-    ranks: Tensor, rows: tuple[Tensor, Tensor], first: int, topk: int, bounds: Tensor, space: tuple[int, bool]
-) -> None:
-    """Fill ``bounds`` int32 [B, T'] from ranks [B, T', S'], of which a sample is taken, or from samples [T', S'].
-
-    ``space``: how many keys may reach a bound, and whether ranks are samples.
-    """
-    (start, end), B, queries, (many, sampled) = rows, 1 if ranks.ndim == 2 else ranks.shape[0], ranks.shape[-2], space
-    bound_b, looked_at = 0 if start.ndim == 1 or start.shape[0] == 1 else start.shape[1], many
-    if sampled:
-        looked_at = ranks.shape[-1]
+def bound(ranks: Tensor, rows: tuple[Tensor, Tensor], first: int, topk: int, bounds: Tensor, many: int = 0) -> None:
+    """Fill ``bounds`` int32 [B, T'] from ranks [B, T', S'], of which ``many`` are sampled, or from samples [T', S']."""
+    (start, end), B, queries = rows, 1 if ranks.ndim == 2 else ranks.shape[0], ranks.shape[-2]
+    sampled, bound_b = not many, 0 if start.ndim == 1 or start.shape[0] == 1 else start.shape[1]
+    many = many or ranks.shape[-1]
     _bound_kernel[(queries, B)](
-        ranks, start, end, bounds, bound_b, first, queries, topk, ranks.shape[-1], many, math.isqrt(topk * many),
-        MANY=looked_at, SAMPLED=sampled, num_warps=max(4, looked_at // 1024),
+        ranks, start, end, bounds, bound_b, first, queries, topk, ranks.shape[-1], math.isqrt(topk * many), MANY=many,
+        SAMPLED=sampled, num_warps=4,
     )  # fmt: skip
 
 
@@ -163,6 +157,6 @@ def select(
     counts = torch.empty(B, queries, SEGMENTS, dtype=torch.int32, device=ranks.device)
     bound_b = 0 if start.shape[0] == 1 else start.shape[1]
     with on_device(ranks):
-        bound(ranks, (start, end), first, topk, bounds, (many, False))
+        bound(ranks, (start, end), first, topk, bounds, many)
         triton_collect.collect(ranks, bounds, (start, end, bound_b, first), found, counts)
         pick(found, counts, bounds, picked, done, many)

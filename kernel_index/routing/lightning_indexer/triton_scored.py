@@ -16,9 +16,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_index.core.triton.hopper import DTYPES, HopperKernel, barriers, computed_before, product_nt, within
+from kernel_index.core.triton.hopper import DTYPES, HopperKernel, barriers, product_nt, within
 from kernel_index.core.triton.jit import ENABLE_FP_FUSION
-from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
+from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.products import is_hopper
 from kernel_index.routing.lightning_indexer import triton_sample
 
@@ -36,9 +36,6 @@ STAGES = 8
 
 CONSUMERS, FOUR = gl.constexpr(4), gl.constexpr(((4, 4, 4, 1), (112, 112, 112, 24)))
 """Roles behind the first consumer: their warps and registers."""
-
-TOGETHER = 2
-"""Consumers whose products run at once while the others collect.  Without turns all multiply, then all collect."""
 
 SLACK = gl.constexpr(16)
 """Behind each list: a thread stores what it has of 16 keys where one more has a place."""
@@ -165,14 +162,12 @@ def _produce(given, SAMPLED: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
-    given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.constexpr, TOGETHER: gl.constexpr,
-):  # fmt: skip
+def _consume(given, CONSUMER: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, SAMPLED: gl.constexpr):
     (
         q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, buffers, q_t, q_j, w_t, w_j, T0, FIRST,
-        STOP, SAMPLES, MANY, EIGHT, part, PARTS, first, stop, low, period,
+        STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
     ) = given  # fmt: skip
-    q_ring, k_ring, full, empty, turns = buffers
+    q_ring, k_ring, full, empty = buffers
     STAGES: gl.constexpr = full.shape[0]
     D: gl.constexpr = q_ring.shape[2]
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
@@ -205,7 +200,7 @@ def _consume(
     o_thread = gl.arange(0, 4, layout=gl.SliceLayout(0, THREAD))[None, :]
     o_i = gl.arange(0, BN // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     if SAMPLED:
-        p_found = found_ptr + row * SAMPLES
+        p_found = found_ptr + row * MANY
     else:
         p_found = found_ptr + (row * PARTS + part) * (MANY + SLACK)
         rank = gl.load(bounds_ptr + row, mask=m_t, other=LOW)
@@ -216,12 +211,7 @@ def _consume(
         at = (index - first) // BN
         slot = at % STAGES
         mbarrier.wait(full.index(slot), (at // STAGES) & 1)
-        if TOGETHER > 0:
-            mbarrier.wait(turns.index(CONSUMER), (at & 1) ^ (1 if CONSUMER < TOGETHER else 0))
         z = warpgroup_mma_wait(0, [product_nt(q_tile, k_ring.index(slot), zero)])
-        if TOGETHER > 0:
-            mbarrier.arrive(turns.index((CONSUMER + TOGETHER) % CONSUMERS), count=1)
-            computed_before(full.index(slot), (at // STAGES) & 1)  # nothing that follows, in front of the arrival
         mbarrier.arrive(empty.index(slot), count=1)
         score = _weighed(z, w_0, w_1, w_2, w_3, HEADS, BN, LAYOUT)
         if SAMPLED:
@@ -249,14 +239,13 @@ def _consume(
 @HopperKernel
 def _scored_kernel(
     q_ptr, k_desc, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, q_t, q_j, w_t, w_j, FIRST, STOP, S,
-    TOPK, SAMPLES, MANY, EIGHT,
+    TOPK, MANY, EIGHT,
     PARTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    SAMPLED: gl.constexpr, TOGETHER: gl.constexpr,
+    SAMPLED: gl.constexpr,
 ):  # fmt: skip
     """Store score · 2³² + token of the first MANY keys of each part that reach the bound, and count all of them.
 
-    ``SAMPLED``: the ranks int32 [T', SAMPLES] of SAMPLES keys instead, NONE for those that a query may not see; nothing
-    where no query may see more than MANY.
+    ``SAMPLED``: the ranks int32 [T', MANY] of MANY keys instead, NONE for those that a query may not see.
     """
     ALL: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     T0 = FIRST + gl.program_id(0) * 128
@@ -268,8 +257,8 @@ def _scored_kernel(
     part = gl.program_id(1)
     longest = gl.max(gl.where(o_t < STOP, end - start, 0), 0)
     if SAMPLED:
-        size = SAMPLES // PARTS
-        period = gl.cdiv(gl.cdiv(high - low, 8), SAMPLES // 8)
+        size = MANY // PARTS
+        period = gl.cdiv(gl.cdiv(high - low, 8), MANY // 8)
         whole = gl.where(longest > MANY, size, 0)  # others need no sample
     else:
         size = gl.cdiv(gl.cdiv(high - low, PARTS), BN) * BN
@@ -283,18 +272,18 @@ def _scored_kernel(
     q_ring = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 128, D], SHARED_Q)
     k_boxes = gl.allocate_shared_memory(DTYPE, [STAGES * BOXES, BN // BOXES, D], k_desc.layout)
     k_ring = k_boxes._reinterpret(DTYPE, [STAGES, BN, D], gl.NVMMASharedLayout.get_default_for([BN, D], DTYPE))
-    full, empty, turns = barriers(STAGES, 1), barriers(STAGES, CONSUMERS), barriers(CONSUMERS, 1)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     fence_async_shared()
     consumed = (
-        q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, (q_ring, k_ring, full, empty, turns), q_t,
-        q_j, w_t, w_j, T0, FIRST, STOP, SAMPLES, MANY, EIGHT, part, PARTS, first, stop, low, period,
+        q_ptr, w_ptr, start_ptr, end_ptr, bounds_ptr, found_ptr, counts_ptr, (q_ring, k_ring, full, empty), q_t, q_j,
+        w_t, w_j, T0, FIRST, STOP, MANY, EIGHT, part, PARTS, first, stop, low, period,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (consumed, 0, HEADS, BN, SAMPLED, TOGETHER)),
-            (_consume, (consumed, 1, HEADS, BN, SAMPLED, TOGETHER)),
-            (_consume, (consumed, 2, HEADS, BN, SAMPLED, TOGETHER)),
-            (_consume, (consumed, 3, HEADS, BN, SAMPLED, TOGETHER)),
+            (_consume, (consumed, 0, HEADS, BN, SAMPLED)),
+            (_consume, (consumed, 1, HEADS, BN, SAMPLED)),
+            (_consume, (consumed, 2, HEADS, BN, SAMPLED)),
+            (_consume, (consumed, 3, HEADS, BN, SAMPLED)),
             (_produce, ((k_desc, k_boxes, full, empty, first, stop, low, period), SAMPLED)),
         ],
         FOUR[0],
@@ -302,30 +291,24 @@ def _scored_kernel(
     )
 
 
-def takes(q: Tensor, k: Tensor, many: int) -> bool:
-    """Whether these kernels are for such a call: heads that fill their product, and programs for half of the GPU."""
+SURE = 7
+"""Deviations, squared, of the number of keys that a sample says reach its bound, from the fewest that are wanted: then
+hardly one row of 200 is left.  Of a tile with such a row all scores are computed again."""
+
+
+def takes(q: Tensor, k: Tensor, topk: int, many: int) -> bool:
+    """Whether these kernels are for such a call: heads that fill their product, programs for half of the GPU, and rows
+    of which a sample of ``many`` keys says enough."""
     fits = q.element_size() == 2 and q.shape[2] <= MOST_HEADS and q.shape[3] == WIDTH and q.stride(3) == 1
-    return is_hopper(q) and fits and bool(many) and k.shape[1] > 0 and 2 * q.shape[1] >= queries_at_once(q)
+    if not (is_hopper(q) and fits and many and k.shape[1]):
+        return False
+    reach = math.isqrt(topk * many) * many / k.shape[1]  # of the sample
+    return 2 * q.shape[1] >= queries_at_once(q) and reach * (1 - math.sqrt(topk / many)) ** 2 >= SURE
 
 
-SURE = 90
-"""Keys of a sample that are to reach the bound.  Their number has a deviation of a tenth then, and 3 rows of 2000 have
-more or fewer keys above it than are wanted."""
-
-
-def samples_of(topk: int, many: int, keys: int) -> int:
-    """Keys of a sample: of rows at random, ``√(topk · many)`` keys of each are to reach its bound."""
-    return min(1 << 15, max(1024, next_power_of_2(SURE * keys // math.isqrt(topk * many))))
-
-
-def numbers_of(many: int) -> int:
-    """Entries that a query's lists have places for."""
-    return PARTS * (many + SLACK.value)
-
-
-def bytes_of(many: int, samples: int) -> int:
+def bytes_of(many: int) -> int:
     """Of a query: its sample and its lists."""
-    return 4 * samples + 8 * numbers_of(many)
+    return 4 * many + 8 * PARTS * (many + SLACK.value)
 
 
 def queries_at_once(q: Tensor) -> int:
@@ -347,37 +330,34 @@ def _described(k: Tensor, rows: int) -> TensorDescriptor:
 
 def score(
     call: tuple[Tensor, Tensor, Tensor], bounds: tuple[Tensor, Tensor], first: int, topk: int, least: Tensor,
-    many: int, target: Tensor, counts: Tensor | None,
+    target: Tensor, counts: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill ``target``: without ``counts`` samples int32 [T', samples], else lists int64 [T', PARTS, many + SLACK].
+    """Fill ``target``: without ``counts`` samples int32 [T', many], else lists int64 [T', PARTS, many + SLACK].
 
     ``call``: q [T, J, D], what ``turned`` makes of the keys, w [T, J].  ``least`` int32 [T']: the ranks to reach.
     """
-    (q, k, w), (queries, samples), sampled = call, (len(target), target.shape[-1]), counts is None
+    (q, k, w), queries, sampled = call, len(target), counts is None
+    many = target.shape[-1] if sampled else target.shape[-1] - SLACK.value
     _scored_kernel[(ceil_div(queries, 4 * QUERIES), PARTS)](
         q, _described(k, 8 if sampled else KEYS), w, *bounds, least, target, counts, *q.stride()[:2], *w.stride(),
-        first, first + queries, k.shape[0], topk, samples, many, 8,
-        PARTS=PARTS, HEADS=q.shape[1], D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, TOGETHER=TOGETHER,
-        num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+        first, first + queries, k.shape[0], topk, many, 8,
+        PARTS=PARTS, HEADS=q.shape[1], D=WIDTH, BN=KEYS, STAGES=STAGES, SAMPLED=sampled, num_warps=4,
+        enable_fp_fusion=ENABLE_FP_FUSION,
     )  # fmt: skip
 
 
 def select(
     call: tuple[Tensor, Tensor, Tensor], bounds: tuple[Tensor, Tensor], picked: tuple[Tensor, Tensor], first: int,
-    done: Tensor, space: tuple[int, int], room: Tensor,
+    done: Tensor, many: int,
 ) -> None:  # fmt: skip
-    """Fill the rows of ``picked`` [1, T', topk] that this way finds, and 1 in ``done`` for each.
-
-    ``space``: keys that each list has a place for, and of a sample.  ``room``: memory for lists, int64.
-    """
+    """Fill the rows of ``picked`` [1, T', topk] that this way finds, and 1 in ``done`` for each."""
     (_, queries, topk), device = picked[0].shape, call[0].device
-    many, samples = space
-    sample = torch.empty(queries, samples, dtype=torch.int32, device=device)
-    found = room[: queries * numbers_of(many)].view(queries, PARTS, -1)
+    sample = torch.empty(queries, many, dtype=torch.int32, device=device)
+    found = torch.empty(queries, PARTS, many + SLACK.value, dtype=torch.int64, device=device)
     counts = torch.empty(queries, PARTS, dtype=torch.int32, device=device)
     least = torch.empty(queries, dtype=torch.int32, device=device)
     with on_device(call[0]):
-        score(call, bounds, first, topk, least, many, sample, None)
-        triton_sample.bound(sample, bounds, first, topk, least, (many, True))
-        score(call, bounds, first, topk, least, many, found, counts)
+        score(call, bounds, first, topk, least, sample, None)
+        triton_sample.bound(sample, bounds, first, topk, least)
+        score(call, bounds, first, topk, least, found, counts)
         triton_sample.pick(found, counts, least, picked, done)
