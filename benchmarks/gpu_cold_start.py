@@ -17,7 +17,7 @@ import triton
 import typer
 
 from benchmarks.gpu_language_model import model_and_batch
-from benchmarks.gpu_session import Rows, add_row
+from benchmarks.gpu_session import Rows, add_row, needs_gpu
 from benchmarks.harness import console
 
 LONGEST = 14
@@ -66,6 +66,7 @@ def main(
     out: Rows = None,
 ) -> None:
     """Time the first steps of ``small`` with empty caches."""
+    needs_gpu()
     with tempfile.TemporaryDirectory() as folder:
         caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
         command = [sys.executable, "-m", __spec__.name, "inner", how, *([str(out)] if out else [])]

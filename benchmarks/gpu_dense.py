@@ -25,7 +25,7 @@ import kernel_index as ki
 from benchmarks.gpu_ceiling import PRODUCTS
 from benchmarks.gpu_language_model import recorded_step
 from benchmarks.gpu_profile import marked, report
-from benchmarks.gpu_session import Rows, add_row
+from benchmarks.gpu_session import Rows, add_row, needs_gpu
 from benchmarks.harness import console
 from benchmarks.language_model import packed
 from kernel_index.lm.config import ModelConfig
@@ -163,6 +163,7 @@ def main(
     out: Rows = None,
 ) -> None:
     """Time training steps of a dense model of 1.2 B parameters."""
+    needs_gpu("a CUDA device; --dry-run does without", dry_run)
     config, device = (TINY, "cpu") if dry_run else (DENSE, "cuda")
     if not dry_run:
         torch.cuda.set_stream(torch.cuda.Stream())

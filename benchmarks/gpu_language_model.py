@@ -22,7 +22,7 @@ import typer
 
 import kernel_index as ki
 from benchmarks.gpu_ceiling import PRODUCTS
-from benchmarks.gpu_session import Rows, add_row
+from benchmarks.gpu_session import Rows, add_row, needs_gpu
 from benchmarks.harness import console, duration
 from benchmarks.language_model import NAMES, packed
 from kernel_index.core.numerics import Mode
@@ -161,6 +161,7 @@ def main(
     out: Rows = None,
 ) -> None:
     """Time training steps of the presets for a GPU."""
+    needs_gpu()
     console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     for size in SIZES:
         if only in title(*size):

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.gpu_ceiling import PRODUCTS, ceilings
 from benchmarks.gpu_language_model import SIZES, model_and_batch, title
+from benchmarks.gpu_session import needs_gpu
 from benchmarks.harness import console
 from kernel_index.lm.data import Batch
 from kernel_index.lm.model import LanguageModel, flops_per_token
@@ -181,6 +182,7 @@ def main(
     only: Annotated[str, typer.Option(help="Only sizes whose title contains this.")] = "",
 ) -> None:
     """Profile a training step of each preset for a GPU."""
+    needs_gpu()
     console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     for name, rows, recompute in SIZES:
         if only not in title(name, rows, recompute):

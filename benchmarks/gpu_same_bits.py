@@ -25,6 +25,7 @@ from torch import Tensor
 import kernel_index as ki
 from benchmarks.gpu_dense import DENSE, TINY, llama
 from benchmarks.gpu_language_model import captured_step, model_and_batch, recorded_step
+from benchmarks.gpu_session import needs_gpu
 from benchmarks.harness import console
 from kernel_index.core.numerics import Mode
 from kernel_index.lm.data import Batch
@@ -349,6 +350,7 @@ def main(
     dry_run: Annotated[bool, typer.Option(help="A tiny model on the CPU; times mean nothing.")] = False,
 ) -> None:
     """Compare the bits of a patched Llama along its axes, then time its training step."""
+    needs_gpu("a CUDA device; --dry-run does without", dry_run)
     if hybrid_steps:
         torch.cuda.set_stream(torch.cuda.Stream())
         raise typer.Exit(0 if hybrid(rounds) else 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from benchmarks.gpu_same_bits import randomise
+from benchmarks.gpu_session import needs_gpu
 from benchmarks.harness import console
 from kernel_index.lm.config import PRESETS
 from kernel_index.lm.data import START
@@ -87,6 +88,7 @@ def main(
     dry_run: Annotated[bool, typer.Option(help="The preset tiny on the CPU, short sequences.")] = False,
 ) -> None:
     """Compare log-probabilities of a rollout with those of training, bit by bit."""
+    needs_gpu("a CUDA device; --dry-run does without", dry_run)
     torch.manual_seed(seed)
     model = LanguageModel(PRESETS["tiny" if dry_run else "small"].model)
     randomise(model)

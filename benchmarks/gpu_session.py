@@ -52,6 +52,12 @@ def failures() -> tuple[type[BaseException], ...]:
     return found
 
 
+def needs_gpu(what: str = "a CUDA device", dry_run: bool = False) -> None:
+    """End the command with a line that says so where there is none."""
+    if not dry_run and not torch.cuda.is_available():
+        raise typer.BadParameter(f"needs {what}")
+
+
 class LeftOut(Exception):
     """A contender that cannot take part, and why."""
 
@@ -60,8 +66,7 @@ class Session:
     """The rows of one benchmark; the file is written after every row."""
 
     def __init__(self, kind: str, out: Path, only: str, seconds: float, dry_run: bool, warm: str):
-        if not dry_run and not torch.cuda.is_available():
-            raise typer.BadParameter("needs a CUDA device; --dry-run does without")
+        needs_gpu("a CUDA device; --dry-run does without", dry_run)
         self.kind, self.out, self.only, self.dry, self.warm = kind, out, only.split(","), dry_run, warm
         self.end, self.left_out, self.calls = time.monotonic() + seconds, {}, 0
         self.content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}

@@ -20,7 +20,7 @@ import typer
 from torch import Tensor
 
 import kernel_index as ki
-from benchmarks.gpu_session import Rows, add_row
+from benchmarks.gpu_session import Rows, add_row, needs_gpu
 from benchmarks.harness import console
 from kernel_index.core.testing import Maker, Suite, suites
 from kernel_index.kernels.state_space.causal_conv1d import cases as conv_cases
@@ -187,6 +187,7 @@ def main(rounds: int = 5, device: str = "cuda", out: Rows = None) -> None:
         for cell in TINY:
             compare(cell, by_op, 1e9, device)
         return
+    needs_gpu("a CUDA device; --device cpu does without")
     torch.cuda.set_stream(torch.cuda.Stream())
     bandwidth = timing.copy_bandwidth()
     console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import kernel_index as ki
+from benchmarks.gpu_session import needs_gpu
 from benchmarks.harness import console, duration
 from kernel_index.lm.config import PRESETS
 from kernel_index.lm.data import Batch
@@ -108,6 +109,7 @@ def show(title: str, steps: dict[str, Step], rounds: int) -> None:
 
 
 def main(rounds: int = 5) -> None:
+    needs_gpu()
     console.print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     show("attention", attention_steps(4), rounds)
     for trees, recompute in ((4, False), (16, True)):

@@ -1,5 +1,6 @@
 """The benchmarks of attention and decoding for a GPU: their dry run on a CPU, their files, and what they leave out."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
 
 from benchmarks import gpu_models, gpu_plans, gpu_profile, gpu_session, gpu_sparse
 from benchmarks.gpu_sparse_calls import Cell, Inputs
@@ -264,3 +266,16 @@ def test_selected_tokens_of_the_benchmark_are_of_the_past_and_none_is_twice():
             assert (found.diff() > 0).all()
             assert found.min() >= 0
             assert found.max() < past[t]
+
+
+ON_A_GPU = ("cold_start", "dense", "language_model", "profile", "same_bits", "same_caches", "state_space", "trees")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_without_a_gpu_a_command_says_so(name):
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"benchmarks.gpu_{name}").main)
+    done = CliRunner().invoke(app, [])
+    assert done.exit_code == 2
+    assert "needs a CUDA device" in done.output
