@@ -38,6 +38,9 @@ class SparseAttention(Mixer):
       of ``tokens`` tokens.  Its source is arXiv 2502.11089; blocks are compressed to means, as in
       flash-linear-attention.
 
+    Blocks count from the start of a row.  A document that begins inside a block can select other blocks than it would
+    alone; under ``ki.numerics("invariant")`` they count from the start of each document (not ``"nsa"``).
+
     The routers of blocks have no parameters.  The indexer learns by a loss of its own, ``ki.lightning_indexer_loss``,
     which is added to the gradient at this layer's result and changes nothing but the indexer's gradient.
 

@@ -54,7 +54,7 @@ def check(selected: Any, query_tile_size: Any, num_blocks: Any, selected_valid: 
 def check_valid(selected: Tensor, selected_valid: Any) -> None:
     if selected_valid is not None:
         checks.is_tensor("selected_valid", selected_valid)
-        checks.has_dtype("selected_valid", selected_valid, torch.bool, "like every mask of picks")
+        checks.has_dtype("selected_valid", selected_valid, torch.bool, "like every mask of selected blocks")
         checks.has_shape("selected_valid", selected_valid, tuple(selected.shape), "of selected's shape")
         checks.on_device("selected_valid", selected_valid, selected, "selected")
 
