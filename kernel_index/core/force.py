@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -107,9 +107,29 @@ def force(backend: str, *ops: str) -> Iterator[None]:
 def in_block(*ops: str, backend: str) -> Iterator[None]:
     """A ``force`` block for these ops, () for all; unchecked."""
     global _EVER_FORCED
+    if torch.compiler.is_compiling():
+        with _in_traced_block((ops, backend)):
+            yield
+        return
     _EVER_FORCED = True
     with resumed((*forced_here(), Block(ops, backend, _checkpoint_frame()))):
         yield
+
+
+@contextlib.contextmanager
+def _in_traced_block(block: tuple[tuple[str, ...], str]) -> Iterator[None]:
+    """A block inside of a traced function: what the trace chooses is in the graph, and nothing is left to do in a run.
+
+    Dynamo keeps the attribute as a value of its own until the block ends.  Where it cannot trace what is inside, it
+    runs the whole block as plain Python, which is no trace.
+    """
+    before = _THREAD.forced
+    if before[-1:] != (block,):
+        _THREAD.forced = (*before, block)
+    try:
+        yield
+    finally:
+        _THREAD.forced = before
 
 
 def forced_here() -> Blocks:
@@ -133,6 +153,15 @@ def _place() -> int:
     return torch._C._get_obj_in_tls(_KEY)
 
 
+def _distinct(blocks: Iterable[tuple[tuple[str, ...], str]]) -> tuple[tuple[tuple[str, ...], str], ...]:
+    """Without a block directly inside of its like, which asks for nothing else: code is not traced anew for it."""
+    found: list[tuple[tuple[str, ...], str]] = []
+    for block in blocks:
+        if found[-1:] != [block]:
+            found.append(block)
+    return tuple(found)
+
+
 @contextlib.contextmanager
 def resumed(blocks: Blocks) -> Iterator[None]:
     """Inside the ``with``, the blocks that ``forced_here`` returned elsewhere: for what a backward pass recomputes."""
@@ -141,7 +170,7 @@ def resumed(blocks: Blocks) -> Iterator[None]:
         yield
         return
     own = _FREE.pop() if _FREE else max(_PLACES) + 1
-    _THREAD.forced = tuple((block.ops, block.backend) for block in blocks)
+    _THREAD.forced = _distinct((block.ops, block.backend) for block in blocks)
     _PLACES[own] = blocks
     torch._C._stash_obj_in_tls(_KEY, own)
     try:
@@ -181,7 +210,7 @@ def _forced_for(op: str) -> tuple[tuple[str, str] | None, bool]:
 
 def numerics_here() -> str:
     """The mode of ``numerics`` in force in this thread."""
-    if _EVER_FORCED:
+    if _EVER_FORCED or _THREAD.forced:  # a traced block is in the latter alone
         for ops, mode in reversed(_blocks()):
             if NUMERICS in ops:
                 return mode

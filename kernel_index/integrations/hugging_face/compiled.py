@@ -1,0 +1,59 @@
+"""``torch.compile`` of a whole model in ``numerics("invariant")``: its layers are compiled, what is around them is not.
+
+Around its layers a model reads documents on the host: which keys a row has, in which order a batch is computed, whose
+labels count.  A trace cannot, so the forward of the model leaves it, and each layer is compiled as one graph.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+WHY = (
+    "numerics('invariant') reads a batch's documents on the host: the model's layers are compiled, what is around them "
+    "is not, and fullgraph=True is not possible; compile the layers by themselves for that"
+)
+
+COMPILER: ContextVar[Any] = ContextVar("kernel_index_compiler_of_layers", default=None)
+"""What Dynamo compiles with, while a model that left its trace runs."""
+
+
+def around_layers(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``forward(*args, **kwargs)`` as it is written, but for its layers."""
+    eval_frame = torch._C._dynamo.eval_frame
+    callback = eval_frame.set_eval_frame(None)
+    token = COMPILER.set(callback)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        COMPILER.reset(token)
+        eval_frame.set_eval_frame(callback)
+
+
+around_layers._torchdynamo_disable = True  # type: ignore[attr-defined]
+around_layers._torchdynamo_disable_msg = WHY  # type: ignore[attr-defined]
+
+
+def leave_trace() -> None:
+    """Have Dynamo leave the frame of ``around_layers`` alone; what ``torch.compiler.disable`` does, at the first trace:
+    nothing else of ours imports Dynamo, which takes a second."""
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(around_layers.__code__)
+
+
+leave_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's ``forward(*args, **kwargs)``, compiled where its model is."""
+    callback = None if torch.compiler.is_compiling() else COMPILER.get()
+    if callback is None:
+        return forward(*args, **kwargs)
+    eval_frame = torch._C._dynamo.eval_frame
+    eval_frame.set_eval_frame(callback)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        eval_frame.set_eval_frame(None)
