@@ -19,8 +19,8 @@ from kernel_index.core.autocast import without_autocast
 from kernel_index.core.force import PUBLIC, STRICT, forced_for
 from kernel_index.core.locks import ThreadLock
 from kernel_index.core.numerics import NO_RECIPE, Ineligible, Recipe, is_invariant
-from kernel_index.core.rounding import round_graph
 from kernel_index.core.refusal import refusal
+from kernel_index.core.rounding import round_graph
 from kernel_index.core.rules import triton_not_worth
 from kernel_index.core.target import target_of
 from kernel_index.core.version import __version__

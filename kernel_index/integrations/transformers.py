@@ -276,7 +276,7 @@ def _feed_forward(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
 
 def _attention(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
     named = [(n, m) for n, m in model.named_modules() if attention.is_candidate(m)]
-    return attention.plan(model, named, compiled=not wanted["numerics"]) if named else []
+    return attention.plan(model, named, wanted["numerics"]) if named else []
 
 
 def _loss(model: Any, wanted: dict[Kind, bool]) -> list[Plan]:
