@@ -112,7 +112,7 @@ def in_block(*ops: str, backend: str) -> Iterator[None]:
             yield
         return
     _EVER_FORCED = True
-    with resumed((*forced_here(), Block(ops, backend, _checkpoint_frame()))):
+    with resumed((*forced_here(), Block(ops, backend, checkpoint_frame()))):
         yield
 
 
@@ -224,7 +224,7 @@ def _blocks() -> tuple[tuple[tuple[str, ...], str], ...]:
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def _checkpoint_frame() -> Any:
+def checkpoint_frame() -> Any:
     """PyTorch's record of the checkpointed function that runs here for the first time, or None.
 
     ``torch.utils.checkpoint`` has no hook that a library may register, but its saved-tensor hooks hold the record.
@@ -243,7 +243,7 @@ def _keep_for_recomputation(blocks: Blocks) -> None:
 
     Also where there were none: another backend than that of the forward may save other tensors, which is an error.
     """
-    frame = _checkpoint_frame()
+    frame = checkpoint_frame()
     if frame is None or hasattr(frame, _KEPT):
         return
     around = tuple(block for block in blocks if block.frame is not frame)  # the function enters the others by itself

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from kernel_index.core import force
+
 WHY = (
     "numerics('invariant') reads a batch's documents on the host: the model's layers are compiled, what is around them "
     "is not, and fullgraph=True is not possible; compile the layers by themselves for that"
@@ -51,9 +53,34 @@ def layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     callback = None if torch.compiler.is_compiling() else COMPILER.get()
     if callback is None:
         return forward(*args, **kwargs)
+    _keep_for_recomputation(callback)
     eval_frame = torch._C._dynamo.eval_frame
-    eval_frame.set_eval_frame(callback)
+    before = eval_frame.set_eval_frame(callback)
     try:
         return forward(*args, **kwargs)
     finally:
-        eval_frame.set_eval_frame(None)
+        eval_frame.set_eval_frame(before)
+
+
+def _keep_for_recomputation(callback: Any) -> None:
+    """Have a checkpointed layer compiled in the backward pass too, where it has to save the tensors that it saves here.
+
+    A reentrant checkpoint saves none here, and is recomputed as it is written.
+    """
+    frame = force.checkpoint_frame()
+    if frame is None or hasattr(frame, _KEPT):
+        return
+    recompute = frame.recompute_fn
+
+    def recompute_compiled(*args: Any) -> Any:
+        token = COMPILER.set(callback)
+        try:
+            return recompute(*args)
+        finally:
+            COMPILER.reset(token)
+
+    frame.recompute_fn = recompute_compiled
+    setattr(frame, _KEPT, True)
+
+
+_KEPT = "_kernel_index_compiler"
