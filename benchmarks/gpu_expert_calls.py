@@ -3,7 +3,6 @@
 Every call takes the same leaves and computes the same function, so that one upstream gradient fits all of a part.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -202,25 +201,6 @@ def quack_product(tuned: bool) -> Callable[..., Tensor]:
     return Product.apply
 
 
-@functools.cache
-def keys_of_quack() -> None:
-    """quack 0.6.5 has no key for some values of nvidia-cutlass-dsl 4.8 that its epilogues depend on: their names do.
-
-    Keys are for a cache of compiled kernels; a process that compiles its own needs no more.
-    """
-    from quack.gemm_runtime import identity
-
-    known = identity.semantic_value_key
-
-    def key(value: Any, seen: Any) -> Any:
-        try:
-            return known(value, seen)
-        except TypeError:
-            return type(value).__qualname__, getattr(value, "__qualname__", getattr(value, "name", ""))
-
-    identity.semantic_value_key = key
-
-
 def combine(inputs: Inputs) -> Part:
     weights, slots, rows = inputs.weights, inputs.plan.slots, inputs.rows(inputs.cell.channels)
 
@@ -248,8 +228,9 @@ def layer(inputs: Inputs) -> Part:
         "PyTorch grouped_mm": ready(lambda: plain_layer(inputs)),
         "torch.compile": lambda: compiled(inputs),
         "Liger-Kernel": lambda: liger_layer(inputs),
-        "SonicMoE": lambda: sonic_layer(inputs),
-        "Megatron": megatron,
+        "SonicMoE": lambda: sonic_layer(inputs, tuned=False),
+        "SonicMoE, tuned": lambda: sonic_layer(inputs, tuned=True),
+        "Megatron, one by one": lambda: megatron_layer(inputs),
     }
     return Part("layer", [x, up, down, weights], calls, cell.flops)
 
@@ -287,30 +268,84 @@ def liger_layer(inputs: Inputs) -> Call:
     return lambda: Function.apply(inputs.x, inputs.up, inputs.down, experts, inputs.weights)
 
 
-def sonic_layer(inputs: Inputs) -> Call:
-    """With quack's own choice of configurations, not tuned for each shape; gate and up one after the other."""
+def sonic_layer(inputs: Inputs, tuned: bool) -> Call:
+    """Its products have rows of one number of experts each, as behind its router; gate and up one after the other.
+
+    ``tuned``: quack tries its configurations at each product's first call, as it does by default, and keeps the best;
+    otherwise it chooses by the shape.
+    """
     if inputs.cell.activation != "swiglu":
         raise LeftOut("SonicMoE's products on quack have no relu²")
+    from quack import gemm_interface
     from sonicmoe import functional
     from sonicmoe.enums import ActivationType
 
-    keys_of_quack()
     for module in (functional.forward, functional.backward):
         for name in ("gemm", "gemm_gated", "gemm_dgated"):
-            if (found := getattr(module, name, None)) is not None and not isinstance(found, partial):
-                setattr(module, name, partial(found, tuned=False))
-    cell, x = inputs.cell, inputs.x
+            if hasattr(module, name):
+                setattr(module, name, partial(getattr(gemm_interface, name), tuned=tuned))
+    cell, x, kind = inputs.cell, inputs.x, ActivationType.SWIGLU
     up, down = inputs.up.permute(1, 2, 0), inputs.down.permute(1, 2, 0)
-    tokens = torch.arange(cell.tokens, dtype=torch.int32, device=x.device).repeat_interleave(cell.topk)
-    experts = inputs.experts.flatten().int()
-    stream = torch.cuda.current_stream().cuda_stream
-    rest = (up, None, down, None, cell.experts, stream, ActivationType.SWIGLU)
-    call = functional.moe_general_routing_inputs
-    return lambda: call(x, inputs.weights.flatten(), tokens, experts, *rest, concat_layout=True)[0]
+    experts = inputs.experts.int()
+
+    def call() -> Tensor:
+        counts, starts, *rows = (
+            torch.empty(size, dtype=torch.int32, device=x.device)
+            for size in (cell.experts, cell.experts + 1, *[cell.pairs] * 3)
+        )
+        functional.TC_topk_router_metadata_triton(experts, cell.experts, counts, starts, *rows)
+        shared = (*rows, None, False, kind)
+        first = (x, up, None, starts, cell.pairs, cell.topk, *shared, False, True)
+        active, kept = functional._UpProjection.apply(*first)
+        last = (active, kept, down, None, inputs.weights, starts, cell.tokens, cell.topk, *shared)
+        return functional._DownProjection.apply(*last)
+
+    return call
 
 
-def megatron() -> Call:
-    """Its grouped products are Transformer Engine's, whose part for PyTorch is built from source."""
-    import transformer_engine.pytorch  # noqa: F401
+def megatron_layer(inputs: Inputs) -> Call:
+    """What Megatron-core has without Transformer Engine: its own sorting of rows, and one expert after another.
 
-    raise LeftOut("Transformer Engine is installed, but the call is not written")
+    Its grouped products are Transformer Engine's, whose part for PyTorch is built from source.  The experts' weights
+    are parts of ours, so that the gradients are put together at the end, in one pass over them.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_utils import permute, unpermute
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    cell, x = inputs.cell, inputs.x
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+        parallel_state.initialize_model_parallel()
+    gated = cell.activation == "swiglu"
+    config = TransformerConfig(
+        num_layers=1, hidden_size=cell.channels, num_attention_heads=1, ffn_hidden_size=cell.hidden,
+        num_moe_experts=cell.experts, moe_router_topk=cell.topk, gated_linear_unit=gated, add_bias_linear=False,
+        activation_func=F.silu if gated else squared_relu(), bias_activation_fusion=gated, params_dtype=x.dtype,
+        bf16=True, perform_initialization=False, use_cpu_initialization=True,
+    )  # fmt: skip
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layers = LocalSpecProvider().grouped_mlp_modules(False)(cell.experts, config, pg_collection=groups)
+    for layer in layers.local_experts:
+        for product in (layer.linear_fc1, layer.linear_fc2):
+            del product.weight
+    chosen = torch.zeros(cell.tokens, cell.experts, dtype=torch.bool, device=x.device)
+    chosen.scatter_(1, inputs.experts.long(), True)
+
+    def call() -> Tensor:
+        for layer, up, down in zip(layers.local_experts, inputs.up.unbind(), inputs.down.unbind(), strict=True):
+            layer.linear_fc1.weight, layer.linear_fc2.weight = up, down
+        probs = x.new_zeros(chosen.shape, dtype=torch.float32).scatter(1, inputs.experts.long(), inputs.weights)
+        rows, of_rows, order, *_ = permute(x, chosen, probs, num_out_tokens=cell.pairs)
+        out, _ = layers(rows, chosen.sum(0), of_rows)
+        return unpermute(out, order, x.shape)
+
+    return call
+
+
+def squared_relu() -> Callable[..., Tensor]:
+    from megatron.core.activations import squared_relu
+
+    return squared_relu

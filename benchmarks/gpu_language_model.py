@@ -20,10 +20,12 @@ from typing import Annotated
 import torch
 import typer
 
+import kernel_index as ki
 from benchmarks.gpu_ceiling import PRODUCTS
 from benchmarks.gpu_session import Rows, add_row
 from benchmarks.harness import console, duration
 from benchmarks.language_model import NAMES, packed
+from kernel_index.core.numerics import Mode
 from kernel_index.lm.captured import CapturedStep, GraphRecorder, RecordingError
 from kernel_index.lm.config import PRESETS
 from kernel_index.lm.data import Batch
@@ -45,8 +47,8 @@ def model_and_batch(name: str, rows: int, recompute: bool) -> tuple[LanguageMode
     return model, Batch(*(t.cuda() for t in packed(config, rows, 4)))
 
 
-def recorded_step(model: LanguageModel, batch: Batch) -> Callable[[], None]:
-    """The step as ``kernel-index train`` runs it on one GPU."""
+def captured_step(model: LanguageModel, batch: Batch) -> CapturedStep:
+    """Forward and backward as ``kernel-index train`` runs them on one GPU."""
 
     def gradients(batch: Batch, share: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
@@ -54,11 +56,17 @@ def recorded_step(model: LanguageModel, batch: Batch) -> Callable[[], None]:
         loss.backward()
         return loss.detach()
 
-    captured = CapturedStep(gradients, model.parameters(), GraphRecorder(batch.tokens.device))
+    return CapturedStep(gradients, model.parameters(), GraphRecorder(batch.tokens.device))
+
+
+def recorded_step(model: LanguageModel, batch: Batch, mode: Mode = "ordinary") -> Callable[[], None]:
+    """The same, call by call; with the order of documents, which is no part of the graph."""
+    captured = captured_step(model, batch)
     share = torch.ones((), device="cuda")
 
     def step() -> None:
-        captured(batch, share)
+        with ki.numerics(mode):
+            captured(model.in_order(batch), share)
         model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
 

@@ -6,15 +6,16 @@ a log-probability in float32 for each token and its last hidden state, which are
 packing, with batches that are padded on the left, with a cache that is filled in chunks, and with ``generate``.  Then
 the loss and all gradients of the same documents, packed and in batches padded on either side; and training steps of 4
 rows of 4096 tokens in turn, invariant and ordinary.
-``--hybrid`` instead compares the gradients of the preset ``small`` for other packings, and times its steps in turn: 16
-rows of 2048 tokens under bfloat16 autocast.
+``--hybrid`` instead compares the gradients of the preset ``small`` for other packings, and times its steps in turn, as
+they are and as the graph that ``kernel-index train`` replays: 16 rows of 2048 tokens under bfloat16 autocast.
 """
 
+import functools
 import gc
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import kernel_index as ki
 from benchmarks.gpu_dense import DENSE, TINY, llama
-from benchmarks.gpu_language_model import model_and_batch
+from benchmarks.gpu_language_model import captured_step, model_and_batch, recorded_step
 from benchmarks.harness import console
 from kernel_index.core.numerics import Mode
 from kernel_index.lm.data import Batch
@@ -232,30 +233,62 @@ def hybrid(rounds: int) -> bool:
     moved = Batch(*(x.cuda() for x in Batch.of_documents(documents)))
     exact = packings(model, [document for row in documents for document in row])
     for name, batch in (("documents of 512", filled_ones), (f"documents of {DOCUMENTS}", moved)):
-        seconds: dict[Mode, list[float]] = {"ordinary": [], "invariant": []}
-        for turn, mode in itertools.product(range(-3, rounds), seconds):
-            wait(batch.tokens)
-            start = time.perf_counter()
-            with ki.numerics(mode), torch.autocast("cuda", torch.bfloat16):
-                model(batch).backward()
-            model.zero_grad(set_to_none=True)
-            wait(batch.tokens)
-            if turn >= 0:
-                seconds[mode].append(1e3 * (time.perf_counter() - start))
-        taken = {mode: statistics.median(of) for mode, of in seconds.items()}
-        spans = ", ".join(
-            f"{mode} {taken[mode]:.1f} ms ({min(of):.1f} to {max(of):.1f})" for mode, of in seconds.items()
-        )
-        ratio = taken["invariant"] / taken["ordinary"]
-        console.print(f"a step of small, {name}: {spans}: {ratio:.3f}", highlight=False)
+        exact &= recorded_alike(model, batch)
+        in_turn(f"a step of small, {name}", eager_steps(model, batch), rounds)
+        recorded = {mode: recorded_step(model, batch, mode) for mode in MODES}
+        in_turn(f"a step of small as a graph, {name}", recorded, rounds)
     return exact
+
+
+MODES: tuple[Mode, ...] = ("ordinary", "invariant")
+
+
+def eager_steps(model: LanguageModel, batch: Batch) -> dict[Mode, Callable[[], None]]:
+    def step(mode: Mode) -> None:
+        with ki.numerics(mode), torch.autocast("cuda", torch.bfloat16):
+            model(batch).backward()
+        model.zero_grad(set_to_none=True)
+
+    return {mode: functools.partial(step, mode) for mode in MODES}
+
+
+def in_turn(what: str, steps: dict[Mode, Callable[[], None]], rounds: int) -> None:
+    seconds: dict[Mode, list[float]] = {mode: [] for mode in steps}
+    for turn, (mode, step) in itertools.product(range(-3, rounds), steps.items()):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        if turn >= 0:
+            seconds[mode].append(1e3 * (time.perf_counter() - start))
+    taken = {mode: statistics.median(of) for mode, of in seconds.items()}
+    spans = ", ".join(f"{mode} {taken[mode]:.1f} ms ({min(of):.1f} to {max(of):.1f})" for mode, of in seconds.items())
+    console.print(f"{what}: {spans}: {taken['invariant'] / taken['ordinary']:.3f}", highlight=False)
+
+
+def recorded_alike(model: LanguageModel, batch: Batch) -> bool:
+    """Whether an invariant step has the same loss and gradients as it is and as a graph."""
+    captured = captured_step(model, batch)
+    share, found = torch.ones((), device="cuda"), []
+    with ki.numerics("invariant"):
+        for call in range(5):
+            loss = captured(model.in_order(batch), share).loss
+            if call not in (1, 2):  # the first, which runs as it is, and replays
+                found.append([loss.clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+            model.zero_grad(set_to_none=True)
+    return told_equal("small as it is and as a graph", found)
+
+
+@torch.no_grad()
+def randomise(model: LanguageModel) -> None:
+    """Weights in every layer: a new model's branches end at zero."""
+    for weight in model.parameters():
+        weight.copy_(0.05 * torch.randn_like(weight) + (weight.ndim == 1) * weight)
 
 
 def packings(model: LanguageModel, documents: list[Tensor]) -> bool:
     """Whether three packings of the same documents have the same loss and gradients."""
-    with torch.no_grad():
-        for weight in model.parameters():  # a new model's branches end at zero
-            weight.copy_(0.05 * torch.randn_like(weight) + (weight.ndim == 1) * weight)
+    randomise(model)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(2)).tolist()
     lengths, found = [len(d) for d in documents], []
     for rows in (filled(lengths, 2048, order[::-1]), filled(lengths, 5000, order), [[i] for i in order]):

@@ -131,6 +131,17 @@ def mixer(dtype=torch.float32):
     return layer.to(dtype)
 
 
+def test_a_state_goes_on_in_inference_mode_with_the_bits_of_training():
+    """As ``generate`` decodes: a state is no inference tensor, and what was made of one is saved for no gradient."""
+    layer, x = mixer(), torch.randn(1, 12, 16)
+    with ki.numerics("invariant"):
+        expected = layer(x, ki.MaskContract())[0].detach()
+        with torch.inference_mode():
+            state = layer.new_state(1)
+            found = torch.cat([layer(part, cache=state)[0] for part in x.split((7, 1, 4), 1)], 1)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.thorough
 def test_chunks_of_a_scan_count_from_the_document():
     layer, x = mixer(), torch.randn(1, 80, 16)

@@ -81,7 +81,8 @@ def test_positions_of_constants_count(compiled):
     for block in (64, 128, 64):
         kernel[(1,)](*CALL[0], block, True, num_warps=4)
     assert [k.made_for[0][4] for k in known] == [64, 128]
-    assert known[0].launched[0][1] == (*CALL[0], 64, True)
+    addresses = [x.data_ptr() for x in CALL[0][:2]]
+    assert known[0].launched[0][1] == (*addresses, *CALL[0][2:], 64, True)
 
 
 def test_values_of_the_same_kind_are_not(compiled):

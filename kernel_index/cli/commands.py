@@ -303,7 +303,9 @@ def _holds_something(folder: Path) -> bool:
 def _unread_variables() -> dict[str, str]:
     """Variables with our prefix that nothing reads, each with the nearest one that is read."""
     ops = sorted({name for e in ENTRIES for names in e.tables() for name in names})
-    known = ["KERNEL_INDEX_STRICT", "KERNEL_INDEX_BACKEND", *(f"KERNEL_INDEX_BACKEND_{op.upper()}" for op in ops)]
+    known = [
+        f"KERNEL_INDEX_{name}" for name in ("STRICT", "NUMERICS", "BACKEND", *(f"BACKEND_{op.upper()}" for op in ops))
+    ]
     found = {}
     for name in sorted(os.environ):
         if name.startswith("KERNEL_INDEX_") and name not in known:

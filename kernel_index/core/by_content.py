@@ -1,6 +1,7 @@
 """One packing for one set of documents: whoever packs them by their content gets the same rows from every batch."""
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pr
 class Packing(NamedTuple):
     """Where tokens stand: ``places`` [N] in the caller's rows, ``slots`` [N] in rows of ``shape``.
 
-    ``number`` and ``offset`` [N]: a token's document, and its place in it.
+    ``number`` and ``offset`` [N]: a token's document, and its place in it.  ``lengths``: of each row's documents, in
+    their order.
     """
 
     places: Tensor
@@ -32,6 +34,7 @@ class Packing(NamedTuple):
     number: Tensor
     offset: Tensor
     shape: torch.Size
+    lengths: list[list[int]]
 
     def rows(self, values: Tensor, padding: int) -> Tensor:
         """The caller's values, in rows of this packing."""
@@ -66,15 +69,22 @@ def packed_by_content(document: Tensor, places: Tensor, *words: Tensor) -> Packi
     offset = torch.arange(len(document), device=document.device) - (counts.cumsum(0) - counts)[document]
     hashes = hashed(offset, *(word[by_document] for word in words))
     order = torch.zeros_like(counts).index_add_(0, document, hashes).argsort(stable=True)
-    first, shape = _places_in_rows(counts[order].tolist())
+    counts = counts[order].tolist()
+    rows, width = _in_rows(counts)
+    lengths = [[counts[i] for i in row] for row in rows]
+    first = [0] * len(counts)
+    for at, row in enumerate(rows):
+        for i, start in zip(row, itertools.accumulate(lengths[at], initial=at * width), strict=False):
+            first[i] = start
     number = inverse(order)[document]
     slots = torch.tensor(first, device=document.device)[number] + offset
     again = slots.argsort()
-    return Packing(places[by_document][again], slots[again], number[again], offset[again], shape)
+    shape = torch.Size((len(rows), width))
+    return Packing(places[by_document][again], slots[again], number[again], offset[again], shape, lengths)
 
 
-def _places_in_rows(lengths: Sequence[int]) -> tuple[list[int], torch.Size]:
-    """Where each document begins, and the rows: short ones, as long as they waste little."""
+def _in_rows(lengths: Sequence[int]) -> tuple[list[list[int]], int]:
+    """The documents of each row, and the rows' length: short ones, as long as they waste little."""
     longest, total = max(lengths), sum(lengths)
     best, width = list[list[int]](), 0
     for times in range(1, WIDEST + 1):
@@ -84,12 +94,7 @@ def _places_in_rows(lengths: Sequence[int]) -> tuple[list[int], torch.Size]:
             best, width = rows, wide
         if len(best) * width - total <= WASTE * total:
             break
-    first = [0] * len(lengths)
-    for row, documents in enumerate(best):
-        at = row * width
-        for i in documents:
-            first[i], at = at, at + lengths[i]
-    return first, torch.Size((len(best), width))
+    return best, width
 
 
 def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -131,17 +136,27 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def hashed(*words: Tensor) -> Tensor:
-    """64 bits of whole numbers, int64, element by element.
+    """64 bits of whole numbers, int64, element by element: a sum of multiples that have no simple relation, then mixed.
 
-    Source: S. Vigna's splitmix64, its two multiplications; integer products wrap around.
+    Source: S. Vigna's splitmix64, its increment and its two multiplications; integer products wrap around.
     """
-    found = torch.zeros_like(words[0])
-    for word in words:
-        found = found + word + _signed(0x9E3779B97F4A7C15)
-        found = (found ^ _shifted(found, 30)) * _signed(0xBF58476D1CE4E5B9)
-        found = (found ^ _shifted(found, 27)) * _signed(0x94D049BB133111EB)
-        found = found ^ _shifted(found, 31)
-    return found
+    found = words[0] * _signed(_multiple(1))
+    for i, word in enumerate(words[1:], 2):
+        found = torch.add(found, word, alpha=_signed(_multiple(i)))
+    found = (found ^ _shifted(found, 30)) * _signed(FIRST)
+    found = (found ^ _shifted(found, 27)) * _signed(SECOND)
+    return found ^ _shifted(found, 31)
+
+
+INCREMENT, FIRST, SECOND, BITS = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
+
+
+def _multiple(i: int) -> int:
+    """The i-th number of splitmix64 from 0, made odd, so that no word loses a bit."""
+    x = i * INCREMENT & BITS
+    x = (x ^ x >> 30) * FIRST & BITS
+    x = (x ^ x >> 27) * SECOND & BITS
+    return (x ^ x >> 31) | 1
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

@@ -61,7 +61,7 @@ def has_values(name: str, value: Any, device: torch.device | str) -> None:
 
 def has_dtype(name: str, value: Tensor, dtype: torch.dtype, why: str) -> None:
     if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} {why}, got {value.dtype}")
+        raise TypeError(f"{name} must be {f'{dtype} {why}'.rstrip()}, got {value.dtype}")
 
 
 def is_bool(name: str, value: Any) -> None:
@@ -92,6 +92,12 @@ def is_real(name: str, value: Any) -> None:
     # Dynamo may trace a float as a SymFloat, which has no isfinite.
     if not torch.compiler.is_compiling() and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def is_probability(name: str, value: Any) -> None:
+    is_real(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -138,7 +138,9 @@ def forced_here() -> Blocks:
 
 
 _PLACES: dict[int, Blocks] = {0: ()}
-"""What the number in a thread's state stands for, while a block is open.
+_MODES: dict[int, str | None] = {0: None}
+"""What the number in a thread's state stands for, while a block is open; and the mode of ``numerics`` among the blocks,
+which every call asks for several times.
 
 A number, since with PyTorch 2.11 a tuple that was there was found to be another object: as if its last reference had
 been lost.  Numbers of closed blocks are given again.
@@ -172,13 +174,14 @@ def resumed(blocks: Blocks) -> Iterator[None]:
     own = _FREE.pop() if _FREE else max(_PLACES) + 1
     _THREAD.forced = _distinct((block.ops, block.backend) for block in blocks)
     _PLACES[own] = blocks
+    _MODES[own] = next((block.backend for block in reversed(blocks) if NUMERICS in block.ops), None)
     torch._C._stash_obj_in_tls(_KEY, own)
     try:
         yield
     finally:
         _THREAD.forced = before
         torch._C._stash_obj_in_tls(_KEY, place)
-        del _PLACES[own]
+        del _PLACES[own], _MODES[own]
         if own < 256:
             _FREE.append(own)
 
@@ -210,10 +213,13 @@ def _forced_for(op: str) -> tuple[tuple[str, str] | None, bool]:
 
 def numerics_here() -> str:
     """The mode of ``numerics`` in force in this thread."""
-    if _EVER_FORCED or _THREAD.forced:  # a traced block is in the latter alone
-        for ops, mode in reversed(_blocks()):
-            if NUMERICS in ops:
-                return mode
+    if not (_EVER_FORCED or _THREAD.forced):  # a traced block is in the latter alone
+        return _NUMERICS[0]
+    if not torch.compiler.is_compiling():
+        return _MODES.get(_place()) or _NUMERICS[0]
+    for ops, mode in reversed(_THREAD.forced):
+        if NUMERICS in ops:
+            return mode
     return _NUMERICS[0]
 
 

@@ -29,7 +29,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if not torch.compiler.is_compiling():
         if not is_invariant():
             return function.apply(*args)
-        return _differentiable_once(_in_its_mode(function).apply(*args))
+        return _in_its_mode(function).apply(*args)
     distinct: list[Any] = []
     for arg in args:
         twice = isinstance(arg, torch.Tensor) and any(arg is other for other in distinct)
@@ -39,32 +39,25 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 @functools.cache
 def _in_its_mode(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The function with a backward pass in the blocks of its forward pass, wherever ``backward()`` is called."""
+    """The function with a backward pass in the blocks of its forward pass, wherever ``backward()`` is called.
+
+    It refuses ``create_graph=True``: such a backward is PyTorch's, in its order of sums.
+    """
 
     def forward(ctx: Any, *args: Any) -> Any:
         ctx.blocks = force.forced_here()
         return function.forward(ctx, *args)
 
     def backward(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise Ineligible("backward of a call in numerics('invariant'): create_graph=True has no invariant form")
+        if ctx.blocks is force.forced_here():  # nearly always, and a block costs a few microseconds
+            return function.backward(ctx, *gradients)
         with force.resumed(ctx.blocks):
             return function.backward(ctx, *gradients)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward), "__module__": function.__module__}
     return type(function.__name__, (function,), members)
-
-
-def _differentiable_once(found: Any) -> Any:
-    """In invariant numerics ``create_graph=True`` is refused: such a backward is PyTorch's, in its order of sums."""
-    outputs = found if isinstance(found, tuple) else (found,)
-    node = next((out.grad_fn for out in outputs if isinstance(out, torch.Tensor) and out.grad_fn is not None), None)
-    if node is not None:  # that of all outputs
-        node.register_prehook(_refuse_create_graph)
-    return found
-
-
-def _refuse_create_graph(_: Any) -> None:
-    if torch.is_grad_enabled():
-        raise Ineligible("backward of a call in numerics('invariant'): create_graph=True has no invariant form")
 
 
 def are_seen() -> bool:

@@ -19,9 +19,14 @@ def goes_by_arguments(op: str) -> bool:
     Not while a trace, a mode, a transform or a profiler looks on, nor under autocast, receipts, ``explain``, a forced
     backend, strict mode or invariant numerics.
     """
-    if ops.are_seen() or torch.autograd._profiler_enabled() or torch.is_autocast_enabled("cuda"):
+    return not torch.is_autocast_enabled("cuda") and is_unwatched(op) and not is_invariant()
+
+
+def is_unwatched(op: str) -> bool:
+    """The same, but under autocast and in any numerics, of which the caller asks."""
+    if ops.are_seen() or torch.autograd._profiler_enabled():
         return False
-    return not (dispatch.is_watched() or any(force.STRICT) or force.forced_for(op) or is_invariant())
+    return not (dispatch.is_watched() or any(force.STRICT) or force.forced_for(op))
 
 
 FIRST_GPU = 0

@@ -17,6 +17,10 @@ WARM = 2
 """Calls that run as they are before one is recorded: they compile kernels and choose algorithms."""
 
 
+MOST = 4
+"""Recorded graphs: each holds the memory of a step."""
+
+
 class Step(NamedTuple):
     """``loss`` holds until the next step; ``receipts`` of all calls inside, also where a graph was replayed."""
 
@@ -83,10 +87,10 @@ class CapturedStep:
 
     def __call__(self, batch: Batch, share: Tensor, key: object = None) -> Step:
         """``key``: whatever else decides what is launched.  Raises ``RecordingError``."""
-        kind = key, *(tuple(t.shape) for t in batch)
+        kind = key, batch.kind
         self.calls[kind] += 1
         self.prepared = kind not in self.recorded
-        if self.calls[kind] <= WARM:
+        if self.calls[kind] <= WARM or (kind not in self.recorded and len(self.recorded) >= MOST):
             return self.recorder.warm(lambda: run_step(self.gradients, batch, share))
         earlier = [p.grad for p in self.parameters]
         if kind not in self.recorded:
@@ -104,7 +108,7 @@ class _Recorded:
     """A graph, and the memory that it reads and writes."""
 
     def __init__(self, captured: CapturedStep, batch: Batch, share: Tensor):
-        self.batch, self.share = Batch(*(t.clone() for t in batch)), share.clone()
+        self.batch, self.share = batch.each(torch.clone), share.clone()
         self.step = Step(self.share, Counter())
         earlier = [p.grad for p in captured.parameters]
         try:

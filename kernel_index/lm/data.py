@@ -7,15 +7,16 @@ chunks.  Every byte is a target exactly once per epoch; none is dropped.
 import hashlib
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernel_index.core import checks
 from kernel_index.core.by_content import best_fit
 
 TEXT = "**/*"
@@ -45,6 +46,15 @@ class Batch(NamedTuple):
     doc_ids: Tensor
     valid_counts: Tensor
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """A batch of what the function makes of each tensor: copies, or tensors on another device."""
+        return type(self)(*map(function, self))
+
+    @property
+    def kind(self) -> Hashable:
+        """What decides the sizes of all tensors of a training step."""
+        return tuple(tensor.shape for tensor in self)
+
     @classmethod
     def of_prompt(cls, tokens: Tensor, row: int) -> "Batch":
         """One document in one row of fixed length, without targets."""
@@ -63,12 +73,20 @@ class Batch(NamedTuple):
 
         Every token is the target of the one before it in its document.
 
+        Raises:
+            TypeError: a document is no tensor of whole numbers.
+            ValueError: ``length`` is too small, or no row holds a token.
+
         >>> batch = Batch.of_documents([[torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8])]])
         >>> batch.tokens.tolist(), batch.targets.tolist(), batch.doc_ids.tolist()
         ([[5, 6, 7], [8, 256, 256]], [[6, -100, -100], [-100, -100, -100]], [[0, 0, 1], [0, -1, -1]])
         """
+        for document in (document for row in rows for document in row):
+            checks.is_integer_tensor("a document", document)
         counts = [sum(len(document) for document in row) for row in rows]
         longest = max(counts, default=0)
+        if not longest and not length:
+            raise ValueError("rows must hold at least one token, got none")
         if length is not None and longest > length:
             raise ValueError(f"length must be at least {longest}, the longest row, got {length}")
         shape = len(rows), longest if length is None else length

@@ -176,6 +176,8 @@ def rollout(
     generators, histories = _begun(prompts, tokens, seed)
     context = model.config.context
     longest = max(map(len, histories))
+    if longest > context:
+        raise ValueError(f"prompts must be shorter than the context of {context}, got one of {longest} with START")
     if longest + tokens > context:
         room = f"START, the longest prompt and the new tokens must fit into the context of {context}"
         raise ValueError(f"tokens must be at most {context - longest}: {room}, got {tokens}")
@@ -196,7 +198,7 @@ def rollout(
     texts = (bytes(t for t in row if t < START).decode(errors="replace") for row in drawn)
     both = [torch.stack(row) if row else torch.zeros(0, 2) for row in found]
     log_probs, sampled = (tuple(x[:, i].contiguous() for x in both) for i in range(2))
-    return Rollout(tuple(map(torch.tensor, drawn)), tuple(texts), log_probs, sampled)
+    return Rollout(tuple(torch.tensor(row, dtype=torch.int64) for row in drawn), tuple(texts), log_probs, sampled)
 
 
 def _log_probs(model: LanguageModel, hidden_C: Tensor, token: int, sampling: Sampling) -> Tensor:

@@ -12,7 +12,7 @@ from kernel_index.core.numerics import is_invariant
 from kernel_index.lm.cache import ModelCache
 from kernel_index.lm.config import ModelConfig
 from kernel_index.lm.data import IGNORED, Batch
-from kernel_index.lm.one_order import AnyBatch, InOrder, as_given, in_one_order
+from kernel_index.lm.one_order import AnyBatch, InOrder, Ordered, as_given, in_one_order
 from kernel_index.lm.trees import TreeBatch, at_sources
 from kernel_index.nn import (
     MLA,
@@ -31,6 +31,7 @@ from kernel_index.nn import (
     SquaredReLUMLP,
     SwiGLUMLP,
 )
+from kernel_index.nn.device_scan import remembered_length
 from kernel_index.nn.mlp import MLPS
 from kernel_index.nn.residual import invariant_norm
 
@@ -132,8 +133,16 @@ class LanguageModel(nn.Module):
 
         Not where somebody's hooks may look at the caller's rows, nor inside a trace, whose sizes cannot follow content.
         """
+        if isinstance(batch, Ordered):
+            return as_given(batch)
         ordered = is_invariant() and (summed or torch.is_grad_enabled()) and not torch.compiler.is_compiling()
         return in_one_order(batch) if ordered and hooked(self) is None else as_given(batch)
+
+    def in_order(self, batch: Batch) -> Batch:
+        """The batch as a training step takes it, before one is recorded: this reads the device, the step does not."""
+        found = self._in_order_to_train(batch, summed=True).batch
+        assert isinstance(found, Batch)
+        return found
 
     def _hidden(self, batch: AnyBatch) -> Tensor:
         for router in self.routers():
@@ -143,6 +152,8 @@ class LanguageModel(nn.Module):
         else:
             counts = ki.attention_validity(valid_token_counts=batch.valid_counts)
             mask = ki.MaskContract(causal=True, doc_ids=batch.doc_ids, validity=counts)
+            if isinstance(batch, Ordered):
+                remembered_length(mask, batch.doc_ids, lambda: batch.in_chunks)
         masks: dict[int | None, ki.MaskContract] = {}  # layers with the same window share one contract
         for mixer in self.mixers():
             if mixer is not None and mixer.window not in masks:

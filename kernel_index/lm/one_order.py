@@ -4,8 +4,8 @@ The gradient of a weight is a sum over all tokens.  In this order that sum, and 
 documents alone: not on how a caller packs them, nor on the order of the rows.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,26 @@ import kernel_index as ki
 from kernel_index.core.by_content import hashed, inverse, packed_by_content, scattered
 from kernel_index.lm.data import IGNORED, START, Batch
 from kernel_index.lm.trees import TreeBatch
+from kernel_index.nn.device_scan import length_of_chunks
+
+
+class Ordered(Batch):
+    """A batch whose documents are in their one order already.
+
+    ``in_chunks`` is the length of its rows where each document has whole chunks: what a scan would read on the device.
+    """
+
+    in_chunks: int = 0
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        found = super().each(function)
+        found.in_chunks = self.in_chunks
+        return found
+
+    @property
+    def kind(self) -> Hashable:
+        return super().kind, self.in_chunks
+
 
 AnyBatch = Batch | TreeBatch
 Back = Callable[[Tensor], Tensor]
@@ -74,7 +94,9 @@ def _documents(batch: Batch) -> InOrder:
     def back(values: Tensor) -> Tensor:
         return scattered(packing.taken(values), packing.places, shape)
 
-    return InOrder(Batch(tokens, targets, positions, numbers, counts), back, back)
+    ordered = Ordered(tokens, targets, positions, numbers, counts)
+    ordered.in_chunks = length_of_chunks(packing.lengths, packing.shape[1])
+    return InOrder(ordered, back, back)
 
 
 def _trees(batch: TreeBatch) -> InOrder:

@@ -253,6 +253,7 @@ def decoded(
     chunk: Callable[[], int] = lambda: 1,
     between: Callable[[ModelCache, list[int], list[int]], list[int]] | None = None,
     scattered: bool = False,
+    at_once: int = AT_ONCE,
 ) -> list[Tensor]:
     """The log-probabilities of each sequence by decoding it from a cache, several sequences together.
 
@@ -264,12 +265,13 @@ def decoded(
         between: called once when a sequence is half read, with the cache, its sequences and their lengths; returns the
             sequences to go on with, of which one may be empty again.
         scattered: whether the pages come in a mixed order, and hold what others have left there.
+        at_once: sequences that are decoded together.
     """
     found: list[Tensor] = []
-    for first in range(0, len(sequences), AT_ONCE):
-        group = sequences[first : first + AT_ONCE]
+    for first in range(0, len(sequences), at_once):
+        group = sequences[first : first + at_once]
         pages = sum(-(-len(s) // page) for s in group)
-        cache = model.new_cache((3 * pages + 4 * AT_ONCE) * page, page)
+        cache = model.new_cache((3 * pages + 4 * at_once) * page, page)
         if scattered:
             _scatter(model, cache, pages, page)
         found += _Reading(model, cache, group, chunk).run(between)
@@ -310,14 +312,15 @@ class _Reading:
 
     def _step(self, live: list[int], starts: list[int], counts: list[int]) -> None:
         longest, device = max(counts), self.model.head.weight.device
-        tokens, targets = (torch.full((len(live), longest), value, device=device) for value in (START, IGNORED))
+        tokens, targets = (torch.full((len(live), longest), value) for value in (START, IGNORED))
         for row, (i, start, count) in enumerate(zip(live, starts, counts, strict=True)):
             tokens[row, :count] = self.group[i][start : start + count]
             targets[row, :count] = self.group[i][start + 1 : start + count + 1]
+        tokens, targets = tokens.to(device), targets.to(device)
         self.cache.begin([self.ids[i] for i in live], longest, None if min(counts) == longest else counts)
         hidden = self.model.cached_hidden(tokens, torch.tensor(starts, device=device), self.cache)
         self.cache.advance()
-        log_probs = self.model.log_probs_of(hidden, targets).detach()
+        log_probs = self.model.log_probs_of(hidden, targets).detach().cpu()  # one copy for all rows
         for row, (i, start, count) in enumerate(zip(live, starts, counts, strict=True)):
             self.found[i][start : start + count] = log_probs[row, :count]
 

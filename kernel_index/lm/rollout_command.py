@@ -9,6 +9,7 @@ import torch
 import typer
 
 import kernel_index as ki
+from kernel_index.core.digest import digest
 from kernel_index.core.terminal import (
     STDOUT,
     JsonFile,
@@ -82,7 +83,7 @@ def _name_of(device: torch.device) -> str:
 
 def receipt(model: LanguageModel, report: Report, request: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
     """What ``kernel-index prove --verify`` accepts or refuses."""
-    return {
+    content = {
         "proof": "rollout-check",
         "exact": report.is_exact,
         "request": request,
@@ -91,6 +92,7 @@ def receipt(model: LanguageModel, report: Report, request: dict[str, Any], versi
         "recipes": report.recipes,
         "findings": {name: {a: asdict(f) for a, f in axes.items()} for name, axes in report.findings.items()},
     }
+    return content | {"digest": digest(content)}
 
 
 def _show(report: Report) -> None:

@@ -248,6 +248,7 @@ class Trainer:
     def _micro_batch(self, batch: Batch, share: Tensor) -> Step:
         if self.captured is not None:
             try:
+                batch = self.model.in_order(batch)
                 found = self.captured(batch, share, self.step < self.config.sparse_from_step)
                 if self.captured.prepared:
                     self.goodput.prepares()
@@ -279,7 +280,7 @@ class Trainer:
         return float(distributed.whole(norm))
 
     def _here(self, batch: Batch) -> Batch:
-        return Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+        return batch.each(lambda t: t.to(self.device, non_blocking=True))
 
     def _autocast(self):
         return torch.autocast(self.device.type, DTYPES[self.config.dtype], enabled=self.config.dtype != "float32")

@@ -4,6 +4,7 @@ They divide a row into chunks.  So each document is put at the beginning of a ch
 have no step; and a decoding step keeps the inputs of its open chunk and scans that again from the state before it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -41,8 +42,31 @@ class Layout(NamedTuple):
     segments: Tensor
 
 
-def layout_of(ids: Tensor | None, rows: int, tokens: int, device: torch.device) -> Layout:
-    """Reads the longest row's length on the host, where there are documents."""
+LENGTHS = 16
+"""Lengths of rows in chunks up to twice the tokens of a row: few, since a recorded step holds for one length."""
+
+
+def length_for(longest: int, tokens: int) -> int:
+    """The length of rows in chunks, of which the longest needs so many places; ``tokens`` where nothing need move."""
+    grid = CHUNK * max(1, tokens // (LENGTHS * CHUNK))
+    return tokens if longest == tokens else ceil_div(longest, grid) * grid
+
+
+def length_of_chunks(lengths: Sequence[Sequence[int]], tokens: int) -> int:
+    """The same from the lengths of each row's documents, without reading the device."""
+    padded = ((*row, tokens - sum(row)) for row in lengths)
+    return length_for(max(sum(ceil_div(n, CHUNK) * CHUNK for n in row) for row in padded), tokens)
+
+
+def remembered_length(mask: "ki.MaskContract", ids: Tensor, read: Callable[[], int]) -> int:
+    """The length of the mask's rows in chunks, which who made the mask may know already."""
+    return mask.remember("length in chunks", tuple(ids.shape), lambda: (read(),))[0]
+
+
+def layout_of(
+    ids: Tensor | None, rows: int, tokens: int, device: torch.device, mask: "ki.MaskContract | None" = None
+) -> Layout:
+    """Reads the longest row's length on the host, where there are documents and the mask does not remember it."""
     at = torch.arange(tokens, device=device).expand(rows, -1)
     begins = at == 0
     if ids is not None:
@@ -52,7 +76,14 @@ def layout_of(ids: Tensor | None, rows: int, tokens: int, device: torch.device) 
     lengths = torch.zeros_like(at).scatter_reduce(1, number, within + 1, "amax")  # of the documents in their order
     padded = (lengths + CHUNK - 1) // CHUNK * CHUNK
     places = (padded.cumsum(-1) - padded).gather(1, number) + within
-    length = ceil_div(tokens, CHUNK) * CHUNK if ids is None else int(padded.sum(-1).max())
+
+    def read() -> int:
+        return length_for(int(padded.sum(-1).max()), tokens)
+
+    if ids is None:
+        length = ceil_div(tokens, CHUNK) * CHUNK
+    else:
+        length = read() if mask is None else remembered_length(mask, ids, read)
     numbers = torch.arange(rows * tokens, device=device).view(rows, tokens)
     found = torch.full((rows, length), -1, device=device).scatter(1, places, numbers)
     starts = torch.zeros(rows, length, dtype=torch.int64, device=device).scatter_add(1, places, begins.to(torch.int64))
@@ -89,12 +120,18 @@ def mixed(layer: "Mamba2", inputs: Tensor, step: Tensor, mask: "ki.MaskContract 
     where = inputs.device
 
     def build() -> Layout:
-        return layout_of(ids, rows, tokens, where)
+        return layout_of(ids, rows, tokens, where, mask)
 
-    layout = build() if mask is None or ids is None else mask.remember("chunked", (rows, tokens, where), build)
-    numbers = torch.zeros(1, tokens, dtype=torch.int32, device=where)
-    if ids is not None:
-        numbers = torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).to(torch.int32).cumsum(-1), (1, 0))
+    def number() -> Tensor:
+        if ids is None:
+            return torch.zeros(1, tokens, dtype=torch.int32, device=where)
+        return torch.nn.functional.pad((ids[:, 1:] != ids[:, :-1]).to(torch.int32).cumsum(-1), (1, 0))
+
+    if mask is None or ids is None:
+        layout, numbers = build(), number()
+    else:
+        layout = mask.remember("chunked", (rows, tokens, where), build)
+        numbers = mask.remember("numbered", (rows, tokens, where), number)
     before = inputs.new_zeros(rows, layer.width - 1, inputs.shape[-1])
     convolved = _convolved(layer, inputs, numbers, before)
     state = torch.zeros(rows, layer.heads, layer.head_dim, layer.state, dtype=torch.float32, device=where)
@@ -152,7 +189,7 @@ def continued(layer: "Mamba2", inputs: Tensor, step: Tensor, cache: "MixerState"
     segments = torch.zeros(1, len(place), dtype=torch.int32, device=inputs.device)
     y = _scanned(layer, _taken(joined, source, 0.0), _taken(steps, source, -torch.inf), segments, cache.scan).y
     whole = total // CHUNK * CHUNK
-    with torch.no_grad(), torch.inference_mode(False):  # a state is a constant, and stays usable
+    with torch.inference_mode(False), torch.no_grad():  # in this order; a state is a constant, and stays usable
         given = (joined.detach().clone(), steps.detach().clone())
         closed = source_of(place, whole)
         x, dt = _taken(given[0], closed, 0.0), _taken(given[1], closed, -torch.inf)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
-from kernel_index.core import stable
+from kernel_index.core import checks, stable
 from kernel_index.core.numerics import is_invariant
 
 
@@ -33,6 +33,10 @@ class HyperConnections(nn.Module):
 
     def __init__(self, block: nn.Module, index: int = 0, *, streams: int = 4, separation: float = 8.0, iters: int = 20):
         super().__init__()
+        checks.is_int("index", index)
+        checks.is_int("streams", streams, minimum=1)
+        checks.is_real("separation", separation)
+        checks.is_int("iters", iters, minimum=0)
         self.block, self.iters = block, iters
         self.h_pre = nn.Parameter(torch.eye(streams)[index % streams])
         self.h_post = nn.Parameter(torch.ones(streams))

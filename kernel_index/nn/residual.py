@@ -33,6 +33,11 @@ class ResidualRMSNorm(nn.Module):
 
     def __init__(self, dim: int, *, dropout: float = 0.0, eps: float = 1e-6, fp32_residual: bool = True):
         super().__init__()
+        checks.is_int("dim", dim, minimum=1)
+        checks.is_probability("dropout", dropout)
+        checks.is_real("eps", eps)
+        if eps < 0:
+            raise ValueError(f"eps must be at least 0, got {eps}")
         self.weight = nn.Parameter(torch.ones(dim))
         self.dropout, self.eps, self.fp32_residual = dropout, eps, fp32_residual
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_index as ki
+from kernel_index.core import checks
 from kernel_index.core.numerics import Ineligible, is_invariant, needs_ordinary_numerics
 from kernel_index.nn.document_scan import mixed_by_documents, no_tokens
 from kernel_index.nn.linear import Linear
@@ -61,6 +62,9 @@ class Mamba2(Mixer):
         self, dim: int, heads: int, head_dim: int, *, state: int, groups: int = 1, width: int = 4, chunk: int = 64
     ):
         super().__init__()
+        sizes = {"dim": dim, "heads": heads, "head_dim": head_dim, "state": state, "groups": groups, "width": width}
+        for name, size in (*sizes.items(), ("chunk", chunk)):
+            checks.is_int(name, size, minimum=1)
         if heads % groups:
             raise ValueError(f"heads must be a multiple of groups ({groups}), got {heads}")
         self.heads, self.head_dim, self.state, self.groups = heads, head_dim, state, groups

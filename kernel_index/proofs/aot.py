@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from kernel_index.core import ops
 from kernel_index.core.target import Target, pretend
 from kernel_index.core.testing import Maker, Suite, suites
+from kernel_index.core.triton.overwritten_tiles import overwritten
 from kernel_index.proofs.errors import differentiable, run
 from kernel_index.proofs.unset_registers import reads_of_unset
 
@@ -182,7 +183,9 @@ def compile_for(op: str, launch: Launch, name: str) -> Compiled:
     read = _read_cubin if target.kind == "cuda" else _read_hsaco
     registers, spilled, size, code = read(built.asm)
     unset = len(reads_of_unset(code)) if launch.kernel.is_gluon() else 0
-    return Compiled(*place, registers, spilled, built.metadata.shared, size, unset=unset)
+    tiles = () if launch.kernel.is_gluon() else overwritten(built.asm.get("ttgir", ""))
+    error = f"a product reads an overwritten tile: {tiles[0]}"[:300] if tiles else ""
+    return Compiled(*place, registers, spilled, built.metadata.shared, size, error, unset)
 
 
 def _read_cubin(asm: dict[str, Any]) -> tuple[int, int, int, str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kernel_index import __version__
+from kernel_index.core.digest import digest_problems
 from kernel_index.core.testing import suites
 
 AXES = (
@@ -35,7 +36,7 @@ RECIPES = {"A": ("attention",), "L": ("attention",), "S": SELECTED, "E": ("group
 def problems(receipt: dict[str, Any]) -> list[str]:
     """Why it proves nothing; empty for one that shows equal bits on every axis, for every letter."""
     try:
-        return list(_problems(receipt))
+        return digest_problems(receipt) + list(_problems(receipt))
     except (KeyError, TypeError, AttributeError) as error:
         return [f"is not as rollout-check writes it: {type(error).__name__}: {error}"]
 

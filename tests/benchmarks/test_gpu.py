@@ -152,7 +152,7 @@ def test_the_dry_run_of_experts_compares_every_part(tmp_path):
         assert {"kernel_index"} < set(found), case
         assert max(of["error"] for of in found.values()) < 2e-2, case
     assert "kernel_index, by parts" in rows["tiny relu2 layer"]
-    assert content["left_out"]["Megatron"] == "No module named 'transformer_engine'"
+    assert content["left_out"]["Megatron, one by one"] == "No module named 'megatron'"
     assert "ours ÷ the best other: forward us 1.00 of PyTorch" in said
 
 

@@ -107,3 +107,10 @@ def test_wrong_use_is_said_once_where_nothing_can_be_written():
     done = shell("show nothing_like_it >/dev/full")
     assert done.returncode == terminal.WRONG_USE
     assert done.stderr.count(b"\n") == 1
+
+
+def test_doctor_knows_the_variables_that_are_read():
+    said = shell("doctor", KERNEL_INDEX_NUMERICS="invariant", KERNEL_INDEX_NUMERIC="1", COLUMNS="200").stdout.decode()
+    assert "KERNEL_INDEX_NUMERIC" in said
+    assert "did you mean KERNEL_INDEX_NUMERICS?" in said
+    assert "KERNEL_INDEX_STRICT?" not in said

@@ -42,7 +42,7 @@ def test_the_home_page_has_the_same_snippet():
 
 def headlines() -> dict[str, str]:
     """What is claimed of an H200 -> the figure, from the committed file."""
-    content = measured.peers()
+    content = measured.content()
     stock, ours = (next(m for m in content["models"] if m["contender"] == c) for c in ("as it is", "kernel_index"))
     sparse = [
         r["train_of_dense"]

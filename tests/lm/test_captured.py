@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernel_index as ki
-from kernel_index.lm.captured import WARM, CapturedStep, GraphRecorder, Step, run_step
+from kernel_index.lm.captured import MOST, WARM, CapturedStep, GraphRecorder, Step, run_step
 from kernel_index.lm.data import Batch
 from kernel_index.lm.distributed import Group
 from kernel_index.lm.goodput import Goodput
@@ -252,3 +252,34 @@ def test_steps_that_are_warmed_or_recorded_count_as_compiling(weight):
                 goodput.prepares()
     assert goodput.seconds()["step"] == 6
     assert goodput.seconds()["compile"] == 15
+
+
+def test_the_same_documents_in_another_packing_replay_the_same_graph():
+    """In invariant numerics, with the loss and the gradients of a step as it is."""
+    from tests.lm.test_one_order import documents, rows
+    from tests.lm.test_rollout_check import drawn_model
+
+    model, share, found = drawn_model("MA"), torch.tensor(0.5), []
+
+    def gradients(batch, share):
+        loss = model(batch) * share
+        loss.backward()
+        return loss.detach()
+
+    step = CapturedStep(gradients, model.parameters(), again := Again(list(model.parameters())))
+    with ki.numerics("invariant"):
+        for seed in range(WARM + 3):
+            loss = step(model.in_order(rows(documents(0), seed)), share).loss
+            found.append([loss.clone(), *(p.grad.clone() for p in model.parameters())])
+            model.zero_grad(set_to_none=True)
+    assert (len(step.recorded), again.replayed) == (1, 3)
+    for one in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(one, found[0], strict=True))
+
+
+def test_few_graphs_are_kept(weight):
+    step = CapturedStep(gradients_of(weight), [weight], again := Again([weight]))
+    for tokens in range(5, 5 + MOST + 2):
+        for seed in range(WARM + 1):
+            step(batch_of(tokens, seed), torch.tensor(1.0))
+    assert (len(step.recorded), again.recorded) == (MOST, MOST)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 
 import numpy as np
 import pytest
@@ -157,3 +158,22 @@ def test_prompt_is_padded_and_its_padding_is_no_document():
     assert batch.valid_counts.tolist() == [3]
     with pytest.raises(ValueError, match="tokens must hold 1 to 5 tokens, got 6"):
         Batch.of_prompt(torch.zeros(6, dtype=torch.int64), 5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[torch.randn(3)]], TypeError, "a document must be an integer tensor, got torch.float32"),
+        ([[[1, 2]]], TypeError, "a document must be a torch.Tensor, got list"),
+        ([[]], ValueError, "rows must hold at least one token, got none"),
+        ([], ValueError, "rows must hold at least one token, got none"),
+    ],
+)
+def test_documents_that_are_none(rows, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Batch.of_documents(rows)
+
+
+def test_rows_without_a_document_beside_a_length():
+    assert Batch.of_documents([[], [torch.tensor([3])]]).valid_counts.tolist() == [0, 1]
+    assert Batch.of_documents([[]], 4).doc_ids.tolist() == [[-1] * 4]

@@ -7,8 +7,9 @@ import kernel_index as ki
 from kernel_index.lm.config import ExpertLayer, Sparse, StateSpace
 from kernel_index.lm.data import Batch
 from kernel_index.lm.model import LanguageModel
-from kernel_index.lm.one_order import in_one_order
+from kernel_index.lm.one_order import Ordered, in_one_order
 from kernel_index.lm.trees import TokenTree, TreeBatch
+from kernel_index.nn.device_scan import layout_of
 from tests.lm.test_rollout_check import drawn_model
 from tests.lm.test_trees import random_trees
 
@@ -224,3 +225,27 @@ def test_padding_behind_trees_changes_nothing():
     real = (longer.mask.subtree_end > torch.arange(60))[..., None]
     assert hidden.shape == plain.shape
     assert torch.equal(torch.where(real, hidden, 0), torch.where(real, plain, 0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_in_order_knows_how_long_its_rows_are_in_chunks(seed):
+    """So that a step need not read it, which is recorded; as it is when the documents are known to nobody."""
+    ordered = in_one_order(rows(documents(seed, 9), seed)).batch
+    assert isinstance(ordered, Ordered)
+    shape = ordered.tokens.shape
+    assert layout_of(ordered.doc_ids, *shape, ordered.tokens.device).tokens.shape == (shape[0], ordered.in_chunks)
+    filled = in_one_order(Batch.of_documents([[torch.arange(128), torch.arange(64)], [torch.arange(192)]])).batch
+    assert filled.tokens.shape[1] == filled.in_chunks
+    assert ordered.each(torch.clone).kind == ordered.kind != filled.kind
+
+
+def test_a_batch_in_order_is_not_put_in_order_again():
+    torch.manual_seed(0)
+    model = LanguageModel(drawn_model(**HYBRID).config)
+    given = rows(documents(1), 1)
+    with ki.numerics("invariant"):
+        ordered = model.in_order(given)
+        assert isinstance(ordered, Ordered)
+        assert model.in_order(ordered) is ordered
+        torch.testing.assert_close(model(ordered), model(given), rtol=0, atol=0)
+    assert model.in_order(given) is given

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kernel_index.cli import commands
+from kernel_index.core.digest import digest
 from kernel_index.lm.rollout_axes import AXES
 from kernel_index.proofs import rollout
 
@@ -72,11 +73,39 @@ def test_verify_accepts_it(checked):
 def test_verify_refuses_a_changed_one(checked, tmp_path, change, problem):
     receipt = json.loads(checked[1].read_text())
     change(receipt)
+    receipt["digest"] = digest(receipt)
     path = tmp_path / "changed.json"
     path.write_text(json.dumps(receipt))
     done = run("prove", "--verify", path)
     assert done.exit_code == 1
     assert problem in done.output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["request"].update(dtype="bfloat16"),
+        lambda r: r["machine"].update(torch="2.99.0"),
+        lambda r: r["model"].update(dim=4096),
+        lambda r: r.pop("digest"),
+    ],
+)
+def test_verify_refuses_one_that_was_edited(checked, tmp_path, change):
+    receipt = json.loads(checked[1].read_text())
+    change(receipt)
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(receipt))
+    done = run("prove", "--verify", path)
+    assert done.exit_code == 1
+    assert "digest does not fit the content" in done.output
+
+
+def test_verify_says_what_is_no_receipt(tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text('{"machine": {}, "rows": []}')
+    done = run("prove", "--verify", path)
+    assert done.exit_code == 1
+    assert "is no receipt: `kernel-index prove fa4 --json` and" in " ".join(done.output.split())
 
 
 def test_few_tokens_have_two_sequences(finished):

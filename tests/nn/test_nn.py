@@ -10,6 +10,9 @@ import kernel_index as ki
 from kernel_index.nn import (
     MLA,
     Attention,
+    HybridBlock,
+    HyperConnections,
+    Mamba2,
     ResidualRMSNorm,
     SparseAttention,
     SquaredReLUMLP,
@@ -154,6 +157,10 @@ SIZES = {
     lambda **c: MLA(**{"dim": 8, "heads": 2, "head_dim": 4, "rope": 2, "latent": 4, **c}): ("heads", "latent"),
     lambda **c: SquaredReLUMLP(**{"dim": 8, "hidden": 8, **c}): ("hidden",),
     lambda **c: SwiGLUMLP(**{"dim": 8, "hidden": 8, **c}): ("hidden",),
+    lambda **c: Mamba2(**{"dim": 8, "heads": 2, "head_dim": 4, "state": 4, **c}): (
+        *("heads", "state", "groups", "width", "chunk"),
+    ),
+    lambda **c: ResidualRMSNorm(**{"dim": 8, **c}): (),
 }
 
 
@@ -166,3 +173,29 @@ def test_a_layer_names_a_size_that_it_cannot_have(make):
                 make(**{name: value})
         with pytest.raises(TypeError, match=f"^{name} must be an integer, got float$"):
             make(**{name: 8.0})
+
+
+@pytest.mark.parametrize("make", [ResidualRMSNorm, lambda dim, **c: HybridBlock(dim, mlp=SwiGLUMLP(dim, 8), **c)])
+def test_a_layer_names_a_dropout_that_is_no_probability(make):
+    for value in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f"^dropout must be between 0 and 1, got {value}$"):
+            make(8, dropout=value)
+    with pytest.raises(TypeError, match=r"^dropout must be a number, got str$"):
+        make(8, dropout="a tenth")
+    make(8, dropout=1)
+
+
+def test_a_norm_names_an_eps_that_is_negative():
+    with pytest.raises(ValueError, match=r"^eps must be at least 0, got -1\.0$"):
+        ResidualRMSNorm(8, eps=-1.0)
+
+
+def test_hyper_connections_name_a_number_that_they_cannot_have():
+    for name, least, value in (("streams", 1, 0), ("iters", 0, -1)):
+        with pytest.raises(ValueError, match=f"^{name} must be at least {least}, got {value}$"):
+            HyperConnections(SwiGLUMLP(8, 8), **{name: value})
+    for name in ("streams", "iters", "index"):
+        with pytest.raises(TypeError, match=f"^{name} must be an integer, got float$"):
+            HyperConnections(SwiGLUMLP(8, 8), **{name: 2.0})
+    with pytest.raises(ValueError, match=r"^separation must be finite, got nan$"):
+        HyperConnections(SwiGLUMLP(8, 8), separation=float("nan"))

@@ -150,7 +150,7 @@ def test_rms_norm(late, width):
     block = norm.pick_config(width, whole)["BLOCK"]
     seen = late(
         norm._forward_kernel, LAST, residual, delta, weight, None, new, normed, rstd, width, 1e-6, 0.0,
-        SCALE=0, ONE_BLOCK=whole, BLOCK=block,
+        SCALE=0, ONE_BLOCK=whole, EARLY=whole, BLOCK=block,
     )  # fmt: skip
     for tensor in (residual, delta, new, normed):
         holds(seen, tensor, LAST * width, ROWS * width - 1)

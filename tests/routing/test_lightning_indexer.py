@@ -59,6 +59,20 @@ def test_exact_with_ties_to_the_smallest_index(mask, backend, tile, monkeypatch)
     assert (picked.indices.dtype, picked.scores.dtype) == (torch.int64, torch.float32)
 
 
+@BACKENDS
+@pytest.mark.parametrize("heads", [3, 4])
+def test_infinite_keys_and_heads_that_fill_no_product(heads, backend):
+    """Three heads may be computed as four: of the fourth nothing counts, not 0 times infinity either."""
+    if backend == "triton" and not launch.interpreting():
+        pytest.skip("runs in Triton's interpreter; a GPU has a test in test_scores_that_reach_a_bound.py")
+    q, k, w = whole_numbers(60, heads)
+    k[:, 5, 0], k[:, 20] = -torch.inf, torch.inf
+    picked = ki.lightning_indexer(q, k, w, topk=6, backend=backend)
+    expected = ki.lightning_indexer(q.double(), k.double(), w.double(), topk=6, backend="reference")
+    assert torch.equal(picked.indices, expected.indices)
+    assert torch.equal(picked.scores.isnan(), expected.scores.isnan())
+
+
 def compare_with_a_sort(every_rank, start, end, topk):
     """What the kernels select of rows of ranks [1, T, S], of equal ones the first, and in ascending order."""
     from kernel_index.routing.lightning_indexer import triton

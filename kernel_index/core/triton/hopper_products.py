@@ -11,6 +11,7 @@ have nothing to do against the traffic of the parts.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernel_index.core.triton.hopper import DTYPES, ROWS, TWO, QuickHopperKernel, barriers
+from kernel_index.core.triton.jit import MOST_KNOWN, Place, place_of
 from kernel_index.core.triton.launch import ceil_div, on_device, processors
 from kernel_index.core.triton.sums import sum_in_order
 
@@ -206,7 +208,43 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, *, add: bool 
 
     With ``add`` the product is added to y, which is float32.
     """
-    return _launch(a, b, bias, y, 1, add)
+    _Launch(a, b, bias, y, 1, add)(None, a, b, bias, y)
+    return y
+
+
+def multiplied(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, *, few: bool, add: bool, in_parts: bool) -> bool:
+    """Whether ``y`` became the product here.  With ``few`` rows it does by a sum in parts alone."""
+    place, bits = place_of(a), a.data_ptr() | b.data_ptr() | y.data_ptr() | (0 if bias is None else bias.data_ptr())
+    if place is None or place[0] != a.get_device() or bits % 16:
+        place, launch = None, _launch_of(a, b, bias, y, few, add, in_parts)
+    else:
+        dtypes = a.dtype, b.dtype, y.dtype, None if bias is None else bias.dtype
+        key = (place[0], a.shape, a.stride(), b.shape, b.stride(), dtypes, few, add, in_parts)
+        if key not in _KNOWN:
+            if len(_KNOWN) >= MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[key] = _launch_of(a, b, bias, y, few, add, in_parts)
+        launch = _KNOWN[key]
+    if launch is None:
+        return False
+    if launch.parts == 1:
+        launch(place, a, b, bias, y)
+    else:
+        _sum_parts_of(launch, place, a, b, y)
+    return True
+
+
+_KNOWN: "dict[Any, _Launch | None]" = {}
+"""By sizes, strides and dtypes, for addresses that the copy engine takes: the host is the limit of small layers."""
+
+
+def _launch_of(
+    a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, few: bool, add: bool, in_parts: bool
+) -> "_Launch | None":
+    parts = parts_of(a, b) if in_parts else 1
+    if parts > 1 and operands_why_not(a, b) is None:
+        return _Launch(a, b, None, y, parts, False)
+    return None if few or why_not(a, b, y) is not None else _Launch(a, b, bias, y, 1, add)
 
 
 PROGRAMS = 132
@@ -246,24 +284,65 @@ def _parts_of(M: int, K: int, N: int) -> int:
 
 def multiply_in_parts(a: Tensor, b: Tensor, y: Tensor, parts: int) -> Tensor:
     """``y`` [M, N] becomes a [M, K] · b [K, N], summed in parts of K that are added up in order."""
-    sums = y.new_empty(parts, *y.shape, dtype=torch.float32)
-    _launch(a, b, None, sums, parts, False)
-    sum_in_order(sums.view(parts, -1), y.view(-1))
+    return _sum_parts_of(_Launch(a, b, None, y, parts, False), None, a, b, y)
+
+
+def _sum_parts_of(launch: "_Launch", place: Place | None, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    sums = y.new_empty(launch.parts, *y.shape, dtype=torch.float32)
+    launch(place, a, b, None, sums)
+    sum_in_order(sums.view(launch.parts, -1), y.view(-1))
     return y
 
 
-def _launch(a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, parts: int, add: bool) -> Tensor:
-    (M, K), N, partial = a.shape, b.shape[1], parts > 1
-    columns, stages = (_part_columns(N), 4) if partial else _columns_and_stages(y)
-    a_turned, b_turned = a.stride(1) != 1, b.stride(0) != 1
-    a_desc = _described(a.T, [DEPTH, ROWS]) if a_turned else _described(a, [ROWS, DEPTH])
-    b_desc = _described(b, [DEPTH, columns]) if b_turned else _described(b.T, [columns, DEPTH])
-    y_desc = None if partial else _described(y, [ROWS, columns])
-    tiles = ceil_div(M, TILE_ROWS), ceil_div(N, columns)
-    with on_device(a):
-        _product_kernel[(min(tiles[0] * tiles[1] * parts, processors(y)),)](
-            a_desc, b_desc, y_desc, y, bias, M, N, *tiles, ceil_div(K, DEPTH), parts,
-            STAGES=stages, A_TURNED=a_turned, B_TURNED=b_turned, HAS_BIAS=bias is not None, ADD=add, PARTIAL=partial,
-            GROUP=GROUP, num_warps=4,
-        )  # fmt: skip
-    return y
+class _Tiles:
+    """What a launch reads of a descriptor.  Triton's own checks all of it again, which an earlier launch did."""
+
+    __slots__ = ("base", "shape", "strides")
+    padding, round_f32_to_tf32 = "zero", False
+
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int]):
+        self.base, self.shape, self.strides = base, shape, strides
+
+
+class _Launch:
+    """The launch for operands of these sizes, strides and dtypes; a result in ``parts`` is [parts, M, N]."""
+
+    def __init__(self, a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor, parts: int, add: bool):
+        (M, K), N, self.parts = a.shape, b.shape[1], parts
+        columns, stages = (_part_columns(N), 4) if parts > 1 else _columns_and_stages(y)
+        self.a_turned, self.b_turned = a.stride(1) != 1, b.stride(0) != 1
+        tiles = ceil_div(M, TILE_ROWS), ceil_div(N, columns)
+        self.grid, self.columns = (min(tiles[0] * tiles[1] * parts, processors(y)), 1, 1), columns
+        self.numbers = (M, N, *tiles, ceil_div(K, DEPTH), parts)
+        self.constants = {
+            "STAGES": stages, "A_TURNED": self.a_turned, "B_TURNED": self.b_turned, "HAS_BIAS": bias is not None,
+            "ADD": add, "PARTIAL": parts > 1, "GROUP": GROUP, "num_warps": 4,
+        }  # fmt: skip
+        self.sizes = tuple((list(x.shape), list(x.stride())) for x in (*self._as_they_lie(a, b), y))
+        self.compiled: tuple[Any, ...] | None = None
+
+    def _as_they_lie(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a.T if self.a_turned else a, b if self.b_turned else b.T
+
+    def __call__(self, place: Place | None, a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """``place``: of tensors whose addresses are multiples of 16; with None nothing is remembered."""
+        if place is None or self.compiled is None:
+            kernel = self._start(a, b, bias, y)
+            if place is not None:
+                rest = tuple(self.constants[name] for name in _product_kernel.arg_names[5 + len(self.numbers) :])
+                self.compiled = kernel.run, kernel.function, kernel.packed_metadata, (*self.numbers, *rest)
+            return
+        run, function, metadata, rest = self.compiled
+        of_a, of_b, of_y = self.sizes
+        a_desc, b_desc = _Tiles(a, *of_a), _Tiles(b, *of_b)  # turned or not, they lie at one address
+        y_desc = None if self.parts > 1 else _Tiles(y, *of_y)
+        operands = a_desc, b_desc, y_desc, y.data_ptr(), None if bias is None else bias.data_ptr()
+        run(*self.grid, place[1], function, metadata, None, None, None, *operands, *rest)
+
+    def _start(self, a: Tensor, b: Tensor, bias: Tensor | None, y: Tensor) -> Any:
+        a, b = self._as_they_lie(a, b)
+        a_desc = _described(a, [DEPTH, ROWS] if self.a_turned else [ROWS, DEPTH])
+        b_desc = _described(b, [DEPTH, self.columns] if self.b_turned else [self.columns, DEPTH])
+        y_desc = None if self.parts > 1 else _described(y, [ROWS, self.columns])
+        with on_device(a):
+            return _product_kernel[self.grid](a_desc, b_desc, y_desc, y, bias, *self.numbers, **self.constants)

@@ -3,6 +3,7 @@
 Triton's own default differs between versions and can be changed by an environment variable, and with it results would.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ from triton.runtime.jit import JITFunction
 
 from kernel_index.core import ahead
 from kernel_index.core.triton.launch import interpreting
+from kernel_index.core.triton.overwritten_tiles import overwritten
 
 ENABLE_FP_FUSION = True
 """A product and its sum are one instruction with one rounding (FMA): so it was in every figure that is recorded."""
+
+ON_ROCM = torch.version.hip is not None
 
 MOST_KNOWN = 4096
 """Launches that a kernel remembers; then it begins anew."""
@@ -31,12 +35,31 @@ class Ahead(JITFunction):
         return super().run(*args, grid=grid, warmup=warmup or ahead.is_learning(), **constants)
 
     def _do_compile(self, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
-        compiled = functools.partial(super()._do_compile, key, signature, device, *rest)
+        compiled = functools.partial(self._right, super()._do_compile, key, signature, device, *rest)
         if ahead.is_learning():
             ahead.submit(self, key, compiled)
             return None
         ahead.wait_for(self)
         return self.device_caches[device][0].get(key) or compiled()
+
+    def _right(
+        self, build: Callable[..., Any], key: Any, signature: Any, device: Any, constants: Any, options: Any, *rest: Any
+    ) -> Any:
+        """The compiled kernel, without stages where they would let a copy fall on what a product still reads."""
+        kernel = build(key, signature, device, constants, options, *rest)
+        if overwritten(_text_of(kernel)):
+            plain = dataclasses.replace(options, num_stages=1)
+            kernel = build(key, signature, device, constants, plain, *rest)
+            if found := overwritten(_text_of(kernel)):
+                raise RuntimeError(
+                    f"Triton compiled {self.__name__} so that a product reads an overwritten tile: {found[0]}"
+                )
+        return kernel
+
+
+def _text_of(kernel: Any) -> str:
+    """Of its GPU dialect; none where a hook compiles it elsewhere or later."""
+    return getattr(kernel, "asm", {}).get("ttgir", "")
 
 
 class ShortWay:
@@ -58,9 +81,19 @@ class ShortWay:
     def _start(self, grid: Any, *args: Any, **constants: Any) -> Any:
         if not _takes_short_way(args[0]) or self.pre_run_hooks:
             return self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
-        kinds = [(type(a), a) if p.is_constexpr else _kind(a) for p, a in zip(self.params, args, strict=False)]
-        key = (torch.cuda.current_device(), *kinds, *constants.items())
-        known = self.__dict__.setdefault("known_launches", {})
+        if (known := self.__dict__.get("known_launches")) is None:
+            known = self.known_launches = {}
+            self.constant_parameters = tuple(p.is_constexpr for p in self.params)
+        device, kinds, passed = torch.cuda.current_device(), list[Any](), list[Any]()
+        for constant, arg in zip(self.constant_parameters, args, strict=False):
+            if isinstance(arg, Tensor):
+                address = arg.data_ptr()
+                kinds += (arg.dtype, address & 15 == 0)
+                arg = address  # of a tensor, the launcher would ask the driver where its memory is
+            else:
+                kinds.append((type(arg), arg) if constant else _kind(arg))
+            passed.append(arg)
+        key = (device, *kinds, *constants.items())
         if (found := known.get(key)) is None:
             kernel = self.run(*args, grid=grid, warmup=False, enable_fp_fusion=ENABLE_FP_FUSION, **constants)
             names = self.arg_names[len(args) :]
@@ -69,7 +102,7 @@ class ShortWay:
                     known.clear()
                 known[key] = _Compiled(kernel, tuple(constants[name] for name in names))
             return kernel
-        found.launch(key[0], *_three(grid), *args)
+        found.launch(device, *_three(grid), *passed)
         return found.kernel
 
 
@@ -138,9 +171,7 @@ class Prepared:
 
 
 def _kind(arg: Any) -> Any:
-    """What Triton compiles for: type and alignment of a pointer; of an integer 1, multiples of 16, and its width."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() & 15 == 0
+    """What Triton compiles for, beside type and alignment of a pointer: of an integer 1, multiples of 16, its width."""
     if type(arg) is int:
         return 1 if arg == 1 else (arg & 15 == 0, arg.bit_length() >> 5)
     if hasattr(arg, "block_shape"):  # what the copy engine of Hopper is told of a tensor
@@ -154,11 +185,13 @@ def _takes_short_way(first: Any) -> bool:
     Not for ROCm, whose compiler also asks how much memory a pointer has; not where a profiler's hook or a debugging
     option is set; and a meta tensor only stands for a launch.
     """
-    first = getattr(first, "base", first)  # of a descriptor
-    if torch.version.hip is not None or not isinstance(first, Tensor) or not first.is_cuda or knobs.runtime.debug:
+    if not isinstance(first, Tensor):
+        first = getattr(first, "base", first)  # of a descriptor
+    if not isinstance(first, Tensor) or not first.is_cuda or ON_ROCM:
         return False
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return not any(getattr(hook, "calls", hook) for hook in hooks)
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or runtime.debug)
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:

@@ -114,11 +114,8 @@ def multiply(
     if tiles is None and (in_parts or M > FEW) and is_hopper(a):
         from kernel_index.core.triton import hopper_products
 
-        parts = hopper_products.parts_of(a, b) if in_parts else 1
-        if parts > 1 and hopper_products.operands_why_not(a, b) is None:
-            return hopper_products.multiply_in_parts(a, b, y, parts)
-        if M > FEW and hopper_products.why_not(a, b, y) is None:
-            return hopper_products.multiply(a, b, bias, y, add=add)
+        if hopper_products.multiplied(a, b, bias, y, few=M <= FEW, add=add, in_parts=in_parts):
+            return y
     tiles = tiles or tiles_of(M, N, a.dtype, add)
     with on_device(a):
         _product_kernel[(ceil_div(M, tiles.rows) * ceil_div(N, tiles.columns),)](

@@ -91,7 +91,7 @@ def check_in_range(name: str, indices: Tensor, valid: Tensor | None, keys: int) 
     looked_at = indices if valid is None else torch.where(valid, indices, -1)
     low, high = (int(x) for x in looked_at.aminmax())
     if low < -1 or high >= keys:
-        raise ValueError(f"{name} must be below {keys}, or -1 for no pick, got {low if low < -1 else high}")
+        raise ValueError(f"{name} must be below {keys}, or -1 for none, got {low if low < -1 else high}")
 
 
 def triton_why_not(call: IndexerCall) -> str | None:

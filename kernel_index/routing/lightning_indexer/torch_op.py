@@ -55,11 +55,11 @@ _device_rows_topk_op = ops.register(
 
 
 def _launch_topk(q, k, weights, start, end, topk):
-    from kernel_index.routing.lightning_indexer import triton
+    from kernel_index.routing.lightning_indexer import triton_best
 
     q, k = map(launch.dense_heads, (q, k))
     outputs = chunked.allocate_topk(q, k, weights, start, end, topk)
-    return triton.best(q, k, weights, start.contiguous(), end.contiguous(), topk, outputs)
+    return triton_best.best(q, k, weights, start.contiguous(), end.contiguous(), topk, outputs)
 
 
 _triton_topk_op = ops.register(

@@ -30,51 +30,59 @@ NOTHING = tl.constexpr(-(2**63))
 STAGES = tl.constexpr(4)
 """Tiles of a row that are on their way at once."""
 
-SCORES_BYTES = 1 << 30
-"""Of the scores of a chunk of queries, and of what is collected of them."""
-
 
 @jit
 def _head_rows(q_ptr, w_ptr, q_j, w_j, t, m_t, q_t, w_t, first, J, D, BLOCK_D, BQ: tl.constexpr, JG: tl.constexpr):
-    """Rows [JG · BQ, BLOCK_D] and weights [JG · BQ] of JG heads from ``first`` on."""
+    """Rows [JG · BQ, BLOCK_D] and weights [JG · BQ] of JG heads from ``first`` on, and which of them there are."""
     o_m = tl.arange(0, JG * BQ)
     o_j = first + o_m // BQ
     o_t = t + o_m % BQ
     m_m = (o_t < m_t) & (o_j < J)
     b_q = load_rows(q_ptr, o_t.to(tl.int64) * q_t + o_j * q_j, m_m, D, BLOCK_D)
-    return b_q, tl.load(w_ptr + o_t.to(tl.int64) * w_t + o_j * w_j, mask=m_m, other=0.0).to(tl.float32)
+    b_w = tl.load(w_ptr + o_t.to(tl.int64) * w_t + o_j * w_j, mask=m_m, other=0.0).to(tl.float32)
+    return b_q, b_w, o_j < J
 
 
 @jit
 def _weigh(
-    b_q, b_w, b_k, BQ: tl.constexpr, JG: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    b_q, b_w, m_head, b_k, BQ: tl.constexpr, JG: tl.constexpr, BN: tl.constexpr, PADDED: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The part of JG heads in the scores [BQ, BN]; ``TURNED``: keys are the rows of the product."""
+    """The part of JG heads in the scores [BQ, BN]; ``TURNED``: keys are the rows of the product.
+
+    ``PADDED``: of some heads that are not there, whose 0 times infinity must not count.
+    """
     if UPCAST:
         b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
     if TURNED:
         z = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, JG · BQ]
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * b_w[None, :]
+        if PADDED:
+            z = tl.where(m_head[None, :], z, 0.0)
         return tl.trans(tl.sum(tl.reshape(z, (BN, JG, BQ)), 1))
     z = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [JG · BQ, BN]
     z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL) * b_w[:, None]
+    if PADDED:
+        z = tl.where(m_head[:, None], z, 0.0)
     return tl.sum(tl.reshape(z, (JG, BQ, BN)), 0)
 
 
 @jit
 def _scores_kernel(
-    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, ranks_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
+    q_ptr, k_ptr, w_ptr, start_ptr, end_ptr, ranks_ptr, done_ptr, q_b, q_t, q_j, k_b, k_s, w_b, w_t, w_j, bound_b,
     FIRST, STOP, S, J, SPAN, ROW,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BQ: tl.constexpr, JG: tl.constexpr, HEAD_STEPS: tl.constexpr,
-    BN: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BN: tl.constexpr, PADDED: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The ranks of the scores of BQ queries for those of SPAN keys that one of them may see."""
+    """The ranks of the scores of BQ queries, but for those that are ``done``, for those of SPAN keys that one of them
+    may see."""
     b = tl.program_id(2).to(tl.int64)
     t = FIRST + tl.program_id(0) * BQ
     o_t = t + tl.arange(0, BQ)  # [BQ]
     m_t = o_t < STOP
-    start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=2**31 - 1)  # [BQ]
+    if done_ptr is not None:
+        m_t = m_t & (tl.load(done_ptr + b * (STOP - FIRST) + o_t - FIRST, mask=m_t, other=1) == 0)
+    start = tl.load(start_ptr + b * bound_b + o_t, mask=m_t, other=S)  # [BQ]: a loop from 2³¹ − 1 on would overflow
     end = tl.load(end_ptr + b * bound_b + o_t, mask=m_t, other=0)  # [BQ]
     low = tl.maximum(tl.min(start, 0), tl.program_id(1) * SPAN)
     high = tl.minimum(tl.max(end, 0), tl.minimum((tl.program_id(1) + 1) * SPAN, S))
@@ -82,17 +90,17 @@ def _scores_kernel(
     q_ptr += b * q_b
     w_ptr += b * w_b
     if HEAD_STEPS == 1:
-        b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
+        b_q, b_w, m_head = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, 0, J, D, BLOCK_D, BQ, JG)
     p_ranks = ranks_ptr + (b * (STOP - FIRST) + (o_t - FIRST)).to(tl.int64) * ROW  # [BQ]
     for first in range(low, high, BN):
         b_k = load_tile(k_ptr + b * k_b, first, k_s, S, BN, D, BLOCK_D)  # [BN, BLOCK_D]
         score = tl.zeros((BQ, BN), tl.float32)
         if HEAD_STEPS == 1:
-            score = _weigh(b_q, b_w, b_k, BQ, JG, BN, TURNED, PRECISION, UPCAST)
+            score = _weigh(b_q, b_w, m_head, b_k, BQ, JG, BN, PADDED, TURNED, PRECISION, UPCAST)
         else:
             for i in range(0, HEAD_STEPS):
-                b_q, b_w = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, i * JG, J, D, BLOCK_D, BQ, JG)
-                score += _weigh(b_q, b_w, b_k, BQ, JG, BN, TURNED, PRECISION, UPCAST)
+                b_q, b_w, m_head = _head_rows(q_ptr, w_ptr, q_j, w_j, t, STOP, q_t, w_t, i * JG, J, D, BLOCK_D, BQ, JG)
+                score += _weigh(b_q, b_w, m_head, b_k, BQ, JG, BN, PADDED, TURNED, PRECISION, UPCAST)
         o_n = first + tl.arange(0, BN)
         tl.store(p_ranks[:, None] + o_n[None, :], rank_of(score), mask=m_t[:, None] & (o_n < S)[None, :])
 
@@ -228,23 +236,6 @@ def _rounds_kernel(
         tl.store(p_tokens + o_n, tl.full((BN,), -1, tl.int32), mask=o_n < TOPK)
 
 
-@jit
-def _unpack_kernel(
-    best_ptr, order_ptr, tokens_ptr, indices_ptr, scores_ptr, FIRST, QUERIES, T, TOPK, BN: tl.constexpr
-):  # fmt: skip
-    """Index and score of each rank of one query, whose token stands where ``order`` says; −1 and −∞ at last."""
-    b, local = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    given, row = (b * QUERIES + local) * TOPK, (b * T + FIRST + local) * TOPK
-    for first in range(0, TOPK, BN):
-        o_n = first + tl.arange(0, BN)
-        m_n = o_n < TOPK
-        rank = tl.load(best_ptr + given + o_n, mask=m_n, other=NONE)
-        token = tl.load(tokens_ptr + given + tl.load(order_ptr + given + o_n, mask=m_n, other=0), mask=m_n, other=-1)
-        score = (rank ^ ((rank >> 31) & LOW)).to(tl.float32, bitcast=True)
-        tl.store(indices_ptr + row + o_n, token.to(tl.int64), mask=m_n)
-        tl.store(scores_ptr + row + o_n, tl.where(rank > NONE, score, float("-inf")), mask=m_n)
-
-
 class Config(NamedTuple):
     """Queries and keys of a product, heads at once, warps, stages, precision of float32 products.
 
@@ -282,17 +273,19 @@ SPAN = 1024
 """Keys of a program: with more of them the last programs of a chunk work alone."""
 
 
-def score(q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, ranks: Tensor, first: int) -> None:
-    """Fill what is visible of ``ranks`` int32 [B, T', S'] for the queries from ``first`` on."""
+def score(
+    q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, ranks: Tensor, first: int, done: Tensor | None = None
+) -> None:
+    """Fill what is visible of ``ranks`` int32 [B, T', S'] for the queries from ``first`` on that are not ``done``."""
     (B, _, J, D), S, queries = q.shape, k.shape[1], ranks.shape[1]
     c = pick_config(D, J, q.element_size(), target_of(q.device))
     with on_device(q):
         _scores_kernel[(ceil_div(queries, c.queries), ceil_div(S, SPAN), B)](
-            q, k, w, start, end, ranks, *q.stride()[:3], *k.stride()[:2], *w.stride(),
+            q, k, w, start, end, ranks, done, *q.stride()[:3], *k.stride()[:2], *w.stride(),
             0 if start.shape[0] == 1 else start.shape[1], first, first + queries, S, J, SPAN, ranks.shape[2],
             D=D, BLOCK_D=dot_block(D), BQ=c.queries, JG=c.heads, HEAD_STEPS=ceil_div(J, c.heads), BN=c.keys,
-            TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(), num_warps=c.num_warps,
-            num_stages=c.num_stages,
+            PADDED=J % c.heads != 0, TURNED=c.turned, PRECISION=c.precision, UPCAST=interpreting(),
+            num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip
 
 
@@ -314,16 +307,20 @@ def found_of(many: int, like: Tensor) -> int:
     return triton_sample.found_of(many) if is_hopper(like) else many
 
 
-def select(ranks: Tensor, start: Tensor, end: Tensor, picked: tuple[Tensor, Tensor], first: int) -> None:
-    """Fill ranks and tokens int32 [B, T', topk], the tokens ascending."""
+def select(
+    ranks: Tensor, start: Tensor, end: Tensor, picked: tuple[Tensor, Tensor], first: int, done: Tensor | None = None
+) -> None:
+    """Fill ranks and tokens int32 [B, T', topk], the tokens ascending; but not what is ``done`` by a sample."""
     B, queries, topk = picked[0].shape
     many, grid = parts_of(topk), (queries, B)
-    done = torch.zeros(B, queries, dtype=torch.int32, device=ranks.device)
+    sampled = done is not None
+    if done is None:
+        done = torch.zeros(B, queries, dtype=torch.int32, device=ranks.device)
     row = (0 if start.shape[0] == 1 else start.shape[1], first, queries, topk, ranks.shape[2])
     options = select_options(many, target_of(ranks.device))
     with on_device(ranks):
         if many:
-            space = found_of(many, ranks)
+            space = many if sampled else found_of(many, ranks)
             found = torch.empty(B, queries, space, dtype=torch.int64, device=ranks.device)
             if space > many:
                 triton_sample.select(ranks, start, end, picked, first, (found, done))
@@ -336,33 +333,3 @@ def select_options(many: int, target: Target) -> dict[str, int]:
     if many > 4096:
         return {"BN": 2048, "num_warps": 16}
     return {"BN": 1024, "num_warps": 4, **({"maxnreg": 128} if target.arch == 90 else {})}
-
-
-def unpack(picked: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor], first: int) -> None:
-    """Fill the rows of ``outputs``, indices int64 and scores float32 [B, T, topk], best first."""
-    (ranks, tokens), T = picked, outputs[0].shape[1]
-    B, queries, topk = ranks.shape
-    ranks, order = torch.sort(ranks, dim=-1, descending=True, stable=True)  # of equal scores the first comes first
-    with on_device(ranks):
-        _unpack_kernel[(queries, B)](
-            ranks, order, tokens, *outputs, first, queries, T, topk, BN=min(1024, max(16, next_power_of_2(topk))),
-            num_warps=4,
-        )  # fmt: skip
-
-
-def best(
-    q: Tensor, k: Tensor, w: Tensor, start: Tensor, end: Tensor, topk: int, outputs: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Fill ``outputs`` with the tokens of each query's best scores and these scores, best first; then −1 and −∞."""
-    (B, T), S = q.shape[:2], k.shape[1]
-    row = ceil_div(S, 32) * 32
-    step = max(1, SCORES_BYTES // max(1, B * (4 * row + 8 * found_of(parts_of(topk), q))) // 128) * 128
-    for first in range(0, T if B else 0, step):
-        queries = min(step, T - first)
-        ranks = torch.empty(B, queries, row, dtype=torch.int32, device=q.device)
-        if S:
-            score(q, k, w, start, end, ranks, first)
-        picked = tuple(torch.empty(B, queries, topk, dtype=torch.int32, device=q.device) for _ in range(2))
-        select(ranks, start, end, picked, first)
-        unpack(picked, outputs, first)
-    return outputs

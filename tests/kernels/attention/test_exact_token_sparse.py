@@ -203,8 +203,8 @@ REFUSALS = {
     "indices must be [B, T, K, topk] with q's B and T and k's K, (1, 3, 2, 5), got shape (1, 3, 4, 5)": {
         "indices": torch.zeros(1, 3, 4, 5).long()
     },
-    "indices must be below 3, or -1 for no pick, got 3": {"indices": torch.full((1, 3, 2), 3)},
-    "indices must be below 3, or -1 for no pick, got -2": {"indices": torch.full((1, 3, 2), -2)},
+    "indices must be below 3, or -1 for none, got 3": {"indices": torch.full((1, 3, 2), 3)},
+    "indices must be below 3, or -1 for none, got -2": {"indices": torch.full((1, 3, 2), -2)},
     "indices_valid must be None where indices are, got Tensor": {"indices": None},
     "indices_valid must be of the shape of indices, (1, 3, 2), got shape (1, 3, 1)": {
         "indices_valid": torch.ones(1, 3, 1).bool()

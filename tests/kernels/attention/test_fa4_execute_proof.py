@@ -15,11 +15,12 @@ import torch
 import typer
 
 import kernel_index as ki
+from kernel_index.core.digest import digest
 from kernel_index.core.target import has_package
 from kernel_index.kernels.attention.dense_fa4_execute_proof.emit import emit
 from kernel_index.kernels.attention.dense_fa4_execute_proof.request import ProofRequest
 from kernel_index.kernels.attention.dense_fa4_execute_proof.runner import prove
-from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import digest, problems, verify_file
+from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import problems, verify_file
 from kernel_index.proofs import fa4 as command
 
 REQUEST = ProofRequest(ki.ProofShape(1, 32, 4, 2, 16))

@@ -62,6 +62,26 @@ def test_scores_of_bfloat16_have_the_digits_of_float32():
 
 
 @interpreted
+def test_a_weight_of_bfloat16_is_multiplied_as_it_is_with_the_bits_of_its_parts():
+    """Divided, it was a tile that Triton loaded anew while the tensor cores still read it."""
+    x, weight = torch.randn(70, 200).bfloat16(), torch.randn(16, 200).bfloat16()
+    one, other = (ki.expert_route(x, w, None, 2, backend="triton") for w in (weight, weight.float()))
+    assert torch.equal(one.experts, other.experts)
+    assert torch.equal(one.weights, other.weights)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_token_has_the_same_experts_among_many_and_few():
+    weight = 0.05 * torch.randn(16, 512, device="cuda").bfloat16()
+    x = torch.randn(20_000, 512, device="cuda").bfloat16()
+    expected = ki.expert_route(x, weight.float(), None, 2, backend="triton")
+    for rows in (20_000, 1, 4, 100, 200, 1600, 6400) * 5:
+        found = ki.expert_route(x[-rows:], weight, None, 2, backend="triton")
+        assert torch.equal(found.experts, expected.experts[-rows:])
+        assert torch.equal(found.weights, expected.weights[-rows:])
+
+
+@interpreted
 def test_an_infinite_channel_is_no_nan_for_weights_of_few_digits():
     """The parts behind the first one are 0 there, and infinity times 0 is no number."""
     x, weight = torch.ones(2, 16, dtype=torch.bfloat16), torch.full((4, 16), 0.5)

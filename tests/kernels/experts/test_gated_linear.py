@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 import kernel_index as ki
 from kernel_index.core.triton.launch import interpreting
+from kernel_index.kernels.experts.fused_gated_activation import torch_op
 from kernel_index.kernels.experts.fused_gated_activation.contract import KINDS
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="runs Triton's interpreter")
@@ -48,6 +49,29 @@ def test_the_activation_is_not_kept():
         gate, up, weight = inputs(bias=False)
         fused(gate, up, weight)
     assert sorted(kept) == sorted(t.data_ptr() for t in (gate, up, weight))
+
+
+def test_a_frozen_linear_layer_makes_no_activation_again(monkeypatch):
+    """As where adapters are trained: a weight without a gradient needs it in no pass."""
+    gate, up, weight, bias = inputs(bias=True)
+    found = fused(gate, up, weight.requires_grad_(False), bias)
+    monkeypatch.setattr(torch_op, "_all_op", None)
+    found.sum().backward()
+    assert gate.grad is not None
+    assert up.grad is not None
+    assert bias.grad is not None
+
+
+def test_a_linear_layer_that_learns_alone_multiplies_once(monkeypatch):
+    gate, up, weight = inputs(bias=False)
+    found = fused(gate.requires_grad_(False), up.requires_grad_(False), weight)
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(a) or mm(*a, **k))
+    (d_weight,) = torch.autograd.grad(found.sum(), weight)
+    monkeypatch.undo()
+    assert len(products) == 1
+    activation = ki.fused_gated_activation(gate, up, backend="reference").flatten(0, 1)
+    torch.testing.assert_close(d_weight, activation.sum(0).expand_as(weight))
 
 
 def test_double_backward_is_that_of_the_formula():

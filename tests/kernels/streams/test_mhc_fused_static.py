@@ -159,6 +159,8 @@ def test_what_the_fused_backends_leave_to_the_reference(change, reason):
     assert dict(log[0].declined)["triton"] == reason
 
 
+FORMS = "(4,), for each batch row (2, 4), or for each token (2, 3, 4)"
+FORMS_OF_RES = "(4, 4), for each batch row (2, 4, 4), or for each token (2, 3, 4, 4)"
 REFUSALS = {
     "hidden must be [..., streams, C], got shape (4,)": {"hidden": torch.ones(4)},
     "hidden must be a floating-point tensor, got torch.int64": {"hidden": torch.ones(2, 3, 4, 8).long()},
@@ -166,14 +168,12 @@ REFUSALS = {
     "branch_out must be hidden without its streams, (2, 3, 8), got shape (2, 1, 8)": {
         "branch_out": torch.ones(2, 1, 8)
     },
-    "h_post must be of shape (4,), got shape (1,)": {"h_post": torch.ones(1)},
-    "h_post must be of shape (4,) or, for each batch row, (2, 4), got shape (1, 4)": {"h_post": torch.ones(1, 4)},
-    "h_post must be of shape (4,) or, for each batch row, (2, 4), got shape (3, 4)": {"h_post": torch.ones(3, 4)},
-    "h_res must be of shape (4, 4) or, for each batch row, (2, 4, 4), got shape (3, 4, 4)": {
-        "h_res": torch.ones(3, 4, 4)
-    },
-    "h_pre must be for each token of shape (2, 3, 4), got shape (2, 1, 4)": {"h_pre": torch.ones(2, 1, 4)},
-    "h_res must be for each token of shape (2, 3, 4, 4), got shape (3, 2, 4, 4)": {"h_res": torch.ones(3, 2, 4, 4)},
+    f"h_post must be {FORMS}, got shape (1,)": {"h_post": torch.ones(1)},
+    f"h_post must be {FORMS}, got shape (1, 4)": {"h_post": torch.ones(1, 4)},
+    f"h_post must be {FORMS}, got shape (3, 4)": {"h_post": torch.ones(3, 4)},
+    f"h_res must be {FORMS_OF_RES}, got shape (3, 4, 4)": {"h_res": torch.ones(3, 4, 4)},
+    f"h_pre must be {FORMS}, got shape (2, 1, 4)": {"h_pre": torch.ones(2, 1, 4)},
+    f"h_res must be {FORMS_OF_RES}, got shape (3, 2, 4, 4)": {"h_res": torch.ones(3, 2, 4, 4)},
     "h_pre must be on the device of hidden (cpu), got meta": {"h_pre": torch.ones(4, device="meta")},
     "h_pre must be a torch.Tensor, got list": {"h_pre": [1.0, 1.0, 1.0, 1.0]},
 }

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from kernel_index.core.atomic_write import write_whole
+from kernel_index.core.digest import digest
 from kernel_index.kernels.attention.dense_fa4_execute_proof.emit import SCHEMA, ProofMode, emit
 from kernel_index.kernels.attention.dense_fa4_execute_proof.request import ProofRequest
-from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import digest, unmet
+from kernel_index.kernels.attention.dense_fa4_execute_proof.verify import unmet
 
 TARGETS = {
     "sm_90a": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"},

@@ -1,16 +1,15 @@
 """Whether a receipt is a proof: every condition is checked again from the recorded facts.
 
-The digest finds a receipt that was changed by accident or by hand.  It is not a signature: everyone who runs this code
-can compute it.  A correct digest therefore proves nothing; the conditions below decide.
+A correct digest proves nothing; the conditions below decide.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kernel_index.core.digest import digest_problems
 from kernel_index.core.fa4_support import support_of
 from kernel_index.kernels.attention.dense_fa4_execute_proof.emit import SCHEMA, emit
 from kernel_index.kernels.attention.dense_fa4_execute_proof.request import ProofRequest
@@ -19,21 +18,13 @@ EPS = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
 NEEDED_VERSIONS = ("python", "torch", "cuda", "driver", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
-def digest(receipt: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of everything but the digest itself."""
-    content = {k: v for k, v in receipt.items() if k != "digest"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def problems(receipt: Any) -> list[str]:
     """Why a receipt is no proof of execution; empty if it is one."""
     if not isinstance(receipt, dict):
         return ["the receipt is not a JSON object"]
-    try:
-        found = [] if receipt.get("digest") == digest(receipt) else ["digest does not fit the content"]
-    except (ValueError, RecursionError) as error:
-        return [f"malformed: {error}"]
+    found = digest_problems(receipt)
+    if any(problem.startswith("malformed") for problem in found):
+        return found
     if receipt.get("execute_proof_passed") is not True:
         found.append("execute_proof_passed is not true")
     return found + unmet(receipt)

@@ -30,9 +30,7 @@ def check(x: Any, residual: Any, bias: Any, p: Any, training: Any, seed: Any) ->
         if x.ndim == 0:
             raise ValueError("bias must be None for an x of rank 0, got a tensor")
         checks.has_shape("bias", bias, x.shape[-1:], "of shape")
-    checks.is_real("p", p)
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be between 0 and 1, got {p}")
+    checks.is_probability("p", p)
     checks.is_bool("training", training)
     _check_seed(seed, x)
     return Call(x, residual, bias, p if training else 0.0, seed)

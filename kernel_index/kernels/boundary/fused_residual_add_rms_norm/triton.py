@@ -31,6 +31,14 @@ STEP = 4096
 STAGES = 3
 """Steps in flight in the backward pass: on an H200, 79 µs for 8192 × 4096 in bfloat16 against 112 with two."""
 
+AT_ONCE, LATE = 4, 2048
+"""Rows for each processor up to which the forward pass loads the weight before it sums a row; of rows wider than LATE
+it always does.
+
+Of many narrow rows the weight's registers, 40 for 32 a thread, would keep one program in four waiting: on an H200 2048
+rows of 2048 took 10.6 µs for 11.1; but of 5120 24.9 for 24.6.
+"""
+
 NARROW = 1024
 """Elements of a row up to which a whole step has half the warps, and one more is in flight."""
 
@@ -85,13 +93,14 @@ def _scaled(d, scale_ptr, o_d, m_d, SCALE: tl.constexpr):
 @jit
 def _forward_kernel(
     residual_ptr, delta_ptr, weight_ptr, scale_ptr, new_ptr, normed_ptr, rstd_ptr, width, eps, offset,
-    SCALE: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, ONE_BLOCK: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """EARLY: the weight is on its way while the row is summed."""
     row = tl.program_id(0).to(tl.int64)
     base = row * width
     squares = tl.zeros((BLOCK,), tl.float32)
     x = squares  # [BLOCK]: a row of one block is kept between the loops
-    w = squares  # and its weight is on its way while the row is summed
+    w = squares
     for start in range(0, BLOCK if ONE_BLOCK else width, BLOCK):
         o_d = start + tl.arange(0, BLOCK)  # [BLOCK]
         m_d = o_d < width
@@ -99,7 +108,7 @@ def _forward_kernel(
         stored = (load_row(residual_ptr + base, o_d, m_d) + d).to(new_ptr.dtype.element_ty)
         tl.store(new_ptr + base + o_d, stored, mask=m_d)
         x = stored.to(tl.float32)  # the norm is taken of the stream as stored
-        if ONE_BLOCK:
+        if EARLY:
             w = load_row(weight_ptr, o_d, m_d)
         squares += tl.where(m_d, x * x, 0.0)
     rstd = tl.rsqrt(tl.sum(squares, 0) / width + eps)
@@ -109,6 +118,7 @@ def _forward_kernel(
         m_d = o_d < width
         if not ONE_BLOCK:
             x = load_row(new_ptr + base, o_d, m_d)  # [BLOCK]
+        if not EARLY:
             w = load_row(weight_ptr, o_d, m_d)
         store_row(normed_ptr + base, o_d, x * rstd * (w + offset), m_d)
 
@@ -236,9 +246,10 @@ def forward(
         with on_device(residual):
             whole = is_whole(width, residual, delta, *outputs[:2])
             config = pick_config(width, whole)
+            early = whole and (width > LATE or rows <= AT_ONCE * processors(residual))
             _forward_kernel[(rows,)](
                 residual, delta, weight, scale, *outputs, width, eps, offset,
-                SCALE=_kind_of_scale(scale), ONE_BLOCK=whole, **config,
+                SCALE=_kind_of_scale(scale), ONE_BLOCK=whole, EARLY=early, **config,
             )  # fmt: skip
     return outputs
 

@@ -1,4 +1,4 @@
-"""The registered ops of ``triton`` and their autograd Functions: PyTorch's grouped products between our passes.
+"""The registered ops of ``triton`` and their autograd Functions: grouped products between our passes.
 
 Each half is a Function of its own, and the second one keeps its tensors in a node before it runs: a checkpoint that
 recomputes the layer ends there, without the second product.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernel_index.core import ops
+from kernel_index.core.numerics import is_invariant
 from kernel_index.core.triton import launch
 from kernel_index.kernels.experts.expert_mlp.contract import Call
 from kernel_index.kernels.experts.expert_mlp.reference import hidden_reference, output_reference
@@ -20,8 +21,32 @@ def _op(name: str) -> Any:
     return getattr(torch.ops.kernel_index, name).default
 
 
+def _launched(name: str, *args: Tensor) -> Tensor:
+    """The same where nothing would see it."""
+    return ops.run(_op(name), ops.LAUNCHERS[f"kernel_index::{name}"], *args)
+
+
 def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     return _op("grouped_product")(a, b, offsets)
+
+
+def _product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows times the weight of their expert; in invariant numerics a row of it does not depend on the others."""
+    if is_invariant():
+        return _launched("device_grouped_rows", x, weight, offsets)
+    return grouped(x, weight.transpose(1, 2), offsets)
+
+
+def _d_input(d_y: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return (
+        _launched("device_grouped_rows_d_input", d_y, weight, offsets)
+        if is_invariant()
+        else grouped(d_y, weight, offsets)
+    )
+
+
+def _d_weight(d_y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    return _launched("device_grouped_rows_d_weight", d_y, x, offsets) if is_invariant() else grouped(d_y.T, x, offsets)
 
 
 def _rows(x: Tensor, slots: Tensor) -> Tensor:
@@ -54,12 +79,12 @@ _between_op = ops.register(
 
 
 def _hidden(x: Tensor, up: Tensor, slots: Tensor, offsets: Tensor) -> Tensor:
-    return grouped(_rows(x, slots), up.transpose(1, 2), offsets)
+    return _product(_rows(x, slots), up, offsets)
 
 
 def _hidden_backward(d_h: Tensor, x: Tensor, up: Tensor, slots: Tensor, offsets: Tensor, needs: Any) -> list[Any]:
-    d_x = _op("expert_combine")(grouped(d_h, up, offsets), None, slots, None) if needs[0] else None
-    return [d_x, grouped(d_h.T, _rows(x, slots), offsets) if needs[1] else None]
+    d_x = _op("expert_combine")(_d_input(d_h, up, offsets), None, slots, None) if needs[0] else None
+    return [d_x, _d_weight(d_h, _rows(x, slots), offsets) if needs[1] else None]
 
 
 def _output_backward(
@@ -67,8 +92,8 @@ def _output_backward(
 ) -> list[Any]:
     """The rows of g have no weights in them: the product's results get those, and give the weights' gradient."""
     g_rows = _rows(g, slots)
-    d_h, active, d_weights = _between_op(h, grouped(g_rows, down, offsets), weights, slots)
-    d_down = grouped(g_rows.T, active, offsets) if needs[1] else None
+    d_h, active, d_weights = _between_op(h, _d_input(g_rows, down, offsets), weights, slots)
+    d_down = _d_weight(g_rows, active, offsets) if needs[1] else None
     return [d_h if needs[0] else None, d_down, d_weights if needs[2] else None]
 
 
@@ -110,7 +135,7 @@ class _Output(torch.autograd.Function):
         ctx.nodes, ctx.activation = nodes, activation
         if not nodes:
             ctx.save_for_backward(h, down, weights, slots, offsets)
-        rows = grouped(_active(h, activation), down.transpose(1, 2), offsets)
+        rows = _product(_active(h, activation), down, offsets)
         return _op("expert_combine")(rows, weights, slots, base)
 
     @staticmethod

@@ -54,6 +54,8 @@ CASES = (
     Case("none", "no token", lambda m: call(m, 0, 16, 4, 2)),
     Case("transposed", "not contiguous, a weight in the dtype of x", lambda m: call(m, 8, 12, 4, 2) | {
         "x": m.normal(12, 8).t(), "weight": m.normal(4, 12)}),
+    Case("half", "many channels, a weight in the dtype of x", lambda m: call(m, 130, 320, 16, 2) | {
+        "weight": m.normal(16, 320)}),
 )  # fmt: skip
 
 

@@ -32,6 +32,10 @@ FEW_EXPERTS = 16
 TILE_ELEMENTS, SCORE_ELEMENTS = 4096, 1024
 """Tokens × experts of a program at most, and of one that makes the gradient of the scores alone."""
 
+MOST_AHEAD = 64
+"""With more experts a tile is too low for two products from shared memory.  One reads the gradient of the logits from
+registers then, and Triton would let the copy that is ahead overwrite what the other reads."""
+
 WAVES = 2
 """Programs of the backward pass for each processor at most: with 64 experts one more for all took a third longer."""
 
@@ -82,15 +86,19 @@ def _forward_kernel(
     rest = tl.zeros((TILE, EXPERTS), tl.float32)
     for start in range(0, width, BLOCK):
         o_c = start + tl.arange(0, BLOCK)
-        b_w = _tile(weight_ptr, o_e, o_c, count, width)
         if PRECISION == "parts":
             b_x = _load(x_ptr, o_n, o_c, tokens, width, UPCAST)
-            first, second, third = _parts(b_w, UPCAST)
-            rest = tl.dot(b_x, tl.trans(third), rest)
-            rest = tl.dot(b_x, tl.trans(second), rest)
-            z = tl.dot(b_x, tl.trans(first), z)
+            if weight_ptr.dtype.element_ty == tl.bfloat16:
+                # Not as parts, of which two are 0: Triton 3.6 overwrites a tile that registers and a product read.
+                z = tl.dot(b_x, tl.trans(_load(weight_ptr, o_e, o_c, count, width, UPCAST)), z)
+            else:
+                first, second, third = _parts(_tile(weight_ptr, o_e, o_c, count, width), UPCAST)
+                rest = tl.dot(b_x, tl.trans(third), rest)
+                rest = tl.dot(b_x, tl.trans(second), rest)
+                z = tl.dot(b_x, tl.trans(first), z)
         else:
-            z += tl.dot(_tile(x_ptr, o_n, o_c, tokens, width), tl.trans(b_w), input_precision=PRECISION)
+            b_x, b_w = _tile(x_ptr, o_n, o_c, tokens, width), _tile(weight_ptr, o_e, o_c, count, width)
+            z += tl.dot(b_x, tl.trans(b_w), input_precision=PRECISION)
     z = _sum_of(z, rest)
     if SOFTMAX:
         z = tl.where(m_e[None, :], z, float("-inf"))
@@ -169,6 +177,7 @@ def _score_grad_kernel(
 def _backward_kernel(
     dz_ptr, x_ptr, weight_ptr, d_x_ptr, parts_ptr, tokens, width, count, tiles,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, TILE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program takes each ``num_programs``-th tile of tokens and one block of channels."""
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -177,7 +186,7 @@ def _backward_kernel(
     d_w = tl.zeros((EXPERTS, BLOCK), tl.float32)
     rest = tl.zeros((EXPERTS, BLOCK), tl.float32)
     w_first, w_second, _ = _parts(b_w, UPCAST)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         o_n = tile * TILE + tl.arange(0, TILE)
         if PRECISION == "parts":
             b_x = _load(x_ptr, o_n, o_c, tokens, width, UPCAST)
@@ -268,7 +277,8 @@ def backward(
             TOPK=experts.shape[1], SOFTMAX=softmax, PARTS=in_parts, TILE=held, EXPERTS=geometry["EXPERTS"],
         )  # fmt: skip
         _backward_kernel[(programs, blocks)](
-            dz, x, weight, d_x, parts, tokens, width, count, tiles, **geometry
+            dz, x, weight, d_x, parts, tokens, width, count, tiles,
+            STAGES=3 if geometry["EXPERTS"] <= MOST_AHEAD else 1, **geometry,
         )  # fmt: skip
     if d_weight.dtype == parts.dtype:
         torch.sum(parts, 0, out=d_weight)

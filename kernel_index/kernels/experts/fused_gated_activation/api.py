@@ -107,7 +107,7 @@ def fused_gated_activation(
 
 def _with_linear(choice: Choice, call: contract.Call, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight, bias = weight.to(call.gate.dtype), None if bias is None else bias.to(call.gate.dtype)  # as autocast does
-    if choice.backend.name != "triton" or not rules.wants_gradient(call.gate, call.up, weight, bias):
+    if choice.backend.name != "triton" or not rules.wants_gradient(weight):  # nobody else reads the activation again
         return nn.functional.linear(choice.run(call), weight, bias)
     run = partial(gated_linear_triton, weight=weight, bias=bias)
     return replace(choice, backend=replace(choice.backend, run=run)).run(call)

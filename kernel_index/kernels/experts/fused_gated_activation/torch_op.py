@@ -97,7 +97,11 @@ class _GatedLinear(torch.autograd.Function):
             made = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
             return *(next(made) if n else None for n in needs), None
         rows = g.reshape(-1, g.shape[-1])
-        d_gate, d_up, y = _all_op(gate, up, torch.mm(rows, weight).view(gate.shape), ctx.kind)
+        d_gate = d_up = None
+        if needs[0] or needs[1]:
+            d_gate, d_up, y = _all_op(gate, up, torch.mm(rows, weight).view(gate.shape), ctx.kind)
+        else:
+            y = PASSES["triton"].forward(gate, up, ctx.kind)
         d_weight = torch.mm(rows.T, y.view(-1, y.shape[-1])) if needs[2] else None
         d_bias = rows.sum(0) if needs[3] else None
         return d_gate if needs[0] else None, d_up if needs[1] else None, d_weight, d_bias, None

@@ -1,5 +1,6 @@
 """Each group by the product whose rows do not depend on each other: an expert's load has no part in a row."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -94,8 +95,14 @@ def _registered(name: str, register: Callable[..., Any], *launchers: Callable[..
 
 
 _NATIVE = _registered("grouped_rows", ops.NativeOp, _launch, _launch_d_input, _launch_d_weight)
+
+
+def _on_device(schema: str, launch: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return functools.partial(ops.run, ops.register(schema, launch, fake), launch)
+
+
 _TRITON = _registered(
-    "device_grouped_rows", ops.register, _launch_triton, _launch_triton_d_input, _launch_triton_d_weight
+    "device_grouped_rows", _on_device, _launch_triton, _launch_triton_d_input, _launch_triton_d_weight
 )
 
 

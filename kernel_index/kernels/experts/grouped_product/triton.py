@@ -36,21 +36,29 @@ def _rows_of(program, ends_ptr, E, BM: tl.constexpr, BE: tl.constexpr):
 @jit
 def _grouped_kernel(
     a_ptr, b_ptr, ends_ptr, y_ptr, E, N, K, b_e, b_k, b_n,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, UPCAST: tl.constexpr,
+    WHOLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """y [S, N] = a [S, K] · b [K, N] of each row's group."""
-    e, first, end = _rows_of(tl.program_id(0), ends_ptr, E, BM, BE)
+    """y [S, N] = a [S, K] · b [K, N] of each row's group.  ``WHOLE``: K is a multiple of BK.
+
+    The tiles of a row of them follow each other: the rows of a are read once, and those of b are in the L2 cache.
+    """
+    columns = tl.cdiv(N, BN)
+    e, first, end = _rows_of(tl.program_id(0) // columns, ends_ptr, E, BM, BE)
     if first < end:
-        first_m, first_n = tl.cast(first, tl.int64), tl.cast(tl.program_id(1), tl.int64) * BN
+        first_m, first_n = tl.cast(first, tl.int64), tl.cast(tl.program_id(0) % columns, tl.int64) * BN
         o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
         m_m, m_n = first_m + o_m < end, first_n + o_n < N
         p_a = a_ptr + first_m * K + (o_m[:, None] * K + o_k[None, :])  # [BM, BK]
         p_b = b_ptr + e.to(tl.int64) * b_e + first_n * b_n + (o_k[:, None] * b_k + o_n[None, :] * b_n)  # [BK, BN]
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
-            m_k = k + o_k < K
-            b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
-            b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
+            if WHOLE:
+                b_a = tl.load(p_a, mask=m_m[:, None], other=0.0)
+                b_b = tl.load(p_b, mask=m_n[None, :], other=0.0)
+            else:
+                m_k = k + o_k < K
+                b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
+                b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
             if UPCAST:
                 b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
             acc = tl.dot(b_a, b_b, acc, input_precision="ieee")
@@ -98,8 +106,9 @@ def multiply(a: Tensor, b: Tensor, ends: Tensor, y: Tensor) -> Tensor:
     if y.numel():
         tiles = _tiles(rows, a.dtype)
         with on_device(a):
-            _grouped_kernel[(ceil_div(rows, tiles.rows) + groups, ceil_div(N, tiles.columns))](
-                a, b, ends, y, groups, N, K, *b.stride(), BE=next_power_of_2(groups), **_blocks(tiles)
+            _grouped_kernel[((ceil_div(rows, tiles.rows) + groups) * ceil_div(N, tiles.columns),)](
+                a, b, ends, y, groups, N, K, *b.stride(),
+                WHOLE=K % tiles.depth == 0, BE=next_power_of_2(groups), **_blocks(tiles),
             )  # fmt: skip
     return y
 

@@ -8,6 +8,7 @@ from kernel_index.core import device_products, numerics
 from kernel_index.core.dispatch import Backend, always, choose
 from kernel_index.core.products import PRODUCT
 from kernel_index.kernels.linear.linear import contract
+from kernel_index.kernels.linear.linear import torch_op_repeated as repeated
 from kernel_index.kernels.linear.linear.reference import linear_reference, linear_torch
 from kernel_index.kernels.linear.linear.torch_op import linear_native, linear_triton
 
@@ -51,5 +52,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Li
     >>> ki.linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
     tensor([[11., 17.]])
     """
+    key = repeated.key_of(x, weight, bias) if backend == "auto" else None
+    if key is not None and key in repeated.KNOWN:
+        return repeated.run(x, weight, bias)
     call = contract.check(x, weight, bias)
-    return choose("linear", BACKENDS, backend, call).run(call)
+    choice = choose("linear", BACKENDS, backend, call)
+    y = choice.run(call)
+    if choice.backend.name == "triton":
+        repeated.remember(key)
+    return y

@@ -34,6 +34,8 @@ class _Linear(torch.autograd.Function):
 
 def _linear(call: Call, by: Products) -> Tensor:
     x, weight, bias = call
+    if x.ndim == 2:
+        return ops.apply(_Linear, x, weight, bias, by)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would not tell a dimension from none of 0
     return ops.apply(_Linear, flat, weight, bias, by).view(*x.shape[:-1], weight.shape[0])
 

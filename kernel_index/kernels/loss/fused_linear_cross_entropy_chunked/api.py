@@ -124,8 +124,8 @@ def fused_linear_cross_entropy(
             By default what 128 MiB of logits hold, or half the weight's bytes if that is more, in chunks of about
             equal size.  On a GPU logits that wait for backward save a product of four.  Up to as many tokens as there
             are channels wait in the memory of the weight's gradient, by default as many as fit, for each call whose
-            backward is still to come; a larger number takes memory of its own, up to all tokens.  None wait inside a
-            checkpoint, nor, with a number below that of the tokens, where hidden is float32.
+            backward is still to come; a larger number takes memory of its own, up to all tokens.  Inside a checkpoint
+            no logits wait; nor do they where hidden is float32 and the number is below that of the tokens.
         valid_vocab: only this many first rows of weight are classes; the rest is padding without gradient.
         backend: ``"auto"`` or a backend's name; a named backend runs or raises ``Ineligible``.
 

@@ -113,14 +113,12 @@ def check(
     _check_tensors(hidden, weight, targets, bias)
     checks.is_int("ignore_index", ignore_index)
     checks.is_real("logit_scale", logit_scale)
-    checks.is_real("label_smoothing", label_smoothing)
+    checks.is_probability("label_smoothing", label_smoothing)
     checks.is_real("z_loss", z_loss)
     if softcap is not None:
         checks.is_real("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
     if z_loss < 0:
         raise ValueError(f"z_loss must be at least 0, got {z_loss}")
     if chunk_size is not None:

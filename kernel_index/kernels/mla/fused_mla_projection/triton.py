@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device, processors
-from kernel_index.core.triton.sums import sum_parts
+from kernel_index.core.triton.sums import dependent, sum_parts
 
 TILE = 2048
 """Elements of a tile; a longer row is a tile of its own."""
@@ -59,9 +59,11 @@ def _normalise_kernel(
 def _gradients_kernel(
     d_normed_ptr, latent_ptr, rstd_ptr, weight_ptr, normed_ptr, d_latent_ptr, parts_ptr, rows, width, tiles_per_program,
     HAS_WEIGHT: tl.constexpr, NORMED: tl.constexpr, D_LATENT: tl.constexpr, D_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A program takes a run of tiles and sums its part of the weight's gradient in registers."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()  # the sum's programs, which wait
     program = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     w = _weight(weight_ptr, o_d, width, HAS_WEIGHT, BLOCK)
@@ -107,11 +109,11 @@ def normalise(latent: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor
 def gradients(
     d_normed: Tensor | None, latent: Tensor, rstd: Tensor, weight: Tensor | None, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """normed once more, the gradient of latent, the gradient of weight in float32; None where not wanted."""
+    """normed once more, the gradient of latent, the gradient of weight in its dtype; None where not wanted."""
     rows, width = latent.shape
     normed, d_latent = (torch.empty_like(latent) if want else None for want in wanted[:2])
     if not any(wanted) or rows == 0 or width == 0:
-        return normed, d_latent, latent.new_zeros((width,), dtype=torch.float32) if wanted[2] else None
+        return normed, d_latent, torch.zeros_like(weight) if wanted[2] and weight is not None else None
     config = pick_config(width)
     tiles = ceil_div(rows, config["ROWS"])
     programs = min(tiles, WAVES * processors(latent), MOST_PARTS)
@@ -121,6 +123,7 @@ def gradients(
         _gradients_kernel[(programs,)](
             d_normed, latent, rstd, weight, normed, d_latent, parts, rows, width, ceil_div(tiles, programs),
             HAS_WEIGHT=weight is not None, NORMED=wanted[0], D_LATENT=wanted[1], D_WEIGHT=wanted[2], STAGES=STAGES,
-            **config,
+            DEPENDENT=parts is not None and dependent(latent), **config,
         )  # fmt: skip
-    return normed, d_latent, None if parts is None else sum_parts(parts, parts.new_empty(width))
+    d_weight = None if parts is None or weight is None else sum_parts(parts, torch.empty_like(weight))
+    return normed, d_latent, d_weight

@@ -7,17 +7,22 @@ from torch import Tensor
 
 from kernel_index.core import ops
 from kernel_index.core.numerics import is_invariant
-from kernel_index.core.triton.launch import dense, dense_heads
+from kernel_index.core.triton.launch import ALIGNED, dense, dense_heads
 from kernel_index.kernels.state_space.gated_rms_norm.contract import Call
 from kernel_index.kernels.state_space.gated_rms_norm.reference import gated_rms_norm_reference
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, C] with dense channels: a view where rows are evenly spaced, but under invariant numerics.
+    """[N, C] with dense channels: a view where rows are evenly spaced.
 
-    What Triton compiles for other distances may sum a row in another order.
+    What Triton compiles for other distances may sum a row in another order.  So in invariant numerics a view must be to
+    the compiler what dense rows are: it tells multiples of 16 from other numbers.
     """
-    return dense((x,))[0].view(-1, x.shape[-1]) if is_invariant() else dense_heads(x.reshape(-1, x.shape[-1]))
+    rows = x.reshape(-1, x.shape[-1])
+    if not is_invariant():
+        return dense_heads(rows)
+    alike = rows.shape[1] % 16 == rows.stride(0) % 16 == 0 and rows.stride(1) == 1 and rows.data_ptr() % ALIGNED == 0
+    return rows if alike else dense((rows,))[0]
 
 
 def _allocate(x, gate, weight, eps, groups, dtype):

@@ -61,12 +61,13 @@ def _check_coefficient(name: str, value: Any, hidden: Tensor, rank: int) -> None
     shared = (hidden.shape[-2],) * rank
     if hidden.ndim < 4:  # [T, streams] could be meant for rows as well as for tokens
         checks.has_shape(name, value, shared, "shared by the whole of a hidden without a batch dimension,")
-    elif value.ndim == rank:
-        checks.has_shape(name, value, shared, "of shape")
-    elif hidden.ndim == 4 and value.ndim == rank + 2:
-        checks.has_shape(name, value, (*hidden.shape[:2], *shared), "for each token of shape")
     else:
-        checks.has_shape(name, value, (hidden.shape[0], *shared), f"of shape {shared} or, for each batch row,")
+        forms = [shared, (hidden.shape[0], *shared), (*hidden.shape[:-2], *shared)]
+        named = f"{name} must be {forms[0]}, for each batch row {forms[1]}"
+        if hidden.ndim == 4:
+            named += f", or for each token {forms[2]}"
+        if tuple(value.shape) not in forms[: 2 + (hidden.ndim == 4)]:
+            raise ValueError(f"{named}, got shape {tuple(value.shape)}")
 
 
 def by_rows(call: Call) -> Call:
