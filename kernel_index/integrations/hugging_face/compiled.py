@@ -49,9 +49,13 @@ leave_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A layer's ``forward(*args, **kwargs)``, compiled where its model is."""
+    """A layer's ``forward(*args, **kwargs)``, compiled where its model is.
+
+    Not with a cache: a trace would be of the layer's own place in it and of its length, so that Dynamo would reach its
+    limit of graphs for one function, and then compile no layer any more.
+    """
     callback = None if torch.compiler.is_compiling() else COMPILER.get()
-    if callback is None:
+    if callback is None or kwargs.get("past_key_values") is not None:
         return forward(*args, **kwargs)
     _keep_for_recomputation(callback)
     eval_frame = torch._C._dynamo.eval_frame
