@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import kernel_index as ki
+from kernel_index.core import force
 from kernel_index.core.force import forced_here, reload_environment, resumed
 
 LARGE = 1 << 17  # elements from which "auto" compiles a region
@@ -167,6 +168,71 @@ def test_compiled_code_is_traced_once_for_each_setting():
     assert len(graphs) == 2
     assert [r.forced_by for r in log] == [None, "ki.force"]
     torch._dynamo.reset()
+
+
+def test_a_block_inside_a_traced_function():
+    """One graph, that is traced once; what is outside of the block is not in it, and the thread is left as it was."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def compiled(x):
+        with ki.force("reference"):
+            y = squared(x)
+            with ki.force("sdpa", "attention"):
+                q = x[:8].view(1, 2, 1, 4)
+                z = ki.attention(q, q, q)
+        return y + squared(x), z
+
+    torch._dynamo.reset()
+    x = torch.arange(LARGE, dtype=torch.float32, requires_grad=True)
+    with ki.receipts() as log:
+        for _ in range(2):
+            found, _ = compiled(x)
+            assert torch.equal(found, 2 * x.detach().square())
+            assert forced_here() == ()
+            assert force._THREAD.forced == ()
+    assert torch.equal(torch.autograd.grad(found.sum(), x)[0], 4 * x.detach())
+    assert len(graphs) == 1
+    assert ran(log) == ["reference", "sdpa", "reference"]
+    assert [r.forced_by for r in log] == ["ki.force", "ki.force", None]
+
+
+def test_a_block_in_which_a_trace_breaks():
+    """What cannot be traced runs in the block too."""
+
+    @torch._dynamo.disable
+    def untraced(x):
+        return squared(x)
+
+    @torch.compile(backend="eager")
+    def compiled(x):
+        with ki.force("reference"):
+            return squared(x + 1) + untraced(x)
+
+    torch._dynamo.reset()
+    with ki.receipts() as log:
+        compiled(torch.ones(LARGE))
+    assert {(r.ran, r.forced_by) for r in log} == {("reference", "ki.force")}
+    assert forced_here() == ()
+
+
+def test_a_block_directly_inside_of_its_like_is_no_other_setting():
+    graphs = []
+
+    @torch.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    def compiled(x):
+        return squared(x)
+
+    torch._dynamo.reset()
+    with ki.force("reference"):
+        compiled(torch.ones(3))
+        with ki.force("reference"):
+            compiled(torch.ones(3))
+    assert len(graphs) == 1
 
 
 def test_strict_blocks_and_forced_references_agree():

@@ -134,10 +134,80 @@ def test_inductor_rounds_as_the_code_is_written(inside):
     before = inductor_config.emulate_precision_casts
     with outer:
         assert torch.equal(torch.compile(in_block if inside else chain)(*inputs), in_block(*inputs))
-    assert inside or inductor_config.emulate_precision_casts == before
+    assert inductor_config.emulate_precision_casts == before
     torch._dynamo.reset()
     inductor_config.emulate_precision_casts = False
     assert not torch.equal(torch.compile(chain)(*inputs), chain(*inputs))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_inductor_rounds_a_backward_pass_that_it_compiles_after_the_block(inside):
+    inputs = [torch.randn(1000).bfloat16().requires_grad_() for _ in range(3)]
+
+    def in_block(*args):
+        with ki.numerics("invariant"):
+            return chain(*args)
+
+    def gradients(function):
+        with contextlib.nullcontext() if inside else ki.numerics("invariant"):
+            out = function(*inputs)
+        return torch.autograd.grad(out.sum(), inputs)
+
+    torch._dynamo.reset()
+    before = inductor_config.emulate_precision_casts
+    expected = gradients(chain)
+    assert all(map(torch.equal, gradients(torch.compile(in_block if inside else chain)), expected))
+    assert inductor_config.emulate_precision_casts == before
+    torch._dynamo.reset()
+    ordinary = torch.autograd.grad(torch.compile(chain)(*inputs).sum(), inputs)  # its backward is compiled without
+    assert not all(map(torch.equal, ordinary, expected))
+
+
+LAUNCHED: list[tuple[str, bool]] = []
+
+
+def launched(what):
+    def launch(x):
+        LAUNCHED.append((what, is_invariant()))
+        return x * 2
+
+    return launch
+
+
+_FORWARD = ops.register("test_launched(Tensor x) -> Tensor", launched("forward"), torch.empty_like)
+_BACKWARD = ops.register("test_launched_backward(Tensor x) -> Tensor", launched("backward"), torch.empty_like)
+
+
+class _Launched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return _FORWARD(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return _BACKWARD(g)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_graph_launches_has_the_mode_of_its_trace(backend, inside):
+    """Kernels ask for it to choose a geometry, and neither a traced block nor a backward pass is in a block."""
+
+    def in_block(x):
+        with ki.numerics("invariant"):
+            return ops.apply(_Launched, x)
+
+    def ordinary(x):
+        return ops.apply(_Launched, x)
+
+    torch._dynamo.reset()
+    LAUNCHED.clear()
+    x = torch.ones(3, requires_grad=True)
+    with contextlib.nullcontext() if inside else ki.numerics("invariant"):
+        out = torch.compile(in_block if inside else ordinary, backend=backend, fullgraph=True)(x)
+    out.sum().backward()
+    torch.compile(ordinary, backend=backend, fullgraph=True)(x).sum().backward()
+    assert LAUNCHED == [("forward", True), ("backward", True), ("forward", False), ("backward", False)]
 
 
 @pytest.mark.native

@@ -18,8 +18,9 @@ import torch
 from kernel_index.core.autocast import without_autocast
 from kernel_index.core.force import PUBLIC, STRICT, forced_for
 from kernel_index.core.locks import ThreadLock
-from kernel_index.core.numerics import NO_RECIPE, Ineligible, Recipe, have_inductor_round, is_invariant
+from kernel_index.core.numerics import NO_RECIPE, Ineligible, Recipe, is_invariant
 from kernel_index.core.refusal import refusal
+from kernel_index.core.rounding import round_graph
 from kernel_index.core.rules import triton_not_worth
 from kernel_index.core.target import target_of
 from kernel_index.core.version import __version__
@@ -252,7 +253,7 @@ class Choice:
             self.numerics,
         )
         if torch.compiler.is_compiling():
-            have_inductor_round(self.numerics)
+            round_graph(self.numerics)
             out = self.run_inside(*args)
             _write(*decision)  # after it: a launch that cannot be traced is not said to have run
             return out

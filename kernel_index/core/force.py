@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -107,9 +107,29 @@ def force(backend: str, *ops: str) -> Iterator[None]:
 def in_block(*ops: str, backend: str) -> Iterator[None]:
     """A ``force`` block for these ops, () for all; unchecked."""
     global _EVER_FORCED
+    if torch.compiler.is_compiling():
+        with _in_traced_block((ops, backend)):
+            yield
+        return
     _EVER_FORCED = True
-    with resumed((*forced_here(), Block(ops, backend, _checkpoint_frame()))):
+    with resumed((*forced_here(), Block(ops, backend, checkpoint_frame()))):
         yield
+
+
+@contextlib.contextmanager
+def _in_traced_block(block: tuple[tuple[str, ...], str]) -> Iterator[None]:
+    """A block inside of a traced function: what the trace chooses is in the graph, and nothing is left to do in a run.
+
+    Dynamo keeps the attribute as a value of its own until the block ends.  Where it cannot trace what is inside, it
+    runs the whole block as plain Python, which is no trace.
+    """
+    before = _THREAD.forced
+    if before[-1:] != (block,):
+        _THREAD.forced = (*before, block)
+    try:
+        yield
+    finally:
+        _THREAD.forced = before
 
 
 def forced_here() -> Blocks:
@@ -135,6 +155,15 @@ def _place() -> int:
     return torch._C._get_obj_in_tls(_KEY)
 
 
+def _distinct(blocks: Iterable[tuple[tuple[str, ...], str]]) -> tuple[tuple[tuple[str, ...], str], ...]:
+    """Without a block directly inside of its like, which asks for nothing else: code is not traced anew for it."""
+    found: list[tuple[tuple[str, ...], str]] = []
+    for block in blocks:
+        if found[-1:] != [block]:
+            found.append(block)
+    return tuple(found)
+
+
 @contextlib.contextmanager
 def resumed(blocks: Blocks) -> Iterator[None]:
     """Inside the ``with``, the blocks that ``forced_here`` returned elsewhere: for what a backward pass recomputes."""
@@ -143,7 +172,7 @@ def resumed(blocks: Blocks) -> Iterator[None]:
         yield
         return
     own = _FREE.pop() if _FREE else max(_PLACES) + 1
-    _THREAD.forced = tuple((block.ops, block.backend) for block in blocks)
+    _THREAD.forced = _distinct((block.ops, block.backend) for block in blocks)
     _PLACES[own] = blocks
     _MODES[own] = next((block.backend for block in reversed(blocks) if NUMERICS in block.ops), None)
     torch._C._stash_obj_in_tls(_KEY, own)
@@ -184,7 +213,7 @@ def _forced_for(op: str) -> tuple[tuple[str, str] | None, bool]:
 
 def numerics_here() -> str:
     """The mode of ``numerics`` in force in this thread."""
-    if not _EVER_FORCED:
+    if not (_EVER_FORCED or _THREAD.forced):  # a traced block is in the latter alone
         return _NUMERICS[0]
     if not torch.compiler.is_compiling():
         return _MODES.get(_place()) or _NUMERICS[0]
@@ -201,7 +230,7 @@ def _blocks() -> tuple[tuple[tuple[str, ...], str], ...]:
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def _checkpoint_frame() -> Any:
+def checkpoint_frame() -> Any:
     """PyTorch's record of the checkpointed function that runs here for the first time, or None.
 
     ``torch.utils.checkpoint`` has no hook that a library may register, but its saved-tensor hooks hold the record.
@@ -220,7 +249,7 @@ def _keep_for_recomputation(blocks: Blocks) -> None:
 
     Also where there were none: another backend than that of the forward may save other tensors, which is an error.
     """
-    frame = _checkpoint_frame()
+    frame = checkpoint_frame()
     if frame is None or hasattr(frame, _KEPT):
         return
     around = tuple(block for block in blocks if block.frame is not frame)  # the function enters the others by itself

@@ -8,11 +8,11 @@ See docs/decisions/0024-invariant-numerics.md.
 
 import contextlib
 import hashlib
-import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from kernel_index.core import force
+from kernel_index.core.rounding import rounding_as_written
 
 Mode = Literal["ordinary", "invariant"]
 FOR_THE_MODE = "has no advantage but its recipe: numerics('invariant') takes it"
@@ -67,35 +67,6 @@ def numerics(mode: Mode) -> Iterator[None]:
     outermost = mode == "invariant" and not is_invariant()
     with force.in_block(force.NUMERICS, backend=mode), rounding_as_written() if outermost else contextlib.nullcontext():
         yield
-
-
-def _inductor() -> Any:
-    """Its settings, if something has loaded it."""
-    return sys.modules.get("torch._inductor.config")
-
-
-@contextlib.contextmanager
-def rounding_as_written() -> Iterator[None]:
-    """Code that Inductor compiles here rounds as it is written.
-
-    By itself Inductor keeps float32 between fused operators on bfloat16, and contracts products and sums on a GPU.
-    """
-    before = _inductor() is not None and _inductor().emulate_precision_casts
-    have_inductor_round("here")
-    try:
-        yield
-    finally:
-        if _inductor() is not None:
-            _inductor().emulate_precision_casts = before
-
-
-def have_inductor_round(recipe: str) -> None:
-    """The same from within a trace, in whose block Inductor may have been loaded; Dynamo runs it as it is."""
-    if recipe and _inductor() is not None:
-        _inductor().emulate_precision_casts = True
-
-
-have_inductor_round._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_mode(name: str, mode: object) -> None:

@@ -78,23 +78,49 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {}
 
 def register(
     schema: str, launch: Callable[..., Any], fake: Callable[..., Any], keys: tuple[str, ...] = ("CPU", "CUDA")
-) -> torch._ops.OpOverload:
-    """Define ``kernel_index::<schema>`` with a launcher and a fake, and return the op to call.
+) -> Callable[..., Any]:
+    """Define ``kernel_index::<schema>`` with a launcher and a fake, and return the function that calls it.
 
     ``define`` + ``impl`` rather than ``triton_op``: the latter neither traces nor passes ``opcheck`` under the
     interpreter.  Launcher and fake take their outputs from one ``allocate`` function, so that they cannot disagree.
+
+    The op has an option of its own, ``invariant``: what is traced in ``numerics("invariant")`` is launched in it,
+    since the block may be a part of the graph, and its end may come before the backward pass.
     """
     name = schema.partition("(")[0]
     qualified = f"kernel_index::{name}"
     LAUNCHERS[qualified] = launch
-    torch.library.define(qualified, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.define(qualified, _with_mode(schema[len(name) :]), tags=(torch.Tag.pt2_compliant_tag,))
     for key in keys:  # ROCm's key is CUDA
-        torch.library.impl(qualified, key, launch if key == "CUDA" else _one_at_a_time(launch))
-    torch.library.register_fake(qualified, fake if keys == ("CPU",) else ahead.learning_from(launch, fake))
-    return getattr(torch.ops.kernel_index, name).default
+        torch.library.impl(qualified, key, _in_mode(launch if key == "CUDA" else _one_at_a_time(launch)))
+    torch.library.register_fake(qualified, _in_mode(fake if keys == ("CPU",) else ahead.learning_from(launch, fake)))
+    op = getattr(torch.ops.kernel_index, name).default
+
+    def call(*args: Any) -> Any:
+        return op(*args, invariant=True) if torch.compiler.is_compiling() and is_invariant() else op(*args)
+
+    return call
 
 
-def run(op: torch._ops.OpOverload, launch: Callable[..., Any], *args: Any) -> Any:
+def _with_mode(signature: str) -> str:
+    arguments, arrow, results = signature.rpartition(" -> ")
+    return f"{arguments[:-1]}{', ' if arguments != '()' else ''}*, bool invariant=False){arrow}{results}"
+
+
+def _in_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With the option ``invariant``, in that mode."""
+
+    @functools.wraps(function)
+    def run_in_mode(*args: Any, invariant: bool = False) -> Any:
+        if not invariant:
+            return function(*args)
+        with force.in_block(force.NUMERICS, backend="invariant"):
+            return function(*args)
+
+    return run_in_mode
+
+
+def run(op: Callable[..., Any], launch: Callable[..., Any], *args: Any) -> Any:
     """``op(*args)``; on a GPU by its launcher, where nothing would see the op: its call costs 12 µs of the host."""
     return op(*args) if are_seen() or not args[0].is_cuda else launch(*args)
 

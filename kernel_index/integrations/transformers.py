@@ -161,11 +161,11 @@ def apply(
     With ``numerics="invariant"`` every forward of the model runs in ``ki.numerics("invariant")``, its linear layers are
     ``ki.linear``, and log-probabilities of training, of any batch and packing, and of ``generate`` with its caches have
     the same bits; gradients do not follow the packing of a batch.  It is called on a few tokens: code of its own that
-    is not exact is refused.  See guide 8.
+    is not exact is refused.  ``torch.compile`` of the model compiles its layers.  See guide 8.
 
-    Inside ``torch.compile`` norms, rotation and activations are traced as usual; loss and masked attention are the
-    model's own, without a dense mask where a model makes a causal one and no other, and the call has neither a mask
-    nor positions.
+    Inside ``torch.compile`` an ordinary model's norms, rotation and activations are traced as usual; loss and masked
+    attention are the model's own, without a dense mask where a model makes a causal one and no other, and the call has
+    neither a mask nor positions.
 
     Replacements last until ``Report.undo()``; weights, ``state_dict`` and ``save_pretrained`` are not affected, and a
     copy or a pickle of the model has them too.  The model gets a configuration of its own if it shared one.
@@ -276,7 +276,7 @@ def _feed_forward(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
 
 def _attention(model: nn.Module, wanted: dict[Kind, bool]) -> list[Plan]:
     named = [(n, m) for n, m in model.named_modules() if attention.is_candidate(m)]
-    return attention.plan(model, named, compiled=not wanted["numerics"]) if named else []
+    return attention.plan(model, named, wanted["numerics"]) if named else []
 
 
 def _loss(model: Any, wanted: dict[Kind, bool]) -> list[Plan]:

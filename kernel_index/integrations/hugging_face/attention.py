@@ -27,18 +27,20 @@ KIND = "attention"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 SETTING = "_attn_implementation"
 EAGER = "eager_attention_forward"
+DROPOUT = "attention_dropout is not 0, and the index's attention has no dropout"
 
 
 def is_candidate(module: nn.Module) -> bool:
     return "Attention" in type(module).__name__ and not any("Attention" in type(c).__name__ for c in module.children())
 
 
-def plan(model: Any, named: list[tuple[str, nn.Module]], compiled: bool = True) -> list[Plan]:
+def plan(model: Any, named: list[tuple[str, nn.Module]], invariant: bool = False) -> list[Plan]:
     """One plan for each attention layer.  The first that can be replaced brings the configuration of them all.
 
-    ``compiled``: whether plain calls inside ``torch.compile`` do without a mask.
+    Ordinary plain calls inside ``torch.compile`` do without a mask.  Where no other attention may run, dropout is
+    judged call by call: it is part of calls in training alone.
     """
-    whole = why_not(model)
+    whole = why_not(model, invariant)
     reasons = {name: whole or why_not_layer(module) for name, module in named}
     foreign = {own_implementation_of(m) for n, m in named if reasons[n] is None} - set(DENSE)
     if foreign and any(reasons.values()):  # a layer that is left would not understand our masks
@@ -46,7 +48,7 @@ def plan(model: Any, named: list[tuple[str, nn.Module]], compiled: bool = True) 
             n: r or f"other layers are left, and {foreign.pop()} takes no dense mask" for n, r in reasons.items()
         }
     left = [module for name, module in named if reasons[name] is not None]
-    plans, do = [], lambda: _replace(model, left, compiled)
+    plans, do = [], lambda: _replace(model, left, not invariant)
     for name, _ in named:
         why = reasons[name]
         if why is not None:
@@ -57,11 +59,11 @@ def plan(model: Any, named: list[tuple[str, nn.Module]], compiled: bool = True) 
     return plans
 
 
-def why_not(model: Any) -> str | None:
+def why_not(model: Any, invariant: bool) -> str | None:
     if not model._can_set_attn_implementation():
         return "the model has no exchangeable attention (AttentionInterface)"
-    if any(getattr(c, "attention_dropout", 0.0) for c in _configs(model)):
-        return "attention_dropout is not 0, and the index's attention has no dropout"
+    if not invariant and any(getattr(c, "attention_dropout", 0.0) for c in _configs(model)):
+        return DROPOUT
     for module in model.modules():
         if hasattr(module, "get_input_embeddings") and _reads_the_setting(module):
             return "the model does different things for different names of its attention"
@@ -239,7 +241,7 @@ def why_not_call(
 ) -> str | None:
     """Why a call is not one that ``ki.attention`` computes, or None."""
     if given["dropout"]:
-        return "dropout is not 0"
+        return DROPOUT
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
     own = own_implementation(module.config)

@@ -4,7 +4,8 @@ import copy
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -150,3 +151,15 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal values on the CPU, drawn without the global generator."""
     make = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=make, dtype=torch.float64, device="cpu").to(dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, which is judged when it is called in training."""
+    training = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was

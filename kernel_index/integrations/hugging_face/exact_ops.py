@@ -6,8 +6,6 @@ rounded: their bits depend on the operands alone.  Any other operator on floatin
 
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernel_index.core.numerics import Ineligible, is_invariant
+from kernel_index.integrations.hugging_face.change import evaluating
 from kernel_index.integrations.hugging_face.invariant import REFUSED, refuse
 
 MOVING = """
@@ -44,7 +43,7 @@ def check(model: Any) -> None:
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         refuse("the model", "its weights are on the meta device, and it has to be tried")
     names = {id(m): name for name, m in model.named_modules()}
-    with _evaluating(model), torch.no_grad(), _Looking(names) as looking:
+    with evaluating(model), torch.no_grad(), _Looking(names) as looking:
         try:
             _try(model)
         except Ineligible as error:
@@ -63,18 +62,6 @@ def _try(model: Any) -> None:
         model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=kept.past_key_values)
     if "labels" in accepted:
         model(input_ids=ids, labels=ids)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which is judged when it is called in training."""
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training:
-            module.training = was
 
 
 class _Looking(TorchDispatchMode):

@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 import kernel_index as ki
 from kernel_index.core import stable
 from kernel_index.core.numerics import Ineligible
-from kernel_index.integrations.hugging_face import one_order
+from kernel_index.integrations.hugging_face import compiled, one_order
 from kernel_index.integrations.hugging_face.change import Change, Plan, Recipe, replace_forward
 
 KIND = "numerics"
+Modules = tuple[nn.Module, ...]
 REFUSED = "numerics('invariant') cannot run this call"
 
 
@@ -34,20 +35,30 @@ def name_of(module: nn.Module) -> str:
     return type(module).__name__ if layer is None else f"{type(module).__name__} {layer}"
 
 
-def plans(model: nn.Module, has_mode: tuple[nn.Module, ...]) -> list[Plan]:
+def plans(model: nn.Module, has_mode: Modules) -> list[Plan]:
     """The plans of linear layers, angles and dropout; then the mode, for the models inside that do not have it yet."""
-    found = [_plan_of(name, m, has_mode) for name, m in model.named_modules()]
+    heads = output_layers(model)
+    found = [_plan_of(name, m, has_mode, heads) for name, m in model.named_modules()]
     return [p for p in found if p is not None]
 
 
-def _plan_of(name: str, module: nn.Module, has_mode: tuple[nn.Module, ...]) -> Plan | None:
+def output_layers(model: nn.Module) -> Modules:
+    """Of the models inside: their rows may have an order, see ``one_order``."""
+    from transformers import PreTrainedModel
+
+    found = (m.get_output_embeddings() for m in model.modules() if isinstance(m, PreTrainedModel))
+    return tuple(head for head in found if head is not None)
+
+
+def _plan_of(name: str, module: nn.Module, has_mode: Modules, heads: Modules) -> Plan | None:
     from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if any(module is other for other in has_mode):
         return None
     if type(module) is nn.Linear:
-        return _plan(name, module, "linear", linear_forward)
+        is_head = any(module is head for head in heads)
+        return _plan(name, module, "linear", output_forward if is_head else linear_forward)
     if isinstance(module, nn.Embedding) and not (module.sparse or module.max_norm or module.scale_grad_by_freq):
         return _plan(name, module, "gather_rows", embedding_forward, when="on a GPU")
     if isinstance(module, nn.Dropout):
@@ -82,6 +93,14 @@ def _plan_of_angles(name: str, module: Any) -> Plan:
 def linear_forward(base: type) -> Callable[..., Tensor]:
     def forward(self: nn.Linear, input: Tensor) -> Tensor:  # the name that nn.Linear has
         with ki.numerics("invariant"):  # also where somebody calls the layer alone
+            return ki.linear(input, self.weight, self.bias)
+
+    return forward
+
+
+def output_forward(base: type) -> Callable[..., Tensor]:
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        with ki.numerics("invariant"):
             rows = one_order.rows_in_order(self, input)
             return one_order.product_in_order(lambda x: ki.linear(x, self.weight, self.bias), input, rows)
 
@@ -159,6 +178,9 @@ def forward_in_mode(base: type) -> Callable[..., Any]:
     names = names_of(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            compiled.leave_trace()
+            return compiled.around_layers(forward, self, *args, **kwargs)
         with ki.numerics("invariant"):
             kwargs = prepared(self, names, args, kwargs)
             arguments = dict(zip(names, args, strict=False)) | kwargs
@@ -176,7 +198,7 @@ def forward_in_mode(base: type) -> Callable[..., Any]:
 def layer_in_mode(base: type) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ki.numerics("invariant"):
-            return base.forward(self, *args, **kwargs)
+            return compiled.layer(base.forward, self, *args, **kwargs)
 
     return forward
 

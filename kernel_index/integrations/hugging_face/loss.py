@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core.numerics import needs_ordinary_numerics
+from kernel_index.integrations.hugging_face import compiled
 from kernel_index.integrations.hugging_face.change import ALREADY, Change, Plan, Recipe, replace_forward
 from kernel_index.integrations.hugging_face.invariant import names_of, prepared
 from kernel_index.integrations.hugging_face.lazy import is_observed
@@ -79,6 +80,9 @@ def model_forward(base: type, invariant: bool = False) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not invariant:
             return with_labels(self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            compiled.leave_trace()
+            return compiled.around_layers(forward, self, *args, **kwargs)
         with ki.numerics("invariant"):
             kwargs = prepared(self, names, args, kwargs)
             with call_of_model(self, dict(zip(names, args, strict=False)) | kwargs):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernel_index.core.by_content import Packing, hooked, packed_by_content, scattered
-from kernel_index.integrations.hugging_face.change import RAISED
+from kernel_index.integrations.hugging_face.change import RAISED, evaluating
 
 KNOWN = frozenset({"input_ids", "attention_mask", "position_ids", "use_cache"})
 """Arguments of a decoder that are put in order."""
@@ -139,9 +139,9 @@ def check(model: nn.Module) -> None:
         real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]], device=decoder.device)
         call = {"input_ids": ids, "attention_mask": real, "use_cache": False}
         try:
-            with torch.no_grad():
+            with evaluating(decoder), torch.no_grad():
                 expected = decoder(**call)[0]
-            with torch.enable_grad():  # the two short documents share a row
+            with evaluating(decoder), torch.enable_grad():  # the two short documents share a row
                 found = decoder(**call)[0]
             known = torch.equal(found[real.bool()], expected[real.bool()])
         except RAISED:  # it takes no tokens, or no such option
