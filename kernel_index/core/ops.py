@@ -84,7 +84,7 @@ def register(
     ``define`` + ``impl`` rather than ``triton_op``: the latter neither traces nor passes ``opcheck`` under the
     interpreter.  Launcher and fake take their outputs from one ``allocate`` function, so that they cannot disagree.
 
-    The op has an option of its own, ``invariant``: what is traced in ``numerics("invariant")`` is launched in it,
+    The op has an option of its own, ``in_mode``: what is traced in ``numerics("invariant")`` is launched in it,
     since the block may be a part of the graph, and its end may come before the backward pass.
     """
     name = schema.partition("(")[0]
@@ -97,22 +97,23 @@ def register(
     op = getattr(torch.ops.kernel_index, name).default
 
     def call(*args: Any) -> Any:
-        return op(*args, invariant=True) if torch.compiler.is_compiling() and is_invariant() else op(*args)
+        return op(*args, in_mode=True) if torch.compiler.is_compiling() and is_invariant() else op(*args)
 
+    call.op = op  # type: ignore[attr-defined]
     return call
 
 
 def _with_mode(signature: str) -> str:
     arguments, arrow, results = signature.rpartition(" -> ")
-    return f"{arguments[:-1]}{', ' if arguments != '()' else ''}*, bool invariant=False){arrow}{results}"
+    return f"{arguments[:-1]}{', ' if arguments != '()' else ''}*, bool in_mode=False){arrow}{results}"
 
 
 def _in_mode(function: Callable[..., Any]) -> Callable[..., Any]:
-    """With the option ``invariant``, in that mode."""
+    """With the option ``in_mode``, in invariant numerics."""
 
     @functools.wraps(function)
-    def run_in_mode(*args: Any, invariant: bool = False) -> Any:
-        if not invariant:
+    def run_in_mode(*args: Any, in_mode: bool = False) -> Any:
+        if not in_mode:
             return function(*args)
         with force.in_block(force.NUMERICS, backend="invariant"):
             return function(*args)

@@ -223,12 +223,12 @@ def test_ops_keep_their_schemas():
     given = operands()
     flat = given["x"].detach().reshape(N, DIN)
     weights = [given[k].detach() for k in ("w_down", "w_up", "norm_weight")]
-    torch.library.opcheck(torch_op._forward_op, (flat, *weights, 1e-6, torch.float32, 2, "eager"))
+    torch.library.opcheck(torch_op._forward_op.op, (flat, *weights, 1e-6, torch.float32, 2, "eager"))
     _, rstd, latent, normed = torch_op._forward_op(flat, *weights, 1e-6, torch.float32, 2, "eager")
     g = torch.randn(N, DOUT)
     for wanted in ([True] * 4, [False, True, False, False]):
         call = (g, flat, *weights, rstd, latent, normed, wanted, "eager")
-        torch.library.opcheck(torch_op._backward_op, call)
+        torch.library.opcheck(torch_op._backward_op.op, call)
 
 
 def test_one_variant_whatever_the_rows():

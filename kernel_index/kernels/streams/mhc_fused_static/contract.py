@@ -62,12 +62,11 @@ def _check_coefficient(name: str, value: Any, hidden: Tensor, rank: int) -> None
     if hidden.ndim < 4:  # [T, streams] could be meant for rows as well as for tokens
         checks.has_shape(name, value, shared, "shared by the whole of a hidden without a batch dimension,")
     else:
-        forms = [shared, (hidden.shape[0], *shared), (*hidden.shape[:-2], *shared)]
-        named = f"{name} must be {forms[0]}, for each batch row {forms[1]}"
-        if hidden.ndim == 4:
-            named += f", or for each token {forms[2]}"
-        if tuple(value.shape) not in forms[: 2 + (hidden.ndim == 4)]:
-            raise ValueError(f"{named}, got shape {tuple(value.shape)}")
+        forms = [shared, (hidden.shape[0], *shared), (*hidden.shape[:-2], *shared)][: 3 if hidden.ndim == 4 else 2]
+        if tuple(value.shape) not in forms:
+            legends = ("", "for each batch row ", "or for each token ")
+            named = ", ".join(f"{legend}{form}" for legend, form in zip(legends, forms, strict=False))
+            raise ValueError(f"{name} must be {named}, got shape {tuple(value.shape)}")
 
 
 def by_rows(call: Call) -> Call:
