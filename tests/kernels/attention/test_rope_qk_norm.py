@@ -131,7 +131,9 @@ def test_the_registered_ops():
     tensors = tuple(c[n] for n in ("q", "k", "cos", "sin", "q_weight", "k_weight"))
     torch.library.opcheck(torch_op._norm_op.op, (*tensors, *numbers))
     torch.library.opcheck(torch_op._norm_backward_op.op, (c["q"], None, *tensors, *numbers))
-    torch.library.opcheck(torch_op._norm_backward_op.op, (c["q"], c["k"], None, *tensors[1:4], None, tensors[5], *numbers))
+    torch.library.opcheck(
+        torch_op._norm_backward_op.op, (c["q"], c["k"], None, *tensors[1:4], None, tensors[5], *numbers)
+    )
 
 
 def test_one_graph():

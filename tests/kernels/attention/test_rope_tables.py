@@ -318,3 +318,10 @@ def test_one_graph_with_the_rotation_over_several_lengths(scaling):
         for a, e in zip(compiled(q, k, torch.arange(n)), layer(q, k, torch.arange(n)), strict=True):
             torch.testing.assert_close(a, e)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_longrope_of_one_position_has_no_factor_of_its_own():
+    scaling = LONGROPE | {"original_max_position_embeddings": 1}
+    with pytest.raises(ValueError, match=r"'\] must be at least 2 without an attention_factor, got 1"):
+        ki.rope_tables(torch.arange(4), 16, scaling=scaling)
+    assert ki.rope_tables(torch.arange(4), 16, scaling=scaling | {"attention_factor": 1.0})[0].isfinite().all()

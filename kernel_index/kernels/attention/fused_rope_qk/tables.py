@@ -221,6 +221,8 @@ def _longrope(
     divisors = torch.tensor(long_factor if longer else short_factor, dtype=torch.float64, device=rope.device)
     if attention_factor is None:
         stretch = factor if factor is not None else (max_position_embeddings or original) / original
+        if stretch > 1 and original < 2:
+            raise ValueError(f"scaling[{ORIGINAL!r}] must be at least 2 without an attention_factor, got {original}")
         attention_factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     return rope.plain / divisors, float(attention_factor)
 
