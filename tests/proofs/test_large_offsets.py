@@ -137,7 +137,7 @@ def test_expert_route(late):
     holds(seen, x, (ROWS - 16) * WIDTH, ROWS * WIDTH - 1)
     index, call = (ROWS // 16 - 1, 0), (scores, x, weight, d_x, parts, ROWS, WIDTH, 16, ROWS // 16)
     shape.pop("SOFTMAX")
-    seen = late(router._backward_kernel, index, *call, UPCAST=True, **shape)
+    seen = late(router._backward_kernel, index, *call, STAGES=3, UPCAST=True, **shape)
     for tensor in (x, d_x):
         touches(seen, tensor, LAST * WIDTH, LAST * WIDTH + router.BLOCK - 1)
 

@@ -75,7 +75,7 @@ def test_infinite_keys_and_heads_that_fill_no_product(heads, backend):
 
 def compare_with_a_sort(every_rank, start, end, topk):
     """What the kernels select of rows of ranks [1, T, S], of equal ones the first, and in ascending order."""
-    from kernel_index.routing.lightning_indexer import triton
+    from kernel_index.routing.lightning_indexer import triton_rounds as triton
     from kernel_index.routing.topk_keys import NOTHING, pack
 
     size, device = every_rank.shape[2], every_rank.device
@@ -125,7 +125,8 @@ def collect_by_torch(ranks, bounds, rows, found, counts):
 @pytest.mark.parametrize("parts", ["collected", "too many are equal", "topk too large", "sampled", "a sample misleads"])
 def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
     """Rows that are hardly longer than ``topk`` and long ones, in all ways that the kernels find them."""
-    from kernel_index.routing.lightning_indexer import triton, triton_collect, triton_sample
+    from kernel_index.routing.lightning_indexer import triton_collect, triton_sample
+    from kernel_index.routing.lightning_indexer import triton_rounds as triton
     from kernel_index.routing.topk_keys import rank_of
 
     monkeypatch.setattr(triton, "FEWEST", 16)
@@ -156,7 +157,7 @@ def test_the_keys_of_a_row_on_a_gpu_are_those_of_a_sort(parts, monkeypatch):
 
 @pytest.mark.skipif(not launch.interpreting(), reason="runs in Triton's interpreter, on a CPU")
 def test_a_row_of_several_programs(monkeypatch):
-    from kernel_index.routing.lightning_indexer import triton
+    from kernel_index.routing.lightning_indexer import triton_rounds as triton
 
     monkeypatch.setattr(triton, "SPAN", 16)
     q, k, w = whole_numbers(48)

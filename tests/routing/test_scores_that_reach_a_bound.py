@@ -147,7 +147,8 @@ def score_by_torch(call, bounds, first, topk, least, target, counts):
 @pytest.mark.parametrize("some", ["random", "equal", "a sample misleads"])
 def test_rows_that_a_sample_finds_and_rows_that_it_does_not(some, monkeypatch):
     """Without the kernel that scores: its sample, its lists, and the rows that are left to the other way."""
-    from kernel_index.routing.lightning_indexer import triton, triton_best, triton_sample, triton_scored
+    from kernel_index.routing.lightning_indexer import triton_best, triton_sample, triton_scored
+    from kernel_index.routing.lightning_indexer import triton_rounds as triton
 
     for name, value in {"FEWEST": 16, "MOST": 16}.items():
         monkeypatch.setattr(triton, name, value)

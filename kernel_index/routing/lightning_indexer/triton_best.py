@@ -12,7 +12,7 @@ from kernel_index.core.triton.jit import jit
 from kernel_index.core.triton.launch import ceil_div, next_power_of_2, on_device
 from kernel_index.core.triton.products import is_hopper
 from kernel_index.routing.lightning_indexer import triton_order, triton_scored
-from kernel_index.routing.lightning_indexer.triton import found_of, parts_of, score, select
+from kernel_index.routing.lightning_indexer.triton_rounds import found_of, parts_of, score, select
 from kernel_index.routing.triton_topk import LOW, NONE
 
 SCORES_BYTES = 1 << 30
