@@ -38,6 +38,17 @@ def num_blocks(keys: int, block_size: int) -> int:
     return -(-keys // block_size)
 
 
+def without_empty_end(block_size: int, keys: int) -> int:
+    """A shorter size where one block holds all keys: backends fill a block up to its size, or step through all of it.
+
+    The first 1024 are kept, so that a trace of a usual size does not depend on the number of keys.
+    """
+    usual = 1024
+    if block_size <= usual or block_size <= keys:
+        return block_size
+    return min(block_size, num_blocks(max(keys, 1), usual) * usual)
+
+
 def check_causal(mask: MaskContract) -> None:
     """Routers select past blocks only, so a contract that allows the future has no routed form."""
     if not mask.causal or mask.prefix is not None:

@@ -33,7 +33,7 @@ def test_equals_pytorch(backend):
         torch.testing.assert_close(a, b)
 
 
-OPERATORS = {torch_op._losses_op: torch_op._all_losses, torch_op._gradients_op: torch_op._gradients}
+OPERATORS = {torch_op._losses_op.op: torch_op._all_losses, torch_op._gradients_op.op: torch_op._gradients}
 
 
 class Largest(TorchDispatchMode):

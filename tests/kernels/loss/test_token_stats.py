@@ -116,8 +116,8 @@ class Largest(TorchDispatchMode):
     """The most elements that any tensor made inside the block has."""
 
     INSIDE = {  # noqa: RUF012  a mode is off while its handler runs: our operators are looked into
-        torch_op_stats._statistics_op: torch_op_stats._statistics,
-        torch_op_stats._gradients_op: torch_op_stats._gradients,
+        torch_op_stats._statistics_op.op: torch_op_stats._statistics,
+        torch_op_stats._gradients_op.op: torch_op_stats._gradients,
     }
 
     def __init__(self):

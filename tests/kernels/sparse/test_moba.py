@@ -50,6 +50,15 @@ def test_as_many_picks_as_blocks_is_dense_attention(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_longer_than_everything_is_dense_attention(backend):
+    q, k, v = qkv(26)
+    dense = ki.attention(q, k, v, backend="reference")
+    assert_same(ki.moba_attention(q, k, v, block_size=10**9, topk=2, backend=backend), dense)
+    config = ki.ClusteredSparseConfig(block_size=10**9, topk=2)
+    assert_same(ki.clustered_sparse_attention(q, k, v, config=config, backend=backend), dense)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_pick_is_the_own_block(backend):
     q, k, v = qkv(26)
     own = ki.MaskContract(doc_ids=torch.arange(26) // BLOCK)

@@ -12,7 +12,7 @@ from kernel_index.core.numerics import is_invariant
 from kernel_index.masks.attention_arguments import check_attention, host_plan_why_not, sizes_of
 from kernel_index.masks.doc_window_mask.intervals import Sizes
 from kernel_index.masks.doc_window_mask.mask import MaskContract
-from kernel_index.routing.legal_blocks import num_blocks
+from kernel_index.routing.legal_blocks import num_blocks, without_empty_end
 from kernel_index.routing.union_selection_query_mask.contract import check_blocks_exist, check_valid
 from kernel_index.routing.union_selection_query_mask.maps import UnionMaps
 
@@ -72,7 +72,8 @@ def check(call: BlockSparseCall) -> BlockSparseCall:
     check_blocks_exist(call.selected, call.selected_valid, call.blocks)
     if call.maps is not None:
         _check_maps(call.selected, call.query_tile_size, call.maps)
-    return call
+    return call._replace(block_size=without_empty_end(call.block_size, call.k.shape[1]))
+
 
 
 def check_selection(q: Tensor, kv_heads: int, selected: Any, selected_valid: Any) -> None:

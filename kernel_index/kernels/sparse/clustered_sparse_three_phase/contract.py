@@ -20,7 +20,7 @@ from kernel_index.masks.exact_mask_contract_cache.cache import MaskKernelCache
 from kernel_index.routing.block_router import contract as exhaustive
 from kernel_index.routing.block_router.contract import RouterCall
 from kernel_index.routing.hierarchical_block_expansion import contract as hierarchical
-from kernel_index.routing.legal_blocks import check_causal, num_blocks
+from kernel_index.routing.legal_blocks import check_causal, num_blocks, without_empty_end
 from kernel_index.routing.union_selection_query_mask.maps import UnionMaps, UnionTelemetry
 
 ABOVE = "union_above_dense_above"
@@ -38,7 +38,8 @@ class ClusteredRouteCall(NamedTuple):
     @property
     def exhaustive(self) -> RouterCall:
         """The call that scores every legal block."""
-        return RouterCall(self.q, self.k, self.config.block_size, self.config.topk, self.mask, self.k.shape[2])
+        block_size = without_empty_end(self.config.block_size, self.k.shape[1])
+        return RouterCall(self.q, self.k, block_size, self.config.topk, self.mask, self.k.shape[2])
 
     @property
     def by_groups(self) -> bool:
@@ -77,7 +78,7 @@ class ClusteredCall(NamedTuple):
             self.v,
             selected,
             selected_valid,
-            config.block_size,
+            without_empty_end(config.block_size, self.k.shape[1]),
             self.mask,
             self.scale,
             self.softcap,

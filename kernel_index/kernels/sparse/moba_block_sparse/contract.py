@@ -17,7 +17,7 @@ from kernel_index.masks.doc_window_mask.contract import Window, normalize_window
 from kernel_index.masks.doc_window_mask.mask import MaskContract
 from kernel_index.routing.block_router.contract import RouterCall
 from kernel_index.routing.block_router.contract import details as router_details
-from kernel_index.routing.legal_blocks import check_causal, num_blocks
+from kernel_index.routing.legal_blocks import check_causal, num_blocks, without_empty_end
 
 ROUTES = ("query_head", "kv_group")
 
@@ -81,6 +81,7 @@ def check(
     _check_router(q, block_size, topk, route_per)
     checks.is_int("query_tile_size", query_tile_size, minimum=1)
     groups = groups_of(q.shape[2], k.shape[2], route_per)
+    block_size = without_empty_end(block_size, k.shape[1])
     return MobaCall(q, k, v, block_size, topk, mask, groups, scale, softcap, query_tile_size, sink, with_lse)
 
 
