@@ -271,9 +271,9 @@ def test_doctor():
         assert (reason or "") in " ".join(result.output.split())  # lines are broken where the terminal ends
 
 
-def test_native_needs_avx512(monkeypatch):
+def test_native_needs_vectors(monkeypatch):
     monkeypatch.setattr(target, "has_vectors", lambda: False)
-    assert "✗ native: needs a CPU with AVX-512" in run("doctor").output
+    assert "✗ native: needs a CPU with AVX2" in run("doctor").output
 
 
 def test_doctor_json(monkeypatch):

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -98,7 +99,7 @@ def triton_version() -> tuple[int, ...]:
 NEEDS_FA4 = "needs the flash-attn-4 package (pip install flash-attn-4)"
 NO_COMPILER = "no C++ compiler (g++ or clang++) found"
 NO_GXX = "needs g++, or another C++ compiler named by the variable CXX"
-NO_VECTORS = "needs a CPU with AVX-512 and PyTorch's oneDNN"
+NO_VECTORS = "needs a CPU with AVX2, or with AVX-512 and PyTorch's oneDNN"
 
 
 @functools.cache
@@ -119,23 +120,42 @@ def has_inductor_compiler() -> bool:
     return shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
+Instructions = Literal["AVX512", "AVX2"]
+
+
+@functools.cache
+def vector_instructions() -> Instructions | None:
+    """What native kernels are compiled for here: AVX-512 with oneDNN's products, else AVX2 with products of our own.
+
+    >>> from kernel_index.core.target import vector_instructions
+    >>> vector_instructions() in ("AVX512", "AVX2", None)
+    True
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.backends.mkldnn.is_available():
+        return "AVX512"
+    return "AVX2" if capability in ("AVX512", "AVX2") else None
+
+
 def has_vectors() -> bool:
-    """Whether native kernels run here: a CPU with AVX-512, and PyTorch's oneDNN for their products."""
+    """Whether native kernels run here."""
     return _has_vectors()
 
 
 @functools.cache
 def _has_vectors() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    return vector_instructions() is not None
 
 
 def has_bfloat16_products() -> bool:
-    """Whether oneDNN multiplies bfloat16 by pairs here; without AVX512_BF16 it ends the process."""
+    """Whether native kernels multiply bfloat16 here; without AVX512_BF16 oneDNN's brgemm ends the process."""
     return _has_bfloat16_products()
 
 
 @functools.cache
 def _has_bfloat16_products() -> bool:
+    if vector_instructions() == "AVX2":
+        return True
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return supported is not None and bool(supported())
 

@@ -81,15 +81,22 @@ def test_list_by_function_name():
     assert len(ENTRIES) > 2
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT", "AVX512"])
-def test_native_is_what_the_cpu_can_do(capability, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "onednn", "instructions"),
+    [("AVX512", True, "AVX512"), ("AVX512", False, "AVX2"), ("AVX2", True, "AVX2"), ("DEFAULT", True, None)],
+)
+def test_native_is_what_the_cpu_can_do(capability, onednn, instructions, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     monkeypatch.setattr(target, "has_cxx_compiler", lambda: True)
-    target._has_vectors.cache_clear()
+    asked = (target.vector_instructions, target._has_vectors)
+    for question in asked:
+        question.cache_clear()
     try:
-        text = CliRunner().invoke(commands.app, ["doctor"]).output
+        found, text = target.vector_instructions(), CliRunner().invoke(commands.app, ["doctor"]).output
     finally:
-        target._has_vectors.cache_clear()
-    assert ("✓ native" in text) == (capability == "AVX512")
-    assert ("✗ native: needs a CPU with AVX-512" in " ".join(text.split())) == (capability != "AVX512")
+        for question in asked:
+            question.cache_clear()
+    assert found == instructions
+    assert ("✓ native" in text) == (instructions is not None)
+    assert (f"✗ native: {target.NO_VECTORS}" in " ".join(text.split())) == (instructions is None)

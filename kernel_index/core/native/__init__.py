@@ -31,7 +31,13 @@ from kernel_index.core.rules import (
     inside_functorch,
     opaque_why_not,
 )
-from kernel_index.core.target import NO_VECTORS, has_bfloat16_products, has_cxx_compiler, has_vectors
+from kernel_index.core.target import (
+    NO_VECTORS,
+    has_bfloat16_products,
+    has_cxx_compiler,
+    has_vectors,
+    vector_instructions,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 SMALL_WORK = 1 << 20
@@ -122,7 +128,7 @@ def threads_for(operations: int) -> int:
 
 
 def _has_vectors() -> bool:
-    return has_vectors() and torch._C._get_mkldnn_enabled()
+    return has_vectors() and (vector_instructions() == "AVX2" or torch._C._get_mkldnn_enabled())
 
 
 def has_libraries() -> bool:

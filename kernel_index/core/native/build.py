@@ -22,16 +22,24 @@ from typing import NamedTuple
 
 import torch
 
-from kernel_index.core.target import NO_COMPILER, cxx_compiler
+from kernel_index.core.target import NO_COMPILER, Instructions, cxx_compiler, vector_instructions
 
 logger = logging.getLogger("kernel_index")
+
+VECTORS: dict[Instructions, tuple[str, ...]] = {
+    "AVX512": ("avx512.h",),
+    "AVX2": ("avx2.h", "avx2_products.h"),
+}
+"""The headers that stand for a kind of CPU; sources and the other headers are the same for all."""
 
 HEADERS = ("vector.h", "common.h", "topk.h", "attention.h", "tiles.h", "kv_cache.h")
 """Put before every source, in this order, so that a source needs no ``#include``."""
 
+# As fast as -march=native, and one library for all machines of a kind.
+ARCHITECTURES: dict[Instructions, str] = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
+
 FLAGS = (
     "-O3",
-    "-march=x86-64-v4",  # AVX-512; as fast as -march=native, and one library for all machines
     "-std=c++17",
     "-fopenmp",
     "-fPIC",
@@ -107,13 +115,21 @@ def file_name(source: Path) -> str:
 @functools.cache
 def _key(source: Path, _modified: int) -> str:
     """A hash of all that a library depends on.  PyTorch's version is one: it has the functions that kernels call."""
-    digest = hashlib.sha256(repr((FLAGS, torch.__version__)).encode())
+    digest = hashlib.sha256(repr((flags(), torch.__version__)).encode())
     digest.update(_code(source).encode())
     return digest.hexdigest()[:16]
 
 
+def flags() -> tuple[str, ...]:
+    """The compiler's flags for this machine."""
+    kind = vector_instructions()
+    return FLAGS if kind is None else (ARCHITECTURES[kind], *FLAGS)
+
+
 def _code(source: Path) -> str:
-    return "".join(path.read_text(encoding="utf-8") for path in (*map(Path(__file__).with_name, HEADERS), source))
+    kind = vector_instructions()
+    headers = ("bfloat16.h", *(VECTORS[kind] if kind else ()), *HEADERS)
+    return "".join(path.read_text(encoding="utf-8") for path in (*map(Path(__file__).with_name, headers), source))
 
 
 def _compile(source: Path, folder: Path) -> Path:
@@ -127,7 +143,7 @@ def _compile(source: Path, folder: Path) -> Path:
         code, made = Path(draft, source.name), Path(draft, "library.so")
         code.write_text(_code(source), encoding="utf-8")
         links = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
-        done = subprocess.run([compiler, *FLAGS, str(code), "-o", str(made), *links], capture_output=True, text=True)
+        done = subprocess.run([compiler, *flags(), str(code), "-o", str(made), *links], capture_output=True, text=True)
         if done.returncode != 0:
             raise CannotBuild(f"{source.name} was not compiled by {compiler}:\n{done.stderr.strip()[-4000:]}")
         try:

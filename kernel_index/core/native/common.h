@@ -18,8 +18,7 @@ struct Buffer {
 template <typename T>
 inline void product(int64_t M, int64_t N, int64_t R, const T* A, const T* B, float* C, bool add = false,
                     int64_t stride = 0, int64_t row = 0) {
-  at::native::cpublas::brgemm(M, N, R, stride ? stride : R, N, row ? row : N, add, A, B, C,
-                              std::is_same_v<T, BFloat16>);
+  multiply_block(M, N, R, stride ? stride : R, N, row ? row : N, add, A, B, C);
 }
 
 // A thread that calls `product` holds one of these.  With AMX the first product of a shape configures the tile
@@ -27,7 +26,7 @@ inline void product(int64_t M, int64_t N, int64_t R, const T* A, const T* B, flo
 struct MatrixUnits {
   MatrixUnits() = default;
   MatrixUnits(const MatrixUnits&) = delete;
-  ~MatrixUnits() { at::native::cpublas::brgemm_release(true); }
+  ~MatrixUnits() { release_matrix_units(); }
 };
 
 // Index of element (r, j) in a packed right operand [R, N]: by rows, or by pairs of rows in bfloat16.

@@ -55,7 +55,7 @@ struct Tile {
   static constexpr const int32_t* q_end = nullptr;
   int64_t b, first, count, low, high, all_from, all_to;  // some query sees [low, high), every query [all_from, all_to)
   const Document* document;
-  const Lanes* chosen = nullptr;  // of each block of the document from that of key `low` on, the lanes that selected it
+  const uint16_t* chosen = nullptr;  // of each block of the document from that of key `low` on, the lanes that selected it
   int64_t block = 1;
   alignas(64) int32_t start[W], end[W];
 
@@ -84,16 +84,16 @@ struct Tile {
 };
 
 template <int64_t W>
-inline Lanes hidden_by(const Tile<W>& t, int64_t i, int64_t s) {
+inline uint16_t hidden_by(const Tile<W>& t, int64_t i, int64_t s) {
   if (!t.chosen) return 0;
-  if (s < t.low || s >= t.high) return EVERY_LANE;
+  if (s < t.low || s >= t.high) return 0xffff;
   return ~t.chosen[(t.of(s) - t.of(t.low)) * (W / LANES) + i / LANES];
 }
 
 // The selection of a tile's queries for one query head, as lanes.
 template <int64_t W>
 struct Chosen {
-  std::vector<Lanes> lanes;
+  std::vector<uint16_t> lanes;
   void fill(const Call& c, Tile<W>& t, int64_t h) {
     if (!c.G || t.low >= t.high) return;
     t.block = c.block;

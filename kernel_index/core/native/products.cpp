@@ -27,12 +27,8 @@ inline void pack_row(const float* row, const float*, int64_t count, float* to, i
   for (int64_t j = 0; j < width; j += LANES) (j < count ? load(row + j, count - j) : Vec()).store(to + j);
 }
 inline void pack_row(const BFloat16* row, const BFloat16* next, int64_t count, BFloat16* to, int64_t width) {
-  for (int64_t j = 0; j < width; j += LANES) {
-    const Lanes some = j < count ? first_lanes(count - j) : 0;
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, row + j));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next ? some : 0, next + j));
-    _mm512_storeu_si512(to + 2 * j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
+  for (int64_t j = 0; j < width; j += LANES)
+    store_pairs(to + 2 * j, row + j, next ? next + j : nullptr, std::min(LANES, count - j));
 }
 
 // The right operand [R, columns] as panels [padded R, width], padded with zeros.

@@ -1,10 +1,4 @@
 // Functions whose value does not depend on an element's place, and sums in a fixed order: see core/stable.py.
-extern "C" __m512 Sleef_logf16_u10(__m512);
-extern "C" __m512 Sleef_log1pf16_u10(__m512);
-extern "C" __m512 Sleef_erff16_u10(__m512);
-extern "C" __m512d Sleef_cosd8_u10(__m512d);
-extern "C" __m512d Sleef_sind8_u10(__m512d);
-
 namespace {
 
 constexpr int64_t CHUNK = 4096;  // elements that a thread takes at a time: whole vectors, but for the last
@@ -22,10 +16,8 @@ template <typename F>
 void map(const int64_t* n, const double* x, double* y, F function) {
 #pragma omp parallel for num_threads(n[1])
   for (int64_t first = 0; first < n[0]; first += CHUNK)
-    for (int64_t i = first; i < std::min(first + CHUNK, n[0]); i += 8) {
-      const __mmask8 lanes = n[0] - i >= 8 ? 0xff : (1 << (n[0] - i)) - 1;
-      _mm512_mask_storeu_pd(y + i, lanes, function(_mm512_maskz_loadu_pd(lanes, x + i)));
-    }
+    for (int64_t i = first; i < std::min(first + CHUNK, n[0]); i += Doubles::LANES)
+      function(Doubles::load(x + i, n[0] - i)).store(y + i, n[0] - i);
 }
 
 }  // namespace
@@ -33,17 +25,17 @@ void map(const int64_t* n, const double* x, double* y, F function) {
 extern "C" {
 
 void exp_float32(const int64_t* n, const float* x, float* y) { map(n, x, y, [](Vec v) { return v.exp(); }); }
-void log_float32(const int64_t* n, const float* x, float* y) { map(n, x, y, [](Vec v) { return Vec(Sleef_logf16_u10(v.x)); }); }
+void log_float32(const int64_t* n, const float* x, float* y) { map(n, x, y, [](Vec v) { return v.log(); }); }
 void log1p_float32(const int64_t* n, const float* x, float* y) {
-  map(n, x, y, [](Vec v) { return Vec(Sleef_log1pf16_u10(v.x)); });
+  map(n, x, y, [](Vec v) { return v.log1p(); });
 }
 void tanh_float32(const int64_t* n, const float* x, float* y) { map(n, x, y, [](Vec v) { return v.tanh(); }); }
-void erf_float32(const int64_t* n, const float* x, float* y) { map(n, x, y, [](Vec v) { return Vec(Sleef_erff16_u10(v.x)); }); }
+void erf_float32(const int64_t* n, const float* x, float* y) { map(n, x, y, [](Vec v) { return v.erf(); }); }
 void sigmoid_float32(const int64_t* n, const float* x, float* y) {
   map(n, x, y, [](Vec v) { return Vec(1.f) / (Vec(1.f) + (Vec(0.f) - v).exp()); });
 }
-void cos_float64(const int64_t* n, const double* x, double* y) { map(n, x, y, [](__m512d v) { return Sleef_cosd8_u10(v); }); }
-void sin_float64(const int64_t* n, const double* x, double* y) { map(n, x, y, [](__m512d v) { return Sleef_sind8_u10(v); }); }
+void cos_float64(const int64_t* n, const double* x, double* y) { map(n, x, y, [](Doubles v) { return v.cos(); }); }
+void sin_float64(const int64_t* n, const double* x, double* y) { map(n, x, y, [](Doubles v) { return v.sin(); }); }
 
 // x [rows, C] to y [rows]: four sums of every fourth vector, then those together, then the lanes.
 void row_sum(const int64_t* n, const float* x, float* y) {

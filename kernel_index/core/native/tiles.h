@@ -46,20 +46,16 @@ inline void store_pair(BFloat16* to, int64_t i, Vec even, Vec odd) {
 
 // The lanes of the queries i … for which a tile hides key s beside its bounds; a source has its own for its Tile.
 template <typename Tile>
-inline Lanes hidden_by(const Tile&, int64_t, int64_t) {
+inline uint16_t hidden_by(const Tile&, int64_t, int64_t) {
   return 0;
 }
 
 // x, or `value` in the lanes of the queries i … that do not see key s.
 template <typename Tile>
 inline Vec masked(Vec x, const Tile& t, int64_t i, int64_t s, float value) {
-  const __m512i key = _mm512_set1_epi32(s), start = _mm512_loadu_si512(t.start + i), end = _mm512_loadu_si512(t.end + i);
-  Lanes hidden = _mm512_cmplt_epi32_mask(key, start) | _mm512_cmpge_epi32_mask(key, end);
-  if (t.q_end) {
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    hidden |= _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(t.q_end[s] - static_cast<int32_t>(t.first + i)));
-  }
-  return select(hidden | hidden_by(t, i, s), x, Vec(value));
+  Lanes hidden = outside(s, t.start + i, t.end + i);
+  if (t.q_end) hidden = hidden | lanes_from(t.q_end[s] - static_cast<int32_t>(t.first + i));
+  return select(hidden | lanes_of(hidden_by(t, i, s)), x, Vec(value));
 }
 
 // The products z [keys, QUERIES] of a block become weights p, a right operand, and update the rows' states.  `alpha`
@@ -88,7 +84,7 @@ bool online_softmax(const C& c, const Tile& t, const Span& span, float* z, T* p,
       store_pair<QUERIES>(p + n * QUERIES, i, even, odd);
     }
     state.add(factor, tile_sum);
-    grew |= (state.row_max == before) != EVERY_LANE;
+    grew |= !every(state.row_max == before);
     state.row_max.store(row_max + i);
     state.row_sum.store(row_sum + i);
     factor.store(alpha + i);

@@ -59,7 +59,7 @@ struct TopScores {
   void scan(const float* z, int64_t low, int64_t high, int64_t first) {
     if (kept == 0) return;
     for (int64_t i = low / LANES * LANES; i < high; i += LANES) {
-      if (full && (Vec::loadu(z + i) <= Vec(least)) == EVERY_LANE) continue;  // a NaN is not ≤, so it is offered
+      if (full && every(Vec::loadu(z + i) <= Vec(least))) continue;  // a NaN is not ≤, so it is offered
       for (int64_t x = std::max(i, low); x < std::min(i + LANES, high); ++x)
         if (!full || !(z[x] <= least)) offer(z[x], first + x);
     }

@@ -5,6 +5,7 @@ import torch
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import receipts
+from kernel_index.core.target import NO_VECTORS
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
 
 
@@ -26,7 +27,7 @@ def able(monkeypatch):
     ("name", "value", "reason"),
     [
         ("has_libraries", lambda: False, "needs a C++ compiler (g++ or clang++)"),
-        ("_has_vectors", lambda: False, "needs a CPU with AVX-512 and PyTorch's oneDNN"),
+        ("_has_vectors", lambda: False, NO_VECTORS),
     ],
 )
 def test_a_machine_without(name, value, reason, able, monkeypatch):
@@ -34,9 +35,13 @@ def test_a_machine_without(name, value, reason, able, monkeypatch):
     assert run() == ("cpu", reason)
 
 
-def test_onednn_switched_off():
+@pytest.mark.native
+@pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
+def test_onednn_switched_off(instructions, monkeypatch):
+    """The kernels for AVX2 have products of their own."""
+    monkeypatch.setattr(native, "vector_instructions", lambda: instructions)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert run() == ("cpu", "needs a CPU with AVX-512 and PyTorch's oneDNN")
+        assert run() == (("cpu", NO_VECTORS) if instructions == "AVX512" else ("native", None))
 
 
 @pytest.mark.parametrize(

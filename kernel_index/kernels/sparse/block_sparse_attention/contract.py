@@ -75,7 +75,6 @@ def check(call: BlockSparseCall) -> BlockSparseCall:
     return call._replace(block_size=without_empty_end(call.block_size, call.k.shape[1]))
 
 
-
 def check_selection(q: Tensor, kv_heads: int, selected: Any, selected_valid: Any) -> None:
     checks.is_integer_tensor("selected", selected)
     checks.has_rank("selected", selected, 4, "[B, T, G, n]")
