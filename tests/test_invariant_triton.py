@@ -249,6 +249,31 @@ def test_a_token_of_experts_does_not_depend_on_the_others(dtype):
             assert torch.equal(found, expected[rows])
 
 
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_of_a_whole_layer_of_experts_does_not_depend_on_the_others(dtype, activation):
+    """The sum, which has the bits of the parts one by one, and the gradients of what belongs to a token."""
+    torch.manual_seed(0)
+    (x, base, g), weights = torch.randn(3, 75, 16).to(dtype), torch.rand(75, 2)
+    up = torch.randn(5, 24 if activation == "relu2" else 48, 16).to(dtype)
+    down, experts = torch.randn(5, 16, 24).to(dtype), torch.stack([torch.randperm(5)[:2] for _ in range(75)])
+
+    def layer(rows, by):
+        leaves = [t[rows].clone().requires_grad_() for t in (x, base, weights)]
+        plan = ki.expert_plan(experts[rows], 5)
+        with ki.numerics("invariant"):
+            options = {"activation": activation, "backend": by}
+            y = ki.expert_mlp(leaves[0], up, down, leaves[2], *plan, leaves[1], **options)
+        return y.detach(), *torch.autograd.grad(y, leaves, g[rows])
+
+    together = layer(torch.arange(75), "triton")
+    with ki.force("triton", *(op for op in OPS if op != "expert_mlp")):
+        assert torch.equal(layer(torch.arange(75), "parts")[0], together[0])
+    for rows in (torch.randperm(75), torch.tensor([70]), torch.arange(33, 60)):
+        for found, expected in zip(layer(rows, "triton"), together, strict=True):
+            assert torch.equal(found, expected[rows])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_statistics_have_the_log_probabilities_of_the_loss(temperature):
     statistics_have_the_log_probabilities_of_the_loss(temperature, torch.bfloat16)

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 import kernel_index as ki
 from kernel_index.kernels.sparse.block_sparse_attention.api import block_sparse_attention
-from kernel_index.nn import Mamba2
+from kernel_index.nn import Experts, HybridBlock, Mamba2
 from tests.interpreter import rows_alone
 from tests.test_invariant_triton import OPS
 
@@ -198,3 +198,22 @@ def test_rows_of_a_decoding_step_have_lengths_of_their_own():
         after = layer(torch.stack((x[0, 8:12], x[1, 3:7])), None, None, state)[0]
     assert torch.equal(after[0], alone[0][8:12])
     assert torch.equal(after[1], alone[1][3:7])
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_experts_have_the_same_gradients_whoever_recomputes(activation):
+    """The layer, the block around it, or none of them: a layer that keeps everything has no other function."""
+    torch.manual_seed(0)
+    layer = Experts(24, 16, experts=4, topk=2, shared=16, activation=activation)
+    block, (x, g) = HybridBlock(24, mlp=layer), torch.randn(2, 1, 21, 24)
+    found = []
+    with ki.numerics("invariant"), ki.force("triton", "expert_mlp"):
+        for layer.recompute, block.recompute in ((True, False), (False, False), (True, True), (False, True)):
+            leaf = x.clone().requires_grad_()
+            with ki.receipts() as log:
+                out, _ = block(leaf, None)[1]
+            found.append(torch.autograd.grad(out, (leaf, *block.parameters()), g, allow_unused=True))
+            assert [r.ran for r in log if r.op == "expert_mlp"] == ["triton"]
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            assert a is b is None or torch.equal(a, b)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import kernel_index as ki
 from kernel_index.core import checks
+from kernel_index.core.numerics import is_invariant
 from kernel_index.nn.mlp import MLPS, Activation, swiglu
 from kernel_index.nn.residual import Branch
 
@@ -87,7 +88,8 @@ class Experts(nn.Module):
         shared: width of the shared expert; 0 for none.
         activation: ``"relu2"`` or ``"swiglu"``.
         scores: ``"sigmoid"`` or ``"softmax"``.
-        recompute: compute the activation again in backward instead of keeping it, as ``SquaredReLUMLP`` does.
+        recompute: compute the activation again in backward instead of keeping it, as ``SquaredReLUMLP`` does; always
+            so in ``numerics("invariant")``, where the two ways would have other gradients.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class Experts(nn.Module):
         plan = ki.expert_plan(routing.experts, self.router.bias.numel())  # S = N·k rows in the order of their experts
         shared_NC = None if self.shared is None else self.shared(x_BTC)[0].reshape(x_NC.shape)
         x_NC, up, down = x_NC.to(dtype), self.up.to(dtype), self.down.to(dtype)
-        if self.recompute:
+        if self.recompute or is_invariant():  # one function has other bits backward than its parts
             kind = self.activation
             out_NC = ki.expert_mlp(x_NC, up, down, routing.weights, *plan, base=shared_NC, activation=kind)
         else:

@@ -4,8 +4,8 @@ A source stands beside its op's ``native.py``; the headers of this folder hold w
 ``kernel-index build`` compiles them ahead of time (``build.py``).  ``auto`` waits for no compiler: it passes over a
 kernel that is not built yet, and the receipt says so; a call with ``backend="native"`` builds what it needs.
 Matrix products are oneDNN's, through the function that PyTorch's own attention calls, so they use the machine's matrix
-units; a kernel's own code is everything between two products.  See docs/decisions/0013-native-kernels.md and
-0017-compiled-ahead.md.
+units; a kernel's own code is everything between two products.  Without AVX-512 the products are ours, too.  See
+docs/decisions/0013-native-kernels.md, 0017-compiled-ahead.md and 0036-native-kernels-on-avx2.md.
 """
 
 import ctypes

@@ -18,12 +18,16 @@ struct Lanes {
   __m256 low, high;
 };
 inline Lanes operator|(Lanes a, Lanes b) { return {_mm256_or_ps(a.low, b.low), _mm256_or_ps(a.high, b.high)}; }
+inline Lanes operator~(Lanes a) {
+  const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+  return {_mm256_xor_ps(a.low, all), _mm256_xor_ps(a.high, all)};
+}
 
 inline Lanes as_lanes(__m256i low, __m256i high) { return {_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)}; }
 
 // The lanes before the n-th, of any n.
 inline Lanes first_lanes(int64_t n) {
-  const __m256i count = _mm256_set1_epi32(std::min(n, LANES)), lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i count = _mm256_set1_epi32(std::clamp<int64_t>(n, 0, LANES)), lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return as_lanes(_mm256_cmpgt_epi32(count, lane), _mm256_cmpgt_epi32(count, _mm256_add_epi32(lane, _mm256_set1_epi32(8))));
 }
 inline Lanes lanes_of(uint16_t bits) {
@@ -94,18 +98,14 @@ inline __m256i load_words(const void* from) { return _mm256_loadu_si256(static_c
 
 // The lanes in which s does not lie in [start, end).
 inline Lanes outside(int32_t s, const int32_t* start, const int32_t* end) {
-  const auto of = [at = _mm256_set1_epi32(s)](const int32_t* start, const int32_t* end) {
-    const __m256i before = _mm256_cmpgt_epi32(load_words(start), at), inside = _mm256_cmpgt_epi32(load_words(end), at);
-    return _mm256_or_si256(before, _mm256_xor_si256(inside, _mm256_set1_epi32(-1)));
+  const auto below = [at = _mm256_set1_epi32(s)](const int32_t* bound) {
+    return as_lanes(_mm256_cmpgt_epi32(load_words(bound), at), _mm256_cmpgt_epi32(load_words(bound + 8), at));
   };
-  return as_lanes(of(start, end), of(start + 8, end + 8));
+  return below(start) | ~below(end);
 }
 
 // The lanes from the n-th on, of any n.
-inline Lanes lanes_from(int32_t n) {
-  const __m256i before = _mm256_set1_epi32(n - 1), lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return as_lanes(_mm256_cmpgt_epi32(lane, before), _mm256_cmpgt_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(8)), before));
-}
+inline Lanes lanes_from(int32_t n) { return ~first_lanes(n); }
 
 // {a0, b0, a1, b1, …} in two vectors.
 inline std::pair<Vec, Vec> interleave(Vec a, Vec b) {

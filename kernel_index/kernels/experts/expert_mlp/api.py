@@ -17,7 +17,7 @@ ExpertMLPBackend = Literal["auto", "triton", "parts", "reference"]
 PARTS = Recipe("experts 1: the recipes of the functions that they are made of")
 
 BACKENDS = (
-    Backend("triton", contract.triton_why_not, expert_mlp_triton, contract.triton_not_worth),
+    Backend("triton", contract.triton_why_not, expert_mlp_triton, contract.triton_not_worth, invariant=PARTS),
     Backend("parts", always, expert_mlp_parts, invariant=PARTS),
     Backend("reference", always, expert_mlp_reference),
 )
