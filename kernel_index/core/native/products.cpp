@@ -11,14 +11,15 @@ constexpr int64_t WIDE = 64, NARROW = 16;  // columns of a panel; a few tokens t
 
 inline int64_t panel_width(int64_t columns) { return columns > NARROW ? WIDE : NARROW; }
 
-// from [rows, n] of 32 bits, rows `stride` apart, to [n, width] transposed, with zeros from row `rows` on.
-void transpose_words(const float* from, int64_t stride, int64_t rows, int64_t n, float* to, int64_t width) {
+// from [rows, n], rows `stride` apart, to [n, width] transposed, whole vectors, with zeros from row `rows` on.
+template <typename T>
+void transpose_rows(const T* from, int64_t stride, int64_t rows, int64_t n, T* to, int64_t width) {
   for (int64_t r = 0; r < n; r += LANES)
     for (int64_t j = 0; j < width; j += LANES) {
       Vec square[LANES];
       for (int64_t i = 0; i < std::min(LANES, rows - j); ++i) square[i] = load(from + (j + i) * stride + r, n - r);
       transpose(square);
-      for (int64_t i = 0; i < std::min(LANES, n - r); ++i) square[i].store(to + (r + i) * width + j);
+      for (int64_t i = 0; i < std::min(LANES, n - r); ++i) store(to + (r + i) * width + j, square[i]);
     }
 }
 
@@ -56,9 +57,9 @@ struct Panels {
   Panels& pack_columns(const T* from) {
     return each([=](int64_t panel, int64_t first, int64_t last, T* to) {
       const int64_t column = panel * width;
-      transpose_words(reinterpret_cast<const float*>(from + column * R + first), R / PAIR,
-                      std::min(width, columns - column), (last - first) / PAIR,
-                      reinterpret_cast<float*>(to + first * width), width);
+      transpose_rows(reinterpret_cast<const float*>(from + column * R + first), R / PAIR,
+                     std::min(width, columns - column), (last - first) / PAIR,
+                     reinterpret_cast<float*>(to + first * width), width);  // pairs as words
     });
   }
 
@@ -144,16 +145,12 @@ void d_weight(const int64_t* n, const T* d_y, const T* x, T* d_weight) {
   const int64_t M = n[0], N = n[1], R = n[2], threads = n[3];
   Panels<T> right(M, R, threads);
   right.pack(x);
-  const int64_t padded = right.padded;
-  Buffer<T> left(N * padded);
-  constexpr int64_t TILE_SIDE = 32;
+  const int64_t stride = round_up(right.padded, LANES);
+  Buffer<T> left(N * stride);  // d_y transposed
 #pragma omp parallel for num_threads(threads)
-  for (int64_t first = 0; first < N; first += TILE_SIDE)  // d_y transposed
-    for (int64_t token = 0; token < padded; token += TILE_SIDE)
-      for (int64_t i = first; i < std::min(first + TILE_SIDE, N); ++i)
-        for (int64_t m = token; m < std::min(token + TILE_SIDE, padded); ++m)
-          *left.at(i * padded + m) = m < M ? d_y[m * N + i] : T(0);
-  multiply<T>(left.at(0), N, padded, right, in_place(d_weight, R, right.width));
+  for (int64_t i = 0; i < N; i += LANES)
+    transpose_rows(d_y + i, N, M, std::min(LANES, N - i), left.at(i * stride), stride);
+  multiply<T>(left.at(0), N, stride, right, in_place(d_weight, R, right.width));
 }
 
 // Left [n, M, R] times right [n, N, R] transposed, of float32, to [n, M, N]; one thread for a pair of matrices.
