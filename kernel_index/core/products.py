@@ -2,7 +2,8 @@
 
 ``y[m, n] = Σ_r x[m, r] · weight[n, r]`` is summed in float32: over blocks of 1024 r, in each by rising r in one
 accumulator (bfloat16: by pairs, as the machine's instruction adds them), and one block after the other.  oneDNN's
-brgemm computes a block, or a loop of our own on a CPU without AVX-512.  Its elements depend on their own row and column alone, as ``tests/kernels/linear`` asks.
+brgemm computes a block, or a loop of our own on a CPU without AVX-512.  An element depends on its own row and column
+alone, as ``tests/kernels/linear`` asks.
 """
 
 from collections.abc import Callable
