@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on CPU tensors
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kernel_index.core import native
 from kernel_index.core.dispatch import Ineligible
@@ -20,6 +21,10 @@ from tests.interpreter import remember_builtins
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     remember_builtins()
+
+# What is drawn may take long on a slow machine: no test is about that.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.hookimpl(tryfirst=True)
