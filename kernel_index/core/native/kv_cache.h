@@ -37,7 +37,7 @@ struct Partials {
   // is 0.
   template <typename T>
   void finish(int64_t row, T* out, float sink = -INF) const {
-    const RowState<float>* of = &states[row * splits];
+    const RowState<float>* of = states.data() + row * splits;
     RowState<float> all;
     for (int64_t i = 0; i < splits; ++i) all.row_max = larger(all.row_max, of[i].row_max);  // then no alpha is below 1
     std::vector<float> sum(D, 0.f);
